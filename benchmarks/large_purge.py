@@ -111,7 +111,17 @@ def main() -> None:
             rows = (documents[:, None] * DOCUMENT + np.arange(DOCUMENT)).ravel()
             ids = np.concatenate([(part << PART_SHIFT) + rows for part in real])
             listed.write_text("\n".join(map(str, ids.tolist())))
-            command = [sys.executable, "-m", "retrotool", "purge", str(root), "--ids", str(listed), "--yes", "--json"]
+            command = [
+                sys.executable,
+                "-m",
+                "retrotool",
+                "purge",
+                str(root),
+                "--chunk",
+                f"@{listed}",
+                "--yes",
+                "--json",
+            ]
             start = time.perf_counter()
             done = subprocess.run([*command, "--reason", "benchmark"], capture_output=True, check=True)
             seconds = time.perf_counter() - start

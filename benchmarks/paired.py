@@ -145,7 +145,7 @@ def cases(corpus: Path, documents: Path) -> list[Case]:
         Case("embed", "chunk", ("--encoder", exact)),
         Case("index", "embed", lists),
         Case("neighbours", "index", ("--saved", 10)),
-        Case("purge", "neighbours", ("--documents", documents, "--reason", "timed", "--yes")),
+        Case("purge", "neighbours", ("--document", f"@{documents}", "--reason", "timed", "--yes")),
         Case("erase", "purge"),
         Case("open", "neighbours"),
         Case("info", "neighbours"),

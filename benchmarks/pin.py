@@ -227,7 +227,7 @@ class Spelling:
         """Undo a purge."""
         if "undo" in self.commands:
             return ["undo", store, purge, "--reason", "pinned"]
-        return ["purge", store, purge, "--undo", "--reason", "pinned"]
+        return ["undo", store, purge, "--reason", "pinned"]
 
     def erase(self, store: Path, *purges: str) -> list[object]:
         """Erase purges."""
@@ -484,9 +484,9 @@ def take_out(session: Session, store: Path, queries: Path) -> None:
     ids.write_text("".join(f"{i}\n" for i in live[2:]))
     names.write_text("".join(f"{name}\n" for name in documents[1:]))
     one = session.purge("by chunk", store, "--chunk", live[0], "--chunk", live[1])
-    session.purge("by ids", store, "--ids", ids)
+    session.purge("by ids", store, "--chunk", f"@{ids}")
     two = session.purge("by document", store, "--document", documents[0])
-    session.purge("by documents", store, "--documents", names)
+    session.purge("by documents", store, "--document", f"@{names}")
     three = session.purge("by column", store, "--where", "source = 'fortunes' and year < 2000")
     session.purge("whole documents", store, "--chunk", live[0] + 5, "--whole-documents")
     session.purge("near duplicates", store, "--near-duplicates-of", ids)

@@ -141,7 +141,7 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
         f"  erase               {seconds:7.1f} s: {erased['files_rewritten']:,} files rewritten; {holding:,} held "
         f"some, {touched:,} of them of {len(victims.parts()):,} parts"
     )
-    verified, seconds = run("purge", root, purged["purge"], "--verify", "--out", folder)
+    verified, seconds = run("receipt", root, purged["purge"], "--out", folder)
     receipt = verified["receipt"]
     files, rows = (sum(one[what] for one in receipt["files"]["kinds"]) for what in ("files", "rows"))
     print(
@@ -155,12 +155,12 @@ def one_by_one(source: Path, folder: Path, documents: list[str]) -> None:
     """A purge for each document, and one erase of all."""
     root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
     each = [run("purge", root, "--document", name, "--reason", "benchmark", "--yes")[1] for name in documents]
-    erased, seconds = run("purge", root, "--erase", "--older-than", "0s", "--yes")
+    erased, seconds = run("erase", root, "--older-than", "0s", "--yes")
     print(
         f"\n{len(documents)} documents, each purged on its own: {np.median(each):.1f} s each\n"
         f"  erase of all        {seconds:7.1f} s: {erased['erased']:,} chunks, {erased['files_rewritten']:,} files"
     )
-    verified, seconds = run("purge", root, erased["purges"][0], "--verify", "--out", folder)
+    verified, seconds = run("receipt", root, erased["purges"][0], "--out", folder)
     print(f"  verify of one       {seconds:7.1f} s: {'nothing is left' if verified['receipt']['ok'] else 'FAILED'}")
     shutil.rmtree(root)
 
@@ -186,7 +186,7 @@ def main() -> None:
         listed = Path(folder) / "takedown.txt"
         listed.write_text("\n".join(sorted(names)))
         chunk = str(int(rng.choice(ids)))
-        for selector in (["--chunk", chunk], ["--documents", str(listed)], ["--where", arguments.where]):
+        for selector in (["--chunk", chunk], ["--document", f"@{listed}"], ["--where", arguments.where]):
             measure(arguments.store, Path(folder), selector, arguments.encoder, arguments.name, drawn)
         one_by_one(arguments.store, Path(folder), sorted(names))
 

@@ -166,7 +166,7 @@ def show_purge(store: Path, takedown: Path) -> None:
     wanted = traces(library.open(store), chunk)
     assert show_bytes(store, wanted, "before:")
     takedown.write_text(victim + "\n")
-    retrotool("purge", store, "--documents", takedown, "--reason", "demo", "--erase", "--yes")
+    retrotool("purge", store, "--document", f"@{takedown}", "--reason", "demo", "--erase", "--yes")
 
     after = answer("search", store, QUESTIONS[0])["results"]
     documents_before = [result["document"] for result in before]
@@ -185,7 +185,7 @@ def show_purge(store: Path, takedown: Path) -> None:
     assert not show_bytes(store, wanted, "after the erase:")
     print("\nAnd all of it, in every file that can hold it and by every read path, with a receipt to send back:")
     purge = list(answer("info", store)["purges"])[-1]
-    retrotool("purge", store, purge, "--verify", "--out", store.parent)
+    retrotool("receipt", store, purge, "--out", store.parent)
     print("\nA chunk that stays, with its neighbours:")
     show_neighbours(store, asked)
 

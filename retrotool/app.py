@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from retrotool import interrupts
 from retrotool.cli import output
+from retrotool.cli.options import WORK
 from retrotool.lazy import leave_pandas_out
 
 _COMMANDS = {
@@ -23,20 +24,21 @@ _COMMANDS = {
     "embed": "retrotool.embed.command",
     "index": "retrotool.index.command",
     "neighbours": "retrotool.neighbours.command",
+    "search": "retrotool.search.command",
     "inspect": "retrotool.inspect.command",
     "leakage": "retrotool.leakage.command",
     "purge": "retrotool.purge.command",
-    "search": "retrotool.search.command",
+    "undo": "retrotool.purge.undo_command",
+    "erase": "retrotool.purge.erase_command",
+    "receipt": "retrotool.receipt.command",
+    "affected": "retrotool.purge.affected_command",
     "export": "retrotool.export.command",
     "info": "retrotool.info.command",
     "log": "retrotool.info.log_command",
     "verify": "retrotool.info.verify_command",
     "plan": "retrotool.plan.command",
-    "receipt": "retrotool.receipt.command",
 }
 """The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
-_HIDDEN = ("receipt",)
-"""Commands that others run: ``purge --verify`` runs ``receipt``, which is in a layer above."""
 _WITHOUT_PYARROW = ("info", "log", "plan")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
@@ -46,7 +48,7 @@ class _Group(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """Names of all commands that are shown."""
-        return [name for name in _COMMANDS if name not in _HIDDEN]
+        return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """Import a command; None if there is none of this name."""
@@ -59,6 +61,12 @@ class _Group(TyperGroup):
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
         return self.commands[cmd_name]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each command with the whole first sentence of its help."""
+        help_of = {name: self.get_command(ctx, name).help or "" for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, " ".join(text.split("\n\n")[0].split())) for name, text in help_of.items()])
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that is named."""
@@ -80,24 +88,28 @@ class _Command(TyperCommand):
         return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, then options panel by panel; those without one come last."""
+        """Write arguments, then options panel by panel; those without one, and the common panel, come last."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
                 usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
                 panels.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
-        for panel in sorted(panels, key=lambda name: name == "Options"):
+        for panel in sorted(panels, key=lambda name: (name == WORK, name == "Options")):
             with formatter.section(panel):
                 formatter.write_dl(panels[panel])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the arguments for the usage line, without typer's braces around required ones."""
+        return [piece.removeprefix("{").removesuffix("}") for piece in super().collect_usage_pieces(ctx)]
 
 
 app = typer.Typer(
     name="retrotool",
     cls=_Group,
-    help="Build retrieval databases for language models: chunk, embed, index, neighbours; "
-    "and purge text out of them again.\n\n"
-    "Every command but plan takes the STORE first, can be killed at any moment, and goes on where it stopped when it "
-    "is run again.",
+    help="Build retrieval databases for language models with chunk, embed, index and neighbours; remove text with "
+    "purge.\n\n"
+    "Every command but plan takes the STORE first. A command that was interrupted or "
+    "killed resumes when it is run again.",
     no_args_is_help=True,
     **_SHOWN,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retrotool.errors import UsageError
+
+if TYPE_CHECKING:
+    from retrotool.store.state import State
+
+WORK = "Execution (common to all commands that have these)"
+"""The panel of options that say where and how the work is done; each has a variable of the environment, too."""
+Completion = Callable[..., list[str]]
 
 
 def opt(
@@ -18,41 +29,140 @@ def opt(
     panel: str | None = None,
     least: float | None = None,
     most: float | None = None,
+    complete: Completion | None = None,
+    variable: str | None = None,
 ) -> Any:
     """Return an option of typer with its help; ``least`` and ``most`` bound a number, ``panel`` heads it in the help.
 
     ``names`` are by default "--" and the parameter's name. The default value is shown, unless it is None or False.
+    ``complete`` lists values for the shell; ``variable`` of the environment has the value
+    where the option is not given.
     """
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most)
+    return typer.Option(
+        *names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most, autocompletion=complete,
+        envvar=variable,
+    )  # fmt: skip
 
 
-def arg(help: str, *, metavar: str) -> Any:  # noqa: A002
-    """Return an argument of typer with its help."""
-    return typer.Argument(metavar=metavar, help=help, show_default=False)
+def arg(help: str, *, metavar: str, complete: Completion | None = None) -> Any:  # noqa: A002
+    """Return an argument of typer with its help; ``complete`` lists values for the shell."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
 
 
-StoreArgument = Annotated[str, arg("Directory of the store.", metavar="STORE")]
+def complete_stores(incomplete: str) -> list[str]:
+    """Return the stores, and the folders that may have some, which begin with ``incomplete``."""
+    from retrotool.store.identity import FILE
+
+    folder = Path(os.path.expanduser(incomplete))  # noqa: PTH111  a trailing / counts
+    above = folder if incomplete.endswith("/") else folder.parent
+    with contextlib.suppress(OSError):
+        found = [one for one in above.iterdir() if one.is_dir() and str(one).startswith(str(folder))]
+        return sorted(str(one) if (one / FILE).exists() else f"{one}/" for one in found)
+    return []
+
+
+def _complete_names(context: typer.Context, incomplete: str, names: Callable[[State], Iterable[str]]) -> list[str]:
+    """Return names in the state of the command's store; none if it can't be read."""
+    from retrotool.errors import RetrotoolError
+    from retrotool.store.store import Store
+
+    with contextlib.suppress(RetrotoolError, OSError):
+        return [name for name in names(Store.open(str(context.params["store"])).state) if name.startswith(incomplete)]
+    return []
+
+
+def complete_purges(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the ids of the store's purges."""
+    prefix = "purge:"
+    return _complete_names(context, incomplete, lambda state: ["last", *state.with_prefix(prefix)])
+
+
+def complete_indexes(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of the store's indexes."""
+    return _complete_names(context, incomplete, lambda state: state.names("index"))
+
+
+def complete_tables(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of the store's neighbour tables."""
+    return _complete_names(context, incomplete, lambda state: state.with_prefix("neighbours:"))
+
+
+def complete_encoders(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of the encoders that the store has embeddings of."""
+    return _complete_names(context, incomplete, lambda state: state.names("embeddings"))
+
+
+StoreArgument = Annotated[str, arg("Directory of the store.", metavar="STORE", complete=complete_stores)]
 Json = Annotated[bool, opt("Print one JSON object on stdout.", "--json")]
 EncoderOption = Annotated[
-    str | None, opt("Encoder whose embeddings to use, if the store has several.", "--encoder", metavar="NAME")
+    str | None,
+    opt(
+        "Encoder whose embeddings to use, if the store has several.",
+        "--encoder",
+        metavar="NAME",
+        complete=complete_encoders,
+    ),
 ]
 IndexOption = Annotated[
-    str | None, opt("Index to search.  [default: the default index, else main]", "--index", metavar="NAME")
+    str | None,
+    opt(
+        "Index to search.  [default: the default index, else main]",
+        "--index",
+        metavar="NAME",
+        complete=complete_indexes,
+    ),
 ]
 DevicesOption = Annotated[
     str,
     opt(
         "auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
         "--devices",
-        "--device",
         metavar="D,...",
+        panel=WORK,
+        variable="RETROTOOL_DEVICES",
     ),
 ]
 ShardOption = Annotated[
     str | None,
-    opt("This is job I of N on the store, from 0: begin with that share of the work.", "--shard", metavar="I/N"),
+    opt(
+        "This is job I of N on the store, from 0: begin with that share of the work.",
+        "--shard",
+        metavar="I/N",
+        panel=WORK,
+        variable="RETROTOOL_SHARD",
+    ),
 ]
-Device = Annotated[str, opt("auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    opt(
+        "auto (a GPU if there is one), cpu, cuda or cuda:N.",
+        "--devices",
+        metavar="D",
+        panel=WORK,
+        variable="RETROTOOL_DEVICES",
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    opt(
+        "Worker processes.  [default: one per core]",
+        "--workers",
+        metavar="N",
+        least=1,
+        panel=WORK,
+        variable="RETROTOOL_WORKERS",
+    ),
+]
+ScratchOption = Annotated[
+    str | None,
+    opt(
+        "Folder for scratch files.  [default: the system's]",
+        "--scratch",
+        metavar="DIR",
+        panel=WORK,
+        variable="RETROTOOL_SCRATCH",
+    ),
+]
 
 LEAST_MEMORY = 16 << 20
 """Bytes that ``--memory`` must leave."""
@@ -88,6 +198,21 @@ def parse_count(option: str, text: str) -> int:
     if count < 1:
         raise UsageError(f"{option} {text}: it is a number, such as 1.75T, 20M or 4096")
     return count
+
+
+def first_device(devices: str) -> str:
+    """Return the first of several devices, for a command that uses one: the variable may name more."""
+    return devices.split(",")[0]
+
+
+def at_file(text: str) -> str | Path:
+    """Return the path of ``@FILE``, else the text itself; ``@@`` stands for an @ at its beginning."""
+    return Path(text[1:]) if text.startswith("@") and not text.startswith("@@") else text.removeprefix("@")
+
+
+def at_files(several: Sequence[str] | None) -> tuple[str | Path, ...]:
+    """Return ``at_file`` of each; None is none."""
+    return tuple(map(at_file, several or ()))
 
 
 def unescape(text: str) -> str:

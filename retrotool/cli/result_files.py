@@ -45,10 +45,11 @@ def check_file(option: str, file: str | Path, *, new: bool = False) -> None:
         raise UsageError(f"{option} {file} is a device or a pipe, not a file", "Name a file.")
     if new and path.exists():
         raise UsageError(f"{option} {file} exists already", "Name a file that does not.")
-    _check_outside(option, file, "file")
+    check_outside(option, file, "file")
 
 
-def _check_outside(option: str, path: str | Path, kind: str) -> None:
+def check_outside(option: str, path: str | Path, kind: str) -> None:
+    """Raise ``UsageError`` if ``path``, a file or folder (``kind``), is in a store."""
     for above in Path(path).resolve().parents:
         if (above / IDENTITY).exists():
             raise UsageError(f"{option} {path} is in the store {above}", f"Name a {kind} outside of it.")
@@ -83,7 +84,7 @@ def check_place(option: str, path: str | Path) -> Path:
     target = Path(path).resolve()
     if not target.parent.is_dir():
         raise UsageError(f"{option} {path}: there is no folder {target.parent}", "Make it first.")
-    _check_outside(option, path, "folder")
+    check_outside(option, path, "folder")
     if not target.exists():
         return target
     if not target.is_dir():

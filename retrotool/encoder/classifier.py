@@ -57,7 +57,7 @@ class ClassifierIdentity:
             several = "has several labels" if name in self.labels else "has no label"
             raise UsageError(
                 f"classifier {str(self.path)!r} {several} {name!r}",
-                f"It has: {', '.join(self.labels)}. Give one of them with --label.",
+                f"It has: {', '.join(self.labels)}.",
             )
         return self.labels.index(name)
 

@@ -1,4 +1,4 @@
-"""``purge --affected``: which training chunks have purged chunks among their neighbours, as tables are stored.
+"""``affected``: which training chunks have purged chunks among their neighbours, as tables are stored.
 
 Tables are read without a mask. Of each neighbour a model is given the chunk and what follows it, so a chunk is also
 affected if a purged chunk only follows a neighbour of it. Places are those in the table, from 1: a reader leaves out
@@ -30,7 +30,7 @@ from retrotool.embed.search_scope import count_live_keys, is_same_store
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of
-from retrotool.purge.purged_chunks import check_purge
+from retrotool.purge.purged_chunks import check_purge, find_purge
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import ROW_GROUP, Ids, rows_by_part
@@ -98,12 +98,12 @@ class PartAffected(AffectedCounts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AffectedResult(AffectedCounts):
-    """The chunks with neighbours ``name`` that have chunks of the ``purges`` among them; the counts are of all parts.
+    """The chunks with neighbours ``table`` that have chunks of the ``purges`` among them; the counts are of all parts.
 
     ``examples`` are the first of them, and ``out`` is the file that has all ("": none).
     """
 
-    name: str
+    table: str
     k: int
     saved: int
     commit: int
@@ -123,7 +123,7 @@ class _Table:
 
 
 def affected(
-    root: str | Path, name: str = "main", purges: Sequence[str] = (), *, out: str | Path | None = None
+    root: str | Path, table: str = "main", purges: Sequence[str] = (), *, out: str | Path | None = None
 ) -> AffectedResult:
     """Find the chunks of the store ``root`` that name chunks of ``purges`` (default: of all) as neighbours.
 
@@ -133,14 +133,15 @@ def affected(
     if out is not None:
         check_file("--out", out, new=True)
     store = Store.open(root)
-    members = [(table, *database_of(store, table)) for table, _ in members_of(store, name)]
+    members = [(member, *database_of(store, member)) for member, _ in members_of(store, table)]
     k, saved = int(members[0][2]["k"]), max(int(record["saved"]) for *_, record in members)
+    databases = [database for _, database, _ in members]
+    purges = [find_purge(databases[0], purge) for purge in purges]
     for purge in purges:
-        databases = [database for _, database, _ in members]
         check_purge(next((one for one in databases if PREFIX + purge in one.state.records), databases[0]), purge)
     wanted, asked = [], list[AskedPurge]()
-    for table, database, _ in members:
-        look, of = _look_for(store, table, database, purges)
+    for member, database, _ in members:
+        look, of = _look_for(store, member, database, purges)
         wanted += [look] if of else []
         asked += of
     if purges and asked and all(one.erased for one in asked):
@@ -173,7 +174,7 @@ def affected(
             report(1)
     counts = {one.name: sum(getattr(part, one.name) for part in found) for one in fields(AffectedCounts)}
     return AffectedResult(
-        name=name, k=k, saved=saved, **counts, commit=store.state.number, purges=tuple(asked), parts=tuple(found),
+        table=table, k=k, saved=saved, **counts, commit=store.state.number, purges=tuple(asked), parts=tuple(found),
         examples=tuple(examples), out="" if out is None else str(out),
     )  # fmt: skip
 

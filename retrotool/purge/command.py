@@ -1,257 +1,255 @@
-"""``retrotool purge``: which of the things that it can do its options mean."""
+"""``retrotool purge``."""
 
 from __future__ import annotations
 
-import re
-import time
+import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Device, Json, StoreArgument, arg, opt, parse_shard
+from retrotool.cli.options import (
+    Device,
+    Json,
+    ShardOption,
+    StoreArgument,
+    at_file,
+    at_files,
+    first_device,
+    opt,
+    parse_shard,
+)
 from retrotool.errors import UsageError
-from retrotool.purge import purge_text
+from retrotool.purge.erase_command import confirmed, copies_text, erased_lines, yes_option
 
 if TYPE_CHECKING:
-    from retrotool.purge.erase import EraseResult
-    from retrotool.purge.run import PurgeResult
+    from retrotool.purge.run import Count, Example, PurgeList, PurgeResult, ScanResult, Touched
 
 EPILOG = """\b
 Examples:
-  retrotool purge store --documents takedown.txt --reason "request 17" --dry-run
-  retrotool purge store --documents takedown.txt --reason "request 17" --erase --yes
+  retrotool purge store
+  retrotool purge store --document @takedown.txt --reason "request 17" --dry-run
+  retrotool purge store --document doc-7 --reason "request 17" --erase --yes
   retrotool purge store --where "source = 'forum' and year < 2020" --reason "licence" --yes
-  retrotool purge store --like "how to pick a lock" --within 0.9 --reason "policy 3" --dry-run
-  retrotool purge store --affected main --out affected.jsonl
-  retrotool purge store --older-than 7d --erase --yes
-  retrotool purge store p1a2b3c4d --verify"""
+  retrotool purge store --like "how to pick a lock" --within 0.9 --dry-run --out ids.txt
+  retrotool purge store --pattern "(?i)confidential" --allow-lossy --reason "policy 3" --yes"""
 
-ASK_ABOVE = 0.01
-_by = partial(opt, panel="What to purge (any of these; with --and what all of them mean)")
-_HELP = "See: retrotool purge --help"
-_ALONE = {
-    "--verify": ("PURGE", "--out"),
-    "--undo": ("PURGE", "--reason", "--who"),
-    "--affected": ("PURGE", "--out"),
-    "--shard": ("selectors", "--reason", "--who", "--dry-run"),
-}
-"""What each of the things that go with no other may be given besides."""
-_EARLIER = "PURGE and --older-than name purges that were made before, which can be erased with --erase alone"
+_AROUND, _SHOWN = 60, 160
+_FIGURES = {"like": "distance", "classifier": "score"}
+"""What selectors measure."""
+_by = partial(opt, panel="Selectors (chunks that any of them selects; with --and, that all of them select)")
 
 
 def command(
-    context: typer.Context,
     store: StoreArgument,
-    purges: Annotated[
-        list[str] | None,
-        arg("With --erase, --undo, --verify or --affected: purges that were made before.", metavar="[PURGE]..."),
-    ] = None,
     reason: Annotated[
-        str | None, opt("Why. Stays in the log for ever, so it must name no person.", metavar="TEXT")
+        str | None, opt("Why. It stays in the log forever, so it must not name a person.", metavar="TEXT")
     ] = None,
-    ids: Annotated[Path | None, _by("Chunk ids, one a line.", metavar="FILE")] = None,
-    chunk: Annotated[list[int] | None, _by("A chunk id; may be repeated.", metavar="ID")] = None,
-    documents: Annotated[Path | None, _by("Document ids, one a line.", metavar="FILE")] = None,
-    document: Annotated[list[str] | None, _by("A document id; may be repeated.", metavar="ID")] = None,
+    chunk: Annotated[list[str] | None, _by("A chunk id; repeatable.", metavar="ID|@FILE")] = None,
+    document: Annotated[list[str] | None, _by("A document id; repeatable.", metavar="ID|@FILE")] = None,
     where: Annotated[
         str | None, _by("Expression over document columns, such as \"source = 'x'\".", metavar="EXPR")
     ] = None,
     pattern: Annotated[
-        str | None, _by("RE2 pattern over the text of documents: the chunks that a match touches.", metavar="RE")
+        list[str] | None,
+        _by("RE2 pattern over the text of documents: the chunks that a match touches; repeatable.", metavar="RE|@FILE"),
     ] = None,
-    patterns: Annotated[Path | None, _by("RE2 patterns, one a line.", metavar="FILE")] = None,
-    terms: Annotated[Path | None, _by("Words and names, one a line, as whole words.", metavar="FILE")] = None,
+    terms: Annotated[Path | None, _by("Words and names, one per line, matched as whole words.", metavar="FILE")] = None,
     pii: Annotated[
-        str | None, _by("Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.", metavar="KINDS")
+        str | None,
+        _by("Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.", metavar="KINDS"),
     ] = None,
     near_duplicates_of: Annotated[
-        Path | None, _by("Copies of these chunks (ids, one a line), also shifted or changed a little.", metavar="FILE")
+        list[str] | None, _by("Copies of this chunk, also shifted or slightly changed; repeatable.", metavar="ID|@FILE")
     ] = None,
     contaminates: Annotated[
-        Path | None,
-        _by("Documents like one of this evaluation store: 13-gram Jaccard of 0.8 or more.", metavar="STORE"),
+        str | None,
+        _by("Documents similar to one of this evaluation store: 13-gram Jaccard of 0.8 or more.", metavar="STORE"),
     ] = None,
-    duplicates: Annotated[bool, _by("Chunks that repeat one before them.", "--duplicates")] = False,
+    duplicates: Annotated[bool, _by("Chunks that repeat an earlier one.", "--duplicates")] = False,
     like: Annotated[
         str | None,
         _by(
-            "Chunks near a text, or near any chunk of a file's, by their embeddings; with --within.",
-            metavar="TEXT|FILE",
+            "Chunks near a text, or near any chunk of a file's text, by their embeddings; with --within.",
+            metavar="TEXT|@FILE",
         ),
     ] = None,
     within: Annotated[
-        float | None, _by("With --like: squared L2, the distance that search prints.", metavar="DISTANCE")
-    ] = None,
-    encoder: Annotated[
-        str | None, _by("With --like: by which embeddings, if the store has several.", metavar="NAME")
+        float | None, _by("With --like: the largest squared L2 distance, as search prints it.", metavar="DISTANCE")
     ] = None,
     classifier: Annotated[
         str | None,
         _by(
-            "Chunks that a sequence classifier, a model directory, gives a label; with --label and --above.",
-            metavar="MODEL",
+            "Chunks to which a sequence classifier, a model directory, gives LABEL with this score or more.",
+            metavar="MODEL=LABEL:SCORE",
         ),
     ] = None,
-    label: Annotated[str | None, _by("With --classifier: which of its labels.", metavar="NAME")] = None,
-    above: Annotated[
-        float | None, _by("With --classifier: the label's score is this or more, up to 1.", metavar="SCORE")
-    ] = None,
-    every: Annotated[bool, _by("Only what all of these mean.", "--and")] = False,
+    every: Annotated[bool, _by("Only chunks that all of these select.", "--and")] = False,
     whole_documents: Annotated[bool, _by("All chunks of the documents that are touched.", "--whole-documents")] = False,
     allow_lossy: Annotated[
-        bool, _by("Look at text also where the tokenizer loses case or spacing.", "--allow-lossy")
+        bool, _by("Search text even if the tokenizer loses case or spacing.", "--allow-lossy")
     ] = False,
-    device: Device = "auto",
-    shard: Annotated[
-        str | None,
-        opt(
-            "This is job I of N, from 0: scan that share of the parts for the selectors, and purge nothing.",
-            metavar="I/N",
-        ),
-    ] = None,
-    who: Annotated[str | None, opt("Who purges, for the log. Default: the user.", metavar="NAME")] = None,
-    dry_run: Annotated[bool, opt("Show what would be purged, and purge nothing.", "--dry-run")] = False,
-    yes: Annotated[bool, opt("Do not ask above 1 % of the store.", "--yes")] = False,
+    dry_run: Annotated[bool, opt("Show what would be purged, and change nothing.", "--dry-run")] = False,
+    out: Annotated[Path | None, opt("With --dry-run: write the ids of the chunks here.", metavar="FILE")] = None,
     erase: Annotated[
-        bool, opt("Rewrite the files that hold what is purged, or PURGE... Can't be undone.", "--erase")
+        bool, opt("Also rewrite the files that hold the chunks. This can't be undone.", "--erase")
     ] = False,
-    older_than: Annotated[
-        str | None, opt("With --erase: all purges that are older, such as 7d or 12h.", metavar="AGE")
-    ] = None,
-    retrain_index: Annotated[
-        bool, opt("With --erase: then train all indexes anew, without what was erased.", "--retrain-index")
-    ] = False,
-    undo: Annotated[bool, opt("Take PURGE back, as long as it is not erased.", "--undo")] = False,
-    affected: Annotated[
-        str | None,
-        opt(
-            "Tell which chunks with neighbours NAME had chunks of PURGE... among them. Default: of all purges.",
-            metavar="NAME",
-        ),
-    ] = None,
-    verify: Annotated[
-        bool, opt("Check that nothing of PURGE is left, and write a receipt: JSON, and a page.", "--verify")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        opt(
-            (
-                "With --dry-run: a file for the ids of the chunks. With --verify: the folder of the receipt. "
-                "Default: this one. With --affected: a file for all of them, as JSON lines."
-            ),
-            metavar="PATH",
-        ),
-    ] = None,
+    yes: yes_option = False,
+    devices: Device = "auto",
+    shard: ShardOption = None,
     as_json: Json = False,
 ) -> None:
-    """Take chunks out: never returned again from the moment this ends.
+    """Purge chunks: no command returns them any more. Without a selector, list purges.
 
-    Purged chunks are left out of search, neighbours (also those computed before) and continuations. With --erase
-    their text, tokens and vectors are rewritten away; bare chunk ids remain. With --verify this is checked.
-    """
+    Purged chunks are excluded from search, neighbours (those computed before, too), continuations and training. With
+    --erase their text, tokens and vectors are removed from the files as well; only chunk ids remain.
+
+    With --shard only that share of the parts is scanned, and nothing is purged: run the same command without it
+    afterwards. @FILE is a file with a value per line, @- is standard input, @@x is a value that begins with @.
+    """  # fmt: skip
     with output.errors(as_json):
-        from retrotool.purge import affected as find_affected
         from retrotool.purge import run as purge_run
-        from retrotool.purge.erase import erase as erase_purges
-        from retrotool.purge.erase import retrain_indexes
         from retrotool.purge.select import Selectors, kinds_of
-        from retrotool.purge.undo import undo as undo_purge
 
         selectors = Selectors(
-            ids=ids, chunk=tuple(chunk or ()), documents=documents, document=tuple(document or ()), where=where,
-            pattern=pattern, patterns=patterns, terms=terms, pii=kinds_of(pii),
-            near_duplicates_of=near_duplicates_of, contaminates=contaminates, duplicates=duplicates, every=every,
-            whole_documents=whole_documents, allow_lossy=allow_lossy, like=like, within=within, encoder=encoder,
-            classifier=classifier, label=label, above=above, device=device,
+            chunk=at_files(chunk), document=at_files(document), where=where, pattern=at_files(pattern), terms=terms,
+            pii=kinds_of(pii), near_duplicates_of=at_files(near_duplicates_of), contaminates=contaminates,
+            duplicates=duplicates, every=every, whole_documents=whole_documents, allow_lossy=allow_lossy,
+            like=None if like is None else at_file(like), within=within, device=first_device(devices),
+            **_classifier(classifier),
         )  # fmt: skip
-        given = {
-            "--verify": verify, "--undo": undo, "--affected": affected is not None,
-            "--shard": shard is not None, "--reason": reason is not None, "--who": who is not None,
-            "--dry-run": dry_run, "--erase": erase,
-            "--older-than": older_than is not None, "--retrain-index": retrain_index, "--out": out is not None,
-            "selectors": selectors != Selectors(), "PURGE": bool(purges),
-        }  # fmt: skip
-        _check(given)
-        named = list(purges or [])
-        if (verify or undo) and len(named) != 1:
-            raise UsageError(f"{'--verify' if verify else '--undo'} takes one PURGE", _HELP)
-        if verify:
-            _write_receipt(context, store=store, purge=named[0], out=out or Path(), as_json=as_json)
-        elif undo:
-            undone = undo_purge(store, named[0], reason=_given(reason), who=who)
-            output.show(undone, as_json, purge_text.undone)
-        elif affected is not None:
-            found = find_affected.affected(store, affected, named, out=out)
-            output.show(found, as_json, purge_text.affected_text)
+        if selectors == Selectors(device=selectors.device) and not (dry_run or erase or shard or reason or out):
+            output.show(purge_run.list_purges(store), as_json, lambda found: list_text(store, found))
         elif shard is not None:
-            output.show(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json, purge_text.scanned)
+            _check_scan(erase=erase, out=out)
+            output.show(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json, _scanned)
         else:
-            confirm = partial(_confirmed, yes=yes, erase=erase, as_json=as_json)
-            if named or older_than is not None:
-                age = None if older_than is None else _seconds(older_than)
-                agreed = partial(confirm, said="Nothing was erased.")
-                erased = erase_purges(store, named, older_than=age, confirm=agreed)
-                done = bool(erased.purges)
-                output.show(erased, as_json, lambda result: purge_text.erased(store, result))
-            else:
-                result = purge_run.purge(
-                    store, selectors, reason=_given(reason), who=who, dry_run=dry_run, out=out, erase=erase,
-                    confirm=partial(confirm, said="Nothing was purged."),
-                )  # fmt: skip
-                done = not dry_run
-                output.show(result, as_json, lambda result: purge_text.purged(store, result, erase))
-            if retrain_index and done:
-                for sentence in retrain_indexes(store):
-                    output.note(sentence)
+            confirm = partial(confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
+            result = purge_run.purge(
+                store, selectors, reason=reason, dry_run=dry_run, out=out, erase=erase, confirm=confirm
+            )
+            output.show(result, as_json, lambda result: _text(store, result, erase))
 
 
-def _write_receipt(context: typer.Context, **arguments: object) -> None:
-    """Run the command ``receipt``, which is above this one: it reads a store in every way that a command does."""
-    assert context.parent is not None, "the group of all commands"
-    group: Any = context.parent.command
-    group.get_command(context, "receipt").callback(**arguments)
+def _classifier(text: str | None) -> dict[str, Any]:
+    """Split MODEL=LABEL:SCORE; a part that is missing is None."""
+    if text is None:
+        return {}
+    model, equals, rest = text.rpartition("=")
+    label, colon, score = rest.rpartition(":")
+    if not (equals and colon):
+        return {"classifier": text}
+    try:
+        return {"classifier": model, "label": label, "above": float(score)}
+    except ValueError:
+        raise UsageError(f"--classifier {text}: {score!r} is not a score", "Give MODEL=LABEL:SCORE.") from None
 
 
-def _check(given: dict[str, bool]) -> None:
-    """``UsageError`` for options that do not go together."""
-    for option, others in _ALONE.items():
-        if given[option]:
-            wrong = [name for name, is_given in given.items() if is_given and name not in (option, *others)]
-            if wrong:
-                with_what = f"goes with {', '.join(others)} and --json"
-                raise UsageError(f"{option} {with_what}, not with {', '.join(wrong)}", _HELP)
-            return
-    if given["--older-than"] or given["PURGE"]:
-        wrong = [name for name in ("selectors", "--dry-run") if given[name]]
-        if wrong or not given["--erase"]:
-            raise UsageError(_EARLIER, _HELP)
-    for option, others in (("--out", ("--dry-run", "--verify", "--affected")), ("--retrain-index", ("--erase",))):
-        if given[option] and not any(given[other] for other in others):
-            raise UsageError(f"{option} goes with {' or '.join(others)}", _HELP)
+def _check_scan(**options: object) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise UsageError(f"--shard can't be combined with {', '.join(given)}", "A share of a scan purges nothing.")
 
 
-def _confirmed(planned: PurgeResult | EraseResult, *, yes: bool, erase: bool, said: str, as_json: bool) -> bool:
-    """Ask before much is purged or erased; a no ends the command with what is ``said``."""
-    much = max(getattr(planned, "share", 0.0), planned.unerased_share) > ASK_ABOVE
-    if much and not yes and not purge_text.agrees(purge_text.warning(planned, erase)):
-        output.stop(said, as_json)
-    return True
+def list_text(store: str, found: PurgeList) -> str:
+    """Describe the purges of a store."""
+    if not found.purges:
+        return f"Nothing was purged from {store}."
+    rows = [(p.purge, p.time[:19], p.chunks, p.state, output.one_line(p.reason)) for p in found.purges]
+    return output.table(rows, ("purge", "time (UTC)", "chunks", "state", "reason"))
 
 
-def _given(reason: str | None) -> str:
-    if reason is None:
-        raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
-    return reason
+def _text(store: str, result: PurgeResult, erase: bool) -> str:
+    documents = output.count(result.documents, "whole document")
+    what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
+    before = f"; {result.already_purged:,} more were not live before" if result.already_purged else ""
+    if result.dry_run:
+        lines = [f"Would purge {what}{before}. Nothing was changed."]
+        if erase:
+            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{copies_text(result)}.")
+        return "\n".join([*lines, *_review(store, result), *_same_text(store, result)])
+    lines = []
+    if not result.purge and not result.erased:
+        lines.append(f"Nothing to purge{before}.")
+    if result.purge and (result.chunks or not result.erased):
+        lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
+    if result.blocked and not result.chunks:
+        lines.append(f"Added to the block list: {result.blocked:,} (hashes of ids, texts and tokens).")
+    return "\n".join(lines + erased_lines(store, result) + _same_text(store, result))
 
 
-def _seconds(age: str) -> float:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-    if re.fullmatch(r"[0-9]+[smhdw]", age) is None:
-        raise UsageError(f"--older-than {age!a} is no age", "Give for example 7d, 12h or 2w.")
-    seconds = float(age[:-1]) * units[age[-1]]
-    if seconds > time.time():
-        raise UsageError(f"--older-than {age[:40]}: no purge is older than 1970", "Give for example 7d, 12h or 2w.")
-    return seconds
+def _same_text(store: str, result: PurgeResult) -> list[str]:
+    same = result.same_text
+    if not same.documents:
+        return []
+    names = ", ".join(map(output.one_line, same.first))
+    others = f"{same.documents - len(same.first):,} more" if same.documents > len(same.first) else ""
+    given = [word for name in same.first for word in ("--document", f"@{name}" if name.startswith("@") else name)]
+    command = output.one_line(shlex.join(["retrotool", "purge", str(store), *given]))
+    which = " and ".join(filter(None, (names, others)))
+    return [f"The same text is still live in {which}. To purge it there: {command} --reason ..."]
+
+
+def _review(store: str, result: PurgeResult) -> list[str]:
+    """Describe a selection by selector, source and document, with examples, and what an erase would rewrite."""
+    lines = [
+        f"  --{', '.join(filter(None, (match.selector, match.name)))}: {output.count(match.chunks, 'chunk')}"
+        for match in result.matches
+        if len(result.matches) > 1
+    ]
+    review = result.review
+    if review is None or not result.chunks:
+        return lines
+    lines += _counts("by source", review.sources, result.chunks)
+    lines += _counts("by document", review.documents, result.chunks)
+    lines.append("  examples")
+    lines += [_marked(example) for example in review.examples]
+    lines.append(f"  an erase would rewrite {_rewritten(review.touched)}")
+    if result.out:
+        command = shlex.join(["retrotool", "purge", str(store), "--chunk", f"@{result.out}"])
+        lines.append(f"Purge just these chunks: {output.one_line(command)} --reason ...")
+    return lines
+
+
+def _counts(title: str, counts: Sequence[Count], total: int) -> list[str]:
+    width = max(len(f"{one.chunks:,}") for one in counts)
+    more = total - sum(one.chunks for one in counts)
+    return [
+        f"  {title}",
+        *(f"    {one.chunks:>{width},}  {output.one_line(one.name or '(none)')}" for one in counts),
+        *([f"    and {output.count(more, 'chunk')} more"] if more > 0 else []),
+    ]
+
+
+def _marked(example: Example) -> str:
+    """Describe a chunk, with [[ ]] around the match in its text."""
+    text, begin, end = example.text, example.begin, example.end
+    if end > begin:
+        low, high = max(begin - _AROUND, 0), min(end + _AROUND, len(text))
+        shown = f"{text[low:begin]}[[{text[begin:end]}]]{text[end:high]}"
+        shown = ("…" if low else "") + shown + ("…" if high < len(text) else "")
+    else:
+        shown = text[:_SHOWN] + ("…" if len(text) > _SHOWN else "")
+    figure = "" if example.figure is None else f", {_FIGURES.get(example.selector, 'figure')} {example.figure:.4f}"
+    return f"    {example.chunk} of {output.one_line(example.document)}{figure}: {output.one_line(shown)}"
+
+
+def _rewritten(touched: Touched) -> str:
+    what = [output.count(touched.parts, "part")]
+    what += [output.count(touched.shards, "index shard")] if touched.shards else []
+    rows = output.count(touched.rows, "row")
+    what += [f"{output.count(touched.tables, 'table')} of neighbours ({rows})"] if touched.tables else []
+    time = f"about {touched.seconds:,.0f} s" if touched.seconds >= 1 else "less than a second"
+    return f"at most {', '.join(what)}: {output.size(touched.bytes)}, {time}"
+
+
+def _scanned(result: ScanResult) -> str:
+    lines = [f"Scanned {result.parts:,} of {output.count(result.of, 'part')}. Nothing was purged."]
+    if result.elsewhere:
+        lines.append(f"Other running jobs hold {output.count(result.elsewhere, 'part')}.")
+    if result.done:
+        lines.append("All parts are scanned. Next: the same command without --shard.")
+    else:
+        lines.append("When all jobs have ended, run the same command without --shard; it scans what remains.")
+    return "\n".join(lines)

@@ -54,6 +54,7 @@ from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.neighbours.stage import database_of
 from retrotool.purge import purged_chunks
+from retrotool.purge.purged_chunks import check_purge, find_purge
 from retrotool.purge.selectors import scan
 from retrotool.store import folding, log, neighbour_tables, parts
 from retrotool.store.folding import writing
@@ -342,14 +343,16 @@ def erase(
     purges: Sequence[str] = (),
     *,
     older_than: float | None = None,
+    dry_run: bool = False,
     confirm: Callable[[EraseResult], bool] = lambda _: True,
 ) -> EraseResult:
     """Erase the chunks of purges, given by their ids, or of all that are older than so many seconds.
 
     ``UsageError`` for one that the store has not. What is erased already is no error: an erase that was interrupted
-    goes on. ``confirm`` is asked before anything is rewritten; False leaves everything as it is.
+    is resumed. ``confirm`` is asked before anything is rewritten; False, or ``dry_run``, leaves everything unchanged.
     """
     store = Store.open(root)
+    purges = [find_purge(store, purge) for purge in purges]
 
     def attempt() -> EraseResult:
         # Selected again each time: a purge may have been undone since the last attempt.
@@ -362,7 +365,7 @@ def erase(
             purges=wanted, unerased=n, unerased_share=n / max(purged_chunks.count_rows(store), 1), copies=copied,
             commit=store.state.number,
         )  # fmt: skip
-        if n and not confirm(planned):
+        if dry_run or (n and not confirm(planned)):
             return planned
         with writing(store) as run:
             _name_copies(store, run, left, copies)
@@ -373,7 +376,7 @@ def erase(
 
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
     for purge in purges:
-        purged_chunks.check_purge(store, purge)
+        check_purge(store, purge)
     if older_than is None:
         return list(dict.fromkeys(purges))
     before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
@@ -479,7 +482,7 @@ _PLAIN = ("Flat", "SQfp16")
 
 
 def retrain_indexes(root: str | Path) -> Iterator[str]:
-    """Train every index anew that has learned anything; what was done, and what to run then, as sentences."""
+    """Train every index again that learned from vectors; yield what was done, and what to run next."""
     store = Store.open(root)
     records = {name: index_record(store.state, name) for name in store.state.names("index")}
     trained = [name for name, record in records.items() if record is None or record.factory not in _PLAIN]
@@ -488,13 +491,13 @@ def retrain_indexes(root: str | Path) -> Iterator[str]:
             result = index(root, name=name, options=Options(retrain=True))
         except UsageError as error:  # too few vectors are left for as many lists, perhaps
             again = shlex.join(["retrotool", "index", str(root), "--name", name, "--retrain"])
-            yield f"Index {name!r} is as it was: {error}. {error.advice} With: {again}"
+            yield f"Index {name!r} is unchanged: {error}. {error.advice} Then run: {again}"
         else:
-            yield f"Index {name!r} was trained anew, with {result.vectors:,} vectors."
+            yield f"Index {name!r} was trained again, with {result.vectors:,} vectors."
     store.refresh()
     for table, record in store.state.with_prefix("neighbours:").items():
         if record.get("index") in trained:
             database = database_of(store, table)[0]
             if is_same_store(store, database):
                 again = table_command(store, table, database)
-                yield f"Neighbours {table!r} are of the old training. Compute them anew: {again}"
+                yield f"Neighbours {table!r} were found with the old training. Compute them again: {again}"

@@ -21,6 +21,7 @@ Cost of ``find_same_text``: nothing, unless a selected chunk was rejected; then 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ class SameText:
 NO_TEXT = SameText(0, ())
 
 
+def find_purge(store: Store, purge: str) -> str:
+    """Return the id of a purge: ``purge`` itself, or if that is "last" the newest one that was not undone."""
+    standing = standing_purges(store.state)
+    return max(standing, key=lambda one: int(standing[one]["commit"]), default=purge) if purge == "last" else purge
+
+
 def check_purge(store: Store, purge: str) -> Record:
     """Return the record of a purge; ``UsageError`` if the store has none of this id, or it was undone."""
     record: Record | None = store.state.records.get(PREFIX + purge)
@@ -74,13 +81,17 @@ def check_purge(store: Store, purge: str) -> Record:
         known = sorted(standing, key=lambda one: int(standing[one]["commit"]))
         more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
         have = f"it has: {', '.join(known[-_LISTED:])}{more}" if known else "it has none"
-        raise UsageError(f"{store.place} has no purge {purge!r}; {have}", f"See: retrotool log {store.place}")
+        raise UsageError(f"{store.place} has no purge {purge!r}; {have}", f"List them: {_listing(store)}")
     if "undone" in record:
         raise UsageError(
             f"the purge {purge!r} was undone by commit {record['undone']}: its chunks are not purged",
-            f"See: retrotool log {store.place}",
+            f"List purges: {_listing(store)}",
         )
     return record
+
+
+def _listing(store: Store) -> str:
+    return shlex.join(["retrotool", "purge", store.place])
 
 
 @contextmanager

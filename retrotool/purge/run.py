@@ -35,7 +35,7 @@ from retrotool.purge.select import Match, Selection, Selectors, same_selector, s
 from retrotool.purge.selectors.scan import ScanStage, scan_files
 from retrotool.purge.selectors.selector import Decoder, TextBlock
 from retrotool.ranges import spread
-from retrotool.store import blocked, parts
+from retrotool.store import blocked, log, parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -44,7 +44,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import named_chunks, tombstone_paths, write_tombstones
+from retrotool.store.tombstones import PREFIX, named_chunks, tombstone_paths, write_tombstones
 
 EXAMPLES, LARGEST = 10, 10
 _REWRITTEN = 20e6
@@ -146,7 +146,7 @@ def purge(
     root: str | Path,
     selectors: Selectors,
     *,
-    reason: str,
+    reason: str | None = None,
     who: str | None = None,
     dry_run: bool = False,
     out: str | Path | None = None,
@@ -155,11 +155,14 @@ def purge(
 ) -> PurgeResult:
     """Purge what selectors mean, and erase it if asked to.
 
-    ``reason`` and ``who`` (None: the user of this process) stay in the log. ``confirm`` is asked with what would be
-    done, unless it is a dry run; False leaves everything as it is. ``out``: a new file for the ids of the chunks that
-    a dry run selects and that are not purged yet, one a line, which ``Selectors.ids`` reads.
+    ``reason``, which a dry run does not need, and ``who`` (default: see ``signed``) stay in the log. ``confirm`` is
+    called with what would be done, unless it is a dry run; False leaves everything unchanged. ``out`` is a new file for
+    the ids of the live chunks that a dry run selects, one per line, as ``Selectors.chunk`` reads it.
     """
-    who = signed(reason, who)
+    if not dry_run:
+        if reason is None:
+            raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
+        who = signed(reason, who)
     if out is not None:
         if not dry_run:
             raise UsageError("--out is for the ids that a dry run selects", "Give --dry-run, too.")
@@ -187,9 +190,48 @@ def purge(
             if not confirm(planned):
                 return planned
             agreed = planned.chunks, planned.unerased
-        return _carry_out(store, selection, planned, reason, who, erase)
+        return _carry_out(store, selection, planned, str(reason), str(who), erase)
 
     return retry_overtaken(attempt, store.renew)
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeEntry:
+    """A purge in a list: its ``time`` (UTC), and its ``state``: "purged", "erased" or "undone"."""
+
+    purge: str
+    time: str
+    state: str
+    chunks: int
+    documents: int
+    selector: str
+    reason: str
+    who: str
+    commit: int
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeList:
+    """The purges of a store, the newest last."""
+
+    purges: tuple[PurgeEntry, ...]
+    commit: int
+
+
+def list_purges(root: str | Path) -> PurgeList:
+    """List the purges of a store; reads a commit for each."""
+    state = (store := Store.open(root)).state
+    found = []
+    for purge, record in sorted(state.with_prefix(PREFIX).items(), key=lambda item: int(item[1]["commit"])):
+        commit = log.read(store.storage, int(record["commit"]))
+        found.append(
+            PurgeEntry(
+                purge, "" if commit is None else commit.time,
+                "undone" if "undone" in record else "erased" if record["erased"] else "purged",
+                *(record[name] for name in ("chunks", "documents", "selector", "reason", "who", "commit")),
+            )
+        )  # fmt: skip
+    return PurgeList(tuple(found), state.number)
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:

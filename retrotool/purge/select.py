@@ -28,10 +28,10 @@ from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
 from retrotool.purge.selectors.like import near
 from retrotool.purge.selectors.lookup import Lookup, chunks_of, select_ids
-from retrotool.purge.selectors.patterns import Patterns, compiled, read_patterns
+from retrotool.purge.selectors.patterns import Patterns, read_patterns
 from retrotool.purge.selectors.pii import KINDS, PersonalData
 from retrotool.purge.selectors.scan import ScanStage, read_scan
-from retrotool.purge.selectors.selector import Selector, read_selector_lines
+from retrotool.purge.selectors.selector import GivenValue, Selector, Values, check_selector_text, read_values
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
 from retrotool.store.blocked import Hashes, read_blocked
@@ -45,29 +45,31 @@ _ADVICE = "Nothing was purged. See: retrotool purge --help"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selectors:
-    """What to select: what any of these means, or with ``every`` what all of them mean.
+    """What to select: the union of all selectors, or with ``every`` their intersection.
 
-    ``ids`` and ``documents`` are files with an id a line, ``chunk`` and ``document`` such ids themselves; ``where`` is
-    an expression over document columns, ``pattern`` one of RE2 over text, ``patterns`` a file with such ones.
-    ``terms`` is a file of words and names. ``pii`` are kinds of personal data (``selectors.pii.KINDS``).
-    ``near_duplicates_of`` is a file of chunk ids whose copies are meant, ``contaminates`` a store of evaluation text,
-    ``duplicates``: chunks that repeat one before them. ``like`` is a text, or a file of text: chunks whose stored
-    vector is ``within`` of its, as squared L2 (``encoder``: by which embeddings, if the store has several).
-    ``classifier`` is a model directory: chunks to which it gives ``label`` with a score of ``above`` or more.
-    ``device`` is where these two models run. ``whole_documents`` widens to the documents of what is meant.
-    ``allow_lossy``: text may be looked at folded (``selectors.selector``), where the tokenizer loses case or spacing.
+    A ``Values`` is a value, a ``Path`` (a file with a value a line), or several of these.
+
+    * ``chunk``, ``document``: ids of chunks and of documents.
+    * ``where``: an expression over document columns.
+    * ``pattern``: RE2 patterns over text. ``terms``: a file of words and names. ``pii``: kinds of personal data
+      (``selectors.pii.KINDS``).
+    * ``near_duplicates_of``: ids of chunks whose copies to select. ``contaminates``: a store of evaluation text.
+      ``duplicates``: chunks that repeat an earlier one.
+    * ``like``: a text, or the ``Path`` of a text file; selects chunks whose stored vector is ``within`` that squared L2
+      distance of it, by the embeddings of ``encoder`` (None: those that are searched by default).
+    * ``classifier``: a model directory; selects chunks to which it gives ``label`` with a score of at least ``above``.
+    * ``device``: where these two models run.
+    * ``whole_documents``: extend the selection to all chunks of its documents.
+    * ``allow_lossy``: search folded text (``selectors.selector``) if the tokenizer loses case or spacing.
     """
 
-    ids: str | Path | None = None
-    chunk: tuple[int, ...] = ()
-    documents: str | Path | None = None
-    document: tuple[str, ...] = ()
+    chunk: Values = ()
+    document: Values = ()
     where: str | None = None
-    pattern: str | None = None
-    patterns: str | Path | None = None
+    pattern: Values = ()
     terms: str | Path | None = None
     pii: tuple[str, ...] = ()
-    near_duplicates_of: str | Path | None = None
+    near_duplicates_of: Values = ()
     contaminates: str | Path | None = None
     duplicates: bool = False
     like: str | Path | None = None
@@ -83,22 +85,18 @@ class Selectors:
 
     def read(self, store: Store) -> Request:
         """Read what is in files; ``UsageError`` if nothing is asked for, or what can't be looked for in this store."""
-        names = ("where", "pattern", "like", "contaminates", "encoder", "label")
-        given = [(name, value) for name in names if (value := getattr(self, name)) is not None]
-        for name, value in (*given, *(("document", one) for one in self.document)):
-            check_selector_text(f"--{name}", str(value))
-        lookups: list[Lookup] = []
-        if self.ids is not None or self.chunk:
-            lookups.append(Lookup("ids", (*_lines("--ids", self.ids), *map(str, self.chunk))))
-        if self.documents is not None or self.document:
-            lookups.append(Lookup("documents", (*_lines("--documents", self.documents), *self.document)))
+        for name in ("where", "like", "contaminates", "encoder", "label"):
+            if (value := getattr(self, name)) is not None:
+                check_selector_text(f"--{name}", str(value))
+        ids = (("chunk", self.chunk), ("document", self.document))
+        lookups = [Lookup(kind, values) for kind, given in ids if (values := read_values(f"--{kind}", given, "id"))]
         if self.where is not None:
-            lookups.append(Lookup("where", (self.where,)))
+            lookups.append(Lookup("where", (GivenValue(self.where),)))
         if self.duplicates:
             lookups.append(Lookup("duplicates"))
         scanned = self._scanned(store)
         if not lookups and not scanned:
-            raise UsageError("nothing says what to purge", "Give --ids, --documents, --where, --pattern or another.")
+            raise UsageError("nothing says what to purge", "Give --document, --where, --pattern or another.")
         if not self.allow_lossy and not store.identity.tokenizer.lossless:
             for selector in scanned:
                 if selector.reads_text:
@@ -112,21 +110,14 @@ class Selectors:
 
     def _scanned(self, store: Store) -> list[Selector]:
         found: list[Selector] = []
-        patterns: tuple[str, ...] = ()
-        if self.pattern is not None:
-            compiled(self.pattern)  # what can't be is told before anything is read
-            patterns += (self.pattern,)
-        if self.patterns is not None:
-            patterns += read_patterns(str(self.patterns))
-        if patterns:
+        if patterns := read_patterns(self.pattern):
             found.append(Patterns(patterns))
         if self.terms is not None:
             found.append(Terms(read_terms(Path(self.terms))))
         if self.pii:
             found.append(PersonalData(self.pii))
-        if self.near_duplicates_of is not None:
-            ids = select_ids(store, _lines("--near-duplicates-of", self.near_duplicates_of))
-            found.append(NearDuplicates(tuple(ids.tolist())))
+        if copied := read_values("--near-duplicates-of", self.near_duplicates_of, "id"):
+            found.append(NearDuplicates(tuple(select_ids(store, copied).tolist())))
         if self.contaminates is not None:
             evaluation = Store.open(self.contaminates)
             as_of = f"{evaluation.identity.uuid} {evaluation.state.number}"
@@ -135,12 +126,12 @@ class Selectors:
         if self.like is not None:
             found.append(near(store, self.like, self.within, self.encoder, self.device))
         elif self.within is not None or self.encoder is not None:
-            alone = "--within" if self.within is not None else "--encoder"
-            raise UsageError(f"{alone} goes with --like", _ADVICE)
+            alone = "--within" if self.within is not None else "an encoder"
+            raise UsageError(f"{alone} needs --like TEXT", _ADVICE)
         if self.classifier is not None:
             found.append(classified(self.classifier, self.label, self.above, self.device))
         elif self.label is not None or self.above is not None:
-            raise UsageError(f"{'--label' if self.label is not None else '--above'} goes with --classifier", _ADVICE)
+            raise UsageError("a label and a score need a classifier", _ADVICE)
         return found
 
 
@@ -302,30 +293,21 @@ def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
     return np.unique(np.concatenate(found))
 
 
-def _lines(option: str, path: str | Path | None) -> tuple[str, ...]:
-    return () if path is None else read_selector_lines(option, path, "id")
-
-
 def signed(reason: str, who: str | None) -> str:
-    """Who does it, for the log: ``who`` or the user of this process; ``UsageError`` for words that can't stay there."""
+    """Return who purges, for the log: ``who``, else ``$RETROTOOL_WHO``, else the user of this process.
+
+    ``UsageError`` for a ``reason`` or name that can't be stored.
+    """
     if not reason.strip():
         raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
-    if who is None:
+    if (who := who or os.environ.get("RETROTOOL_WHO")) is None:
         try:
             who = getpass.getuser()
         except (KeyError, OSError):  # a container's user may have a number and no name
             who = f"user {os.getuid()}"
     check_selector_text("--reason", reason)
-    check_selector_text("--who", who)
+    check_selector_text("RETROTOOL_WHO", who)
     return who
-
-
-def check_selector_text(option: str, text: str) -> None:
-    """``UsageError`` for text that has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{option} {text!a} is not UTF-8", "Nothing was purged.") from None
 
 
 def kinds_of(text: str | None) -> tuple[str, ...]:

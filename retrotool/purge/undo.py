@@ -1,4 +1,4 @@
-"""``purge --undo``: undo a purge, in one commit, as long as nothing of it was erased.
+"""``undo``: undo a purge, in one commit, as long as nothing of it was erased.
 
 The purge's tombstones and its block list leave the state, and so does its selector file. Which chunks it had is kept
 (``undone/``): a reader with a view from before still has its tombstones. What another purge names, or a ``chunk``
@@ -14,6 +14,7 @@ again since. Memory: one part, and the tombstones.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.stage import table_record
 from retrotool.purge import purged_chunks
+from retrotool.purge.purged_chunks import find_purge
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
 from retrotool.store.folding import writing
@@ -93,6 +95,7 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
     """
     who = signed(reason, who)
     store = Store.open(root)
+    purge = find_purge(store, purge)
     with writing(store) as run:  # which takes away what one that was killed left of the files
 
         def attempt() -> UndoResult:
@@ -142,7 +145,7 @@ def weigh(store: Store, purge: str) -> Undoable:
     if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
         raise UsageError(
             f"an erase of purge {purge} was begun, so some of its chunks are gone",
-            "Finish it: run the same purge again with --erase.",
+            "Finish it: " + shlex.join(["retrotool", "erase", store.place, purge]),
         )
     after = Tombstones(named_chunks(store, others))
     live, weights = purged_chunks.weigh_chunks(store, own, after)

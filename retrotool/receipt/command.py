@@ -1,14 +1,15 @@
-"""``retrotool purge STORE PURGE --verify``: the command that ``purge`` runs for it, and what it prints."""
+"""``retrotool receipt``."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, arg, opt
+from retrotool.cli.options import Json, StoreArgument, arg, complete_purges, opt
 from retrotool.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -16,16 +17,23 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  retrotool purge store p1a2b3c4d --verify --out receipts"""
+  retrotool receipt store last
+  retrotool receipt store p1a2b3c4d --out receipts
+
+Exit codes: 0 OK, 2 usage, 12 something of the purge is left, or can't be checked."""
 
 
 def command(
     store: StoreArgument,
-    purge: Annotated[str, arg("The purge to check.", metavar="PURGE")],
-    out: Annotated[Path, opt("The folder of the receipt.", metavar="PATH")] = Path(),
+    purge: Annotated[str, arg("Id of the purge; last is the newest one.", metavar="PURGE", complete=complete_purges)],
+    out: Annotated[Path, opt("Folder for the receipt; made if it does not exist.", metavar="DIR")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Check that a purge holds and an erase left nothing, and write a receipt: JSON, and a page to print."""
+    """Check that nothing of a purge is left, and write a receipt.
+
+    Every file of the store that can hold something of an erased purge is decoded, and every read path is exercised.
+    The receipt is a JSON file, receipt-PURGE.json, and a page to print, receipt-PURGE.html.
+    """
     with output.errors(as_json):
         from retrotool.receipt import run as receipt_run
 
@@ -52,7 +60,7 @@ def _text(store: str, result: VerifiedPurge) -> str:
         lines.append(f"FAILED: {output.count(len(receipt.problems), 'problem')}")
         lines += [f"  problem: {output.one_line(problem)}" for problem in receipt.problems]
     if receipt.state != "erased":
-        lines.append(f"To erase it: retrotool purge {store} {receipt.purge} --erase")
+        lines.append(f"To erase it: {shlex.join(['retrotool', 'erase', store, receipt.purge])}")
     lines.append(f"Receipt: {result.json} and {result.page}")
     if result.commit is None:
         lines.append("The store can't be written to, so its log does not name the receipt.")

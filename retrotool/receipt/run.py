@@ -26,7 +26,7 @@ from retrotool.cli import output, pages, result_files
 from retrotool.engine.progress import counting
 from retrotool.errors import StorageError
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge.purged_chunks import check_purge, unerased
+from retrotool.purge.purged_chunks import check_purge, find_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
 from retrotool.store.folding import writing
@@ -124,10 +124,12 @@ def verdict(receipt: Receipt) -> str:
 def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> VerifiedPurge:
     """Check a purge, and write the receipt ``receipt-PURGE.json`` and ``.html`` into the folder ``out``.
 
-    ``UsageError`` if there is no such purge, or it was undone.
+    ``purge`` "last" is the newest. ``UsageError`` if there is no such purge, or it was undone.
     """
     store = Store.open(root)
-    check_purge(store, purge)
+    check_purge(store, purge := find_purge(store, purge))
+    result_files.check_outside("--out", out, "folder")
+    Path(out).mkdir(parents=True, exist_ok=True)
     targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")}
     for path in targets.values():
         result_files.check_file("--out", path)

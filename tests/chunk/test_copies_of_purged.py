@@ -74,7 +74,7 @@ def test_a_copy_in_a_plan_that_is_not_finished_is_purged_with_its_original(dupli
     assert verified(store).documents == 5
     assert set(found.purges) == {first}
     assert (found.purges[first]["documents"], found.purges[first]["erased"]) == (2, bool(erase))
-    assert run_cli("purge", store, first, "--erase", "--yes").exit_code == 0
+    assert run_cli("erase", store, first, "--yes").exit_code == 0
     assert not text_on_disk(store)
     assert all(record["erased"] for record in api.info(store).purges.values())
     assert api.verify_purge(store, first, out=tmp_path).receipt.ok
@@ -104,11 +104,11 @@ def test_by_id_and_for_each_purge_and_taken_back(tmp_path):
     assert names(store) == [row["id"] for row in OTHERS]
     assert {purge: record["documents"] for purge, record in api.info(store).purges.items()} == {of_x: 2, of_a: 2}
     assert len(read_blocked(Store.open(store))) == 3 + 3, "of what was selected"
-    undone = run_cli("purge", store, of_a, "--undo", "--reason", "kept after all")
+    undone = run_cli("undo", store, of_a, "--reason", "kept after all")
     assert undone.exit_code == 0 and "2 whole documents" in undone.stdout
     assert names(store) == [*(row["id"] for row in OTHERS), "a", "b"]
-    undone = run_cli("purge", store, of_x, "--undo", "--reason", "kept after all")
-    assert undone.exit_code == 0 and "There twice now: 1 document," in undone.stdout
+    undone = run_cli("undo", store, of_x, "--reason", "kept after all")
+    assert undone.exit_code == 0 and "1 document has the id of another that was added since" in undone.stdout
     assert names(store) == ["x", *(row["id"] for row in OTHERS), "a", "b"]
     assert verified(store).documents == 8
 
@@ -119,7 +119,7 @@ def test_what_several_purges_keep_back_stays_until_the_last_is_undone(tmp_path):
     assert run_chunk(store, path).exit_code == 0
     assert "y" not in names(store)
     for one, live in zip(several, (False, True), strict=True):
-        assert run_cli("purge", store, one, "--undo", "--reason", "kept after all").exit_code == 0
+        assert run_cli("undo", store, one, "--reason", "kept after all").exit_code == 0
         assert ("x" in names(store)) == live
         assert "y" not in names(store), "it repeats x"
         assert verified(store)
@@ -133,7 +133,7 @@ def test_an_undo_leaves_one_live_copy_of_a_text(selected, tmp_path):
     assert run_chunk(store, path, "--duplicates", "fail").exit_code == 1
     purged = purge(store, "--document", selected)
     assert run_chunk(store, path).exit_code == 3
-    assert run_cli("purge", store, purged, "--undo", "--reason", "kept after all").exit_code == 0
+    assert run_cli("undo", store, purged, "--reason", "kept after all").exit_code == 0
     assert names(store) == ["x", *(row["id"] for row in OTHERS), "z"]
     found = api.info(store)
     assert (found.documents, found.rejected) == (6, 1)
@@ -147,7 +147,7 @@ def test_an_undo_leaves_no_part_of_a_document_that_repeats(tmp_path):
     assert chunk >= join_id(1, 0), "of the other version"
     purged = purge(store, "--chunk", chunk)
     assert run_chunk(store, path).exit_code == 3
-    assert run_cli("purge", store, purged, "--undo", "--reason", "kept after all").exit_code == 0
+    assert run_cli("undo", store, purged, "--reason", "kept after all").exit_code == 0
     assert retrotool.open(store).document("x") == [0]
     assert names(store) == ["x", *(row["id"] for row in OTHERS)]
     assert verified(store).documents == 5

@@ -39,7 +39,7 @@ def stage_units(store: Path, paths: list[Path], units: list[int], monkeypatch: p
 
 def purge(store: Path, folder: Path, *ids: str, erase: bool = False) -> None:
     (folder / "takedown.txt").write_text("".join(f"{name}\n" for name in ids))
-    arguments = ["--documents", folder / "takedown.txt", "--reason", "r", "--yes", *(["--erase"] if erase else [])]
+    arguments = ["--document", f"@{folder / 'takedown.txt'}", "--reason", "r", "--yes", *(["--erase"] if erase else [])]
     result = run_cli("purge", store, *arguments)
     assert result.exit_code == 0, result.output
 

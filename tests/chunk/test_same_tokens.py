@@ -74,7 +74,7 @@ def test_it_is_let_in_on_request_and_after_the_purge_is_undone(tmp_path):
     assert run_chunk(store, again, "--allow-purged").exit_code == 0
     assert names(store) == ["copy"]
     (purged,) = api.info(store).purges
-    assert run_cli("purge", store, purged, "--undo", "--reason", "kept after all").exit_code == 0
+    assert run_cli("undo", store, purged, "--reason", "kept after all").exit_code == 0
     assert not len(read_blocked(Store.open(store)))
     assert verified(store).documents == 2
 
@@ -131,7 +131,7 @@ def test_a_purge_takes_it_from_a_plan_that_is_not_finished(erase, tmp_path):
     assert names(store) == [row["id"] for row in OTHERS]
     ((first, record),) = api.info(store).purges.items()
     assert (record["documents"], record["erased"]) == (2, bool(erase))
-    erased = run_cli("purge", store, first, "--erase", "--yes")
+    erased = run_cli("erase", store, first, "--yes")
     assert erased.exit_code == 0, erased.output
     assert all(record["erased"] for record in api.info(store).purges.values())
     assert verified(store).documents == len(OTHERS)

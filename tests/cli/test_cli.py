@@ -37,13 +37,17 @@ from retrotool.inspect import command as inspect_command
 from retrotool.leakage import command as leakage_command
 from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import command as plan_command
+from retrotool.purge import affected_command, erase_command, undo_command
 from retrotool.purge import command as purge_command
+from retrotool.receipt import command as receipt_command
 from retrotool.search import command as search_command
 
 COMMANDS = {
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
-    "inspect": inspect_command, "leakage": leakage_command, "purge": purge_command, "search": search_command,
-    "export": export_command, "info": info_command, "log": log_command, "verify": verify_command, "plan": plan_command,
+    "search": search_command, "inspect": inspect_command, "leakage": leakage_command,
+    "purge": purge_command, "undo": undo_command, "erase": erase_command, "receipt": receipt_command,
+    "affected": affected_command, "export": export_command, "info": info_command,
+    "log": log_command, "verify": verify_command, "plan": plan_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
@@ -125,11 +129,23 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
-        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "purge", "info",
-        "log", "verify", "plan",
+        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "purge", "erase", "receipt",
+        "affected", "undo", "info", "log", "verify", "plan",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
     yield from sorted(found, key=lambda example: "cuda" in example or "--encoder models" in example)
+
+
+def words_of(example: str) -> list[str]:
+    """The words of an example after ``retrotool``, with ids of purges that there are; ``undo`` has one to undo."""
+    words = shlex.split(example)[1:]
+    if words[0] == "undo":
+        api.purge("store", api.Selectors(document="doc-5"), reason="r")
+    if words[0] in ("undo", "erase", "receipt"):
+        there = [one.purge for one in api.list_purges("store").purges if one.state != "undone"]
+        stands_for = {"p1a2b3c4d": there[-1], "p5e6f7a8b": there[0]}
+        words = [stands_for.get(word, word) for word in words]
+    return [str(path) for word in words for path in (sorted(Path().glob(word)) if "*" in word else [word])]
 
 
 def test_every_example_works(workplace, run):
@@ -137,11 +153,7 @@ def test_every_example_works(workplace, run):
 
     shown = {}
     for example in ordered_examples():
-        words = shlex.split(example)[1:]
-        if "p1a2b3c4d" in words:  # a purge that there is
-            words[words.index("p1a2b3c4d")] = next(iter(api.info("store").purges))
-        arguments = [str(path) for word in words for path in (sorted(Path().glob(word)) if "*" in word else [word])]
-        code, out, err = run(*arguments)
+        code, out, err = run(*words_of(example))
         if "cuda" in example and not torch.cuda.is_available():
             assert (code, out) == (2, ""), example
             assert err.startswith("error: "), example
@@ -151,9 +163,10 @@ def test_every_example_works(workplace, run):
         shown[example] = out
     assert len(shown) == sum(len(examples(command)) for command in COMMANDS)
     found = api.info("store")
-    assert (found.documents, len(found.purges)) == (11, 2)  # of the corpus all but doc-3, of the papers none
-    assert "Would purge" in shown[examples("purge")[0]]
-    assert "Erased" in shown[examples("purge")[1]]
+    assert (found.documents, len(found.purges)) == (11, 4)  # of the corpus all but doc-7, of the papers none
+    assert shown[examples("purge")[0]] == "Nothing was purged from store.\n"
+    assert "Would purge" in shown[examples("purge")[1]]
+    assert "Erased" in shown[examples("purge")[2]] and "Erased" in shown[examples("erase")[0]]
 
 
 PATH = {"path": str}
@@ -229,12 +242,12 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
     """What each command says with --json, on one store; each says one object and nothing else."""
     arguments = {
         "chunk": [corpus, "--tokenizer", tiny_encoder, "--part-size", 150, "--workers", 1],
-        "embed": ["--encoder", tiny_encoder, "--device", "cpu"],
+        "embed": ["--encoder", tiny_encoder, "--devices", "cpu"],
         "index": [],
         "neighbours": [],
         "inspect": ["--random", 3],
         "export": [tmp_path / "exported"],
-        "search": ["store index table", "--device", "cpu"],
+        "search": ["store index table", "--devices", "cpu"],
         "purge": ["--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"],
         "verify": [],
         "log": ["--last", 1],
@@ -315,7 +328,7 @@ def test_a_name_that_is_not_utf_8_keeps_no_result_from_being_told(capsys):
 
 
 def test_search_tells_of_what_is_not_in_the_index_and_how_it_gets_there(store_copy, tmp_path, run):
-    command = ("search", store_copy, "store index table", "-k", "1", "--device", "cpu")
+    command = ("search", store_copy, "store index table", "-k", "1", "--devices", "cpu")
     code, _, err = run(*command)
     assert (code, err) == (0, "")
     source = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "a document that came later"}])

@@ -138,7 +138,7 @@ WRONG = [
     "chunk STORE INPUT --key-field question",
     "chunk STORE nothing-*.jsonl",
     "embed STORE --encoder ./gone",
-    "embed STORE --device abacus",
+    "embed STORE --devices abacus",
     "embed STORE --dtype int8",
     "index STORE --encoder nobody",
     "index STORE --name ../up",
@@ -161,9 +161,9 @@ WRONG = [
     "purge STORE --reason _ --where id='x'",
     "purge STORE --reason r --where id",
     "purge STORE --reason r --allow-lossy --pattern (",
-    "purge STORE --erase --older-than 99999999999d",
-    "purge STORE --erase --older-than 7",
-    "purge STORE --reason r --ids gone.txt",
+    "erase STORE --older-than 99999999999d",
+    "erase STORE --older-than 7",
+    "purge STORE --reason r --chunk @gone.txt",
     "purge STORE --reason r --where id!='x'",
 ]
 
@@ -326,7 +326,7 @@ def test_a_large_purge_asks(line, code, told, store_copy, asked):
     before = api.info(store_copy)
     found, out, err = asked(line, "purge", store_copy, *PURGE)
     assert found == code
-    question, _, rest = err.partition(" Go on? [y/N]: ")
+    question, _, rest = err.partition(" Continue? [y/N]: ")
     assert re.fullmatch(r"This purges [\d,]+ chunks, \d\d\.\d% of the store\.", question)
     assert rest.startswith(told) and bool(rest) == bool(told)
     assert ("Purged" in out) == (code == 0)
@@ -339,9 +339,9 @@ def test_an_erase_of_much_asks_too(store_copy, asked):
     assert asked("n\n", "purge", store_copy, *PURGE)[::2] == (0, ""), "it is purged already: there is nothing to ask"
     code, out, err = asked("n\n", "purge", store_copy, *PURGE, "--erase", "--json")
     assert (code, json.loads(out)["error"]) == (1, "Nothing was purged.")
-    assert re.match(r"This erases \d+ chunks for good, \d\d\.\d% of all it ever had\. Go on\?", err)
+    assert re.match(r"This erases \d+ chunks permanently, \d\d\.\d% of all chunks it ever had\. Continue\?", err)
     code, out, err = run("purge", store_copy, *PURGE, "--erase")
-    assert (code, out, "it wants --yes" in err) == (2, "", True), "nobody is there to be asked"
+    assert (code, out, "needs --yes" in err) == (2, "", True), "nobody is there to be asked"
     assert api.info(store_copy).commit == before
     code, out, _ = asked("y\n", "purge", store_copy, *PURGE, "--erase")
     assert (code, out.partition(" ")[0]) == (0, "Erased")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_cli import Run, ordered_examples, run, workplace  # noqa: F401 - fixtures
+from test_cli import Run, ordered_examples, run, words_of, workplace  # noqa: F401 - fixtures
 
 import retrotool
 from retrotool import api
@@ -79,14 +78,11 @@ def test_every_command_reaches_a_store_through_its_storage_alone(workplace: Path
     stores = [workplace / name for name in ("store", "database", "training", "papers", "evaluation", "pairs")]
     with watching(*stores) as seen:
         for example in ordered_examples():
-            words = shlex.split(example)[1:]
-            if "p1a2b3c4d" in words:
-                words[words.index("p1a2b3c4d")] = next(iter(api.info("store").purges))
-            found = [sorted(Path().glob(word)) if "*" in word else [word] for word in words]
-            code, out, err = run(*(str(path) for paths in found for path in paths))
+            words = words_of(example)
+            code, out, err = run(*words)
             assert code in (0, 2), (example, out, err)
         purge = next(iter(api.info("store").purges))
-        for more in (["purge", "store", purge, "--verify"], ["log", "store"], ["verify", "store"]):
+        for more in (["receipt", "store", purge], ["log", "store"], ["verify", "store"]):
             run(*more)
         for _ in RetroDataset("store", sequence_length=128, batch_size=2):
             break

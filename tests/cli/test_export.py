@@ -99,7 +99,7 @@ def purge_some(store: Path, seed: int, *, erase: bool) -> None:
     ids = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
     path = store.with_suffix(".ids")
     path.write_text("".join(f"{i}\n" for i in random.Random(seed).sample(ids, len(ids) // 7)))
-    api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(chunk=Path(path)), reason="test", erase=erase)
 
 
 @pytest.fixture(scope="module", params=["wordpiece", "bytes"])
@@ -146,7 +146,7 @@ def records(tmp_path_factory, tiny_encoder) -> Case:
         *reader.document("d33"),
     ]
     (store.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
-    api.purge(store, api.Selectors(ids=str(store.parent / "ids")), reason="test")
+    api.purge(store, api.Selectors(chunk=store.parent / "ids"), reason="test")
     return Case(store, "main", 2, (("main", 1.0),))
 
 
@@ -257,7 +257,7 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
         store.commit(run, lambda _: Draft("neighbours", add=(entry,), records={"neighbours:main": record}))
     victims = {*rng.integers(0, rows, 500).tolist(), 8189, 16384} - {8190, 8191, 8192}
     (root.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
-    api.purge(root, api.Selectors(ids=str(root.parent / "ids")), reason="test")
+    api.purge(root, api.Selectors(chunk=root.parent / "ids"), reason="test")
     return Case(root, "main", 2, (("main", 1.0),))
 
 

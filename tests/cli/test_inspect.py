@@ -179,7 +179,7 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
     code, out, _ = run(store, "--chunk", 2)
     assert code == 0 and "(No key: a value of a key-value record is never searched. Its key is chunk 0.)" in out
     (tmp_path / "ids").write_text("s\n")
-    api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    api.purge(store, api.Selectors(document=tmp_path / "ids"), reason="test")
     assert "(No neighbours: none was found, or those that were saved are purged.)" in run(store, "--chunk", 0)[1]
 
 

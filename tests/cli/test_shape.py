@@ -53,7 +53,7 @@ def test_documents_are_counted_by_length_and_source(store):
 def test_purged_documents_are_not_counted(store, tmp_path, erase):
     gone = frozenset({"doc-3", "doc-4", "doc-50"})
     (tmp_path / "ids").write_text("\n".join(gone))
-    api.purge(store.place, api.Selectors(documents=tmp_path / "ids"), reason="test", erase=erase)
+    api.purge(store.place, api.Selectors(document=tmp_path / "ids"), reason="test", erase=erase)
     assert found(store) == expected(Store.open(store.place), gone)
 
 

@@ -206,6 +206,6 @@ def writes(made: Everything, store: Path) -> dict[str, tuple[object, ...]]:
         "purge --pattern": ("purge", store, *pattern, "--yes"),
         "purge --erase": ("purge", store, "--document", "doc-5", "--reason", "test", "--yes", "--erase"),
         "purge --dry-run": ("purge", store, *pattern, "--dry-run"),
-        "erase": ("purge", store, "--erase", kept, "--yes"),
-        "undo": ("purge", store, "--undo", kept, "--yes", "--reason", "test"),
+        "erase": ("erase", store, kept, "--yes"),
+        "undo": ("undo", store, kept, "--reason", "test"),
     }

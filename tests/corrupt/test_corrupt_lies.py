@@ -288,7 +288,7 @@ def test_a_lie_is_found(store_copy: Path, lie: str) -> None:
 
 def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text(f"{PART << 32 | 3}\n")
-    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
     assert api.verify(store_copy).problems == []
     store = Store.open(store_copy)
 

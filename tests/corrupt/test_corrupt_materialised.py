@@ -88,7 +88,7 @@ def test_text_that_was_erased_and_is_still_there_is_found(store: Path, tmp_path:
     row = int(np.flatnonzero(before.n_tokens[:, 1, 1])[0])
     continuation = int(before.ids[row, 1]) + 1
     (tmp_path / "ids").write_text(f"{continuation}\n")
-    api.purge(store, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(store, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
     assert api.verify(store).problems == []
 
     def with_it(stored: NeighbourText) -> None:

@@ -29,7 +29,7 @@ PURGED = (5, 6, 7, 1 << 32 | 4)
 def root(store_copy: Path, tmp_path: Path) -> Path:
     """A store with a purge."""
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in PURGED))
-    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(store_copy, api.Selectors(chunk=tmp_path / "ids"), reason="test")
     return store_copy
 
 
@@ -179,7 +179,7 @@ def test_a_file_of_another_size_is_an_error_that_names_it(root: Path, kind: str,
 def test_a_file_that_a_newer_commit_removed_was_erased(root: Path, tmp_path: Path) -> None:
     reader = retrotool.open(root)
     (tmp_path / "more").write_text("8\n")
-    api.purge(root, api.Selectors(ids=str(tmp_path / "more")), reason="test", erase=True)
+    api.purge(root, api.Selectors(chunk=tmp_path / "more"), reason="test", erase=True)
     with pytest.raises(ErasedError) as caught:
         reader.tokens([0])
     assert caught.value.advice.startswith("Open the store again")
@@ -204,7 +204,7 @@ def test_every_command_survives_a_zeroed_file(root: Path, kind: str, tmp_path: P
     actions: list[Callable[[], object]] = [
         read_all,
         lambda: api.info(root),
-        lambda: api.purge(root, api.Selectors(ids=str(tmp_path / "some")), reason="test", erase=True),
+        lambda: api.purge(root, api.Selectors(chunk=tmp_path / "some"), reason="test", erase=True),
         lambda: api.purge(
             tmp_path / "copy", api.Selectors(pattern="store", allow_lossy=True), reason="test", dry_run=True
         ),

@@ -51,7 +51,7 @@ def purged_store(built_store: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ids.write_text("".join(f"{i}\n" for i in PURGED))
     store = copy_store(built_store, folder / "store")
     with mock.patch("retrotool.store.store.CHECKPOINT_EVERY", 1):
-        api.purge(store, api.Selectors(ids=str(ids)), reason="test")
+        api.purge(store, api.Selectors(chunk=Path(ids)), reason="test")
     assert api.verify(store).problems == []
     return store
 

@@ -181,13 +181,13 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
         step(stores[name])
         before = stores[name]
     stores["undo"] = copy_store(stores["purge"], root / "undo")
-    api.purge(stores["undo"], api.Selectors(documents=str(root / "victims.txt")), reason="test")
+    api.purge(stores["undo"], api.Selectors(document=root / "victims.txt"), reason="test")
     lists_index(stores["undo"])
     stores["earlier"] = stores["undo"]
     stores["refill"] = copy_store(stores["neighbours"], root / "refill")
     api.neighbours(stores["refill"], saved=3)
     (root / "half.txt").write_text("".join(f"{row['id']}\n" for row in rows[::2]))
-    api.purge(stores["refill"], api.Selectors(documents=str(root / "half.txt")), reason="test")
+    api.purge(stores["refill"], api.Selectors(document=root / "half.txt"), reason="test")
     assert api.neighbours(copy_store(stores["refill"], root / "refilled"), saved=3).queries > 10
     stores["lists"] = stores["index"]
     stores["renew"] = copy_store(stores["index"], root / "renew")
@@ -225,10 +225,10 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
     victims = str(stages["inputs"] / "victims.txt")
 
     def purge(store: Path) -> object:
-        return api.purge(store, api.Selectors(documents=victims), reason="test")
+        return api.purge(store, api.Selectors(document=Path(victims)), reason="test")
 
     def erase(store: Path) -> object:
-        return api.purge(store, api.Selectors(documents=victims), reason="test", erase=True)
+        return api.purge(store, api.Selectors(document=Path(victims)), reason="test", erase=True)
 
     logical: tuple[str, ...] = ("content", "ids", "tombstones", "embeddings", "neighbours", "materialised")
     logical = (*logical, "documents", "chunks", "tokens")

@@ -44,7 +44,7 @@ def test_read_store_leaves_out_what_is_purged(store_copy: Path, tmp_path: Path) 
     victim = reader.neighbours(first)[0].chunk.document
     takedown = tmp_path / "takedown.txt"
     takedown.write_text(f"{victim}\n{reader.chunk(first).document}\n")
-    api.purge(store_copy, api.Selectors(documents=str(takedown)), reason="test")
+    api.purge(store_copy, api.Selectors(document=Path(takedown)), reason="test")
     done = run(SCRIPT, store_copy)
     assert done.returncode == 0, done.stderr
     assert f"document {victim}," not in done.stdout

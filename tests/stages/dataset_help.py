@@ -121,7 +121,7 @@ def _check_item(reader: retrotool.reader.Reader, item: Item, k: int, name: str) 
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(document=Path(names)), reason="test", erase=erase)
 
 
 def chunk(store: Path, model: Path, rows: list[dict[str, Any]], part_size: int = 100) -> Path:

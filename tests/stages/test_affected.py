@@ -58,7 +58,7 @@ class Timeline:
     def purge(self, chunks: list[int], *, erase: bool = False) -> str:
         path = self.store.parent / "ids"
         path.write_text("".join(f"{i}\n" for i in chunks))
-        name = api.purge(self.store, api.Selectors(ids=str(path)), reason="test", erase=erase).purge
+        name = api.purge(self.store, api.Selectors(chunk=Path(path)), reason="test", erase=erase).purge
         self.purged[name] = set(chunks)
         return name
 
@@ -192,7 +192,7 @@ def test_chunks_that_are_purged_themselves_are_counted_and_not_told(store: Path,
     gone = np.isin(plain.ids, victims)
     assert result.purged == (hit & gone).sum() > 10
     assert result.in_saved == (hit & ~gone).sum() and result.rows == (~gone).sum()
-    text = (tmp_path / "out.jsonl").read_text() + run("purge", store, "--affected", "main").stdout
+    text = (tmp_path / "out.jsonl").read_text() + run("affected", store).stdout
     assert text.count("doc-") > 20
     for name in names:
         assert f'"{name}"' not in text and f"{name}," not in text
@@ -213,11 +213,11 @@ def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_pa
     api.erase(store, [purged])
     after = api.affected(training, "t", [purged])
     assert (after.in_k, after.in_saved) == (result.in_k, result.in_saved), "an erase there does not reach these tables"
-    assert "no longer known" not in run("purge", training, "--affected", "t").stdout
+    assert "is not known" not in run("affected", training, "--table", "t").stdout
     api.neighbours(store, queries=training, name="t", k=K, saved=SAVED, search=EXACT)
     after = api.affected(training, "t")
     assert after.in_saved == 0 and after.purges[0].since == after.purges[0].parts == 1
-    assert f"Purge {purged}: 1 of 1 part were searched after it" in (run("purge", training, "--affected", "t").stdout)
+    assert f"Purge {purged}: 1 of 1 part were searched after it" in (run("affected", training, "--table", "t").stdout)
     move_store(store, tmp_path / "away")
     with pytest.raises(StoreNotFoundError, match="isn't there"):
         api.affected(training, "t")
@@ -266,9 +266,7 @@ def test_what_was_erased_or_searched_again_is_no_longer_known(store: Path) -> No
     api.neighbours(store, k=K, saved=SAVED)
     after = api.affected(store)
     assert 0 < after.in_saved < before.in_saved and after.purges[0].since > 0
-    assert "were searched after it; what rows that were searched again named before is no longer known." in (
-        run("purge", store, "--affected", "main").stdout
-    )
+    assert "were searched after it; what their rows contained before is not known." in (run("affected", store).stdout)
     left = plain.ids[~np.isin(plain.ids, sorted(time.purged[first]))]
     second = time.purge(left[::9].tolist())
     both = api.affected(store)
@@ -281,45 +279,45 @@ def test_what_was_erased_or_searched_again_is_no_longer_known(store: Path) -> No
     result = api.affected(store)
     assert {one.purge: one.erased for one in result.purges} == {first: True, second: False}
     assert result.in_saved == of_second.in_saved
-    assert f"Purge {first} is erased, from these tables, too: which chunks named it is no longer known." in (
-        run("purge", store, "--affected", "main").stdout
+    assert f"Purge {first} is erased, from these tables as well: which chunks it affected is not known." in (
+        run("affected", store).stdout
     )
 
 
 def test_the_command(store: Path, tmp_path: Path) -> None:
-    ended = run("purge", store, "--affected", "main")
-    assert ended.stdout == "Nothing was purged: there is nothing to look for.\n" and ended.stderr == ""
+    ended = run("affected", store)
+    assert ended.stdout == "Nothing was purged, so no chunk is affected.\n" and ended.stderr == ""
     with pytest.raises(UsageError, match="has no purge 'p0'; it has none") as error:
         api.affected(store, "main", ["p0"])
-    assert error.value.advice == f"See: retrotool log {store}"
+    assert error.value.advice == f"List them: retrotool purge {store}"
     purged = Timeline(store).purge(some(store, 12, 0))
     result = api.affected(store)
     out = tmp_path / "out.jsonl"
-    ended = run("purge", store, "--affected", "main", purged, "--out", out)
+    ended = run("affected", store, purged, "--out", out)
     assert ended.exit_code == 0 and ended.stderr == ""
     assert f"All of them: {out}" in ended.stdout and "--out FILE" not in ended.stdout
     lines = out.read_text().splitlines()
     assert len(lines) == result.in_saved + result.following_in_saved
-    ended = run("purge", store, "--affected", "main", "--out", out)
+    ended = run("affected", store, "--out", out)
     assert ended.exit_code == 2 and f"--out {out} exists already" in ended.stderr
     assert out.read_text().splitlines() == lines
-    told = run("purge", store, "--affected", "main").stdout.splitlines()
+    told = run("affected", store).stdout.splitlines()
     assert told[0].startswith(
         f"{result.in_k + result.following_in_k} chunks of {result.rows} have a purged chunk among"
     )
     first = told.index("The first of them (--out FILE writes all):") + 1
     assert len(told[first:]) == 10
     assert [int(line.split()[0]) for line in told[first:]] == [json.loads(line)["chunk"] for line in lines[:10]]
-    as_json = json.loads(run("purge", store, "--affected", "main", "--json").stdout)
+    as_json = json.loads(run("affected", store, "--json").stdout)
     assert as_json["in_k"] == result.in_k and len(as_json["examples"]) == 10 and as_json["out"] == ""
-    assert run("purge", store, "--affected", "other").exit_code == 2
+    assert run("affected", store, "--table", "other").exit_code == 2
     for wrong in (("--erase",), ("--reason", "x"), ("--name", "main"), ("--dry-run",)):
-        assert run("purge", store, "--affected", "main", *wrong).exit_code == 2
+        assert run("affected", store, *wrong).exit_code == 2
     assert run("purge", store, "--chunk", "1", "--reason", "x", "--out", tmp_path / "new").exit_code == 2
 
 
 @pytest.mark.on_disk
 def test_a_file_in_the_store_is_refused(store: Path) -> None:
     Timeline(store).purge(some(store, 12, 0))
-    ended = run("purge", store, "--affected", "main", "--out", store / "out.jsonl")
+    ended = run("affected", store, "--out", store / "out.jsonl")
     assert ended.exit_code == 2 and "is in the store" in ended.stderr

@@ -130,7 +130,7 @@ def test_a_document_purged_at_both_ends_is_still_its_own_document(
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 4)
     chunks = reader.document(name)
     (tmp_path / "ids").write_text(f"{chunks[0]}\n{chunks[-1]}\n")
-    api.purge(database, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(database, api.Selectors(chunk=tmp_path / "ids"), reason="test")
     queries = tmp_path / "queries"
     rows = [row for row in make_rows(120) if row["id"] == name]
     api.chunk(queries, [str(write_jsonl(tmp_path / "q.jsonl", rows))], tokenizer=str(tiny_encoder))
@@ -160,10 +160,10 @@ def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_co
         from retrotool.purge import erase
 
         erase.EraseWorker._shard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
-        api.purge(store_copy, api.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
+        api.purge(store_copy, api.Selectors(document=tmp_path / "names"), reason="test", erase=True)
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    api.purge(store_copy, api.Selectors(documents=str(tmp_path / "names")), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(document=tmp_path / "names"), reason="test", erase=True)
     store = Store.open(store_copy)
     found = [
         lists.read_lists(store.storage.local(entry.path)) for entry in IndexFiles(store.state, "main").shards.values()
@@ -247,7 +247,7 @@ def test_a_duplicate_that_was_partly_purged_is_counted_by_what_was_left(tmp_path
         engine.execute(ChunkStage(), opened, run)
         (tmp_path / "ids").write_text(f"{1 << 32}\n")
         api.purge(
-            store, api.Selectors(ids=str(tmp_path / "ids")), reason="test"
+            store, api.Selectors(chunk=tmp_path / "ids"), reason="test"
         )  # a chunk of the copy, before it is found
         finish_plans(opened, run)
     assert api.verify(store).problems == []

@@ -49,7 +49,7 @@ def chunks_of(store: Path) -> dict[str, list[int]]:
 def purge(store: Path, chunks: list[int], *, erase: bool = False) -> api.PurgeResult:
     ids = store.parent / f"{store.name}.ids"
     ids.write_text("".join(f"{chunk}\n" for chunk in chunks))
-    return api.purge(store, api.Selectors(ids=str(ids)), reason="test", erase=erase)
+    return api.purge(store, api.Selectors(chunk=Path(ids)), reason="test", erase=erase)
 
 
 def blocked_ids(store: Path) -> set[str]:

@@ -184,7 +184,7 @@ def test_a_thousand_canaries(
     vectors = [] if records else [embeddings[chunk >> 32][chunk & 0xFFFFFFFF] for chunk in chunks]
     needles = needles_of(tokenizer, vectors)
     named = write_ids(tmp_path)
-    purge = api.purge(store, api.Selectors(documents=str(named)), reason="canaries")
+    purge = api.purge(store, api.Selectors(document=Path(named)), reason="canaries")
     assert purge.documents == CANARIES
     for number in range(LEFT_OVER):
         leave_behind(store, number)

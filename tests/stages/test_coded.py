@@ -262,11 +262,11 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
     victims = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
     (tmp_path / "ids").write_text("\n".join(victims))
-    api.purge(built_copy, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    api.purge(built_copy, api.Selectors(document=tmp_path / "ids"), reason="test")
     purged = set(Database(Store.open(built_copy)).tombstones.ids.tolist())
     assert len(purged) == len(victims)
     assert true_recall(built_copy, "main") >= 0.94
-    api.purge(built_copy, api.Selectors(documents=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(built_copy, api.Selectors(document=tmp_path / "ids"), reason="test", erase=True)
     assert not any(
         purged & set(shard.ids(number).tolist())
         for shard in Database(Store.open(built_copy), "main").shards
@@ -285,7 +285,7 @@ def test_purged_vectors_that_a_training_left_out_are_no_growth_of_the_index(
 ) -> None:
     victims = [f"{s}-{i}" for s in SOURCES for i in range(PER_SOURCE) if i % 6]
     (tmp_path / "ids").write_text("\n".join(victims))
-    api.purge(copy, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    api.purge(copy, api.Selectors(document=tmp_path / "ids"), reason="test")
     made = api.index(copy, options=Options(PLAIN, queries=FEW))
     assert made.vectors == 3 * PER_SOURCE, "a purge can be undone"
     grow(copy, tiny_encoder, "books", PER_SOURCE, 1500)
@@ -562,7 +562,7 @@ def test_a_store_whose_chunks_are_all_purged_finds_nothing(tmp_path: Path, tiny_
         api.index(store, options=Options(queries=FEW))
     api.embed(store, encoder=str(tiny_encoder))
     (tmp_path / "ids").write_text("a\n")
-    api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    api.purge(store, api.Selectors(document=tmp_path / "ids"), reason="test")
     result = api.index(store, options=Options(queries=FEW))
     assert (result.vectors, result.recall_at_10) == (1, 1.0)
     assert retrotool.open(store).search("word", encoder=retrotool.open(store).load_encoder()) == []

@@ -117,7 +117,7 @@ def test_what_is_purged_in_the_database_is_no_neighbour_and_no_continuation(
     first = next(iter(found.values()))
     follower = next(n.continuation.id for n in found.values() if n.continuation and n.id != first.id)
     (tmp_path / "ids").write_text(f"{first.id}\n{follower}\n")
-    api.purge(database, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
+    api.purge(database, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=erase)
     after = list(RetroDataset(training, **options))
     assert slots(before) == slots(after)
     assert not same(before, after)
@@ -175,7 +175,7 @@ def test_an_erase_in_the_middle_of_an_epoch_does_not_end_it(tmp_path: Path, tiny
     first = next(reading)
     last = int(retrotool.open(store).chunk_ids(1)[-1])
     (tmp_path / "ids").write_text(f"{last}\n{last - 100}\n")
-    api.purge(store, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(store, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
     found = [i for item in [first, *reading] for i in item["chunk_ids"].tolist() if i >= 0]
     assert set(found) >= set(retrotool.open(store).chunk_ids(1).tolist())
     assert found == sorted(set(found))

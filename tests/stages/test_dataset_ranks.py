@@ -245,7 +245,7 @@ def test_positions_are_those_of_the_commit_that_the_epoch_began_on(
     state = dataset.state_dict(first)
     victims = whole[20]
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims if i >= 0))
-    api.purge(mine, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(mine, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
     new = dataset_of(mine, batch_size=2)
     assert new.sequences == dataset.sequences - 1
     new.load_state_dict(state)

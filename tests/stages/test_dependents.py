@@ -53,7 +53,7 @@ def used(**options: Any) -> Any:
 
 def erase(*documents: str) -> Any:
     Path("names").write_text("".join(f"{name}\n" for name in documents))
-    return api.purge("database", api.Selectors(documents="names"), reason="test", erase=True)
+    return api.purge("database", api.Selectors(document=Path("names")), reason="test", erase=True)
 
 
 def noted() -> list[Any]:
@@ -99,15 +99,15 @@ def test_an_erase_lists_dependents_and_the_command_takes_ids_out(here: Path) -> 
     assert contents_of("training") == files
     reader = retrotool.open("training")
     assert not any(i in victims for chunk in reader.chunk_ids(0) for i, _ in reader.neighbour_ids(int(chunk), "t", 8))
-    shown = run("purge", "database", "--documents", "names", "--reason", "test", "--erase", "--yes").stdout
+    shown = run("purge", "database", "--document", "@names", "--reason", "test", "--erase", "--yes").stdout
     lines = [line for line in shown.splitlines() if "another store" in line]
-    assert len(lines) == 2 and "They may name what was erased, which readers mask." in lines[1]
-    assert shlex.split(lines[0].rpartition("Take it out there: ")[2]) == [
+    assert len(lines) == 2 and "They may contain ids and text of erased chunks, which readers skip." in lines[1]
+    assert shlex.split(lines[0].rpartition("Remove them: ")[2]) == [
         "retrotool", "neighbours", "database", "--queries", str(here / "training"), "-k", "1", "--saved", "8",
         "--name", "exact", "--exact", "--encoder", "tiny",
     ]  # fmt: skip
     for line in lines:
-        done = run(*shlex.split(line.rpartition("Take it out there: ")[2])[1:])
+        done = run(*shlex.split(line.rpartition("Remove them: ")[2])[1:])
         assert done.exit_code == 0 and ("exact search" if "'exact'" in line else "index 'main'") in done.stdout
     for table in ("t", "exact"):
         ids, distances = saved_neighbours(Path("training"), table)
@@ -127,7 +127,7 @@ def test_rows_that_lost_too_many_are_filled_up_when_ids_are_taken_out(here: Path
     victims = [i for document in documents for i in retrotool.open("database").document(document)]
     # Purged first, and filled up; erased only then.
     Path("names").write_text("".join(f"{name}\n" for name in documents))
-    api.purge("database", api.Selectors(documents="names"), reason="test")
+    api.purge("database", api.Selectors(document=Path("names")), reason="test")
     assert used(saved=2).queries > 0
     assert len(erase(*documents).dependents) == 1
     used(saved=2)

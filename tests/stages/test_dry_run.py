@@ -55,12 +55,12 @@ def test_a_file_of_ids_purges_just_what_a_dry_run_selected(
     more = write_jsonl(tmp_path / "more.jsonl", make_rows(6, first=1000))
     api.chunk(store_copy, [str(more)], tokenizer=str(tiny_encoder))  # of source a are some of these, too
     api.purge(store_copy, api.Selectors(chunk=(selected[0],)), reason="another")
-    done = api.purge(store_copy, api.Selectors(ids=file), reason="selected")
+    done = api.purge(store_copy, api.Selectors(chunk=Path(file)), reason="selected")
     assert (done.chunks, done.already_purged) == (planned.chunks - 1, 1)
     assert read_tombstones(Store.open(store_copy), done.purge).ids.tolist() == selected
-    erased = api.purge(store_copy, api.Selectors(ids=file), reason="r", erase=True)
+    erased = api.purge(store_copy, api.Selectors(chunk=Path(file)), reason="r", erase=True)
     assert erased.erased == planned.chunks
-    again = api.purge(store_copy, api.Selectors(ids=file), reason="r", dry_run=True)
+    again = api.purge(store_copy, api.Selectors(chunk=Path(file)), reason="r", dry_run=True)
     assert (again.chunks, again.already_purged) == (0, planned.chunks)
     assert api.purge(store_copy, selectors, reason="r").chunks > 0, "what came since is still there"
     assert api.verify(store_copy).ok
@@ -74,7 +74,7 @@ def test_ids_of_another_store_are_refused(store_copy: Path, tmp_path: Path) -> N
     planned = api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="r", dry_run=True, out=file)
     assert max(ids_in(file)) > 1 << 32 and planned.out == str(file)
     with pytest.raises(UsageError, match=r"line \d+: the store has no chunk \d+") as error:
-        api.purge(other, api.Selectors(ids=file), reason="r")
+        api.purge(other, api.Selectors(chunk=Path(file)), reason="r")
     assert "Nothing was purged" in error.value.advice
 
 
@@ -95,10 +95,11 @@ def test_a_file_of_ids_is_refused_where_it_can_not_be(store_copy: Path, tmp_path
         api.purge(store_copy, selectors, reason="r", out=tmp_path / "ids")
     assert taken.read_text() == "mine"
     line = ["purge", store_copy, "--where", "source = 'a'", "--reason", "r", "--out", tmp_path / "ids"]
-    assert "--out goes with --dry-run" in cli(*line).stderr
+    assert "--out is for the ids that a dry run selects" in cli(*line).stderr
     shown = cli(*line, "--dry-run")
     assert (
-        f"Purge just these chunks: retrotool purge {store_copy} --ids {tmp_path / 'ids'} --reason ..." in shown.stdout
+        f"Purge just these chunks: retrotool purge {store_copy} --chunk @{tmp_path / 'ids'} --reason ..."
+        in shown.stdout
     )
 
 

@@ -137,7 +137,7 @@ def test_a_document_purged_in_part_holds_its_id_and_not_its_text(byte_level_toke
     reader = retrotool.open(store.place)
     victims = [*reader.document("whole"), *reader.document("partly")[1:]]
     (tmp_path / "ids").write_text("".join(f"{chunk}\n" for chunk in victims))
-    api.purge(store.place, api.Selectors(ids=tmp_path / "ids"), reason="test")
+    api.purge(store.place, api.Selectors(chunk=tmp_path / "ids"), reason="test")
     again = [("whole", "x"), ("partly", "y"), ("a", "purged as a whole"), ("b", "purged but for its first chunk")]
     (counts,) = add(store, tmp_path / "b.jsonl", again)
     # Let in again, what is purged as a whole has its id free; its text was free before.
@@ -161,7 +161,7 @@ def test_kept_duplicates_are_counted_and_stay(byte_level_tokenizer: Path, tmp_pa
     reader = retrotool.open(store.place)
     assert reader.document("a") == [0], "of documents with one id the first is found"
     (tmp_path / "ids").write_text("a\n")
-    assert api.purge(store.place, api.Selectors(documents=tmp_path / "ids"), reason="test").documents == 2
+    assert api.purge(store.place, api.Selectors(document=tmp_path / "ids"), reason="test").documents == 2
     (counts,) = add(store, tmp_path / "b.jsonl", [("e", "two"), ("a", "new")])
     assert (counts.by_id, counts.by_text) == (0, 1)
     assert live(store) == [("b", "two"), ("c", "two"), ("d", "four"), ("a", "new")], "what was kept stays kept"

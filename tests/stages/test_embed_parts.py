@@ -83,7 +83,7 @@ def test_what_is_erased_has_no_vector_and_is_no_work(
     victims = retrotool.open(chunked).document("doc-9") + retrotool.open(chunked).document("doc-10")
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
     before = api.info(chunked).chunks
-    api.purge(chunked, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+    api.purge(chunked, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
     result = api.embed(chunked, encoder=str(tiny_encoder))
     assert result.chunks == before - len(victims)
     reader = retrotool.open(chunked)
@@ -109,7 +109,7 @@ def test_an_erase_that_commits_while_a_part_is_embedded_wins(
         if part == victims[0] >> 32 and not erased:
             erased += 1
             assert np.load(self._store.storage.local(entry.path))[victims[0] & 0xFFFFFFFF].any()
-            api.purge(chunked, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+            api.purge(chunked, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
         return entry
 
     monkeypatch.setattr(embed_stage.EmbedWorker, "_write", interrupted)
@@ -131,7 +131,7 @@ def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
 
     def noted(self: embed_stage.EmbedWorker, part: int, *arguments: object) -> object:
         if not begun:
-            api.purge(chunked, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=True)
+            api.purge(chunked, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
         begun.append(part)
         return write(self, part, *arguments)  # type: ignore[arg-type]
 

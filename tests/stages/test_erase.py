@@ -75,9 +75,9 @@ def test_an_erase_takes_what_was_set_aside_as_a_repeat(store: Path, tmp_path: Pa
     before = api.info(store)
     assert before.documents == 13
     given = lines(tmp_path / "ids", chunks[0])
-    planned = api.purge(store, api.Selectors(ids=given), reason="test", erase=True, dry_run=True)
+    planned = api.purge(store, api.Selectors(chunk=Path(given)), reason="test", erase=True, dry_run=True)
     assert (planned.chunks, planned.unerased, planned.copies) == (len(chunks[0]), sum(map(len, chunks)), 2)
-    result = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
+    result = api.purge(store, api.Selectors(chunk=Path(given)), reason="test", erase=True)
     assert (result.chunks, result.documents, result.copies) == (len(chunks[0]), 1, 2)
     assert result.erased == sum(map(len, chunks))
     haystack = everything(store)
@@ -106,7 +106,7 @@ def test_processes_share_the_parts_of_a_large_erase(
     monkeypatch.setattr(erase.engine, "execute", counted)
     chunks, bits = zip(*(rows_of(store, part) for part in range(3)), strict=True)
     given = lines(tmp_path / "ids", chunks[0])
-    done = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
+    done = api.purge(store, api.Selectors(chunk=Path(given)), reason="test", erase=True)
     assert asked == [2]
     haystack = everything(store)
     assert not any(trace in haystack for traces in bits for trace in traces)
@@ -117,7 +117,7 @@ def test_processes_share_the_parts_of_a_large_erase(
 def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path: Path) -> None:
     texts = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in (SECRET, VERSION, "")]
     kept = names_of(store) - {FIRST, SAME_TEXT}
-    api.purge(store, api.Selectors(ids=lines(tmp_path / "ids", rows_of(store, 0)[0])), reason="test", erase=True)
+    api.purge(store, api.Selectors(chunk=lines(tmp_path / "ids", rows_of(store, 0)[0])), reason="test", erase=True)
     blocked = read_blocked(Store.open(store))
     assert blocked.holds([FIRST, SAME_TEXT, OTHER], [texts[2]] * 3).tolist() == [True, False, False]
     assert blocked.holds([OTHER] * 2, texts[:2]).tolist() == [True, False]
@@ -126,14 +126,14 @@ def test_copies_are_not_blocked_and_others_are_left_alone(store: Path, tmp_path:
 
 def test_without_an_erase_copies_stay_as_they_are(store: Path, tmp_path: Path) -> None:
     given = lines(tmp_path / "ids", rows_of(store, 0)[0])
-    first = api.purge(store, api.Selectors(ids=given), reason="test")
+    first = api.purge(store, api.Selectors(chunk=Path(given)), reason="test")
     assert (first.copies, first.unerased) == (0, 0)
     assert {FIRST, SAME_TEXT} <= names_of(store)
-    again = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
+    again = api.purge(store, api.Selectors(chunk=Path(given)), reason="test", erase=True)
     assert (again.chunks, again.already_purged, again.copies) == (0, first.chunks, 2)
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
     assert all(purge["erased"] for purge in api.info(store).purges.values())
-    once_more = api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
+    once_more = api.purge(store, api.Selectors(chunk=Path(given)), reason="test", erase=True)
     assert (once_more.purge, once_more.purges) == ("", (again.purge, first.purge)), "these are to be verified"
 
 
@@ -145,7 +145,7 @@ def test_an_erase_that_was_interrupted_still_knows_the_copies(
     bits = [trace for part in range(3) for trace in rows_of(store, part)[1]]
     given = lines(tmp_path / "ids", rows_of(store, 0)[0])
     if purged_before:
-        api.purge(store, api.Selectors(ids=given), reason="test")
+        api.purge(store, api.Selectors(chunk=Path(given)), reason="test")
     done: list[int] = []
     rewrite = erase.EraseWorker._part
 
@@ -157,10 +157,10 @@ def test_an_erase_that_was_interrupted_still_knows_the_copies(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(erase.EraseWorker, "_part", one_only)
-        api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
+        api.purge(store, api.Selectors(chunk=Path(given)), reason="test", erase=True)
     assert done == [0]
     assert names_of(store) >= {SAME_TEXT, FIRST}
-    api.purge(store, api.Selectors(ids=given), reason="test", erase=True)
+    api.purge(store, api.Selectors(chunk=Path(given)), reason="test", erase=True)
     haystack = everything(store)
     assert [trace for trace in bits if trace in haystack] == []
     assert names_of(store).isdisjoint({FIRST, SAME_TEXT})
@@ -198,7 +198,7 @@ def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: P
     assert np.isin(before, victims).any()
     state = Store.open(store_copy).state
     rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
-    api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", victims.tolist())), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", victims.tolist())), reason="test", erase=True)
     ids, distances = saved_neighbours(store_copy)
     gone = np.isin(rows, victims)
     assert (ids[gone] == -1).all()
@@ -223,7 +223,7 @@ def test_ids_of_another_store_are_not_taken_for_ones_own(
     api.neighbours(store_copy, queries=queries)
     before, _ = saved_neighbours(queries)
     victim = int(before[before < 1 << 32][0])  # the id of a chunk here and there
-    result = api.purge(queries, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    result = api.purge(queries, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     after, distances = saved_neighbours(queries)
     rows = np.arange(len(after)) == victim
     assert (after[~rows] == before[~rows]).all()
@@ -279,10 +279,10 @@ def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, 
     def literals() -> list[bytes]:
         return [file.read_bytes() for file in stored_files(store_copy, "selectors/*")]
 
-    api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "a", ["doc-3"])), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(document=lines(tmp_path / "a", ["doc-3"])), reason="test", erase=True)
     assert not api.info(store_copy).purges[first.purge]["erased"]
     assert literals() == [], "it names what was erased"
-    api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "b", ["doc-4"])), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(document=lines(tmp_path / "b", ["doc-4"])), reason="test", erase=True)
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
     assert literals() == []
 
@@ -305,14 +305,14 @@ def test_an_erase_goes_on_beside_another(
 ) -> None:
     """The other replaces files that this one is about to read."""
     other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
-    api.purge(store_copy, api.Selectors(documents=other), reason="test")
+    api.purge(store_copy, api.Selectors(document=Path(other)), reason="test")
     beside(
         monkeypatch,
         erase,
         at,
-        lambda: api.purge(store_copy, api.Selectors(documents=other), reason="test", erase=True),
+        lambda: api.purge(store_copy, api.Selectors(document=Path(other)), reason="test", erase=True),
     )
-    assert api.purge(store_copy, api.Selectors(documents=own), reason="test", erase=True).erased > 0
+    assert api.purge(store_copy, api.Selectors(document=Path(own)), reason="test", erase=True).erased > 0
     assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
     assert api.verify(store_copy).problems == []
@@ -323,12 +323,12 @@ def test_a_task_that_another_erase_overtakes_is_planned_again(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
-    api.purge(store_copy, api.Selectors(documents=other), reason="test")
+    api.purge(store_copy, api.Selectors(document=Path(other)), reason="test")
     beside(
         monkeypatch, erase.EraseWorker, at,
-        lambda: api.purge(store_copy, api.Selectors(documents=other), reason="test", erase=True),
+        lambda: api.purge(store_copy, api.Selectors(document=Path(other)), reason="test", erase=True),
     )  # fmt: skip
-    assert api.purge(store_copy, api.Selectors(documents=own), reason="test", erase=True).erased > 0
+    assert api.purge(store_copy, api.Selectors(document=Path(own)), reason="test", erase=True).erased > 0
     assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
     assert api.verify(store_copy).problems == []
 

@@ -57,7 +57,7 @@ def test_more_lists_are_probed_where_they_hold_too_little(lists: Path, tmp_path:
     assert (database.search(queries, len(plain.ids), Point(1, 10)).ids >= 0).all(), "all that there is"
     assert (database.search(queries, len(plain.ids) + 7, Point(1, 10)).ids >= 0).sum() == 5 * len(plain.ids)
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in plain.ids[3:]))
-    api.purge(lists, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(lists, api.Selectors(chunk=tmp_path / "ids"), reason="test")
     left = Database(Store.open(lists), "lists").search(queries, 10, Point(1, 10))
     assert all(sorted(row[row >= 0]) == sorted(plain.ids[:3]) for row in left.ids)
 

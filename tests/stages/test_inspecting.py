@@ -132,7 +132,7 @@ def test_what_is_purged_is_not_shown(store_copy: Path, tmp_path: Path, erase: bo
     before = api.inspect(store_copy, EVERYTHING, k=6)
     victims = [i for i in read_plain(store_copy).ids.tolist() if i % 3 == 1]
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
-    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
+    api.purge(store_copy, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=erase)
     after = api.inspect(store_copy, EVERYTHING, k=6)
     check(store_copy, after)
     assert {chunk.id for chunk in before.chunks} - {chunk.id for chunk in after.chunks} == set(victims)
@@ -150,7 +150,7 @@ def test_a_chunk_without_neighbours_has_none(tmp_path: Path, tiny_encoder: Path)
     api.embed(store, encoder=str(tiny_encoder))
     api.neighbours(store)
     (tmp_path / "ids").write_text("d1\n")
-    api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="test")
+    api.purge(store, api.Selectors(document=tmp_path / "ids"), reason="test")
     found = api.inspect(store, Choice(chunk=0))
     assert (found.shown, found.without, found.neighbours, found.chunks[0].neighbours) == (1, 1, 0, ())
 

@@ -71,7 +71,7 @@ def key_column(store: Path) -> np.ndarray:
 def purge(store: Path, *chunks: int, erase: bool = False) -> None:
     path = store.parent / "ids"
     path.write_text("".join(f"{chunk}\n" for chunk in chunks))
-    api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(chunk=Path(path)), reason="test", erase=erase)
 
 
 def assert_neighbours_are_true(store: Path, database: Path, name: str = "main") -> None:

@@ -49,7 +49,7 @@ def test_pieces_are_the_chunks_and_continuations_of_the_api(store_copy: Path, tm
     everything = read_plain(store_copy).ids
     draw = random.Random(4)
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in draw.sample(everything.tolist(), 40)))
-    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test", erase=erase)
+    api.purge(store_copy, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=erase)
     some = [*draw.choices(everything.tolist(), k=300), -1, int(everything[-1]) + 1, 77 << 32, (1 << 62) + 5]
     check_pieces(store_copy, np.array(some))
     check_pieces(store_copy, everything)
@@ -64,7 +64,7 @@ def test_of_records_the_value_is_the_continuation_while_the_key_lives(tmp_path: 
     ids = np.arange(sum(part["chunks"]["rows"] for part in api.info(store).parts))
     check_pieces(store, ids)
     (tmp_path / "ids").write_text("0\n")
-    api.purge(store, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(store, api.Selectors(chunk=tmp_path / "ids"), reason="test")
     check_pieces(store, ids)
 
 

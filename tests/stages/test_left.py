@@ -23,7 +23,7 @@ from retrotool.store.store import Store
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(document=Path(names)), reason="test", erase=erase)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, object], str]:

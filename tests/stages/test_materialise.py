@@ -85,7 +85,7 @@ def tokens_of(store: Path, ids: list[int]) -> list[bytes]:
 
 def purge_ids(store: Path, *ids: int, erase: bool = False) -> Any:
     (store.parent / "ids").write_text("".join(f"{i}\n" for i in ids))
-    return api.purge(store, api.Selectors(ids=str(store.parent / "ids")), reason="test", erase=erase)
+    return api.purge(store, api.Selectors(chunk=store.parent / "ids"), reason="test", erase=erase)
 
 
 def check_all(store: Path, name: str = "main") -> None:
@@ -254,7 +254,7 @@ def test_an_erase_in_the_same_store_zeroes_slots(own: Path) -> None:
     assert all(trace in text_bytes(own) for trace in traces[:2])
     purge_ids(own, *victims)
     masked = list(RetroDataset(own, **options))
-    result = api.purge(own, api.Selectors(ids=str(own.parent / "ids")), reason="test", erase=True)
+    result = api.purge(own, api.Selectors(chunk=own.parent / "ids"), reason="test", erase=True)
     haystack = everything_of(own)
     assert [trace for trace in traces if trace in haystack] == []
     assert not any(held_ids(own, entry) & set(victims) for entry in entries(own).values())

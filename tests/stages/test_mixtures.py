@@ -162,9 +162,9 @@ def test_filters_hold_in_every_database_and_for_one_that_comes_later() -> None:
 def test_purges_and_growth_in_the_databases(tiny_encoder: Path) -> None:
     mix(("books", 2.0), ("training", 1.0), saved=6)
     Path("names").write_text("wiki-doc-3\nsame-1\n")
-    api.purge("wiki", api.Selectors(documents="names"), reason="test", erase=True)
+    api.purge("wiki", api.Selectors(document=Path("names")), reason="test", erase=True)
     Path("names").write_text("training-doc-83\n")
-    api.purge("training", api.Selectors(documents="names"), reason="test")
+    api.purge("training", api.Selectors(document=Path("names")), reason="test")
     check({"wiki": 1.0, "books": 2.0, "training": 1.0}, k=2)
     rows = [{**row, "id": f"late-{row['id']}"} for row in make_rows(8, first=500, words=60)]
     grow(Path("books"), tiny_encoder, rows)

@@ -301,7 +301,7 @@ def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(document=Path(names)), reason="test", erase=erase)
 
 
 @pytest.mark.parametrize("how", ["exact", "flat", "lists"])

@@ -49,7 +49,7 @@ def grow(store: Path, encoder: Path, n: int, first: int) -> None:
 def purge(store: Path, ids: list[int], *, erase: bool = False) -> None:
     path = store.parent / "ids"
     path.write_text("".join(f"{i}\n" for i in ids))
-    api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(chunk=Path(path)), reason="test", erase=erase)
 
 
 def assert_true(store: Path, name: str, purged: frozenset[int] = frozenset()) -> None:

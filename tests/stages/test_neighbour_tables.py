@@ -43,7 +43,7 @@ def stage_of(database: Path, index: str = "main") -> NeighboursStage:
 def purge(store: Path, *documents: str, erase: bool = False) -> None:
     names = store.parent / "names"
     names.write_text("".join(f"{name}\n" for name in documents))
-    api.purge(store, api.Selectors(documents=str(names)), reason="test", erase=erase)
+    api.purge(store, api.Selectors(document=Path(names)), reason="test", erase=erase)
 
 
 def nothing(_: int) -> None:

@@ -110,7 +110,7 @@ def test_what_is_purged_meanwhile_does_not_come(
 ) -> None:
     store = interrupted()
     (tmp_path / "ids").write_text(document)
-    api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="asked", erase=erase)
+    api.purge(store, api.Selectors(document=tmp_path / "ids"), reason="asked", erase=erase)
     assert api.verify(store).problems == []
     api.chunk(store, [])
     assert api.verify(store).problems == []
@@ -124,7 +124,7 @@ def test_what_is_purged_meanwhile_does_not_come(
 def test_a_purge_of_them_is_undone(interrupted: Callable[..., Path], tmp_path: Path, finished: bool) -> None:
     store = interrupted()
     (tmp_path / "ids").write_text("doc-21\ndoc-24")
-    found = api.purge(store, api.Selectors(documents=str(tmp_path / "ids")), reason="asked")
+    found = api.purge(store, api.Selectors(document=tmp_path / "ids"), reason="asked")
     if finished:
         api.chunk(store, [])
         assert api.info(store).documents == 23

@@ -20,6 +20,7 @@ from retrotool.errors import ConflictError, ErasedError, UsageError
 from retrotool.purge.run import commit_purge
 from retrotool.purge.select import select
 from retrotool.purge.selectors.lookup import select_ids, select_where
+from retrotool.purge.selectors.selector import GivenValue
 from retrotool.reader import Reader
 from retrotool.store import folding, staging
 from retrotool.store.folding import writing
@@ -29,9 +30,9 @@ from retrotool.store.tombstones import read_tombstones
 CANARY = "zqxjkv"
 
 
-def lines(path: Path, values: list[object]) -> str:
+def lines(path: Path, values: list[object]) -> Path:
     path.write_text("".join(f"{value}\n" for value in values))
-    return str(path)
+    return path
 
 
 def returned(reader: Reader) -> Iterator[int]:
@@ -52,7 +53,7 @@ def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: P
     victims = set(before.document("doc-7") + before.document("doc-30"))
     texts = [before.chunk(chunk).text for chunk in sorted(victims)]
     assert victims <= set(returned(before)), "they were there"
-    result = api.purge(store_copy, api.Selectors(documents=lines(tmp_path / "ids", ["doc-7", "doc-30"])), reason="test")
+    result = api.purge(store_copy, api.Selectors(document=lines(tmp_path / "ids", ["doc-7", "doc-30"])), reason="test")
     assert (result.chunks, result.documents, result.erased) == (len(victims), 2, 0)
     after = retrotool.open(store_copy)
     assert victims.isdisjoint(returned(after))
@@ -75,7 +76,7 @@ def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: P
 def test_a_reader_that_was_open_keeps_its_view_until_it_refreshes(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     victim = reader.document("doc-7")[0]
-    api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test")
+    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test")
     assert reader.chunk(victim).document == "doc-7"
     reader.refresh()
     with pytest.raises(UsageError):
@@ -86,7 +87,7 @@ def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Pat
     reader = retrotool.open(store_copy)
     victim = reader.document("doc-7")[0]
     view = retrotool.open(store_copy)
-    api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     with pytest.raises(ErasedError, match="erased") as error:
         view.chunk(victim)
     assert "Open the store again" in error.value.advice
@@ -158,7 +159,7 @@ def test_after_an_erase_no_byte_is_left(canary_store: tuple[Path, list[str]], tm
     haystack = everything(store)
     assert all(trace in haystack for kind in wanted.values() for trace in kind), "the scan sees what is there"
     digests = api.verify(store)
-    api.purge(store, api.Selectors(documents=lines(tmp_path / "ids", names)), reason="request 17", erase=True)
+    api.purge(store, api.Selectors(document=lines(tmp_path / "ids", names)), reason="request 17", erase=True)
     haystack = everything(store)
     assert {kind: [t for t in found if t in haystack] for kind, found in wanted.items()} == {
         kind: [] for kind in wanted
@@ -176,7 +177,7 @@ def test_ids_stay_what_they_are_when_others_are_erased(canary_store: tuple[Path,
     reader = retrotool.open(store)
     victims = {chunk for name in names for chunk in reader.document(name)}
     before = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
-    api.purge(store, api.Selectors(documents=lines(tmp_path / "ids", names)), reason="test", erase=True)
+    api.purge(store, api.Selectors(document=lines(tmp_path / "ids", names)), reason="test", erase=True)
     reader = retrotool.open(store)
     after = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
     assert after == {i: text for i, text in before.items() if i not in victims}
@@ -197,7 +198,7 @@ def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: P
     assert (len(part), len(shards)) == (4, 1), "documents, chunks, embeddings and neighbours"
     measured = {entry.path for entry in state.files() if entry.path.startswith("index/main/recall")}
     assert len(measured) == 1, "the curve, which names sources"
-    result = api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    result = api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     left = {entry.path for entry in Store.open(store_copy).state.files()}
     assert {entry.path for entry in state.files()} - left == part | shards | tables | measured
     assert result.files_rewritten == len(part | shards | tables)
@@ -218,7 +219,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
         late = stage.open(store)(task, run.id, lambda _: None)  # finished, not yet committed
         vector = np.load(stored_file(store_path, late.add[0].path))[victim & 0xFFFFFFFF].tobytes()
         assert vector in everything(store_path)
-        api.purge(store_path, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+        api.purge(store_path, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
         assert staging.stage(store.storage, late)
         folded = folding.fold(store, run)
         assert list(folded.refused) == [task.key]
@@ -250,21 +251,21 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
         text = chunks[chunk].text
         assert text.startswith("chunk") or text.endswith("store")
         assert beside
-    assert select_ids(store, ["5", "", "5", str(1 << 32)]).tolist() == [5, 1 << 32]
+    assert select_ids(store, [GivenValue(one) for one in ("5", "5", str(1 << 32))]).tolist() == [5, 1 << 32]
 
 
 @pytest.mark.parametrize(
     ("kind", "value", "message"),
     [
-        ("ids", "12\nseven", "line 2: 'seven' is not a chunk id"),
-        ("ids", "99999999999999", "no chunk 99999999999999"),
-        ("ids", "-1", "'-1' is not a chunk id"),
-        ("ids", "1_0", "'1_0' is not a chunk id"),
-        ("ids", "٣", "'٣' is not a chunk id"),
-        ("ids", "9" * 5000, "is not a chunk id"),
+        ("chunk", "12\nseven", "line 2: 'seven' is not a chunk id"),
+        ("chunk", "99999999999999", "no chunk 99999999999999"),
+        ("chunk", "-1", "'-1' is not a chunk id"),
+        ("chunk", "1_0", "'1_0' is not a chunk id"),
+        ("chunk", "٣", "'٣' is not a chunk id"),
+        ("chunk", "9" * 5000, "is not a chunk id"),
         ("where", "source = '\udcff'", "--where \"source = '\\udcff'\" is not UTF-8"),
         ("pattern", "\udcff", "--pattern '\\udcff' is not UTF-8"),
-        ("documents", "doc-1\nnobody", "line 2: the store has no document 'nobody'"),
+        ("document", "doc-1\nnobody", "line 2: the store has no document 'nobody'"),
         ("where", "nothing = 'x'", "no column 'nothing'"),
         ("pattern", "(", "can't be compiled"),
     ],
@@ -273,7 +274,7 @@ def test_a_wrong_selector_is_refused_and_nothing_is_done(
     store_copy: Path, tmp_path: Path, kind: str, value: str, message: str
 ) -> None:
     before = Store.open(store_copy).state.number
-    given = lines(tmp_path / "ids", [value]) if kind in ("ids", "documents") else value
+    given = lines(tmp_path / "ids", [value]) if kind in ("chunk", "document") else value
     with pytest.raises(UsageError) as error:
         api.purge(store_copy, api.Selectors(**{kind: given}, allow_lossy=True), reason="test")
     assert message in str(error.value)
@@ -365,7 +366,7 @@ def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_p
     reader = retrotool.open(store_copy)
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 3)
     first, victim, last = reader.document(name)[:3]
-    result = api.purge(store_copy, api.Selectors(ids=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    result = api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     assert (result.chunks, result.documents) == (1, 0)
     reader = retrotool.open(store_copy)
     assert reader.document(name)[:2] == [first, last]

@@ -54,7 +54,7 @@ def grow(store: Path, encoder: Path, n: int, first: int) -> None:
 def purge(store: Path, ids: list[int], *, erase: bool = False) -> str:
     path = store.parent / "ids"
     path.write_text("".join(f"{i}\n" for i in ids))
-    return api.purge(store, api.Selectors(ids=str(path)), reason="test", erase=erase).purge
+    return api.purge(store, api.Selectors(chunk=Path(path)), reason="test", erase=erase).purge
 
 
 def refill(store: Path, **options: Any) -> NeighboursResult:

@@ -31,7 +31,7 @@ from retrotool.store.store import Store
 def test_chunks_are_allowed_by_the_source_of_their_document(store_copy: Path, allowed: str, erased: bool) -> None:
     if erased:
         (store_copy.parent / "names").write_text("doc-3\ndoc-6\ndoc-7\n")
-        api.purge(store_copy, api.Selectors(documents=str(store_copy.parent / "names")), reason="test", erase=True)
+        api.purge(store_copy, api.Selectors(document=store_copy.parent / "names"), reason="test", erase=True)
     found = AllowedChunks(Store.open(store_copy), lambda name: name in allowed)
     plain = read_plain(store_copy)
     source = {row["id"]: row["source"] for row in make_rows(120)}  # None: erased
@@ -47,7 +47,7 @@ def test_sources_are_those_of_living_documents(tmp_path: Path, tiny_encoder: Pat
     store = tmp_path / "store"
     api.chunk(store, [str(write_jsonl(tmp_path / "c.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=10)
     (tmp_path / "names").write_text("".join(f"doc-{i}\n" for i in (0, 1, 2, 3)))
-    api.purge(store, api.Selectors(documents=str(tmp_path / "names")), reason="test")
+    api.purge(store, api.Selectors(document=tmp_path / "names"), reason="test")
     opened = Store.open(store)
     assert set().union(*source_names(opened)) == {"s1", "s2", "s3"}
     keyed = opened.identity.keyed_hash

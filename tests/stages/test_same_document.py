@@ -77,7 +77,7 @@ def test_of_a_document_the_first_copy_that_is_living_is_read(kept: Path, tmp_pat
         chunks = reader.document("same")
         texts.append("".join(reader.chunk(i).text for i in chunks)[-5:])
         (tmp_path / "ids").write_text("".join(f"{i}\n" for i in chunks))
-        api.purge(kept, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+        api.purge(kept, api.Selectors(chunk=tmp_path / "ids"), reason="test")
         reader.refresh()
     assert [text.split()[-1] for text in texts] == ["one", "two", "three", "four"]
     with pytest.raises(UsageError, match="no document"):

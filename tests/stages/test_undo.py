@@ -140,7 +140,7 @@ def test_an_erase_that_was_begun_can_only_be_finished(store_copy: Path) -> None:
         folding.fold(store, run)
     with pytest.raises(UsageError, match="was begun") as error:
         back(store_copy, purged)
-    assert "--erase" in error.value.advice
+    assert "retrotool erase" in error.value.advice
     purge(store_copy, "doc-7", "doc-100", erase=True)
     assert api.info(store_copy).purges[purged]["erased"]
     assert verified(store_copy)

@@ -240,11 +240,11 @@ def test_what_it_did_is_shown(store_copy: Path, cli: Cli) -> None:
     two = api.purge(store_copy, api.Selectors(chunk=(chunks[0],)), reason="test").purge
     one = api.purge(store_copy, api.Selectors(chunk=tuple(chunks)), reason="test").purge
     api.neighbours(store_copy, name="other")
-    text = cli("purge", store_copy, one, "--undo", "--reason", "another").stdout
+    text = cli("undo", store_copy, one, "--reason", "another").stdout
     assert f"Undid purge {one}: {len(chunks) - 1} chunks, 1 whole document, are live again" in text
-    assert f"Still purged: 1 chunk of it: {two} took them, too." in text
+    assert f"Still purged: 1 chunk of it: {two} purged them, too." in text
     assert f"  retrotool neighbours {store_copy} --name other --index main" in text.splitlines()
     assert f"retrotool neighbours {store_copy} --index main" not in text, "it was found before"
-    shown = cli("purge", store_copy, two, "--undo", "--reason", "another", "--json")
+    shown = cli("undo", store_copy, two, "--reason", "another", "--json")
     assert orjson.loads(shown.stdout)["chunks"] == 1
     assert "purged and undone (another): test" in cli("info", store_copy).stdout

@@ -136,7 +136,7 @@ def read_documents(store: Store, part: int, dead: set[int]) -> list[Document]:
 def test_verify_gives_the_digests_of_the_format(store_copy: Path, tmp_path: Path) -> None:
     purged = {3, 4, 5, 1 << 32, 2 << 32 | 7}
     (tmp_path / "ids").write_text("".join(f"{i}\n" for i in sorted(purged)))
-    api.purge(store_copy, api.Selectors(ids=str(tmp_path / "ids")), reason="test")
+    api.purge(store_copy, api.Selectors(chunk=tmp_path / "ids"), reason="test")
     store, found = Store.open(store_copy), api.verify(store_copy)
     assert found.problems == []
 

@@ -362,8 +362,8 @@ def run_at(command: str, store: Path, more: Path) -> Result:
     arguments = {
         "chunk": ["chunk", store, more],
         "purge": ["purge", store, "--document", "doc-3", "--reason", "test", "--yes"],
-        "undo": ["purge", store, "--undo", *purges, "--reason", "test", "--yes"],
-        "erase": ["purge", store, "--erase", *purges, "--yes"],
+        "undo": ["undo", store, *purges, "--reason", "test"],
+        "erase": ["erase", store, *purges, "--yes"],
     }
     return CliRunner().invoke(app, [str(argument) for argument in arguments[command]])
 

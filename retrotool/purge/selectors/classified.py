@@ -14,6 +14,7 @@ Cost: the model's forward in float32, on a GPU where there is one. Memory: the m
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -52,18 +53,19 @@ class Classified(Selector):
 
 
 def classified(path: str | Path, label: str | None, above: float | None, device: str = "auto") -> Classified:
-    """What ``--classifier``, ``--label`` and ``--above`` mean.
+    """Return the selector for ``--classifier``.
 
-    ``UsageError`` for a directory that is no classifier, a label that it has not, and a score that is none.
+    ``UsageError`` for a directory without a classifier, a label that it does not have, and an invalid score.
     """
     identity = find_classifier(Path(path))
     if label is None or above is None:
         raise UsageError(
-            f"--classifier wants {'--above' if label is not None else '--label'}, too",
-            f"Give one of its labels ({', '.join(identity.labels)}) with --label, and with --above the least score.",
+            f"--classifier {path} needs a label and the least score",
+            f"Its labels: {', '.join(identity.labels)}. For example: --classifier "
+            + shlex.quote(f"{path}={identity.labels[-1]}:0.9"),
         )
     if not (math.isfinite(above) and 0 < above <= 1):
-        raise UsageError(f"--above {above} is no score", "Give a number above 0 and up to 1, such as 0.9.")
+        raise UsageError(f"--classifier: {above} is not a score", "Give a number above 0 and up to 1, such as 0.9.")
     identity.label(label)
     return Classified(str(Path(path).absolute()), identity.sha256, label, float(above), device)
 

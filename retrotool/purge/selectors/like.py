@@ -21,7 +21,6 @@ thread, or 64 rows times the queries of a long file.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -32,11 +31,12 @@ import numpy.typing as npt
 from retrotool.ann.matmul import one_thread
 from retrotool.ann.ranking import exact_distances
 from retrotool.chunk.chunker import cut_chunks
-from retrotool.cli.command_lines import embed_command
+from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import EncoderRows, load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
+from retrotool.index.index_records import default_index, index_record
 from retrotool.lazy import torch
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock, read_selector_file
 from retrotool.store import parts
@@ -48,7 +48,6 @@ Vectors = npt.NDArray[np.float32]
 _SLICE_ROWS, _LEAST_ROWS, _SLICE_PAIRS = 1 << 12, 64, 1 << 20
 _PAIRS = 1 << 14
 """Fewer than what ``ann.ranking`` would share among threads."""
-_PATH = re.compile(r"\S*/\S*|\S+\.[A-Za-z0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,36 +86,30 @@ class Like(Selector):
 
 
 def near(store: Store, given: str | Path, within: float | None, encoder: str | None, device: str = "auto") -> Like:
-    """What ``--like`` and ``--within`` mean: ``given`` is the path of a file if there is one, else a text.
+    """Return the selector for ``--like`` and ``--within``; ``given`` is a text, or the ``Path`` of a file with one.
 
-    ``UsageError`` for a distance that is none, a text with nothing in it, and a store without embeddings.
+    ``encoder`` None: that of the index which is searched by default, else the only one. ``UsageError`` for an invalid
+    distance, an empty text, and a store without embeddings.
     """
     if within is None:
         raise UsageError(
-            "--like wants a distance, too", "Give --within, the squared L2 distance that retrotool search prints."
+            "--like needs --within DISTANCE", "Give the largest squared L2 distance, as retrotool search prints it."
         )
     if not (math.isfinite(within) and within >= 0):
-        raise UsageError(
-            f"--within {within} is no distance", "Give a number from 0 on, such as retrotool search prints."
-        )
-    text, is_file = _read(str(given))
+        raise UsageError(f"--within {within} is not a distance", "Give 0 or more, as retrotool search prints it.")
+    is_file = isinstance(given, Path)
+    text = read_selector_file("--like", given) if is_file else str(given)
     if not text.strip():
         raise UsageError(f"--like: {given} has no text" if is_file else "--like: the text is empty")
-    name = pick_encoder(store, encoder)
+    searched = index_record(store.state, default_index(store.state))
+    wanted = encoder or (searched.encoder if searched is not None else None)
+    if wanted is None and len(names := store.state.names("embeddings")) > 1:
+        command = f"{command_line('index', store.place)} --encoder NAME --default"
+        raise UsageError(
+            f"--like: the store has embeddings of {', '.join(names)}", f"Choose one by its index: {command}"
+        )
+    name = pick_encoder(store, wanted)
     return Like(text, float(within), name, str(store.state.records[f"encoder:{name}"]["sha256"]), is_file, device)
-
-
-def _read(given: str) -> tuple[str, bool]:
-    """A text, and whether it is that of a file."""
-    try:
-        is_file = Path(given).is_file()
-    except (OSError, ValueError):  # too long for a name: it is a text
-        is_file = False
-    if is_file:
-        return read_selector_file("--like", given), True
-    if _PATH.fullmatch(given.strip()):  # a name with a slip must not be taken for the text that is meant
-        raise UsageError(f"--like: there is no file {given}", "If it is the text itself, put it into a file.")
-    return given, False
 
 
 def _embed_whole(encoder: Encoder, text: str) -> Vectors:
@@ -128,7 +121,7 @@ def _embed_whole(encoder: Encoder, text: str) -> Vectors:
     if n > room:
         raise UsageError(
             f"--like: the text has {n:,} tokens, and the encoder {encoder.identity.name} takes {room:,}",
-            "Put it into a file: the text of a file is cut into chunks, and each is looked for.",
+            "Give it as @FILE: the text of a file is cut into chunks, and each is looked for.",
         )
     return encoder.embed(rows).astype(np.float32)
 

@@ -33,6 +33,7 @@ from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
+from retrotool.purge.selectors.selector import GivenValue
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks, Ids, split_id
@@ -183,51 +184,49 @@ SHORTEST = 8
 class Lookup:
     """A selector that is looked up.
 
-    ``kind`` is "ids" or "documents", of which ``lines`` has one a line; "where", with one expression; or "duplicates",
-    chunks that repeat one before them token by token, without lines.
+    ``kind`` is "chunk" or "document", with ids as ``values``; "where", with one expression; or "duplicates", chunks
+    that repeat an earlier one token by token, without values.
     """
 
     kind: str
-    lines: tuple[str, ...] = ()
+    values: tuple[GivenValue, ...] = ()
 
     def literal(self) -> dict[str, Any]:
-        """All that it was given, as JSON."""
-        return {"lines": list(self.lines)}
+        """Return all that it was given, as JSON."""
+        return {"values": [value.text for value in self.values]}
 
     def select(self, store: Store, *, missing_ok: bool, report: Report) -> Ids:
-        """Chunk ids, ascending; ``missing_ok``: what the store does not have is left out, else a ``UsageError``."""
-        if self.kind == "ids":
-            return select_ids(store, self.lines)
-        if self.kind == "documents":
-            return select_documents(store, self.lines, missing_ok=missing_ok, report=report)
+        """Return chunk ids, ascending; ``missing_ok``: documents that the store does not have are no ``UsageError``."""
+        if self.kind == "chunk":
+            return select_ids(store, self.values)
+        if self.kind == "document":
+            return select_documents(store, self.values, missing_ok=missing_ok, report=report)
         if self.kind == "duplicates":
             return select_duplicates(store, report)
-        return select_where(store, self.lines[0], report)
+        return select_where(store, self.values[0].text, report)
 
 
-def select_ids(store: Store, lines: Sequence[str]) -> Ids:
-    """Return chunk ids given as text, one a line; ``UsageError`` names the first that is not a chunk of the store."""
+def select_ids(store: Store, values: Sequence[GivenValue]) -> Ids:
+    """Return chunk ids from their text; ``UsageError`` names the first that is not a chunk of the store."""
     found = []
     sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts()}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        # What ``int`` takes besides plain digits (1_0, ٣) is more likely a mistake than an id.
-        if re.fullmatch(r"[0-9]{1,19}", line.strip()) is None:
-            raise UsageError(f"line {number}: {line.strip()[:40]!r} is not a chunk id", "Nothing was purged.")
-        chunk = int(line)
+    for value in values:
+        # ``int`` also accepts text such as 1_0 or ٣, which is more likely a mistake than an id.
+        if re.fullmatch(r"[0-9]{1,19}", text := value.text.strip()) is None:
+            raise value.error(f"{text[:40]!r} is not a chunk id")
+        chunk = int(text)
         part, row = split_id(chunk)
         if row >= sizes.get(part, 0):
-            raise UsageError(f"line {number}: the store has no chunk {chunk}", "Nothing was purged.")
+            raise value.error(f"the store has no chunk {text}")
         found.append(chunk)
     return np.unique(np.array(found, np.int64))
 
 
 def select_documents(
-    store: Store, names: Sequence[str], *, missing_ok: bool = False, report: Report = lambda _: None
+    store: Store, names: Sequence[GivenValue], *, missing_ok: bool = False, report: Report = lambda _: None
 ) -> Ids:
-    """Chunk ids of documents, given by their ids; ``UsageError`` names the first that is not in the store."""
-    wanted = {name: number for number, name in reversed(list(enumerate(names, 1))) if name.strip()}
+    """Return chunk ids of documents, given by their ids; ``UsageError`` names the first that is not in the store."""
+    wanted = {name.text: name for name in reversed(names)}
     keys = pa.array(map(id_hash, wanted), pa.binary())
     seen = np.zeros(len(keys), np.bool_)
     found: list[Ids] = []
@@ -238,10 +237,11 @@ def select_documents(
         found.append(chunks_of(store, part, np.flatnonzero(hit.to_numpy())))
         report(1)
     if not (seen.all() or missing_ok):
-        name, number = list(wanted.items())[int(np.argmin(seen))]
-        raise UsageError(
-            f"line {number}: the store has no document {name[:100]!r} ({int((~seen).sum()):,} such in all)",
-            "Nothing was purged. Take those lines out and run it again.",
+        name, more = list(wanted.values())[int(np.argmin(seen))], int((~seen).sum()) - 1
+        others = f", nor {more:,} more of these" if more else ""
+        raise name.error(
+            f"the store has no document {name.text[:100]!r}{others}",
+            "Nothing was purged. Remove them and run it again.",
         )
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock, read_selector_lines
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock, Values, read_values
 from retrotool.store.store import Store
 
 Pattern = Any
@@ -61,18 +61,15 @@ class Patterns(Selector):
         return match
 
 
-def read_patterns(path: str) -> tuple[str, ...]:
-    """The patterns of a file, one a line; ``UsageError`` names the line of one that can't be compiled."""
-    found = []
-    for number, pattern in enumerate(read_selector_lines("--patterns", path, "pattern"), 1):
-        if not pattern.strip():
-            continue
+def read_patterns(given: Values) -> tuple[str, ...]:
+    """Return patterns, those of files line by line; ``UsageError`` names one that can't be compiled."""
+    patterns = read_values("--pattern", given, "pattern")
+    for pattern in patterns:
         try:
-            compiled(pattern)
+            compiled(pattern.text)
         except UsageError as error:
-            raise UsageError(f"{path}, line {number}: {error}", error.advice) from error
-        found.append(pattern)
-    return tuple(found)
+            raise pattern.error(str(error), error.advice) from error
+    return tuple(pattern.text for pattern in patterns)
 
 
 def compiled(pattern: str, *, ignore_case: bool = False) -> Pattern:

@@ -14,8 +14,9 @@ Cost: decoding, 70 to 150 MB/s a core. Memory: tokens and text of a block, some 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -202,13 +203,55 @@ class Selector:
         raise NotImplementedError
 
 
+Value = str | int | Path
+"""A value to select by; a ``Path`` is a file with one value a line, ``Path("-")`` standard input."""
+Values = Value | Sequence[Value]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenValue:
+    """A value to select by, and the ``place`` in a file that it was read from ("" if it was given itself)."""
+
+    text: str
+    place: str = field(default="", compare=False)
+
+    def error(self, message: str, advice: str = "Nothing was purged.") -> UsageError:
+        """Return an error about the value, with its place."""
+        return UsageError(f"{self.place}: {message}" if self.place else message, advice)
+
+
+def read_values(option: str, given: Values, what: str) -> tuple[GivenValue, ...]:
+    """Return values, those of files line by line; blank lines are left out.
+
+    ``UsageError`` for a value that is not UTF-8, and a file that can't be read or has no ``what``.
+    """
+    several: Sequence[Value] = [given] if isinstance(given, Value) else given
+    found: list[GivenValue] = []
+    for one in several:
+        if isinstance(one, Path):
+            lines = enumerate(read_selector_lines(option, one, what), 1)
+            found += (GivenValue(line, f"{one}, line {number:,}") for number, line in lines if line.strip())
+        else:
+            check_selector_text(option, str(one))
+            found.append(GivenValue(str(one)))
+    return tuple(found)
+
+
+def check_selector_text(option: str, text: str) -> None:
+    """Raise ``UsageError`` for text that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{option} {text!a} is not UTF-8", "Nothing was purged.") from None
+
+
 def read_selector_file(option: str, path: str | Path) -> str:
-    """Return the text of a file in UTF-8, with or without a byte order mark.
+    """Return the text of a file, or of standard input ("-"), in UTF-8 with or without a byte order mark.
 
     ``UsageError`` if it can't be read, with the line that is not UTF-8.
     """
     try:
-        data = Path(path).read_bytes().removeprefix(_BOM)
+        data = (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).removeprefix(_BOM)
     except OSError as error:
         raise UsageError(f"{option} {path} can't be read: {error.strerror or error}", "Nothing was purged.") from error
     try:

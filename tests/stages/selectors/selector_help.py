@@ -73,7 +73,7 @@ def purge(store: Store, *ids: int, erase: bool = False) -> Store:
     """Purge some chunks."""
     listed = Path(store.place).parent / "purged-ids"
     listed.write_text("".join(f"{i}\n" for i in ids))
-    api.purge(store.place, api.Selectors(ids=listed), reason="test", erase=erase)
+    api.purge(store.place, api.Selectors(chunk=Path(listed)), reason="test", erase=erase)
     return Store.open(store.place)
 
 

@@ -139,14 +139,14 @@ def test_numbers_that_overflow_in_the_model_are_such_a_failure(store_copy: Path,
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"label": None}, "--classifier wants --label"),
-        ({"above": None}, "--classifier wants --above"),
+        ({"label": None}, "needs a label and the least score"),
+        ({"above": None}, "needs a label and the least score"),
         ({"label": "nice"}, "has no label 'nice'"),
-        ({"above": 1.01}, "--above 1.01 is no score"),
-        ({"above": 0.0}, "--above 0.0 is no score"),
-        ({"above": float("nan")}, "--above nan is no score"),
-        ({"classifier": None}, "--label goes with --classifier"),
-        ({"classifier": None, "label": None}, "--above goes with --classifier"),
+        ({"above": 1.01}, "--classifier: 1.01 is not a score"),
+        ({"above": 0.0}, "--classifier: 0.0 is not a score"),
+        ({"above": float("nan")}, "--classifier: nan is not a score"),
+        ({"classifier": None}, "need a classifier"),
+        ({"classifier": None, "label": None}, "need a classifier"),
         ({"classifier": "nowhere"}, "no such directory"),
         ({"allow_lossy": False}, "--classifier: the tokenizer of .* loses case or spacing"),
     ],
@@ -160,8 +160,8 @@ def test_what_makes_no_sense_is_told(built_store: Path, model: Path, changed: di
 
 
 def test_examples_tell_their_scores(store_copy: Path, model: Path, cli: Any) -> None:
-    line = ["--classifier", model, "--label", "toxic", "--above", ABOVE, "--allow-lossy", "--reason", "r", "--dry-run"]
+    line = ["--classifier", f"{model}=toxic:{ABOVE}", "--allow-lossy", "--dry-run"]
     shown = cli("purge", store_copy, *line)
     assert shown.returncode == 0, shown.stderr
     assert ", score 0.9" in shown.stdout
-    assert cli("purge", store_copy, "--classifier", model, "--label", "toxic", "--reason", "r").returncode == 2
+    assert cli("purge", store_copy, "--classifier", f"{model}=toxic", "--reason", "r").returncode == 2

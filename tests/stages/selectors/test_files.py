@@ -12,10 +12,10 @@ from retrotool.errors import UsageError
 from retrotool.store.store import Store
 
 FILES = {
-    "patterns": b"tide\nfirst\n",
+    "pattern": b"tide\nfirst\n",
     "terms": b"# names\nM\xc3\xbcller\nBerlin\n",
-    "documents": b"doc-1\ndoc-2\n",
-    "ids": b"1\n2\n",
+    "document": b"doc-1\ndoc-2\n",
+    "chunk": b"1\n2\n",
     "near_duplicates_of": b"1\n2\n",
     "like": b"A text\nof two lines.\n",
 }

@@ -14,6 +14,7 @@ import retrotool
 from retrotool import api, engine
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.errors import UsageError
+from retrotool.index.run import drop
 from retrotool.purge.select import select
 from retrotool.purge.selectors import like
 from retrotool.purge.selectors.scan import ScanStage, read_scan
@@ -93,7 +94,7 @@ def test_the_text_of_a_file_is_cut_into_chunks_and_each_is_looked_for(
     pieces = np.concatenate([reader.embeddings(chunk >> 32)[[chunk & 0xFFFFFFFF]] for chunk in own])
     within, expected = a_share(distances(store_copy, pieces), 0.5)
     assert len(expected - set(own)) > 10
-    assert selected(store_copy, like=str(tmp_path / "takedown.txt"), within=within) == expected
+    assert selected(store_copy, like=tmp_path / "takedown.txt", within=within) == expected
 
 
 def test_a_distance_that_search_prints_takes_what_search_shows(store_copy: Path) -> None:
@@ -155,12 +156,15 @@ def test_a_part_without_embeddings_is_an_error_and_scanned_when_it_has_some(
     assert api.purge(store_copy, asked, reason="test").chunks == len(expected)
 
 
-def test_of_several_embeddings_one_has_to_be_named(store_copy: Path, tmp_path: Path) -> None:
+def test_of_several_embeddings_those_are_used_that_search_uses(store_copy: Path, tmp_path: Path) -> None:
     other = make_encoder(tmp_path / "other", seed=3)
     api.embed(store_copy, encoder=str(other))
+    by_default = api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy)).scanned
+    assert by_default == api.Selectors(like=TEXT, within=1.0, encoder="tiny").read(Store.open(store_copy)).scanned
+    drop(store_copy, name="main")
     with pytest.raises(UsageError, match="embeddings of other, tiny") as error:
-        selected(store_copy, like=TEXT, within=1.0)
-    assert "--encoder" in error.value.advice
+        api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy))
+    assert "--encoder NAME --default" in error.value.advice
     scans = {
         ScanStage(api.Selectors(like=TEXT, within=1.0, encoder=name).read(Store.open(store_copy)).scanned).scan(
             Store.open(store_copy)
@@ -176,15 +180,14 @@ def test_of_several_embeddings_one_has_to_be_named(store_copy: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("selectors", "reason"),
     [
-        ({"like": TEXT}, "--like wants a distance"),
-        ({"within": 1.0}, "--within goes with --like"),
-        ({"encoder": "tiny"}, "--encoder goes with --like"),
-        ({"like": TEXT, "within": -0.5}, "--within -0.5 is no distance"),
-        ({"like": TEXT, "within": float("nan")}, "--within nan is no distance"),
-        ({"like": TEXT, "within": float("inf")}, "--within inf is no distance"),
+        ({"like": TEXT}, "--like needs --within DISTANCE"),
+        ({"within": 1.0}, "--within needs --like TEXT"),
+        ({"encoder": "tiny"}, "an encoder needs --like TEXT"),
+        ({"like": TEXT, "within": -0.5}, "--within -0.5 is not a distance"),
+        ({"like": TEXT, "within": float("nan")}, "--within nan is not a distance"),
+        ({"like": TEXT, "within": float("inf")}, "--within inf is not a distance"),
         ({"like": " \n", "within": 1.0}, "the text is empty"),
-        ({"like": "takedown.txt", "within": 1.0}, "there is no file takedown.txt"),
-        ({"like": "lists/takedown", "within": 1.0}, "there is no file lists/takedown"),
+        ({"like": Path("takedown.txt"), "within": 1.0}, "takedown.txt can't be read: No such file"),
         ({"like": "a \udcff", "within": 1.0}, "is not UTF-8"),
         ({"like": TEXT, "within": 1.0, "encoder": "bert"}, "no embeddings of 'bert'"),
         ({"like": TEXT, "within": 1.0, "device": "tpu"}, "'tpu' is not known"),
@@ -246,7 +249,7 @@ def test_examples_tell_their_distances(store_copy: Path, cli: Cli) -> None:
     told = api.purge(store_copy, asked, reason="r", dry_run=True).review
     assert told is not None
     assert len(told.examples) == 10
-    shown = cli("purge", store_copy, "--like", TEXT, "--within", 60, "--reason", "r", "--dry-run")
+    shown = cli("purge", store_copy, "--like", TEXT, "--within", 60, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     for example in told.examples:
         assert f"{example.chunk} of {example.document}, distance {example.figure:.4f}: " in shown.stdout

@@ -87,10 +87,10 @@ def test_selectors_are_joined_or_all_must_mean_a_chunk(store: Path, tmp_path: Pa
     named = set(reader.document("doc-3")) | set(reader.document("doc-4"))
     secret, tide = touched(store, texts, SECRET), touched(store, texts, "tide, 42")
     sevens = {chunk for name in texts if name.endswith("7") for chunk in reader.document(name)}
-    assert selected(store, documents=tmp_path / "ids", pattern=SECRET) == named | secret
-    assert selected(store, documents=tmp_path / "ids", pattern=SECRET, every=True) == named & secret
-    assert selected(store, patterns=tmp_path / "patterns") == secret | tide
-    assert selected(store, patterns=tmp_path / "patterns", where="source = '7'", every=True) == (secret | tide) & sevens
+    assert selected(store, document=tmp_path / "ids", pattern=SECRET) == named | secret
+    assert selected(store, document=tmp_path / "ids", pattern=SECRET, every=True) == named & secret
+    assert selected(store, pattern=tmp_path / "patterns") == secret | tide
+    assert selected(store, pattern=tmp_path / "patterns", where="source = '7'", every=True) == (secret | tide) & sevens
     whole = {chunk for name in texts if set(reader.document(name)) & secret for chunk in reader.document(name)}
     assert selected(store, pattern=SECRET, whole_documents=True) == whole
     first = min(secret)
@@ -101,9 +101,9 @@ def test_matches_are_counted_by_selector_and_nothing_is_told_of_what_was_looked_
     store: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "patterns").write_text(f"{SECRET}\nnowhere\n")
-    done = api.purge(store, api.Selectors(patterns=tmp_path / "patterns", document=("doc-4",)), reason="r")
+    done = api.purge(store, api.Selectors(pattern=tmp_path / "patterns", document=("doc-4",)), reason="r")
     told = {(match.selector, match.name): match.chunks for match in done.matches}
-    assert set(told) == {("documents", ""), ("pattern", "pattern 1")}
+    assert set(told) == {("document", ""), ("pattern", "pattern 1")}
     assert all(SECRET.encode() not in file.read_bytes() for file in stored_files(store, "log/*"))
     assert api.verify(store).ok
 
