@@ -73,8 +73,11 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if "--json" in sys.argv and (message := getattr(error, "format_message", None)) is not None:
-                output.write_json_error(message(), "", int(getattr(error, "exit_code", 2)), True)
+            if (message := getattr(error, "format_message", None)) is not None:
+                shown = output.visible(message())  # it may have the name of a hostile file
+                error.format_message = lambda: shown  # type: ignore[attr-defined]
+                if "--json" in sys.argv:
+                    output.write_json_error(shown, "", int(getattr(error, "exit_code", 2)), True)
             raise
 
 

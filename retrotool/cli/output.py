@@ -19,8 +19,14 @@ from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 EXIT_FAILED = 1
 _WIDTH = 100
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
-_CONTROLS |= {number: f"\\u{number:04x}" for number in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-"""Characters that move the cursor, colour the terminal or turn the direction of text: documents are hostile."""
+_CONTROLS |= {
+    number: f"\\u{number:04x}"
+    for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
+}
+"""Characters that move the cursor, colour the terminal, break lines or change the direction of text, and how they are
+shown: documents are hostile."""
+_IN_JSON = {number: f"\\u{number:04x}" for number in _CONTROLS if number >= 0x7F}
+"""The same in JSON, whose strings have no characters below 0x20; a reader gets the characters themselves."""
 _INSIDE = {number: shown for number, shown in _CONTROLS.items() if chr(number) not in "\t\n"}
 
 
@@ -53,7 +59,7 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
     """
     if not as_json:
         for result in results:
-            sys.stdout.write(_printable(text(result)) + "\n")
+            sys.stdout.write(visible(_printable(text(result))) + "\n")
         return
     sys.stdout.write(f'{{"{name}":[')
     separator, ending = "", {}
@@ -81,7 +87,7 @@ def _json(fields: dict[str, Any]) -> str:
         data = orjson.dumps(fields, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:  # a path, perhaps, that is not UTF-8
         data = orjson.dumps(_all_printable(fields), default=str, option=orjson.OPT_SERIALIZE_NUMPY)
-    return data.decode()
+    return data.decode().translate(_IN_JSON)
 
 
 def _printable(text: str) -> str:
