@@ -40,7 +40,7 @@ from retrotool.store.log import Draft
 from retrotool.store.paths import check_name
 from retrotool.store.specs import COUNT, PART
 from retrotool.store.state import State
-from retrotool.store.store import Store
+from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 
 _POLL_SECONDS = 1.0
@@ -159,7 +159,7 @@ def index(
             )  # fmt: skip
         if options.default and store.refresh().records.get(DEFAULT) != name and index_record(store.state, name):
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
-    return describe(store, root, name, before=before, elsewhere=elsewhere)
+    return retry_overtaken(lambda: describe(store, root, name, before=before, elsewhere=elsewhere))
 
 
 def evaluate(
@@ -180,7 +180,7 @@ def evaluate(
             store, run, name, IndexFiles(store.state, name).generation, record.target, queries=queries, keep=True,
             device=find_devices(devices)[0], memory=memory,
         )  # fmt: skip
-    return describe(store, root, name)
+    return retry_overtaken(lambda: describe(store, root, name))
 
 
 def drop(root: str | Path, *, name: str) -> Dropped:

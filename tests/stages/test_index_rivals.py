@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from stored import copy_store
 
 from retrotool import api
 from retrotool.ann.choice import IndexWishes
+from retrotool.index import run as index_run
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.run import Options
 from retrotool.store.store import Store
@@ -81,3 +83,23 @@ def test_several_worker_processes_make_what_one_makes(embedded: Path, tmp_path: 
         api.index(store, name="new", options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12), devices))
         check(store, "new")
     assert api.verify(one).indexes == api.verify(several).indexes
+
+
+def test_an_erase_while_the_result_is_read_makes_it_read_again(
+    embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy_store(embedded, tmp_path / "store")
+    api.purge(store, api.Selectors(document="doc-3"), reason="test")
+    read, seen = index_run.read_json_file, []
+
+    def overtaken(*arguments: Any) -> Any:
+        if not seen:
+            api.erase(store, ["last"])
+        seen.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(index_run, "read_json_file", overtaken)
+    assert api.index(store, name="lists").vectors > 0
+    assert len(seen) == 1, "the recall that was measured before is erased, too"
+    assert [one.state for one in api.list_purges(store).purges] == ["erased"]
+    assert api.verify(store).ok
