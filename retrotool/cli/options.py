@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -66,8 +67,11 @@ def _complete_names(context: typer.Context, incomplete: str, names: Callable[[St
     from retrotool.errors import RetrotoolError
     from retrotool.store.store import Store
 
-    with contextlib.suppress(RetrotoolError, OSError):
-        return [name for name in names(Store.open(str(context.params["store"])).state) if name.startswith(incomplete)]
+    # Before an option without its value, arguments are not parsed. STORE is the first after the command.
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    with contextlib.suppress(RetrotoolError, OSError, ValueError, IndexError):
+        store = context.params.get("store") or shlex.split(line)[2]
+        return [name for name in names(Store.open(store).state) if name.startswith(incomplete)]
     return []
 
 

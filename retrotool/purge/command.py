@@ -38,7 +38,7 @@ Examples:
 _AROUND, _SHOWN = 60, 160
 _FIGURES = {"like": "distance", "classifier": "score"}
 """What selectors measure."""
-_by = partial(opt, panel="Selectors (chunks that any of them selects; with --and, that all of them select)")
+_by = partial(opt, panel="Selectors (any of them selects a chunk; with --and, all of them)")
 
 
 def command(
