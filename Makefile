@@ -17,7 +17,7 @@ SEED := $(shell date +%s)
 TMPDIR ?= /tmp
 LINT := $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-.PHONY: demo test tests gpu-test nightly torture coverage update-snapshots lint format corpus-test docs clean
+.PHONY: demo test tests gpu-test nightly torture coverage update-snapshots lint format corpus-test docs site clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
@@ -74,6 +74,10 @@ coverage: $(STAMP)  ## Lines that no test reaches; subprocesses are not counted
 
 docs: $(STAMP)  ## Write docs/cli.md from --help
 	$(BIN)/python docs/make_cli.py
+
+site: $(STAMP)  ## The documentation as a site in build/site, which opens from the disk
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache

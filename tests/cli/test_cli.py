@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -169,67 +170,56 @@ def test_every_example_works(workplace, run):
     assert "Erased" in shown[examples("purge")[2]] and "Erased" in shown[examples("erase")[0]]
 
 
-PATH = {"path": str}
-FOUND = {"id": int, "distance": float, "document": str, "text": str, "continuation": (str, type(None))}
-SPLIT = {"before": str, "run": str, "after": str}
-COMMON = {
-    "tokens": int,
-    "r": float,
-    "start": int,
-    "start_in_neighbour": int,
-    "marked": bool,
-    "chunk": SPLIT,
-    "text": SPLIT,
-}
-NEAR = {**FOUND, "source": str, "index": int, "of": int, "database": str, "common": COMMON}
-FIELDS: dict[str, dict[str, Any]] = {
-    "chunk": {"documents": int, "chunks": int, "tokens": int, "rejected": int, "parts": int, "commit": int},
-    "embed": {"encoder": str, "dimension": int, "chunks": int, "commit": int},
-    "index": {"name": str, "vectors": int, "bytes_per_vector": int, "recall_at_10": float, "commit": int},
-    "neighbours": {"name": str, "queries": int, "saved": int, "commit": int},
-    "inspect": {"shown": int, "chunks": [{"id": int, "document": str, "text": str, "neighbours": [NEAR]}]},
-    "search": {"results": [FOUND]},
-    "export": {
-        "output": str, "store": str, "commit": int, "table": str, "k": int, "chunk_length": int,
-        "databases": [{"number": int, "table": str, "weight": float, "uuid": str, "commit": int}], "chunks": int,
-        "documents": int, "tokens": int, "neighbours": int, "alone": int, "bytes": int,
-    },
-    "purge": {"purge": str, "chunks": int, "erased": int, "copies": int, "unerased": int, "commit": int},
-    "log": {
-        "commits": [{
-            "number": int, "time": str, "command": str, "added": {}, "removed": {}, "records": [str], "tool": str,
-            "parent": str, "sha256": str,
-        }],
-    },
-    "verify": {"ok": bool, "content": str, "problems": []},
-    "info": {
-        "documents": int, "chunks": int, "tokens": int, "commit": int,
-        "parts": [{
-            "part": int, "chunks": {**PATH, "rows": int}, "documents": PATH, "embeddings": {"tiny": PATH},
-            "neighbours": {"main": PATH},
-        }],
-        "indexes": {"main": {"trained": str, "shards": [str]}},
-    },
-    "plan": {
-        "tokens": int, "documents": int, "chunks": int, "bytes": int, "files": [{"kind": str, "bytes": int}],
-        "index": {"factory": str, "bytes_per_vector": int, "memory": int, "hosts": int, "shards": int},
-        "gpu_hours": float, "core_hours": float, "wall_hours": float,
-        "stages": [{"name": str, "gpu_hours": float, "core_hours": float, "wall_hours": float, "limit": str}],
-        "rates": [{"stage": str, "value": float, "unit": str, "per": str, "source": str}],
-    },
+PAGE = Path(__file__).parents[2] / "docs" / "json.md"
+TYPES: dict[str, Any] = {
+    "integer": int, "number": float, "string": str, "boolean": bool, "list": list, "object": dict,
+    "string or null": (str, type(None)), "integer or null": (int, type(None)),
 }  # fmt: skip
 
 
+def documented_fields() -> dict[str, dict[str, Any]]:
+    """Return the fields of each command that docs/json.md lists, nested as in its output.
+
+    A list is [what its items are], and an object with any keys is {"*": what its values are}.
+    """
+    commands: dict[str, dict[str, Any]] = {}
+    for section in PAGE.read_text("utf-8").split("\n## ")[1:]:
+        fields = commands.setdefault(section.partition("\n")[0], {})
+        rows = re.findall(r"^\| `([^`]+)` \| ([\w ]+) \| \S", section, re.MULTILINE)
+        assert len(rows) == section.count("\n| `"), section
+        for name, kind in rows:
+            keys = ["*" if key.isupper() else key for key in name.replace("[]", ".[]").split(".")]
+            parent: Any = fields
+            for key, after in itertools.pairwise(keys):
+                inner: Any = [] if after == "[]" else {}
+                if key != "[]":
+                    parent = parent.setdefault(key, inner)
+                else:
+                    parent = parent[0] if parent else parent.append(inner) or inner
+            if keys[-1] == "[]":
+                parent.append(TYPES[kind])
+            else:
+                parent[keys[-1]] = TYPES[kind]
+    return commands
+
+
+FIELDS = documented_fields()
+ERROR = FIELDS.pop("Errors")
+
+
 def check_fields(value: Any, wanted: Any, where: str) -> None:
-    """``wanted`` is a type, an object of required fields, or a list whose items are all alike."""
+    """``wanted`` is a type, an object of required fields, or a list of items that are alike, not empty."""
     if isinstance(wanted, dict):
         assert isinstance(value, dict), where
+        if "*" in wanted:
+            assert value, where
+            wanted = dict.fromkeys(value, wanted["*"])
         for name, inner in wanted.items():
             assert name in value, f"{where}.{name}"
             check_fields(value[name], inner, f"{where}.{name}")
     elif isinstance(wanted, list):
         assert isinstance(value, list), where
-        assert bool(value) == bool(wanted), where
+        assert value, where
         for item in value:
             check_fields(item, wanted[0], f"{where}[]")
     else:
@@ -240,35 +230,44 @@ def check_fields(value: Any, wanted: Any, where: str) -> None:
 @pytest.fixture
 def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[str, dict[str, Any]]:
     """What each command says with --json, on one store; each says one object and nothing else."""
-    arguments = {
-        "chunk": [corpus, "--tokenizer", tiny_encoder, "--part-size", 150, "--workers", 1],
-        "embed": ["--encoder", tiny_encoder, "--devices", "cpu"],
-        "index": [],
-        "neighbours": [],
-        "inspect": ["--random", 3],
-        "export": [tmp_path / "exported"],
-        "search": ["store index table", "--devices", "cpu"],
-        "purge": ["--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"],
-        "verify": [],
-        "log": ["--last", 1],
-        "info": [],
-        "plan": ["--tokens", "1.75T", "--gpus", 64],
-    }
+    store = tmp_path / "store"
+    steps: list[tuple[str, list[Any]]] = [
+        ("chunk", [store, corpus, "--tokenizer", tiny_encoder, "--part-size", 150, "--workers", 1]),
+        ("embed", [store, "--encoder", tiny_encoder, "--devices", "cpu"]),
+        ("index", [store]),
+        ("neighbours", [store]),
+        ("inspect", [store, "--random", 3]),
+        ("export", [store, tmp_path / "exported"]),
+        ("search", [store, "store index table", "--devices", "cpu"]),
+        ("leakage", [store, "--evaluation", store]),
+        ("purge", [store, "--document", "doc-8", "--reason", "test", "--yes"]),
+        ("affected", [store]),
+        ("undo", [store, "last", "--reason", "test"]),
+        ("purge", [store, "--document", "doc-8", "--reason", "test", "--yes"]),
+        ("erase", [store, "last", "--yes"]),
+        ("receipt", [store, "last", "--out", tmp_path]),
+        ("purge", [store, "--where", "id = 'doc-7'", "--reason", "test", "--erase", "--yes"]),
+        ("verify", [store]),
+        ("log", [store, "--last", 1]),
+        ("info", [store]),
+        ("plan", ["--tokens", "1.75T", "--gpus", 64]),
+    ]
     found = {}
-    for command, more in arguments.items():
-        store = [] if command == "plan" else [tmp_path / "store"]
-        code, out, err = run(*command.split(), *store, *more, "--json")
+    for command, arguments in steps:
+        code, out, err = run(command, *arguments, "--json")
         assert (code, err) == (0, ""), command
         assert out.count("\n") == 1
         found[command] = json.loads(out)
     return found
 
 
-def test_json_has_the_fields_that_scripts_rely_on(results, tmp_path):
-    assert list(results) and set(results) == set(FIELDS)
+def test_json_has_the_fields_that_scripts_rely_on(results, run, tmp_path):
+    assert set(results) == set(FIELDS) == set(COMMANDS)
     for command, wanted in FIELDS.items():
         check_fields(results[command], wanted, command)
     store, found = tmp_path / "store", results["info"]
+    _, out, _ = run("info", tmp_path / "nothing", "--json")
+    check_fields(json.loads(out), ERROR, "an error")
     assert [part["part"] for part in found["parts"]] == list(range(results["chunk"]["parts"]))
     for part in found["parts"]:
         for file in (part["chunks"], part["documents"], part["embeddings"]["tiny"], part["neighbours"]["main"]):
@@ -283,7 +282,9 @@ def test_json_numbers_agree_with_one_another(results):
     assert results["embed"]["dimension"] == 32
     assert results["index"]["vectors"] == made["chunks"]
     assert purged["chunks"] == purged["erased"] > 0
-    assert (found["documents"], found["chunks"]) == (made["documents"] - 1, made["chunks"] - purged["chunks"])
+    assert results["undo"]["chunks"] == results["erase"]["erased"] == results["receipt"]["receipt"]["chunks"] > 0
+    left = made["chunks"] - purged["chunks"] - results["erase"]["erased"]
+    assert (found["documents"], found["chunks"]) == (made["documents"] - 2, left)
     assert results["verify"]["ok"] is True
     assert len(results["search"]["results"]) == 5
     assert [r["distance"] for r in results["search"]["results"]] == sorted(
