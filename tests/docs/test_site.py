@@ -64,6 +64,6 @@ def test_settings_lists_every_variable_that_is_read() -> None:
     page = (DOCS / "settings.md").read_text("utf-8")
     read = re.compile(r"""environ(?:\.get\(|\.setdefault\(|\[)["'](\w+)""")
     for path in (ROOT / "retrotool").rglob("*.py"):
-        # COMP_WORDS is what a shell sets when it completes a command.
-        for variable in set(read.findall(path.read_text("utf-8"))) - {"COMP_WORDS"}:
+        # A shell sets these when it completes a command.
+        for variable in set(read.findall(path.read_text("utf-8"))) - {"COMP_WORDS", "_TYPER_COMPLETE_ARGS"}:
             assert f"`{variable}`" in page, f"{path}: {variable}"
