@@ -20,8 +20,7 @@ EXIT_FAILED = 1
 _WIDTH = 100
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS |= {
-    number: f"\\u{number:04x}"
-    for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
+    number: f"\\u{number:04x}" for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
 }
 """Characters that move the cursor, colour the terminal, break lines or change the direction of text, and how they are
 shown: documents are hostile."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
 from retrotool.cli.options import (
+    WORK,
     Device,
     Json,
-    ShardOption,
     StoreArgument,
     at_file,
     at_files,
@@ -97,7 +97,10 @@ def command(
     ] = False,
     yes: yes_option = False,
     devices: Device = "auto",
-    shard: ShardOption = None,
+    shard: Annotated[
+        str | None,
+        opt("Scan share I of N of the parts, from 0, and purge nothing.", "--shard", metavar="I/N", panel=WORK),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Purge chunks: no command returns them any more. Without a selector, list purges.
