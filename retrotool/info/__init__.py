@@ -1,1 +1,1 @@
-"""What is in a store, its log, and whether it is whole."""
+"""Describe a store, show its log, and verify it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
@@ -19,7 +20,6 @@ Examples:
   retrotool info store --json
   retrotool info store --files --csv"""
 
-
 _BAR, _SOURCES = 40, 8
 _COLUMNS = ("path", "kind", "name", "slot", "part", "rows", "bytes", "pending")
 
@@ -27,20 +27,20 @@ _COLUMNS = ("path", "kind", "name", "slot", "part", "rows", "bytes", "pending")
 def command(
     store: StoreArgument,
     documents: Annotated[
-        bool, opt("Also count documents by length and by source, which reads files.", "--documents")
+        bool, opt("Also count documents by length and by source (reads more files).", "--documents")
     ] = False,
-    files: Annotated[bool, opt("List the live files instead, with the numbers of their parts.", "--files")] = False,
+    files: Annotated[bool, opt("List the live files instead.", "--files")] = False,
     as_csv: Annotated[bool, opt("With --files: print the list as CSV, with a header.", "--csv")] = False,
     as_json: Json = False,
 ) -> None:
-    """Describe a store; with --json also list its current files."""
+    """Describe a store. With --json, also list its live files."""
     with output.errors(as_json):
         if as_csv and not files:
-            raise UsageError("--csv is a form of the list of files", "Give it with --files.")
+            raise UsageError("--csv needs --files")
         if as_csv and as_json:
-            raise UsageError("--csv and --json are two forms of one list", "Give one of them.")
+            raise UsageError("--csv and --json can't be combined", "Give one of them.")
         if files and documents:
-            raise UsageError("--files lists files, and --documents counts documents", "Give one of them.")
+            raise UsageError("--files and --documents can't be combined", "Give one of them.")
         if files:
             from retrotool.info.file_list import list_files
 
@@ -56,16 +56,16 @@ def command(
 
 
 def _file_rows(found: FileList) -> list[list[Any]]:
-    """The files in rows of ``_COLUMNS``, with nothing for a part where there is none."""
     rows = ([getattr(file, column) for column in _COLUMNS] for file in found.files)
     return [["" if value is None else value for value in row] for row in rows]
 
 
 def _text(info: Info) -> str:
+    path = info.path if Path(info.path).name not in ("", "..") else Path(info.path).resolve()
     lossy = "" if info.tokenizer["lossless"] else " (loses case or spacing)"
     keys = f" ({info.keys:,} of them keys)" if info.keys < info.chunks else ""
     lines = [
-        f"{info.path}: {output.count(info.documents, 'document')}, "
+        f"{path}: {output.count(info.documents, 'document')}, "
         f"{output.count(info.chunks, 'chunk')} of {info.chunk_length} tokens{keys}, {info.tokens:,} tokens",
         f"  tokenizer   {info.tokenizer['name']}, {info.tokenizer['vocabulary']:,} tokens{lossy}",
         f"  parts       {len(info.parts):,}, at commit {info.commit}",
@@ -75,7 +75,7 @@ def _text(info: Info) -> str:
         ),
     ]
     if info.rejected:
-        lines.append(f"  rejected   {output.count(info.rejected, 'row')} of input, listed in quarantine/")
+        lines.append(f"  rejected    {output.count(info.rejected, 'row')} of input, listed in quarantine/")
     for name, e in info.encoders.items():
         covered = f"{e['rows']:,} of {output.count(info.keys, 'chunk')}, {e['parts']:,} of {len(info.parts):,} parts"
         checked = f"; recall@10 {e['check']['recall_at_10']:.4f} against float32" if "check" in e else ""
@@ -87,15 +87,16 @@ def _text(info: Info) -> str:
     lines += [f"  neighbours  {name}: {_neighbours(info, name)}" for name in info.neighbours]
     for one in info.dependents:
         lines.append(f"  used by     {one.path}, neighbours {one.table}, since {one.since[:10]}")
-        lines.append(f"              brought up to date by: {one.command}")
+        lines.append(f"              to update it: {one.command}")
     if info.purged:
-        lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, of purges and duplicate documents")
+        of = "purged or of duplicate documents" if info.purges else "of duplicate documents"
+        lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, {of}")
     lines += [
         f"  {p}   {output.count(r['chunks'], 'chunk')} purged{_after(r)}: {r['reason']}" for p, r in info.purges.items()
     ]
     lines += _shape(info.shape)
     if info.unfinished:
-        lines.append("  unfinished  an interrupted chunk: run it again to go on")
+        lines.append("  unfinished  an interrupted chunk: run the same command again to resume it")
     return "\n".join(lines)
 
 
@@ -109,8 +110,8 @@ def _neighbours(info: Info, name: str) -> str:
     about = info.neighbours[name]
     rows, made = output.count(about["rows"], "chunk"), ""
     if about.get("text"):
-        lacking = about["parts"] - about["text_parts"]
-        stale = f" ({output.count(lacking, 'part')} without)" if lacking else ""
+        missing = about["parts"] - about["text_parts"]
+        stale = f" ({output.count(missing, 'part')} without)" if missing else ""
         made = f", {about['k']} materialised{stale}"
     if "mix" in about:
         of = ", ".join(f"{member['table']} (weight {member['weight']:g})" for member in about["mix"])
@@ -119,12 +120,12 @@ def _neighbours(info: Info, name: str) -> str:
     if filters := about.get("filters"):
         from retrotool.neighbours.filters import in_words
 
-        words = f"; left out: {in_words(filters)}"
-    return f"{about['saved']} saved for {rows}{made}{words}"
+        words = f"; excluded: {in_words(filters)}"
+    database = "" if about["within"] else f", from database {about['uri']}"
+    return f"{about['saved']} saved for {rows}{database}{made}{words}"
 
 
 def _shape(shape: Shape | None) -> list[str]:
-    """How long documents are, and where they come from."""
     if shape is None or not shape.lengths:
         return []
     lengths, sources = shape.lengths, shape.sources
@@ -134,11 +135,8 @@ def _shape(shape: Shape | None) -> list[str]:
     for row in lengths:
         bar = "#" * max(1, round(_BAR * row["documents"] / most))
         lines.append(f"    {row['tokens']:>11,} and more {row['documents']:>13,}  {bar}")
-    lines.append(
-        f"  documents by source, the largest of {len(sources):,}"
-        if len(sources) > _SOURCES
-        else "  documents by source"
-    )
+    largest = f", the largest of {len(sources):,}" if len(sources) > _SOURCES else ""
+    lines.append(f"  documents by source{largest}")
     rows = [
         (output.one_line(row["source"]), row["documents"], f"{row['tokens']:,} tokens") for row in sources[:_SOURCES]
     ]

@@ -1,8 +1,8 @@
-"""The live files of a store as a list, for tools that read them without retrotool.
+"""List the live files of a store, for tools that read them without retrotool.
 
-A folder of a store may hold more than its live files: what a killed command left, and what is not committed yet. And
-the name of a file does not say which part its documents and chunks are of. Both are in the log, and so in this list.
-It opens no other file than those of the log: 120,000 files take two seconds.
+The folders of a store can also hold leftovers of killed commands and files that are not committed yet, and
+file names do not have the number of the part. The log has both facts, and only the log is read: 120,000 files
+take two seconds.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from retrotool.store.store import Store
 class ListedFile:
     """A live file.
 
-    ``path`` is relative to the store. ``kind`` is what it holds, such as ``chunks``; ``name`` the encoder, index, table
-    or scan that it belongs to, empty for other kinds; ``slot`` its place among the files of that kind and name.
-    ``part`` is the number of its part, and None for kinds that have no file for each part. ``rows`` are what its kind
-    counts, such as chunks. ``pending``: a ``chunk`` that is not finished made its part, and no reader returns it.
+    ``path`` is relative to the store. ``kind`` is the type of content, such as ``chunks``. ``name`` is the
+    encoder, index, table or scan it belongs to, empty for other kinds. ``slot`` identifies it among the files
+    of that kind and name. ``part`` is None for kinds without a file per part. ``rows`` counts its items, such
+    as chunks. ``pending``: its part belongs to an unfinished ``chunk``, and no reader returns it.
     """
 
     path: str
@@ -44,7 +44,7 @@ class FileList:
 
 
 def list_files(root: str | Path) -> FileList:
-    """List the live files of a store; none of them is opened."""
+    """List the live files of a store without opening them."""
     state = Store.open(root).state
     entries = (
         entry for kind in DATA_KINDS for name in state.names(kind) for entry in state.group(kind, name).entries()

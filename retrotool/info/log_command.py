@@ -16,16 +16,16 @@ Examples:
   retrotool log store --last 3
   retrotool log store --json
 
-A line has number, time, hash, command, and the files that were added (+), replaced (±) and removed (-), with their
-rows in parentheses. The next entry names the hash. Whether all is as it was: retrotool verify STORE --log"""
+Each line has the commit's number, time, hash (12 digits; all with --json) and command, and the files that it added
+(+), replaced (±) and removed (-), with their rows in parentheses. To check the log: retrotool verify STORE --log"""
 
 
 def command(
     store: StoreArgument,
-    last: Annotated[int | None, opt("Only the N newest commits.", "--last", metavar="N")] = None,
+    last: Annotated[int | None, opt("Show only the N newest commits.", "--last", metavar="N")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what was done to a store, commit by commit, the newest last."""
+    """Show the commits of a store, the newest last."""
     with output.errors(as_json):
         from retrotool.info import log_entries
 
@@ -46,4 +46,4 @@ def _text(entry: LogEntry) -> str:
         verb = {"erase": "erased ", "undo": "undid "}.get(entry.command, "")
         by = f" by {purge['who']}" if purge["who"] and entry.command != "erase" else ""
         words += f"; {verb}{purge['purge']}" + output.one_line(f"{by}: {purge['reason']}")
-    return f"{entry.number:>6}  {entry.time[:19]}  {entry.sha256}  {entry.command:<11} {words}".rstrip()
+    return f"{entry.number:>6}  {entry.time[:19]}  {entry.sha256[:12]}  {entry.command:<11} {words}".rstrip()

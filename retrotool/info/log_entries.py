@@ -1,13 +1,14 @@
-"""The log as a person or an auditor reads it: ``log`` tells what was done, ``verify --log`` whether it is all there.
+"""``log``, which shows what was done to a store, and ``verify --log``, which checks that its log is complete.
 
-``log`` reads one entry at a time, checks that each is the child of the one before, and folds nothing: 30,000 commits
-take about 2 s, and no more memory than one. What it tells of a commit is in its entry already, so no purged text can
-be among it.
+``log`` reads one entry at a time, checks that it is the child of the one before, and folds nothing: 30,000
+commits take about 2 s, in the memory of one. It prints nothing but what is in the entries, so it can't print
+purged text.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,17 +23,18 @@ from retrotool.store.verify_log import check_log
 
 _PURGE = "purge:"
 _ABOUT = {"purge": ("reason", "who"), "erase": ("reason", "who"), "undo": ("undone_reason", "undone_by")}
-"""Of commits that are about purges, where their records say why and who."""
+"""By command, the fields of a purge's record that have the reason and the person."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """A commit in a few words.
+    """Summary of a commit.
 
-    ``added`` has, by kind of file (for some with a name behind it: ``embeddings/minilm``), how many ``files`` and
-    ``rows``; ``removed`` how many files. ``records`` are the keys that were set. ``purges`` are those that it made,
-    undid or finished erasing, with the reason and who, of an erase those of the purge. ``sha256`` is that of the
-    entry, by which the next one names it.
+    ``added`` maps kinds of files (some with a name, ``embeddings/minilm``) to numbers of ``files`` and
+    ``rows``; ``removed`` maps them to numbers of files. ``records`` are the keys that were set. ``purges``
+    are those that the commit made, undid or finished erasing, each with its reason and who gave it (for an
+    erase, those of the purge). ``sha256`` is the hash of the entry, which the next entry names as its
+    ``parent``.
     """
 
     number: int
@@ -49,10 +51,10 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class LogVerification:
-    """What ``verify --log`` found.
+    """Result of ``verify --log``.
 
-    ``commits`` is how many entries there are, and ``head`` the SHA-256 of the last one, to be kept elsewhere; empty if
-    that one is broken. ``kept`` is the number of the commit that has the hash which was given, or None.
+    ``commits`` is the number of entries. ``head`` is the SHA-256 of the last one, empty if that is broken.
+    ``kept`` is the number of the commit with the hash that the caller gave, None if no commit has it.
     """
 
     ok: bool
@@ -64,12 +66,13 @@ class LogVerification:
 
 
 def log_entries(root: str | Path, last: int | None = None) -> Iterator[LogEntry]:
-    """The commits of a store, oldest first, or the ``last`` ones; one is held at a time.
+    """Yield the ``last`` (default: all) commits of a store, oldest first, one in memory at a time.
 
-    ``StoreNotFoundError`` at once, ``CorruptError`` where an entry is missing, broken or no child of the one before.
+    Raises ``StoreNotFoundError`` at once; ``CorruptError`` at an entry that is missing, broken or not the
+    child of the one before.
     """
     if last is not None and last < 1:
-        raise UsageError(f"--last {last}: it is a number of commits, from 1")
+        raise UsageError(f"--last {last} is less than 1")
     storage = storage_at(root)
     _, genesis = identity.read_identity(storage)
     return _entries(storage, genesis, last)
@@ -83,16 +86,15 @@ def _entries(storage: Storage, genesis: str, last: int | None) -> Iterator[LogEn
         try:
             commit = log.read(storage, number, parent)
             if commit is None:
-                raise CorruptError(
-                    f"{where(storage, log.commit_path(number))} is missing, and there are commits after it"
-                )
+                raise CorruptError(f"{where(storage, log.commit_path(number))} is missing, but later commits exist")
         except CorruptError as error:
-            raise CorruptError(str(error), f"See what else is wrong: retrotool verify {storage.place} --log") from error
-        yield _told(commit)
+            verify = shlex.join(["retrotool", "verify", storage.place, "--log"])
+            raise CorruptError(str(error), f"Find out what else is wrong: {verify}") from error
+        yield _summary(commit)
         parent = commit.sha256
 
 
-def _told(commit: Commit) -> LogEntry:
+def _summary(commit: Commit) -> LogEntry:
     added: dict[str, dict[str, int]] = {}
     for entry in commit.add:
         counts = added.setdefault(_kind(entry.path), {"files": 0, "rows": 0})
@@ -114,18 +116,17 @@ def _told(commit: Commit) -> LogEntry:
 
 
 def _kind(path: str) -> str:
-    """``chunks``, or with its name ``embeddings/minilm``."""
     kind, _, rest = path.partition("/")
     return f"{kind}/{rest.partition('/')[0]}" if kind in NAMED_KINDS else kind
 
 
 def verify_log(root: str | Path, kept: str | None = None) -> LogVerification:
-    """Check the log, its chain, its fold and the checkpoints, and no other file.
+    """Check the chain and the fold of the log, and the checkpoints, but no other file.
 
-    ``kept``: the SHA-256 of an entry that somebody kept, 64 hexadecimal digits; it is a problem if no entry has it.
+    ``kept``: a SHA-256, 64 hexadecimal digits, that an entry must have; it was kept elsewhere.
     """
     if kept is not None and re.fullmatch(r"[0-9a-fA-F]{64}", kept) is None:
-        raise UsageError(f"--head {kept}: it is the SHA-256 of an entry, 64 hexadecimal digits")
+        raise UsageError(f"--head {kept} is not a SHA-256 of 64 hexadecimal digits")
     storage = storage_at(root)
     problems: list[str] = []
     genesis: str | None = None
@@ -137,5 +138,5 @@ def verify_log(root: str | Path, kept: str | None = None) -> LogVerification:
     problems += found.problems
     place = None if kept is None else found.place(kept)
     if kept is not None and place is None:
-        problems.append(f"no entry has the hash that was kept, {kept.lower()}: the log was written anew, or cut off")
+        problems.append(f"no entry has the hash {kept.lower()}: the log was rewritten or cut off")
     return LogVerification(not problems, len(found.hashes), found.head, place, found.checkpoints, problems)

@@ -1,9 +1,9 @@
-"""Describe a store, by its log.
+"""Describe a store from its log.
 
-All figures follow from the log, so ``info`` opens no other file of most stores, and needs neither numpy nor pyarrow.
-Tombstones are read only for embeddings and neighbours that cover some of the parts, and for key-value records; what
-other features need is imported where the log says that the store has them. The documents' lengths and sources are read
-only where they are asked for: three columns, about ten bytes a document.
+For most stores ``info`` reads nothing but the log, and imports neither numpy nor pyarrow. Exceptions:
+
+* tombstones, if embeddings or neighbours cover only some of the parts, and for key-value records;
+* lengths and sources of documents, on request: three columns, about ten bytes per document.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
     from retrotool.store.tombstones import Tombstones
 
 READ_DOCUMENTS = 20_000_000
-"""Documents from which on only some parts, spread evenly, are read for lengths and sources, and the counts scaled."""
+"""With more documents, lengths and sources are counted in evenly spread parts only, and scaled."""
 LARGEST_SOURCES = 1000
-_LOOKED_AT = 64
-"""Parts of a database in which names of sources are looked for."""
+_SAMPLED_PARTS = 64
+"""Parts of a database that are searched for the names of sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Live documents by length and by source; ``share`` of them was looked at, the counts are of all, scaled.
+    """Live documents by length and by source. ``share`` of them was read; the counts are scaled to all.
 
-    ``lengths`` are rows {tokens, documents}: so many have at least ``tokens`` and less than twice that. ``sources`` are
-    rows {source, documents, chunks, tokens}, most tokens first, at most a thousand.
+    ``lengths`` are rows {tokens, documents}: the number of documents with ``tokens`` to 2 · ``tokens`` - 1
+    tokens. ``sources`` are at most a thousand rows {source, documents, chunks, tokens}, the most tokens
+    first.
     """
 
     lengths: tuple[dict[str, int], ...] = ()
@@ -49,10 +50,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What is in a store. Current files are listed with paths relative to it.
+    """Description of a store; the paths of its live files are relative to it.
 
-    ``keys`` are the chunks that are searched by and for: all but the values of key-value records. ``dependents``
-    are the stores that are recorded to have neighbours in this one. ``shape`` is None unless it was asked for.
+    ``keys`` counts the chunks that are searched by and for: all but the values of key-value records.
+    ``dependents`` are stores with neighbours in this one. ``shape`` is None unless it was requested.
     """
 
     path: str
@@ -81,7 +82,7 @@ class Info:
 
 
 def info(root: str | Path, *, documents: bool = False) -> Info:
-    """Describe a store. ``documents``: also by length and by source, for which some of their columns are read."""
+    """Describe a store. ``documents``: also count documents by length and source, which reads more files."""
     store = Store.open(root)
     state = store.state
     totals = state.records.get("totals", dict.fromkeys(COUNTS, 0))
@@ -90,9 +91,10 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         sizes[file.kind] = sizes.get(file.kind, 0) + file.bytes
     own = store.identity
     keys = _Keys(store)
-    encoders, checks = _covered(store, keys, "encoder:", "embeddings"), state.with_prefix("fidelity:")
-    for name in encoders.keys() & checks.keys():
-        encoders[name]["check"] = checks[name]
+    encoders = _covered(store, keys, "encoder:", "embeddings")
+    for name, check in state.with_prefix("fidelity:").items():
+        if name in encoders:
+            encoders[name]["check"] = check
     return Info(
         path=str(root),
         uuid=own.uuid,
@@ -107,7 +109,7 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         encoders=encoders,
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, keys),
-        # The oldest first: their ids are random.
+        # By age, as their ids are random.
         purges=dict(sorted(state.with_prefix("purge:").items(), key=lambda one: int(one[1]["commit"]))),
         tombstones=_files(store, "tombstones"),
         blocked=_files(store, "blocked"),
@@ -119,7 +121,7 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
 
 
 class _Keys:
-    """The live keys of a store, counted by its log as far as that knows; ``count`` is how many there are."""
+    """Counts the live keys of a store, by its log where that is enough."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -132,14 +134,14 @@ class _Keys:
 
     @cached_property
     def count(self) -> int:
-        """Live keys of all parts."""
+        """Number of live keys."""
         entries = [entry for part, entry in _chunk_files(self._store.state) if self._store.state.is_live(part)]
         if not any("keys" in (entry.about or {}) for entry in entries):  # all chunks are keys
             return int(self._store.state.records.get("totals", {}).get("chunks", 0))
         return self._count(self._store.state.parts())
 
     def count_in(self, kind: str, name: str) -> int:
-        """Live keys of the parts that have a file of a kind."""
+        """Count the live keys of the parts that have a file of a kind and name."""
         slots = self._store.state.group(kind, name)
         parts = [part for slot in slots if self._store.state.is_live(part := int(slot))]
         return self.count if parts == self._store.state.parts() else self._count(parts)
@@ -212,7 +214,7 @@ def _files(store: Store, kind: str) -> list[dict[str, Any]]:
 
 
 def _covered(store: Store, keys: _Keys, prefix: str, kind: str) -> dict[str, Any]:
-    """Records with how many parts, and live keys in them, they cover."""
+    """Return records with the numbers of ``parts`` and live keys (``rows``) that they cover."""
     return {
         name: {**record, "parts": len(store.state.group(kind, name)), "rows": keys.count_in(kind, name)}
         for name, record in store.state.with_prefix(prefix).items()
@@ -220,7 +222,6 @@ def _covered(store: Store, keys: _Keys, prefix: str, kind: str) -> dict[str, Any
 
 
 def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
-    """Tables, with what is left out of them in names, and mixtures of them."""
     found = _covered(store, keys, "neighbours:", "neighbours")
     for name, about in list(found.items()):
         if about.get("text"):
@@ -230,17 +231,15 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
             about = found[name] = {**about, "text_parts": sum(size >= about["k"] for size in sizes)}
         if "mix" in about:
             of = [found[member["table"]] for member in about["mix"] if member["table"] in found]
-            found[name] = {
-                **about,
-                **{count: min((one[count] for one in of), default=0) for count in ("parts", "rows")},
-            }
+            fewest = {count: min((one[count] for one in of), default=0) for count in ("parts", "rows")}
+            found[name] = {**about, **fewest}
         elif "filters" in about:
             found[name] = {**about, "filters": _filters(store, name)}
     return found
 
 
 def _filters(store: Store, table: str) -> dict[str, Any]:
-    """What a table leaves out, with the names of sources as far as its database is there and they are soon found."""
+    """Return a table's filters, with the names of sources that its database has in few parts."""
     from retrotool.neighbours.filters import Filters, named
     from retrotool.neighbours.stage import database_of
 
@@ -249,14 +248,14 @@ def _filters(store: Store, table: str) -> dict[str, Any]:
     if filters.sources:
         with contextlib.suppress(RetrotoolError, OSError):
             databases = [database_of(store, table)[0]]
-    return named(filters, store, databases, _LOOKED_AT)
+    return named(filters, store, databases, _SAMPLED_PARTS)
 
 
 def _index(store: Store, name: str) -> dict[str, Any]:
     files = IndexFiles(store.state, name)
     return {
         **({} if files.record is None else asdict(files.record)),
-        "vectors": files.vectors,  # the record keeps what was measured; an erase has taken vectors away since
+        "vectors": files.vectors,  # the record has those of the last measurement; an erase may have removed some
         "trained": files.trained.path if files.trained else None,
         "shards": [entry.path for entry in files.shards.values()],
     }

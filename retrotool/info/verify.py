@@ -1,13 +1,16 @@
-"""``verify``: whether everything in a store is what the log says, and hashes by which two stores can be compared.
+"""``verify``: check a store against its log, and compute hashes by which stores can be compared.
 
-Checks the chain of the log and its fold, size and SHA-256 of every file, and that files agree with each other: here
-rows, documents and their chunks, keys, padding, tombstones, totals; in ``verify_references`` embeddings, indexes,
-neighbours, block lists and records; and the tokens of neighbours. Reports every problem and goes on, unless another
-process removes files concurrently: then it begins again on the newest commit. Cost: reading every byte of the store
-once for SHA-256 and its Parquet files and embeddings a second time; memory: one part, or the ids of one shard.
+Checks, reporting every problem:
 
-Digests of documents do not depend on how a store is cut into files: they are sums of one BLAKE2b-256 a document, about
-1.5 µs a document and 1 GB/s of tokens.
+* the chain and the fold of the log, and the size and SHA-256 of every file;
+* here: rows, documents and their chunks, keys, padding, tombstones, totals;
+* in ``verify_references``: embeddings, indexes, neighbours and their tokens, block lists, records.
+
+If another process removes files concurrently, it starts again on the newest commit. Cost: every byte is read
+once for SHA-256, and Parquet files and embeddings a second time. Memory: one part, or the ids of one shard.
+
+Digests of documents do not depend on how a store is split into files: they are sums of one BLAKE2b-256 per
+document, about 1.5 µs per document and 1 GB/s of tokens.
 """
 
 from __future__ import annotations
@@ -37,10 +40,10 @@ from retrotool.store.verify_log import check_log, same_state
 
 @dataclass(slots=True)
 class Verification:
-    """What ``verify`` found; digests are as ``docs/format.md`` defines them, empty where a problem prevents them.
+    """Result of ``verify``. Digests (see ``docs/format.md``) are empty where a problem prevents them.
 
-    ``ok``: there are no problems. ``foreign`` are paths of files in the store's folders that no command made; they are
-    not checked. ``unnamed`` counts files of commands that no commit names: they are running, or were interrupted.
+    ``foreign`` are files in the store's folders that retrotool did not make; they are not checked.
+    ``unnamed`` counts files that no commit names, from commands that are running or were interrupted.
     """
 
     ok: bool
@@ -63,16 +66,16 @@ class Verification:
 
 
 def check_store(store: Store, report: Report = lambda _: None) -> Verification:
-    """Check the store at its view; ``ErasedError`` if a newer commit removes a file of it meanwhile."""
+    """Check the store at its view. Raises ``ErasedError`` if a newer commit removes one of its files."""
     result = Verification(True, store.state.number)
     checked = Checked(store, result.problems)
     _check_log(checked)
     references.check_records(checked)
     links = (path for path in store.storage.irregular() if not path.endswith("/"))
-    links = (path for path in links if "/" in path or path in paths.FOLDERS)  # in the place of what the store has
+    links = (path for path in links if "/" in path or path in paths.FOLDERS)  # links elsewhere are harmless
     checked.problems += [f"{path} is a symbolic link" for path in sorted(links)]
     checked.problems += [
-        f"{path} is not a finished task: the next command that writes removes it, and does the task again"
+        f"{path} is not a finished task: the next command that writes removes it and repeats the task"
         for path in staging.broken(store.storage)
     ]
     result.foreign, result.unnamed = foreign_files(store), len(unnamed_files(store))
@@ -84,7 +87,7 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     for part in store.state.all_parts():
         entries = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
         if any(entry is None for entry in entries):
-            result.problems.append(f"part {part} lacks its documents or its chunks")
+            result.problems.append(f"part {part} has no documents file or no chunks file")
         elif checked.broken.isdisjoint(entry.path for entry in entries if entry is not None):
             with checked.noting(f"part {part}"):
                 digest = _check_part(checked, part)
@@ -101,32 +104,32 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
         result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
         result.documents, result.chunks, result.tokens = total.documents, total.chunks, total.tokens
         for name, found in (("documents", total.documents), ("chunks", total.chunks), ("tokens", total.tokens)):
-            said = store.state.records.get("totals", {}).get(name, 0)
-            if found != said:
-                result.problems.append(f"{found:,} live {name} found, the log says {said:,}")
+            logged = store.state.records.get("totals", {}).get(name, 0)
+            if found != logged:
+                result.problems.append(f"found {found:,} live {name}, but the log says {logged:,}")
     result.ok = not result.problems
     return result
 
 
 def _check_log(checked: Checked) -> None:
-    """Fold the log from its beginning, compare the open state with it, and note all records that were ever set."""
+    """Fold the log, compare the result with the open state, and collect the keys of all records ever set."""
     store = checked.store
 
     def note(commit: Commit) -> None:
         checked.recorded.update(commit.records)
-        # An index that was dropped may be begun again.
-        gone = (key for key, value in commit.records.items() if value is None)
-        checked.recorded.difference_update(key for key in gone if key.startswith("index:"))
+        # A dropped index may be started again.
+        removed = (key for key, value in commit.records.items() if value is None)
+        checked.recorded.difference_update(key for key in removed if key.startswith("index:"))
 
     with checked.noting("log"):
         found = check_log(store.storage, store.genesis, store.state.number, note)
         checked.problems += found.problems
         if not found.problems and not same_state(found.state, store.state):
-            checked.problems.append("the open state is not the fold of the log: commits are missing")
+            checked.problems.append("the open state differs from the fold of the log: commits are missing")
 
 
 def _check_files(checked: Checked, result: Verification, report: Report) -> None:
-    """Sizes and sums; notes the paths of files that are broken."""
+    """Check sizes and sums, and add the paths of broken files to ``checked.broken``."""
     store = checked.store
     with checked.noting("tokenizer"):
         store.tokenizer_json()
@@ -144,32 +147,34 @@ def _check_files(checked: Checked, result: Verification, report: Report) -> None
 
 
 def _check_part(checked: Checked, part: int) -> PartDigest:
-    """Check a part's files against each other."""
     store = checked.store
     chunks = parts.read_chunks(store, part)
     documents = parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks", "n_tokens"])
     n, docs = len(chunks), documents.num_rows
     first, count, n_tokens = (documents[name].to_numpy() for name in ("first_row", "n_chunks", "n_tokens"))
     if count.sum() != n or (count < 0).any() or not ((chunks.doc >= 0) & (chunks.doc < docs)).all():
-        checked.problems.append(f"part {part}: {docs:,} documents and {n:,} chunks do not belong together")
+        checked.problems.append(f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
         return PartDigest()
     row = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["row"])["row"].to_numpy()
     keys = [None if name is None else id_hash(name) for name in documents["id"].to_pylist()]
     padding = np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None]
     wrong = {
         "rows are not numbered from 0": (row != np.arange(n)).any(),
-        "documents do not follow one another": (first != np.cumsum(count) - count).any(),
-        "chunks name other documents than documents name chunks": (
+        "documents are not contiguous": (first != np.cumsum(count) - count).any(),
+        "documents and chunks disagree about which belong together": (
             chunks.doc != np.repeat(np.arange(docs), count)
         ).any(),
-        "chunks are not numbered in their documents": (chunks.index != np.arange(n) - np.repeat(first, count)).any(),
-        "documents and chunks differ in tokens": (
+        "chunks have wrong positions in their documents": (
+            chunks.index != np.arange(n) - np.repeat(first, count)
+        ).any(),
+        "documents and chunks have different numbers of tokens": (
             np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64) != n_tokens
         ).any(),
         "padding is not zero": (chunks.tokens * padding).any(),
-        "keys are not the hashes of its documents' ids": documents["key"].to_pylist() != keys,
-        "a document begins with a chunk that is no key": not chunks.key[chunks.index == 0].all(),
-        "the log counts other keys": chunks.key.sum() != parts.n_keys(parts.part_entry(store, "chunks", part)),
+        "keys are not the hashes of the documents' ids": documents["key"].to_pylist() != keys,
+        "the first chunk of a document is not a key": not chunks.key[chunks.index == 0].all(),
+        "the log has a different number of keys": chunks.key.sum()
+        != parts.n_keys(parts.part_entry(store, "chunks", part)),
     }
     checked.note(f"part {part}", wrong)
     references.check_embeddings(checked, part, chunks.embedded)
@@ -180,7 +185,7 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
 
 
 def _digest_files(store: Store, kind: str) -> str:
-    """Stands for the files of a kind, but for what was measured."""
+    """Return the digest of the files of a kind, except measurements."""
     lines = [
         f"{kind}/{name}/{slot} {entry.sha256}"
         for name in store.state.names(kind)
@@ -192,7 +197,7 @@ def _digest_files(store: Store, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PartDigest:
-    """Sums over the live documents of a part, and how many documents, chunks and tokens live."""
+    """Sums of hashes over the live documents of a part, and its live documents, chunks and tokens."""
 
     content: int = 0
     ids: int = 0
@@ -201,30 +206,26 @@ class PartDigest:
     tokens: int = 0
 
     def __add__(self, other: PartDigest) -> PartDigest:
-        """The digest of both."""
         return PartDigest(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 def hexadecimal(number: int) -> str:
-    """A sum of 256-bit numbers, modulo 2^256, as 64 digits."""
+    """Return a sum of 256-bit numbers, modulo 2^256, as 64 digits."""
     return f"{number % (1 << 256):064x}"
 
 
 def part_digest(chunks: Chunks, keys: list[bytes | None], live: npt.NDArray[np.bool_]) -> PartDigest:
-    """Digest of the ``live`` (bool [n]) chunks of a part, whose documents have ``keys``."""
+    """Compute the digest of the ``live`` (bool [n]) chunks of a part, whose documents have ``keys``."""
     rows = np.flatnonzero(live)
     if not len(rows):
         return PartDigest()
     length = chunks.tokens.shape[1]
-    # One structured record a chunk, so that a document's bytes are one slice.
+    # One structured record per chunk, so that a document's bytes are one slice.
     record = np.dtype([("index", "<i4"), ("n_tokens", "<i4"), ("tokens", chunks.tokens.dtype, (length,))])
     named = np.dtype([("id", "<i8"), ("index", "<i4")])
     contents = np.empty(len(rows), record)
-    contents["index"], contents["n_tokens"], contents["tokens"] = (
-        chunks.index[rows],
-        chunks.n_tokens[rows],
-        chunks.tokens[rows],
-    )
+    for column in ("index", "n_tokens", "tokens"):
+        contents[column] = getattr(chunks, column)[rows]
     names = np.empty(len(rows), named)
     names["id"], names["index"] = chunk_ids(chunks.part, rows), chunks.index[rows]
     doc = chunks.doc[rows]
@@ -247,10 +248,10 @@ def _hash(key: bytes, data: Any) -> int:
 
 
 def verify(root: str | Path, report: Report = lambda _: None) -> Verification:
-    """Check every file of a store, and give the hashes by which stores are compared.
+    """Check every file of a store, and compute the hashes by which stores are compared.
 
-    A store that can't be opened for what is in it is a problem too; ``ErasedError`` if other processes keep removing
-    files that were to be checked.
+    A store that is too damaged to open is reported as a problem. Raises ``ErasedError`` if other processes
+    keep removing files.
     """
     reported = 0
 
@@ -266,7 +267,7 @@ def verify(root: str | Path, report: Report = lambda _: None) -> Verification:
 
 
 def bytes_to_verify(root: str | Path) -> int:
-    """How many bytes ``verify`` will report; 0 if the store can't be opened for what is in it."""
+    """Return the number of bytes that ``verify`` will check, 0 if the store is too damaged to open."""
     try:
         return Store.open(root).state.bytes()
     except CorruptError:

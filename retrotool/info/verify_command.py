@@ -20,7 +20,7 @@ Examples:
   retrotool verify store --json
   retrotool verify store --log
 
-Exit codes: 0 all is well, 12 something is not, or so much was erased meanwhile that it can't be told."""
+Exit codes: 0 OK; 12 a problem was found, or concurrent erases kept removing files."""
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     head: Annotated[
         str | None,
         opt(
-            "With --log: the hash of a last entry, kept from an earlier check. The log must still have it.",
+            "With --log: a head hash from an earlier check, which the log must still contain.",
             "--head",
             metavar="SHA256",
         ),
@@ -38,15 +38,16 @@ def command(
 ) -> None:
     """Check every checksum, row count and cross-reference of a store.
 
-    The hashes are equal for stores of equal content, however they were made: content (what live chunks say), ids
-    (which chunk is which), tombstones, embeddings, indexes, neighbours, and these materialised.
+    The printed hashes are equal for stores of equal content, however these were built: content (tokens of
+    live chunks), ids (which chunk has which id), tombstones, embeddings, indexes, neighbours, and
+    materialised neighbours.
 
-    With --log it tells the hash of the last entry. Keep it elsewhere: who can write the store can write the whole log
-    anew, and only a hash that was kept, given as --head, finds that.
+    With --log, the hash of the last entry (head) is printed. Keep it elsewhere: anyone who can write to the
+    store can rewrite the whole log, and only --head with a hash that you kept detects that.
     """
     with output.errors(as_json):
         if head is not None and not log:
-            raise UsageError("--head is a hash of the log", "Give it with --log.")
+            raise UsageError("--head needs --log")
         found: LogVerification | Verification
         if log:
             from retrotool.info.log_entries import verify_log
@@ -64,32 +65,31 @@ def command(
             raise typer.Exit(CorruptError.exit_code)
 
 
+def _verdict(found: LogVerification | Verification) -> str:
+    return "OK" if found.ok else f"FAILED: {output.count(len(found.problems), 'problem')}"
+
+
 def _log_text(found: LogVerification) -> str:
-    well = "the chain is whole." if found.ok else "NOT well."
-    lines = [f"{output.count(found.commits, 'commit')}, {output.count(found.checkpoints, 'checkpoint')}: {well}"]
-    lines += [f"  problem: {problem}" for problem in found.problems]
+    checked = f"{output.count(found.commits, 'commit')}, {output.count(found.checkpoints, 'checkpoint')}"
+    lines = [f"{checked}: {_verdict(found)}", *(f"  problem: {problem}" for problem in found.problems)]
     if found.kept is not None:
-        lines.append(f"  kept  is commit {found.kept}: up to there it is the log that was checked then")
+        lines.append(f"  kept  is commit {found.kept}: the log up to there is unchanged")
     if found.head:
         lines.append(f"  head  {found.head}")
     return "\n".join(lines)
 
 
 def _text(found: Verification) -> str:
-    lines = [
-        f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}: "
-        + ("all is well." if found.ok else "NOT well.")
-        if found.commit >= 0 or found.ok
-        else "The store can't be opened: NOT well."
-    ]
-    lines += [f"  problem: {problem}" for problem in found.problems]
+    checked = f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}"
+    opened = checked if found.commit >= 0 else "The store can't be opened"
+    lines = [f"{opened}: {_verdict(found)}", *(f"  problem: {problem}" for problem in found.problems)]
     if found.foreign:
         lines.append(f"  not checked: {output.count(len(found.foreign), 'file')} that retrotool did not make")
         lines += [f"    {output.one_line(path)}" for path in found.foreign]
     if found.unnamed:
         lines.append(
-            f"  not named by a commit: {output.count(found.unnamed, 'file')} of commands that are running, or were "
-            "interrupted; the next command that writes removes those of the latter"
+            f"  uncommitted: {output.count(found.unnamed, 'file')} of running or interrupted commands; the next "
+            "command that writes removes leftovers"
         )
     hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
     shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}

@@ -1,11 +1,9 @@
-"""Whether the files of a store mean each other rightly: embeddings, indexes, neighbour tables, block lists, records.
+"""Check the references between a store's files: embeddings, indexes, neighbour tables, block lists, records.
 
-Used by ``verify``. Everything is read part by part, or shard by shard, in blocks; of vectors that are stored twice and
-of distances only some are looked at, drawn by the file's own sum, so that the same file always gives the same answer.
-Memory: one table, or the ids of one shard, besides what ``Checked`` holds.
-
-Tokens of neighbours in tables are compared with the chunks of some rows, drawn by the file's own sum, where the
-database is the store itself; a database elsewhere is not read.
+Used by ``verify``. Files are read part by part, or shard by shard, in blocks. Vectors in indexes, distances,
+and tokens in neighbour tables are checked by sampling; the file's hash is the seed, so the same file always
+gives the same result. Databases in other stores are not read. Memory: one table, or the ids of one shard, and
+what ``Checked`` holds.
 """
 
 from __future__ import annotations
@@ -38,17 +36,16 @@ _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
 _SAMPLED_ROWS = 16
 _ROUNDING = 5e-4
-"""How far a distance, computed in float32, may be off: this share of the two squared norms."""
+"""Allowed error of a distance computed in float32, as a share of the two squared norms."""
 _INFINITE = 0x7C00
-"""Bits of a float16, without its sign, from which on it is infinite or no number."""
+"""Smallest bits of a float16, without its sign, that are infinite or NaN."""
 
 
 class Checked:
-    """A store that is being checked: what is wrong with it, and what is known of it by now.
+    """A store that is being checked, its problems, and what the checks share.
 
-    ``recorded`` are the keys of all records that were ever set; ``broken`` paths of files that can't be read for what
-    they are. ``zeros`` has, by path of embeddings, the rows whose vector is zero though they are neither erased nor
-    values.
+    ``recorded`` are the keys of all records that were ever set. ``broken`` are the paths of damaged files.
+    ``zeros`` maps paths of embeddings to the rows of live or purged keys whose vector is zero.
     """
 
     def __init__(self, store: Store, problems: list[str]) -> None:
@@ -63,14 +60,14 @@ class Checked:
         self._with_values = {part for part, entry in entries.items() if parts.n_keys(entry) < entry.rows}
 
     def note(self, what: str, wrong: Mapping[str, object]) -> None:
-        """Note what is wrong with ``what``: the sentences that are true."""
+        """Add a problem with ``what`` for each sentence whose value is true."""
         self.problems += [f"{what}: {sentence}" for sentence, is_true in wrong.items() if is_true]
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
-        """Turn what goes wrong with ``what`` into a problem, and go on: a broken file can break anything that reads it.
+        """Turn errors into a problem with ``what``, as a broken file can break anything that reads it.
 
-        ``ErasedError`` if a newer commit has removed a file as it was read.
+        Lets ``ErasedError`` pass: a newer commit removed the file that was being read.
         """
         try:
             yield
@@ -83,12 +80,12 @@ class Checked:
 
     @cached_property
     def erasing(self) -> Tombstones:
-        """Chunks that an erase may be at work on, or was interrupted in: those of purges that are not erased yet."""
+        """Chunks of purges that are not erased yet; an erase of these may be running, or was interrupted."""
         return Tombstones(np.setdiff1d(self._named_by(erased=False), self.erased.ids))
 
     @cached_property
     def erased(self) -> Tombstones:
-        """Chunks that no file must hold any more: those of purges that are erased."""
+        """Chunks of erased purges, which must not be in any file."""
         return Tombstones(self._named_by(erased=True))
 
     def _named_by(self, *, erased: bool) -> Ids:
@@ -97,17 +94,17 @@ class Checked:
         return named_chunks(self.store, [one for one in state.group("tombstones") if one.partition(".")[0] in purges])
 
     def rows_of(self, numbers: Ids) -> Ids:
-        """How many rows each of some parts has, int64 [n]; 0: it is not there."""
+        """Return the number of rows of each part, int64 [n]; 0 for parts that don't exist."""
         place = np.minimum(np.searchsorted(self._parts, numbers), len(self._parts) - 1)
         return np.where(self._parts[place] == numbers, self._rows[place], 0)
 
     def whole(self, kind: str, part: int, name: str = "") -> FileEntry | None:
-        """A file of a part, if it is there and not broken."""
+        """Return a part's file, None if it is missing or broken."""
         entry = self.store.state.part_file(kind, part, name)
         return None if entry is None or entry.path in self.broken else entry
 
     def are_keys(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Which ids, all of them rows of parts, are not values of key-value records, bool [n]."""
+        """Return which ids, all of them rows of parts, are not values of key-value records, bool [n]."""
         keys = np.ones(len(ids), np.bool_)
         if not self._with_values:
             return keys
@@ -124,17 +121,18 @@ class Checked:
 
 
 def check_chunk_ids(checked: Checked, ids: Ids, what: str) -> bool:
-    """Note if any of ``ids`` is not a row of a part; whether all are."""
+    """Return whether all ``ids`` are rows of parts; add a problem if not."""
     known = (ids >= 0) & (row_of(ids) < checked.rows_of(part_of(ids)))
     if not known.all():
-        checked.problems.append(f"{what}: {int((~known).sum()):,} ids are no chunks of the store")
+        checked.problems.append(f"{what}: ids that are not chunks of the store: {int((~known).sum()):,}")
     return bool(known.all())
 
 
 def check_records(checked: Checked) -> None:
-    """Note records that are gone while their files are there.
+    """Check that files have their records, and check mixtures.
 
-    An index and a table get theirs when they are finished, so a missing one may also be one that is not there yet.
+    Indexes and tables get their records once they are finished, so a record that was never set is not a
+    problem.
     """
     state = checked.store.state
     for kind, prefix in (("embeddings", "encoder:"), ("index", "index:"), ("neighbours", "neighbours:")):
@@ -142,12 +140,12 @@ def check_records(checked: Checked) -> None:
             key = prefix + name
             measured = kind == "index" and state.file(kind, RECALL, name) is not None
             if key not in state.records and (kind == "embeddings" or measured or key in checked.recorded):
-                checked.problems.append(f"{kind} {name}: there are files, but the record {key!r} is missing")
+                checked.problems.append(f"{kind} {name}: it has files, but the record {key!r} is missing")
     _check_mixtures(checked)
 
 
 def _check_mixtures(checked: Checked) -> None:
-    """Mixtures name plain tables, each once, with weights that can be divided by."""
+    """Check that mixtures name existing plain tables of different databases, with positive weights."""
     records = checked.store.state.with_prefix("neighbours:")
     for name, record in records.items():
         if "mix" not in record:
@@ -155,46 +153,43 @@ def _check_mixtures(checked: Checked) -> None:
         tables = [str(member["table"]) for member in record["mix"]]
         databases = [records[table]["database"] for table in tables if "database" in records.get(table, {})]
         wrong = {
-            "the mixture names a table that is not there": len(databases) < len(tables),
-            "the mixture names a database twice, or none": not 0 < len(set(databases)) == len(databases),
-            "the mixture has a weight that is no positive number": any(one["weight"] <= 0 for one in record["mix"]),
+            "the mixture names a table that doesn't exist": len(databases) < len(tables),
+            "the mixture has no tables, or two of the same database": not 0 < len(set(databases)) == len(databases),
+            "the mixture has a weight that is not a positive number": any(one["weight"] <= 0 for one in record["mix"]),
         }
         checked.note(f"neighbours {name}", wrong)
 
 
 def check_blocked(checked: Checked) -> None:
-    """Check that block lists are sorted, and belong to purges."""
+    """Check that block lists are readable and belong to purges."""
     for slot, entry in checked.store.state.group("blocked").items():
         if f"purge:{slot}" not in checked.store.state.records:
-            checked.problems.append(f"{entry.path}: there is no purge {slot}")
+            checked.problems.append(f"{entry.path}: purge {slot} doesn't exist")
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
                 read_hashes(checked.store, entry)
 
 
 def check_undone(checked: Checked) -> None:
-    """Of a purge that was undone nothing is left but which chunks it had."""
+    """Check that undone purges have only their lists of chunks left."""
     state = checked.store.state
     undone = undone_purges(state)
     for purge, record in undone.items():
-        left = [
-            kind
-            for kind in ("tombstones", "blocked", "selectors")
-            if any(slot.partition(".")[0] == purge for slot in state.group(kind))
-        ]
-        checked.problems += [f"purge {purge} was undone, and still has a file in {kind}/" for kind in left]
+        for kind in ("tombstones", "blocked", "selectors"):
+            if any(slot.partition(".")[0] == purge for slot in state.group(kind)):
+                checked.problems.append(f"purge {purge} was undone, but still has a file in {kind}/")
         if record["erased"]:
-            checked.problems.append(f"purge {purge} was undone, and is erased")
+            checked.problems.append(f"purge {purge} was undone, but is recorded as erased")
     for slot, entry in state.group(KEPT).items():
         if slot.partition(".")[0] not in undone:
-            checked.problems.append(f"{KEPT}/{slot}: there is no purge {slot} that was undone")
+            checked.problems.append(f"{KEPT}/{slot}: it does not belong to an undone purge")
         elif entry.path not in checked.broken:
             with checked.noting(entry.path):
                 check_chunk_ids(checked, undone_chunks(checked.store, slot), entry.path)
 
 
 def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:
-    """Embeddings of a part have a vector where, and only where, ``embedded`` says so."""
+    """Check that a part's embeddings have vectors for exactly the rows ``embedded``, bool [n]."""
     store = checked.store
     for encoder in store.state.names("embeddings"):
         entry = checked.whole("embeddings", part, encoder)
@@ -206,26 +201,26 @@ def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_
             checked.problems.append(f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
             continue
         if matrix.shape[1] != (dimension := record.get("dimension", matrix.shape[1])):
-            checked.problems.append(f"{entry.path}: {matrix.shape[1]:,} dimensions, its encoder has {dimension:,}")
+            checked.problems.append(f"{entry.path}: {matrix.shape[1]:,} dimensions, but its encoder has {dimension:,}")
         largest = np.zeros(len(matrix), np.uint16)
-        for start in range(0, len(matrix), _BLOCK):  # it may be mapped and larger than memory
+        for start in range(0, len(matrix), _BLOCK):  # the file may be larger than memory
             block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
             largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
         zero = (largest == 0) & embedded
         checked.zeros[entry.path] = np.flatnonzero(zero)
         same = record.get("tokenizer") == store.identity.tokenizer.sha256
-        # Of a text that is tokenised again nothing may be left, white space for example. Then its vector is zero.
+        # Another tokenizer may give no tokens for a text, such as white space. Then its vector is zero.
         nothing = zero.any() if same else embedded.any() and (zero == embedded).all()
         wrong = {
             "a vector is not finite": (largest >= _INFINITE).any(),
-            "a chunk that is erased or no key has a vector": ((largest > 0) & ~embedded).any(),
-            "a chunk that is neither erased nor a value has a vector of zeros": nothing,
+            "a chunk that is erased or not a key has a vector": ((largest > 0) & ~embedded).any(),
+            "a key that is not erased has a zero vector": nothing,
         }
         checked.note(entry.path, wrong)
 
 
 def check_index(checked: Checked, name: str) -> None:
-    """Check that shards hold all embedded chunks of their parts that are not purged, and no erased one."""
+    """Check that shards have all live embedded chunks of their parts, and no erased ones."""
     everything: dict[int, set[int]] = {}
     for slot, entry in checked.store.state.group("index", name).items():
         if not slot.startswith(SHARD):
@@ -233,7 +228,7 @@ def check_index(checked: Checked, name: str) -> None:
         covered = set((entry.about or {}).get("parts", ()))
         held = everything.setdefault(generation_in(slot), set())
         if not held.isdisjoint(covered):
-            checked.problems.append(f"{entry.path}: holds parts that another shard holds too")
+            checked.problems.append(f"{entry.path}: has parts that another shard has too")
         held |= covered
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
@@ -242,21 +237,21 @@ def check_index(checked: Checked, name: str) -> None:
 
 def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[int]) -> None:
     trained, generation = None, generation_in(entry.slot)
-    # A training that is broken is noted as such: its shards are still read, by what they hold of it.
+    # A broken training file is a problem of its own; shards are still readable without it.
     with suppress(CorruptError):
         trained = read_trained(checked.store, name, generation)[1]
     with checked.store.reading(entry) as storage:
         shard = read_lists(storage.local(entry.path), trained)
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *map(shard.ids, shard.numbers)]))
     if len(ids) != entry.rows:
-        checked.problems.append(f"{entry.path}: holds {len(ids):,} vectors, the log says {entry.rows:,}")
+        checked.problems.append(f"{entry.path}: has {len(ids):,} vectors, but the log says {entry.rows:,}")
     if not check_chunk_ids(checked, ids, entry.path):
         return
     encoder = IndexFiles(checked.store.state, name, generation).encoder or ""
-    expected = lacking = unembedded = 0
+    expected = missing = unembedded = 0
     for part in covered:
         if not checked.rows_of(np.array([part]))[0]:
-            checked.problems.append(f"{entry.path}: lists part {part}, which is not there")
+            checked.problems.append(f"{entry.path}: lists part {part}, which doesn't exist")
             continue
         own = ids[slice_of_part(ids, part)]
         expected += len(own)
@@ -264,25 +259,25 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
             continue
         embedded = parts.read_embedded(checked.store, part)
         rows = row_of(own)
-        # An erase takes parts and shards one after another.
+        # An erase rewrites parts and shards one after another.
         unembedded += int((~checked.erasing.contains(own[~embedded[rows]])).sum())
         embedded[checked.tombstones.rows(part)] = False
         vectors_of = checked.store.state.part_file("embeddings", part, encoder)
         embedded[checked.zeros.get(vectors_of.path if vectors_of else "", np.zeros(0, np.int64))] = False
         embedded[rows] = False
-        lacking += int(embedded.sum())
+        missing += int(embedded.sum())
     wrong = {
-        "holds a chunk twice": bool((ids[1:] == ids[:-1]).any()),
-        "holds chunks that are erased or no keys": unembedded > 0,
-        "holds chunks of parts that it does not list": expected < len(ids),
-        f"lacks {lacking:,} chunks of its parts": lacking > 0,
-        "holds other vectors than the embeddings": not _same_vectors(checked, encoder, entry, shard),
+        "has a chunk twice": bool((ids[1:] == ids[:-1]).any()),
+        "has chunks that are erased or not keys": unembedded > 0,
+        "has chunks of parts that it does not list": expected < len(ids),
+        f"chunks of its parts are missing: {missing:,}": missing > 0,
+        "has vectors that differ from the embeddings": not _same_vectors(checked, encoder, entry, shard),
     }
     checked.note(entry.path, wrong)
 
 
 def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, shard: InvertedLists) -> bool:
-    """Whether some codes of a shard are those of the embeddings."""
+    """Return whether a sample of a shard's codes matches the embeddings."""
     sizes = np.array([shard.size(number) for number in shard.numbers], np.int64)
     drawn = np.sort(_draw(entry).choice(len(shard), min(len(shard), _SAMPLED_VECTORS), replace=False))
     numbers = np.searchsorted(sizes.cumsum(), drawn, "right")
@@ -302,7 +297,7 @@ def _draw(entry: FileEntry) -> np.random.Generator:
 
 
 def _vectors(checked: Checked, encoder: str, chunks: Iterable[int]) -> dict[int, npt.NDArray[np.float16]]:
-    """The stored vectors, float16 [d] each, of chunks; without those that are erased or in a broken file."""
+    """Return the stored vectors, float16 [d] each, of chunks that are not erased nor in a broken file."""
     found = {}
     for part, rows in rows_by_part(np.unique(np.fromiter(chunks, np.int64))):
         entry = checked.whole("embeddings", part, encoder)
@@ -316,7 +311,7 @@ def _vectors(checked: Checked, encoder: str, chunks: Iterable[int]) -> dict[int,
 
 
 def check_neighbours(checked: Checked) -> tuple[str, str]:
-    """Check the tables of neighbours; return the digest of what they name, and of the tokens that they have of it."""
+    """Check the neighbour tables; return the digest of their ids and distances, and that of their tokens."""
     lines, texts = [], []
     for name in checked.store.state.names("neighbours"):
         for slot, entry in checked.store.state.group("neighbours", name).items():
@@ -337,7 +332,7 @@ def check_neighbours(checked: Checked) -> tuple[str, str]:
 
 
 def lines_digest(lines: Iterable[str]) -> str:
-    """BLAKE2b-256 of sorted lines."""
+    """Compute the BLAKE2b-256 of sorted lines."""
     return hashlib.blake2b("".join(f"{line}\n" for line in sorted(lines)).encode(), digest_size=32).hexdigest()
 
 
@@ -347,14 +342,14 @@ def _check_table(checked: Checked, entry: FileEntry, name: str, table: Neighbour
     metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
     if database != record.get("database", database):
-        checked.problems.append(f"{entry.path}: is of another database than the record of its name")
+        checked.problems.append(f"{entry.path}: its database is not that of its record")
     chunks = store.state.file("chunks", part_slot(part))
     if chunks is None or table.ids.shape != table.distances.shape or len(table.ids) != chunks.rows:
-        checked.problems.append(f"{entry.path}: {len(table.ids):,} rows are not those of its part")
+        checked.problems.append(f"{entry.path}: its {len(table.ids):,} rows don't match its part")
         return
     found: set[str] = set()
     if chunks.path not in checked.broken and (table.ids[~parts.read_key(store, part)] != NO_NEIGHBOUR).any():
-        found.add("a chunk that is no key has neighbours")
+        found.add("a chunk that is not a key has neighbours")
     within = is_within(store, entry, metadata)
     own = _documents_of_rows(checked, part) if within else None
     known = True
@@ -362,35 +357,36 @@ def _check_table(checked: Checked, entry: FileEntry, name: str, table: Neighbour
         rows = slice(start, start + _BLOCK)
         found |= _problems_of_rows(table.ids[rows], table.distances[rows])
         if own is not None and ((table.ids[rows] >= own[0][rows]) & (table.ids[rows] <= own[1][rows])).any():
-            found.add("a chunk has one of its own document for a neighbour")
+            found.add("a chunk has a neighbour in its own document")
         if within and known:
             ids = table.ids[rows]
             ids = ids[ids >= 0]
             known = check_chunk_ids(checked, ids, entry.path)
             if known and not checked.are_keys(ids).all():
-                found.add("a neighbour is no key")
+                found.add("a neighbour is not a key")
     if within and known and "encoder" in record and not found:
-        wrong, looked_at = _wrong_distances(checked, str(record["encoder"]), entry, part, table)
+        wrong, sampled = _wrong_distances(checked, str(record["encoder"]), entry, part, table)
         if wrong:
-            found.add(f"{wrong:,} of {looked_at:,} distances looked at are not those of the vectors")
+            found.add(f"{wrong:,} of {sampled:,} sampled distances are not those of the vectors")
     checked.problems += [f"{entry.path}: {what}" for what in sorted(found)]
 
 
 def _problems_of_rows(ids: Ids, distances: npt.NDArray[np.float32]) -> set[str]:
-    """What is wrong with rows of a table, whatever it is a table of."""
     ordered = np.sort(ids, axis=1)
     checks = {
         "distances do not ascend": not (distances[:, 1:] >= distances[:, :-1]).all(),
-        "a distance is negative or no number": not (distances >= 0).all(),
+        "a distance is negative or not a number": not (distances >= 0).all(),
         "an id is negative": (ids < NO_NEIGHBOUR).any(),
-        "a neighbour has no distance, or none has one": ((ids == NO_NEIGHBOUR) != np.isposinf(distances)).any(),
-        "a row names a neighbour twice": ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(),
+        "a neighbour has no distance, or an empty place has one": (
+            (ids == NO_NEIGHBOUR) != np.isposinf(distances)
+        ).any(),
+        "a row has a neighbour twice": ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(),
     }
     return {what for what, found in checks.items() if found}
 
 
 def _documents_of_rows(checked: Checked, part: int) -> tuple[Ids, Ids] | None:
-    """First and last chunk id of each row's own document, [n, 1] each; None if that can't be had."""
+    """Return first and last chunk id of each row's document, [n, 1] each; None if documents are damaged."""
     if checked.whole("documents", part) is None:
         return None
     table = parts.read_documents(checked.store, part, ["first_row", "n_chunks"])
@@ -403,28 +399,28 @@ def _documents_of_rows(checked: Checked, part: int) -> tuple[Ids, Ids] | None:
 def _wrong_distances(
     checked: Checked, encoder: str, entry: FileEntry, part: int, table: NeighbourTable
 ) -> tuple[int, int]:
-    """How many of some stored distances are not the exact ones, and how many were looked at."""
+    """Compute a sample of the distances again; return how many are wrong, and the size of the sample."""
     asking = np.flatnonzero((table.ids != NO_NEIGHBOUR).any(axis=1))
     rows = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False).tolist()
     named = [chunk for row in rows for chunk in table.ids[row].tolist() if chunk != NO_NEIGHBOUR]
     stored = _vectors(checked, encoder, [*(join_id(part, row) for row in rows), *named])
-    wrong = looked_at = 0
+    wrong = sampled = 0
     for row in rows:
         query = stored.get(join_id(part, row))
         if query is None:
             continue
         for chunk, distance in zip(table.ids[row].tolist(), table.distances[row].tolist(), strict=True):
             other = stored.get(chunk)
-            if other is None:  # there is no neighbour, or it was erased since
+            if other is None:  # no neighbour, or erased since
                 continue
             one, two = query.astype(np.float64), other.astype(np.float64)
-            looked_at += 1
+            sampled += 1
             wrong += abs(((one - two) ** 2).sum() - distance) > _ROUNDING * ((one**2).sum() + (two**2).sum())
-    return wrong, looked_at
+    return wrong, sampled
 
 
 def check_neighbour_text(checked: Checked, entry: FileEntry, table: NeighbourTable, *, within: bool) -> str:
-    """Check the tokens of neighbours that a table has; return their digest."""
+    """Check the tokens of neighbours that a table stores; return their digest."""
     digest, found = hashlib.blake2b(digest_size=32), set[str]()
     drawn = _draw(entry).choice(entry.rows, min(entry.rows, _SAMPLED_ROWS), replace=False)
     for group in range(-(-entry.rows // ROW_GROUP)):
@@ -441,28 +437,30 @@ def check_neighbour_text(checked: Checked, entry: FileEntry, table: NeighbourTab
 
 
 def _problems_of_text(text: NeighbourText, saved: Ids) -> set[str]:
-    """What is wrong with tokens of rows whose neighbours are ``saved`` [n, saved], whatever they are of."""
+    """Check the tokens of rows whose neighbours are ``saved`` [n, saved], without reading chunks."""
     ids, counts = text.ids, text.n_tokens
     none, length = ids == NO_NEIGHBOUR, text.tokens.shape[3]
-    # Those that are no ids never equal one another.
+    # Replace what is not an id by values that are all different.
     ordered = np.sort(np.where(ids < 0, ERASED - np.arange(ids.shape[1]), ids), axis=1)
     named = (ids[:, :, None] == saved[:, None, :]).any(axis=2)
     checks = {
         "the id of a text is negative": (ids < ERASED).any(),
-        "a text comes after there are none": (none[:, :-1] & ~none[:, 1:]).any(),
+        "a text follows an empty place": (none[:, :-1] & ~none[:, 1:]).any(),
         "a row has the text of a neighbour twice": (ordered[:, 1:] == ordered[:, :-1]).any(),
         "a row has the text of a chunk that is not its neighbour": ((ids >= 0) & ~named).any(),
-        "a neighbour with a text has no distance, or none has one": ((ids >= 0) != np.isfinite(text.distances)).any(),
+        "a neighbour with a text has no distance, or an empty place has one": (
+            (ids >= 0) != np.isfinite(text.distances)
+        ).any(),
         "a text has more tokens than a chunk can": ((counts < 0) | (counts > length)).any(),
-        "a neighbour has no tokens, or none has some": ((counts[:, :, 0] > 0) != (ids >= 0)).any(),
+        "a neighbour has no tokens, or an empty place has some": ((counts[:, :, 0] > 0) != (ids >= 0)).any(),
         "a continuation has no neighbour": ((counts[:, :, 1] > 0) & (ids < 0)).any(),
-        "padding of a text is not zero": (text.tokens * (np.arange(length) >= counts[..., None])).any(),
+        "the padding of a text is not zero": (text.tokens * (np.arange(length) >= counts[..., None])).any(),
     }
     return {what for what, found in checks.items() if found}
 
 
 def _not_of_chunks(checked: Checked, entry: FileEntry, text: NeighbourText, rows: Ids) -> set[str]:
-    """What is wrong with the text of chunks of the store itself; tokens of some rows are looked at."""
+    """Check text of chunks of the store itself: all ids, and the tokens of ``rows``."""
     mine = text.ids >= 0
     follows = mine & (text.n_tokens[:, :, 1] > 0)
     ids, following = text.ids[mine], text.ids[follows] + 1
@@ -472,12 +470,15 @@ def _not_of_chunks(checked: Checked, entry: FileEntry, text: NeighbourText, rows
     if checked.erased.contains(ids).any() or checked.erased.contains(following).any():
         found.add("it has tokens of erased chunks")
     if not _have_tokens(checked, text.ids[rows], text.tokens[rows], text.n_tokens[rows]):
-        found.add("tokens are not those of the chunks")
+        found.add("tokens differ from those of the chunks")
     return found
 
 
 def _have_tokens(checked: Checked, ids: Ids, tokens: npt.NDArray[Any], counts: npt.NDArray[np.int32]) -> bool:
-    """Whether tokens [n, k, 2, length] are those of chunks [n, k] and their successors; erased ones are unknown."""
+    """Return whether tokens [n, k, 2, length] are those of chunks [n, k] and of the chunks after them.
+
+    Erased chunks, whose tokens are unknown, are ignored.
+    """
     whole = [part for part in distinct_parts(ids[ids >= 0]) if checked.whole("chunks", part) is not None]
     present = (np.isin(part_of(ids), whole) & (ids >= 0))[:, :, None] & (counts > 0)
     own, counts, tokens = (ids[:, :, None] + np.arange(2))[present], counts[present], tokens[present]

@@ -164,7 +164,7 @@ def test_a_store_without_files_has_an_empty_list(tmp_path: Path, tiny_encoder: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--csv"], "Give it with --files."),
+        (["--csv"], "--csv needs --files"),
         (["--files", "--csv", "--json"], "Give one of them."),
         (["--files", "--documents"], "Give one of them."),
     ],

@@ -143,7 +143,7 @@ def test_a_log_that_nobody_touched_is_whole(store: Path) -> None:
     last = Store.open(store).state
     assert (found.commits, found.head) == (last.number + 1, last.head)
     code, out, _ = run("verify", store, "--log")
-    assert code == 0 and "the chain is whole." in out and last.head in out
+    assert code == 0 and ": OK" in out and last.head in out
     assert json.loads(run("verify", store, "--log", "--json")[1])["head"] == last.head
 
 
@@ -175,7 +175,7 @@ def test_an_entry_that_was_edited_carelessly_torn_or_taken_away_is_named(store: 
     ]  # fmt: skip
     assert len(found.problems) == 3 and "missing" in found.problems[2]
     code, out, _ = run("verify", store, "--log")
-    assert code == 12 and "NOT well" in out and out.count("problem: ") == 3
+    assert code == 12 and "FAILED: 3 problems" in out and out.count("problem: ") == 3
 
 
 def test_entries_that_changed_places_or_were_doubled_are_named(store: Path) -> None:
@@ -220,7 +220,7 @@ def test_only_a_hash_that_was_kept_finds_a_log_that_was_written_anew(store: Path
     assert api.verify_log(store).ok, "nothing in the store tells"
     assert api.verify_log(store, early[1]).kept == 1, "up to there it is the same"
     code, out, _ = run("verify", store, "--log", "--head", kept)
-    assert code == 12 and "written anew, or cut off" in out
+    assert code == 12 and "rewritten or cut off" in out
 
 
 def test_a_log_that_was_cut_off_is_found_by_a_kept_hash_or_a_checkpoint(store: Path) -> None:

@@ -60,20 +60,20 @@ def vector_of_key(matrix: np.ndarray) -> np.ndarray:
 
 
 LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
-    "a value with a vector": (lambda liar: liar.embeddings(vector_of_key), "erased or no key has a vector"),
+    "a value with a vector": (lambda liar: liar.embeddings(vector_of_key), "erased or not a key has a vector"),
     "a value in the index": (
-        lambda liar: liar.shard(np.array([0, PART << 32, PART << 32 | 1])), "holds chunks that are erased or no keys",
+        lambda liar: liar.shard(np.array([0, PART << 32, PART << 32 | 1])), "has chunks that are erased or not keys",
     ),
     "a value with neighbours": (
-        lambda liar: liar.neighbours(neighbour_of_key, lambda distances: distances), "no key has neighbours",
+        lambda liar: liar.neighbours(neighbour_of_key, lambda distances: distances), "not a key has neighbours",
     ),
     "a value that is a neighbour": (
-        lambda liar: liar.neighbours(value_for_a_key, lambda distances: distances), "a neighbour is no key",
+        lambda liar: liar.neighbours(value_for_a_key, lambda distances: distances), "a neighbour is not a key",
     ),
     "a key that is said to be none": (
-        lambda liar: liar.column("chunks", "key", put(0, False)), "begins with a chunk that is no key",
+        lambda liar: liar.column("chunks", "key", put(0, False)), "the first chunk of a document is not a key",
     ),
-    "a log that counts other keys": (lambda liar: count(liar, {"keys": 4}), "the log counts other keys"),
+    "a log that counts other keys": (lambda liar: count(liar, {"keys": 4}), "the log has a different number of keys"),
     "a log that counts no keys": (lambda liar: count(liar, None), "the log says that it has none"),
     "a file that lost the column": (
         lambda liar: lose_column(liar), "its column 'key' is missing, the log says bool",

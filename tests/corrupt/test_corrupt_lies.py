@@ -167,54 +167,54 @@ def themselves(ids: np.ndarray) -> np.ndarray:
 LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "embeddings of another number of rows": (lambda liar: liar.embeddings(lambda m: m[:-1]), "rows for"),
     "neighbours of another number of rows": (
-        lambda liar: liar.neighbours(lambda i: i[1:], lambda d: d[1:]), "rows are not those of its part",
+        lambda liar: liar.neighbours(lambda i: i[1:], lambda d: d[1:]), "rows don't match its part",
     ),
     "neighbours farthest first": (lambda liar: liar.neighbours(same, lambda d: d[:, ::-1]), "do not ascend"),
     "neighbours that are no parts": (
-        lambda liar: liar.neighbours(with_value(10**15), same), "2,000 ids are no chunks of the store",
+        lambda liar: liar.neighbours(with_value(10**15), same), "ids that are not chunks of the store: 2,000",
     ),
     "neighbours that are no rows": (
-        lambda liar: liar.neighbours(with_value(1 << 32 | 10**6, (5, 3)), same), "1 ids are no chunks of the store",
+        lambda liar: liar.neighbours(with_value(1 << 32 | 10**6, (5, 3)), same), "not chunks of the store: 1",
     ),
     "neighbours below zero": (lambda liar: liar.neighbours(with_value(-7, (5, 3)), same), "an id is negative"),
-    "a neighbour twice": (lambda liar: liar.neighbours(column(4, 9), same), "a row names a neighbour twice"),
-    "a chunk that is its own neighbour": (lambda liar: liar.neighbours(themselves, same), "of its own document"),
+    "a neighbour twice": (lambda liar: liar.neighbours(column(4, 9), same), "a row has a neighbour twice"),
+    "a chunk that is its own neighbour": (lambda liar: liar.neighbours(themselves, same), "in its own document"),
     "neighbours that are no numbers away": (
-        lambda liar: liar.neighbours(same, with_value(np.nan, (5, 3))), "a distance is negative or no number",
+        lambda liar: liar.neighbours(same, with_value(np.nan, (5, 3))), "a distance is negative or not a number",
     ),
     "neighbours less than nothing away": (
-        lambda liar: liar.neighbours(same, with_value(-1, (5, 0))), "a distance is negative or no number",
+        lambda liar: liar.neighbours(same, with_value(-1, (5, 0))), "a distance is negative or not a number",
     ),
     "no neighbour that is somewhere": (
-        lambda liar: liar.neighbours(with_value(-1, (5, 19)), same), "a neighbour has no distance, or none has one",
+        lambda liar: liar.neighbours(with_value(-1, (5, 19)), same), "or an empty place has one",
     ),
     "a neighbour that is nowhere": (
-        lambda liar: liar.neighbours(same, with_value(np.inf, (5, 19))), "a neighbour has no distance, or none has one",
+        lambda liar: liar.neighbours(same, with_value(np.inf, (5, 19))), "or an empty place has one",
     ),
     "neighbours that are not where they are said to be": (
         lambda liar: liar.neighbours(same, lambda d: 2 * d), "are not those of the vectors",
     ),
     "neighbours that are all here": (lambda liar: liar.neighbours(same, with_value(0)), "are not those of the vectors"),
     "neighbours of another database": (
-        lambda liar: liar.neighbours(same, same, "another"), "is of another database than the record",
+        lambda liar: liar.neighbours(same, same, "another"), "its database is not that of its record",
     ),
     "embeddings of another dimension": (
-        lambda liar: liar.embeddings(lambda m: m[:, :7]), "7 dimensions, its encoder has 32",
+        lambda liar: liar.embeddings(lambda m: m[:, :7]), "7 dimensions, but its encoder has 32",
     ),
     "a vector that is no numbers": (lambda liar: liar.embeddings(with_value(np.nan, 3)), "a vector is not finite"),
     "an infinite vector": (lambda liar: liar.embeddings(with_value(-np.inf, (3, 5))), "a vector is not finite"),
-    "a vector of zeros": (lambda liar: liar.embeddings(with_value(0, 3)), "has a vector of zeros"),
-    "embeddings of other chunks": (lambda liar: liar.embeddings(lambda m: m[::-1]), "holds other vectors"),
-    "an index of other vectors": (lambda liar: liar.in_shard(same, with_value(1)), "holds other vectors"),
+    "a vector of zeros": (lambda liar: liar.embeddings(with_value(0, 3)), "has a zero vector"),
+    "embeddings of other chunks": (lambda liar: liar.embeddings(lambda m: m[::-1]), "has vectors that differ"),
+    "an index of other vectors": (lambda liar: liar.in_shard(same, with_value(1)), "has vectors that differ"),
     "an index that lacks a chunk": (
-        lambda liar: liar.in_shard(without(7), without(7)), "lacks 1 chunks of its parts",
+        lambda liar: liar.in_shard(without(7), without(7)), "chunks of its parts are missing: 1",
     ),
-    "an index with a chunk twice": (lambda liar: liar.in_shard(repeated, repeated), "holds a chunk twice"),
+    "an index with a chunk twice": (lambda liar: liar.in_shard(repeated, repeated), "has a chunk twice"),
     "an index of fewer parts than it holds": (
-        lambda liar: liar.in_shard(same, same, parts=[0, 1]), "holds chunks of parts that it does not list",
+        lambda liar: liar.in_shard(same, same, parts=[0, 1]), "has chunks of parts that it does not list",
     ),
     "an index of parts that are not there": (
-        lambda liar: liar.in_shard(same, same, parts=[0, 1, 2, 3, 4]), "lists part 4, which is not there",
+        lambda liar: liar.in_shard(same, same, parts=[0, 1, 2, 3, 4]), "lists part 4, which doesn't exist",
     ),
     "embeddings of an unknown encoder": (
         lambda liar: liar.commit(**{"encoder:tiny": None}), "the record 'encoder:tiny' is missing",
@@ -226,10 +226,10 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "a document with another key": (lambda liar: liar.column("documents", "key", put(0, b"x" * 16)), "keys are not"),
     "a document with another id": (lambda liar: liar.column("documents", "id", put(0, "x")), "keys are not"),
     "a document of more tokens": (
-        lambda liar: liar.column("documents", "n_tokens", put(0, 10**6)), "documents and chunks differ in tokens",
+        lambda liar: liar.column("documents", "n_tokens", put(0, 10**6)), "have different numbers of tokens",
     ),
     "a document that begins elsewhere": (
-        lambda liar: liar.column("documents", "first_row", put(1, 0)), "documents do not follow one another",
+        lambda liar: liar.column("documents", "first_row", put(1, 0)), "documents are not contiguous",
     ),
     "a document of more chunks": (lambda liar: liar.column("documents", "n_chunks", put(0, 99)), "part 1"),
     "a document too many": (
@@ -237,36 +237,36 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     ),
     "chunks that lack one": (lambda liar: liar.table("chunks", lambda t: t.slice(0, t.num_rows - 1)), "part 1"),
     "chunks in another order": (lambda liar: liar.column("chunks", "row", swap_first), "not numbered from 0"),
-    "chunks of another document": (lambda liar: liar.column("chunks", "doc", put(0, 1)), "name other documents"),
+    "chunks of another document": (lambda liar: liar.column("chunks", "doc", put(0, 1)), "about which belong together"),
     "a chunk of a document that is not there": (lambda liar: liar.column("chunks", "doc", put(-1, 10**6)), "part 1"),
     "a chunk of no document": (lambda liar: liar.column("chunks", "doc", put(0, -1)), "part 1"),
     "chunks numbered wrong in their document": (
-        lambda liar: liar.column("chunks", "index", put(0, 7)), "not numbered in their documents",
+        lambda liar: liar.column("chunks", "index", put(0, 7)), "wrong positions in their documents",
     ),
     "padding that is not zero": (lambda liar: liar.column("chunks", "tokens", pad), "padding is not zero"),
-    "more tokens than a chunk holds": (lambda liar: liar.column("chunks", "n_tokens", put(0, 65)), "differ in tokens"),
+    "more tokens than a chunk holds": (lambda liar: liar.column("chunks", "n_tokens", put(0, 65)), "numbers of tokens"),
     "fewer tokens than none": (lambda liar: liar.column("chunks", "n_tokens", put(0, -1)), "part 1"),
-    "a part without documents": (lambda liar: liar.commit(remove=liar.old("documents")), "part 1 lacks its documents"),
-    "a tombstone of no part": (lambda liar: liar.tombstone(99 << 32), "are no chunks of the store"),
-    "a tombstone of no row": (lambda liar: liar.tombstone(1 << 32 | 10**6), "are no chunks of the store"),
-    "a tombstone below zero": (lambda liar: liar.tombstone(-1), "are no chunks of the store"),
-    "a tombstone that was not counted": (lambda liar: liar.tombstone(0), "live chunks found, the log says"),
+    "a part without documents": (lambda liar: liar.commit(remove=liar.old("documents")), "has no documents file"),
+    "a tombstone of no part": (lambda liar: liar.tombstone(99 << 32), "are not chunks of the store"),
+    "a tombstone of no row": (lambda liar: liar.tombstone(1 << 32 | 10**6), "are not chunks of the store"),
+    "a tombstone below zero": (lambda liar: liar.tombstone(-1), "are not chunks of the store"),
+    "a tombstone that was not counted": (lambda liar: liar.tombstone(0), "live chunks, but the log says"),
     "a block list in another order": (lambda liar: liar.block("p", b"b" * 16, b"a" * 16), "hashes are not sorted"),
     "a block list with a hash twice": (lambda liar: liar.block("p", b"a" * 16, b"a" * 16), "hashes are not sorted"),
-    "a block list of no purge": (lambda liar: liar.block("q", b"a" * 16), "there is no purge q"),
-    "an indexed vector of no chunk": (lambda liar: liar.shard(np.array([0, 99 << 32])), "are no chunks of the store"),
+    "a block list of no purge": (lambda liar: liar.block("q", b"a" * 16), "purge q doesn't exist"),
+    "an indexed vector of no chunk": (lambda liar: liar.shard(np.array([0, 99 << 32])), "are not chunks of the store"),
     "totals that are wrong": (
         lambda liar: liar.commit(totals={"documents": 1, "chunks": 2, "tokens": 3, "rejected": 0}),
-        "live documents found, the log says 1",
+        "live documents, but the log says 1",
     ),
     "a part in the place of another": (
         lambda liar: liar.commit(dataclasses.replace(liar.copy(liar.old("chunks")), slot="000009"), liar.old("chunks")),
-        "part 9 lacks its documents or its chunks",
+        "part 9 has no documents file or no chunks file",
     ),
     "parts that wait for a plan that is finished": (
-        lambda liar: liar.commit(pending=1), "live documents found, the log says",
+        lambda liar: liar.commit(pending=1), "live documents, but the log says",
     ),
-    "fewer parts than there are": (lambda liar: liar.commit(parts=1), "live documents found, the log says"),
+    "fewer parts than there are": (lambda liar: liar.commit(parts=1), "live documents, but the log says"),
     "rows that are not in the file": (
         lambda liar: liar.commit(
             dataclasses.replace(liar.copy(liar.old("documents")), rows=10**6), liar.old("documents"),
@@ -299,7 +299,7 @@ def test_an_erased_chunk_with_a_vector_is_found(store_copy: Path, tmp_path: Path
     with Run(store.storage) as run:
         Liar(store, run).embeddings(revive)
     assert any(
-        "a chunk that is erased or no key has a vector" in problem for problem in api.verify(store_copy).problems
+        "a chunk that is erased or not a key has a vector" in problem for problem in api.verify(store_copy).problems
     )
 
 
@@ -343,4 +343,4 @@ def test_vectors_of_zeros_may_be_right_where_texts_are_tokenised_again(store_cop
         liar.embeddings(with_value(0, 3))
         assert not any("zeros" in problem for problem in api.verify(store_copy).problems)
         liar.embeddings(with_value(0))
-    assert any("has a vector of zeros" in problem for problem in api.verify(store_copy).problems), "not of all"
+    assert any("has a zero vector" in problem for problem in api.verify(store_copy).problems), "not of all"

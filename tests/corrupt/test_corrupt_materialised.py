@@ -62,14 +62,14 @@ LIES: dict[str, tuple[Change, str]] = {
     "an id that is none": (put("ids", (4, 0), -7), "the id of a text is negative"),
     "an id of no part": (put("ids", (4, 0), 99 << 32), "a row has the text of a chunk that is not its neighbour"),
     "a neighbour twice": (lambda stored: put("ids", (4, 1), stored.ids[4, 0])(stored), "the text of a neighbour twice"),
-    "a neighbour after none": (emptied, "a text comes after there are none"),
+    "a neighbour after none": (emptied, "a text follows an empty place"),
     "a neighbour without tokens": (put("n_tokens", (4, 0), 0), "a neighbour has no tokens"),
-    "tokens of nobody": (put("ids", (4, 1), -1), "a neighbour has no tokens, or none has some"),
+    "tokens of nobody": (put("ids", (4, 1), -1), "a neighbour has no tokens, or an empty place has some"),
     "no distance": (put("distances", (4, 1), np.inf), "a neighbour with a text has no distance"),
     "more tokens than a chunk has": (put("n_tokens", (4, 0), 65), "more tokens than a chunk can"),
     "fewer than none": (put("n_tokens", (4, 0, 1), -1), "more tokens than a chunk can"),
     "padding": (lambda stored: put("n_tokens", (slice(None), 0, 0), 1)(stored), "padding of a text is not zero"),
-    "other tokens": (put("tokens", (slice(None), 0, 0, 0), 1), "tokens are not those of the chunks"),
+    "other tokens": (put("tokens", (slice(None), 0, 0, 0), 1), "tokens differ from those of the chunks"),
     "other neighbours": (swapped, "a row has the text of a chunk that is not its neighbour"),
 }
 

@@ -445,7 +445,7 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
         name = FileName.new(run.id, "index", "shard-0000", "faiss", "main")
         written = write_index(store, index, name, entry.about)
         store.commit(run, lambda _: Draft("index", add=(written,), remove=(entry.path,)))
-    assert any("holds other vectors than the embeddings" in problem for problem in api.verify(built_copy).problems)
+    assert any("has vectors that differ from the embeddings" in problem for problem in api.verify(built_copy).problems)
 
 
 def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:

@@ -315,9 +315,9 @@ def test_verify_notes_a_mixture_that_is_not_one(here: Path) -> None:
     mix(("books", None))
     store = Store.open("training")
     for broken, said in (
-        ([{"table": "m.wiki", "weight": 1.0}, {"table": "gone", "weight": 1.0}], "names a table that is not there"),
-        ([{"table": "m.wiki", "weight": 1.0}] * 2, "names a database twice"),
-        ([{"table": "m.wiki", "weight": 0}], "has a weight that is no positive number"),
+        ([{"table": "m.wiki", "weight": 1.0}, {"table": "gone", "weight": 1.0}], "names a table that doesn't exist"),
+        ([{"table": "m.wiki", "weight": 1.0}] * 2, "two of the same database"),
+        ([{"table": "m.wiki", "weight": 0}], "has a weight that is not a positive number"),
     ):
         with writing(store) as run_:
             store.commit(run_, lambda _: Draft("neighbours", records={"neighbours:m": {"mix": broken}}))  # noqa: B023

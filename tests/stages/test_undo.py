@@ -333,9 +333,9 @@ def test_what_is_left_of_a_purge_that_was_taken_back_is_damage(store_copy: Path)
         kept = write_tombstones(store, name, np.array([1 << 40]))
         store.commit(run, lambda _: Draft("undo", add=(kept,)))
     problems = api.verify(store_copy).problems
-    left = [f"purge {purged} was undone, and still has a file in {k}/" for k in ("tombstones", "blocked", "selectors")]
-    assert {*left, f"purge {purged} was undone, and is erased"} <= set(problems)
-    assert "undone/p0: there is no purge p0 that was undone" in problems
+    left = [f"purge {purged} was undone, but still has a file in {k}/" for k in ("tombstones", "blocked", "selectors")]
+    assert {*left, f"purge {purged} was undone, but is recorded as erased"} <= set(problems)
+    assert "undone/p0: it does not belong to an undone purge" in problems
 
 
 def test_what_is_committed_keeps_its_files_where_the_log_is_damaged_after_it(store_copy: Path) -> None:

@@ -64,8 +64,7 @@ def test_a_broken_staged_task_is_named_and_done_again(store_copy: Path, tiny_enc
     broken = put(store_copy, f"staging/{'0' * 32}.json")
     found = api.verify(store_copy)
     assert found.problems == [
-        f"staging/{'0' * 32}.json is not a finished task: the next command that writes removes it, "
-        "and does the task again"
+        f"staging/{'0' * 32}.json is not a finished task: the next command that writes removes it and repeats the task"
     ]
     api.embed(store_copy, encoder=str(tiny_encoder), name="again")
     assert not any(path.exists() for path in broken)
