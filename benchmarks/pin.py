@@ -221,6 +221,8 @@ class Spelling:
         commands = set(re.findall(r"^  ([a-z]+) ", run("--help").stdout, re.MULTILINE))
         if "Commands:" in run("export", "--help").stdout:
             commands.add("export neighbours")
+        if "--table" in run("inspect", "--help").stdout:
+            commands.add("inspect --table")
         return cls(frozenset(commands))
 
     def undo(self, store: Path, purge: str) -> list[object]:
@@ -239,7 +241,17 @@ class Spelling:
         """Export chunks with their neighbours as Parquet."""
         if "export neighbours" in self.commands:
             return ["export", "neighbours", store, output, "--format", "parquet", "--name", table]
-        return ["export", store, output, "--name", table]
+        return ["export", store, output, self.table, table]
+
+    @property
+    def table(self) -> str:
+        """Option of the commands that read a table."""
+        return "--table" if "inspect --table" in self.commands else "--name"
+
+    @property
+    def asking(self) -> str:
+        """Option of ``leakage`` for the store of the queries."""
+        return "--queries" if "inspect --table" in self.commands else "--evaluation"
 
 
 @dataclass(slots=True)
@@ -428,8 +440,8 @@ def ask(session: Session, store: Path, queries: Path) -> None:
             found = session.step(f"search {index}: {question}", "search", store, question, "--index", index, "--json")
             results = [(one["id"], round(one["distance"], 5)) for one in json.loads(found).get("results", [])]
             session.recording.content.setdefault("search", {})[f"{index}: {question}"] = results
-    session.step("leakage", "leakage", store, "--evaluation", queries, "--index", "exact")
-    session.step("inspect", "inspect", queries, "--chunk", 3, "--name", "exact", "--json")
+    session.step("leakage", "leakage", store, session.spelling.asking, queries, "--index", "exact")
+    session.step("inspect", "inspect", queries, "--chunk", 3, session.spelling.table, "exact", "--json")
     session.export(queries, session.folder / "exported", "exact")
     batches = {"store": first_batches(store, "main"), "queries": first_batches(queries, "exact")}
     session.recording.content["first batches"] = batches

@@ -126,6 +126,9 @@ DevicesOption = Annotated[
         variable="RETROTOOL_DEVICES",
     ),
 ]
+TableOption = Annotated[
+    str | None, opt("Neighbour table to read.  [default: main, or the only one]", "--table", metavar="NAME")
+]
 ShardOption = Annotated[
     str | None,
     opt(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ import typer
 from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
 EXIT_FAILED = 1
-_WIDTH = 100
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS |= {
     number: f"\\u{number:04x}" for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
@@ -164,15 +164,20 @@ class Paragraph:
         self.text.append(one_line(text), style)
 
 
+def line_width() -> int:
+    """Return the columns of a line of text: those of the terminal (COLUMNS overrides them), 100 without one."""
+    return max(20, shutil.get_terminal_size((100, 24)).columns)
+
+
 def laid_out(paragraphs: Iterable[Paragraph]) -> str:
-    """Return paragraphs in lines of 100 columns, with their styles where stdout is a terminal that has colours."""
+    """Return paragraphs in lines of the terminal's width, with styles if stdout is a terminal with colours."""
     from rich.console import Console
 
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     console = Console(force_terminal=colours, color_system="standard" if colours else None)
     with console.capture() as captured:
         for one in paragraphs:
-            for i, line in enumerate(one.text.wrap(console, _WIDTH - max(one.indent, one.after))):
+            for i, line in enumerate(one.text.wrap(console, line_width() - max(one.indent, one.after))):
                 line.pad_left(one.after if i else one.indent)
                 console.print(line, soft_wrap=True)
     return captured.get().removesuffix("\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from retrotool.cli import output
+from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.result_files import written
 
 
@@ -47,4 +48,4 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters.update(counted=output.count, sha256=_sha256, thousands="{:,}".format)
+_TEMPLATES.filters.update(counted=output.count, sha256=_sha256, thousands="{:,}".format, chunk=format_id)

@@ -1,1 +1,1 @@
-"""Neighbours as files for other tools."""
+"""Export neighbours as files for other tools."""

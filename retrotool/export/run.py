@@ -1,12 +1,12 @@
-"""``export``: a query store's live chunks with neighbours, text and tokens, for tools that know nothing of stores.
+"""``export``: a query store's live chunks with neighbours, text and tokens, for tools that don't read stores.
 
-The output is a folder that is whole or not there: Parquet files, the tokenizer as ``tokenizer.json``, and
-``export.json``, which has what was exported of what: stores and their commits, the table, k, counts and files. One view
-of each store is taken, always through the tombstones. What is purged later stays in an export.
+The output folder appears only once it is complete. It has Parquet files, ``tokenizer.json``, and
+``export.json``, which records the stores, their commits, the table, k, counts and files. Each store is read
+at one commit, through its tombstones. Later purges do not reach an export.
 
-Cost: neighbours are anywhere, so looking up those of some chunks touches most row groups of the databases, and reads
-each once. So it is done for as many chunks as give ``HELD_BYTES`` of tokens, not for a row group; a database is
-read about (chunks · k · 2 · bytes a chunk) / ``HELD_BYTES`` times. Memory: some four times ``HELD_BYTES``, a part of
+Cost: the neighbours of a few chunks are spread over most row groups of the databases. So neighbours are
+looked up for as many chunks at once as have ``HELD_BYTES`` of neighbour tokens, and a database is read about
+(chunks · k · 2 · bytes per chunk) / ``HELD_BYTES`` times. Memory: about four times ``HELD_BYTES``, a part of
 the database, a part's documents, and a table of 8,192 chunks.
 """
 
@@ -26,13 +26,16 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.cli.command_lines import embed_command, table_command
+from retrotool.cli.chunk_ids import format_id
+from retrotool.cli.command_lines import command_line, embed_command, table_command
+from retrotool.cli.output import count
 from retrotool.cli.result_files import check_place, new_folder
 from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
 from retrotool.neighbours.retrieved import Pieces
+from retrotool.neighbours.stage import pick_table
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
@@ -44,7 +47,7 @@ from retrotool.tokenizers import Tokenizer, stored_tokenizer
 MANIFEST, TOKENIZER = "export.json", "tokenizer.json"
 
 HELD_BYTES = 128 << 20
-"""Tokens of neighbours that are looked up at once."""
+"""Bytes of neighbour tokens that are looked up at once."""
 _PARQUET = {
     "compression": "zstd",
     "use_dictionary": ["document", "source"],
@@ -55,9 +58,10 @@ _PARQUET = {
 
 @dataclass(frozen=True, slots=True)
 class ExportedTables:
-    """The live chunks of ``store`` and, through ``reader``, k neighbours of each; ``tombstones`` are the store's.
+    """What is exported: the live chunks of ``store`` and, through ``reader``, k neighbours of each.
 
-    ``tabled`` are the parts that have tables; chunks of others have no neighbours.
+    ``tombstones`` are those of ``store``. ``tabled`` are the parts that have tables; other chunks have no
+    neighbours.
     """
 
     store: Store
@@ -68,7 +72,7 @@ class ExportedTables:
     k: int
 
     def found(self, part: int, group: int, rows: int) -> Found:
-        """Return the neighbours, [rows, k], of all rows of a row group, of purged ones too."""
+        """Return the neighbours [rows, k] of all rows of a row group, including purged rows."""
         if part in self.tabled:
             found = self.reader.read(part, self.k, [group])
             if len(found.ids) == rows:
@@ -80,32 +84,33 @@ class ExportedTables:
         return Found(empty, np.full(empty.shape, np.inf, np.float32), np.zeros(empty.shape, np.uint8))
 
 
-def open_tables(store: Store, name: str, k: int | None = None) -> ExportedTables:
-    """Open the table, or mixture of tables, ``name``, with ``k`` neighbours a chunk (default: the table's own).
+def open_tables(store: Store, table: str | None = None, k: int | None = None) -> ExportedTables:
+    """Open a neighbour table or mixture, for ``k`` neighbours per chunk; see ``export`` for the defaults.
 
-    ``UsageError`` if it, a database or so many neighbours are not there, if a table is out of date, or if the chunks of
-    a database are of another length or another tokenizer: ids of their tokens would mean something else.
+    Raises ``UsageError`` if it, a database or k neighbours are missing, if a table is out of date, or if a
+    database has another tokenizer or chunk length.
     """
-    reader = NeighbourReader(store, name)
+    reader = NeighbourReader(store, pick_table(store, table))
     k = reader.k if k is None else k
     if not 1 <= k <= reader.saved:
         raise UsageError(
-            f"-k {k} is not between 1 and the {reader.saved} neighbours that {name!r} has of a chunk",
-            "To have more, compute them with a greater --saved: retrotool neighbours",
+            f"-k {k} is not between 1 and the {reader.saved} neighbours that table {reader.name!r} has saved",
+            "To save more, run retrotool neighbours again with a larger --saved.",
         )
     check_same_tokens(store, reader.databases)
     tabled = reader.parts()
     for part in tabled:
-        reader.entries(part)  # ids mean what they meant
+        reader.entries(part)  # checks that the ids are still valid
     return ExportedTables(store, reader, stored_tokenizer(store), read_tombstones(store), frozenset(tabled), k)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The n live chunks of a row group: ``ids`` int64 [n], ids and sources of their documents, places in these [n].
+    """The n live chunks of a row group.
 
-    ``tokens`` [n, chunk_length] is zero-padded, of which ``n_tokens`` [n] count; ``found`` their neighbours, [n, k],
-    and ``pieces`` [N, F] of these, [n · k].
+    ``documents`` and ``sources`` are those of their documents, ``index`` [n] the positions in them.
+    ``tokens`` [n, chunk_length] is zero-padded, with ``n_tokens`` [n] tokens in use. ``found`` has the
+    neighbours [n, k], ``pieces`` their tokens and continuations [n · k].
     """
 
     part: int
@@ -121,12 +126,12 @@ class Block:
 
 
 def read_blocks(opened: ExportedTables) -> Iterator[Block]:
-    """Yield all live chunks in the order of their ids, block by block, none of them empty."""
+    """Yield all live chunks by ascending id, in blocks that are not empty."""
     store, k = opened.store, opened.k
     most = HELD_BYTES // (2 * k * store.identity.chunk_length * store.identity.tokenizer.token_bytes) - ROW_GROUP
     waiting, held = list[Block](), 0
     for part in store.state.parts():
-        # Combined once: ``take`` would copy all chunks of a column each time.
+        # Combined, as ``take`` copies all chunks of a column each time.
         documents = parts.read_documents(store, part, ["id", "source"]).combine_chunks()
         for group in range(-(-parts.part_entry(store, "chunks", part).rows // ROW_GROUP)):
             chunks = parts.read_chunks(store, part, [group])
@@ -149,21 +154,18 @@ def read_blocks(opened: ExportedTables) -> Iterator[Block]:
 
 
 def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]:
-    """Blocks with what their neighbours are, looked up for all at once."""
+    """Yield the blocks with the tokens of their neighbours, which are looked up for all blocks at once."""
     every = [block.found for block in blocks]
-    found = Found(
-        np.concatenate([one.ids for one in every]),
-        np.concatenate([one.distances for one in every]),
-        np.concatenate([one.databases for one in every]),
-    )
+    columns = ([one.ids, one.distances, one.databases] for one in every)
+    found = Found(*map(np.concatenate, zip(*columns, strict=True)))
     pieces = opened.reader.pieces(found)
     wrong = (found.ids != NO_NEIGHBOUR) & (pieces.n_tokens[:, 0] == 0).reshape(found.ids.shape)
     if wrong.any():
         place = tuple(np.argwhere(wrong)[0])
-        database = opened.reader.databases[found.databases[place]].place
+        database, chunk = opened.reader.databases[found.databases[place]].place, format_id(int(found.ids[place]))
         raise CorruptError(
-            f"the neighbours {opened.reader.name!r} name the chunk {found.ids[place]}, which {database} does not have",
-            f"See what is wrong: retrotool verify {opened.store.place}, and: retrotool verify {database}",
+            f"the neighbours {opened.reader.name!r} name chunk {chunk}, which is not in {database}",
+            f"Find out more: {command_line('verify', opened.store.place)}, then: {command_line('verify', database)}",
         )
     start = 0
     for block in blocks:
@@ -173,7 +175,6 @@ def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]
 
 
 def _schema(k: int, chunk_length: int, token: pa.DataType) -> pa.Schema:
-    """Return the columns of a chunk with k neighbours; ``token`` is the type of token ids."""
     tokens = pa.list_(pa.list_(token, chunk_length), k)
     lengths = pa.list_(pa.int32(), k)
     return pa.schema([
@@ -205,7 +206,7 @@ def _table(opened: ExportedTables, block: Block, schema: pa.Schema) -> pa.Table:
 
 
 def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """[n, k] or [n, k, l] numbers as fixed-size lists."""
+    """Convert numbers [n, k] or [n, k, l] to fixed-size lists."""
     sizes = []
     while pa.types.is_fixed_size_list(kind):
         sizes.append(kind.list_size)
@@ -217,7 +218,7 @@ def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _lists(tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """The first ``n_tokens`` [n] of each row of tokens [n, l] as lists."""
+    """Convert the first ``n_tokens`` [n] of each row of tokens [n, l] to lists."""
     used = np.arange(tokens.shape[1]) < n_tokens[:, None]
     offsets = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)]).astype(np.int32)
     values = pa.array(tokens[used].astype(kind.value_type.to_pandas_dtype()))
@@ -225,9 +226,9 @@ def _lists(tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], kind: pa.DataTy
 
 
 def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[str, int]:
-    """Write ``part-<number>.parquet`` for each part that has live chunks: zstd, with page checksums.
+    """Write ``part-<number>.parquet`` for each part with live chunks: zstd, with page checksums.
 
-    Return what was exported: chunks, their documents and tokens, pairs of a chunk and a neighbour, chunks with none.
+    Returns the counts that ``ExportResult`` has.
     """
     own = opened.store.identity
     columns = _schema(opened.k, own.chunk_length, pa.uint16() if own.tokenizer.token_bytes == 2 else pa.uint32())
@@ -256,7 +257,7 @@ def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[s
 
 @dataclass(frozen=True, slots=True)
 class ExportedDatabase:
-    """A database whose chunks the neighbours are; ``number`` is what the column ``databases`` has."""
+    """A database of the neighbours; ``number`` is its value in the column ``databases``."""
 
     number: int
     table: str
@@ -267,9 +268,9 @@ class ExportedDatabase:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What ``export`` wrote: live chunks, their documents and tokens, pairs of a chunk and a neighbour.
+    """What ``export`` wrote: live chunks, their documents and tokens, and pairs of a chunk and a neighbour.
 
-    ``alone`` chunks have no neighbour.
+    ``alone`` counts chunks without neighbours.
     """
 
     output: str
@@ -287,19 +288,19 @@ class ExportResult:
     bytes: int
 
 
-def export(root: str | Path, output: str | Path, *, name: str = "main", k: int | None = None) -> ExportResult:
-    """Export all live chunks of the store ``root`` with their neighbours ``name`` into the new folder ``output``.
+def export(root: str | Path, output: str | Path, *, table: str | None = None, k: int | None = None) -> ExportResult:
+    """Export all live chunks of a store, with ``k`` neighbours each, into the new folder ``output``.
 
-    ``k`` neighbours a chunk (default: the table's own).
+    ``table`` is by default main, or the only one; ``k`` is by default the table's.
     """
     target = check_place("OUTPUT", output)
     store = Store.open(root)
-    opened = open_tables(store, name, k)
-    _check_complete(opened, root)
+    opened = open_tables(store, table, k)
+    _check_complete(opened)
     rows = sum(parts.part_entry(store, "chunks", part).rows for part in store.state.parts())
     total = rows - len(opened.tombstones.ids)
     if not total:
-        raise UsageError(f"{root} has no chunk that is not purged: there is nothing to export")
+        raise UsageError(f"{root} has no live chunks to export")
     with new_folder(target) as folder:
         with counting("export", "chunk", total) as report:
             counts = write_export(opened, folder, report)
@@ -310,8 +311,8 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
             for number, member in enumerate(opened.reader.members)
         )
         result = ExportResult(
-            str(output), store.identity.uuid, store.state.number, name, opened.k, store.identity.chunk_length,
-            databases, **counts, bytes=sum(files.values()),
+            str(output), store.identity.uuid, store.state.number, opened.reader.name, opened.k,
+            store.identity.chunk_length, databases, **counts, bytes=sum(files.values()),
         )  # fmt: skip
         tokenizer = store.identity.tokenizer
         about = {
@@ -324,23 +325,26 @@ def export(root: str | Path, output: str | Path, *, name: str = "main", k: int |
     return result
 
 
-def _check_complete(opened: ExportedTables, root: str | Path) -> None:
-    """``UsageError`` if some chunks that could have neighbours have no table yet: they would seem to have none."""
+def _check_complete(opened: ExportedTables) -> None:
+    """Raise ``UsageError`` if a part with live keys has no table, as its chunks would get no neighbours."""
     store = opened.store
     missing = [part for part in store.state.parts() if part not in opened.tabled]
     chunks = count_keys_of(store, missing, opened.tombstones)
-    if chunks:
-        commands, embedded = [], set[str]()
-        for member in opened.reader.members:
-            if set(missing).issubset(int(slot) for slot in store.state.group("neighbours", member.table)):
-                continue
-            encoder = str(store.state.records[f"neighbours:{member.table}"]["encoder"])
-            if encoder not in embedded and not set(missing).issubset(embedded_parts(store, encoder)):
-                commands.append(embed_command(store, encoder))
-                embedded.add(encoder)
-            commands.append(table_command(store, member.table, member.store))
-        shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        raise UsageError(
-            f"{chunks:,} chunks of {root} have no neighbours {opened.reader.name!r} yet: those of parts {shown}",
-            "Compute them: " + ", then: ".join(commands),
-        )
+    if not chunks:
+        return
+    commands = list[str]()
+    for member in opened.reader.members:
+        if set(missing).issubset(int(slot) for slot in store.state.group("neighbours", member.table)):
+            continue
+        record = store.state.records[f"neighbours:{member.table}"]
+        if not set(missing).issubset(embedded_parts(store, str(record["encoder"]))):
+            commands.append(embed_command(store, str(record["encoder"])))
+        if member.within and record["index"]:  # else the new chunks are never found
+            commands.append(command_line("index", store.place, name=str(record["index"])))
+        commands.append(table_command(store, member.table, member.store))
+    shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+    raise UsageError(
+        f"{count(chunks, 'chunk')} of {store.place} {'has' if chunks == 1 else 'have'} no neighbours "
+        f"{opened.reader.name!r} yet (part{'s' * (len(missing) > 1)} {shown})",
+        "Compute them:\n" + "\n".join(f"  {command}" for command in dict.fromkeys(commands)),
+    )

@@ -1,1 +1,1 @@
-"""Chunks beside their neighbours, to be looked at."""
+"""Chunks beside their neighbours, for people to read."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, check_utf8, opt
+from retrotool.cli.chunk_ids import format_id, parse_id
+from retrotool.cli.options import Json, StoreArgument, TableOption, check_utf8, opt
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  retrotool inspect store --chunk 4
+  retrotool inspect store --chunk 0:4
   retrotool inspect store --document doc-7 -k 5
   retrotool inspect store --random 3 --seed 1 --json
   retrotool inspect store --random 1000 -k 10 --html neighbours.html"""
@@ -25,40 +26,48 @@ Examples:
 
 def command(
     store: StoreArgument,
-    chunk: Annotated[int | None, opt("Show this chunk.", metavar="ID", least=0)] = None,
+    chunk: Annotated[str | None, opt("Show this chunk, by its part and row, or its id.", metavar="P:R")] = None,
     document: Annotated[str | None, opt("Show the chunks of this document.", metavar="ID")] = None,
-    random: Annotated[int | None, opt("Show random chunks of all parts.", metavar="N", least=1)] = None,
-    seed: Annotated[int | None, opt("Which random chunks.  [default: 0]", metavar="S", least=0)] = None,
-    name: Annotated[str, opt("Name of the neighbour tables.")] = "main",
-    k: Annotated[
-        int | None, opt("Neighbours a chunk.  [default: as the table is used]", "-k", metavar="K", least=1)
-    ] = None,
-    html: Annotated[Path | None, opt("Write a page to read and search.", metavar="FILE")] = None,
+    random: Annotated[int | None, opt("Show N random chunks.", metavar="N", least=1)] = None,
+    seed: Annotated[int | None, opt("Seed of the random choice.  [default: 0]", metavar="S", least=0)] = None,
+    table: TableOption = None,
+    k: Annotated[int | None, opt("Neighbours per chunk.  [default: the table's k]", "-k", metavar="K", least=1)] = None,
+    html: Annotated[Path | None, opt("Write an HTML page to read and search.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show chunks of a query store beside their neighbours, and what they have in common word for word.
+    """Show chunks of a query store beside their neighbours, and mark the text that they share.
 
-    Of a chunk and a neighbour with its continuation the longest common run of tokens is found. From 5 tokens on it
-    is marked in both, as [[this]], and in the chunk once for all neighbours; r is its length over the tokens of a
-    whole chunk. With --html the chunks go to a page instead, which has room for some thousand.
+    For each neighbour and its continuation, the longest run of tokens in common with the chunk is found. A
+    run of 5 or more tokens is marked in both texts, [[like this]]. r is its length divided by the length of a
+    full chunk. --html writes the chunks to a page instead, which can hold a few thousand.
     """
     with output.errors(as_json):
         from retrotool.inspect import run as inspect_run
         from retrotool.inspect.run import Choice
 
         if seed is not None and random is None:
-            raise UsageError("--seed is of --random", "Give --random N, or no --seed.")
+            raise UsageError("--seed needs --random", "Give --random N, or leave --seed out.")
+        number = parse_id(chunk) if chunk is not None else None
+        if chunk is not None and number is None:
+            raise UsageError(
+                f"--chunk {chunk!r} is not a chunk id", "Write it as PART:ROW, such as 0:4, or as a number."
+            )
         if document is not None:
             check_utf8("--document", document)
         result = inspect_run.inspect(
-            store, Choice(chunk, document, random, seed or 0), name=name, k=k, page=html, keep=as_json or html is None
+            store,
+            Choice(number, document, random, seed or 0),
+            table=table,
+            k=k,
+            page=html,
+            keep=as_json or html is None,
         )
         output.show(result, as_json, _text, styled=True)
 
 
 def _text(result: InspectResult) -> str:
     text = output.laid_out(_paragraphs(result))
-    return f"{text}\nTo read and search: {output.visible(result.page)}" if result.page else text
+    return f"{text}\nPage: {output.visible(result.page)}" if result.page else text
 
 
 def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
@@ -67,10 +76,10 @@ def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
     for table in result.tables:
         yield output.Paragraph(_table(table, several), indent=2)
     if result.page:
-        without = f", {result.without:,} without any" if result.without else ""
+        without = f", {result.without:,} without neighbours" if result.without else ""
         yield output.Paragraph(
             f"{output.count(result.shown, 'chunk')} with {output.count(result.neighbours, 'neighbour')}{without}; "
-            f"{result.marked:,} with {result.marked_from} tokens or more in common with one."
+            f"{result.marked:,} share a run of {result.marked_from} tokens or more with one."
         )
     for chunk in result.chunks:
         yield output.Paragraph()
@@ -81,12 +90,12 @@ def _table(table: TableRead, several: bool) -> str:
     how = f"index {table.index!r}" if table.index else "exact search"
     recall = f", recall@10 {table.recall_at_10:.4f}" if table.recall_at_10 is not None else ""
     weight = f", table {table.name!r}, weight {table.weight:g}" if several else ""
-    unlike = "" if table.comparable else "; its tokens can't be compared with those of the store"
+    unlike = "" if table.comparable else "; its tokens can't be compared with the store's"
     return f"database {table.database}, {how}{recall}{weight}{unlike}"
 
 
 def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
-    fields = [f"chunk {chunk.id}", *_from(chunk), output.count(chunk.n_tokens, "token")]
+    fields = [f"chunk {format_id(chunk.id)}", *_from(chunk), output.count(chunk.n_tokens, "token")]
     yield output.Paragraph(*fields, after=6, style="bold")
     runs = groupby(chunk.segments(), lambda segment: bool(segment[1]))
     yield _marked([("".join(text for text, _ in some), marked) for marked, some in runs], 3)
@@ -97,15 +106,15 @@ def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
 
 
 def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[output.Paragraph]:
-    fields = [f"{rank}. distance {near.distance:.4f}", f"chunk {near.id}", *_from(near)]
+    fields = [f"{rank}. distance {near.distance:.4f}", f"chunk {format_id(near.id)}", *_from(near)]
     if several:
         fields.append(f"database {near.database}")
     yield output.Paragraph(*fields, after=6)
     if (common := near.common) is not None and common.marked:
         last, there = common.start + common.tokens - 1, common.start_in_neighbour + common.tokens - 1
         yield output.Paragraph(
-            f"{output.count(common.tokens, 'token')} in common, r {common.r:.3f}: {common.start} to {last} of the "
-            f"chunk, {common.start_in_neighbour} to {there} here",
+            f"{output.count(common.tokens, 'token')} in common, r {common.r:.3f}: tokens {common.start} to {last} of "
+            f"the chunk, {common.start_in_neighbour} to {there} here",
             indent=3,
         )
     yield _cut(near.marked_text(), 3)
@@ -123,7 +132,6 @@ def _cut(split: Split, indent: int, before: str = "") -> output.Paragraph:
 
 
 def _marked(pieces: Iterable[tuple[str, bool]], indent: int) -> output.Paragraph:
-    """Put [[ and ]] around the pieces of a text that are marked, and show them in colour."""
     shown = output.Paragraph(indent=indent)
     for text, marked in pieces:
         shown.append(f"[[{text}]]" if marked else text, "bold yellow" if marked else "")

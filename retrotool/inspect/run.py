@@ -1,10 +1,12 @@
-"""``inspect``: chunks beside their neighbours, for people to read; as a result, and as a page.
+"""``inspect``: chunks beside their neighbours, as a result object and as an HTML page.
 
-Of a chunk and a neighbour with its continuation the longest common run of tokens is found (``token_overlap``), and
-the texts are cut around it. Chunks in different tokens can't be compared, nor chunks of more than 64 tokens.
+For each chunk and each neighbour with its continuation, ``token_overlap`` finds the longest common run of
+tokens, and the texts are cut around it. Chunks of different tokenizers, or of more than 64 tokens, are shown
+without a run.
 
-Cost: the row groups and documents that hold the neighbours of a block, each once a block; some 20,000 neighbours a
-second and core. Memory: a block with its texts, some 9 kB a neighbour, whatever the number of chunks.
+Cost: per block, each row group and documents file that holds a neighbour is read once; about 20,000
+neighbours per second and core. Memory: one block with its texts, about 9 kB per neighbour, for any number of
+chunks.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.cli import pages
-from retrotool.cli.command_lines import table_command
+from retrotool.cli.chunk_ids import format_id
+from retrotool.cli.command_lines import command_line, table_command
+from retrotool.cli.output import count
 from retrotool.cli.result_files import check_file
 from retrotool.embed.search_scope import SearchableRows
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.index.index_records import index_record
 from retrotool.neighbours.retrieved import Pieces, read_pieces
+from retrotool.neighbours.stage import pick_table
 from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.neighbours.token_overlap import LONGEST, longest_common
 from retrotool.reader import Reader
@@ -38,21 +43,21 @@ from retrotool.tokenizers import stored_tokenizer
 from retrotool.tokenizers.tokenizer import Split, split_texts
 
 MARKED_FROM = 5
-"""Tokens from which a common run is marked. Of chunks that have nothing to do with one another, taken from manuals, one
-pair in three has a run of 2 tokens ("in the"), 5 % of 3, 1.2 % of 4 ("on the command line"), and 0.6 % of 5."""
+"""Shortest common run that is marked. Of pairs of unrelated chunks from manuals, a third share 2 tokens in a
+row, 5 % share 3, 1.2 % share 4 ("on the command line") and 0.6 % share 5."""
 _BLOCK = 1 << 13
-"""Neighbours that are read at once."""
+"""Neighbours per block."""
 _BINS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CommonRun:
-    """The longest run of tokens that a chunk has in common with a neighbour and its continuation.
+    """The longest run of tokens that a chunk shares with a neighbour and its continuation.
 
-    It begins at token ``start`` of the chunk and ``start_in_neighbour`` of the neighbour and its continuation, one
-    after the other. ``r`` is ``tokens`` over the tokens of a whole chunk. The texts of ``chunk``, neighbour (``text``)
-    and ``continuation`` are cut around it; the continuation is None if there is none. ``marked``: long enough to
-    mean something.
+    It begins at token ``start`` of the chunk and at token ``start_in_neighbour`` of the joined neighbour and
+    continuation. ``r`` is ``tokens`` divided by the length of a full chunk. ``chunk``, ``text`` (the
+    neighbour) and ``continuation`` (None if it has none) are cut around the run. ``marked``: it has
+    ``MARKED_FROM`` tokens or more.
     """
 
     tokens: int
@@ -67,9 +72,10 @@ class CommonRun:
 
 @dataclass(frozen=True, slots=True)
 class InspectedNeighbour:
-    """A neighbour; ``distance`` is squared L2, ``index`` its place among the ``of`` chunks of its document, from 0.
+    """A neighbour.
 
-    ``database`` is the directory of the store that it is a chunk of. ``common`` is None if tokens can't be compared.
+    ``distance`` is squared L2. ``index`` is its position, from 0, among the ``of`` chunks of its document.
+    ``database`` is the directory of its store. ``common`` is None if the tokens can't be compared.
     """
 
     id: int
@@ -84,11 +90,11 @@ class InspectedNeighbour:
     common: CommonRun | None
 
     def marked_text(self) -> Split:
-        """Return the text cut around the run, if that is marked: otherwise all of it comes before an empty run."""
+        """Return the text cut around the run if that is marked, else with an empty run at the end."""
         return self._cut(self.text, self.common.text if self.common is not None else None)
 
     def marked_continuation(self) -> Split:
-        """Return the continuation, cut like the text; empty if there is none."""
+        """Return the continuation cut like the text, empty if there is none."""
         return self._cut(self.continuation or "", self.common.continuation if self.common is not None else None)
 
     def _cut(self, text: str, split: Split | None) -> Split:
@@ -98,7 +104,7 @@ class InspectedNeighbour:
 
 @dataclass(frozen=True, slots=True)
 class InspectedChunk:
-    """A chunk with its neighbours, nearest first. ``key`` is False for a value of a key-value record: it has none."""
+    """A chunk with its neighbours, nearest first; values of key-value records (``key`` False) have none."""
 
     id: int
     document: str
@@ -111,17 +117,18 @@ class InspectedChunk:
     neighbours: tuple[InspectedNeighbour, ...]
 
     def longest_run(self) -> int:
-        """Return the tokens of the longest run in common with a neighbour; 0 where none can be compared."""
+        """Return the tokens of the longest run in common with a neighbour, 0 without a comparable one."""
         return max((near.common.tokens for near in self.neighbours if near.common is not None), default=0)
 
     def why_none(self) -> str:
-        """Return why there are no neighbours, as a sentence."""
+        """Return a sentence on why there are no neighbours."""
         if not self.key:
-            return f"No key: a value of a key-value record is never searched. Its key is chunk {self.id - self.index}."
-        return "No neighbours: none was found, or those that were saved are purged."
+            key = format_id(self.id - self.index)
+            return f"Not a key: values of key-value records are never searched for. Its key is chunk {key}."
+        return "No neighbours: none was found, or all that were saved are purged."
 
     def segments(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield the text in pieces, each with the ranks, from 1, of the neighbours whose marked run it is part of."""
+        """Yield pieces of the text, each with the ranks (from 1) of neighbours whose marked run covers it."""
         spans = list(self._spans())
         cuts = sorted({0, len(self.text), *(cut for _, low, high in spans for cut in (low, high))})
         for low, high in pairwise(cuts):
@@ -135,12 +142,12 @@ class InspectedChunk:
 
 
 _Place = tuple[str, str, int, int]
-"""Where a chunk is from: its document, that one's source, its place there and how many chunks that has."""
+"""Id and source of a chunk's document, position of the chunk in it, and the document's number of chunks."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Chunks [n], their ``tokens`` [n, chunk_length], and their neighbours [n, k]."""
+    """Chunk ids [n], their ``tokens`` [n, chunk_length], and their neighbours [n, k]."""
 
     chunks: Ids
     tokens: npt.NDArray[Any]
@@ -150,7 +157,7 @@ class _Block:
 
 
 class Inspector:
-    """Chunks of a query store with the ``k`` nearest neighbours (default: the table's) that a reader gives of them."""
+    """Describes chunks of a query store with their ``k`` nearest neighbours (default: the table's k)."""
 
     def __init__(self, reader: NeighbourReader, k: int | None = None) -> None:
         self._reader, self._k = reader, k
@@ -163,10 +170,10 @@ class Inspector:
             for same, database in zip(alike, reader.databases, strict=True)
         ]
         self.comparable = tuple(same and own.chunk_length <= LONGEST for same in alike)
-        """Of each database, whether its chunks can be compared with those of the query store token by token."""
+        """For each database, whether its tokens can be compared with those of the query store."""
 
     def blocks(self, ids: Ids) -> Iterator[list[InspectedChunk]]:
-        """Yield the live chunks ``ids``, ascending, of parts that the reader has, some of them at a time."""
+        """Yield the chunks ``ids`` in blocks. They must be ascending, live, and in parts with tables."""
         size = max(_BLOCK // (self._k or self._reader.k), 1)
         for start in range(0, len(ids), size):
             yield self._inspect(self._read(ids[start : start + size]))
@@ -201,7 +208,7 @@ class Inspector:
         ]  # fmt: skip
 
     def _describe(self, block: _Block, number: int, some: Ids, near: list[InspectedNeighbour | None]) -> None:
-        """Fill in neighbours: those at the places ``some`` of the raveled [n, k] are of database ``number``."""
+        """Set the items ``some`` of the raveled neighbours [n · k], which belong to database ``number``."""
         ids = block.near.ids.ravel()[some]
         member = self._reader.members[number]
         pieces = read_pieces(member.store, member.tombstones, ids)
@@ -219,7 +226,6 @@ class Inspector:
             )  # fmt: skip
 
     def _runs(self, block: _Block, rows: Ids, pieces: Pieces) -> list[CommonRun]:
-        """What the chunks at ``rows`` of a block have in common with the pieces, one each."""
         tokens, n_tokens = block.tokens[rows], block.n_tokens[rows]
         found = longest_common(tokens, n_tokens, *pieces.joined())
         n_first = pieces.n_tokens[:, 0]
@@ -242,7 +248,7 @@ class Inspector:
 
 
 def _trimmed(split: Split) -> Split:
-    """Move white space at the ends of a run out of it, unless there is nothing else in it."""
+    """Move white space at the ends of a run out of it, unless it is nothing but white space."""
     run = split.run.strip()
     if not run or run == split.run:
         return split
@@ -251,13 +257,12 @@ def _trimmed(split: Split) -> Split:
 
 
 def _row_groups(rows: Ids) -> tuple[list[int], Ids]:
-    """Numbers of the row groups that hold rows of a part, ascending, and where the rows are in what these have."""
+    """Return the ascending row groups that hold ``rows`` of a part, and the position of each row in them."""
     groups, number = np.unique(rows // ROW_GROUP, return_inverse=True)
     return groups.tolist(), number * ROW_GROUP + rows % ROW_GROUP
 
 
 def _find_places(store: Store, ids: Ids) -> list[_Place]:
-    """Return the places of live chunks [n], in any order."""
     found: dict[int, _Place] = {}
     for part, rows in rows_by_part(np.unique(ids)):
         groups, place = _row_groups(rows)
@@ -272,7 +277,7 @@ def _find_places(store: Store, ids: Ids) -> list[_Place]:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which chunks: one by its id, the keys of a document, or random ones by a seed. One of the three is given."""
+    """Which chunks to show: one by its id, the keys of a document, or random ones. Exactly one is given."""
 
     chunk: int | None = None
     document: str | None = None
@@ -282,10 +287,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TableRead:
-    """A table that neighbours were read of, and the database that they are chunks of.
+    """A neighbour table that was read, and its database.
 
-    ``index`` is "" for exact search; ``recall_at_10`` is what was measured of it, None: nothing. ``comparable``:
-    whether tokens of the database can be compared with those of the query store.
+    ``index`` is "" for exact search. ``recall_at_10`` is None if it was not measured. ``comparable``: the
+    tokens of the database can be compared with those of the query store.
     """
 
     name: str
@@ -299,10 +304,10 @@ class TableRead:
 
 @dataclass(frozen=True, slots=True)
 class InspectResult:
-    """What ``inspect`` shows: ``shown`` chunks, ``without`` neighbours or with some, ``neighbours`` in all.
+    """What ``inspect`` shows: ``shown`` chunks (``without``: those without neighbours), ``neighbours`` in all.
 
-    ``marked`` chunks have a run of ``marked_from`` tokens or more in common with a neighbour. ``histogram`` counts
-    chunks by r, of their longest run, in eighths; r = 1 is with the last.
+    ``marked`` chunks share a run of ``marked_from`` tokens or more with a neighbour. ``histogram`` counts
+    chunks by the r of their longest run, in eighths; r = 1 is in the last.
     """
 
     store: str
@@ -323,7 +328,7 @@ class InspectResult:
     page: str = ""
 
     def adding(self, block: Sequence[InspectedChunk]) -> InspectResult:
-        """Return the result with the figures of more chunks; the chunks themselves are not kept."""
+        """Return the result with the figures of ``block`` added; the chunks themselves are not kept."""
         histogram = list(self.histogram)
         for chunk in block:
             if chunk.neighbours:
@@ -344,31 +349,36 @@ def inspect(
     root: str | Path,
     choice: Choice,
     *,
-    name: str = "main",
+    table: str | None = None,
     k: int | None = None,
     page: str | Path | None = None,
     keep: bool = True,
 ) -> InspectResult:
-    """Show chunks of the query store ``root`` with their ``k`` nearest neighbours (default: the table's) in ``name``.
+    """Show chunks of the query store ``root`` with their ``k`` nearest neighbours (default: the table's k).
 
-    ``page``: write them as HTML, too, block by block. ``keep`` False: the result has the figures, but not the chunks,
-    so that memory does not grow with their number. The store is not changed.
+    ``table`` is by default main, or the only one. ``page``: also write them as HTML to this file. ``keep``
+    False: the result has the figures only, so that memory does not grow with the number of chunks. The store
+    is not changed.
     """
     if page is not None:
         check_file("--html", page)
     if [choice.chunk, choice.document, choice.random].count(None) != 2:
-        raise UsageError("give one of --chunk, --document and --random")
+        shown = command_line("inspect", root, random=3)
+        raise UsageError("give one of --chunk, --document and --random", f"To see some chunks: {shown}")
     if choice.random is not None and choice.random < 1:
-        raise UsageError(f"--random {choice.random}: it is a number of chunks")
-    return retry_overtaken(lambda: _inspect(Store.open(root), choice, name, k, page, keep))
+        raise UsageError(f"--random {choice.random} is less than 1")
+    return retry_overtaken(lambda: _inspect(Store.open(root), choice, table, k, page, keep))
 
 
 def _inspect(
-    store: Store, choice: Choice, name: str, k: int | None, page: str | Path | None, keep: bool
+    store: Store, choice: Choice, table: str | None, k: int | None, page: str | Path | None, keep: bool
 ) -> InspectResult:
-    neighbours = NeighbourReader(store, name)
+    neighbours = NeighbourReader(store, pick_table(store, table))
+    name = neighbours.name
     if k is not None and not 1 <= k <= neighbours.saved:
-        raise UsageError(f"-k {k}: the neighbours {name!r} have {neighbours.saved:,} saved")
+        raise UsageError(
+            f"-k {k} is not between 1 and the {neighbours.saved:,} neighbours that table {name!r} has saved"
+        )
     ids, chosen = _choose(store, neighbours, choice)
     inspector = Inspector(neighbours, k)
     tables = []
@@ -393,7 +403,7 @@ def _inspect(
 
 
 class _Blocks:
-    """Chunks block by block, as they are found. Their figures are added to ``result`` one block at a time."""
+    """Iterates over blocks of chunks. ``result`` has the figures of the blocks that were read so far."""
 
     def __init__(self, inspector: Inspector, ids: Ids, result: InspectResult, keep: bool) -> None:
         self._inspector, self._ids, self._keep = inspector, ids, keep
@@ -411,24 +421,23 @@ class _Blocks:
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:
-    """Ids of the chunks, ascending, and in words which they are."""
+    """Return the ids of the chunks, ascending, and a description of the choice."""
     if choice.random is not None:
         return _draw(store, reader, choice.random, choice.seed)
     view = Reader(store)
     if choice.chunk is not None:
-        found, words = [_check_chunk(store, view, choice.chunk)], f"chunk {choice.chunk}"
+        found, words = [_check_chunk(store, view, choice.chunk)], f"chunk {format_id(choice.chunk)}"
     else:
         document = str(choice.document)
         found = [i for i in view.document(document) if view.is_searchable([i])[0]]
         words = f"document {document}"
         if not found:
-            raise UsageError(f"the document {document!r} has no key left: what it has are values of a purged one")
+            raise UsageError(f"the document {document!r} has only values left: its key was purged")
     have = set(reader.parts())
     for chunk in found:
         if (part := split_id(chunk)[0]) not in have:
             raise UsageError(
-                f"part {part} of {store.place}, which has chunk {chunk}, has no neighbours {reader.name!r} yet",
-                _advice(store, reader),
+                f"part {part} of {store.place} has no neighbours {reader.name!r} yet", _advice(store, reader)
             )
     return np.array(found, np.int64), words
 
@@ -437,26 +446,22 @@ def _check_chunk(store: Store, view: Reader, chunk: int) -> int:
     if view.is_live([chunk])[0]:
         return chunk
     if 0 <= chunk < 1 << 63 and read_tombstones(store).contains(np.array([chunk]))[0]:
-        raise UsageError(f"chunk {chunk} was purged")
+        raise UsageError(f"chunk {format_id(chunk)} was purged")
     known = store.state.parts()
     if not known:
         raise UsageError(f"{store.place} has no chunks", f"Chunk documents: retrotool chunk {store.place} INPUT...")
     last = join_id(known[-1], parts.part_entry(store, "chunks", known[-1]).rows - 1)
-    raise UsageError(f"the store has no chunk {chunk}", f"Ids are part << 32 | row; the last one is {last}.")
+    raise UsageError(f"the store has no chunk {format_id(chunk)}", f"Ids are PART:ROW; the last is {format_id(last)}.")
 
 
 def _draw(store: Store, reader: NeighbourReader, size: int, seed: int) -> tuple[Ids, str]:
     rows = SearchableRows(store, reader.parts(), read_tombstones(store))
     total = sum(rows.counts.values())
     if not total:
-        raise UsageError(
-            f"{store.place} has no chunk with neighbours {reader.name!r}",
-            _advice(store, reader),
-        )
+        raise UsageError(f"{store.place} has no chunk with neighbours {reader.name!r}", _advice(store, reader))
     drawn = [parts.chunk_ids(part, some) for part, some in rows.draw(min(size, total), seed)]
-    chunks = "chunk" if min(size, total) == 1 else "chunks"
-    words = f"{size:,} random {chunks} of {total:,}, seed {seed}" if size < total else f"all {total:,} {chunks}"
-    return np.concatenate(drawn), words
+    random = f"{count(size, 'random chunk')} of {total:,}, seed {seed}"
+    return np.concatenate(drawn), random if size < total else f"all {count(total, 'chunk')}"
 
 
 def _advice(store: Store, reader: NeighbourReader) -> str:

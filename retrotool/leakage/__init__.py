@@ -1,1 +1,1 @@
-"""How much of an evaluation store a database holds."""
+"""Measure how much of an evaluation store's text a database contains."""

@@ -1,11 +1,12 @@
-"""``leakage``: how much of evaluation text a database has word for word, by r, RETRO's longest common run of tokens.
+"""``leakage``: how much evaluation text a database contains word for word, by RETRO's measure r.
 
-For each evaluation chunk its 10 nearest neighbours in the database are found, with their continuations, and r is the
-longest run of tokens that the chunk has in common with one of them, over the tokens of a chunk (arXiv 2112.04426,
-section 2.6). Documents of the same id in the database count: they are what is looked for. Only where a store is
-compared with itself are a chunk's own documents left out.
+For each evaluation chunk, its nearest neighbours in the database are searched. r is the longest run of tokens
+in common with one of them and its continuation, divided by the length of a full chunk (arXiv 2112.04426,
+section 2.6). Documents with the same id in the database count, as they are the leak. A chunk's own document
+is excluded only if a store is compared with itself.
 
-Cost: a search, then some 100,000 pairs a second and core (``token_overlap``). Memory: a block of queries.
+Cost: a search, then about 100,000 pairs per second and core (``token_overlap``). Memory: one block of
+queries.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ _BLOCK = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Evaluation chunks: their ids and sources, and the tokens that each has in common with one of its neighbours.
+    """Evaluation chunks [n], with the longest run of tokens each has in ``common`` with a neighbour.
 
-    Which neighbour that is (−1: none was found), and the squared distance of the nearest one (inf) are there, too.
+    ``neighbours`` is the id of that neighbour (−1: none found), ``distances`` the squared distance of the
+    nearest one (inf: none found).
     """
 
     ids: npt.NDArray[np.int64]
@@ -58,7 +60,7 @@ class Leaks:
 
 
 def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPARED, report: Report) -> Iterator[Leaks]:
-    """Yield the leaks of all embedded keys of ``store`` in ``database``, in the order of their ids, block by block."""
+    """Yield the leaks of all embedded keys of ``store`` in ``database``, block by block, by ascending id."""
     tombstones = read_tombstones(store)
     for part in embedded_parts(store, database.encoder):
         rows = searchable_rows(store, part, tombstones)
@@ -84,7 +86,7 @@ def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPA
 
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-"""α for which the share of chunks with r ≤ α is reported; RETRO's evaluation goes from 12.5 % to 100 %."""
+"""Thresholds α for which the share of chunks with r ≤ α is reported; RETRO uses 12.5 % to 100 %."""
 HALF = 0.5
 _BINS = 8
 _SCHEMA = pa.schema([
@@ -95,7 +97,7 @@ _SCHEMA = pa.schema([
 
 @dataclass(frozen=True, slots=True)
 class SourceLeakage:
-    """Of one source of evaluation text: chunks, their mean r, and the shares with r ≥ 1/2 and r = 1."""
+    """Chunks of one source of evaluation text, their mean r, and the shares with r ≥ 1/2 and r = 1."""
 
     source: str
     chunks: int
@@ -106,7 +108,7 @@ class SourceLeakage:
 
 @dataclass(frozen=True, slots=True)
 class LeakageResult:
-    """What ``leakage`` found. ``up_to`` is α → share of chunks with r ≤ α; ``histogram`` counts r by eighths."""
+    """Result of ``leakage``. ``up_to`` maps α to the share with r ≤ α; ``histogram`` counts r by eighths."""
 
     evaluation: str
     database: str
@@ -125,34 +127,34 @@ class LeakageResult:
 def leakage(
     root: str | Path,
     *,
-    evaluation: str | Path,
+    queries: str | Path,
     index: str | None = None,
-    neighbours: int = COMPARED,
-    output: str | Path | None = None,
+    k: int = COMPARED,
+    out: str | Path | None = None,
 ) -> LeakageResult:
-    """Compare the chunks of the store ``evaluation`` with the store ``root``.
+    """Compare each chunk of the store ``queries`` with its ``k`` nearest neighbours in the store ``root``.
 
-    ``output``: a Parquet file, one row an evaluation chunk. Neither store is changed.
+    ``out``: also write a Parquet file with a row per chunk. Neither store is changed.
     """
-    if output is not None:
-        check_file("--output", output)
-    database, store = Database(Store.open(root), index), Store.open(evaluation)
+    if out is not None:
+        check_file("--out", out)
+    database, store = Database(Store.open(root), index), Store.open(queries)
     check_comparable(store, database.store, "Chunk the evaluation text again, with the tokenizer of the database.")
     check_encoders(store, database)
     total = count_keys_of(store, embedded_parts(store, database.encoder))
     within = is_same_store(store, database.store)
     with counting("leakage", "chunk", total) as report:
-        found = list(find_leaks(store, database, within=within, k=neighbours, report=report))
-    if output is not None:
-        _write(output, found, database, store)
-    return _result(found, store, database, neighbours, output)
+        found = list(find_leaks(store, database, within=within, k=k, report=report))
+    if out is not None:
+        _write(out, found, database, store)
+    return _result(found, store, database, k, out)
 
 
-def _write(output: str | Path, found: list[Leaks], database: Database, store: Store) -> None:
+def _write(out: str | Path, found: list[Leaks], database: Database, store: Store) -> None:
     schema = _SCHEMA.with_metadata(
         {"retrotool.database": database.store.identity.uuid, "retrotool.evaluation": store.identity.uuid}
     )
-    with written(output) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
+    with written(out) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
         for some in found:
             r = (some.common / store.identity.chunk_length).astype(np.float32)
             columns = [some.ids, some.sources, some.common, r, some.neighbours, some.distances]
@@ -160,9 +162,7 @@ def _write(output: str | Path, found: list[Leaks], database: Database, store: St
             writer.write_table(pa.table(arrays, schema=_SCHEMA))
 
 
-def _result(
-    found: list[Leaks], store: Store, database: Database, neighbours: int, output: str | Path | None
-) -> LeakageResult:
+def _result(found: list[Leaks], store: Store, database: Database, k: int, out: str | Path | None) -> LeakageResult:
     length = store.identity.chunk_length
     common = np.concatenate([np.zeros(0, np.int64), *(some.common for some in found)])
     names = np.array([source for some in found for source in some.sources], object)
@@ -172,10 +172,10 @@ def _result(
         mine = common[names == name]
         by_source.append(SourceLeakage(str(name), len(mine), *_shares(mine, length)))
     return LeakageResult(
-        store.place, database.store.place, database.name, len(common), neighbours,
+        store.place, database.store.place, database.name, len(common), k,
         *_shares(common, length), {f"{a:g}": _share(common <= a * length) for a in SHARES},
         tuple(int(n) for n in np.bincount(np.searchsorted(edges, common, side="right"), minlength=_BINS)),
-        tuple(sorted(by_source, key=lambda one: -one.mean)), str(output or ""),
+        tuple(sorted(by_source, key=lambda one: -one.mean)), str(out or ""),
     )  # fmt: skip
 
 

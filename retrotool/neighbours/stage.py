@@ -272,6 +272,16 @@ def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> 
     check_neighbour_ids(entry, table, database)
 
 
+def pick_table(store: Store, table: str | None) -> str:
+    """Return the name to read neighbours by: ``table`` if given, else main, or the only table or mixture there is."""
+    if table is not None:
+        return table
+    records = store.state.with_prefix("neighbours:")
+    mixed = {str(member["table"]) for record in records.values() for member in record.get("mix", ())}
+    names = [name for name in records if name not in mixed]
+    return names[0] if len(names) == 1 else "main"
+
+
 def members_of(store: Store, name: str) -> list[tuple[str, float]]:
     """(table, weight) of what is read as the neighbours ``name``: a table alone, or a mixture of several."""
     record = store.state.records.get(f"neighbours:{name}")

@@ -230,11 +230,11 @@ def _inspect(it: _Purged, name: str) -> Returned:
     """Random chunks with their neighbours; and the purged chunks, which it must refuse to show."""
     store = it.store
     for chunk in it.chunks.ids[spread(len(it.chunks), _ASKED // 10)].tolist():
-        yield _answer(chunk, partial(inspect, store.place, Choice(chunk=chunk), name=name))
+        yield _answer(chunk, partial(inspect, store.place, Choice(chunk=chunk), table=name))
     tombstones = read_tombstones(store)
     if all(len(tombstones.rows(part)) == parts.part_entry(store, "chunks", part).rows for part in store.state.parts()):
         return
-    for shown in inspect(store.place, Choice(random=_INSPECTED), name=name).chunks:
+    for shown in inspect(store.place, Choice(random=_INSPECTED), table=name).chunks:
         yield np.array([[shown.id, *(near.id for near in shown.neighbours if near.database == store.place)]])
 
 

@@ -1,1 +1,1 @@
-"""Chunks near a text, on the shell."""
+"""Search for the chunks nearest to a text."""

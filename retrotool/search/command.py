@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
+from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.command_lines import SHOWN
 from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, arg, check_utf8, opt
 from retrotool.errors import StoreNotFoundError, UsageError
@@ -26,7 +27,7 @@ Examples:
 
 @dataclass(frozen=True, slots=True)
 class FoundChunk:
-    """One result."""
+    """A chunk that was found; ``distance`` is squared L2."""
 
     id: int
     distance: float
@@ -37,7 +38,7 @@ class FoundChunk:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Broken shards, and the share of the index's vectors that they hold."""
+    """Broken shards, the number of ``vectors`` in them, and the ``share`` that is of the index."""
 
     shards: list[str]
     vectors: int
@@ -46,10 +47,10 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a search gives.
+    """Result of a search.
 
-    ``missing`` is what could not be searched, None: nothing. ``not_indexed`` chunks are in no shard yet; ``next`` are
-    the commands that change that.
+    ``missing``: broken shards that were not searched, None without any. ``not_indexed`` chunks are not in the
+    index yet; ``next`` are the commands that add them.
     """
 
     results: list[FoundChunk]
@@ -61,24 +62,19 @@ class Results:
 def command(
     store: StoreArgument,
     text: Annotated[str, arg("What to search for.", metavar="TEXT")],
-    k: Annotated[int, opt("How many chunks.", "-k", metavar="K", least=1, most=1000)] = SHOWN,
+    k: Annotated[int, opt("Number of chunks to show.", "-k", metavar="K", least=1, most=1000)] = SHOWN,
     index: IndexOption = None,
     nprobe: Annotated[
-        int | None, opt("Lists to probe.  [default: as the index was tuned]", metavar="N", least=1, most=1 << 40)
+        int | None, opt("Lists to probe.  [default: as tuned]", metavar="N", least=1, most=1 << 40)
     ] = None,
     rerank: Annotated[
         int | None,
-        opt(
-            "Candidates to rank for 10 results.  [default: as the index was tuned]",
-            metavar="N",
-            least=1,
-            most=1_000_000,
-        ),
+        opt("Candidates to re-rank per 10 results.  [default: as tuned]", metavar="N", least=1, most=1_000_000),
     ] = None,
     allow_missing_shards: Annotated[
-        bool, opt("Search what is left if shards of the index are broken or gone.", "--allow-missing-shards")
+        bool, opt("Search the remaining shards if some are broken or missing.", "--allow-missing-shards")
     ] = False,
-    device: Device = "auto",
+    devices: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Show the chunks nearest to a text, with their continuations."""
@@ -96,11 +92,11 @@ def command(
         def attempt() -> tuple[list[Neighbour], Database, int]:
             if not is_store(storage_at(store)) and is_store(storage_at(text)):
                 raise StoreNotFoundError(
-                    f"{store} is no store, but {text} is one",
-                    f"The store comes first: {shlex.join(['retrotool', 'search', text, str(store)])}",
+                    f"{store} is not a store, but {text} is",
+                    f"Give the store first: {shlex.join(['retrotool', 'search', text, store])}",
                 )
             reader = open_store(store)
-            encoder = reader.load_encoder(index, device)
+            encoder = reader.load_encoder(index, devices)
             found = reader.search(
                 text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
             )
@@ -122,10 +118,10 @@ def command(
         output.show(Results(results, missing, left, tuple(then)), as_json, _text)
         if left:
             are = "is" if left == 1 else "are"
-            output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:")
-            output.note("\n".join(f"  {command}" for command in then))
+            commands = "".join(f"\n  {command}" for command in then)
+            output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:{commands}")
         if missing is not None:
-            repair = shlex.join(["retrotool", "index", str(store), "--repair", "--name", database.name])
+            repair = shlex.join(["retrotool", "index", store, "--repair", "--name", database.name])
             output.note(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Repair it: {repair}"
@@ -134,11 +130,11 @@ def command(
 
 def _text(found: Results) -> str:
     if not found.results:
-        return "Nothing found: the index has no live chunk."
+        return "Nothing found: the index has no live chunks."
     blocks = []
     for place, result in enumerate(found.results, 1):
         document = output.one_line(result.document)
-        blocks.append(f"{place}. distance {result.distance:.4f}  chunk {result.id}  document {document}")
+        blocks.append(f"{place}. distance {result.distance:.4f}  chunk {format_id(result.id)}  document {document}")
         blocks.append(_wrapped(result.text))
         if result.continuation is not None:
             blocks.append(_wrapped("… " + result.continuation, "     "))
@@ -146,4 +142,4 @@ def _text(found: Results) -> str:
 
 
 def _wrapped(text: str, indent: str = "   ") -> str:
-    return textwrap.fill(" ".join(text.split()), 100, initial_indent=indent, subsequent_indent=indent)
+    return textwrap.fill(" ".join(text.split()), output.line_width(), initial_indent=indent, subsequent_indent=indent)

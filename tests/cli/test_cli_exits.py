@@ -149,7 +149,7 @@ WRONG = [
     "neighbours STORE --name a/b",
     "info STORE --csv",
     "info STORE --files --documents",
-    "export STORE OUT --name x",
+    "export STORE OUT --table x",
     "export STORE OUT -k 21",
     "export STORE OUT -k 0",
     "export STORE INPUT",

@@ -202,7 +202,7 @@ def small_blocks(request, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parquet_says_what_the_api_says(case: Case, tmp_path: Path, small_blocks: None) -> None:
-    result = api.export(case.store, tmp_path / "out", name=case.name, k=case.k)
+    result = api.export(case.store, tmp_path / "out", table=case.name, k=case.k)
     files = sorted((tmp_path / "out").glob("*.parquet"))
     rows = [row for file in files for row in pq.read_table(file, page_checksum_verification=True).to_pylist()]
     chunks = case.chunks()

@@ -19,6 +19,10 @@ from typer.testing import CliRunner
 import retrotool
 from retrotool import api
 from retrotool.app import app
+from retrotool.cli.chunk_ids import format_id
+from retrotool.store.folding import writing
+from retrotool.store.log import Draft
+from retrotool.store.store import Store
 
 LONG = "The harbour master hangs out a black ball to say that the port is closed until the storm is over."
 HOSTILE = f"\x1b[31m {LONG} \x9b2J \u202e kcab \u2066 漢字かな交じり文がここにある。" * 2 + "x" * 130
@@ -69,15 +73,15 @@ def test_text_shows_chunks_neighbours_and_what_they_have_in_common(built_store: 
     marked = 0
     for place, (chunk, block) in enumerate(zip(chunks, blocks, strict=True), 1):
         lines = block.splitlines()
-        assert lines[0].startswith(f"chunk {chunk}  document doc-7  source b  {place} of {len(chunks)}  ")
+        assert lines[0].startswith(f"chunk {format_id(chunk)}  document doc-7  source b  {place} of {len(chunks)}  ")
         ranks = [line for line in lines if re.match(r"\d+\. distance", line)]
         for rank, (near, line) in enumerate(zip(reader.neighbours(chunk, k=3), ranks, strict=True), 1):
             assert line.startswith(
-                f"{rank}. distance {near.distance:.4f}  chunk {near.id}  document {near.chunk.document}"
+                f"{rank}. distance {near.distance:.4f}  chunk {format_id(near.id)}  document {near.chunk.document}"
             )
             assert unwrapped(near.chunk.text) in unwrapped(block.replace("[[", "").replace("]]", ""))
             common = result[chunk]["neighbours"][rank - 1]["common"]
-            told = f"{common['tokens']} tokens in common, r {common['r']:.3f}: {common['start']} to "
+            told = f"{common['tokens']} tokens in common, r {common['r']:.3f}: tokens {common['start']} to "
             assert (told in block) == common["marked"]
             if common["marked"]:
                 marked += 1
@@ -177,10 +181,10 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
     api.embed(store, encoder=str(tiny_encoder))
     api.neighbours(store)
     code, out, _ = run(store, "--chunk", 2)
-    assert code == 0 and "(No key: a value of a key-value record is never searched. Its key is chunk 0.)" in out
+    assert code == 0 and "(Not a key: values of key-value records are never searched for. Its key is chunk 0:0.)" in out
     (tmp_path / "ids").write_text("s\n")
     api.purge(store, api.Selectors(document=tmp_path / "ids"), reason="test")
-    assert "(No neighbours: none was found, or those that were saved are purged.)" in run(store, "--chunk", 0)[1]
+    assert "(No neighbours: none was found, or all that were saved are purged.)" in run(store, "--chunk", 0)[1]
 
 
 @pytest.mark.parametrize(
@@ -188,12 +192,15 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
     [
         ([], "error: give one of --chunk, --document and --random"),
         (["--chunk", "1", "--random", "2"], "error: give one of --chunk, --document and --random"),
-        (["--chunk", "1", "--seed", "2"], "error: --seed is of --random"),
+        (["--chunk", "1", "--seed", "2"], "error: --seed needs --random"),
         (["--chunk", "x"], "--chunk"),
         (["--random", "0"], "--random"),
-        (["--chunk", "12345678901234567890"], "the store has no chunk 12345678901234567890"),
+        (["--chunk", "12345678901234567890"], "'12345678901234567890' is not a chunk id"),
+        (["--chunk", "7:4294967296"], "'7:4294967296' is not a chunk id"),
+        (["--chunk", "7:12"], "the store has no chunk 7:12"),
+        (["--chunk", str((7 << 32) + 12)], "has no chunk 7:12"),
         (["--document", "nobody"], "the store has no document 'nobody'"),
-        (["--chunk", "0", "--name", "other"], "has no neighbours 'other'; it has: main"),
+        (["--chunk", "0", "--table", "other"], "has no neighbours 'other'; it has: main"),
         (["--chunk", "0", "-k", "21"], "-k 21"),
         (["--chunk", "0", "--html", "FOLDER/none/page.html"], "there is no folder"),
         (["--chunk", "0", "--html", "FOLDER"], "is a folder"),
@@ -216,7 +223,7 @@ def test_wrong_usage_ends_with_2_and_says_so(
 
 
 def test_the_table_that_is_missing_is_named_with_its_command(built_store: Path) -> None:
-    code, out, err = run(built_store, "--chunk", 0, "--name", "other", "--json")
+    code, out, err = run(built_store, "--chunk", 0, "--table", "other", "--json")
     told = json.loads(out)
     assert (code, told["exit_code"]) == (2, 2)
     assert f"retrotool neighbours {built_store} --name other" in told["advice"] and told["advice"] in err
@@ -227,7 +234,51 @@ def test_with_a_page_text_has_the_figures_alone_and_json_has_all(built_store: Pa
     page = tmp_path / "page.html"
     code, out, err = run(built_store, "--random", 30, "--html", page)
     assert (code, err) == (0, "") and page.is_file()
-    assert "30 chunks with 60 neighbours; " in out and f"To read and search: {page}" in out and "distance" not in out
+    assert "30 chunks with 60 neighbours; " in out and f"Page: {page}" in out and "distance" not in out
     told = json.loads(run(built_store, "--random", 30, "--html", page, "--json")[1])
     assert (told["page"], len(told["chunks"])) == (str(page), 30)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_store_alone_is_answered_with_a_command(built_store: Path, tmp_path: Path) -> None:
+    code, _, err = run(built_store)
+    assert code == 2 and f"To see some chunks: retrotool inspect {built_store} --random 3" in err
+    assert run(built_store, "--random", 3)[0] == 0
+
+
+def test_the_only_table_is_taken(store_copy: Path, tmp_path: Path) -> None:
+    only = copy_store(store_copy, tmp_path / "only")
+    for name in ("main", "other"):
+        api.neighbours(store_copy, name=name)
+    assert json.loads(run(store_copy, "--chunk", 0, "--json")[1])["name"] == "main", "of several, main"
+    with writing(store := Store.open(only)) as started:
+        record = store.state.records["neighbours:main"]
+        tables = [entry.path for entry in store.state.group("neighbours", "main").entries()]
+        store.commit(
+            started, lambda _: Draft("neighbours", {}, remove=tuple(tables), records={"neighbours:main": None})
+        )
+    assert record["saved"] and "neighbours:main" not in Store.open(only).state.records
+    api.neighbours(only, name="other")
+    assert json.loads(run(only, "--chunk", 0, "--json")[1])["name"] == "other"
+    assert api.export(only, tmp_path / "exported").table == "other"
+
+
+def test_chunks_are_named_by_part_and_row_or_by_number(built_store: Path) -> None:
+    last = retrotool.open(built_store).document("doc-7")[-1]
+    found = [json.loads(run(built_store, "--chunk", name, "--json")[1]) for name in (format_id(last), last)]
+    assert found[0]["chunks"] == found[1]["chunks"] and found[0]["chunks"][0]["id"] == last
+    assert f"chunk {last >> 32}:{last & 0xFFFFFFFF}  document doc-7" in run(built_store, "--chunk", last)[1]
+
+
+@pytest.mark.parametrize("width", [40, 80, 130])
+def test_text_is_as_wide_as_the_terminal(built_store: Path, width: int) -> None:
+    out = in_terminal("inspect", built_store, "--random", 20, COLUMNS=str(width), TERM="dumb")
+    widths = [columns(line) for line in out.splitlines()]
+    assert max(widths) <= width and max(widths) > 0.8 * width
+    code = CliRunner().invoke(app, ["search", str(built_store), "store index table"], env={"COLUMNS": str(width)})
+    assert code.exit_code == 0
+    assert (
+        min(0.8 * width, 40)
+        < max(columns(line) for line in code.stdout.splitlines() if line.startswith("   "))
+        <= width
+    )

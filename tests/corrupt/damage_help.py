@@ -142,7 +142,7 @@ def run_command(*arguments: object) -> str:
 def exported(store: Path, folder: Path) -> object:
     """The rows of an export, and what it says of itself."""
     try:
-        told = run_command("export", store, folder / "exported", "--name", "text", "--json")
+        told = run_command("export", store, folder / "exported", "--table", "text", "--json")
         files = sorted((folder / "exported").glob("**/*.parquet"))
         return told, [pq.read_table(file).to_pylist() for file in files]
     finally:
@@ -175,7 +175,7 @@ def reads(made: Everything, folder: Path) -> dict[str, Action]:
         "search": ("search", store, "a river in the forest", "-k", "5", "--json"),
         "search lists": ("search", store, "a river in the forest", "--index", "lists", "--json"),
         "inspect --document": ("inspect", store, "--document", "doc-3", "--json"),
-        "inspect --random": ("inspect", store, "--random", "5", "--name", "text", "--json"),
+        "inspect --random": ("inspect", store, "--random", "5", "--table", "text", "--json"),
     }
     found: dict[str, Action] = {name: partial(run_command, *arguments) for name, arguments in commands.items()}
     return {

@@ -12,6 +12,7 @@ from test_overlap import by_table
 
 import retrotool
 from retrotool import api
+from retrotool.cli.chunk_ids import format_id
 from retrotool.errors import ErasedError, UsageError
 from retrotool.inspect import run as inspect_run
 from retrotool.inspect.run import MARKED_FROM, Choice, InspectResult
@@ -139,7 +140,7 @@ def test_what_is_purged_is_not_shown(store_copy: Path, tmp_path: Path, erase: bo
     shown = [near for chunk in after.chunks for near in chunk.neighbours]
     assert not set(victims) & {near.id for near in shown}
     assert all(near.continuation is None for near in shown if near.id + 1 in victims)
-    with pytest.raises(UsageError, match=f"chunk {victims[0]} was purged"):
+    with pytest.raises(UsageError, match=f"chunk {format_id(victims[0])} was purged"):
         api.inspect(store_copy, Choice(chunk=victims[0]))
 
 
@@ -197,7 +198,7 @@ def mix(queries: Path, weights: dict[str, float]) -> None:
 
 def test_in_a_mixture_every_neighbour_names_its_database(mixed: tuple[Path, dict[str, Path]]) -> None:
     queries, stores = mixed
-    found = api.inspect(queries, EVERYTHING, name="both", k=6)
+    found = api.inspect(queries, EVERYTHING, table="both", k=6)
     check(queries, found, {str(path): path for path in stores.values()})
     assert [(table.name, table.weight, table.database) for table in found.tables] == [
         ("near", 1.0, str(stores["near"])), ("far", 2.0, str(stores["far"])),
@@ -237,7 +238,7 @@ def test_a_name_or_a_part_without_a_table_names_the_command(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
     with pytest.raises(UsageError, match="has no neighbours 'other'; it has: main") as error:
-        api.inspect(store_copy, Choice(chunk=0), name="other")
+        api.inspect(store_copy, Choice(chunk=0), table="other")
     assert f"retrotool neighbours {store_copy} --name other\n" in error.value.advice
     rows = [{**row, "id": f"late-{row['id']}"} for row in make_rows(5, first=200)]
     api.chunk(store_copy, [str(write_jsonl(tmp_path / "late.jsonl", rows))], tokenizer=str(tiny_encoder))
@@ -262,7 +263,7 @@ def test_a_name_or_a_part_without_a_table_names_the_command(
         (Choice(chunk=-1), None, "the store has no chunk -1"),
         (Choice(chunk=1 << 80), None, "the store has no chunk"),
         (Choice(document="nobody"), None, "no document 'nobody', or it was purged"),
-        (Choice(chunk=0), 21, "-k 21: the neighbours 'main' have 20 saved"),
+        (Choice(chunk=0), 21, "-k 21 is not between 1 and the 20 neighbours that table 'main' has saved"),
         (Choice(chunk=0), 0, "-k 0"),
     ],
 )

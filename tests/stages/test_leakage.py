@@ -84,7 +84,7 @@ def evaluation(tmp_path: Path, tiny_encoder: Path) -> Path:
 
 
 def test_r_is_that_of_a_naive_computation(built_store: Path, evaluation: Path, tmp_path: Path) -> None:
-    found = api.leakage(built_store, evaluation=evaluation, output=tmp_path / "r.parquet")
+    found = api.leakage(built_store, queries=evaluation, out=tmp_path / "r.parquet")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     reader, plain, database = retrotool.open(evaluation), read_plain(evaluation), read_plain(built_store)
     distances = ((plain.vectors[:, None] - database.vectors[None]) ** 2).sum(-1)
@@ -111,13 +111,13 @@ def test_r_is_that_of_a_naive_computation(built_store: Path, evaluation: Path, t
 
 
 def test_a_store_against_itself_leaves_out_own_documents_and_purged_ones(store_copy: Path, tmp_path: Path) -> None:
-    before = api.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
+    before = api.leakage(store_copy, queries=store_copy, out=tmp_path / "r.parquet")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     plain = read_plain(store_copy)
     of = dict(zip(plain.ids.tolist(), plain.documents, strict=True))
     assert all(of[a] != of[b] for a, b in zip(table["chunk"], table["neighbour"], strict=True) if b >= 0)
     api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
-    after = api.leakage(store_copy, evaluation=store_copy, output=tmp_path / "r.parquet")
+    after = api.leakage(store_copy, queries=store_copy, out=tmp_path / "r.parquet")
     table = pq.read_table(tmp_path / "r.parquet").to_pydict()
     assert after.chunks < before.chunks and set(table["source"]) == {"b"}
     live = set(table["chunk"])
@@ -130,15 +130,15 @@ def test_what_cannot_be_compared_is_refused(
     other = tmp_path / "other"
     api.chunk(other, [str(write_jsonl(tmp_path / "o.jsonl", make_rows(3)))], tokenizer=str(byte_level_tokenizer))
     with pytest.raises(UsageError, match="different tokenizers"):
-        api.leakage(built_store, evaluation=other)
+        api.leakage(built_store, queries=other)
     plain = tmp_path / "plain"
     api.chunk(plain, [str(write_jsonl(tmp_path / "p.jsonl", make_rows(3)))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="no embeddings") as error:
-        api.leakage(built_store, evaluation=plain)
+        api.leakage(built_store, queries=plain)
     assert "retrotool embed" in error.value.advice
-    ended = cli("leakage", built_store, "--evaluation", built_store, "--output", tmp_path / "no" / "r.parquet")
+    ended = cli("leakage", built_store, "--queries", built_store, "--out", tmp_path / "no" / "r.parquet")
     assert ended.returncode == 2 and "there is no folder" in ended.stderr
-    ended = cli("leakage", built_store, "--evaluation", built_store, "--output", tmp_path)
+    ended = cli("leakage", built_store, "--queries", built_store, "--out", tmp_path)
     assert ended.returncode == 2 and "is a folder" in ended.stderr
-    told = cli("leakage", built_store, "--evaluation", built_store, "--json")
+    told = cli("leakage", built_store, "--queries", built_store, "--json")
     assert json.loads(told.stdout)["chunks"] == api.info(built_store).chunks
