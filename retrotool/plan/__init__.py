@@ -1,1 +1,1 @@
-"""What a database of a given size will take."""
+"""Estimate what a database of a given size takes."""

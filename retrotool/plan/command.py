@@ -21,41 +21,39 @@ Examples:
   retrotool plan --tokens 1.75T --encoder models/bert-base-uncased --gpus 64 --memory-per-host 512GB
   retrotool plan --tokens 20G --hosts 4 --cores 32 --rate embed=20 --rate read=500M"""
 
-_corpus = partial(opt, panel="What is planned")
-_machines = partial(opt, panel="What it runs on")
+_corpus = partial(opt, panel="Database")
+_machines = partial(opt, panel="Machines")
 
 
 def command(
-    tokens: Annotated[str, _corpus("Tokens of the corpus, such as 1.75T; k, M, B or G, and T.", metavar="N")],
+    tokens: Annotated[str, _corpus("Tokens of the corpus, such as 1.75T, 300B, 20M or 500k.", metavar="N")],
     encoder: Annotated[
         str,
-        _corpus(
-            "minilm, bert-base, bert-large, a model directory, or layers and dimensions, such as 12x768.", metavar="E"
-        ),
+        _corpus("minilm, bert-base, bert-large, a model directory, or LAYERSxDIMENSIONS, such as 12x768.", metavar="E"),
     ] = "minilm",
-    tokens_per_document: Annotated[int, _corpus("Tokens of a document, on average.", metavar="N")] = 700,
-    chunk_length: Annotated[int, _corpus("Tokens a chunk.", metavar="N")] = CHUNK_LENGTH,
-    neighbours: Annotated[int, _corpus("Neighbours to save of each chunk.", metavar="N")] = SAVED,
-    target_recall: Annotated[float, _corpus("Recall that the index is chosen for.", metavar="R")] = TARGET_RECALL,
-    gpus: Annotated[int, _machines("GPUs in all; 0: everything on CPU cores.", metavar="N")] = 0,
-    hosts: Annotated[int | None, _machines("Hosts.  [default: one for every 8 GPUs]", metavar="N")] = None,
-    cores: Annotated[int | None, _machines("CPU cores of a host.  [default: this machine's]", metavar="N")] = None,
+    tokens_per_document: Annotated[int, _corpus("Average tokens per document.", metavar="N")] = 700,
+    chunk_length: Annotated[int, _corpus("Tokens per chunk.", metavar="N")] = CHUNK_LENGTH,
+    neighbours: Annotated[int, _corpus("Neighbours to save per chunk.", metavar="N")] = SAVED,
+    target_recall: Annotated[float, _corpus("Recall to choose the index for.", metavar="R")] = TARGET_RECALL,
+    gpus: Annotated[int, _machines("Total number of GPUs; 0: CPU only.", metavar="N")] = 0,
+    hosts: Annotated[int | None, _machines("Number of hosts.  [default: one per 8 GPUs]", metavar="N")] = None,
+    cores: Annotated[int | None, _machines("CPU cores per host.  [default: as here]", metavar="N")] = None,
     memory_per_host: Annotated[
-        str | None, _machines("Memory of a host, such as 512GB or 256GiB.  [default: this machine's]", metavar="SIZE")
+        str | None, _machines("Memory per host, such as 512GB or 256GiB.  [default: as here]", metavar="SIZE")
     ] = None,
     rate: Annotated[
         list[str] | None,
         _machines(
-            "How fast a stage is here, in the unit that the plan shows, such as embed=25k; repeatable.",
+            "Measured rate of a stage, in the unit that the plan shows, such as embed=25k. Repeatable.",
             metavar="STAGE=NUMBER",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a database will take: files, the index, GPU-hours, core-hours, hours.
+    """Estimate the size of a database's files and index, and the GPU-hours, core-hours and hours to build it.
 
-    Needs no store, and looks at no corpus: it is arithmetic on rates, each of which is shown with where it comes from.
-    Hours are a lower bound, as disks and networks are seldom as fast as that.
+    The estimate needs no store and no corpus. It is computed from rates, which are printed with their source.
+    Hours are a lower bound, as disks and networks are rarely as fast as assumed.
     """
     with output.errors(as_json):
         from retrotool.plan import run as plan_run
@@ -79,7 +77,7 @@ def command(
 def _parse_rate(text: str) -> tuple[str, float]:
     stage, separator, number = text.partition("=")
     if not separator:
-        raise UsageError(f"--rate {text}: it is a stage and a number, such as embed=25k")
+        raise UsageError(f"--rate {text} is not STAGE=NUMBER, such as embed=25k")
     return stage, float(parse_count(f"--rate {stage}", number))
 
 
@@ -104,9 +102,9 @@ def _text(plan: Plan) -> str:
         f"  chosen because: {index.why}",
         f"  training: {output.size(index.trained_bytes)}, from {output.scaled(index.sample)} vectors, "
         f"{output.size(index.sample_bytes)} in the memory of one host",
-        f"  {output.count(index.shards, 'shard')}, {output.size(index.memory)} to hold in memory: "
+        f"  {output.count(index.shards, 'shard')}, {output.size(index.memory)} in memory: "
         f"{output.count(index.hosts, 'host')} of {memory}"
-        + (", else it is read from disk" if index.hosts > machines.hosts else ""),
+        + (", or read from disk" if index.hosts > machines.hosts else ""),
         "",
         "Stages, one after another",
         output.table(
@@ -116,7 +114,7 @@ def _text(plan: Plan) -> str:
         ),
         "",
         "Rates",
-        output.table([(one.stage, _rate(one), f"a {one.per}", one.source) for one in plan.rates], right=(1,)),
+        output.table([(one.stage, _rate(one), f"per {one.per}", one.source) for one in plan.rates], right=(1,)),
         "",
         "Assumed",
         *(f"  {one}" for one in plan.assumptions),

@@ -1,33 +1,33 @@
-"""``plan``: what a database will take, by arithmetic: files, index, GPU-hours, core-hours and hours.
+"""``plan``: estimate the files, index, GPU-hours, core-hours and hours of a database, without a corpus.
 
-n chunks of up to m tokens are encoded to d dimensions; L = tokens / n + 2 is their mean length with special tokens.
-No corpus and no store is read. Rates are measured, and are of one core, one GPU, or one host (its file system).
+n chunks of up to m tokens are encoded to d dimensions; L = tokens / n + 2 is their mean length with special
+tokens. Rates are measured, per core, per GPU, or per host (its file system).
 
 Sizes
-    documents     tokens / tokens a document
-    chunks        n = tokens / m + documents · (m − 1) / 2m: the last chunk of a document is half full on average
-    files         documents 60 bytes each; a chunk 3 bytes and 1.05 a token (uint16, zstd); embeddings 2·d;
-                  a saved neighbour 13 (its id hardly compresses where there are many parts; in a small store 8);
-                  the index by ``ann.choice``, with 8 bytes a list and shard for the sizes of lists
-    Against a store of 158,539 chunks of documentation these are 1 % too little to 12 % too much.
+    documents     tokens / tokens per document
+    chunks        n = tokens / m + documents · (m − 1) / 2m: last chunks of documents are half full on average
+    files         60 bytes per document; 3 per chunk and 1.05 per token (uint16, zstd); 2·d per embedding; 13
+                  per saved neighbour (8 in a small store, where ids compress better); the index by
+                  ``ann.choice``, with 8 bytes per list and shard for the sizes of lists
+    For a store of 158,539 chunks of documentation, the errors are between -1 % and +12 %.
 
-Work, in floating-point operations (a multiplication and its addition are two)
-    chunk         text bytes at a rate; no products
-    embed         n · L · layers · (8·h² + 4·h·i + 4·L·h), h hidden and i intermediate dimensions; on GPUs also n
-                  chunks made ready by cores, at a rate
-    index: train  sample · nlist · 2·d · iterations, sample = 64 · nlist vectors; where k-means goes in two levels,
-                  2·√nlist in place of nlist. One GPU, or one host
-    index: encode n · (nlist + 256 + d) · 2·d: the nearest list, 256 centroids a piece, the rotation; the last two
-                  where there are pieces and a rotation. Exact: none
-    neighbours    n · (nlist + scanned + 100) · 2·d, scanned = 3·nlist codes a query, those of 24 to 96 lists;
-                  100 re-ranked where codes are not the vectors. Exact: scanned = n, and no lists
+Work, in floating-point operations (a multiplication and an addition are two)
+    chunk         bytes of text at a rate; no products
+    embed         n · L · layers · (8·h² + 4·h·i + 4·L·h), with h hidden and i intermediate dimensions; on
+                  GPUs, cores also prepare n chunks at a rate
+    index: train  sample · nlist · 2·d · iterations, with sample = 64 · nlist vectors, on one GPU or host;
+                  2·√nlist instead of nlist for two-level k-means
+    index: encode n · (nlist + 256 + d) · 2·d: nearest list, 256 centroids per piece, rotation (the latter two
+                  only if the index has pieces and a rotation; nothing for an exact one)
+    neighbours    n · (nlist + scanned + 100) · 2·d: scanned = 3·nlist codes per query, those of 24 to 96
+                  lists, and 100 re-ranked candidates unless codes are the vectors; n · n · 2·d if exact
 
 Time
-    The longest of three: operations over the rate of the devices, core-seconds over cores, and bytes over the disks'
-    rate, which is a lower bound: each file is read and written once (neighbours reads vectors twice, as queries and to
-    re-rank). Parts are the units of work: the one that does most of them is waited for. Stages come one after another.
+    The longest of: operations / rate of the devices, core-seconds / cores, and bytes / rate of the disks,
+    which read and write each file once (neighbours reads vectors twice, to re-rank). Parts are the units of
+    work, so the worker with the most parts decides. Stages run one after another.
 
-Not computed: what a plan says is not counted, jobs that are killed, and the recall, which can only be measured.
+Not included: what the plan lists as not counted, killed jobs, and the recall, which can only be measured.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from retrotool.machine import memory_of_machine
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
 ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105
-"""Bytes of a chunk's columns but its tokens, and hundredths of a byte a token."""
+"""Bytes per chunk without its tokens, and hundredths of a byte per token."""
 TEXT_BYTES = 4
-"""Bytes of text a token."""
+"""Bytes of text per token."""
 LIST_BYTES = 8
 SPECIAL_TOKENS = 2
 SCANNED_LISTS = 3
@@ -67,7 +67,7 @@ _MOST_TOKENS = 10**14
 _MOST_BYTES = 10**15
 _MOST = 10**9
 WIDE = 768
-"""Hidden dimensions from which on an encoder is not narrow: smaller matrices don't keep a device busy."""
+"""Encoders with fewer hidden dimensions have a separate rate: small matrices don't keep a device busy."""
 _EPYC = "an EPYC with AVX-512 BF16"
 _SSD = "assumed: a local SSD"
 _MOST_SIZE = 1 << 14
@@ -76,7 +76,7 @@ _MOST_RATE = 1e24
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """How fast a stage is: ``value`` in ``unit``, of one ``per`` ("core", "GPU" or "host"), and where that is from."""
+    """The rate of a stage: ``value`` in ``unit`` per ``per`` ("core", "GPU" or "host"), and its source."""
 
     stage: str
     value: float
@@ -91,7 +91,7 @@ TABLE = (
     Rate("embed", 2.0e11, "FLOP/s", "core", _EPYC),
     Rate("embed narrow", 1.6e14, "FLOP/s", "GPU", "an H100"),
     Rate("embed narrow", 1.77e11, "FLOP/s", "core", _EPYC),
-    Rate("feed", 6.1e4, "chunks/s", "core", f"{_EPYC}: chunks made ready for a GPU"),
+    Rate("feed", 6.1e4, "chunks/s", "core", f"{_EPYC}: chunks prepared for a GPU"),
     Rate("index", 2.1e14, "FLOP/s", "GPU", "an H100: nearest of many centroids"),
     Rate("index", 8.5e10, "FLOP/s", "core", f"{_EPYC}: nearest of many centroids"),
     Rate("neighbours", 5.0e13, "FLOP/s", "GPU", "an H100: queries against lists"),
@@ -100,12 +100,12 @@ TABLE = (
     Rate("write", 1.0e9, "B/s", "host", _SSD),
 )
 STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write")
-"""Stages whose rate can be given."""
+"""Stages whose rate the caller can give."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderShape:
-    """A BERT of ``layers`` layers of ``hidden`` dimensions, with ``intermediate`` in its feed-forward network."""
+    """Sizes of a BERT; ``intermediate`` are the dimensions of its feed-forward network."""
 
     name: str
     layers: int
@@ -113,10 +113,10 @@ class EncoderShape:
     intermediate: int
 
     def flops_per_token(self, length: float) -> float:
-        """Return the floating-point operations a token of a forward over texts of ``length`` tokens.
+        """Return the floating-point operations per token of a forward over texts of ``length`` tokens.
 
-        A layer multiplies each token with four matrices hidden × hidden (query, key, value, output) and two hidden ×
-        intermediate, and compares it with ``length`` tokens, twice. A multiplication and its addition are two.
+        A layer multiplies each token with four hidden × hidden matrices (query, key, value, output) and two
+        hidden × intermediate ones, and twice with ``length`` tokens.
         """
         products = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
         return self.layers * (2.0 * products + 4.0 * length * self.hidden)
@@ -124,7 +124,7 @@ class EncoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """What the work is spread over; ``memory`` is in bytes a host. Without GPUs everything runs on cores."""
+    """The hosts, with cores and ``memory`` (bytes) per host, and the total GPUs."""
 
     gpus: int
     hosts: int
@@ -134,7 +134,7 @@ class Machines:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """All files of a kind; ``each`` says what they take, for people."""
+    """All files of a kind; ``each`` describes how ``bytes`` is computed."""
 
     kind: str
     bytes: int
@@ -143,9 +143,9 @@ class Files:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexPlan(IndexShape):
-    """The index that would be chosen. ``memory`` are bytes to hold all of it, ``hosts`` how many that takes.
+    """The index that would be chosen. It takes ``memory`` bytes, which fit in the memory of ``hosts``.
 
-    ``sample`` are the vectors that it is trained on, on one host, and ``sample_bytes`` what they take there.
+    It is trained on ``sample`` vectors, which take ``sample_bytes`` on one host.
     """
 
     sample: int
@@ -157,7 +157,7 @@ class IndexPlan(IndexShape):
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """What a stage costs. ``limit`` is what it waits for: GPU, CPU or disk; ``core_hours`` of those that are busy."""
+    """What a stage costs. ``limit`` is its bottleneck: GPU, CPU or disk. ``core_hours`` counts busy cores."""
 
     name: str
     gpu_hours: float
@@ -170,10 +170,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a database of ``tokens`` tokens takes: files, an index, stages one after another, and their sums.
-
-    ``rates`` are those that were used.
-    """
+    """What a database of ``tokens`` tokens takes, and the ``rates`` that were used."""
 
     tokens: int
     documents: int
@@ -207,10 +204,10 @@ def plan(
     target_recall: float = TARGET_RECALL,
     rates: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Plan a database of so many tokens.
+    """Plan a database of ``tokens`` tokens.
 
-    ``cores`` and ``memory_per_host`` (bytes) are those of this machine by default, ``hosts`` one for every 8 GPUs.
-    ``rates`` (stage → rate, in the unit and of the device that the plan shows it with) replace those of the table.
+    ``cores`` and ``memory_per_host`` (bytes) are by default those of this machine, ``hosts`` one per 8 GPUs.
+    ``rates`` (by stage, in the units of the plan) replace those of ``TABLE``.
     """
     machines = Machines(
         gpus=gpus,
@@ -244,10 +241,7 @@ def plan(
 
 @dataclass
 class _Work:
-    """What tokens, an encoder, machines and settings come to; ``given`` rates take the place of those of the table.
-
-    ``rates`` are those that were asked for, in the order of the stages.
-    """
+    """Computes a plan; ``given`` rates replace those of ``TABLE``, ``rates`` collects those that are used."""
 
     tokens: int
     encoder: EncoderShape
@@ -293,13 +287,15 @@ class _Work:
         )
         n, vector, saved = self.n, 2 * self._choice.d, NEIGHBOUR_BYTES * self.saved
         tokens = TOKEN_HUNDREDTHS * self.tokens // 100
-        each = f"{self._choice.bytes_per_vector:,} bytes a chunk, lists, training"
+        each = f"{self._choice.bytes_per_vector:,} bytes per chunk, lists, training"
         self.files = (
-            Files("documents", DOCUMENT_BYTES * self.documents, f"{DOCUMENT_BYTES} bytes a document"),
-            Files("chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes a chunk and {TOKEN_HUNDREDTHS / 100} a token"),
-            Files("embeddings", vector * n, f"{vector:,} bytes a chunk"),
+            Files("documents", DOCUMENT_BYTES * self.documents, f"{DOCUMENT_BYTES} bytes per document"),
+            Files(
+                "chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes per chunk and {TOKEN_HUNDREDTHS / 100} per token"
+            ),
+            Files("embeddings", vector * n, f"{vector:,} bytes per chunk"),
             Files("index", self._index_bytes, each),
-            Files("neighbours", saved * n, f"{saved:,} bytes a chunk, {self.saved} saved"),
+            Files("neighbours", saved * n, f"{saved:,} bytes per chunk, {self.saved} saved"),
         )
         self._bytes = {one.kind: one.bytes for one in self.files}
         self._device = "GPU" if self.machines.gpus else "core"
@@ -316,7 +312,7 @@ class _Work:
         )
 
     def chunk(self) -> StagePlan:
-        """Let every core take parts; reading the input is not counted."""
+        """Split text on every core; reading the input is not counted."""
         machines = self.machines
         seconds = TEXT_BYTES * self.tokens / self._rate("chunk", "core")
         written = sum(self._bytes[kind] for kind in ("documents", "chunks"))
@@ -324,7 +320,7 @@ class _Work:
         return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))
 
     def embed(self) -> StagePlan:
-        """A forward a chunk, and on GPUs getting it ready."""
+        """Run a forward per chunk, which cores prepare for GPUs."""
         length, encoder = self.tokens / self.n + SPECIAL_TOKENS, self.encoder
         known = _of_table("embed" if encoder.hidden >= WIDE else "embed narrow", self._device)
         chunks = known.value / (length * encoder.flops_per_token(length))
@@ -333,7 +329,7 @@ class _Work:
         return self._spread("embed", seconds, self._bytes["chunks"], self._bytes["embeddings"], feed)
 
     def train(self) -> StagePlan:
-        """k-means on a sample, in one process."""
+        """Run k-means on a sample, in one process."""
         choice, sample = self._choice, self._sample
         lists = choice.nlist if choice.nlist <= TWO_LEVELS else 2 * choice.nlist**0.5
         flops = sample * lists * 2.0 * choice.coded * ITERATIONS
@@ -341,7 +337,7 @@ class _Work:
         return self._spread("index: train", self._products("index", flops), read, written, alone=True)
 
     def encode(self) -> StagePlan:
-        """The nearest list and the code of every vector."""
+        """Find the nearest list and compute the code of every vector."""
         choice = self._choice
         centroids = choice.nlist + (_CENTROIDS if choice.pieces else 0) + (choice.d if choice.rotated else 0)
         flops = self.n * centroids * 2.0 * choice.coded
@@ -349,7 +345,7 @@ class _Work:
         return self._spread("index: encode", self._products("index", flops), read, written)
 
     def neighbours(self) -> StagePlan:
-        """A list-major search of all chunks, and the true distances of the candidates."""
+        """Search all chunks list by list, and compute the true distances of the candidates."""
         choice, n = self._choice, self.n
         coded = choice.code not in ("float16", "float32")
         scanned = min(n, SCANNED_LISTS * choice.nlist) if choice.nlist else n
@@ -368,13 +364,12 @@ class _Work:
         return rate.value
 
     def _products(self, stage: str, flops: float) -> float:
-        """Seconds that one device takes for so many operations."""
         return flops / self._rate(stage, self._device) if flops else 0.0
 
     def _spread(
         self, name: str, seconds: float, read: int, written: int, feed: float = 0.0, *, alone: bool = False
     ) -> StagePlan:
-        """Spread ``seconds`` of one device over all GPUs, or all cores; ``feed`` are core-seconds that GPUs need."""
+        """Distribute ``seconds`` of one device over all devices; ``feed`` are core-seconds that GPUs need."""
         machines = self.machines
         gpus, hosts = (1.0, 1.0) if alone else (self._share(machines.gpus or 1), self._share(machines.hosts))
         gpu, core = (seconds, feed) if machines.gpus else (0.0, seconds)
@@ -384,10 +379,7 @@ class _Work:
     def _stage(
         self, name: str, gpu: float, core: float, walls: dict[str, float], read: int, written: int, hosts: float
     ) -> StagePlan:
-        """From seconds of one GPU and of one core, and how long the stage takes by each thing that could limit it.
-
-        ``hosts`` is the share of the files that the busiest host reads and writes.
-        """
+        """Add the disks to ``walls`` (seconds by bottleneck); ``hosts``: share of files of the busiest host."""
         disk = read / self._rate("read", "host") + written / self._rate("write", "host")
         walls = {**walls, "disk": disk * hosts}
         limit = max(walls, key=walls.__getitem__)
@@ -395,24 +387,24 @@ class _Work:
         return StagePlan(name, gpu / _HOUR, core / _HOUR, wall / _HOUR, read, written, limit if wall else "")
 
     def _share(self, workers: int) -> float:
-        """The share of all chunks that the busiest of some workers has, each taking whole parts."""
+        """Return the share of all chunks that the busiest worker has, as workers take whole parts."""
         return min(1.0, -(-self.parts // workers) * PART_SIZE / self.n)
 
     def assumptions(self) -> tuple[str, ...]:
-        """What was assumed, a phrase each."""
+        """Return what was assumed, in phrases."""
         choice = self._choice
         found = [
-            f"{self.tokens_per_document:,} tokens a document, the last chunk of each half full",
-            f"{TEXT_BYTES} bytes of text a token",
+            f"{self.tokens_per_document:,} tokens per document, with a half-full last chunk",
+            f"{TEXT_BYTES} bytes of text per token",
             "tokens of 2 bytes (a vocabulary of up to 65,536), compressed to about half",
-            "ids of documents of about 13 bytes when compressed, and no metadata kept",
-            "every chunk is embedded, indexed and given neighbours, stages one after another",
-            "disks: what the files take to read and write once, a lower bound",
+            "document ids of about 13 bytes when compressed, and no kept metadata",
+            "every chunk is embedded and indexed and gets neighbours, one stage after another",
+            "disks: every file is read and written once, a lower bound",
             "not counted: reading the input, networks, and cores that only drive a GPU",
         ]
         if choice.nlist:
             candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"
-            found.insert(4, f"a query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
+            found.insert(4, f"each query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
         return tuple(found)
 
 
@@ -429,7 +421,7 @@ _FIELDS = {
 
 
 def find_shape(spec: str) -> EncoderShape:
-    """Return the sizes of the encoder ``spec``: a name, LAYERSxHIDDEN, or a model directory, whose config is read."""
+    """Return the sizes of an encoder: a known name, LAYERSxHIDDEN, or a model directory."""
     path = Path(spec).expanduser()
     if spec in _KNOWN:
         layers, hidden = _KNOWN[spec]
@@ -444,12 +436,11 @@ def find_shape(spec: str) -> EncoderShape:
         return EncoderShape(path.absolute().name, **sizes_of)
     else:
         raise UsageError(
-            f"encoder {spec!r} is not a directory, and not known by name",
-            f"Known are {', '.join(_KNOWN)}; for another one name its directory, or its layers and hidden dimensions, "
-            "such as 12x768.",
+            f"encoder {spec!r} is not a known name, and not a directory",
+            f"Give {', '.join(_KNOWN)}, a model directory, or layers and hidden dimensions, such as 12x768.",
         )
     if not layers or not hidden:
-        raise UsageError(f"encoder {spec!r}: layers and dimensions are not 0")
+        raise UsageError(f"encoder {spec!r}: layers and dimensions must not be 0")
     return EncoderShape(spec, layers, hidden, 4 * hidden)
 
 
@@ -457,7 +448,7 @@ def _size(file: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
     value = next((config[name] for name in names if config.get(name) is not None), None)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_SIZE:
         raise UsageError(
-            f"{file}: its {names[0]} is {value!r}, not a number from 1 to {_MOST_SIZE:,}",
-            "Only encoders of the BERT family can be planned; give others as --encoder LAYERSxHIDDEN.",
+            f"{file}: {names[0]} is {value!r}, not a number from 1 to {_MOST_SIZE:,}",
+            "Only encoders of the BERT family are supported; give others as --encoder LAYERSxHIDDEN.",
         )
     return value

@@ -149,7 +149,7 @@ def test_a_model_directory_says_its_own_sizes(tiny_encoder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(distilled))
     assert dataclasses.astuple(find_shape(str(tmp_path)))[1:] == dataclasses.astuple(find_shape("6x768"))[1:]
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 6}')
-    with pytest.raises(UsageError, match="its hidden_size is None, not a number"):
+    with pytest.raises(UsageError, match="hidden_size is None, not a number"):
         find_shape(str(tmp_path))
 
 
@@ -170,7 +170,7 @@ WRONG = [
     (("--tokens", "0"), "--tokens 0"),
     (("--tokens", "-1T"), "--tokens -1T"),
     (("--tokens", "1e20"), "is not between 1 and 100,000,000,000,000"),
-    (("--tokens", "1T", "--encoder", "nobody"), "encoder 'nobody' is not a directory"),
+    (("--tokens", "1T", "--encoder", "nobody"), "encoder 'nobody' is not a known name"),
     (("--tokens", "1T", "--gpus", "-1"), "--gpus -1"),
     (("--tokens", "1T", "--hosts", "0"), "--hosts 0"),
     (("--tokens", "1T", "--cores", "0"), "--cores 0"),
@@ -180,7 +180,7 @@ WRONG = [
     (("--tokens", "1T", "--neighbours", "1001"), "--neighbours 1001"),
     (("--tokens", "1T", "--target-recall", "1.5"), "--target-recall 1.5"),
     (("--tokens", "1T", "--encoder", "0x768"), "encoder '0x768'"),
-    (("--tokens", "1T", "--rate", "embed"), "--rate embed: it is a stage and a number"),
+    (("--tokens", "1T", "--rate", "embed"), "--rate embed is not STAGE=NUMBER"),
     (("--tokens", "1T", "--rate", "purge=1"), "'purge' is not one of chunk, embed, feed"),
     (("--tokens", "1T", "--rate", "read=0"), "--rate read 0"),
     (("--tokens", "1T", "--rate", "read=fast"), "--rate read fast"),
@@ -284,6 +284,6 @@ def test_text_says_the_same():
     for stage in plan.stages:
         assert re.search(rf"^  {stage.name} .* {_hours(stage.wall_hours)}  {stage.limit}$", out, re.MULTILINE)
     for rate in plan.rates:
-        assert re.search(rf"^  {rate.stage} +{_rate(rate)}  a {rate.per} +{rate.source}$", out, re.MULTILINE)
+        assert re.search(rf"^  {rate.stage} +{_rate(rate)}  per {rate.per} +{rate.source}$", out, re.MULTILINE)
     assert f"Index {plan.index.factory}: " in out
     assert all(f"  {one}\n" in out for one in plan.assumptions)
