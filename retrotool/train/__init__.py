@@ -1,1 +1,1 @@
-"""A store and its neighbours as training sequences."""
+"""Read a store and its neighbours as training sequences."""

@@ -1,21 +1,16 @@
 """``retrotool.RetroDataset``: a store and its neighbours as training sequences, for PyTorch.
 
-A sequence is a row of slots for chunks, with the neighbours of the chunk in each slot. Sequences come in an order that
-is decided by the seed and the epoch (``train.order``), block by block, and each rank reads its own blocks. Positions
-are decided on the commit on which the epoch began, and content is that of now: what is purged in the course of an epoch
-keeps its slots, which are masked. So training goes on after a purge, without what was purged.
+A sequence is a row of slots for chunks, with the neighbours of the chunk in each slot.
 
-The order of a rank's sequences depends neither on how many workers a DataLoader has nor on the size of batches: worker
-processes take turns, batch by batch. Each of them reads all blocks of its rank, so a second one adds little: reading
-is quick, and a thread reads ahead.
+* Order: decided by seed and epoch (``train.order``). Ranks read separate spans of blocks.
+* Purges: the layout of an epoch is that of the commit on which it began, but rows are masked as they are
+  read. A chunk that is purged during an epoch keeps its slot, which has no tokens and no neighbours.
+* Workers: the processes of a DataLoader take turns of ``Turns.unit`` sequences, so the order of a rank
+  depends neither on their number nor on the batch size. Each reads all blocks of its rank, and a thread reads
+  ahead, so a second worker adds little.
 
-Everything is masked where it is read: rows that are purged by now have no tokens and no neighbours, whatever the layout
-that they got their slots by. Tokens stay in the store's type until sequences are gathered, 0.7 KB a row of two
-neighbours. The workers of a rank take turns of ``unit`` sequences, counted from the place ``first`` of what the rank
-reads. So the sequences of all workers, turn by turn, are in the rank's order for any number of workers.
-
-Memory: ``shuffle_blocks`` blocks of 8,192 chunks, twice: 0.2 GB with two neighbours, and 16 bytes for every block of
-the store. Cost: 0.4 µs a row for chunks, and that of ``neighbours.table_reader`` for neighbours; see
+Memory: ``shuffle_blocks`` blocks of 8,192 chunks, twice (0.2 GB with two neighbours), and 16 bytes per block
+of the store. Cost: 0.4 µs per chunk, and neighbours as in ``neighbours.table_reader``; see
 ``docs/performance.md``.
 """
 
@@ -34,7 +29,6 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from retrotool.cli.command_lines import table_command
 from retrotool.embed.search_scope import has_commit
 from retrotool.errors import UsageError
 from retrotool.neighbours.table_reader import NeighbourReader, NeighbourTokens, TextReader, block_rows
@@ -51,23 +45,23 @@ _STATE = (
     "store", "epoch", "commit", "head", "sequences", "world_size", "whole", "batch_size", "spans", "consumed", "first",
     "worker",
 )  # fmt: skip
-"""What a state has besides its version, and what decides the order."""
+"""Keys of a state, besides its version and the settings that decide the order."""
 _HEAD_DIGITS = 16
 _GATHERED = 16
-"""Sequences that are gathered at once where no batch size is given."""
+"""Sequences that are gathered at once without a batch size."""
 _IN_ORDER = 4
-"""Blocks that are read at once where sequences are not shuffled."""
+"""Blocks that are read at once without shuffling."""
 _READ = 4
-"""Place, in what the processes share, of the change since which a worker process has read. Before it are the epoch, its
-commit, a count of changes to them, and whether the last change was a state that was loaded."""
+"""Index, in the tensor shared by all processes, of the last change that a worker process has read under.
+Before it are the epoch, its commit, the number of changes, and whether the last change loaded a state."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Where to begin in an epoch.
+    """A position in an epoch.
 
-    ``spans`` of the order are left for all ranks (None: all of it), and of its share this one has read ``consumed``
-    sequences. Turns of workers count from ``first``.
+    ``spans`` of the order are left for all ranks (None: all of it). This rank has read ``consumed`` sequences
+    of its share. The turns of workers are counted from sequence ``first``.
     """
 
     spans: tuple[Span, ...] | None = None
@@ -76,37 +70,39 @@ class _Start:
 
 
 class RetroDataset(IterableDataset[Item]):
-    """The sequences of the store at ``store``, with the neighbours ``name`` of their chunks.
+    """The sequences of a store, with the neighbours ``name`` of their chunks.
 
     Each item is a dict of tensors, of s = ``sequence_length`` tokens in u = s / chunk_length slots:
 
-    =======================  ==================  =====================================================================
-    ``tokens``               int64 [s]           0 where there is none
-    ``loss_mask``            bool [s]            which of them are text: the others are no targets
-    ``neighbours``           int64 [u, k, 2·64]  of the chunk in each slot: a neighbour N, then what follows it, F, each
-                                                 padded with 0 to the length of a chunk
-    ``neighbour_mask``       bool [u, k, 2·64]   which of these are text
-    ``chunk_ids``            int64 [u]           −1: the slot is empty
-    ``neighbour_ids``        int64 [u, k]        ids of N in its database; −1: there is none
-    ``neighbour_databases``  int64 [u, k]        which of ``databases`` that is
-    ``documents``            int64 [u]           a number that chunks of one document have in common; −1: empty
-    ``cursor``               int64 [3]           what ``state_dict(batch)`` reads
-    =======================  ==================  =====================================================================
+    =======================  ==================  ============================================================
+    ``tokens``               int64 [s]           0 for padding
+    ``loss_mask``            bool [s]            True for text, False for padding
+    ``neighbours``           int64 [u, k, 2·64]  a neighbour N of the chunk in the slot, then its continuation
+                                                 F, each padded with 0 to the length of a chunk
+    ``neighbour_mask``       bool [u, k, 2·64]   True for text, False for padding
+    ``chunk_ids``            int64 [u]           −1: empty slot
+    ``neighbour_ids``        int64 [u, k]        ids of N in its database; −1: none
+    ``neighbour_databases``  int64 [u, k]        index of that database in ``databases``
+    ``documents``            int64 [u]           equal for chunks of the same document; −1: empty slot
+    ``cursor``               int64 [3]           position, which ``state_dict(batch)`` reads
+    =======================  ==================  ============================================================
 
-    **The neighbours of slot i are those of the chunk in slot i itself.** A causal model may use them from the next
-    chunk on only (RETRO, arXiv 2112.04426): the neighbours of chunk u, and still more their continuations, tell what
-    stands in chunk u. A model that sees them while it predicts chunk u learns to copy, has a loss that is too good,
-    and is useless when it generates. So the model shifts by one chunk.
+    **The neighbours of slot i are those of the chunk in slot i itself.** A causal model may use them only
+    from the next chunk on (RETRO, arXiv 2112.04426), because they, and their continuations even more, reveal
+    the text of the chunk. A model that sees them while it predicts the chunk learns to copy: its loss is too
+    low, and it generates badly. So the model must shift neighbours by one chunk.
 
-    k: neighbours a chunk (default: the table's). batch_size: give whole batches, a leading dimension more, to a
-    DataLoader with ``batch_size=None``. packed: chunks of consecutive documents fill the slots; else each document
-    begins a sequence. shuffle, seed: another order in each epoch; ``shuffle_blocks`` blocks of 8,192 chunks from random
-    places are mixed. drop_last: leave out, of each epoch, the last sequences that don't make whole batches for every
-    rank; else a rank that has one sequence less reads an empty one, so that all read equally many. rank, world_size: of
-    ``torch.distributed`` if that is initialised, else of the environment (RANK, WORLD_SIZE), else one rank.
+    * k: neighbours per chunk (default: the table's).
+    * batch_size: yield batches instead, for a DataLoader with ``batch_size=None``.
+    * packed: fill slots with chunks of consecutive documents; else each document begins a sequence.
+    * shuffle, seed: use another order in each epoch, mixing ``shuffle_blocks`` random blocks of 8,192 chunks.
+    * drop_last: drop the last sequences of an epoch that don't make whole batches for every rank; else ranks
+      with one sequence less read an empty one.
+    * rank, world_size: by default from ``torch.distributed`` if initialised, else from RANK and WORLD_SIZE in
+      the environment, else one rank. With ``torch.distributed``, all ranks must call the constructor and
+      ``set_epoch``.
 
-    ``UsageError`` if a part has no neighbours, or the databases have other tokens than the store. Where ranks are those
-    of ``torch.distributed``, constructing and ``set_epoch`` are collective: all ranks must call them.
+    Raises ``UsageError`` if a part has no neighbours, or a database has another tokenizer than the store.
     """
 
     def __init__(
@@ -127,7 +123,7 @@ class RetroDataset(IterableDataset[Item]):
     ) -> None:
         super().__init__()
         if (rank is None) != (world_size is None):
-            raise UsageError("of rank and world_size only one is given", "Give both, or none.")
+            raise UsageError("only one of rank and world_size is given", "Give both or neither.")
         for what, value, least in (
             ("batch_size", batch_size, 1),
             ("shuffle_blocks", shuffle_blocks, 1),
@@ -138,20 +134,19 @@ class RetroDataset(IterableDataset[Item]):
         self._distributed = rank is None and _is_distributed()
         self.rank, self.world_size = _own_rank() if rank is None or world_size is None else (rank, world_size)
         if not 0 <= self.rank < self.world_size:
-            raise UsageError(f"rank {self.rank} is not one of {self.world_size}")
+            raise UsageError(f"rank {self.rank} is not between 0 and world_size - 1 = {self.world_size - 1}")
         self.path, self.name, self.sequence_length = str(store), name, sequence_length
         self.batch_size, self.packed, self.shuffle, self.seed = batch_size, packed, shuffle, seed
         self.shuffle_blocks, self.drop_last = shuffle_blocks, drop_last
         reader = TrainingReader(self.path, name, k)
         length = reader.store.identity.chunk_length
         if sequence_length < length or sequence_length % length:
-            raise UsageError(f"a sequence of {sequence_length} tokens is not of whole chunks of {length} tokens")
+            raise UsageError(f"sequence_length={sequence_length} is not a multiple of the chunk length, {length}")
         if sequence_length > ROW_GROUP * length:
-            raise UsageError(f"a sequence has at most {ROW_GROUP * length:,} tokens, those of a block")
+            raise UsageError(f"sequence_length={sequence_length} is more than a block has, {ROW_GROUP * length:,}")
         self.k = reader.rows.k
-        """Neighbours a chunk."""
         self.databases = tuple(database.place for database in reader.rows.reader.databases)
-        """Paths of the stores that neighbours are chunks of."""
+        """Paths of the databases of the neighbours."""
         self.chunk_length = length
         self._shared = torch.zeros(_READ + 1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._change = 0
@@ -162,23 +157,22 @@ class RetroDataset(IterableDataset[Item]):
         layout = self._lay_out(reader.store, self._agreed(reader.store.state.number))
         reader.check_tables(layout)
         self.epoch, self._commit, self._layout = epoch, layout.commit, layout
-        """The number of the epoch, the commit it is on, and its sequences."""
         self._begin = self._at = _Start()
-        self._tell(loaded=False)
+        self._publish(loaded=False)
 
     @property
     def sequences(self) -> int:
-        """How many sequences an epoch has, over all ranks."""
+        """Number of sequences of an epoch, over all ranks."""
         return self._sequences().sequences
 
     @property
     def padding(self) -> float:
-        """The share of an epoch's tokens that is no text: empty slots, and what short chunks leave of theirs."""
+        """Share of an epoch's tokens that is padding, in empty slots and after short chunks."""
         layout = self._sequences()
         return 1 - layout.tokens / (layout.sequences * self.sequence_length) if layout.sequences else 0.0
 
     def materialised_parts(self) -> tuple[int, int]:
-        """In how many parts neighbours are read with their tokens from the tables, and how many there are."""
+        """Return the number of parts whose tables have tokens of neighbours, and that of all parts."""
         reader = TrainingReader(self.path, self.name, self.k)
         numbers = reader.store.state.parts()
         return sum(bool(reader.rows.with_text(part)) for part in numbers), len(numbers)
@@ -188,10 +182,10 @@ class RetroDataset(IterableDataset[Item]):
         return n if self.batch_size is None else -(-n // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin another epoch, with another order, on the newest commit; call it before each, on every rank.
+        """Begin an epoch on the newest commit; call it before each epoch, on every rank.
 
-        Without it an epoch is read again in the same order. The number of the epoch that it is at changes nothing: one
-        that a loaded state is in the middle of is gone on with.
+        Without a call, an epoch is read again in the same order. A call with the current epoch does nothing,
+        so a loaded state is resumed.
         """
         if epoch == self.epoch:
             return
@@ -200,20 +194,19 @@ class RetroDataset(IterableDataset[Item]):
         self._begin_epoch(epoch, TrainingReader(self.path, self.name, self.k))
 
     def state_dict(self, batch: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
-        """Where this rank is: after ``batch``, or after what was read last in this process.
+        """Return the position of this rank, after ``batch`` or after what this process read last.
 
-        A DataLoader with worker processes reads in these, and ahead: give it the last batch that was trained on. The
-        state is the same on every rank once all have read as many batches, and any number of ranks can go on from it.
+        The worker processes of a DataLoader read ahead, so give the last batch that was trained on. The state
+        is equal on all ranks that have read the same number of batches, and any number of ranks can resume
+        from it.
         """
         worker = get_worker_info()
         at = self._at
         if batch is not None:
             at = self._after(batch)
         elif worker is None and self._shared[_READ] == self._change:
-            raise UsageError(
-                "worker processes read this dataset: what they have read is not known here",
-                "Give the last batch: state_dict(batch).",
-            )
+            advice = "Give the last batch: state_dict(batch)."
+            raise UsageError("worker processes read this dataset, so its position is not known here", advice)
         layout = self._sequences()
         return {
             "version": STATE_VERSION, "store": Store.open(self.path).identity.uuid,
@@ -226,39 +219,37 @@ class RetroDataset(IterableDataset[Item]):
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a state was taken; in the same order if there are as many ranks, else with what none had read.
+        """Resume from a state: in the same order with as many ranks, else with what no rank has read.
 
-        Load it before a loader's worker processes start. With them its epoch begins there until ``set_epoch``.
-
-        ``UsageError`` if it is of another store, or of other settings that decide the order. What the store has purged
-        since is masked; what it has got since comes with the next epoch.
+        Load it before a loader's worker processes start, which begin the epoch there until ``set_epoch``.
+        Chunks that were purged since are masked; chunks that were added since come with the next epoch.
+        Raises ``UsageError`` if the state is from another store, or from other settings that decide the
+        order.
         """
         worker = get_worker_info()
         if state.get("version") != STATE_VERSION:
-            raise UsageError(f"this is no state of a RetroDataset of version {STATE_VERSION}")
+            raise UsageError(f"this is not a state of a RetroDataset of version {STATE_VERSION}")
         if missing := [key for key in _STATE if key not in state]:
-            raise UsageError(f"the state is not whole: {', '.join(missing)} is missing", "Take one as it was given.")
+            raise UsageError(f"the state has no {', '.join(missing)}", "Load what state_dict returned, unchanged.")
         if state["worker"] is not None and worker is None:
-            raise UsageError(
-                "this is the state of a worker process", "Load it through the loader that it was taken by."
-            )
+            raise UsageError("this is the state of a worker process", "Load it with the loader that saved it.")
         store = Store.open(self.path)
         if state["store"] != store.identity.uuid or not has_commit(store, int(state["commit"]), str(state["head"])):
-            raise UsageError(f"the state is of another store than {self.path}, or of a copy that went its own way")
+            raise UsageError(f"the state is from another store than {self.path}, or from a diverged copy")
         other = {key: state.get(key) for key, value in self._settings().items() if state.get(key) != value}
         if state["worker"] is not None and state["batch_size"] != self.batch_size:
             other["batch_size"] = state["batch_size"]  # workers take turns by it
         if other:
-            told = ", ".join(f"{key}={value}" for key, value in other.items())
-            raise UsageError(f"the state is of a dataset with {told}: the order is another", "Make it with the same.")
+            shown = ", ".join(f"{key}={value}" for key, value in other.items())
+            raise UsageError(f"the state is from a dataset with {shown}", "Use the same settings, for the same order.")
         layout = self._lay_out(store, int(state["commit"]))
         if layout.sequences != state["sequences"]:
-            raise UsageError(f"{self.path} had other sequences at commit {layout.commit} than the state says")
+            raise UsageError(f"{self.path} does not have the sequences of the state at commit {layout.commit}")
         spans = tuple((int(start), int(stop)) for start, stop in state["spans"])
         consumed = int(state["consumed"])
         inside = all(0 <= start <= stop <= layout.sequences for start, stop in spans)
         if not inside or min(consumed, int(state["epoch"]), int(state["world_size"]) - 1, int(state["whole"])) < 0:
-            raise UsageError("the state has numbers that can't be", "Take one as it was given.")
+            raise UsageError("the state has impossible numbers", "Load what state_dict returned, unchanged.")
         self.epoch, self._commit, self._layout = int(state["epoch"]), layout.commit, layout
         if (state["world_size"], state["whole"]) == (self.world_size, self._whole()):
             first = consumed if state["worker"] is None else int(state["first"])
@@ -268,23 +259,24 @@ class RetroDataset(IterableDataset[Item]):
             self._begin = _Start(tuple(share.left(consumed)))
         self._at = self._begin
         if worker is None:
-            self._tell(loaded=True)
+            self._publish(loaded=True)
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
         if worker is not None:
             if self._missed():
-                return _Failing(UsageError("a state was loaded after the worker processes started: make a new loader"))
+                error = UsageError("a state was loaded after the worker processes started: make a new loader")
+                return map(_fail, [error])  # raised here, it would end the worker process silently
             self._shared[_READ] = self._change
         number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         if self.shuffle and self._finished == self.epoch:
-            warnings.warn(f"epoch {self.epoch} is read again, in the same order: call set_epoch", stacklevel=2)
+            warnings.warn(f"epoch {self.epoch} is read again in the same order: call set_epoch", stacklevel=2)
         start, self._begin = self._begin, _Start()
         self._at = start
         return self._items(start, number, workers)
 
     def _items(self, start: _Start, worker: int, workers: int) -> Iterator[Item]:
-        """Items of one worker, each with its cursor."""
+        """Yield the items of one worker, each with its cursor."""
         turns = Turns(start.first, self.batch_size or 1, worker, workers)
         layout, share = self._sequences(), self._share(start)
         reader = TrainingReader(self.path, self.name, self.k)
@@ -303,13 +295,13 @@ class RetroDataset(IterableDataset[Item]):
                 if turns.ends(int(places[some[-1]])):
                     yield from self._given(start, values)
                 else:
-                    begun = values  # the batch goes on in the next window
+                    begun = values  # the batch continues in the next window
         if begun:
             yield from self._given(start, begun)
         self._finished = self.epoch
 
     def _given(self, start: _Start, values: Mapping[str, npt.NDArray[Any]]) -> Iterator[Item]:
-        """A batch, or one sequence after the other; where one goes on after each is known before it is given."""
+        """Yield a batch, or its sequences one by one; the position is updated before each yield."""
         tensors = {key: torch.from_numpy(value) for key, value in values.items()}
         positions = values["cursor"][:, 1].tolist()
         if self.batch_size is not None:
@@ -343,23 +335,23 @@ class RetroDataset(IterableDataset[Item]):
         cursor = batch["cursor"].reshape(-1, 3)
         epoch, workers = int(cursor[0, 0]), int(cursor[0, 2])
         if epoch != self.epoch:
-            raise UsageError(f"the batch is of epoch {epoch}, the dataset in {self.epoch}", "Take the state before.")
+            advice = "Take the state before set_epoch."
+            raise UsageError(f"the batch is from epoch {epoch}, but the dataset is in {self.epoch}", advice)
         if workers > 1 and self.batch_size is None:
             raise UsageError(
-                f"{workers} worker processes took turns by sequences: a batch does not tell what the others read",
+                f"{workers} worker processes took turns by sequences, so a batch does not have the position of all",
                 "Let the dataset make the batches: RetroDataset(batch_size=...), DataLoader(batch_size=None).",
             )
         consumed = int(cursor[:, 1].max()) + 1
         return _Start(self._at.spans, consumed, consumed)
 
-    def _tell(self, *, loaded: bool) -> None:
-        """Let worker processes that are there already know what changed."""
+    def _publish(self, *, loaded: bool) -> None:
+        """Share a change with running worker processes."""
         self._change += 1
-        told = [self.epoch, self._commit, self._change, int(loaded), -1]
-        self._shared.copy_(torch.tensor(told))
+        self._shared.copy_(torch.tensor([self.epoch, self._commit, self._change, int(loaded), -1]))
 
     def _missed(self) -> bool:
-        """In a worker process: take in what the main process changed; True if it loaded a state, which can't be."""
+        """Apply changes of the main process in a worker; return whether it loaded a state (too late)."""
         epoch, commit, change, loaded, _ = self._shared.tolist()
         if change == self._change:
             return False
@@ -368,7 +360,7 @@ class RetroDataset(IterableDataset[Item]):
         return bool(loaded)
 
     def _agreed(self, commit: int) -> int:
-        """The newest commit that all ranks see."""
+        """Return the newest commit that all ranks see."""
         if not self._distributed or self.world_size == 1:
             return commit
         commits: list[Any] = [None] * self.world_size
@@ -376,14 +368,8 @@ class RetroDataset(IterableDataset[Item]):
         return int(min(commits))
 
 
-class _Failing(Iterator[Item]):
-    """Raises an error when it is read: in ``__iter__`` it would end a worker process without a word."""
-
-    def __init__(self, error: Exception) -> None:
-        self._error = error
-
-    def __next__(self) -> Item:
-        raise self._error
+def _fail(error: Exception) -> Item:
+    raise error
 
 
 def _is_distributed() -> bool:
@@ -391,7 +377,6 @@ def _is_distributed() -> bool:
 
 
 def _own_rank() -> tuple[int, int]:
-    """Rank and number of ranks: of ``torch.distributed``, or the environment, or one."""
     if _is_distributed():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -404,17 +389,17 @@ def _number(variable: str) -> int:
         return int(os.environ[variable])
     except ValueError:
         raise UsageError(
-            f"the environment has {variable}={os.environ[variable]!r}, which is no number",
-            "Set it to one, or give rank= and world_size=.",
+            f"the environment variable {variable}={os.environ[variable]!r} is not a number",
+            "Set it to a number, or give rank= and world_size=.",
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRows:
-    """n chunks, and last a row that is empty, for slots that are.
+    """n chunks, followed by an empty row for empty slots.
 
-    ``ids`` int64 [n + 1], −1: empty, or purged; ``documents`` int64 [n + 1], of purged rows too; ``n_tokens`` uint16
-    [n + 1]; ``tokens`` [n + 1, chunk_length]; ``neighbours`` has n + 1 rows.
+    ``ids`` int64 [n + 1] (−1: empty or purged); ``documents`` int64 [n + 1], also of purged rows;
+    ``n_tokens`` uint16 [n + 1]; ``tokens`` [n + 1, chunk_length]; ``neighbours`` with n + 1 rows.
     """
 
     ids: Ids
@@ -424,7 +409,7 @@ class TrainingRows:
     neighbours: NeighbourTokens
 
     def gathered(self, rows: Ids) -> dict[str, npt.NDArray[Any]]:
-        """The sequences of ``rows`` [b, slots] (−1: an empty slot), as ``RetroDataset`` gives them."""
+        """Gather the sequences of ``rows`` [b, slots] (−1: empty slot) in the layout of ``RetroDataset``."""
         b, slots = rows.shape
         near, ids = self.neighbours, _taken(self.ids, rows)
         k, length = near.ids.shape[1], self.tokens.shape[1]
@@ -445,13 +430,13 @@ def _taken(values: npt.NDArray[Any], rows: Ids) -> npt.NDArray[Any]:
 
 
 def _mask(counts: npt.NDArray[Any], length: int) -> npt.NDArray[np.bool_]:
-    """Which of ``length`` tokens count: the first ``counts`` [...] of them, bool [..., length]."""
+    """Return a mask of the first ``counts`` [...] of ``length`` tokens, bool [..., length]."""
     first: npt.NDArray[np.bool_] = np.tri(length + 1, length, -1, np.bool_)  # row n: n times True
     return first.take(counts, axis=0)
 
 
 class TrainingReader:
-    """A store and its neighbours ``name`` as they are now."""
+    """Reads blocks of a store with the neighbours ``name``, at the newest commit."""
 
     def __init__(self, path: str, name: str, k: int | None) -> None:
         self._path, self._name, self._k = path, name, k
@@ -460,30 +445,24 @@ class TrainingReader:
     def _open(self) -> None:
         self.store = Store.open(self._path)
         reader = NeighbourReader(self.store, self._name)
-        k = reader.k if self._k is None else self._k
-        if not 1 <= k <= reader.saved:
-            raise UsageError(f"k={k} is not between 1 and the {reader.saved} neighbours that {self._name!r} has saved")
-        self.rows = TextReader(reader, k)
+        self.rows = TextReader(reader, reader.choose_k(self._k))
         self.tombstones = read_tombstones(self.store)
 
     def check_tables(self, layout: SequenceLayout) -> None:
-        """``UsageError`` unless all parts of a layout have neighbours."""
+        """Raise ``UsageError`` unless all parts of a layout have neighbours."""
         reader = self.rows.reader
         missing = sorted(set(layout.part[layout.counts > 0].tolist()) - set(reader.parts()))
         if not missing:
             return
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
-        commands = [table_command(self.store, member.table, member.store) for member in reader.members]
-        raise UsageError(
-            f"{len(missing):,} of the {len(self.store.state.parts()):,} parts of {self.store.place} have no neighbours "
-            f"{self._name!r}: {shown}",
-            "Compute them: " + "; ".join(commands),
-        )
+        parts_of = f"(of {len(self.store.state.parts()):,}) of {self.store.place}"
+        those = f"part {shown} {parts_of} has" if len(missing) == 1 else f"parts {shown} {parts_of} have"
+        raise UsageError(f"{those} no neighbours {self._name!r}", reader.advice())
 
     def read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
-        """Rows, and which of them stand in the slots of some sequences: ``sequence`` [n] of ``block`` [n].
+        """Read the rows of blocks, and the index of the row in each slot of sequences, int64 [n, slots].
 
-        int64 [n, slots], −1: empty. Where a file was erased, or made anew, since the view was taken, a new one is.
+        Opens the newest commit if a file of the present one was erased or replaced.
         """
 
         def renew() -> None:
@@ -508,7 +487,7 @@ class TrainingReader:
         return rows, slots
 
     def read_blocks(self, blocks: list[tuple[int, int]]) -> TrainingRows:
-        """All rows of some blocks, of (part, number of the row group), one after the other."""
+        """Read all rows of some blocks (part, number of the row group), in order."""
         store, own = self.store, self.store.identity
         starts = np.cumsum([0, *(block_rows(store, block) for block in blocks)]).tolist()
         n = starts[-1] + 1
@@ -523,15 +502,15 @@ class TrainingReader:
             rows.documents[some] = parts.chunk_ids(part, chunks.doc)
             rows.n_tokens[some], rows.tokens[some] = chunks.n_tokens, chunks.tokens
             rows.ids[some] = parts.chunk_ids(part, group * ROW_GROUP + np.arange(stop - start))
-        gone = np.flatnonzero(self.tombstones.contains(rows.ids) | (rows.n_tokens == 0))
-        rows.ids[gone], rows.n_tokens[gone], rows.tokens[gone] = EMPTY, 0, 0
-        near.clear(gone)
+        purged = np.flatnonzero(self.tombstones.contains(rows.ids) | (rows.n_tokens == 0))
+        rows.ids[purged], rows.n_tokens[purged], rows.tokens[purged] = EMPTY, 0, 0
+        near.clear(purged)
         return rows
 
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Which places are worker ``worker``'s, of ``workers``."""
+    """The places of worker ``worker`` of ``workers``: turns of ``unit`` sequences, counted from ``first``."""
 
     first: int
     unit: int
@@ -539,25 +518,25 @@ class Turns:
     workers: int
 
     def number(self, places: Ids) -> Ids:
-        """Which turn each of some places is in, [n]."""
+        """Return the number of each place's turn, [n]."""
         return (places - self.first) // self.unit
 
     def mine(self, places: Ids) -> npt.NDArray[np.bool_]:
-        """Which places are this worker's, bool [n]."""
+        """Return which places belong to this worker, bool [n]."""
         return np.asarray(self.number(places) % self.workers == self.worker)
 
     def ends(self, place: int) -> bool:
-        """Whether a place is the last of its turn."""
+        """Return whether a place is the last of its turn."""
         return (place + 1 - self.first) % self.unit == 0
 
 
 def read_epoch(
     reader: TrainingReader, layout: SequenceLayout, order: Order, share: Share, turns: Turns, consumed: int
 ) -> Iterator[tuple[Ids, TrainingRows, Ids]]:
-    """The windows of one worker, of which it has had what is before the place ``consumed``.
+    """Yield the windows of one worker, from the place ``consumed`` on.
 
-    Of sequences that were read together: their places [n] in what a rank reads, ascending, rows, and slots, int64
-    [n, slots], which are places in the rows, −1: empty.
+    A window has sequences that were read together: their ascending places [n] among those of the rank, rows,
+    and slots int64 [n, slots], which are indexes of the rows (−1: empty).
     """
 
     def window(places: Ids, reading: Future[tuple[TrainingRows, Ids]]) -> tuple[Ids, TrainingRows, Ids]:
@@ -577,7 +556,7 @@ def read_epoch(
 
 
 def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator[tuple[Ids, Ids, Ids]]:
-    """Places, blocks and sequences of one worker, by window; last, where that is its, a place without a sequence."""
+    """Yield places, blocks and sequences of one worker by window; then a place for an empty sequence."""
     for first, block, sequence in order.pieces(share.of(share.rank), consumed):
         places = first + np.arange(len(block))
         mine = turns.mine(places)

@@ -1,20 +1,18 @@
-"""Which chunks are in which training sequence, in which order these are read, and which rank reads which of them.
+"""The layout of chunks in training sequences, the order of sequences, and the share of each rank.
 
-A sequence is a number of slots, each for one chunk. Blocks of 8,192 rows (the row groups of ``chunks/``) are laid out
-each on its own, so that reading a block gives whole sequences:
+A sequence is a number of slots, each for one chunk. Blocks of 8,192 rows (the row groups of ``chunks/``) are
+laid out independently, so that reading a block gives whole sequences:
 
-* packed: the live chunks of a block fill the slots one after the other, whatever document they are of;
-* not packed: every document begins a new sequence, and one that goes on in the next block is cut there.
+* packed: the live chunks of a block fill the slots in order, across documents;
+* not packed: every document begins a sequence, and is cut at the end of a block.
 
-What is left of a block's last sequence, or not packed of every document's, stays empty. Live are the rows that are no
-tombstones at a commit: rows never move, so its layout can be made again at any time after.
+Live rows have no tombstone at a given commit. Rows never move, so the layout of a commit can be reproduced.
 
-The order is a function of the layout, the seed and the epoch alone, not of ranks, workers or batches: blocks are drawn
-at random, ``mixed`` of them at a time make a window, and all sequences of a window are mixed. Ranks get consecutive
-spans of that order, equally long: each reads its own blocks, and shares at most two windows with others. What has not
-been read yet is a list of spans again: that is how an epoch goes on with another number of ranks.
+The order depends on the layout, the seed and the epoch only: blocks are shuffled, ``mixed`` consecutive ones
+make a window, and the sequences of a window are shuffled. Ranks get consecutive spans of equal length, which
+share at most two windows. An epoch resumes from the spans that are left, with any number of ranks.
 
-Cost: tombstones, and where documents are not packed two columns of all documents. Memory: 48 bytes a block.
+Cost: tombstones, and if not packed two columns of all documents. Memory: 48 bytes per block.
 """
 
 from __future__ import annotations
@@ -36,11 +34,11 @@ Slots = npt.NDArray[np.int32]
 Span = tuple[int, int]
 """[start, stop) of places in the order."""
 EMPTY = -1
-"""No row in a slot, no id."""
+"""Stands for the row or id of an empty slot."""
 
 
 def slots_of(live: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, packed: bool) -> Slots:
-    """Rows of a block in the slots of its sequences, int32 [sequences, size], −1 where a slot is empty.
+    """Arrange the rows of a block in sequences, int32 [sequences, size] (−1: empty slot).
 
     ``live`` and ``doc`` (the document of each row, ascending) are [n].
     """
@@ -48,7 +46,7 @@ def slots_of(live: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, p
     if packed:
         place = np.arange(len(rows))
     else:
-        starts = np.flatnonzero(np.diff(doc[rows], prepend=-1))  # where, among the rows, documents begin
+        starts = np.flatnonzero(np.diff(doc[rows], prepend=-1))  # indexes of rows that begin documents
         inside = positions_within(np.diff(starts, append=len(rows)))
         begins = inside % size == 0
         place = (np.cumsum(begins) - 1) * size + inside % size
@@ -59,10 +57,10 @@ def slots_of(live: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, p
 
 @dataclass(frozen=True, slots=True)
 class SequenceLayout:
-    """The sequences of a store as of one commit, in blocks; ``size`` is in slots.
+    """The sequences of a store at one commit, in blocks; ``size`` is in slots.
 
-    Of each block, in the order of ids: ``part``, ``group`` (its number in the part) and ``counts``, how many sequences
-    it has; int32, int32, int64, all [blocks].
+    For each block, by ascending ids: its ``part``, its number in the part (``group``), and its number of
+    sequences (``counts``).
     """
 
     commit: int
@@ -78,7 +76,7 @@ class SequenceLayout:
 
     @classmethod
     def of(cls, store: Store, commit: int, size: int, *, packed: bool) -> SequenceLayout:
-        """The layout of a store as it was after ``commit``."""
+        """Compute the layout of a store as it was after ``commit``."""
         then = store.at(commit)
         tombstones = read_tombstones(then)
         part, group, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
@@ -96,11 +94,11 @@ class SequenceLayout:
 
     @property
     def sequences(self) -> int:
-        """How many sequences there are."""
+        """Number of sequences."""
         return int(self.counts.sum())
 
     def slots(self, block: int, doc: npt.NDArray[Any]) -> Slots:
-        """Rows, counted from the block's first, in the slots of a block's sequences; ``doc`` is that of its rows."""
+        """Arrange a block, whose rows have the documents ``doc``; row numbers are relative to the block."""
         live = np.ones(len(doc), np.bool_)
         purged = self.tombstones.rows(int(self.part[block]))
         first = int(self.group[block]) * ROW_GROUP
@@ -110,18 +108,18 @@ class SequenceLayout:
 
 
 def _packed(rows: int, purged: Ids, size: int) -> Ids:
-    """How many sequences each block of a part of so many rows has, some of them ``purged``."""
+    """Return the number of sequences of each block of a part with ``rows`` rows."""
     blocks = -(-rows // ROW_GROUP)
     live = np.minimum(ROW_GROUP, rows - np.arange(blocks) * ROW_GROUP)
     return -(-(live - np.bincount(purged // ROW_GROUP, minlength=blocks)) // size)
 
 
 def _unpacked(store: Store, part: int, rows: int, purged: Ids, size: int) -> Ids:
-    """As ``_packed``, where every document begins a sequence. An erase leaves where documents are as it was."""
+    """Return the same if every document begins a sequence. Erases do not move documents."""
     documents = parts.read_documents(store, part, ["first_row", "n_chunks"])
     first = documents["first_row"].to_numpy()[documents["n_chunks"].to_numpy() > 0]
     blocks = -(-rows // ROW_GROUP)
-    # Documents, and what is cut off of them at the border of a block, begin at these rows.
+    # First rows of documents, and of their continuations in another block.
     starts = np.union1d(first, np.arange(blocks) * ROW_GROUP)
     ends = np.append(starts[1:], rows)
     live = ends - starts - (np.searchsorted(purged, ends) - np.searchsorted(purged, starts))
@@ -129,19 +127,16 @@ def _unpacked(store: Store, part: int, rows: int, purged: Ids, size: int) -> Ids
 
 
 def permutation(n: int, *seed: int) -> Ids:
-    """The numbers 0 to n − 1 in an order that ``seed`` decides.
-
-    By NumPy's PCG64 itself, which stays the same over its versions; permutations of its ``Generator`` need not.
-    """
+    """Shuffle 0 to n − 1 with NumPy's PCG64, which unlike its ``Generator`` is stable across versions."""
     return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n), kind="stable")
 
 
 WindowPart = tuple[int, Ids, Ids]
-"""Sequences that are read together: the first one's place in what a rank reads; blocks, and numbers in these, [n]."""
+"""Sequences that are read together: place of the first one in the rank, blocks [n], numbers in them [n]."""
 
 
 class Order:
-    """The order of an epoch's sequences; ``counts`` says how many each block has. ``seed`` None: as they are stored."""
+    """The order of an epoch's sequences. ``counts``: sequences per block; ``seed`` None: as stored."""
 
     def __init__(self, counts: Ids, seed: int | None, epoch: int, mixed: int) -> None:
         self._seed, self._epoch, self._mixed = seed, epoch, mixed
@@ -154,7 +149,7 @@ class Order:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def pieces(self, spans: Sequence[Span], skip: int = 0) -> Iterator[WindowPart]:
-        """The sequences in ``spans``, in this order, without the first ``skip`` of them; window by window."""
+        """Yield the sequences in ``spans``, without the first ``skip``, window by window."""
         done = 0
         for start, stop in spans:
             place = start + min(max(skip - done, 0), stop - start)
@@ -175,18 +170,18 @@ class Order:
         sequence = positions_within(counts)
         if self._seed is None:
             return block, sequence
-        # From 1: NumPy takes a last seed of 0 for none at all, and blocks are drawn without it.
+        # From 1, as NumPy ignores a last seed of 0, and blocks are shuffled without it.
         order = permutation(len(block), self._seed, self._epoch, window + 1)
         return block[order], sequence[order]
 
 
 def length(spans: Sequence[Span]) -> int:
-    """How many places some spans have."""
+    """Return the number of places in some spans."""
     return sum(stop - start for start, stop in spans)
 
 
 def cut_spans(spans: Sequence[Span], low: int, high: int) -> list[Span]:
-    """The places ``low`` to ``high`` − 1 of what ``spans`` have, one span after the other."""
+    """Return the spans of the places ``low`` to ``high`` − 1 of the concatenated ``spans``."""
     found, done = [], 0
     for start, stop in spans:
         some = (start + max(low - done, 0), min(stop, start + high - done))
@@ -198,11 +193,10 @@ def cut_spans(spans: Sequence[Span], low: int, high: int) -> list[Span]:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What rank ``rank`` of ``world_size`` reads of ``spans``.
+    """The sequences in ``spans`` that a rank reads, equally many for all ranks.
 
-    All ranks read equally many. ``whole`` 0: as many as there are, and a rank that has one less than another reads an
-    empty sequence at its end. Otherwise only as many as give each rank whole batches of so many; the last ones of the
-    order are left out.
+    ``whole`` 0: a rank with one sequence less than another reads an empty sequence at the end. Otherwise each
+    rank reads whole batches of ``whole`` sequences, and the last sequences of the order are dropped.
     """
 
     spans: tuple[Span, ...]
@@ -217,7 +211,7 @@ class Share:
         return -(-total // self.world_size)
 
     def of(self, rank: int) -> list[Span]:
-        """The spans of a rank."""
+        """Return the spans of a rank."""
         total = len(self) * self.world_size if self.whole else length(self.spans)
         return cut_spans(self.spans, rank * total // self.world_size, (rank + 1) * total // self.world_size)
 
@@ -227,7 +221,7 @@ class Share:
         return length(self.of(self.rank)) < len(self)
 
     def left(self, consumed: int) -> list[Span]:
-        """What is left for all ranks, once each has read ``consumed`` sequences; what was to be left out, too."""
+        """Return the spans that are left once each rank has read ``consumed``, with those to be dropped."""
         each = [cut_spans(self.of(rank), consumed, len(self)) for rank in range(self.world_size)]
         tail = cut_spans(self.spans, len(self) * self.world_size, length(self.spans)) if self.whole else []
         return [span for spans in (*each, tail) for span in spans]

@@ -202,13 +202,13 @@ def test_states_that_do_not_go_with_a_dataset_are_refused(store: Path, tmp_path:
     refused("seed=1")
     refused("packed=True", seed=1, packed=False)
     refused("shuffle=True", shuffle=False)
-    refused("no state", {"version": 7}, seed=1)
+    refused("not a state", {"version": 7}, seed=1)
     refused("another store", {"store": "x"}, seed=1)
-    refused("a copy that went its own way", {"head": "0" * 16}, seed=1)
+    refused("a diverged copy", {"head": "0" * 16}, seed=1)
     refused("worker process", {"worker": [0, 2]}, seed=1)
-    refused("other sequences", {"sequences": 1}, seed=1)
+    refused("does not have the sequences", {"sequences": 1}, seed=1)
     for wrong in ({"spans": [[-1, 2]]}, {"spans": [[0, 10**6]]}, {"spans": [[2, 1]]}, {"consumed": -1}, {"epoch": -1}):
-        refused("numbers that can't be", wrong, seed=1)
+        refused("impossible numbers", wrong, seed=1)
     for key in set(state) - {"version"}:
         with pytest.raises(UsageError, match=key):
             dataset_of(store, seed=1).load_state_dict({other: state[other] for other in state if other != key})
@@ -231,7 +231,7 @@ def test_batches_that_do_not_tell_where_a_rank_is_are_refused(store: Path) -> No
     single = next(iter(DataLoader(dataset, batch_size=2, num_workers=1)))
     assert dataset.state_dict(single)["consumed"] == 2
     dataset.set_epoch(1)
-    with pytest.raises(UsageError, match="the batch is of epoch 0"):
+    with pytest.raises(UsageError, match="the batch is from epoch 0"):
         dataset.state_dict(single)
 
 
@@ -261,7 +261,7 @@ def test_ranks_are_those_of_the_environment(store: Path, monkeypatch: pytest.Mon
     assert (dataset.rank, dataset.world_size) == (1, 2)
     assert slots(dataset) == slots(dataset_of(store, rank=1, world_size=2))
     monkeypatch.setenv("RANK", "first")
-    with pytest.raises(UsageError, match="RANK='first', which is no number"):
+    with pytest.raises(UsageError, match="RANK='first' is not a number"):
         dataset_of(store)
 
 
