@@ -4,10 +4,9 @@ The output folder appears only once it is complete. It has Parquet files, ``toke
 ``export.json``, which records the stores, their commits, the table, k, counts and files. Each store is read
 at one commit, through its tombstones. Later purges do not reach an export.
 
-Cost: the neighbours of a few chunks are spread over most row groups of the databases. So neighbours are
-looked up for as many chunks at once as have ``HELD_BYTES`` of neighbour tokens, and a database is read about
-(chunks · k · 2 · bytes per chunk) / ``HELD_BYTES`` times. Memory: about four times ``HELD_BYTES``, a part of
-the database, a part's documents, and a table of 8,192 chunks.
+Cost: neighbours are spread over most row groups of the databases, so they are looked up for as many chunks at
+once as have ``HELD_BYTES`` of neighbour tokens. A database is read about (chunks · k · 2 · bytes per chunk) /
+``HELD_BYTES`` times. Memory: about four times ``HELD_BYTES``, a part of the database, and a part's documents.
 """
 
 from __future__ import annotations
@@ -91,12 +90,7 @@ def open_tables(store: Store, table: str | None = None, k: int | None = None) ->
     database has another tokenizer or chunk length.
     """
     reader = NeighbourReader(store, pick_table(store, table))
-    k = reader.k if k is None else k
-    if not 1 <= k <= reader.saved:
-        raise UsageError(
-            f"-k {k} is not between 1 and the {reader.saved} neighbours that table {reader.name!r} has saved",
-            "To save more, run retrotool neighbours again with a larger --saved.",
-        )
+    k = reader.choose_k(k)
     check_same_tokens(store, reader.databases)
     tabled = reader.parts()
     for part in tabled:

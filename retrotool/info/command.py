@@ -91,9 +91,9 @@ def _text(info: Info) -> str:
     if info.purged:
         of = "purged or of duplicate documents" if info.purges else "of duplicate documents"
         lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, {of}")
-    lines += [
-        f"  {p}   {output.count(r['chunks'], 'chunk')} purged{_after(r)}: {r['reason']}" for p, r in info.purges.items()
-    ]
+    for purge, record in info.purges.items():
+        chunks = output.count(record["chunks"], "chunk")
+        lines.append(f"  {purge}   {chunks} purged{_after(record)}: {record['reason']}")
     lines += _shape(info.shape)
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run the same command again to resume it")

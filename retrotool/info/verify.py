@@ -74,10 +74,8 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     links = (path for path in store.storage.irregular() if not path.endswith("/"))
     links = (path for path in links if "/" in path or path in paths.FOLDERS)  # links elsewhere are harmless
     checked.problems += [f"{path} is a symbolic link" for path in sorted(links)]
-    checked.problems += [
-        f"{path} is not a finished task: the next command that writes removes it and repeats the task"
-        for path in staging.broken(store.storage)
-    ]
+    broken = "is not a finished task: the next command that writes removes it and repeats the task"
+    checked.problems += [f"{path} {broken}" for path in staging.broken(store.storage)]
     result.foreign, result.unnamed = foreign_files(store), len(unnamed_files(store))
     _check_files(checked, result, report)
     with checked.noting("tombstones"):
@@ -186,13 +184,11 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
 
 def _digest_files(store: Store, kind: str) -> str:
     """Return the digest of the files of a kind, except measurements."""
-    lines = [
-        f"{kind}/{name}/{slot} {entry.sha256}"
-        for name in store.state.names(kind)
-        for slot, entry in store.state.group(kind, name).items()
-        if slot != RECALL
-    ]
-    return lines_digest(lines) if store.state.names(kind) else ""
+    lines, names = list[str](), store.state.names(kind)
+    for name in names:
+        entries = store.state.group(kind, name).items()
+        lines += [f"{kind}/{name}/{slot} {entry.sha256}" for slot, entry in entries if slot != RECALL]
+    return lines_digest(lines) if names else ""
 
 
 @dataclass(frozen=True, slots=True)

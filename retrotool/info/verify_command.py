@@ -87,9 +87,9 @@ def _text(found: Verification) -> str:
         lines.append(f"  not checked: {output.count(len(found.foreign), 'file')} that retrotool did not make")
         lines += [f"    {output.one_line(path)}" for path in found.foreign]
     if found.unnamed:
+        files = output.count(found.unnamed, "file")
         lines.append(
-            f"  uncommitted: {output.count(found.unnamed, 'file')} of running or interrupted commands; the next "
-            "command that writes removes leftovers"
+            f"  uncommitted: {files} of running or interrupted commands; the next writing command removes leftovers"
         )
     hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
     shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}

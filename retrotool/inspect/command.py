@@ -49,9 +49,7 @@ def command(
             raise UsageError("--seed needs --random", "Give --random N, or leave --seed out.")
         number = parse_id(chunk) if chunk is not None else None
         if chunk is not None and number is None:
-            raise UsageError(
-                f"--chunk {chunk!r} is not a chunk id", "Write it as PART:ROW, such as 0:4, or as a number."
-            )
+            raise UsageError(f"--chunk {chunk!r} is not a chunk id", "Give PART:ROW, such as 0:4, or a number.")
         if document is not None:
             check_utf8("--document", document)
         result = inspect_run.inspect(

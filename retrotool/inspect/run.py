@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from retrotool.cli import pages
 from retrotool.cli.chunk_ids import format_id
-from retrotool.cli.command_lines import command_line, table_command
+from retrotool.cli.command_lines import command_line
 from retrotool.cli.output import count
 from retrotool.cli.result_files import check_file
 from retrotool.embed.search_scope import SearchableRows
@@ -157,26 +157,30 @@ class _Block:
 
 
 class Inspector:
-    """Describes chunks of a query store with their ``k`` nearest neighbours (default: the table's k)."""
+    """Iterates over blocks of the chunks ``ids``, which are ascending, live, and in parts with tables.
 
-    def __init__(self, reader: NeighbourReader, k: int | None = None) -> None:
-        self._reader, self._k = reader, k
-        self._store = reader.store
+    ``result`` has the figures of the blocks that were read so far, and ``kept`` their chunks, if ``keep``.
+    """
+
+    def __init__(self, reader: NeighbourReader, k: int, ids: Ids, result: InspectResult, keep: bool) -> None:
+        self._reader, self._k, self._ids, self._keep = reader, k, ids, keep
+        self._store, self.result = reader.store, result
+        self.kept: list[InspectedChunk] = []
         self._tokenizer = stored_tokenizer(reader.store)
-        own = reader.store.identity
-        alike = [database.identity.tokenizer.sha256 == own.tokenizer.sha256 for database in reader.databases]
         self._tokenizers = [
-            self._tokenizer if same else stored_tokenizer(database)
-            for same, database in zip(alike, reader.databases, strict=True)
+            self._tokenizer if _same_tokenizer(self._store, one) else stored_tokenizer(one) for one in reader.databases
         ]
-        self.comparable = tuple(same and own.chunk_length <= LONGEST for same in alike)
-        """For each database, whether its tokens can be compared with those of the query store."""
 
-    def blocks(self, ids: Ids) -> Iterator[list[InspectedChunk]]:
-        """Yield the chunks ``ids`` in blocks. They must be ascending, live, and in parts with tables."""
-        size = max(_BLOCK // (self._k or self._reader.k), 1)
-        for start in range(0, len(ids), size):
-            yield self._inspect(self._read(ids[start : start + size]))
+    def __iter__(self) -> Iterator[list[InspectedChunk]]:
+        size = max(_BLOCK // self._k, 1)
+        with counting("inspect", "chunk", len(self._ids)) as report:
+            for start in range(0, len(self._ids), size):
+                block = self._inspect(self._read(self._ids[start : start + size]))
+                self.result = self.result.adding(block)
+                if self._keep:
+                    self.kept += block
+                yield block
+                report(len(block))
 
     def _read(self, ids: Ids) -> _Block:
         found: list[tuple[Any, ...]] = []
@@ -218,7 +222,8 @@ class Inspector:
         texts, following = (
             tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1)
         )
-        runs = self._runs(block, some // block.near.ids.shape[1], pieces) if self.comparable[number] else None
+        comparable = self.result.tables[number].comparable
+        runs = self._runs(block, some // block.near.ids.shape[1], pieces) if comparable else None
         for i, (at, place) in enumerate(zip(some.tolist(), places, strict=True)):
             near[at] = InspectedNeighbour(
                 int(ids[i]), distances[i], *place, name, texts[i],
@@ -245,6 +250,10 @@ class Inspector:
             )
             for i in range(len(rows))
         ]  # fmt: skip
+
+
+def _same_tokenizer(one: Store, other: Store) -> bool:
+    return one.identity.tokenizer.sha256 == other.identity.tokenizer.sha256
 
 
 def _trimmed(split: Split) -> Split:
@@ -304,7 +313,7 @@ class TableRead:
 
 @dataclass(frozen=True, slots=True)
 class InspectResult:
-    """What ``inspect`` shows: ``shown`` chunks (``without``: those without neighbours), ``neighbours`` in all.
+    """What ``inspect`` shows: ``shown`` chunks, of which ``without`` have none of the ``neighbours``.
 
     ``marked`` chunks share a run of ``marked_from`` tokens or more with a neighbour. ``histogram`` counts
     chunks by the r of their longest run, in eighths; r = 1 is in the last.
@@ -374,50 +383,28 @@ def _inspect(
     store: Store, choice: Choice, table: str | None, k: int | None, page: str | Path | None, keep: bool
 ) -> InspectResult:
     neighbours = NeighbourReader(store, pick_table(store, table))
-    name = neighbours.name
-    if k is not None and not 1 <= k <= neighbours.saved:
-        raise UsageError(
-            f"-k {k} is not between 1 and the {neighbours.saved:,} neighbours that table {name!r} has saved"
-        )
+    k = neighbours.choose_k(k)
     ids, chosen = _choose(store, neighbours, choice)
-    inspector = Inspector(neighbours, k)
-    tables = []
-    for member, comparable in zip(neighbours.members, inspector.comparable, strict=True):
+    length, tables = store.identity.chunk_length, []
+    for member in neighbours.members:
         record = store.state.records[f"neighbours:{member.table}"]
         index = index_record(member.store.state, record["index"])
+        comparable = length <= LONGEST and _same_tokenizer(store, member.store)
         tables.append(TableRead(
             member.table, member.store.place, member.weight, str(record["index"]), str(record["encoder"]),
             None if index is None else index.recall_at_10, comparable,
         ))  # fmt: skip
     result = InspectResult(
-        store.place, store.state.number, name, chosen, neighbours.k if k is None else k,
-        tuple(tables), store.identity.chunk_length, MARKED_FROM, page=str(page or ""),
+        store.place, store.state.number, neighbours.name, chosen, k, tuple(tables), length, MARKED_FROM,
+        page=str(page or ""),
     )  # fmt: skip
-    blocks = _Blocks(inspector, ids, result, keep)
+    blocks = Inspector(neighbours, k, ids, result, keep)
     if page is None:
         for _ in blocks:
             pass
     else:
         pages.write_page(page, "inspect.html", blocks=blocks)
     return replace(blocks.result, chunks=tuple(blocks.kept))
-
-
-class _Blocks:
-    """Iterates over blocks of chunks. ``result`` has the figures of the blocks that were read so far."""
-
-    def __init__(self, inspector: Inspector, ids: Ids, result: InspectResult, keep: bool) -> None:
-        self._inspector, self._ids, self._keep = inspector, ids, keep
-        self.result = result
-        self.kept: list[InspectedChunk] = []
-
-    def __iter__(self) -> Iterator[list[InspectedChunk]]:
-        with counting("inspect", "chunk", len(self._ids)) as report:
-            for block in self._inspector.blocks(self._ids):
-                self.result = self.result.adding(block)
-                if self._keep:
-                    self.kept += block
-                yield block
-                report(len(block))
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:
@@ -436,9 +423,7 @@ def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids,
     have = set(reader.parts())
     for chunk in found:
         if (part := split_id(chunk)[0]) not in have:
-            raise UsageError(
-                f"part {part} of {store.place} has no neighbours {reader.name!r} yet", _advice(store, reader)
-            )
+            raise UsageError(f"part {part} of {store.place} has no neighbours {reader.name!r} yet", reader.advice())
     return np.array(found, np.int64), words
 
 
@@ -458,12 +443,7 @@ def _draw(store: Store, reader: NeighbourReader, size: int, seed: int) -> tuple[
     rows = SearchableRows(store, reader.parts(), read_tombstones(store))
     total = sum(rows.counts.values())
     if not total:
-        raise UsageError(f"{store.place} has no chunk with neighbours {reader.name!r}", _advice(store, reader))
+        raise UsageError(f"{store.place} has no chunk with neighbours {reader.name!r}", reader.advice())
     drawn = [parts.chunk_ids(part, some) for part, some in rows.draw(min(size, total), seed)]
     random = f"{count(size, 'random chunk')} of {total:,}, seed {seed}"
     return np.concatenate(drawn), random if size < total else f"all {count(total, 'chunk')}"
-
-
-def _advice(store: Store, reader: NeighbourReader) -> str:
-    commands = (table_command(store, member.table, member.store) for member in reader.members)
-    return "\n".join(f"Compute them: {command}" for command in commands)

@@ -57,8 +57,6 @@ def _text(result: LeakageResult) -> str:
         rows = [(s.source, s.chunks, s.mean, s.half, s.whole) for s in result.sources[:_SOURCES]]
         lines.append(output.table(rows, ("source", "chunks", "mean r", "r >= 1/2", "r = 1")))
         if len(result.sources) > _SOURCES:
-            lines.append(
-                f"and {output.count(len(result.sources) - _SOURCES, 'source')} with a lower mean r, see --json"
-            )
+            lines.append(f"and {output.count(len(result.sources) - _SOURCES, 'source')} with a lower r, see --json")
     lines += [f"Each chunk's r: {result.output}"] if result.output else []
     return "\n".join(lines)

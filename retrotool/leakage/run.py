@@ -125,12 +125,7 @@ class LeakageResult:
 
 
 def leakage(
-    root: str | Path,
-    *,
-    queries: str | Path,
-    index: str | None = None,
-    k: int = COMPARED,
-    out: str | Path | None = None,
+    root: str | Path, *, queries: str | Path, index: str | None = None, k: int = COMPARED, out: str | Path | None = None
 ) -> LeakageResult:
     """Compare each chunk of the store ``queries`` with its ``k`` nearest neighbours in the store ``root``.
 

@@ -1,1 +1,1 @@
-"""The nearest chunks of every chunk, as tables."""
+"""Tables with the nearest chunks of every chunk."""

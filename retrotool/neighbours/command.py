@@ -35,59 +35,43 @@ Examples:
 
 def command(
     store: StoreArgument,
-    queries: Annotated[str | None, opt("Store of the query chunks. Default: STORE itself.", metavar="STORE2")] = None,
-    k: Annotated[int, opt("Neighbours that reading gives by default.", "-k", metavar="K")] = K,
-    saved: Annotated[int, opt("Neighbours to save, a reserve against later purges.", metavar="N")] = SAVED,
-    name: Annotated[str, opt("Name of the neighbour tables, which lie in the query store.")] = "main",
+    queries: Annotated[str | None, opt("Store of the query chunks.  [default: STORE]", metavar="STORE2")] = None,
+    k: Annotated[int, opt("Neighbours per chunk that readers return by default.", "-k", metavar="K")] = K,
+    saved: Annotated[int, opt("Neighbours per chunk to save, a reserve for later purges.", metavar="N")] = SAVED,
+    name: Annotated[str, opt("Name of the table, which is stored in the query store.")] = "main",
     index: IndexOption = None,
     database: Annotated[
         list[str] | None,
-        opt(
-            "Further database, and its weight: distances are divided by it. Repeatable. STORE may be named, too.",
-            metavar="STORE[=W]",
-        ),
+        opt("Another database; its distances are divided by the weight W. Repeatable.", metavar="STORE[=W]"),
     ] = None,
     max_overlap: Annotated[
-        float | None,
-        opt(
-            "Leave out neighbours with more than this share of a chunk's tokens in a row in common with it.",
-            metavar="R",
-        ),
+        float | None, opt("Exclude neighbours that share a run of more than R of a chunk's tokens.", metavar="R")
     ] = None,
-    exclude_near_copies: Annotated[
-        bool, opt("Leave out what has half or more of a chunk's runs of 8 tokens.", "--exclude-near-copies")
-    ] = False,
-    exclude_source: Annotated[
-        list[str] | None, opt("Leave out documents of this source. Repeatable.", metavar="S")
-    ] = None,
-    only_source: Annotated[
-        list[str] | None, opt("Leave out documents of any other source. Repeatable.", metavar="S")
-    ] = None,
-    no_filters: Annotated[
-        bool, opt("Forget what was to be left out before; without it that is kept.", "--no-filters")
-    ] = False,
-    exact: Annotated[
-        bool, opt("Search exactly, without an index. So it is for few chunks where there is no index, too.", "--exact")
-    ] = False,
-    materialise: Annotated[
-        bool, opt("Also store the tokens of the K neighbours and of what follows them, for training.", "--materialise")
-    ] = False,
+    exclude_near_copies: Annotated[bool, opt("Exclude near copies of the chunk.", "--exclude-near-copies")] = False,
+    exclude_source: Annotated[list[str] | None, opt("Exclude this source. Repeatable.", metavar="S")] = None,
+    only_source: Annotated[list[str] | None, opt("Exclude all other sources. Repeatable.", metavar="S")] = None,
+    no_filters: Annotated[bool, opt("Drop the filters of earlier runs.", "--no-filters")] = False,
+    exact: Annotated[bool, opt("Search exactly, without an index.", "--exact")] = False,
+    materialise: Annotated[bool, opt("Also store the tokens of the K neighbours.", "--materialise")] = False,
     encoder: EncoderOption = None,
-    memory: Annotated[str | None, opt("What a block of queries may take, besides the tables.", metavar="SIZE")] = None,
+    memory: Annotated[str | None, opt("Memory for a block of queries, besides the tables.", metavar="SIZE")] = None,
     devices: DevicesOption = "auto",
     shard: ShardOption = None,
     as_json: Json = False,
 ) -> None:
     """Find the nearest chunks of every chunk, outside its own document.
 
-    Nearest first, with squared L2 distances; -1 and infinity where there are too few. Across two stores a document
-    is the same if its id is. Purged chunks are never found, and are masked in tables computed before; run it again to
-    fill rows up that have fewer than K left. When the database has grown, run it again: only what is new is searched.
-    With --database it is a mixture: a table of each database, merged when they are read. A later run without these
-    options keeps the databases, their weights, and what is left out.
+    A table has the neighbours of each chunk, nearest first, with squared L2 distances, padded with -1 and
+    infinity. Documents of two stores are the same if their ids are. Purged chunks are never found, and are
+    masked in existing tables. Run the command again after a purge to refill rows with fewer than K
+    neighbours, and after the database has grown: only new chunks are searched.
 
-    --materialise is for a training loop that reads the tables with retrotool.RetroDataset. What it writes is kept up to
-    date by later runs of this name, with or without the option.
+    Near copies have half or more of a chunk's runs of 8 tokens. A small store without an index is searched
+    exactly. --database makes a mixture: one table per database, merged on reading; it can also give STORE a
+    weight. Later runs keep the databases, weights and filters unless the options are given again.
+
+    --materialise makes training with retrotool.RetroDataset faster. Later runs of this name keep the stored
+    tokens up to date, with or without the option.
     """
     with output.errors(as_json):
         from retrotool.neighbours import run as neighbours_run
@@ -96,9 +80,8 @@ def command(
 
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
         search = SearchOptions(exact, encoder, size, devices, parse_shard(shard))
-        filters = FilterOptions(
-            max_overlap, exclude_near_copies, tuple(exclude_source or ()), tuple(only_source or ()), no_filters
-        )
+        excluded, only = tuple(exclude_source or ()), tuple(only_source or ())
+        filters = FilterOptions(max_overlap, exclude_near_copies, excluded, only, no_filters)
         databases = [_weighed(text) for text in database or ()]
         result = neighbours_run.neighbours(
             store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
@@ -106,13 +89,14 @@ def command(
         )  # fmt: skip
         output.show(result, as_json, _text)
         if result.not_embedded:
-            output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')} that have no embeddings.")
+            without = "which has no embedding" if result.not_embedded == 1 else "which have no embeddings"
+            output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')}, {without}.")
         if result.not_indexed:
-            output.note(
-                f"Never found: {output.count(result.not_indexed, 'chunk')} of {store} that are not in the index."
-            )
+            are = "is" if result.not_indexed == 1 else "are"
+            chunks = output.count(result.not_indexed, "chunk")
+            output.note(f"Not searchable yet: {chunks} of {store} that {are} not in the index.")
         for path in result.unaware:
-            output.note(f"{path} can't be written, so it has no record of this store: an erase there won't list it.")
+            output.note(f"{path} is not writable, so it can't record this store: an erase there won't list it.")
         if result.next:
             output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
 
@@ -122,34 +106,31 @@ def _by(index: str) -> str:
 
 
 def _weighed(text: str) -> tuple[str, float | None]:
-    """A database and its weight of ``STORE`` or ``STORE=WEIGHT``."""
+    """Parse ``STORE`` or ``STORE=WEIGHT``."""
     path, equals, weight = text.rpartition("=")
     try:
         return (path, float(weight)) if equals and path else (text, None)
     except ValueError:
-        return text, None  # a path that has a =
+        return text, None  # a path with a "="
 
 
 def _text(result: NeighboursResult) -> str:
     from retrotool.neighbours.filters import in_words
 
-    done = (
-        f"Neighbours of {output.count(result.queries, 'chunk')} found"
-        if result.queries
-        else "Every chunk has its neighbours already"
-    )
+    found = f"Neighbours of {output.count(result.queries, 'chunk')} found"
+    done = found if result.queries else "All embedded chunks have their neighbours"
     by = _by(result.index) if not result.mix else f"a mixture of {len(result.mix)} databases"
     text = f"{done} ({result.name!r}: {result.saved} saved, {result.k} used, {by}, commit {result.commit})."
     if result.mix:
         rows = [(one.database, f"{one.weight:g}", one.table, _by(one.index), one.queries) for one in result.mix]
         text += "\n" + output.table(rows, ("database", "weight", "table", "by", "chunks searched"))
     if result.left_out:
-        text += f"\nNo longer in {result.name!r}, but there under their own names: {', '.join(result.left_out)}."
+        text += f"\nNo longer in {result.name!r}, but kept as tables: {', '.join(result.left_out)}."
     if words := in_words(result.filters):
-        kept = " (as before; --no-filters forgets it)" if result.filters_kept else ""
-        text += f"\nLeft out: {words}{kept}."
+        kept = " (as before; --no-filters drops this)" if result.filters_kept else ""
+        text += f"\nExcluded: {words}{kept}."
     if result.elsewhere:
-        text += f"\n{output.count(result.elsewhere, 'part')} left to runs that are at work."
+        text += f"\n{output.count(result.elsewhere, 'part')} left to other running commands."
     if result.materialised:
         text += f"\nMaterialised: the tokens of the first {output.count(result.k, 'neighbour')} of each chunk."
     return text

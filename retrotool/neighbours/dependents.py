@@ -1,12 +1,11 @@
-"""Which other stores have neighbours in a database.
+"""Record which other stores have neighbours in a database.
 
-``neighbours`` leaves a record in the database whenever it makes tables in another store. Nothing reaches from a
-database into these stores: an erase lists them, each with the command that takes out of its tables what was erased. No
-reader returns any of it before, as tables are read through the tombstones of their database, and not at all without it
+``neighbours`` adds a record to the database when it makes tables in another store. A database never changes
+these stores: an erase lists them, each with the command that removes erased chunks from its tables. Until
+then readers mask them, as they read tables only through the tombstones of the database
 (``neighbours.table_reader``).
 
-A record is a hint: a store may have been moved or deleted since, and a database that can't be written does not know its
-dependents.
+A record is a hint: the store may have been moved or deleted since, and a read-only database has no records.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @dataclass(frozen=True, slots=True)
 class Dependent:
-    """A store that has neighbours in the database: its ``uuid``, where it was (``path``), and the name of the tables.
+    """A store with neighbours in the database, at its last known ``path``.
 
-    ``since``: when it was first recorded, UTC. ``command`` brings the tables up to date with the database.
+    ``since`` is the UTC time of the first record. ``command`` updates the tables.
     """
 
     path: str
@@ -44,7 +43,7 @@ class Dependent:
 
 
 def dependents(database: Store) -> list[Dependent]:
-    """Return the stores that are recorded to have neighbours in a database; none of them is opened."""
+    """Return the stores that have neighbours in a database, by its records; none of them is opened."""
     return [
         Dependent(
             record["uri"], record["uuid"], record["table"], record["since"],
@@ -55,10 +54,9 @@ def dependents(database: Store) -> list[Dependent]:
 
 
 def register_dependent(database: Store, queries: Store, table: str, again: Mapping[str, Any]) -> bool:
-    """Record in a database that ``queries`` has neighbours ``table`` in it; return False if it can't be written.
+    """Record in a database that ``queries`` has neighbours in it; return False if it is not writable.
 
-    ``again``: index, encoder, k and saved of the tables. Records of the same store at places where it is no more are
-    removed.
+    ``again``: index, encoder, k and saved of the tables. Removes records of the store's former paths.
     """
     uri, uuid = queries.uri, queries.identity.uuid
     place = hashlib.blake2b(uri.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()

@@ -1,13 +1,15 @@
-"""What ``neighbours`` leaves out, besides the own document and what is purged: by common tokens, and by source.
+"""Filters of ``neighbours``: exclude candidates by common tokens, and by source.
 
-By tokens, a neighbour is judged as a model is given it, [N, F], against the query chunk: a run of common tokens that is
-too long, measured as ``leakage`` measures r, or a near copy. So more candidates are searched than are saved. A row that
-is left with too few, though there were more to find, is searched again for twice as many, from twice as many lists, up
-to ``MOST`` candidates. By source, chunks are left out before the search (``index.source_filter``). Sources are asked
-for by name and kept as keyed hashes. Options that are not given stay as they are for the tables that are there.
+* By tokens: a neighbour with its continuation, [N, F], is compared with the query chunk, and dropped if they
+  share a run that is too long (measured like r of ``leakage``), or if it is a near copy. More candidates are
+  searched than are saved. A row with too few left is searched again for twice as many, from twice as many
+  lists, up to ``MOST`` candidates.
+* By source: chunks are excluded before the search (``index.source_filter``). Sources are stored as keyed
+  hashes.
 
-Candidates are judged in the order of their ids, so that the database's tokens are read once for 2 to 16 million of
-them. Cost: some 100,000 candidates a second and core. Memory: 30 bytes a candidate, or a tenth of ``--memory``.
+Candidates are compared in the order of their ids, so that the database's tokens are read once per 2 to 16
+million of them. Cost: about 100,000 per second and core. Memory: 30 bytes each, at most a tenth of
+``--memory``.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 Rows = npt.NDArray[np.int64]
 
 MOST = 1 << 12
-"""Candidates of a row that are judged at most; and never fewer than four times as many as are saved."""
+"""Most candidates of a row that are compared, or four times the saved neighbours if that is more."""
 _QUERY_BLOCK = 1 << 20
 _SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6
-"""What part of the machine's memory, or of what was given, is for a block of queries."""
+"""A block of queries gets this fraction (1/n) of the machine's memory, or of ``--memory``."""
 _PAIRS = 1 << 13
 _LISTED = 20
 _FEWEST_JUDGED, _MOST_JUDGED, _BYTES_A_CANDIDATE = 1 << 21, 1 << 24, 32
@@ -50,12 +52,12 @@ _FEWEST_JUDGED, _MOST_JUDGED, _BYTES_A_CANDIDATE = 1 << 21, 1 << 24, 32
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What is left out of a table.
+    """What is excluded from a table.
 
-    ``max_overlap``: neighbours with more tokens in a row in common with the query chunk than this share of a chunk.
-    ``near_copies``: those that have half or more of its runs of 8 tokens. Sources are hashes, keyed with the query
-    store's secret, as names of sources do not belong into the log. Without ``only_sources`` all are allowed but those
-    of ``exclude_sources``.
+    ``max_overlap``: neighbours that share a run of more than this share of a chunk's tokens with the query
+    chunk. ``near_copies``: neighbours with half or more of its runs of 8 tokens. Sources are hashes keyed
+    with the query store's secret, which keeps their names out of the log. An empty ``only_sources`` allows
+    all sources.
     """
 
     max_overlap: float | None = None
@@ -65,13 +67,13 @@ class Filters:
 
     @classmethod
     def of(cls, record: Mapping[str, Any] | None) -> Filters:
-        """The filters that the record of a table has, or what a table's file says; None, or without any: none."""
+        """Read the filters in the record of a table, or in the log's entry of its file (None: no filters)."""
         found = (record or {}).get("filters", {})
         sources = {name: tuple(found.get(name, ())) for name in ("exclude_sources", "only_sources")}
         return cls(found.get("max_overlap"), bool(found.get("near_copies")), **sources)
 
     def as_record(self) -> dict[str, Any]:
-        """Those that there are, in a form that is the same for the same filters."""
+        """Return the filters that are set, as a dictionary that is equal for equal filters."""
         record = {"max_overlap": self.max_overlap, "near_copies": self.near_copies}
         sources = {"exclude_sources": self.exclude_sources, "only_sources": self.only_sources}
         fields = {**record, **{name: sorted(set(hashes)) for name, hashes in sources.items()}}
@@ -79,44 +81,44 @@ class Filters:
 
     @property
     def by_tokens(self) -> bool:
-        """Whether neighbours are judged by their tokens."""
+        """Whether neighbours are compared by their tokens."""
         return self.max_overlap is not None or self.near_copies
 
     @property
     def sources(self) -> frozenset[str]:
-        """All sources that are named, keyed."""
+        """Keyed hashes of all sources that are named."""
         return frozenset((*self.exclude_sources, *self.only_sources))
 
     def allows(self, queries: Store) -> Callable[[str], bool] | None:
-        """Tells which sources are allowed, for a table of ``queries``; None: all are."""
+        """Return a predicate on the names of sources, for a table of ``queries``; None if all are allowed."""
         if not self.sources:
             return None
         keyed, exclude, only = queries.identity.keyed_hash, set(self.exclude_sources), set(self.only_sources)
         return lambda name: (found := keyed(name)) not in exclude and (not only or found in only)
 
     def check_can_compare(self, queries: Store, database: Store) -> None:
-        """``UsageError`` if what the filters compare can't be."""
+        """Raise ``UsageError`` if the tokens have to be compared but can't be."""
         if self.by_tokens:
-            leave_out = "Leave --max-overlap and --exclude-near-copies out (--no-filters)"
-            check_comparable(queries, database, f"{leave_out}, or chunk one of them again.", f"{leave_out}.")
+            drop = "Drop --max-overlap and --exclude-near-copies (--no-filters)"
+            check_comparable(queries, database, f"{drop}, or chunk one of the stores again.", f"{drop}.")
 
 
 @dataclass(frozen=True, slots=True)
 class FilterOptions(Filters):
-    """What is asked for, sources by their names; None, False or empty: as it was.
+    """Filters as options of a run: sources by name; None, False or empty keeps what the table has.
 
-    ``drop``: first forget all that was asked for before.
+    ``drop``: ignore what the table has.
     """
 
     drop: bool = False
 
     def check(self, databases: Sequence[Store]) -> None:
-        """``UsageError`` for what can't be, and for sources that none of the databases has."""
+        """Raise ``UsageError`` for impossible values, and for sources that are in none of the databases."""
         if self.max_overlap is not None and not 0 < self.max_overlap <= 1:
             raise UsageError(f"--max-overlap {self.max_overlap:g} is not above 0 and at most 1")
         wanted = self.sources
         if both := sorted(set(self.exclude_sources) & set(self.only_sources)):
-            raise UsageError(f"the source {both[0]!r} is both to be left out and the only one", "Give one of the two.")
+            raise UsageError(f"the source {both[0]!r} is given to --exclude-source and --only-source")
         if not wanted:
             return
         have: set[str] = set()
@@ -126,14 +128,13 @@ class FilterOptions(Filters):
                     return
                 have |= names
         if missing := sorted(wanted - have):
-            listed = ", ".join(sorted(have)[:_LISTED]) + (
-                f" and {len(have) - _LISTED} more" if len(have) > _LISTED else ""
-            )
+            more = f" and {len(have) - _LISTED} more" if len(have) > _LISTED else ""
             where = " and ".join(database.place for database in databases)
-            raise UsageError(f"{where}: no document has the source {missing[0]!r}", f"There are: {listed}")
+            listed = f"The sources are: {', '.join(sorted(have)[:_LISTED])}{more}"
+            raise UsageError(f"{where}: no document has the source {missing[0]!r}", listed)
 
     def applied(self, record: Mapping[str, Any] | None, queries: Store) -> Filters:
-        """The filters that a table is to have whose record is, or was, ``record``."""
+        """Apply the options to the filters in ``record``, the table's record or None."""
         exclude, only = (
             tuple(map(queries.identity.keyed_hash, sources)) for sources in (self.exclude_sources, self.only_sources)
         )
@@ -143,23 +144,20 @@ class FilterOptions(Filters):
 
 
 def check_some_left(filters: Sequence[Filters], queries: Store, databases: Sequence[Store]) -> None:
-    """``UsageError`` if what is left out of each database is all there is: asked for now, or kept from before."""
+    """Raise ``UsageError`` if the filters exclude everything in all databases."""
     for one, database in zip(filters, databases, strict=True):
         allows = one.allows(queries)
         if allows is None or any(map(allows, chain.from_iterable(source_names(database)))):
             return
-    told = "; ".join(dict.fromkeys(in_words(named(one, queries, databases)) for one in filters))
+    excluded = "; ".join(dict.fromkeys(in_words(named(one, queries, databases)) for one in filters))
     where = " and ".join(database.place for database in databases)
-    raise UsageError(
-        f"nothing of {where} would be left: left out are {told}",
-        "Leave less out; what was asked for before is forgotten with --no-filters.",
-    )
+    raise UsageError(f"the filters exclude all of {where}: {excluded}", "--no-filters drops filters of earlier runs.")
 
 
 def named(
     filters: Filters, queries: Store, databases: Sequence[Store], parts_of_each: int | None = None
 ) -> dict[str, Any]:
-    """Filters with the names of their sources, as far as they are found, and how many are ``unknown``."""
+    """Return filters with names of sources instead of hashes; ``unknown_sources`` counts missing names."""
     found = filters.as_record()
     names = find_sources(databases, queries.identity.keyed_hash, filters.sources, parts_of_each)
     for option in ("exclude_sources", "only_sources"):
@@ -171,25 +169,25 @@ def named(
 
 
 def in_words(filters: Mapping[str, Any]) -> str:
-    """What ``named`` filters leave out, in a few words; empty if nothing."""
-    told = []
+    """Return a phrase for what ``named`` filters exclude, empty without filters."""
+    found = []
     if "max_overlap" in filters:
-        told.append(f"more than {filters['max_overlap']:g} of a chunk in common")
+        found.append(f"more than {filters['max_overlap']:g} of a chunk in common")
     if filters.get("near_copies"):
-        told.append("near copies")
+        found.append("near copies")
     if names := filters.get("exclude_sources"):
-        told.append(f"the source{'s' * (len(names) > 1)} {', '.join(names)}")
+        found.append(f"the source{'s' * (len(names) > 1)} {', '.join(names)}")
     if names := filters.get("only_sources"):
-        told.append(f"all sources but {', '.join(names)}")
+        found.append(f"all sources but {', '.join(names)}")
     if unknown := filters.get("unknown_sources"):
-        told.append(f"{unknown} source{'s' * (unknown > 1)} of a name that was not found")
-    return "; ".join(told)
+        found.append(f"{unknown} source{'s' * (unknown > 1)} whose name was not found")
+    return "; ".join(found)
 
 
 class Finder:
-    """Finds the neighbours of rows of one part: with filters by tokens, those that are kept.
+    """Finds the neighbours of rows of one part that pass the filters.
 
-    ``ask`` gives the queries of some rows. ``memory``: bytes that a search may take, None: as is quickest.
+    ``ask`` returns the queries of some rows. ``memory`` limits a search, in bytes; None: whatever is fastest.
     """
 
     def __init__(
@@ -208,16 +206,16 @@ class Finder:
         self._wanted, self._most = saved + -(-saved // 2), max(MOST, 4 * saved)
 
     def blocks(self, rows: Rows) -> Iterator[Rows]:
-        """Rows in the blocks in which they are to be searched."""
+        """Yield the rows in blocks for ``search``."""
         if self._tombstones is None:
             yield from self._search_blocks(rows, self._saved)
         else:
             yield from _in_steps(rows, max(1, self._judged // self._wanted))
 
     def search(self, rows: Rows, only: Collection[int] | None = None, beyond: int = 0) -> Best:
-        """The nearest that are saved of the rows of a block, or of some.
+        """Return the nearest neighbours of rows of a block.
 
-        ``only``: in these parts of the database. ``beyond``: only in lists behind the nearest so many.
+        ``only``: search only these parts of the database. ``beyond``: skip the nearest ``beyond`` lists.
         """
         if self._tombstones is None:
             return self._database.search(self._ask(rows), self._saved, only=only, beyond=beyond)
@@ -238,7 +236,7 @@ class Finder:
 
     @property
     def _judged(self) -> int:
-        """Candidates that are judged at a time: more of a large database, whose tokens are read each time."""
+        """Candidates to compare at a time: more for a large database, whose tokens are read each time."""
         state = self._database.store.state
         rows = sum(entry.rows for part in self._database.held() if (entry := state.part_file("chunks", part)))
         judged = min(max(rows // 16, _FEWEST_JUDGED), _MOST_JUDGED)
@@ -260,7 +258,7 @@ class Finder:
         yield from _in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self._database.candidates_for(k), d)))
 
     def _dropped(self, own: Tombstones, rows: Rows, ids: Rows) -> npt.NDArray[np.bool_]:
-        """Which candidates [n, c] of rows [n] are left out; of −1 none is."""
+        """Return which candidates [n, c] of rows [n] are excluded; never a −1."""
         asked = read_pieces(self._queries, own, parts.chunk_ids(self._part, rows))
         tokens, n_tokens = asked.tokens[:, 0], asked.n_tokens[:, 0]
         distinct = distinct_grams(tokens, n_tokens) if self._filters.near_copies else np.zeros(len(rows), np.uint64)
@@ -281,7 +279,7 @@ class Finder:
     def _are_dropped(
         self, tokens: npt.NDArray[Any], n_tokens: Rows, distinct: npt.NDArray[np.uint64], ids: Rows
     ) -> npt.NDArray[np.bool_]:
-        """Which candidates, one a query, are left out, bool [n]."""
+        """Return which candidates, one per query, are excluded, bool [n]."""
         pieces = read_pieces(self._database.store, self._database.tombstones, ids)
         others, n_others = pieces.joined()
         dropped = np.zeros(len(ids), np.bool_)
@@ -293,7 +291,7 @@ class Finder:
             rest = np.flatnonzero(~dropped)
             of = (tokens[rest], n_tokens[rest], distinct[rest])
             dropped[rest] = are_near_copies(*of, others[rest], n_others[rest])
-            # Too short to have a run of 8 tokens: a copy is what is the same.
+            # Chunks without a run of 8 tokens are compared as a whole.
             short = np.flatnonzero((distinct == 0) & (n_tokens == pieces.n_tokens[:, 0]))
             width = min(tokens.shape[1], pieces.tokens.shape[2])
             dropped[short] |= (tokens[short, :width] == pieces.tokens[short, 0, :width]).all(axis=1)
@@ -306,7 +304,7 @@ def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
 
 
 def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:
-    """The k nearest of what was found [n, ≥ k], without what is ``dropped``."""
+    """Return the k nearest of ``found`` [n, ≥ k] that are not ``dropped``."""
     order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
     ids = np.where(dropped, NO_NEIGHBOUR, found.ids)
     distances = np.where(dropped, np.float32(np.inf), found.distances)

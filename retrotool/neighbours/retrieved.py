@@ -1,9 +1,9 @@
-"""Chunks with their continuations, [N, F], as tokens: what a model is given of a neighbour.
+"""Read the tokens of chunks with their continuations, [N, F]: what a model gets of a neighbour.
 
-F is the chunk that follows N in its own document; there is none at its end, and none once it is purged. Many ids are
-read at once, row group by row group, each group once: 3 ms each, so many ids at once are cheap, and single ones dear.
-Memory: the tokens asked for, and 16 row groups of one part. The tokens for a whole table are read in blocks of up to
-0.5 GiB; each row group of the database that holds any is read once a block, 0.4 s for every million chunks.
+F is the chunk after N in its document; it is empty at the end of the document, and once it is purged. Each
+row group with a requested id is read once, in 3 ms, so ids should be requested many at a time. Memory: the
+requested tokens, and 16 row groups of one part. The tokens for a whole table are read in blocks of up to 0.5
+GiB, which each read every row group of the database that they need: 0.4 s per million chunks.
 """
 
 from __future__ import annotations
@@ -29,23 +29,20 @@ _COPIED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """``tokens`` [n, 2, chunk_length] of chunks and what follows them, zero-padded; ``n_tokens`` int [n, 2], 0: none.
-
-    Tokens have the type of the store: uint16 or uint32.
-    """
+    """Zero-padded ``tokens`` [n, 2, chunk_length] of chunks and continuations; ``n_tokens`` int [n, 2]."""
 
     tokens: npt.NDArray[Any]
     n_tokens: npt.NDArray[Any]
 
     @classmethod
     def none(cls, store: Store, n: int) -> Pieces:
-        """The pieces of n chunks, without any tokens."""
+        """Return the pieces of n chunks, all empty."""
         own = store.identity
         tokens = np.zeros((n, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
         return cls(tokens, np.zeros((n, 2), np.int64))
 
     def joined(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """[N, F] without the padding between them: tokens [n, 2 · chunk_length] and how many of these count, [n]."""
+        """Join N and F without padding in between: tokens [n, 2 · chunk_length], and their numbers [n]."""
         length = self.tokens.shape[2]
         out = np.concatenate([self.tokens[:, 0], np.zeros_like(self.tokens[:, 0])], 1)
         place = self.n_tokens[:, :1] + np.arange(length)
@@ -54,15 +51,15 @@ class Pieces:
 
 
 def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | None = None) -> Pieces:
-    """The pieces of chunk ids [n], in any order, repeated or not; of −1, and of what is purged or not there, none.
+    """Read the pieces of chunk ids [n], in any order. Unknown ids, purged ids and −1 give empty pieces.
 
-    ``into``: where to put those that there are; the others stay as they are.
+    ``into``: write into these pieces instead; pieces that would be empty stay unchanged.
     """
     found = Pieces.none(store, len(ids)) if into is None else into
     order = np.flatnonzero((ids >= 0) & ~tombstones.contains(ids))
     order = order[np.argsort(ids[order], kind="stable")]
     known = set(store.state.parts())
-    # Row groups that follow one another are read together: each once, and again where it begins with what follows.
+    # Read 16 row groups at a time. A group is read twice only if it begins with the continuation of a chunk.
     blocks = ids[order] // (_GROUPS_AT_ONCE * ROW_GROUP)
     for some in np.split(order, np.flatnonzero(np.diff(blocks)) + 1) if len(order) else ():
         part = int(ids[some[0]]) >> PART_SHIFT
@@ -74,9 +71,9 @@ def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | N
 def read_text_of(
     database: Store, tombstones: Tombstones, table: NeighbourTable, k: int, old: tuple[Store, FileEntry] | None = None
 ) -> Iterator[NeighbourText]:
-    """Yield, by row group, the first k neighbours that are left of each row of a table, with their tokens.
+    """Yield, by row group, the first k live neighbours of each row of a table, with their tokens.
 
-    ``old``: a query store and its table whose tokens are copied where it has the same neighbours.
+    ``old``: a query store and its former table, whose tokens are copied where the neighbours are the same.
     """
     no_rows, own = np.zeros(0, np.int64), database.identity
     at_once = max(1, BLOCK_BYTES // (2 * k * own.chunk_length * own.tokenizer.token_bytes * ROW_GROUP))
@@ -103,7 +100,7 @@ def read_text_of(
 
 
 def _fill(found: Pieces, places: Ids, store: Store, tombstones: Tombstones, part: int, rows: Ids) -> None:
-    """Put ascending rows [n] of a part, and the rows that follow them, at ``places`` [n] of what is found."""
+    """Read ascending rows [n] of a part, and the rows after them, into ``places`` [n] of ``found``."""
     total = parts.part_entry(store, "chunks", part).rows
     there = rows < total
     both = np.stack([np.where(there, rows, 0), np.where(there, np.minimum(rows + 1, total - 1), 0)], 1)
@@ -115,7 +112,7 @@ def _fill(found: Pieces, places: Ids, store: Store, tombstones: Tombstones, part
     following = both[:, 1]
     same = (following > both[:, 0]) & (chunks.doc[place[:, 0]] == chunks.doc[place[:, 1]]) & (index > 0)
     ids = parts.chunk_ids(part, following)
-    # A value whose key is purged is nobody's.
+    # Values of a purged key are not continuations.
     of_key = chunks.key[place[:, 1]] | ~tombstones.contains(ids - index)
     counts[~(same & of_key & ~tombstones.contains(ids)), 1] = 0
     found.n_tokens[places] = counts

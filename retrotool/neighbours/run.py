@@ -1,11 +1,12 @@
-"""``neighbours``: of one database, or a mixture of several, each with a weight.
+"""``neighbours``: find neighbours in one database, or in a mixture of several, each with a weight.
 
-A mixture is a record that names plain tables, one a database (``main.wiki``, ``main.books``). Each is found and kept up
-to date like any other; ``neighbours.table_reader`` merges them when they are read, by squared distance over weight. So
-a weight changes nothing but the record. A table that a mixture no longer names stays, as a plain table.
+A mixture is a record that names plain tables, one per database (``main.wiki``, ``main.books``), which are
+made and updated like any other. ``neighbours.table_reader`` merges them on reading, by distance divided by
+weight, so weights are stored in the record only. A table that a mixture no longer names is kept as a plain
+table.
 
-Results count live keys: those that are neither purged nor erased. What can't be done yet, because the command before
-it was not run since a store grew, is counted too, with the commands to run next.
+Results count live keys. They also count keys that are not embedded or indexed yet, with the commands to run
+next.
 """
 
 from __future__ import annotations
@@ -19,26 +20,13 @@ from typing import Any
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
-from retrotool.embed.search_scope import (
-    count_keys_of,
-    count_left,
-    embedded_parts,
-    is_same_store,
-    pick_encoder,
-)
+from retrotool.embed.search_scope import count_keys_of, count_left, embedded_parts, is_same_store, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.searching import NO_INDEX, commands_to_index, pick_index
 from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.filters import FilterOptions, check_some_left, named
-from retrotool.neighbours.stage import (
-    FEW,
-    NeighboursStage,
-    check_encoders,
-    database_of,
-    members_of,
-    table_record,
-)
+from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders, database_of, members_of, table_record
 from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
@@ -51,7 +39,7 @@ from retrotool.store.tombstones import read_tombstones
 
 @dataclass(frozen=True, slots=True)
 class DatabaseResult:
-    """What was done for one database: its table, and its weight in a mixture. See ``NeighboursResult``.
+    """Result for one database of a mixture; see ``NeighboursResult``.
 
     ``aware``: the database has a record of this dependent store.
     """
@@ -72,15 +60,14 @@ class DatabaseResult:
 
 @dataclass(frozen=True, slots=True)
 class NeighboursResult:
-    """What ``neighbours`` did; ``queries`` are the keys searched for by this run, ``rows`` those the table has now.
+    """Result of ``neighbours``: keys that were searched for (``queries``) and keys in the table (``rows``).
 
-    ``not_embedded`` keys of the query store have no embeddings, so no neighbours; ``not_indexed`` keys of the database
-    are not in the index, so they are nobody's; ``next`` are the commands that change that. ``index`` is "" for exact
-    search. ``elsewhere`` parts are left to other runs. ``filters``: what is left out, with names of sources;
-    ``filters_kept``: as was asked for before. ``mix``: of a mixture, each database; the other fields are then of the
-    first one, counts of all. ``left_out``: tables that the name had and has no more. ``unaware``: databases in
-    which no record of this dependent store could be made. ``materialised``: the tables have the
-    tokens of the first k neighbours.
+    * ``not_embedded`` keys of the query store have no embeddings, so no neighbours. ``not_indexed`` keys of
+      the database are not in the index, so never found. ``next``: the commands that change that.
+    * ``index`` is "" for exact search. ``elsewhere``: parts that are left to other runs.
+    * ``filters``: with names of sources. ``filters_kept``: they are from an earlier run.
+    * ``mix``: the databases of a mixture; other fields are those of the first one, and sums.
+    * ``left_out``: former tables of the mixture. ``unaware``: databases that could not record this store.
     """
 
     name: str
@@ -106,7 +93,7 @@ class NeighboursResult:
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """How to go about it; see ``retrotool neighbours --help``."""
+    """How to search; see ``retrotool neighbours --help``."""
 
     exact: bool = False
     encoder: str | None = None
@@ -128,10 +115,10 @@ def neighbours(
     databases: Given = (),
     materialise: bool = False,
 ) -> NeighboursResult:
-    """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: of itself).
+    """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: ``root`` itself).
 
-    ``databases``: further ones, each with its weight: the neighbours are then a mixture.
-    ``materialise``: store the tokens of the first k with them, for a training loop to read; kept by later runs.
+    ``databases``: more databases with their weights, which makes a mixture. ``materialise``: also store the
+    tokens of the first k neighbours; later runs update them.
     """
     search, filters = search or SearchOptions(), filters or FilterOptions()
     if not 1 <= k <= saved:
@@ -151,7 +138,7 @@ def neighbours(
         check_same_tokens(store, opened)
     stages, others = [], [table for table, _ in members_of(store, name)]
     for one, database in zip(mixture.tables, opened, strict=True):
-        # A new table takes over the filters of another one of the mixture.
+        # A new table gets the filters of another table of the mixture.
         known = next((records[table] for table in (one.table, *others) if table in records), None)
         applied = filters.applied(known, store)
         stages.append(
@@ -189,7 +176,7 @@ def neighbours(
 
 
 def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
-    """``UsageError`` if queries and databases don't go together, before anything is changed."""
+    """Raise ``UsageError`` if queries and databases are not compatible, before anything is changed."""
     encoders = set()
     for stage in stages:
         database = stage.open_database(store)
@@ -198,16 +185,15 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
         encoders.add(database.encoder)
     if len(encoders) > 1:
         raise UsageError(
-            f"the databases would be searched by different encoders, {' and '.join(sorted(encoders))}: distances of "
-            "different encoders can't be compared",
-            "Give an index of one encoder with --index, or names of their own with --name.",
+            f"the databases would be searched with different encoders ({' and '.join(sorted(encoders))}), whose "
+            "distances can't be compared",
+            "Give indexes of one encoder with --index, or make separate tables with --name.",
         )
 
 
 def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) -> DatabaseResult:
     database = stage.open_database(store)
     tasks = engine.plan_tasks(stage, store)
-    # Of a table to refill only some rows are searched for.
     todo = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
     todo += sum(task.weight for task in tasks if task.inputs["mode"] == FEW)
     record = stage.record(store, database)
@@ -217,10 +203,8 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
     engine.execute(stage, store, run, workers=len(stage.devices))
     known, names = store.refresh().records.get(stage.key), ("database", "index", "encoder", "filters")
     if known is None or any(known.get(name) != record.get(name) for name in names):
-        raise ConflictError(
-            f"another run made the neighbours {stage.table!r} with another index, or other filters, meanwhile",
-            "Give one of them a name of its own with --name.",
-        )
+        what = "with another index or other filters"
+        raise ConflictError(f"a concurrent run made the neighbours {stage.table!r} {what}", _RENAME)
     elsewhere = engine.count_elsewhere(stage, store, run)
 
     def describe() -> DatabaseResult:
@@ -240,32 +224,33 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) 
 
 
 def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str:
-    """The index to search, or ``NO_INDEX``: where that is asked for, or there is none and exact search is quicker."""
+    """Return the index to search, or ``NO_INDEX`` for --exact, and for a small store without an index."""
     if search.exact:
         if index is not None:
-            raise UsageError("--exact searches without an index", "Give --exact or --index.")
+            raise UsageError("--exact can't be combined with --index")
         return NO_INDEX
     if index is None and not store.state.with_prefix("index:") and store.state.names("embeddings"):
         encoder = pick_encoder(store, search.encoder)
         if count_keys_of(store, embedded_parts(store, encoder)) <= FLAT_LIMIT:
             return NO_INDEX
     if search.encoder is not None:
-        raise UsageError("--encoder says what exact search is among; an index is of one encoder", "Give --exact, too.")
+        raise UsageError("--encoder needs --exact, as an index has its own encoder")
     return pick_index(store, index)
 
 
 MOST_DATABASES = 255
 LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
-"""Distances are float32: divided by less or more than that, different ones are all 0, or all infinite."""
+"""Beyond these weights, distances (float32) become 0 or infinite."""
+_RENAME = "Give one of them another --name."
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 
 Given = Sequence[tuple[str | Path, float | None]]
-"""Databases besides the first, each with its weight; None: what it has, 1 for a new one."""
+"""Databases besides the first, each with its weight; None: unchanged, 1 for a new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedTable:
-    """A database, as it was named (``path``), the table of its neighbours, and its weight in a mixture."""
+    """The neighbour table of a database, which the caller named ``path``, and its weight in a mixture."""
 
     table: str
     path: str
@@ -274,9 +259,9 @@ class WeightedTable:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What a name is to be: a plain table of one database, or, ``mixed``, a mixture of ``tables``.
+    """What to make under a name: a plain table, or, if ``mixed``, a mixture of ``tables``.
 
-    ``left_out`` are tables that the mixture of this name had, and is to have no more.
+    ``left_out`` are the tables that the present mixture of this name loses.
     """
 
     name: str
@@ -285,23 +270,20 @@ class Mixture:
     left_out: tuple[str, ...] = ()
 
     def commit(self, state: State) -> Draft | None:
-        """Build the commit that makes the name a mixture of its tables; None if it is."""
+        """Build the commit that makes the name this mixture; None if it is already."""
         key = f"neighbours:{self.name}"
         record = {"mix": [{"table": one.table, "weight": one.weight} for one in self.tables]}
         known = state.records.get(key)
         if known is not None and "mix" not in known:
-            raise ConflictError(
-                f"another run made the neighbours {self.name!r} a plain table",
-                "Give one of them a name of its own with --name.",
-            )
+            raise ConflictError(f"a concurrent run made the neighbours {self.name!r} a plain table", _RENAME)
         return None if known == record else Draft("neighbours", {"name": self.name, **record}, records={key: record})
 
 
 def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> Mixture:
-    """Decide what the neighbours ``name`` are to be: of the database ``first`` and of those that are ``given``.
+    """Decide what to make under ``name``, from the databases ``first`` and ``given``.
 
-    If none is given a mixture stays what it was. ``UsageError`` for databases that are not compatible, and where a
-    plain table would become a mixture, or a mixture a plain table.
+    If none are given, a mixture keeps its databases. Raises ``UsageError`` for databases that are not
+    compatible, and if a plain table would become a mixture or a mixture a plain table.
     """
     known = store.state.records.get(f"neighbours:{name}")
     members = members_of(store, name) if known is not None and "mix" in known else []
@@ -310,27 +292,23 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
     if not given and not was:
         return Mixture(name, (WeightedTable(name, str(first), 1.0),))
     if not given:
-        here = Store.open(first).identity.uuid  # it may have moved
+        here = Store.open(first).identity.uuid  # its path may have changed
         if here not in was:
             have = ", ".join(str(store.state.records[f"neighbours:{table}"]["uri"]) for table, _ in was.values())
-            raise UsageError(
-                f"the neighbours {name!r} are a mixture of {have}",
-                "Name all databases that it is to be of with --database, or give another --name.",
-            )
+            advice = "Name all its databases with --database, or give another --name."
+            raise UsageError(f"the neighbours {name!r} are a mixture of {have}", advice)
         for uuid, (table, before) in was.items():
             place = str(first) if uuid == here else database_of(store, table)[0].place
             tables.append(WeightedTable(table, place, before))
         return Mixture(name, tuple(tables), True)
     databases = _databases(first, given)
     if len(databases) == 1:
-        raise UsageError(f"--database {given[0][0]}: with one database there is nothing to mix", "Leave it out.")
+        raise UsageError(f"--database {given[0][0]}: a mixture needs another database", "Leave the option out.")
     if known is not None and not was:
-        raise UsageError(
-            f"the neighbours {name!r} are a plain table, of {known['uri']}", "Give the mixture another --name."
-        )
+        raise UsageError(f"the neighbours {name!r} are a table of {known['uri']}", "Give the mixture another --name.")
     for _, _, database in databases[1:]:
-        advice = "Give them names of their own with --name, or chunk one of them again."
-        check_compatible(databases[0][2], database, "what is found in them can't be read together", advice)
+        advice = "Make separate tables with --name, or chunk one of the stores again."
+        check_compatible(databases[0][2], database, "their neighbours can't be read together", advice)
     for path, weight, database in databases:
         table, before = was.get(database.identity.uuid, ("", 1.0))
         table = table or _free_name(store.state, name, database, [one.table for one in tables])
@@ -340,29 +318,26 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
 
 
 def _databases(first: str | Path, given: Given) -> list[tuple[str, float | None, Store]]:
-    """Path, weight and store of each database, the first one first, which may be given again with a weight."""
+    """Open the databases, ``first`` before the ``given``: path, weight and store of each."""
     here = Store.open(first)
     found: dict[str, tuple[str, float | None, Store]] = {here.identity.uuid: (str(first), None, here)}
     seen: set[str] = set()
     for path, weight in given:
         if weight is not None and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
-            raise UsageError(
-                f"--database {path}={weight:g}: a weight is above 0 and finite, "
-                f"from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
-            )
+            raise UsageError(f"--database {path}={weight:g} is not between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}")
         store = Store.open(path)
         uuid = store.identity.uuid
         if uuid in seen or (uuid in found and not is_same_store(here, store)):
-            raise UsageError(f"--database {path}: this database, or a copy of it, is given already", "Name each once.")
+            raise UsageError(f"--database {path}: this database, or a copy of it, was given before", "Name each once.")
         seen.add(uuid)
         found[uuid] = (found[uuid][0] if uuid in found else str(path), weight, store)
     if len(found) > MOST_DATABASES:
-        raise UsageError(f"{len(found)} databases are more than a mixture can have, {MOST_DATABASES}")
+        raise UsageError(f"{len(found)} databases; a mixture can have {MOST_DATABASES}")
     return list(found.values())
 
 
 def _free_name(state: State, name: str, database: Store, taken: Sequence[str]) -> str:
-    """A name for the table of a database in a mixture, after its folder: one that is of it already, or of nothing."""
+    """Return a name, after the database's folder, that is free or belongs to a table of the same database."""
     base = _UNFIT.sub("-", database.uri.rstrip("/").rpartition("/")[2]).strip(".-") or "database"
     number = 1
     while True:

@@ -1,23 +1,22 @@
 """``neighbours``: the nearest keys of every key, outside its own document.
 
-A task is a part of the query store, where its table lies. Rows of purged or erased queries, and of values of key-value
-records, are empty. A table is done again once another index or other filters are asked for, or the index was tuned or
-trained anew. Once the database has parts that it had not, only these are searched, and what is found is merged with
-what the table has. After purges only the rows are searched again that have fewer than k neighbours left
-(``GapFinder``); then entries also leave a table of another store that name a chunk which the database has erased since.
-What was purged and then undone (``store.tombstones``) is searched for in the tables that were made in between, once
-the index has it.
+A task makes the table of one part of the query store. Rows of purged queries, and of values of key-value
+records, are empty. A task searches:
 
-A name is of one database: its record is set with the first task, or before (``claim``), and each table says in the log
-which index, and which commit of the database, it is from. So what two runs wrote under one name is told apart, and so
-is a copy of the database that went its own way.
+* everything, if the table is new, the index or filters changed, or the index was tuned or trained again;
+* only new parts, if the database has grown; the results are merged into the table;
+* only rows with fewer than k live neighbours, after purges (``GapFinder``); this also removes neighbours that
+  another database has erased;
+* chunks whose purge was undone (``store.tombstones``), once the index has them.
 
-What is saved beyond the k that are used fills a row by itself, so a row is short only when fewer than k of all that it
-has saved are left. The log says of which purges a table knows already: one that knows of all is not read. Of others the
-ids are read once, a row group at a time; a count is kept as long as this process lives, since a plan is made several
-times. Cost: reading the ids of tables, and a binary search for each of them among the tombstones.
+A name belongs to one database: its record is set with the first task, or before (``claim``). The log's entry
+of a table has its index and the commit of the database, which detects diverged copies of the database and
+tables of concurrent runs. It also has the purges that the table takes into account. If there are others, the
+ids of the table are read, a row group at a time, and looked up in the tombstones; the process keeps the
+result.
 
-Memory: the table, 12 bytes a neighbour, twice while it is written; a block of queries with their candidates; one list.
+Memory: the table, 12 bytes per neighbour, twice while it is written; a block of queries with candidates; one
+list.
 """
 
 from __future__ import annotations
@@ -65,18 +64,18 @@ from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_span
 
 _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")
-"""In what tables of one name must agree with its record, besides the filters."""
+"""Fields that tables share with the record of their name, besides the filters."""
 _WHOLE, FEW, _MORE = "whole", "few", "more"
-"""What is searched for a table: all rows in all parts, rows with few neighbours, all rows in what is new."""
+"""Modes of a task: search all rows in all parts, rows with few neighbours, or all rows in new parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class NeighboursStage:
-    """All parts of the query store without an up-to-date table ``table`` of neighbours in ``database``.
+    """Makes or updates the table ``table`` of neighbours in ``database``, for all parts of the query store.
 
-    ``index`` "" (``NO_INDEX``): by exact search among the vectors of ``encoder``. ``memory``: bytes that a search may
-    take. ``filters``: what is left out. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i
-    of n. ``text``: tables also have the tokens of the first k neighbours of each row.
+    ``index`` "" (``NO_INDEX``): exact search among the vectors of ``encoder``. ``memory`` limits a search, in
+    bytes. ``devices``: one per worker process. ``shard`` (i, n): this is job i of n. ``text``: also store the
+    tokens of the first k neighbours of each row.
     """
 
     database: str
@@ -94,21 +93,21 @@ class NeighboursStage:
     unit: str = field(default="chunk", init=False)
 
     def of_worker(self, number: int) -> NeighboursStage:
-        """What a worker process is to open: with its own device."""
+        """Return the stage of a worker process, with its own device."""
         return replace(self, devices=(self.devices[number % len(self.devices)],))
 
     def open_database(self, queries: Store) -> AnyDatabase:
-        """The database at its newest commit, of which the sources are searched that a table of ``queries`` may have."""
+        """Open the newest commit of the database, restricted to the sources that the filters allow."""
         store, allows = Store.open(self.database), self.filters.allows(queries)
         if self.index == NO_INDEX:
             return ExactDatabase(store, self.encoder, device=self.devices[0], memory=self.memory, allows=allows)
         return Database(store, self.index, device=self.devices[0], memory=self.memory, thorough=True, allows=allows)
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a part that has embeddings, and no table or one to be done again, in whole or in some rows.
+        """Plan a task for each embedded part whose table is missing or not up to date.
 
-        ``UsageError`` if the name is of another database, or of a copy that went its own way, or if the encoders of
-        queries and database differ, or what filters would compare.
+        Raises ``UsageError`` if the name belongs to another database or to a diverged copy of it, or if
+        encoders, or tokens that filters compare, differ between queries and database.
         """
         database = self.open_database(store)
         check_encoders(store, database)
@@ -127,7 +126,7 @@ class NeighboursStage:
             settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
             weight = count_keys(store, part)
             if old is not None and _is_of(old, record) and (old.about or {}).get("version") == version:
-                mode, new = _lacks(old, database.store.state, held)
+                mode, new = _to_search(old, database.store.state, held)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
                 if mode == FEW:
                     found = gaps.find(part, old)
@@ -144,11 +143,11 @@ class NeighboursStage:
 
     @property
     def key(self) -> str:
-        """Key of the record of these tables."""
+        """Key of the table's record."""
         return f"neighbours:{self.table}"
 
     def record(self, store: Store, database: AnyDatabase) -> dict[str, Any]:
-        """The record ``neighbours:<table>``."""
+        """Build the record ``neighbours:<table>``."""
         return {
             "database": database.store.identity.uuid, "uri": database.store.uri,
             "within": is_same_store(store, database.store), "index": self.index, "encoder": database.encoder,
@@ -158,17 +157,13 @@ class NeighboursStage:
     def _check_database(self, state: State, record: Mapping[str, Any]) -> None:
         known = state.records.get(self.key, record)
         if "mix" in known:
-            raise UsageError(
-                f"the neighbours {self.table!r} are a mixture", "Give these a name of their own with --name."
-            )
+            raise UsageError(f"the neighbours {self.table!r} are a mixture", "Give another --name.")
         if known["database"] != record["database"]:
-            raise UsageError(
-                f"the neighbours {self.table!r} are chunks of another database, {known['uri']}",
-                "Give these a name of their own with --name.",
-            )
+            of = f"from another database, {known['uri']}"
+            raise UsageError(f"the neighbours {self.table!r} are {of}", "Give another --name.")
 
     def claim(self, state: State, record: dict[str, Any]) -> Draft | None:
-        """The commit that makes the name one of ``record``, and removes the tables that are of another index."""
+        """Build the commit that sets the record and removes tables of another index or filters."""
         self._check_database(state, record)
         entries = state.group("neighbours", self.table).entries()
         others = tuple(entry.path for entry in entries if not _is_of(entry, record))
@@ -183,23 +178,23 @@ class NeighboursStage:
 
 
 def check_encoders(store: Store, database: AnyDatabase) -> None:
-    """``UsageError`` unless queries and database were embedded by the same encoder."""
+    """Raise ``UsageError`` unless queries and database were embedded with the same encoder."""
     key = f"encoder:{database.encoder}"
     ours, theirs = store.state.records.get(key), database.store.state.records.get(key)
     if ours is None:
         raise UsageError(
-            f"{store.place} has no embeddings of {database.encoder!r}, which the index was made with",
+            f"{store.place} has no embeddings of {database.encoder!r}, the encoder of the index",
             f"Make them with: {embed_command(database.store, database.encoder, store)}",
         )
     if theirs is None or ours["sha256"] != theirs["sha256"]:
         raise UsageError(
-            f"{store.place} and {database.store.place} were embedded by different encoders, both {database.encoder!r}",
+            f"{store.place} and {database.store.place} have different encoders of the name {database.encoder!r}",
             "Embed one of them again with the encoder of the other.",
         )
 
 
 def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
-    """Changes when the same vectors can give other neighbours (index, filters), not when some come or are purged."""
+    """Return a hash of what decides the neighbours of given vectors: index and filters."""
     fields = [record["database"], *database.settings, record["saved"]]
     if "filters" in record:
         fields.append(record["filters"])
@@ -207,73 +202,64 @@ def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
 
 
 def probed_by(database: AnyDatabase) -> int:
-    """Lists that a search of the database probes; 0: it has none, or may probe as many as a query needs."""
+    """Return the lists that a search probes, 0 if it has no lists or no fixed number."""
     if isinstance(database, ExactDatabase) or database.is_restricted:
         return 0
     return min(database.point.nprobe, database.trained.nlist)
 
 
-def _lacks(entry: FileEntry, database: State, held: list[int]) -> tuple[str, list[int]]:
-    """What is to be searched for a table that is of the same index, and in which parts.
-
-    Where neighbours are judged by their tokens, also by those of what follows them, one that was
-    judged while that was purged must not stay.
-    """
+def _to_search(entry: FileEntry, database: State, held: list[int]) -> tuple[str, list[int]]:
+    """Return the mode of a task for an existing table of the same index, and the parts to search."""
     spans = (entry.about or {})["searched"]
     before, now = within(spans, held), set(held)
     missed = within(missed_spans(database, _commit(entry)[0]), held)
-    is_gone = sum(last + 1 - first for first, last in spans) > len(before)
-    if is_gone or (Filters.of(entry.about).by_tokens and missed):
+    has_lost = sum(last + 1 - first for first, last in spans) > len(before)
+    # Filters by tokens may have compared neighbours without their continuations, which are no longer purged.
+    if has_lost or (Filters.of(entry.about).by_tokens and missed):
         return _WHOLE, held
     new = sorted(now - before | missed)
     return (_WHOLE if set(new) == now else _MORE if new else FEW), new
 
 
 def with_filters(filters: Filters) -> dict[str, Any]:
-    """What the filters add to the record of a table, and to what the log says of its files: nothing without any."""
+    """Return the fields that filters add to a table's record and to the log's entries of its files."""
     found = filters.as_record()
     return {"filters": found} if found else {}
 
 
 def _is_of(entry: FileEntry, record: Mapping[str, Any]) -> bool:
-    """Whether a table is of ``record``'s index and filters."""
     about = entry.about or {}
     return all(about[name] == record[name] for name in _SAME) and Filters.of(about) == Filters.of(record)
 
 
 def _commit(entry: FileEntry) -> tuple[int, str]:
-    """Number, and how the SHA-256 begins, of the database's commit that a table is from."""
+    """Return the number and the start of the SHA-256 of the database's commit that a table is from."""
     about = entry.about or {}
     return int(about["commit"]), str(about["head"])
 
 
 def check_neighbour_ids(entry: FileEntry, table: str, database: Store) -> None:
-    """``UsageError`` if the database has not the commit that a table, of whichever index it is, is from.
-
-    Then the ids in it can't be taken for chunks of the database.
-    """
+    """Raise ``UsageError`` if the database lacks the commit that a table is from, so that ids may differ."""
     if not has_commit(database, *_commit(entry)):
-        raise UsageError(
-            f"the neighbours {table!r} are not of {database.place} as it is now, but of a copy that went its own way",
-            "Put that one back, or compute them anew with a --name of their own.",
-        )
+        advice = "Put that copy back, or compute them again under another --name."
+        raise UsageError(f"the neighbours {table!r} are from a diverged copy of {database.place}", advice)
 
 
 def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> None:
-    """``UsageError`` if a table is not what its record says, or its ids can't be taken for chunks of ``database``."""
+    """Raise ``UsageError`` if a table does not match its record, or its ids are not valid in ``database``."""
     record = store.state.records[f"neighbours:{table}"]
     part = entry.part
     if not _is_of(entry, record):
         how = "exact search" if record["index"] == NO_INDEX else f"the index {record['index']!r}"
         raise UsageError(
-            f"part {part} has no neighbours {table!r} of {how} yet: its table is of another index, or of other filters",
+            f"part {part} has no neighbours {table!r} of {how} yet: its table has another index or other filters",
             f"Compute them: {table_command(store, table, database)}",
         )
     check_neighbour_ids(entry, table, database)
 
 
 def pick_table(store: Store, table: str | None) -> str:
-    """Return the name to read neighbours by: ``table`` if given, else main, or the only table or mixture there is."""
+    """Return the table to read: ``table`` if given, else the only table or mixture, or main."""
     if table is not None:
         return table
     records = store.state.with_prefix("neighbours:")
@@ -283,27 +269,28 @@ def pick_table(store: Store, table: str | None) -> str:
 
 
 def members_of(store: Store, name: str) -> list[tuple[str, float]]:
-    """(table, weight) of what is read as the neighbours ``name``: a table alone, or a mixture of several."""
+    """Return (table, weight) of the tables that are read as ``name``: one, or those of a mixture."""
     record = store.state.records.get(f"neighbours:{name}")
     if record is None or "mix" not in record:
         return [(name, 1.0)]
     if not record["mix"]:
-        raise store.corrupt(f"the mixture {name!r} is of no table")
+        raise store.corrupt(f"the mixture {name!r} has no tables")
     return [(str(member["table"]), float(member["weight"])) for member in record["mix"]]
 
 
 def table_record(store: Store, table: str) -> Mapping[str, Any]:
-    """The record of a table that there is; ``CorruptError`` if there is none, or it is that of a mixture."""
+    """Return the record of an existing table. Raises ``CorruptError`` if it is that of a mixture."""
     record: Mapping[str, Any] = store.state.records[f"neighbours:{table}"]
     if "mix" in record:
-        raise store.corrupt(f"the neighbours {table!r} are a mixture, where they must be a table")
+        raise store.corrupt(f"the neighbours {table!r} must be a table, but are a mixture")
     return record
 
 
 def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
-    """The database that a table's neighbours are chunks of, opened at its newest commit, and the table's record.
+    """Open the newest commit of a table's database; return it with the table's record.
 
-    ``UsageError`` if the table or the database is not there, or another store lies where the database was.
+    Raises ``UsageError`` if the table or the database is missing, or another store is in place of the
+    database.
     """
     record = store.state.records.get(f"neighbours:{table}")
     if record is None:
@@ -314,31 +301,28 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
             f"or, in another store: {command_line('neighbours', 'DATABASE', queries=store.place, name=table)}",
         )
     if "mix" in record:
-        raise UsageError(
-            f"the neighbours {table!r} are a mixture of {', '.join(name for name, _ in members_of(store, table))}",
-            "Name one of these.",
-        )
-    # By its uuid alone a copy of the database would take itself for it.
+        tables = ", ".join(name for name, _ in members_of(store, table))
+        raise UsageError(f"the neighbours {table!r} are a mixture of {tables}", "Name one of these tables.")
+    # Not by comparing uuids, as a copy of the database has the same one.
     if record["within"]:
         return store, record
     try:
         database = Store.open(record["uri"])
     except StoreNotFoundError:
         raise StoreNotFoundError(
-            f"the neighbours {table!r} of {store.place} are chunks of the store that was at {record['uri']}, which "
-            "isn't there",
-            f"Put it back; or, where it has moved, say where to: {table_command(store, table, None)}",
+            f"the database of the neighbours {table!r} of {store.place} is missing; it was at {record['uri']}",
+            f"Put it back. If it has moved, name its new place: {table_command(store, table, None)}",
         ) from None
     if database.identity.uuid != record["database"]:
         raise UsageError(
-            f"{record['uri']} is not the database that the neighbours {table!r} come from",
-            "Put it back, or compute the neighbours again: tombstones can't be applied without it.",
+            f"{record['uri']} is not the database of the neighbours {table!r}",
+            "Put that back, or compute the neighbours again: tombstones can't be applied without it.",
         )
     return database, record
 
 
 class NeighboursWorker:
-    """Finds the neighbours of parts."""
+    """Executes the tasks of a ``NeighboursStage``."""
 
     def __init__(self, store: Store, stage: NeighboursStage) -> None:
         self._store = store
@@ -347,10 +331,10 @@ class NeighboursWorker:
         self._commit = self._database.store.state.number
         self._within = is_same_store(store, self._database.store)
         self._probed = 0
-        """Lists that were probed for the table that is brought up to date; 0: that isn't known."""
+        """Lists that were probed for the table that is updated; 0: unknown."""
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Find the neighbours of one part, or what its table lacks."""
+        """Make or update the table of one part."""
         store, stage = self._store, self._stage
         undone = digest_of_undone(store.refresh())
         if self._database.store.refresh().number != self._commit:  # an erase may have replaced files since
@@ -386,7 +370,7 @@ class NeighboursWorker:
             "probed": probed_by(database), **with_filters(stage.filters),
         }  # fmt: skip
         if task.inputs["mode"] != _WHOLE:
-            about["k"] = stage.k  # a row that had so many left was not searched again
+            about["k"] = stage.k  # rows with so many live neighbours were not searched again
         if undone:
             about["undone"] = undone
         if erased := erased_of(store, database):
@@ -403,11 +387,11 @@ class NeighboursWorker:
         )  # fmt: skip
         old_path = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]
-        if self._within:  # an erase replaces them: what was found before it must not come after it
+        if self._within:  # an erase replaces these: results from before it must not be committed after it
             reads += database.reads()
             if stage.text:
                 reads += [chunks.path for chunks in database.store.state.group("chunks").entries()]
-        # Where nobody has claimed the name yet, the first table does: a run with another database is refused then.
+        # The first table claims the name, so that a run with another database is refused.
         claim = {} if stage.key in store.state.records else {stage.key: record}
         return Staged(
             task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
@@ -417,7 +401,7 @@ class NeighboursWorker:
     def _search(
         self, database: AnyDatabase, finder: Finder, rows: Ids, before: NeighbourTable | None, new: list[int]
     ) -> Best:
-        """The neighbours of a block of rows; of what was found ``before``, only in ``new`` parts."""
+        """Find the neighbours of a block of rows. With a table ``before``, search ``new`` parts and merge."""
         if before is None:
             return finder.search(rows)
         ids, distances = before.ids[rows], before.distances[rows]
@@ -425,16 +409,17 @@ class NeighboursWorker:
         kept = Best(np.where(gone, np.float32(np.inf), distances), np.where(gone, NO_NEIGHBOUR, ids))
         best = merged(kept, finder.search(rows, only=new), self._stage.saved)
         if self._probed and self._probed < probed_by(database):
-            # The index has grown, and was tuned to probe more lists: what lies in these was not sought before.
+            # The index has grown, and is tuned to probe more lists: those were not searched for the old
+            # parts.
             old = sorted(set(database.held()) - set(new))
             more = finder.search(rows, only=old, beyond=self._probed)
             best = merged(best, more, self._stage.saved)
-        # Beyond the last of a list that lost some there may be others, of old parts, that were not saved.
+        # If saved neighbours were purged, old parts may have unsaved ones beyond the last one.
         horizon = np.where(gone.any(axis=1), distances[:, -1], np.inf)
         unknown = best.distances > horizon[:, None]
         best.distances[unknown], best.ids[unknown] = np.inf, NO_NEIGHBOUR
         few = (best.ids != NO_NEIGHBOUR).sum(axis=1) < self._stage.k
-        # A list that is not full may have been cut by an erase.
+        # A row that is not full may have lost neighbours to an erase.
         short = np.flatnonzero(few | (ids == NO_NEIGHBOUR).any(axis=1))
         if len(short):
             again = finder.search(rows[short])
@@ -444,7 +429,7 @@ class NeighboursWorker:
     def _begin(
         self, task: Task, database: AnyDatabase, part: int, old: FileEntry | None, rows: int
     ) -> tuple[NeighbourTable, Ids, NeighbourTable | None]:
-        """The table to fill, the rows to search for, and a table whose neighbours are kept."""
+        """Return the table to fill, the rows to search for, and the table to merge with, if any."""
         store, stage, mode = self._store, self._stage, task.inputs["mode"]
         known = old is not None and old.path == task.inputs["replaces"]
         table = neighbour_tables.read_table(store, old) if old is not None and known else None
@@ -459,11 +444,11 @@ class NeighboursWorker:
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """What is to be done about purges in a table.
+    """What purges have left to do in a table.
 
-    ``few``: searchable rows with fewer than k neighbours left. ``holds_erased``: a row, purged or not, names a chunk
-    that another store has erased. ``text_is_stale``: the tokens of neighbours that it is to have are not there, or not
-    those of the neighbours that are left.
+    ``few``: number of searchable rows with fewer than k live neighbours. ``holds_erased``: a row, purged or
+    not, has a neighbour that another store has erased. ``text_is_stale``: tokens of neighbours are missing or
+    out of date.
     """
 
     few: int = 0
@@ -472,12 +457,12 @@ class Gaps:
 
 
 _found: dict[tuple[str, str, str, str, str, int], Gaps] = {}
-"""By table, what was purged and erased, and k."""
+"""By path of the table, ``GapFinder.taken`` and k."""
 _FOUND = 1 << 17
 
 
 class GapFinder:
-    """Finds gaps in tables of a store whose neighbours are chunks of ``database``, of which k are used."""
+    """Finds gaps in tables of a store whose neighbours are chunks of ``database``."""
 
     def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
         self._store, self._database, self._k, self._text = store, database, k, text
@@ -485,16 +470,15 @@ class GapFinder:
             stands_for(database.store.state),
             stands_for(store.state),
             erased_of(store, database),
-            # Rows of queries that were undone are empty where they were purged when the table was made.
-            digest_of_undone(store.state),
+            digest_of_undone(store.state),  # rows of undone purges are empty in tables made during these
         )
-        """Stands for all that was purged of database and queries, erased of the database, given back to the queries."""
+        """Digests: purges of database and queries, erases of the database, undone purges of queries."""
 
     def find(self, part: int, entry: FileEntry) -> Gaps:
-        """Return the gaps of a part's table; none, without reading it, if nothing was purged since it was made."""
+        """Return the gaps of a part's table, which is not read if nothing was purged since it was made."""
         about = entry.about or {}
         known = about["purges"], about.get("erased", ""), about.get("undone", "")
-        # Made, or filled up to k at least, after all purges: rows of queries that were purged since only became empty.
+        # The table was made, or refilled to k neighbours, after all purges of the database.
         if known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k:
             return Gaps(text_is_stale=self._lacks_text(entry))
         key = (entry.path, *self.taken, self._k)
@@ -535,20 +519,20 @@ class GapFinder:
 
 
 def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
-    """Return whether a table has the tokens of k neighbours, and none of its database's chunks came back since."""
+    """Return whether a table has tokens of k neighbours, and no purge of its database was undone since."""
     missed = missed_spans(database.state, int((entry.about or {})["commit"]))
     return neighbour_tables.text_size(entry) >= k and not missed
 
 
 def erased_of(store: Store, database: AnyDatabase) -> str:
-    """What stands for the purges of the database that were erased; "" within a store, whose erase does its tables."""
+    """Return a digest of another database's erased purges; "" within a store, whose erase does its tables."""
     if is_same_store(store, database.store) or not (erased := purges_erased(database.store)):
         return ""
     return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
 
 
 def few_rows(store: Store, database: AnyDatabase, part: int, ids: Ids, k: int) -> Ids:
-    """Searchable rows with fewer than k live neighbours of those in ``ids`` [n, saved], ascending."""
+    """Return the searchable rows with fewer than k live neighbours in ``ids`` [n, saved], ascending."""
     live = (ids != NO_NEIGHBOUR) & ~database.tombstones.contains(ids)
     few = np.flatnonzero(live.sum(axis=1) < k)
     return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few

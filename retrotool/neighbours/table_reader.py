@@ -1,12 +1,11 @@
-"""Reading neighbour tables: of rows of a part, the live neighbours, nearest first, and their tokens.
+"""Read neighbour tables: the live neighbours of the rows of a part, nearest first, and their tokens.
 
-A table may be a mixture: a record that names tables of several databases, each with a weight, which are merged when
-they are read, by squared distance over weight. What is read goes through the tombstones of the databases as they were
-when the reader opened them, so a row can have fewer than k neighbours, and never one that was purged.
+The tables of a mixture are merged by squared distance divided by weight. Purged neighbours are masked by the
+tombstones that the databases had when the reader opened them, so a row can have fewer than k neighbours.
 
-Tokens of neighbours are read from the tables where these have them (``TextReader``), else put together from the
-database; both ways give the same. Cost: one read a row group and table. A row that lost a neighbour to a purge since
-costs the row groups of the database that its neighbours are in (``neighbours.retrieved``).
+``TextReader`` reads tokens from materialised tables, else from the database, with the same result. Cost: a
+read per row group and table, and for rows that lost a neighbour since, reads of the database
+(``neighbours.retrieved``).
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.cli.command_lines import table_command
+from retrotool.errors import UsageError
 from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of, text_is_current
 from retrotool.store import neighbour_tables, parts
@@ -36,8 +37,8 @@ _NO_ROWS = np.zeros(0, np.int64)
 class Found:
     """The neighbours of n chunks, nearest first, all [n, k].
 
-    ``ids`` int64 (−1: none), ``distances`` float32, squared L2 (+inf: none), ``databases`` uint8: which of the
-    reader's ``databases`` the id is of (0 where there is none).
+    ``ids`` int64 (−1: none); ``distances`` float32, squared L2 (+inf: none); ``databases`` uint8, the number
+    of the database in the reader's ``databases`` (0 without a neighbour).
     """
 
     ids: Ids
@@ -45,13 +46,13 @@ class Found:
     databases: npt.NDArray[np.uint8]
 
     def take(self, rows: Ids) -> Found:
-        """Those of some of the chunks."""
+        """Return the neighbours of some of the chunks."""
         return Found(self.ids[rows], self.distances[rows], self.databases[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A table that is read, and the database of its neighbours; ``within``: that is the store itself."""
+    """A table, and the database of its neighbours; ``within``: the database is the query store itself."""
 
     table: str
     weight: float
@@ -61,9 +62,10 @@ class Member:
 
 
 class NeighbourReader:
-    """The table, or mixture of tables, ``name`` of a query store, read at the newest commits of its databases.
+    """Reads a table or mixture of a query store through the newest commits of its databases.
 
-    ``UsageError`` if it is not there, or a database is not where it was: tombstones can't be applied without it.
+    Raises ``UsageError`` if the table or a database is missing, as tombstones can't be applied without the
+    database.
     """
 
     def __init__(self, store: Store, name: str = "main") -> None:
@@ -73,17 +75,26 @@ class NeighbourReader:
             database = database_of(store, table)[0]
             found.append(Member(table, weight, database, read_tombstones(database), within=database is store))
         self.members: tuple[Member, ...] = tuple(found)
-        """The tables that are read, in the order of ``Found.databases``."""
+        """The tables, in the order of ``Found.databases``."""
         self.databases = tuple(member.store for member in self.members)
-        """The stores that the neighbours are chunks of."""
         records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
         self.k = int(records[0]["k"])
-        """Neighbours that are used, unless more are asked for."""
+        """Neighbours per chunk by default."""
         self.saved = min(int(record["saved"]) for record in records)
-        """The most that can be asked for."""
+        """Most neighbours per chunk."""
+
+    def choose_k(self, k: int | None) -> int:
+        """Return ``k``, by default the table's. Raises ``UsageError`` if it is not from 1 to ``saved``."""
+        k = self.k if k is None else k
+        if not 1 <= k <= self.saved:
+            raise UsageError(
+                f"-k {k} is not between 1 and the {self.saved:,} neighbours that table {self.name!r} has saved",
+                "To save more, run retrotool neighbours again with a larger --saved.",
+            )
+        return k
 
     def entries(self, part: int) -> tuple[FileEntry, ...]:
-        """A part's table of each member; ``UsageError`` if its ids can't be taken for chunks of the database."""
+        """Return a part's table of each member. Raises ``UsageError`` for one that is not valid."""
         found = []
         for member in self.members:
             entry = parts.part_entry(self.store, "neighbours", part, member.table)
@@ -92,15 +103,19 @@ class NeighbourReader:
         return tuple(found)
 
     def parts(self) -> list[int]:
-        """Numbers of the parts that have tables of all databases, ascending."""
+        """Return the parts that have tables of all members, ascending."""
         of_each = [set(self.store.state.group("neighbours", member.table)) for member in self.members]
         return sorted(int(slot) for slot in set.intersection(*of_each))
 
-    def read(self, part: int, k: int | None = None, row_groups: Sequence[int] | None = None) -> Found:
-        """The neighbours of all rows of a part, or of those of some row groups (8,192 rows each), at most k a row.
+    def advice(self) -> str:
+        """Return the advice of errors about missing tables: the commands that make them."""
+        commands = (table_command(self.store, member.table, member.store) for member in self.members)
+        return "\n".join(f"Compute them: {command}" for command in commands)
 
-        Rows of chunks that have none (purged, no key, or not embedded) are empty. What the query store itself has
-        purged is for the caller to leave out.
+    def read(self, part: int, k: int | None = None, row_groups: Sequence[int] | None = None) -> Found:
+        """Read at most k neighbours of each row of a part, or of some of its row groups (8,192 rows each).
+
+        Rows of chunks that are not keys, or were not embedded, are empty. The caller has to skip purged rows.
         """
         k = self.k if k is None else k
         found: list[tuple[Any, Any, Any]] = []
@@ -116,17 +131,17 @@ class NeighbourReader:
         return Found(*(np.take_along_axis(values, order, 1) for values in (ids, distances, which)))
 
     def order(self, distances: npt.NDArray[np.float32], which: npt.NDArray[Any]) -> Ids:
-        """Columns of neighbours [n, m] of the databases ``which`` [n, m] or [m], by distance over weight, int64."""
+        """Return the order by distance / weight of neighbours [n, m] of databases ``which`` [n, m] or [m]."""
         weights = np.array([member.weight for member in self.members], np.float32)
         return np.asarray(np.argsort(distances / weights[which], axis=1, kind="stable"))
 
     def pieces(self, found: Found, into: Pieces | None = None) -> Pieces:
-        """[N, F] of neighbours [n, k], row by row: tokens [n · k, 2, chunk_length] and lengths [n · k, 2].
+        """Read [N, F] of neighbours [n, k]: tokens [n · k, 2, chunk_length] and lengths [n · k, 2].
 
-        ``into``: where to put those that there are; the others stay as they are.
+        ``into``: as for ``read_pieces``.
         """
         ids, which = found.ids.ravel(), found.databases.ravel()
-        into = Pieces.none(self.members[0].store, len(ids)) if into is None else into  # alike in all
+        into = Pieces.none(self.members[0].store, len(ids)) if into is None else into  # the same in all
         for number, member in enumerate(self.members):
             own = np.where(which == number, ids, NO_NEIGHBOUR) if len(self.members) > 1 else ids
             read_pieces(member.store, member.tombstones, own, into)
@@ -137,8 +152,8 @@ class NeighbourReader:
 class NeighbourTokens:
     """The k neighbours of n chunks with their continuations, [N, F].
 
-    ``ids`` int64 [n, k] (−1: none) and ``databases`` uint8 [n, k], which of the reader's databases each is of;
-    ``n_tokens`` int32 [n, k, 2] of N and F, 0: none; ``tokens`` [n, k, 2, chunk_length], zero-padded.
+    ``ids`` int64 [n, k] and ``databases`` uint8 [n, k] as in ``Found``; ``n_tokens`` int32 [n, k, 2];
+    zero-padded ``tokens`` [n, k, 2, chunk_length].
     """
 
     ids: Ids
@@ -147,23 +162,23 @@ class NeighbourTokens:
     tokens: npt.NDArray[Any]
 
     def rows(self, some: slice) -> NeighbourTokens:
-        """Return some of the rows, without a copy."""
+        """Return a view of some of the rows."""
         return NeighbourTokens(self.ids[some], self.databases[some], self.n_tokens[some], self.tokens[some])
 
     def clear(self, rows: npt.NDArray[Any]) -> None:
-        """Leave ``rows`` (numbers, or bool [n]) without neighbours."""
+        """Remove the neighbours of ``rows`` (numbers, or bool [n])."""
         self.ids[rows], self.databases[rows], self.n_tokens[rows], self.tokens[rows] = NO_NEIGHBOUR, 0, 0, 0
 
 
 def check_same_tokens(store: Store, databases: Sequence[Store]) -> None:
-    """``UsageError`` unless the databases have the tokens and the chunk length of the store."""
+    """Raise ``UsageError`` unless the databases have the tokenizer and the chunk length of the store."""
     for database in databases:
-        advice = "Chunk one of them again with the tokenizer and the length of the other."
+        advice = "Chunk one of them again with the tokenizer and the chunk length of the other."
         check_compatible(store, database, "one model can't read both", advice)
 
 
 class TextReader:
-    """The first k neighbours of rows, with tokens, as they are at the reader's view of databases and store."""
+    """Reads the first k neighbours of rows, with tokens, at the reader's view of databases and store."""
 
     def __init__(self, reader: NeighbourReader, k: int) -> None:
         check_same_tokens(reader.store, reader.databases)
@@ -171,15 +186,15 @@ class TextReader:
         self._entries: dict[int, tuple[FileEntry, ...]] = {}
 
     def with_text(self, part: int) -> tuple[FileEntry, ...]:
-        """Return the part's tables, of each member, if all have the tokens; else none."""
+        """Return the part's tables of all members if all have the tokens, else an empty tuple."""
         if part not in self._entries:
-            entries = self.reader.entries(part)  # ids mean what they meant
+            entries = self.reader.entries(part)
             current = map(text_is_current, entries, self.reader.databases, [self.k] * len(entries))
             self._entries[part] = entries if all(current) else ()
         return self._entries[part]
 
     def read(self, blocks: Sequence[Block], spare: int = 0) -> NeighbourTokens:
-        """Return all rows of some blocks, one block after the other; then ``spare`` empty rows."""
+        """Read all rows of some blocks in order, followed by ``spare`` empty rows."""
         store, k = self.reader.store, self.k
         starts = np.cumsum([0, *(block_rows(store, block) for block in blocks)])
         n, own = int(starts[-1]) + spare, store.identity
@@ -198,7 +213,7 @@ class TextReader:
         return out
 
     def _begin(self, out: NeighbourTokens, block: Block) -> npt.NDArray[np.bool_]:
-        """Fill in what the tables have of a block; of rows that must be put together, which are returned, only ids."""
+        """Copy what the tables have of a block; return the rows that get ids, but no tokens."""
         part, group = block
         lost = np.ones(len(out.ids), np.bool_)
         if entries := self.with_text(part):
@@ -211,7 +226,7 @@ class TextReader:
         return lost
 
     def _copy_text(self, out: NeighbourTokens, entries: tuple[FileEntry, ...], group: int) -> npt.NDArray[np.bool_]:
-        """Fill in what is stored; return which rows have lost a neighbour since."""
+        """Copy stored tokens; return the rows that have lost a neighbour since."""
         texts, lost = [], np.zeros(len(out.ids), np.bool_)
         for entry, member in zip(entries, self.reader.members, strict=True):
             text = neighbour_tables.read_text(self.reader.store, entry, [group]).nearest(self.k)
@@ -236,6 +251,6 @@ class TextReader:
 
 
 def block_rows(store: Store, block: Block) -> int:
-    """Return how many rows a block has."""
+    """Return the number of rows of a block."""
     part, group = block
     return min(ROW_GROUP, parts.part_entry(store, "chunks", part).rows - group * ROW_GROUP)

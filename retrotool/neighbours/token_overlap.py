@@ -1,12 +1,12 @@
-"""What two pieces of text have in common, for many pairs at once: the longest run of tokens, and runs of eight.
+"""Find common runs of tokens in many pairs of texts at once.
 
-The longest common substring *s* of a chunk and a neighbour and what follows it is RETRO's measure of copying, |s| / 64
-(arXiv 2112.04426, section 2.6). Exact: for every way to lay the shorter piece along the longer one (a diagonal), the
-tokens that agree are the bits of a word, and ``x & x >> 1`` leaves the runs of ones in it one shorter.
+The longest common substring *s* of a chunk and a neighbour with its continuation is RETRO's measure of
+copying, |s| / 64 (arXiv 2112.04426, section 2.6). The search is exact: for every alignment of the two pieces
+(a diagonal), equal tokens are the bits of a word, and ``x & x >> 1`` shortens each run of ones by one.
 
-Cost: some 100,000 pairs a second and core. Where the question is only whether there is enough in common, hashes of
-short runs answer it first for most pairs, seven times as fast: they can hold two runs for equal that are not, which is
-then looked at, and never the reverse. Memory: ``_BLOCK`` pairs at a time, 12 kB each.
+Cost: about 100,000 pairs per second and core. If only a threshold matters, hashes of short runs, which have
+false positives but no false negatives, decide most pairs, seven times as fast. Memory: 12 kB for each of
+``_BLOCK`` pairs.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Lengths = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 GRAM = 8
-"""Tokens of the short runs by which a near copy is told."""
+"""Tokens of the short runs by which near copies are detected."""
 COPIED = 0.5
-"""The share of a chunk's short runs, each counted once, that are in a near copy of it."""
+"""Share of a chunk's distinct short runs that a near copy has at least."""
 
 LONGEST = 64
-"""Tokens of the longest chunks that can be compared: a bit of a word each."""
+"""Tokens of the longest chunks that can be compared: one bit of a word each."""
 _BLOCK = 256
 _STEPS = (32, 16, 8, 4, 2, 1)
 _NO_TOKEN, _NO_OTHER = -1, -2
-"""In place of what is no token: they equal nothing, each other neither."""
+"""Padding, which is equal to no token, and not to each other."""
 _HASH_BITS = 12
 _ODD = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB)
 """Random odd numbers to multiply by."""
@@ -42,10 +42,7 @@ _ODD = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Of each pair the common run's ``length``, and where it ``start``s in the one and the ``other``, all int64 [n].
-
-    Of several runs of that length one is named. Where nothing is common all are 0.
-    """
+    """For each pair, the common run's ``length`` and its start in both pieces, int64 [n]; 0: none."""
 
     length: Lengths
     start: Lengths
@@ -53,16 +50,15 @@ class Overlap:
 
 
 def check_comparable(one: Store, other: Store, advice: str, if_too_long: str = "") -> None:
-    """``UsageError``, with advice, unless chunks of ``one`` can be compared with those of the other, token by token."""
+    """Raise ``UsageError``, with advice, unless chunks of two stores can be compared token by token."""
     check_compatible(one, other, "their tokens can't be compared", advice, lengths=False)
-    if one.identity.chunk_length > LONGEST:
-        raise UsageError(
-            f"{one.place} has chunks of {one.identity.chunk_length} tokens; {LONGEST} can be compared", if_too_long
-        )
+    length = one.identity.chunk_length
+    if length > LONGEST:
+        raise UsageError(f"{one.place} has chunks of {length} tokens; at most {LONGEST} can be compared", if_too_long)
 
 
 def longest_common(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> Overlap:
-    """Longest common runs of tokens of ``one`` [n, w ≤ 64] and ``other`` [n, m], of which so many count in each row."""
+    """Find the longest common runs of ``one`` [n, w ≤ 64] and ``other`` [n, m], without their padding."""
     if one.shape[1] > LONGEST:
         raise ValueError(f"pieces of {one.shape[1]} tokens; a word has {LONGEST} bits")
     n, width = one.shape
@@ -76,12 +72,13 @@ def longest_common(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths)
 
 
 def has_longer_run(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths, run: int) -> npt.NDArray[np.bool_]:
-    """Which pairs, as in ``longest_common``, have more than ``run`` tokens in a row in common, bool [n]."""
+    """Return which pairs, as in ``longest_common``, share a run of more than ``run`` tokens, bool [n]."""
     gram = next(size for size in (8, 4, 2, 1) if size <= max(run, 1))
     found = np.zeros(len(one), np.bool_)
     for some in _blocks(len(one)):
         hits = _hits(one[some], n_one[some], other[some], n_other[some], gram)
-        # Of so many tokens in a row, that many short runs less ``gram`` begin right behind another one.
+        # A run of ``run`` + 1 tokens has more than ``run`` - ``gram`` short runs that start right after
+        # another.
         found[some] = (hits[:, 1:] & hits[:, :-1]).sum(axis=1) > run - gram if run else hits.any(axis=1)
     likely = np.flatnonzero(found)
     for block in _blocks(len(likely)):
@@ -92,12 +89,12 @@ def has_longer_run(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths,
 
 
 def distinct_grams(one: Tokens, n_one: Lengths) -> Words:
-    """The different runs of ``GRAM`` tokens in each chunk [n, w ≤ 64]: a bit where one is for the first time, [n]."""
+    """Return, per chunk [n, w ≤ 64], a word with a bit where a run of ``GRAM`` tokens occurs first."""
     width = one.shape[1]
     found = np.zeros(len(one), np.uint64)
     for some in _blocks(len(one)):
         grams = _runs_in(_agreement(one[some], n_one[some], one[some], n_one[some]), GRAM)
-        # Along its own diagonal a chunk agrees with itself, along those before with what came before.
+        # On the main diagonal a chunk equals itself; on earlier ones, runs equal runs that came before.
         found[some] = grams[:, width - 1] & ~np.bitwise_or.reduce(grams[:, : width - 1], axis=1)
     return found
 
@@ -105,10 +102,7 @@ def distinct_grams(one: Tokens, n_one: Lengths) -> Words:
 def are_near_copies(
     one: Tokens, n_one: Lengths, distinct: Words, other: Tokens, n_other: Lengths
 ) -> npt.NDArray[np.bool_]:
-    """Which ``other`` [n, m] have ``COPIED`` or more of the ``distinct_grams`` of ``one`` [n, w ≤ 64], bool [n].
-
-    None has where there are no such runs, as the chunk has too few tokens.
-    """
+    """Return which ``other`` [n, m] have ``COPIED`` of the ``distinct_grams`` of ``one``, bool [n]."""
     wanted = np.ceil(_bits(distinct) * COPIED).astype(np.int64)
     found = np.zeros(len(one), np.bool_)
     for some in _blocks(len(one)):
@@ -128,7 +122,7 @@ def _blocks(n: int) -> Iterator[slice]:
 
 
 def _hits(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths, gram: int) -> npt.NDArray[np.bool_]:
-    """Where in ``other`` a run of ``gram`` tokens begins that ``one`` may have, bool [n, m − gram + 1]."""
+    """Return where in ``other`` runs of ``gram`` tokens start that ``one`` may have, [n, m − gram + 1]."""
     row = np.arange(len(one), dtype=np.int32)[:, None] << _HASH_BITS
     held, asked = (
         row + (_hashes(tokens, gram) >> np.uint64(64 - _HASH_BITS)).astype(np.int32) for tokens in (one, other)
@@ -141,7 +135,7 @@ def _hits(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths, gram: in
 
 
 def _hashes(tokens: Tokens, gram: int) -> Words:
-    """Hashes [n, m − gram + 1] of all runs of ``gram`` tokens, a power of two."""
+    """Hash all runs of ``gram`` (a power of two) tokens, [n, m − gram + 1]."""
     found = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(_ODD[0])
     size = 1
     for factor in _ODD[1:]:
@@ -152,7 +146,7 @@ def _hashes(tokens: Tokens, gram: int) -> Words:
 
 
 def _runs_in(words: Words, length: int) -> Words:
-    """Where ``length`` ones follow one another in each word."""
+    """Return a bit in each word where ``length`` ones in a row start."""
     if length > LONGEST:
         return np.zeros_like(words)
     size = 1
@@ -168,7 +162,7 @@ def _bits(words: Words) -> Lengths:
 
 
 def _agreement(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> Words:
-    """Words [n, m + w − 1]: bit i of word d tells whether token i of the one is token d − (w − 1) + i of the other."""
+    """Return words [n, m + w − 1]: bit i of word d is set if one[i] == other[d − (w − 1) + i]."""
     n, width = one.shape
     m = other.shape[1]
     left = np.where(np.arange(width) < n_one[:, None], one.astype(np.int32), _NO_TOKEN)
@@ -181,7 +175,7 @@ def _agreement(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths) -> 
 
 
 def _longest_run(words: Words) -> tuple[Lengths, Lengths, Lengths]:
-    """For each row of words [n, d] the longest run of ones in one of them: its length, the word, the first bit."""
+    """Find the longest run of ones in each row of words [n, d]: its length, word and first bit."""
     runs = {1: words}  # bit i of runs[k]: k ones begin at i
     for step in (1, 2, 4, 8, 16):
         runs[2 * step] = runs[step] & (runs[step] >> np.uint64(step))
@@ -189,7 +183,7 @@ def _longest_run(words: Words) -> tuple[Lengths, Lengths, Lengths]:
     length = np.zeros(len(words), np.int64)
     current = np.full_like(words, ~np.uint64(0))
     for step in _STEPS:
-        # Where current has a bit, ``length`` ones begin; are there ``step`` more behind them?
+        # A bit in current starts ``length`` ones; keep those that are followed by ``step`` more.
         shift = length.astype(np.uint64)[:, None]
         longer = current & np.where(
             shift < LONGEST, runs[step] >> np.minimum(shift, np.uint64(LONGEST - 1)), np.uint64(0)

@@ -91,16 +91,13 @@ def command(
 
         def attempt() -> tuple[list[Neighbour], Database, int]:
             if not is_store(storage_at(store)) and is_store(storage_at(text)):
-                raise StoreNotFoundError(
-                    f"{store} is not a store, but {text} is",
-                    f"Give the store first: {shlex.join(['retrotool', 'search', text, store])}",
-                )
+                swapped = shlex.join(["retrotool", "search", text, store])
+                raise StoreNotFoundError(f"{store} is not a store, but {text} is", f"Give the store first: {swapped}")
             reader = open_store(store)
             encoder = reader.load_encoder(index, devices)
-            found = reader.search(
-                text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow_missing_shards
-            )
-            database = reader.database(index, allow_missing=allow_missing_shards)
+            allow = allow_missing_shards
+            found = reader.search(text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow)
+            database = reader.database(index, allow_missing=allow)
             return found, database, count_left(database.store, database.held(), database.tombstones)
 
         found, database, left = retry_overtaken(attempt)

@@ -301,7 +301,7 @@ def test_text_says_the_same_in_words(store_copy, run, tiny_encoder):
     assert f"{facts.documents} documents, {facts.chunks} chunks of 64 tokens" in told["info"]
     assert ": OK" in told["verify"]
     assert "True recall@10: 1.0000" in told["index"]
-    assert "Every chunk has its neighbours already" in told["neighbours"]
+    assert "All embedded chunks have their neighbours" in told["neighbours"]
     code, out, _ = run("embed", store_copy, "--encoder", tiny_encoder)
     assert (code, out.partition(" (")[0]) == (0, "Every chunk has its embedding already")
 

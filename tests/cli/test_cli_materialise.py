@@ -32,7 +32,7 @@ def test_it_is_shown_what_was_materialised(store_copy: Path, run: Run) -> None:
     code, out, err = run("neighbours", store_copy, "--materialise")
     assert (code, err) == (0, "")
     first, second = out.splitlines()
-    assert first.startswith("Every chunk has its neighbours already")
+    assert first.startswith("All embedded chunks have their neighbours")
     assert second == "Materialised: the tokens of the first 2 neighbours of each chunk."
     assert second in run("neighbours", store_copy)[1], "later runs keep them"
     shown = run("info", store_copy)[1]

@@ -116,7 +116,7 @@ def test_a_neighbour_table_is_of_one_database(built_store: Path, tmp_path: Path,
         api.embed(store, encoder=str(tiny_encoder))
     api.index(tmp_path / "foreign")
     api.neighbours(built_store, queries=queries)
-    with pytest.raises(UsageError, match="of another database"):
+    with pytest.raises(UsageError, match="from another database"):
         api.neighbours(tmp_path / "foreign", queries=queries)
     assert api.neighbours(tmp_path / "foreign", queries=queries, name="foreign").queries > 0
     assert api.neighbours(another, queries=queries).queries == 0, "a copy is the same database"

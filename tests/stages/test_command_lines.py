@@ -41,7 +41,7 @@ def test_what_is_advised_brings_a_table_up_to_date_as_it_was_made(
     with pytest.raises(UsageError, match="has no neighbours 'few' yet") as error:
         api.inspect(training, Choice(chunk=late[0]), table=name)
     advice.append(error.value.advice)
-    with pytest.raises(UsageError, match="have no neighbours 'few'") as error:
+    with pytest.raises(UsageError, match="has no neighbours 'few'") as error:
         RetroDataset(training, name, 64)
     advice.append(error.value.advice)
     with pytest.raises(UsageError, match="has no neighbours 'few' yet") as error:

@@ -160,11 +160,11 @@ def test_a_dependent_refuses_to_read_without_its_database(here: Path, tiny_encod
     erase("doc-7")
     move_store("database", "away")
     command = "retrotool neighbours DATABASE --queries training --name t --index main"
-    with pytest.raises(StoreNotFoundError, match="isn't there") as error:
+    with pytest.raises(StoreNotFoundError, match="is missing; it was at") as error:
         RetroDataset("training", "t")
     assert command in error.value.advice
     grow(here / "database", tiny_encoder, make_rows(3, first=900))
-    with pytest.raises(UsageError, match="is not the database that the neighbours 't' come from"):
+    with pytest.raises(UsageError, match="is not the database of the neighbours 't'"):
         RetroDataset("training", "t")
 
 
@@ -211,9 +211,7 @@ def test_a_database_that_cannot_be_written_is_used_all_the_same(here: Path, monk
     told = run("neighbours", "database", "--queries", "training", "--name", "t", "--json")
     fields = json.loads(told.stdout)
     assert fields["queries"] == len(read_plain(Path("training")).ids) and fields["unaware"] == ["database"]
-    assert told.stderr == (
-        "database can't be written, so it has no record of this store: an erase there won't list it.\n"
-    )
+    assert told.stderr == ("database is not writable, so it can't record this store: an erase there won't list it.\n")
     assert noted() == []
 
     def broken(self: Run) -> Run:

@@ -229,7 +229,7 @@ def test_what_cannot_be_compared_is_refused(
         api.embed(path, encoder=str(tiny_encoder))
     with pytest.raises(UsageError, match="have different tokenizers"):
         api.neighbours(store, queries=other, filters=FilterOptions(near_copies=True), name="x")
-    with pytest.raises(UsageError, match="chunks of 100 tokens; 64 can be compared"):
+    with pytest.raises(UsageError, match="chunks of 100 tokens; at most 64 can be compared"):
         api.neighbours(long, filters=FilterOptions(max_overlap=0.5))
     assert api.neighbours(store, queries=other, filters=FilterOptions(exclude_sources=("a",)), name="x").rows
     for share in (0.0, -1.0, 1.1, float("nan")):
@@ -259,10 +259,10 @@ def test_sources_that_are_nowhere_are_refused_with_those_that_there_are(store: P
     for filters in (FilterOptions(exclude_sources=("a", "d")), FilterOptions(only_sources=("d",))):
         with pytest.raises(UsageError, match="no document has the source 'd'") as error:
             api.neighbours(store, filters=filters)
-        assert error.value.advice == "There are: a, b, c"
-    with pytest.raises(UsageError, match="both to be left out and the only one"):
+        assert error.value.advice == "The sources are: a, b, c"
+    with pytest.raises(UsageError, match="is given to --exclude-source and --only-source"):
         api.neighbours(store, filters=FilterOptions(exclude_sources=("a",), only_sources=("a", "b")))
-    with pytest.raises(UsageError, match=r"nothing of .* would be left: left out are the sources a, b, c"):
+    with pytest.raises(UsageError, match=r"the filters exclude all of .*: the sources a, b, c"):
         api.neighbours(store, filters=FilterOptions(exclude_sources=("a", "b", "c")))
     api.neighbours(store, filters=FilterOptions(only_sources=("a",)))
     with pytest.raises(UsageError, match="the source a; all sources but a") as error:
@@ -347,15 +347,15 @@ def run(*arguments: object) -> Result:
 
 def test_a_plain_run_keeps_what_was_asked_for_until_it_is_dropped(store: Path) -> None:
     told = run("neighbours", store, "--max-overlap", 0.4, "--exclude-source", "a", "--saved", 5).stdout
-    assert told.endswith("Left out: more than 0.4 of a chunk in common; the source a.\n")
+    assert told.endswith("Excluded: more than 0.4 of a chunk in common; the source a.\n")
     first = saved_neighbours(store)
     told = run("neighbours", store, "--saved", 5).stdout
-    assert told.startswith("Every chunk has its neighbours already")
-    assert "the source a (as before; --no-filters forgets it)." in told
+    assert told.startswith("All embedded chunks have their neighbours")
+    assert "the source a (as before; --no-filters drops this)." in told
     found = api.neighbours(store, saved=5, filters=FilterOptions(near_copies=True))
     assert found.queries == found.rows and not found.filters_kept
     assert found.filters == {"max_overlap": 0.4, "near_copies": True, "exclude_sources": ["a"]}
-    assert "left out: more than 0.4 of a chunk in common; near copies; the source a" in run("info", store).stdout
+    assert "excluded: more than 0.4 of a chunk in common; near copies; the source a" in run("info", store).stdout
     found = api.neighbours(store, saved=5, filters=FilterOptions(0.4, exclude_sources=("a",), drop=True))
     assert found.queries == found.rows and found.filters == {"max_overlap": 0.4, "exclude_sources": ["a"]}
     assert np.array_equal(saved_neighbours(store)[1], first[1])
@@ -364,7 +364,7 @@ def test_a_plain_run_keeps_what_was_asked_for_until_it_is_dropped(store: Path) -
     assert_same(saved_neighbours(store), oracle(store, store, 5, nothing))
     assert "filters" not in retrotool.open(store)._store.state.records["neighbours:main"]
     refused = run("neighbours", store, "--only-source", "nobody", "--json")
-    assert refused.exit_code == 2 and json.loads(refused.stdout)["advice"] == "There are: a, b, c"
+    assert refused.exit_code == 2 and json.loads(refused.stdout)["advice"] == "The sources are: a, b, c"
 
 
 def test_names_of_sources_stay_out_of_the_log(tmp_path: Path, tiny_encoder: Path) -> None:

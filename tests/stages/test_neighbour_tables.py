@@ -64,7 +64,7 @@ def test_two_runs_with_one_name_and_two_databases_do_not_mix(tmp_path: Path, tin
         engine.execute(early, theirs, rival)  # committed meanwhile
         late_file.write_bytes(finished)
         assert list(folding.fold(ours, run).refused) == [planned.key]
-        with pytest.raises(UsageError, match="of another database"):
+        with pytest.raises(UsageError, match="from another database"):
             late.plan(ours)
     reader = retrotool.open(queries)
     found = [n.chunk.document for i in reader.chunk_ids(0) for n in reader.neighbours(int(i))]
@@ -155,9 +155,9 @@ def test_a_copy_that_lies_where_the_database_was_is_refused(copied: tuple[Path, 
     move_store(original, original.with_name("away"))
     move_store(copy, original)
     reader = retrotool.open(queries)
-    with pytest.raises(UsageError, match="a copy that went its own way"):
+    with pytest.raises(UsageError, match="from a diverged copy"):
         reader.neighbours(int(reader.chunk_ids(0)[0]))
-    with pytest.raises(UsageError, match="a copy that went its own way"):
+    with pytest.raises(UsageError, match="from a diverged copy"):
         api.neighbours(original, queries=queries)
 
 
