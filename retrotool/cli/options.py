@@ -127,7 +127,13 @@ DevicesOption = Annotated[
     ),
 ]
 TableOption = Annotated[
-    str | None, opt("Neighbour table to read.  [default: main, or the only one]", "--table", metavar="NAME")
+    str | None,
+    opt(
+        "Neighbour table to read.  [default: main, or the only one]",
+        "--table",
+        metavar="NAME",
+        complete=complete_tables,
+    ),
 ]
 ShardOption = Annotated[
     str | None,

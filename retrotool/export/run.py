@@ -148,7 +148,6 @@ def read_blocks(opened: ExportedTables) -> Iterator[Block]:
 
 
 def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]:
-    """Yield the blocks with the tokens of their neighbours, which are looked up for all blocks at once."""
     every = [block.found for block in blocks]
     columns = ([one.ids, one.distances, one.databases] for one in every)
     found = Found(*map(np.concatenate, zip(*columns, strict=True)))
@@ -200,7 +199,6 @@ def _table(opened: ExportedTables, block: Block, schema: pa.Schema) -> pa.Table:
 
 
 def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Convert numbers [n, k] or [n, k, l] to fixed-size lists."""
     sizes = []
     while pa.types.is_fixed_size_list(kind):
         sizes.append(kind.list_size)
@@ -212,7 +210,6 @@ def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _lists(tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Convert the first ``n_tokens`` [n] of each row of tokens [n, l] to lists."""
     used = np.arange(tokens.shape[1]) < n_tokens[:, None]
     offsets = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)]).astype(np.int32)
     values = pa.array(tokens[used].astype(kind.value_type.to_pandas_dtype()))

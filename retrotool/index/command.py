@@ -165,7 +165,7 @@ def _text(result: IndexResult) -> str:
         ]
         lines.append(output.table(points, header))
     sources = result.groups.get("source", {})
-    if len(sources) > 1:
+    if len(sources) > 1 and any(values[0] < 1 for values in sources.values()):
         rows = [(name, *values) for name, values in list(sources.items())[:_SOURCES]]
         lines.append(output.table(rows, ("source", "recall@10", "±", "queries")))
         if len(sources) > _SOURCES:

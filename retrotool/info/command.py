@@ -26,9 +26,7 @@ _COLUMNS = ("path", "kind", "name", "slot", "part", "rows", "bytes", "pending")
 
 def command(
     store: StoreArgument,
-    documents: Annotated[
-        bool, opt("Also count documents by length and by source (reads more files).", "--documents")
-    ] = False,
+    documents: Annotated[bool, opt("Also count documents by length and by source.", "--documents")] = False,
     files: Annotated[bool, opt("List the live files instead.", "--files")] = False,
     as_csv: Annotated[bool, opt("With --files: print the list as CSV, with a header.", "--csv")] = False,
     as_json: Json = False,

@@ -17,7 +17,7 @@ Examples:
   retrotool log store --json
 
 Each line has the commit's number, time, hash (12 digits; all with --json) and command, and the files that it added
-(+), replaced (±) and removed (-), with their rows in parentheses. To check the log: retrotool verify STORE --log"""
+(+), replaced (±) and removed (-), with their rows in parentheses. retrotool verify STORE --log checks the log."""
 
 
 def command(

@@ -96,33 +96,23 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         if name in encoders:
             encoders[name]["check"] = check
     return Info(
-        path=str(root),
-        uuid=own.uuid,
-        **{name: totals[name] for name in COUNTS},
-        keys=keys.count,
+        path=str(root), uuid=own.uuid, commit=state.number, bytes=sizes, **{name: totals[name] for name in COUNTS},
+        keys=keys.count, chunk_length=own.chunk_length,
         purged=sum(entry.rows for part, entry in _chunk_files(state) if state.is_live(part)) - totals["chunks"],
-        chunk_length=own.chunk_length,
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
-        commit=state.number,
-        bytes=sizes,
-        parts=[_part(store, part) for part in state.all_parts()],
-        encoders=encoders,
+        parts=[_part(store, part) for part in state.all_parts()], encoders=encoders,
         indexes={name: _index(store, name) for name in state.names("index")},
         neighbours=_neighbours(store, keys),
         # By age, as their ids are random.
         purges=dict(sorted(state.with_prefix("purge:").items(), key=lambda one: int(one[1]["commit"]))),
-        tombstones=_files(store, "tombstones"),
-        blocked=_files(store, "blocked"),
+        tombstones=_files(store, "tombstones"), blocked=_files(store, "blocked"),
         quarantine=_files(store, "quarantine"),
         unfinished=sum(not plan["finished"] for plan in state.with_prefix("plan:").values()),
-        shape=shape_of(store) if documents else None,
-        dependents=dependents(store),
+        shape=shape_of(store) if documents else None, dependents=dependents(store),
     )  # fmt: skip
 
 
 class _Keys:
-    """Counts the live keys of a store, by its log where that is enough."""
-
     def __init__(self, store: Store) -> None:
         self._store = store
 

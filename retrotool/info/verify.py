@@ -183,7 +183,6 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
 
 
 def _digest_files(store: Store, kind: str) -> str:
-    """Return the digest of the files of a kind, except measurements."""
     lines, names = list[str](), store.state.names(kind)
     for name in names:
         entries = store.state.group(kind, name).items()

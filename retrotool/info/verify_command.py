@@ -27,12 +27,7 @@ def command(
     store: StoreArgument,
     log: Annotated[bool, opt("Check only the log, its chain, fold and checkpoints.", "--log")] = False,
     head: Annotated[
-        str | None,
-        opt(
-            "With --log: a head hash from an earlier check, which the log must still contain.",
-            "--head",
-            metavar="SHA256",
-        ),
+        str | None, opt("With --log: a head from an earlier check, which the log must contain.", metavar="SHA256")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -145,7 +145,6 @@ def check_records(checked: Checked) -> None:
 
 
 def _check_mixtures(checked: Checked) -> None:
-    """Check that mixtures name existing plain tables of different databases, with positive weights."""
     records = checked.store.state.with_prefix("neighbours:")
     for name, record in records.items():
         if "mix" not in record:
@@ -277,7 +276,6 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
 
 
 def _same_vectors(checked: Checked, encoder: str, entry: FileEntry, shard: InvertedLists) -> bool:
-    """Return whether a sample of a shard's codes matches the embeddings."""
     sizes = np.array([shard.size(number) for number in shard.numbers], np.int64)
     drawn = np.sort(_draw(entry).choice(len(shard), min(len(shard), _SAMPLED_VECTORS), replace=False))
     numbers = np.searchsorted(sizes.cumsum(), drawn, "right")

@@ -53,13 +53,9 @@ def command(
         if document is not None:
             check_utf8("--document", document)
         result = inspect_run.inspect(
-            store,
-            Choice(number, document, random, seed or 0),
-            table=table,
-            k=k,
-            page=html,
+            store, Choice(number, document, random, seed or 0), table=table, k=k, page=html,
             keep=as_json or html is None,
-        )
+        )  # fmt: skip
         output.show(result, as_json, _text, styled=True)
 
 
@@ -77,7 +73,7 @@ def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
         without = f", {result.without:,} without neighbours" if result.without else ""
         yield output.Paragraph(
             f"{output.count(result.shown, 'chunk')} with {output.count(result.neighbours, 'neighbour')}{without}; "
-            f"{result.marked:,} share a run of {result.marked_from} tokens or more with one."
+            f"{result.marked:,} of them with a common run of {result.marked_from} tokens or more."
         )
     for chunk in result.chunks:
         yield output.Paragraph()

@@ -257,7 +257,6 @@ def _same_tokenizer(one: Store, other: Store) -> bool:
 
 
 def _trimmed(split: Split) -> Split:
-    """Move white space at the ends of a run out of it, unless it is nothing but white space."""
     run = split.run.strip()
     if not run or run == split.run:
         return split
@@ -408,7 +407,6 @@ def _inspect(
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:
-    """Return the ids of the chunks, ascending, and a description of the choice."""
     if choice.random is not None:
         return _draw(store, reader, choice.random, choice.seed)
     view = Reader(store)

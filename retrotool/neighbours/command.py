@@ -106,7 +106,6 @@ def _by(index: str) -> str:
 
 
 def _weighed(text: str) -> tuple[str, float | None]:
-    """Parse ``STORE`` or ``STORE=WEIGHT``."""
     path, equals, weight = text.rpartition("=")
     try:
         return (path, float(weight)) if equals and path else (text, None)

@@ -304,7 +304,6 @@ def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
 
 
 def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:
-    """Return the k nearest of ``found`` [n, ≥ k] that are not ``dropped``."""
     order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
     ids = np.where(dropped, NO_NEIGHBOUR, found.ids)
     distances = np.where(dropped, np.float32(np.inf), found.distances)

@@ -176,7 +176,6 @@ def neighbours(
 
 
 def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
-    """Raise ``UsageError`` if queries and databases are not compatible, before anything is changed."""
     encoders = set()
     for stage in stages:
         database = stage.open_database(store)

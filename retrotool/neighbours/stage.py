@@ -194,7 +194,6 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
 
 
 def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
-    """Return a hash of what decides the neighbours of given vectors: index and filters."""
     fields = [record["database"], *database.settings, record["saved"]]
     if "filters" in record:
         fields.append(record["filters"])

@@ -38,15 +38,10 @@ def command(
     gpus: Annotated[int, _machines("Total number of GPUs; 0: CPU only.", metavar="N")] = 0,
     hosts: Annotated[int | None, _machines("Number of hosts.  [default: one per 8 GPUs]", metavar="N")] = None,
     cores: Annotated[int | None, _machines("CPU cores per host.  [default: as here]", metavar="N")] = None,
-    memory_per_host: Annotated[
-        str | None, _machines("Memory per host, such as 512GB or 256GiB.  [default: as here]", metavar="SIZE")
-    ] = None,
+    memory_per_host: Annotated[str | None, _machines("Memory per host.  [default: as here]", metavar="SIZE")] = None,
     rate: Annotated[
         list[str] | None,
-        _machines(
-            "Measured rate of a stage, in the unit that the plan shows, such as embed=25k. Repeatable.",
-            metavar="STAGE=NUMBER",
-        ),
+        _machines("Rate of a stage, in the plan's unit, such as embed=25k. Repeatable.", metavar="STAGE=NUMBER"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -59,18 +54,11 @@ def command(
         from retrotool.plan import run as plan_run
 
         result = plan_run.plan(
-            parse_count("--tokens", tokens),
-            encoder=encoder,
-            gpus=gpus,
-            hosts=hosts,
-            cores=cores,
+            parse_count("--tokens", tokens), encoder=encoder, gpus=gpus, hosts=hosts, cores=cores,
             memory_per_host=None if memory_per_host is None else parse_size("--memory-per-host", memory_per_host),
-            tokens_per_document=tokens_per_document,
-            chunk_length=chunk_length,
-            saved=neighbours,
-            target_recall=target_recall,
-            rates=dict(map(_parse_rate, rate or ())),
-        )
+            tokens_per_document=tokens_per_document, chunk_length=chunk_length, saved=neighbours,
+            target_recall=target_recall, rates=dict(map(_parse_rate, rate or ())),
+        )  # fmt: skip
         output.show(result, as_json, _text)
 
 

@@ -219,24 +219,12 @@ def plan(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
     )
     stages = (work.chunk(), work.embed(), work.train(), work.encode(), work.neighbours())
+    gpu, core, wall = (sum(getattr(stage, f"{kind}_hours") for stage in stages) for kind in ("gpu", "core", "wall"))
     return Plan(
-        tokens=tokens,
-        documents=work.documents,
-        chunks=work.n,
-        chunk_length=chunk_length,
-        parts=work.parts,
-        encoder=work.encoder,
-        machines=machines,
-        files=work.files,
-        bytes=sum(one.bytes for one in work.files),
-        index=work.index(),
-        stages=stages,
-        gpu_hours=sum(stage.gpu_hours for stage in stages),
-        core_hours=sum(stage.core_hours for stage in stages),
-        wall_hours=sum(stage.wall_hours for stage in stages),
-        rates=tuple(work.rates.values()),
-        assumptions=work.assumptions(),
-    )
+        tokens, work.documents, work.n, chunk_length, work.parts, work.encoder, machines, work.files,
+        sum(one.bytes for one in work.files), work.index(), stages, gpu, core, wall, tuple(work.rates.values()),
+        work.assumptions(),
+    )  # fmt: skip
 
 
 @dataclass

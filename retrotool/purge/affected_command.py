@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
+from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.options import Json, StoreArgument, arg, complete_tables, opt
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def _text(result: AffectedResult) -> str:
 
 def _affected_chunk(one: AffectedChunk) -> str:
     places = [(one.neighbour, "neighbour {}"), (one.continuation, "following neighbour {}")]
-    named = ", ".join(text.format(place) for place, text in places if place is not None)
-    return f"  {one.chunk} of {output.one_line(one.document)}, {output.one_line(one.source)}: {named}"
+    named = ", ".join(text.format(format_id(place)) for place, text in places if place is not None)
+    return f"  {format_id(one.chunk)} of {output.one_line(one.document)}, {output.one_line(one.source)}: {named}"
 
 
 def _not_found(one: AskedPurge) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
+from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.options import (
     WORK,
     Device,
@@ -46,7 +47,7 @@ def command(
     reason: Annotated[
         str | None, opt("Why. It stays in the log forever, so it must not name a person.", metavar="TEXT")
     ] = None,
-    chunk: Annotated[list[str] | None, _by("A chunk id; repeatable.", metavar="ID|@FILE")] = None,
+    chunk: Annotated[list[str] | None, _by("A chunk, as PART:ROW or id; repeatable.", metavar="ID|@FILE")] = None,
     document: Annotated[list[str] | None, _by("A document id; repeatable.", metavar="ID|@FILE")] = None,
     where: Annotated[
         str | None, _by("Expression over document columns, such as \"source = 'x'\".", metavar="EXPR")
@@ -235,7 +236,7 @@ def _marked(example: Example) -> str:
     else:
         shown = text[:_SHOWN] + ("…" if len(text) > _SHOWN else "")
     figure = "" if example.figure is None else f", {_FIGURES.get(example.selector, 'figure')} {example.figure:.4f}"
-    return f"    {example.chunk} of {output.one_line(example.document)}{figure}: {output.one_line(shown)}"
+    return f"    {format_id(example.chunk)} of {output.one_line(example.document)}{figure}: {output.one_line(shown)}"
 
 
 def _rewritten(touched: Touched) -> str:

@@ -24,6 +24,8 @@ Examples:
   retrotool search store "file objects" -k 3 --json
   retrotool search store "file objects" --index precise --nprobe 64 --rerank 200"""
 
+_MOST = 1 << 40
+
 
 @dataclass(frozen=True, slots=True)
 class FoundChunk:
@@ -64,12 +66,9 @@ def command(
     text: Annotated[str, arg("What to search for.", metavar="TEXT")],
     k: Annotated[int, opt("Number of chunks to show.", "-k", metavar="K", least=1, most=1000)] = SHOWN,
     index: IndexOption = None,
-    nprobe: Annotated[
-        int | None, opt("Lists to probe.  [default: as tuned]", metavar="N", least=1, most=1 << 40)
-    ] = None,
+    nprobe: Annotated[int | None, opt("Lists to probe.  [default: as tuned]", metavar="N", least=1, most=_MOST)] = None,
     rerank: Annotated[
-        int | None,
-        opt("Candidates to re-rank per 10 results.  [default: as tuned]", metavar="N", least=1, most=1_000_000),
+        int | None, opt("Candidates to re-rank per 10 results.  [default: as tuned]", metavar="N", least=1, most=10**6)
     ] = None,
     allow_missing_shards: Annotated[
         bool, opt("Search the remaining shards if some are broken or missing.", "--allow-missing-shards")

@@ -276,7 +276,6 @@ class RetroDataset(IterableDataset[Item]):
         return self._items(start, number, workers)
 
     def _items(self, start: _Start, worker: int, workers: int) -> Iterator[Item]:
-        """Yield the items of one worker, each with its cursor."""
         turns = Turns(start.first, self.batch_size or 1, worker, workers)
         layout, share = self._sequences(), self._share(start)
         reader = TrainingReader(self.path, self.name, self.k)
@@ -346,7 +345,6 @@ class RetroDataset(IterableDataset[Item]):
         return _Start(self._at.spans, consumed, consumed)
 
     def _publish(self, *, loaded: bool) -> None:
-        """Share a change with running worker processes."""
         self._change += 1
         self._shared.copy_(torch.tensor([self.epoch, self._commit, self._change, int(loaded), -1]))
 
@@ -360,7 +358,6 @@ class RetroDataset(IterableDataset[Item]):
         return bool(loaded)
 
     def _agreed(self, commit: int) -> int:
-        """Return the newest commit that all ranks see."""
         if not self._distributed or self.world_size == 1:
             return commit
         commits: list[Any] = [None] * self.world_size

@@ -60,7 +60,7 @@ def noted() -> list[Any]:
     return dependents(Store.open("database"))
 
 
-def test_a_database_records_once_who_uses_it(here: Path) -> None:
+def test_a_database_records_once_who_uses_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert used().unaware == ()
     (one,) = noted()
     assert (one.path, one.table, one.uuid) == (str(here / "training"), "t", Store.open("training").identity.uuid)
@@ -69,6 +69,13 @@ def test_a_database_records_once_who_uses_it(here: Path) -> None:
     assert api.info("database").dependents == [one]
     shown = run("info", "database").stdout
     assert f"used by     {here}/training, neighbours t, since {one.since[:10]}\n" in shown and command in shown
+    monkeypatch.chdir(here / "training")
+    shown = run("info", ".").stdout
+    assert (
+        shown.startswith(f"{here}/training: ") and f"20 saved for {len(read_plain(Path()).ids)} chunks, from" in shown
+    )
+    assert f"from database {here}/database" in shown
+    monkeypatch.chdir(here)
     number = Store.open("database").state.number
     used()
     assert Store.open("database").state.number == number, "nothing new to record"

@@ -251,7 +251,7 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
         text = chunks[chunk].text
         assert text.startswith("chunk") or text.endswith("store")
         assert beside
-    assert select_ids(store, [GivenValue(one) for one in ("5", "5", str(1 << 32))]).tolist() == [5, 1 << 32]
+    assert select_ids(store, [GivenValue(one) for one in ("5", "0:5", str(1 << 32), "1:0")]).tolist() == [5, 1 << 32]
 
 
 @pytest.mark.parametrize(

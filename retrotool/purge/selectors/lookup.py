@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunker import id_hash
+from retrotool.cli.chunk_ids import parse_id
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.selector import GivenValue
@@ -211,10 +212,9 @@ def select_ids(store: Store, values: Sequence[GivenValue]) -> Ids:
     found = []
     sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts()}
     for value in values:
-        # ``int`` also accepts text such as 1_0 or ٣, which is more likely a mistake than an id.
-        if re.fullmatch(r"[0-9]{1,19}", text := value.text.strip()) is None:
+        text = value.text.strip()
+        if (chunk := parse_id(text)) is None:
             raise value.error(f"{text[:40]!r} is not a chunk id")
-        chunk = int(text)
         part, row = split_id(chunk)
         if row >= sizes.get(part, 0):
             raise value.error(f"the store has no chunk {text}")
