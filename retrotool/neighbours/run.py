@@ -66,7 +66,7 @@ class NeighboursResult:
       the database are not in the index, so never found. ``next``: the commands that change that.
     * ``index`` is "" for exact search. ``elsewhere``: parts that are left to other runs.
     * ``filters``: with names of sources. ``filters_kept``: they are from an earlier run.
-    * ``mix``: the databases of a mixture; other fields are those of the first one, and sums.
+    * ``mix``: the databases of a mixture. Other fields are then those of the first one, and counts are sums.
     * ``left_out``: former tables of the mixture. ``unaware``: databases that could not record this store.
     """
 
@@ -141,12 +141,10 @@ def neighbours(
         # A new table gets the filters of another table of the mixture.
         known = next((records[table] for table in (one.table, *others) if table in records), None)
         applied = filters.applied(known, store)
-        stages.append(
-            NeighboursStage(
-                database.uri, _choose_index(database, index, search), one.table, saved, k,
-                search.encoder, search.memory, devices, search.shard, applied, text,
-            )
-        )  # fmt: skip
+        stages.append(NeighboursStage(
+            database.uri, _choose_index(database, index, search), one.table, saved, k,
+            search.encoder, search.memory, devices, search.shard, applied, text,
+        ))  # fmt: skip
     _check(store, stages)
     asked_for = bool(filters.as_record())
     if asked_for:

@@ -16,6 +16,7 @@ from test_key_values import build, key_column, records
 from test_neighbour_filters import run
 
 from retrotool import api
+from retrotool.cli.chunk_ids import parse_id
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.neighbours.run import SearchOptions
 from retrotool.purge.affected import AffectedResult
@@ -219,7 +220,7 @@ def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_pa
     assert after.in_saved == 0 and after.purges[0].since == after.purges[0].parts == 1
     assert f"Purge {purged}: 1 of 1 part were searched after it" in (run("affected", training, "--table", "t").stdout)
     move_store(store, tmp_path / "away")
-    with pytest.raises(StoreNotFoundError, match="isn't there"):
+    with pytest.raises(StoreNotFoundError, match="is missing; it was at"):
         api.affected(training, "t")
 
 
@@ -307,7 +308,7 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     )
     first = told.index("The first of them (--out FILE writes all):") + 1
     assert len(told[first:]) == 10
-    assert [int(line.split()[0]) for line in told[first:]] == [json.loads(line)["chunk"] for line in lines[:10]]
+    assert [parse_id(line.split()[0]) for line in told[first:]] == [json.loads(line)["chunk"] for line in lines[:10]]
     as_json = json.loads(run("affected", store, "--json").stdout)
     assert as_json["in_k"] == result.in_k and len(as_json["examples"]) == 10 and as_json["out"] == ""
     assert run("affected", store, "--table", "other").exit_code == 2

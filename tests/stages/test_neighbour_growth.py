@@ -161,7 +161,7 @@ def test_little_memory_gives_the_same(store: Path) -> None:
 def test_jobs_and_worker_processes_share_a_store(store: Path, tmp_path: Path) -> None:
     one = copy_store(store, tmp_path / "one")
     api.neighbours(one)
-    jobs = [("neighbours", "--shard", f"{i}/2", "--device", "cpu") for i in range(2)]
+    jobs = [("neighbours", "--shard", f"{i}/2", "--devices", "cpu") for i in range(2)]
     for code, err in at_once(store, *jobs):
         assert code == 0 and "Traceback" not in err
     assert api.neighbours(store).queries == 0
