@@ -94,7 +94,7 @@ class InspectedNeighbour:
         return self._cut(self.text, self.common.text if self.common is not None else None)
 
     def marked_continuation(self) -> Split:
-        """Return the continuation cut like the text, empty if there is none."""
+        """Return the continuation cut like the text, empty without one."""
         return self._cut(self.continuation or "", self.common.continuation if self.common is not None else None)
 
     def _cut(self, text: str, split: Split | None) -> Split:

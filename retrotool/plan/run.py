@@ -367,7 +367,7 @@ class _Work:
     def _stage(
         self, name: str, gpu: float, core: float, walls: dict[str, float], read: int, written: int, hosts: float
     ) -> StagePlan:
-        """Add the disks to ``walls`` (seconds by bottleneck); ``hosts``: share of files of the busiest host."""
+        """Add the disks to ``walls`` (seconds); ``hosts``: share of files of the busiest host."""
         disk = read / self._rate("read", "host") + written / self._rate("write", "host")
         walls = {**walls, "disk": disk * hosts}
         limit = max(walls, key=walls.__getitem__)
