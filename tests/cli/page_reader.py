@@ -50,6 +50,7 @@ def read(page: str) -> Reader:
 
 def shown(text: str) -> str:
     """Text as a page shows it: what would move the cursor or turn the direction of text is an escape."""
-    hidden = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    marks = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
+    hidden = [*range(0x20), *range(0x7F, 0xA0), *marks]
     escapes = {n: f"\\x{n:02x}" if n < 256 else f"\\u{n:04x}" for n in hidden if n not in (9, 10)}
     return text.replace("\r\n", "\n").translate(escapes)

@@ -274,11 +274,11 @@ def test_a_store_that_can_not_be_opened_is_not_well(store: Path, kind: str, cli:
     assert "FAILED: " in cli("verify", store).stdout
 
 
-@pytest.mark.parametrize("selector", ["where", "pattern", "documents"])
+@pytest.mark.parametrize("selector", ["where", "pattern", "document"])
 def test_a_purge_over_broken_files_says_so(store: Path, tmp_path: Path, selector: str) -> None:
     (tmp_path / "names").write_text("doc-3\n")
-    kind = {"where": "documents", "pattern": "chunks", "documents": "documents"}[selector]
-    value = {"where": "source = 'a'", "pattern": "store", "documents": str(tmp_path / "names")}[selector]
+    kind = {"where": "documents", "pattern": "chunks", "document": "documents"}[selector]
+    value = {"where": "source = 'a'", "pattern": "store", "document": tmp_path / "names"}[selector]
     path = stored_files(store, KINDS[kind])[0]
     fill(path)
     with pytest.raises(CorruptError, match=path.name):
