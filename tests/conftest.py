@@ -336,7 +336,9 @@ def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     def guard(encode: Any, tokenizer: Tokenizer, findings: fast.Findings | None) -> fast.Guard:
         content = tokenizer.file.content
         found = find_out(encode, tokenizer, findings or _findings.get(content))
-        _findings[content] = fast.Findings(fast.library_versions(), found.needles, found.runs, found.frames, found.why)
+        _findings[content] = fast.Findings(
+            fast.library_versions(), found.substrings, found.runs, found.frames, found.why
+        )
         return found
 
     monkeypatch.setattr(Tokenizer, "_byte_table", property(byte_table))

@@ -1,9 +1,8 @@
-"""Planning ``chunk``: which inputs are new, and the ordered list of units they are cut into.
+"""Plan ``chunk``: select the new inputs and cut them into an ordered list of units.
 
-Units are cut from the inputs alone (a file, a run of small files, a slice of a large one), never from the number of
-workers; so chunk ids are decided when the plan is committed. Inputs that the store has, or has planned, are
-recognised by their fingerprints and left out; one that was changed in its place is refused, or read again. Of an input
-that is read again the documents that the store has are skipped.
+Units depend on the inputs alone, never on the number of workers, so chunk ids are fixed when the plan is
+committed. Known inputs are recognised by fingerprint and skipped. Of a changed input only new documents are
+added, if at all.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 
 from retrotool import sources
 from retrotool.chunk import PART_SIZE
+from retrotool.cli.output import count
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.ranges import is_in
 from retrotool.sources import Fields, InputFile, Slice
@@ -42,17 +42,12 @@ from retrotool.store.tombstones import Tombstones, named_chunks, standing_purges
 from retrotool.tokenizers import Findings
 
 BYTES_PER_TOKEN = 4
-EXPANSION = {"gz": 3.0, "zst": 4.0, "bz2": 4.0, "xz": 4.0, "parquet": 3.0}
-"""About how many bytes of text a byte of a compressed input holds."""
-GUARD = "guard"
-"""Record with what was found out about the fast tokenizer, so that it is found out once a store."""
-EXACT = "tokenizers"
-"""Record that says why this store is tokenised by ``tokenizers`` alone."""
-SMALL_PLAN = 12 << 20
-"""Bytes of text below which starting the fast tokenizer costs more than it saves."""
+EXPANSION = {"gz": 3.0, "zst": 4.0, "bz2": 4.0, "xz": 4.0, "parquet": 3.0}  # bytes of text per byte
+GUARD = "guard"  # record of the findings about the fast tokenizer, made once per store
+EXACT = "tokenizers"  # record of why this store is tokenised by ``tokenizers`` alone
+SMALL_PLAN = 12 << 20  # bytes of text that do not pay for starting the fast tokenizer
 Duplicates = Literal["skip", "keep", "fail"]
-_LEAST_ROWS = 1000
-"""Rows below which a share says nothing, unless they are all."""
+_LEAST_ROWS = 1000  # below which a share is not checked before all input was read
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
 _HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")
@@ -60,7 +55,7 @@ _HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")
 
 @dataclass(frozen=True, slots=True)
 class InputPiece:
-    """A file, by its number in the plan, or a slice of one; ``weight``: bytes of input."""
+    """A file, by its number in the plan, or a slice of one; ``weight`` is in bytes of input."""
 
     file: int
     weight: int
@@ -69,35 +64,30 @@ class InputPiece:
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """The content of a plan file.
-
-    ``fingerprints`` and ``places`` are keyed hashes of the files' content and path. ``fast``: whether the fast
-    tokenizer may be used. ``read_before``, by file number: the plans that read an earlier version of the file, whose
-    documents are skipped. ``owner``: the run that alone can read the standard input among the files, if any is.
-    """
+    """The content of a plan file."""
 
     files: tuple[InputFile, ...]
-    fingerprints: tuple[str, ...]
-    places: tuple[str, ...]
+    fingerprints: tuple[str, ...]  # keyed hashes of content
+    places: tuple[str, ...]  # keyed hashes of path
     fields: Fields
     part_size: int
     units: tuple[tuple[InputPiece, ...], ...]
     fast: bool = True
     allow_purged: bool = False
-    read_before: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    owner: str = ""
+    read_before: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # plans, by file, of earlier versions
+    owner: str = ""  # the only run that can read the standard input among the files
 
 
 @dataclass(frozen=True, slots=True)
 class MaxBad:
-    """At most ``rows``, or a ``share`` of all rows read; the rest of a damaged file counts as a row. Neither: any."""
+    """A limit on rejected ``rows``, or on their ``share``; the rest of a damaged file counts as one row."""
 
     rows: int | None = None
     share: float | None = None
 
     @classmethod
     def parse(cls, text: str | None) -> MaxBad:
-        """From ``100`` or ``0.5%``; ``UsageError`` for anything else."""
+        """Parse ``100`` or ``0.5%``; None means any number."""
         if text is None:
             return cls()
         with contextlib.suppress(ValueError):
@@ -107,25 +97,25 @@ class MaxBad:
                     return cls(share=share)
             elif (rows := int(text)) >= 0:
                 return cls(rows=rows)
-        raise UsageError(f"--max-bad {text}: it is a number of rows, such as 100, or a share, such as 0.5%")
+        raise UsageError(f"--max-bad {text}: give a number of rows, such as 100, or a share, such as 0.5%")
 
     def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:
-        """Return why a run with these counts must stop; "" if it may go on. ``last``: there is no more to read."""
+        """Return why a run with these counts must stop, or "". ``last``: all input was read."""
         bad = counts["rejected"]
         if self.rows is not None:
-            return f"{bad:,} rows were rejected, more than --max-bad {self.rows:,}" if bad > self.rows else ""
+            return f"{count(bad, 'row')} rejected, more than --max-bad {self.rows:,}" if bad > self.rows else ""
         if self.share is not None:
             read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
             if read < _LEAST_ROWS and self.share and not last:
                 return ""
             if bad > self.share * read:
-                return f"{bad:,} of {read:,} rows were rejected, more than --max-bad {100 * self.share:g}%"
+                return f"{bad:,} of {count(read, 'row')} rejected, more than --max-bad {100 * self.share:g}%"
         return ""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkOptions:
-    """How ``chunk`` goes about it; see the command's help."""
+    """Options of ``chunk``. ``check``: share of documents whose tokens are compared with ``tokenizers``."""
 
     fields: Fields = field(default_factory=Fields)
     part_size: int = PART_SIZE
@@ -143,7 +133,7 @@ class ChunkOptions:
 def cut_units(
     files: Sequence[InputFile], fields: Fields, part_size: int, chunk_length: int
 ) -> list[tuple[InputPiece, ...]]:
-    """Cut files into units of about a part, or a 16th of everything if that is less (but not below 8 MiB)."""
+    """Cut files into units of about a part, or of a 16th of all input if that is less (at least 8 MiB)."""
     whole = sum(map(text_bytes, files))
     target = max(_LEAST_UNIT_BYTES, min(part_size * chunk_length * BYTES_PER_TOKEN, whole // _SPREAD))
     units: list[tuple[InputPiece, ...]] = []
@@ -164,12 +154,12 @@ def cut_units(
 
 
 def text_bytes(file: InputFile) -> int:
-    """About how many bytes of text a file holds."""
+    """Estimate how many bytes of text a file holds."""
     return int(file.size * EXPANSION.get(file.compression or file.base, 1.0))
 
 
 def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> list[InputFile]:
-    """Those of ``files`` that were planned before, with other content."""
+    """Return the ``files`` that were planned before with other content."""
     known = known_inputs(store, store.refresh(), options, leases.others(store.storage, run.id))
     hashes = hashes_of(store, files, options.fields)
     return [
@@ -182,7 +172,7 @@ def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: 
 def commit_plan(
     store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions, findings: Findings | None = None
 ) -> tuple[str | None, int]:
-    """Plan those of ``files`` new to the store; return the plan's id (None: all known) and how many were known."""
+    """Plan those ``files`` that are new to the store; return the plan's id, if any, and the number known."""
     hashes = hashes_of(store, files, options.fields)
     others = leases.others(store.storage, run.id)
     n_known = 0
@@ -199,9 +189,9 @@ def commit_plan(
         if changed and not options.add_changed:
             more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
             raise UsageError(
-                f"{changed[0].path}{more} was chunked before, with other content",
-                "If it was repaired, or documents were added to it: the same command with --changed add; documents "
-                "that the store has are skipped. To replace it, purge what came from it first. Nothing was changed.",
+                f"{changed[0].path}{more} changed since it was chunked",
+                "If it was repaired or extended, run the same command with --changed add, which skips documents that "
+                "the store has. To replace it, purge its documents first. Nothing was changed.",
             )
         n_known = len(files) - len(new)
         if not new:
@@ -218,18 +208,11 @@ def commit_plan(
             owner=run.id if any(map(is_spooled, chosen)) else "",
         )  # fmt: skip
         entry = write_plan(store, run, plan_id, plan)
-        record = {
-            **dict.fromkeys((*PLAN_COUNTS, "parts", "done"), 0),
-            "units": len(plan.units),
-            "finished": False,
-            "order": state.number + 1,
-        }
-        settings = {
-            **{name: value for name, value in asdict(plan.fields).items() if value is not None},
-            "part_size": plan.part_size,
-            "files": len(plan.files),
-        }
-        found = {} if findings is None else {GUARD: asdict(findings)}
+        counts = dict.fromkeys((*PLAN_COUNTS, "parts", "done"), 0)
+        record = {**counts, "units": len(plan.units), "finished": False, "order": state.number + 1}
+        settings = {name: value for name, value in asdict(plan.fields).items() if value is not None}
+        settings |= {"part_size": plan.part_size, "files": len(plan.files)}
+        found = {} if findings is None else {GUARD: findings.as_json()}
         return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record, **found})
 
     state = retry_overtaken(lambda: store.commit(run, build))  # a plan may be finished while its files are read
@@ -237,29 +220,25 @@ def commit_plan(
 
 
 def known_findings(state: State) -> Findings | None:
-    """What was found out about the fast tokenizer before."""
+    """Return what an earlier run recorded about the fast tokenizer."""
     record = state.records.get(GUARD)
     return None if record is None else Findings.from_json(record)
 
 
 def may_be_fast(state: State, files: Sequence[InputFile]) -> bool:
-    """Whether the fast tokenizer pays, and may be used in this store."""
+    """Return whether the fast tokenizer is allowed in this store and worth its start."""
     return EXACT not in state.records and sum(map(text_bytes, files)) > SMALL_PLAN
 
 
 def use_exact_tokenizer(store: Store, run: Run, why: str) -> None:
-    """Never use the fast tokenizer in this store again; ``why`` goes into the log, so it has no text of a document.
-
-    The plans that are not finished get new files, so units that were staged with the fast tokenizer are refused and
-    done again. Units that are committed stay.
-    """
+    """Stop using the fast tokenizer in this store; ``why`` must not contain document text."""
 
     def build(state: State) -> Draft | None:
         if EXACT in state.records:
             return None
         add, remove = [], []
         for plan_id, entry, plan in open_plans(store):
-            if plan.fast:
+            if plan.fast:  # a new plan file voids units that were staged with the fast tokenizer
                 add.append(write_plan(store, run, plan_id, replace(plan, fast=False)))
                 remove.append(entry.path)
         records = {EXACT: {"why": why}}
@@ -269,14 +248,11 @@ def use_exact_tokenizer(store: Store, run: Run, why: str) -> None:
 
 
 def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[tuple[str, str]]:
-    """Keyed hashes of each file's content and of its path; of standard input, which has no path of its own, of both.
-
-    Read otherwise, a file is another input: a wrong --text-field must not shut it out.
-    """
+    """Return keyed hashes of each file's content and path (for standard input, again its content)."""
     found = []
     try:
         for file in files:
-            reading = repr(fields.reading(file.base))
+            reading = repr(fields.reading(file.base))  # so a wrong --text-field does not block the file
             fingerprint = store.identity.keyed_hash(f"{file.fingerprint(fields)} {reading}")
             place = f"stdin {fingerprint}" if is_spooled(file) else f"path {file.path} {reading}"
             found.append((fingerprint, store.identity.keyed_hash(place)))
@@ -288,11 +264,8 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
 def write_plan(store: Store, run: Run, plan_id: str, plan: ChunkPlan) -> FileEntry:
     """Write a plan file."""
     files = [{"uri": one.path, "name": one.name, "size": one.size, "format": one.format} for one in plan.files]
-    fields = {
-        **asdict(plan),
-        "files": files,
-        "read_before": {str(number): plans for number, plans in plan.read_before.items()},
-    }
+    read_before = {str(number): plans for number, plans in plan.read_before.items()}
+    fields = {**asdict(plan), "files": files, "read_before": read_before}
     return write_json_file(store, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
 
 
@@ -321,7 +294,7 @@ _PLAN = {
 
 
 def read_json_file(store: Store, entry: FileEntry, spec: Spec) -> dict[str, Any]:
-    """Read a small JSON file of the store's view, checked against its sum and ``spec``."""
+    """Read a small JSON file of the store's view; check it against its checksum and ``spec``."""
     store.check_sum(entry)
     with store.reading(entry) as storage:
         content: dict[str, Any] = schema.load(storage.get(entry.path), spec, store.where(entry.path))
@@ -333,7 +306,7 @@ def _fields_of(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
-    """Inverse of writing a plan."""
+    """Read a plan file."""
     content = read_json_file(store, entry, _PLAN)
     n = len(content["files"])
     pieces = [piece["file"] for unit in content["units"] for piece in unit]
@@ -341,7 +314,7 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
     if not (len(content["fingerprints"]) == len(content["places"]) == n and all(content["units"])) or (
         numbers and max(numbers) >= n
     ):
-        raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not go together")
+        raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not match")
     return ChunkPlan(
         files=tuple(InputFile(one["uri"], one["name"], one["size"], one["format"]) for one in content["files"]),
         fingerprints=tuple(content["fingerprints"]),
@@ -361,23 +334,15 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
 
 @dataclass(slots=True)
 class KnownInputs:
-    """Keyed hashes of the content, and of the path, of inputs that were planned before.
-
-    ``readers``: by the hash of a path the plans that read an input there, also of inputs that were given up.
-    """
+    """Keyed hashes of the content and the paths of planned inputs."""
 
     fingerprints: set[str] = field(default_factory=set)
     places: set[str] = field(default_factory=set)
-    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)  # plans by path, also those that gave it up
 
 
 def known_inputs(store: Store, state: State, options: ChunkOptions, running: Collection[str] = ()) -> KnownInputs:
-    """Inputs that need not be read again.
-
-    Not those of plans that left documents out because they had been purged, if these are wanted now; nor, if changed
-    inputs are to be added, those that were read with a smaller limit on the size of a document; nor standard input
-    that an open plan has of a run that is not among those ``running``, as no process can read it any more.
-    """
+    """Return the inputs that need not be read again."""
     known = KnownInputs()
     for kind in ("inputs", "plans"):
         for slot, entry in state.group(kind).items():
@@ -386,7 +351,7 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
                 known.readers[place] = (*known.readers.get(place, ()), slot)
             if options.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
                 continue
-            lost: set[str] = set()
+            lost: set[str] = set()  # standard input that no process can read any more
             if content.get("owner") and content["owner"] not in running:
                 plan = read_plan(store, entry)
                 rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
@@ -398,17 +363,17 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
 
 
 def parts_of_plan(state: State, plan_id: str) -> range:
-    """Numbers of the parts that a plan gave; as plans are worked in order, they follow those of the plans before."""
+    """Return the numbers of a plan's parts; they follow the parts of all plans before it."""
     record = state.records[f"plan:{plan_id}"]
     before = [r for r in state.with_prefix("plan:").values() if r["order"] < record["order"]]
     first = sum(r["parts"] for r in before)
     if first + record["parts"] > len(state.group("chunks")):
-        raise CorruptError(f"the record 'plan:{plan_id}' counts parts that are not there")
+        raise CorruptError(f"the record 'plan:{plan_id}' counts parts that do not exist")
     return range(first, first + record["parts"])
 
 
 def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, ChunkPlan]]:
-    """Id, file and content of the plans that are not finished, in their order."""
+    """Yield id, file and content of each unfinished plan, in order."""
     for plan_id in unfinished_plans(store.state):
         entry = store.state.file("plans", plan_id)
         if entry is None:
@@ -416,23 +381,18 @@ def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, ChunkPlan]]:
         try:
             plan = read_plan(store, entry)
         except ErasedError:
-            continue  # another process has just finished it
+            continue  # finished by another process
         yield plan_id, entry, plan
 
 
 def unfinished_plans(state: State) -> list[str]:
-    """Ids of the plans that are not finished, in their order."""
+    """Return the ids of unfinished plans, in order."""
     plans = state.with_prefix("plan:")
     return sorted((plan for plan in plans if not plans[plan]["finished"]), key=lambda plan: int(plans[plan]["order"]))
 
 
 class KnownDocuments:
-    """The documents of the input ``name`` that ``plans`` read, by their keys and text hashes, 32 bytes each.
-
-    Of an input that changed, and is read again, these are skipped.
-    Documents that are erased, also in part, are unknown: the block list keeps them out. ``without``: so are those of
-    which every chunk is in it, as purged documents are where they may be added again.
-    """
+    """Documents of the input ``name`` that ``plans`` read, by key and text hash, 32 bytes each."""
 
     def __init__(self, store: Store, name: str, plans: Sequence[str], without: Tombstones | None = None) -> None:
         live = set(store.state.all_parts())
@@ -440,26 +400,27 @@ class KnownDocuments:
         for part in (part for plan in plans for part in parts_of_plan(store.state, plan) if part in live):
             table = parts.read_documents(store, part, ["key", "text_hash", "input"])
             wanted = pc.and_(pc.equal(table["input"], name), pc.is_valid(table["text_hash"]))
+            # Without erased documents, also in part, which have no hash: the block list keeps them out.
             doc = np.flatnonzero(wanted.fill_null(False).to_numpy())
-            if without is not None:
+            if without is not None:  # purged documents may be added again
                 doc = np.setdiff1d(doc, documents_within(store, part, without), assume_unique=True)
             hashes = [parts.from_fixed_binary(table[column], np.dtype(np.uint8)) for column in ("key", "text_hash")]
             found.append(np.hstack(hashes)[doc].view(_HASHES).reshape(-1))
         self._sorted = np.sort(np.concatenate(found))
 
     def hold(self, hashes: Sequence[tuple[bytes, bytes]]) -> npt.NDArray[np.bool_]:
-        """Which documents, given by key and text hash [n], are known."""
+        """Return which documents, given by key and text hash, are known, bool [n]."""
         wanted = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), _HASHES)
         return is_in(wanted, self._sorted)
 
 
 def chunks_of_purges(store: Store) -> Tombstones:
-    """Chunks that were purged: those of documents that repeat are tombstones too, but their ids stay taken."""
+    """Return the chunks named by purges; unlike all tombstones, without those of duplicates."""
     return Tombstones(named_chunks(store, standing_purges(store.state)))
 
 
 def documents_within(store: Store, part: int, chunks: Tombstones) -> npt.NDArray[np.int64]:
-    """The docs of a part of which every chunk is in ``chunks``, ascending."""
+    """Return the documents of a part whose chunks are all in ``chunks``, ascending."""
     rows = chunks.rows(part)
     if not len(rows):
         return rows

@@ -1,7 +1,7 @@
-"""Text to tokens and back: finding a tokenizer of any common kind, loading it, and tokenising fast and exactly.
+"""Convert text to tokens and back: find and load tokenizers of all common kinds, tokenise fast and exactly.
 
-``find_tokenizer`` turns a name or a file into the bytes of a ``tokenizer.json``, ``Tokenizer`` loads them, and
-``FastTokenizer`` gives a ``Tokenizer``'s ids many times faster where that can be done without a difference.
+``find_tokenizer`` gets a ``tokenizer.json`` for a name or a file, ``Tokenizer`` loads it, and
+``FastTokenizer`` gives the same ids many times faster where that is possible.
 """
 
 from retrotool.tokenizers.equivalence import Findings

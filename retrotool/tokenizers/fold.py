@@ -1,12 +1,12 @@
-"""Text of tokens whose tokenizer loses case or spacing, in a form that patterns can be written for.
+"""Fold decoded text of tokenizers that lose case or spacing, so that patterns can match it.
 
-Such a tokenizer gives back ``john. doe + x @ example. com``, by rules that differ from one to the other. Folded it is
-``john.doe+x@example.com``: a single space between two words, and none beside anything that is neither a letter nor a
-digit. Case, accents and what the tokenizer has no token for are as it left them.
+Such a tokenizer decodes to ``john. doe + x @ example. com``, by its own rules. Folded it is
+``john.doe+x@example.com``: a single space between two words, and none beside other characters. Case, accents
+and unknown characters are not restored.
 
-WordPiece is folded token by token: a token's bytes with or without a space before it, from one table by an Arrow
-``take``, 70 to 150 MB/s a core. Of others the pieces are put together, of SentencePiece's kind from a table, too, or
-else row by row by the library; then spaces are taken out character by character, 10 to 20 MB/s.
+WordPiece is folded token by token, with an Arrow ``take`` from a table of each token's bytes with and without
+a space, 70 to 150 MB/s per core. Others are decoded (SentencePiece by a table, too), then spaces are removed
+character by character, 10 to 20 MB/s.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Folder:
-    """Folds what a tokenizer leaves of texts."""
+    """Folds the decoded text of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -48,11 +48,7 @@ class Folder:
     def __call__(
         self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], is_first: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
-        """Decode rows of tokens [n, chunk_length], of which ``n_tokens`` [n] count, one row behind the other.
-
-        ``is_first`` [n]: rows that begin a document; the others go on with the one before. Returns where each row
-        begins and the last ends, int64 [n + 1], and the bytes of all.
-        """
+        """Fold rows of ``tokens`` [n, chunk_length]; return their bounds, int64 [n + 1], and the bytes."""
         used = np.arange(tokens.shape[1]) < n_tokens[:, None]
         if self._table is None:
             if self._pieces is None:
@@ -63,7 +59,7 @@ class Folder:
                 starts, data = joined_rows(self._pieces, tokens[used], n_tokens)
             text = memoryview(data or b"")[int(starts[0]) : int(starts[-1])]
             return folded(text, starts - starts[0], is_first)
-        ids = tokens[used]  # as narrow as they are: what is new memory to the process costs more than the sums
+        ids = tokens[used]  # not widened: new memory costs more than the sums
         begins = np.cumsum(n_tokens, dtype=np.int64) - n_tokens
         space = np.take(self._begins, ids)
         space[1:] &= np.take(self._ends, ids[:-1])
@@ -75,7 +71,6 @@ class Folder:
 
 
 def _spelled(token: str) -> bytes:
-    """Bytes of a token of SentencePiece's kind."""
     byte = _BYTE.fullmatch(token)
     return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
 
@@ -83,10 +78,7 @@ def _spelled(token: str) -> bytes:
 def folded(
     text: memoryview, starts: npt.NDArray[np.int64], is_first: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
-    """Take spaces out of the text of rows that begin at ``starts`` [n + 1]; ``is_first`` [n]: where documents begin.
-
-    Of spaces between two words one is left, in the row in which they begin.
-    """
+    """Remove spaces from rows beginning at ``starts`` [n + 1], but one between two words of a document."""
     characters = np.frombuffer(
         bytes(text).decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass"), np.uint32
     )
@@ -112,7 +104,7 @@ SPACE, WORD = 0, 1
 
 @functools.cache
 def kinds() -> npt.NDArray[np.uint8]:
-    """What each character is: white space, part of a word, or neither (2)."""
+    """Return for each code point: white space (0), part of a word (1), or other (2)."""
     found = np.full(0x110000, 2, np.uint8)
     for number in range(len(found)):
         character = chr(number)

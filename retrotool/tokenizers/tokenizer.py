@@ -1,13 +1,11 @@
-"""A loaded tokenizer: text to tokens, and tokens back to text without a loop.
+"""A loaded tokenizer: encode text, and decode tokens without a Python loop.
 
-Ids are those of the ``tokenizers`` library without special tokens, truncation or padding. Decoding uses a table of
-each token's bytes where the decoder is byte-level BPE or WordPiece: an Arrow ``take`` whose data buffer is the
-text, about 100 MB/s; the table is checked against the library when it is built, and any other decoder goes through
-the library.
+Ids are those of the ``tokenizers`` library without special tokens, truncation or padding. Byte-level BPE and
+WordPiece decode by an Arrow ``take`` from a table of each token's bytes, about 100 MB/s; the table is checked
+against the library when it is built. Other decoders use the library.
 
-``split_texts`` cuts a text around a run of its tokens. A token's text depends on its place, so the run is not decoded
-by itself: what comes before its first and its last token is decoded as the beginning of the whole text, which is cut
-there. A character that the run has only a part of is left outside of it. Each text is decoded three times.
+``split_texts`` cuts a text around a run of its tokens. A token's text depends on its place, so the text up to
+the run's first and last token is decoded as well. A character that is only partly in the run is outside it.
 """
 
 from __future__ import annotations
@@ -38,19 +36,19 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBE = "a  b\n\n \tc " + "".join(
     map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x10FFFF, 0x4000)])
 )
-"""Text that has every byte that UTF-8 has, and white space of all kinds."""
+"""Text with every byte of UTF-8, and white space of all kinds."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFile:
-    """The bytes of a ``tokenizer.json`` and the name it was asked for by."""
+    """The bytes of a ``tokenizer.json`` and the name it was requested by."""
 
     name: str
     content: bytes
 
 
 class Tokenizer:
-    """A loaded tokenizer. ``vocabulary`` is the highest id plus one; ``lossless``: decoding gives the text back."""
+    """A loaded tokenizer; ``vocabulary`` is the highest id plus one, ``lossless``: decoding restores text."""
 
     def __init__(self, file: TokenizerFile) -> None:
         import tokenizers
@@ -58,13 +56,12 @@ class Tokenizer:
         try:
             fields = orjson.loads(file.content)
             self.backend = tokenizers.Tokenizer.from_str(file.content.decode())
-            """The tokenizer of the ``tokenizers`` library, without truncation and padding."""
-        except Exception as error:  # the library raises bare Exception for what it can't parse
+        except Exception as error:  # the library raises bare Exception
             raise UsageError(
                 f"tokenizer {file.name!r} can't be loaded: {error}",
                 "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it.",
             ) from error
-        # Many published files truncate to 128 or pad to it; a corpus must be neither.
+        # Many published files truncate or pad to 128 tokens.
         self.backend.no_truncation()
         self.backend.no_padding()
         self.file = file
@@ -86,23 +83,18 @@ class Tokenizer:
         return TokenizerIdentity.of(self.file.name, self.file.content, self.vocabulary, self.lossless)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Return the token ids of each text, without special tokens."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Ids of all texts one after the other, uint32 [tokens], and the tokens of each, int64 [texts].
-
-        The library's own objects take over 100 bytes a token, so they are held for about a megabyte of text at a
-        time; a longer text is cut where that changes nothing, or else tokenised whole. ``UsageError`` for text that
-        has no UTF-8.
-        """
+        """Return all ids, uint32 [tokens], and the number of tokens of each text, int64 [texts]."""
         counts = [1] * len(texts)
         if self._may_cut and any(len(text) > _HELD for text in texts):
             texts, counts = cut_texts(texts, _HELD // 4, _HELD // 2)
         ids: list[npt.NDArray[np.uint32]] = []
         lengths: list[int] = []
-        for run in slices(texts, _HELD):
+        for run in slices(texts, _HELD):  # as the library needs over 100 bytes per token
             for encoding in self._encodings(run):
                 ids.append(np.array(encoding.ids, np.uint32))
                 lengths.append(len(ids[-1]))
@@ -115,21 +107,21 @@ class Tokenizer:
     def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
         try:
             return self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError as error:  # what the library says of a str that it can't have as UTF-8
+        except TypeError as error:  # raised for text that is not valid UTF-8
             for text in texts:
                 lone = _SURROGATE.search(text)
                 if lone is not None:
                     raise UsageError(
-                        f"a text has the surrogate U+{ord(lone[0]):04X} at character {lone.start()}: it has no UTF-8",
+                        f"text with the surrogate U+{ord(lone[0]):04X} at character {lone.start()} has no UTF-8",
                         "Replace it, as text.encode(errors='replace').decode() does.",
                     ) from error
             raise
 
     def encode_chunk_text(self, text: str) -> list[int]:
-        """Token ids of a chunk's text, also of one that begins inside a word (shown as ``##...`` by WordPiece)."""
+        """Return the token ids of a chunk's text, which may begin inside a word (``##...`` in WordPiece)."""
         if not (self.is_wordpiece and text.startswith(_CONTINUATION)):
             return self.encode_batch([text])[0]
-        # What follows the first word stays as it is: special tokens such as [UNK] are found before normalising.
+        # Only the first word is normalised here: special tokens such as [UNK] are found before normalising.
         head, space, tail = text.removeprefix(_CONTINUATION).partition(" ")
         normalizer, splitter = self.backend.normalizer, self.backend.pre_tokenizer
         plain = normalizer.normalize_str(head) if normalizer is not None else head
@@ -138,7 +130,7 @@ class Tokenizer:
             return self.encode_batch([text])[0]
         word, (_, end) = words[0]
         if splitter is not None and len(splitter.pre_tokenize_str("a" + word)) > 1:
-            return self.encode_batch([text])[0]  # no word goes on like this
+            return self.encode_batch([text])[0]  # not the continuation of a word
         pieces: list[int] = []
         while word:
             for length in range(len(word), 0, -1):
@@ -152,7 +144,7 @@ class Tokenizer:
         return pieces + self.encode_batch([plain[end:] + space + tail])[0]
 
     def special_tokens(self) -> tuple[list[int], list[int]]:
-        """Ids that the tokenizer's own template puts before and after a text, such as [CLS] and [SEP]."""
+        """Return the ids that the tokenizer's template puts before and after a text, as [CLS] and [SEP]."""
         whole = self.backend.encode("a", add_special_tokens=True).ids
         bare = self.backend.encode("a", add_special_tokens=False).ids
         for start in range(len(whole) - len(bare) + 1):
@@ -161,10 +153,7 @@ class Tokenizer:
         return [], []
 
     def decode(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> pa.LargeBinaryArray:
-        """Text of each row of ``tokens`` [n, chunk_length], of which ``n_tokens`` [n] count, as UTF-8 bytes.
-
-        With a byte-level tokenizer a chunk can begin or end inside a character; its bytes are given as they are.
-        """
+        """Return the UTF-8 bytes of rows of ``tokens`` [n, chunk_length], of which ``n_tokens`` [n] count."""
         table = self._byte_table
         if table is None:
             rows = [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
@@ -175,17 +164,17 @@ class Tokenizer:
     def _join(self, table: pa.Array, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> pa.LargeBinaryArray:
         ids = tokens.astype(np.int64)
         if self._decoder == "WordPiece":
-            ids[:, :1] += self.vocabulary  # the first token of a text is spelled without a space before it
+            ids[:, :1] += self.vocabulary  # the first token has no space before it
         starts, data = joined_rows(table, ids[np.arange(tokens.shape[1]) < n_tokens[:, None]], n_tokens)
         return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(tokens), [None, pa.py_buffer(starts), data])
 
     def decode_text(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> list[str]:
-        """Like ``decode``, as strings; broken UTF-8 at a chunk's border shows as U+FFFD."""
+        """Decode as strings; broken UTF-8 at a chunk's border is U+FFFD."""
         return _as_text(self.decode(tokens, n_tokens))
 
     @functools.cached_property
     def _byte_table(self) -> pa.Array | None:
-        """Bytes of every token, large_binary [V] (WordPiece: [2V], with and without a space); None: use the library."""
+        """Bytes of every token [V] (WordPiece: [2V], with and without a space); None: use the library."""
         table = self._spell_tokens()
         if table is None:
             return None
@@ -197,7 +186,7 @@ class Tokenizer:
         return table if ours == self.backend.decode_batch(rows.tolist(), skip_special_tokens=False) else None
 
     def names(self) -> list[str]:
-        """The name in the vocabulary of each id; "" for ids that stand for nothing."""
+        """Return the name of each id in the vocabulary; "" for unused ids."""
         found = [""] * self.vocabulary
         for token, number in self.backend.get_vocab(with_added_tokens=True).items():
             found[number] = token
@@ -214,7 +203,7 @@ class Tokenizer:
                 return None
             return pa.array(spelled, pa.large_binary())
         if self._decoder == "WordPiece":
-            # The decoder works token by token; asking it for each keeps its clean-up rules.
+            # Decoding each token separately keeps the decoder's clean-up rules.
             decode = self.backend.decoder.decode
             anchor = decode(["a"])
             later = [decode(["a", token]).removeprefix(anchor) for token in tokens]
@@ -226,10 +215,7 @@ class Tokenizer:
 def joined_rows(
     table: pa.Array, ids: npt.NDArray[Any], n_tokens: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
-    """Join what ``table``, large_binary, has for flat ``ids``, of which each row has ``n_tokens`` [n].
-
-    Returns where in the bytes each row begins and the last ends, int64 [n + 1], and the bytes.
-    """
+    """Join ``table`` entries of flat ``ids``; return where rows begin and the last ends [n + 1], and data."""
     pieces = table.take(pa.array(ids))
     offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
     return offsets[np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])], pieces.buffers()[2]
@@ -246,7 +232,7 @@ def stored_tokenizer(store: Store) -> Tokenizer:
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level BPE vocabulary (Radford et al. 2019)."""
+    """Return the byte of each character in a byte-level BPE vocabulary (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -258,7 +244,7 @@ Lengths = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A text in three pieces, of which any may be empty; without a run all of it is ``before``."""
+    """A text in three pieces, which may be empty; without a run all of it is ``before``."""
 
     before: str
     run: str
@@ -266,14 +252,14 @@ class Split:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return self.before + self.run + self.after
 
 
 def split_texts(
     tokenizer: Tokenizer, tokens: npt.NDArray[Any], n_tokens: Lengths, start: Lengths, stop: Lengths
 ) -> list[Split]:
-    """Cut the text of each row of ``tokens`` [n, w], of which ``n_tokens`` [n] count, around tokens [start, stop)."""
+    """Cut the text of rows of ``tokens`` [n, w], of which ``n_tokens`` count, around tokens [start, stop)."""
     whole = tokenizer.decode_text(tokens, n_tokens)
     found = [Split(text, "", "") for text in whole]
     some = np.flatnonzero(start < stop)
@@ -288,7 +274,7 @@ def split_texts(
 
 
 def _beginning_in(text: str, beginning: str) -> tuple[int, bool]:
-    """How much of a text a beginning has, as decoded by itself; and whether it ends inside the next character."""
+    """Return how much of ``beginning`` is in ``text``, and whether it ends inside the next character."""
     if text.startswith(beginning):
         return len(beginning), False
     pairs = enumerate(zip(text, beginning, strict=False))

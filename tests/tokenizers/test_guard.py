@@ -68,7 +68,7 @@ def test_what_is_wrong_is_unsure_and_other_text_is_not(exact, pattern, unsafe):
 
 def test_with_nothing_wrong_everything_is_sure_but_what_python_does_not_know(exact):
     guard = Guard((exact, exact), (exact, exact), longest=600)
-    assert (guard.needles, guard.runs, guard.why) == ((), (), "")
+    assert (guard.substrings, guard.runs, guard.why) == ((), (), "")
     assert not guard.unsure([*awkward.TOPICS, *awkward.SAMPLES]).any()
     assert guard.unsure(["\U000e0fff", "a \u0378"]).all()  # no characters of Unicode
 

@@ -85,10 +85,10 @@ def test_a_file_is_found_by_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("mine.tiktoken", None, "'mine' is no encoding known here"),
+        ("mine.tiktoken", None, "'mine' is not a known encoding"),
         ("cl100k_base.tiktoken", b"YQ== 0\nYg== 1\n", "no token for 254 of the 256 bytes"),
-        ("cl100k_base.tiktoken", b"YQ== 0\nYg==\n", "line 2 is no token in base64 and its rank"),
-        ("cl100k_base.tiktoken", b"YQ== 0\n?! 1\n", "line 2 is no token in base64 and its rank"),
+        ("cl100k_base.tiktoken", b"YQ== 0\nYg==\n", "line 2 is not a token in base64 and its rank"),
+        ("cl100k_base.tiktoken", b"YQ== 0\n?! 1\n", "line 2 is not a token in base64 and its rank"),
     ],
 )
 def test_what_can_not_be_understood_is_refused(name: str, data: bytes | None, said: str, tmp_path: Path):
