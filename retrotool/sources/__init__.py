@@ -1,8 +1,8 @@
-"""Reading input: files to documents, and what can't be read rejected with its place and the reason.
+"""Read input files as documents; reject what can't be read, with its place and the reason.
 
-One module a format; ``inputs`` finds them and names their format, ``streams`` decompresses, ``read`` dispatches.
-Every row of an input comes out exactly once, as a ``Document`` or as a ``Rejected``; a file that breaks off ends with
-a ``Rejected`` for the rest. Memory is bounded by the longest document (``Fields.max_document``) and a few blocks.
+There is one module per format; ``inputs`` finds files, ``streams`` decompresses, ``read`` dispatches. Every
+row comes out exactly once, as a ``Document`` or as a ``Rejected``; a damaged file ends with a ``Rejected``
+for the rest. Memory is bounded by the longest document (``Fields.max_document``) and a few blocks.
 """
 
 from retrotool.sources.inputs import WHOLE, InputFile, Slice, find_inputs, survey

@@ -1,21 +1,17 @@
-"""Parquet and Arrow input: the columns that are asked for, a few MiB of rows at a time.
+"""Parquet and Arrow input: only the columns needed, a few MiB of rows at a time.
 
-A batch is cut into windows by the bytes of its texts, so that a batch of any size costs no more memory than a window
-and the longest document. Columns become Python values one by one; a value that Python can't have (broken UTF-8, a time
-far off) rejects its own row only.
+* A batch is processed in windows by the bytes of its texts, so memory does not grow with the size of a batch.
+  A value that Python can't represent (broken UTF-8, a distant time) rejects only its row.
+* Parquet row groups are read one by one, with page checksums. At a damaged page the group is read again in
+  small steps, so that every row before it comes out. Column chunks in the footer are not used: pyarrow's
+  accessor crashes the process if the footer is damaged.
+* Arrow files (``.arrow``, ``.feather`` version 2) and streams are recognised by content. Arrow trusts
+  offsets, so each batch is validated in full. Files are not memory-mapped: truncating one would crash the
+  process. A file without its footer is read as a stream.
+* Slices are runs of row groups or record batches; streams are not sliced.
 
-Parquet: row groups are read one by one, pages as they come, with their checksums. At a damaged page the group is read
-again row by row up to it, so that every row before comes out. Of the footer only the numbers of row groups are used:
-pyarrow's accessor of column chunks ends the process if the footer is damaged.
-
-Arrow: IPC files (``.arrow``, ``.feather`` version 2) and streams, told apart by their content. Arrow trusts the offsets
-in a file, so each batch is validated in full before a value is taken. Files are not memory-mapped: one that becomes
-shorter while it is read would end the process. What a cut-off file has before the break is read as a stream.
-
-Slices are runs of row groups or record batches; a stream has no list of its batches and is not cut.
-
-Cost: about 2 µs a row over the copy of its text, more for key-value records, token ids and kept fields, and BLAKE2b
-of the text where rows have no id. Memory: an Arrow batch, or a Parquet page, as large as its writer made it.
+Cost: about 2 µs per row besides copying its text, more for key-value records, token ids and kept fields.
+Memory: one Arrow batch or Parquet page.
 """
 
 from __future__ import annotations
@@ -50,13 +46,12 @@ WINDOW_ROWS = 4096
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
-_RETRIED_ROWS = 100_000
-"""Rows that are read one by one to come closer to a damaged page; in larger groups a few at a time."""
+_RETRIED_ROWS = 100_000  # most steps to read a row group again up to a damaged page
 _FILE = b"ARROW1"
 _FEATHER_1 = b"FEA1"
 _STREAM_START = 8
 _MARK, _END = b"\xff\xff\xff\xff", b"\0\0\0\0"
-"""A message begins with a mark and its length, and length 0 ends a stream; before version 0.15 there was no mark."""
+"""A message starts with a mark (since version 0.15) and its length; length 0 ends a stream."""
 _TEXT = (
     pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
     pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary,
@@ -67,8 +62,8 @@ _LISTS = (
 )  # fmt: skip
 
 
-def steps(schema: pa.Schema, name: str) -> list[int | str] | None:
-    """The way to a field: its column, then a struct's fields by number or a map's keys; None if there is none."""
+def _steps(schema: pa.Schema, name: str) -> list[int | str] | None:
+    """Return the path to a field: its column, then struct fields by number or map keys; None if missing."""
     names = schema.names
     if name in names:
         return [names.index(name)]
@@ -81,7 +76,7 @@ def steps(schema: pa.Schema, name: str) -> list[int | str] | None:
         if pa.types.is_struct(kind) and (inner := [kind.field(i).name for i in range(kind.num_fields)]).count(step):
             way.append(inner.index(step))
             kind = kind.field(inner.index(step)).type
-        elif pa.types.is_map(kind) and is_text(kind.key_type):
+        elif pa.types.is_map(kind) and _is_text(kind.key_type):
             way.append(step)
             kind = kind.item_type
         else:
@@ -89,9 +84,9 @@ def steps(schema: pa.Schema, name: str) -> list[int | str] | None:
     return way
 
 
-def column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
-    """The array of a field, null where something around it is; None if there is none."""
-    way = steps(batch.schema, name)
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
+    """Return the array of a field, null where a parent is null; None if missing."""
+    way = _steps(batch.schema, name)
     if way is None:
         return None
     array = batch.column(way[0])
@@ -103,38 +98,36 @@ def column(batch: pa.RecordBatch, name: str) -> pa.Array | None:
     return array
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column's values are strings, or bytes that may be."""
+def _is_text(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in _TEXT)
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Return whether a column's values are lists, of whatever layout."""
+def _is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in _LISTS)
 
 
-def plain(array: pa.Array) -> pa.Array:
-    """The same values without extension type, dictionary stays; text as bytes of 64-bit offsets, without a copy."""
+def _plain(array: pa.Array) -> pa.Array:
+    """Remove extension types and run-length encoding; make text large_binary, without copying."""
     if isinstance(array, pa.ExtensionArray):
-        return plain(array.storage)
+        return _plain(array.storage)
     if pa.types.is_run_end_encoded(array.type):
-        return plain(pc.run_end_decode(array))
+        return _plain(pc.run_end_decode(array))
     if pa.types.is_dictionary(array.type):
-        return pa.DictionaryArray.from_arrays(array.indices, plain(array.dictionary), safe=False)
-    if is_text(array.type):
+        return pa.DictionaryArray.from_arrays(array.indices, _plain(array.dictionary), safe=False)
+    if _is_text(array.type):
         return array.cast(pa.large_binary())
     return array
 
 
-def lengths(array: pa.Array) -> npt.NDArray[np.int64]:
-    """Bytes of each value of a plain column of text or of lists; zeros for other types, whose values are small."""
+def _lengths(array: pa.Array) -> npt.NDArray[np.int64]:
+    """Return the bytes of each value of a plain text or list column; 0 for other types, which are small."""
     if pa.types.is_dictionary(array.type):
-        inner: npt.NDArray[np.int64] = np.append(lengths(array.dictionary), 0)  # the last for nulls
+        inner: npt.NDArray[np.int64] = np.append(_lengths(array.dictionary), 0)  # the last for nulls
         places = array.indices.cast(pa.int64()).fill_null(len(inner) - 1).to_numpy(zero_copy_only=False)
         return np.asarray(inner[places])
-    if is_text(array.type):
+    if _is_text(array.type):
         counted, width = pc.binary_length(array), 1
-    elif is_list(array.type):
+    elif _is_list(array.type):
         counted, width = pc.list_value_length(array), 8
     else:
         return np.zeros(len(array), np.int64)
@@ -142,20 +135,17 @@ def lengths(array: pa.Array) -> npt.NDArray[np.int64]:
     return counts * width
 
 
-def values(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
-    """Return Python's values of a plain column: text as str, times as Arrow writes them (Python's have no nanoseconds).
-
-    A value that Python can't have is None; ``unreadable`` gets its place and the reason.
-    """
+def _values(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
+    """Return a column as Python values, times as text; None and a reason in ``unreadable`` if impossible."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     kind = array.type
     try:
-        if is_text(kind):
-            # Unchecked on the way to Python's strings, which check.
+        if _is_text(kind):
+            # Not checked here, but when Python's strings are made.
             text = pc.cast(array, options=pc.CastOptions(pa.large_string(), allow_invalid_utf8=True))
             found: list[Any] = text.to_numpy(zero_copy_only=False).tolist()
-        elif pa.types.is_temporal(kind):
+        elif pa.types.is_temporal(kind):  # Python's times have no nanoseconds
             found = array.cast(pa.string()).to_pylist()
         elif pa.types.is_integer(kind) and not array.null_count:
             found = array.to_numpy(zero_copy_only=False).tolist()
@@ -179,10 +169,10 @@ def _value(one: pa.Array, place: int, unreadable: dict[int, str]) -> Any:
     return None
 
 
-def token_rows(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
-    """Each row's token ids as a view of one numpy array; what is no list of whole numbers as ``values`` gives it."""
-    if not is_list(array.type) or not pa.types.is_integer(array.type.value_type):
-        return values(array, unreadable)
+def _token_rows(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
+    """Return each row's token ids as a view of one array; other types as ``values`` does."""
+    if not _is_list(array.type) or not pa.types.is_integer(array.type.value_type):
+        return _values(array, unreadable)
     begins, ends = _bounds(array)
     known = array.is_valid().to_numpy(zero_copy_only=False) & (ends > begins)
     low, high = (int(begins[known].min()), int(ends[known].max())) if known.any() else (0, 0)
@@ -201,7 +191,7 @@ def token_rows(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
 
 
 def _bounds(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where each list begins and ends among ``array.values``; of a null anything may be there."""
+    """Return where each list begins and ends in ``array.values``; null lists have arbitrary bounds."""
     if pa.types.is_fixed_size_list(array.type):
         places = (array.offset + np.arange(len(array) + 1, dtype=np.int64)) * array.type.list_size
         return places[:-1], places[1:]
@@ -211,10 +201,10 @@ def _bounds(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
     return places[:-1], places[1:]
 
 
-def missing(schema: pa.Schema, fields: Fields) -> Rejected | None:
-    """Why no row of a table can be a document, for a row without a number, or None."""
+def _missing(schema: pa.Schema, fields: Fields) -> Rejected | None:
+    """Return the rejection for every row of a table without a required field, or None."""
     for name in fields.required:
-        if steps(schema, name) is None:
+        if _steps(schema, name) is None:
             return Rejected(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
     return None
 
@@ -222,21 +212,20 @@ def missing(schema: pa.Schema, fields: Fields) -> Rejected | None:
 def documents_of_batch(
     batch: pa.RecordBatch, fields: Fields, source: str, line: int, position: int
 ) -> Iterator[Document | Rejected]:
-    """Documents of a batch; its first row has ``line`` in what is read, and ``position`` in the file, both from 1."""
+    """Yield documents of a batch; its first row is ``line`` of the slice and ``position`` of the file."""
     arrays = {}
     for name in fields.wanted:
-        if (array := column(batch, name)) is not None:
-            arrays[name] = plain(array)
-    for start, end in row_windows(arrays, batch.num_rows):
+        if (array := _column(batch, name)) is not None:
+            arrays[name] = _plain(array)
+    for start, end in _row_windows(arrays, batch.num_rows):
         window = {name: array.slice(start, end - start) for name, array in arrays.items()}
         yield from _window(window, fields, source, line + start, position + start)
 
 
-def row_windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about ``WINDOW_BYTES`` of text."""
+def _row_windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]:
     total = np.zeros(rows, np.int64)
     for array in arrays.values():
-        total += lengths(array)
+        total += _lengths(array)
     ends = total.cumsum()
     start, before = 0, 0
     while start < rows:
@@ -253,7 +242,7 @@ def _window(
     columns: list[list[Any]] = []
     for name, array in arrays.items():
         within = _limited(array, name, fields, reasons) if name in fields.required else array
-        columns.append((token_rows if name == fields.tokens else values)(within, reasons))
+        columns.append((_token_rows if name == fields.tokens else _values)(within, reasons))
     make, names = maker(fields, source), tuple(arrays)
     for i, row in enumerate(zip(*columns, strict=True)):
         if i in reasons:
@@ -263,29 +252,29 @@ def _window(
 
 
 def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]) -> pa.Array:
-    """Return a column without the values over the limit, which are not even decoded; ``reasons`` gets their places."""
+    """Mask values over the size limit, so that they are not decoded; add them to ``reasons``."""
     limit = fields.max_document
-    sizes: npt.NDArray[np.int64] = lengths(array)
-    if is_list(array.type):
+    sizes: npt.NDArray[np.int64] = _lengths(array)
+    if _is_list(array.type):
         sizes = sizes // 8 * TOKEN_BYTES
     over = sizes > limit
     if not over.any():
         return array
     for i in np.flatnonzero(over).tolist():
-        too_many = too_many_tokens(name, int(sizes[i]) // TOKEN_BYTES, limit) if name == fields.tokens else None
+        too_many = too_many_tokens(int(sizes[i]) // TOKEN_BYTES, limit) if name == fields.tokens else None
         reasons[i] = too_many or f"{name!r} has {sizes[i]:,} bytes, more than --max-document {limit:,}"
-    # A null place in ``take`` is a null, whatever the type, and copies nothing.
+    # ``take`` with a null index gives null for any type.
     return array.take(pa.array(np.arange(len(array)), mask=over))
 
 
 def read_parquet_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """Documents of a range of row groups; positions are rows of the file, from 1."""
+    """Yield documents of a range of row groups; positions are rows of the file, from 1."""
     with _open(file) as table:
         end = table.num_row_groups if where.end is None else where.end
         counts = [table.metadata.row_group(group).num_rows for group in range(where.start, end)]
         total = sum(counts)
-        if lacking := missing(table.schema_arrow, fields):
-            _check_counts(table)  # or a damaged one would reject rows without end
+        if lacking := _missing(table.schema_arrow, fields):
+            _check_counts(table)  # a damaged footer could claim any number of rows
             yield from (lacking._replace(line=line) for line in range(1, total + 1))
             return
         line = 1
@@ -303,11 +292,11 @@ def cut_parquet(file: InputFile, target: int) -> list[Slice]:
     """Return runs of row groups of about ``target`` decompressed bytes."""
     with _open(file) as table:
         _check_counts(table)
-        return runs(_sizes(table), _row_counts(table), target)
+        return _runs(_sizes(table), _row_counts(table), target)
 
 
-def runs(sizes: list[int], counts: list[int], target: int) -> list[Slice]:
-    """Slices of consecutive groups, of so many bytes and rows each, that reach ``target`` bytes."""
+def _runs(sizes: list[int], counts: list[int], target: int) -> list[Slice]:
+    """Return slices of consecutive groups that reach ``target`` bytes each."""
     befores = [0, *itertools.accumulate(counts)]
     found, start, held = [], 0, 0
     for i, size in enumerate(sizes):
@@ -323,23 +312,22 @@ def _open(file: InputFile) -> pq.ParquetFile:
 
 
 def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
-    """Paths of the columns to read; of a struct only the fields that are asked for."""
     schema = table.schema_arrow
     found = []
     for name in fields.wanted:
-        way = steps(schema, name)
+        way = _steps(schema, name)
         if way is not None:
-            # A key of a map is no column of its own.
+            # Of a map the whole column is read.
             found.append(name if all(isinstance(step, int) for step in way) else schema.names[int(way[0])])
     return found
 
 
 def _check_counts(table: pq.ParquetFile) -> None:
-    """Raise ``InputError`` if the row groups do not have the rows that the footer tells of the whole file."""
+    """Raise ``InputError`` if the row groups do not have as many rows as the footer says."""
     counts = _row_counts(table)
     if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows:
-        told = f"it tells {table.metadata.num_rows:,} rows, its row groups {sum(counts):,}"
-        raise InputError(f"the footer is damaged: {told}")
+        rows = f"{table.metadata.num_rows:,} rows, but {sum(counts):,} in its row groups"
+        raise InputError(f"the footer is damaged: {rows}")
 
 
 def _row_counts(table: pq.ParquetFile) -> list[int]:
@@ -347,14 +335,13 @@ def _row_counts(table: pq.ParquetFile) -> list[int]:
 
 
 def _sizes(table: pq.ParquetFile) -> list[int]:
-    """Return the decompressed bytes of each row group; they only decide how much is read at a time."""
     return [max(0, table.metadata.row_group(i).total_byte_size) for i in range(table.num_row_groups)]
 
 
 def _batches(
     table: pq.ParquetFile, group: int, count: int, fields: Fields, bytes_: int, line: int, total: int
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of a row group of ``count`` rows and ``bytes_``, whose first row is the range's row ``line``."""
+    """Yield batches of a row group of ``count`` rows; ``line`` is its first row in the slice."""
     selected = _selected(table, fields)
     size = max(1, min(BATCH_ROWS, BATCH_BYTES * count // max(bytes_, 1)))
     done = 0
@@ -377,14 +364,14 @@ def _batches(
 
 
 def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """Return documents of a range of record batches; positions are rows of the file, from 1."""
+    """Yield documents of a range of record batches; positions are rows of the file, from 1."""
     line = 1
     with pa.OSFile(file.path) as source:
         batches = _record_batches(source, fields, where)
         while True:
             try:
                 batch = next(batches, None)
-                lacking = None if batch is None else missing(batch.schema, fields)
+                lacking = None if batch is None else _missing(batch.schema, fields)
                 if batch is not None and not lacking:
                     batch.validate(full=True)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -402,7 +389,7 @@ def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[D
 
 
 def cut_arrow(file: InputFile, target: int) -> list[Slice]:
-    """Return runs of record batches of about ``target`` bytes of the file; a stream is not cut."""
+    """Return runs of record batches of about ``target`` bytes of the file; streams are not cut."""
     with pa.OSFile(file.path) as source:
         if file.size <= target or source.read(len(_FILE)) != _FILE:
             return [WHOLE]
@@ -412,14 +399,14 @@ def cut_arrow(file: InputFile, target: int) -> list[Slice]:
         table = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=narrowest))
         counts = [table.get_batch(i).num_rows for i in range(table.num_record_batches)]
     total = max(sum(counts), 1)
-    return runs([file.size * count // total for count in counts], counts, target)
+    return _runs([file.size * count // total for count in counts], counts, target)
 
 
 def _record_batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iterator[pa.RecordBatch]:
     head = source.read(len(_FILE))
     if head.startswith(_FEATHER_1):
         advice = "write it again with pyarrow.feather.write_feather(..., version=2)"
-        raise InputError(f"Feather version 1, which is no longer written and can't be read: {advice}")
+        raise InputError(f"Feather version 1 is not supported: {advice}")
     if head != _FILE:
         source.seek(0)
         yield from _stream(source, fields)
@@ -427,7 +414,7 @@ def _record_batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iter
     try:
         table = pa.ipc.open_file(source)
     except pa.ArrowException as error:
-        # Cut off before its footer: after the mark at its beginning it is a stream.
+        # The footer is missing; what follows the magic bytes is a stream.
         source.seek(_STREAM_START)
         yield from _stream(source, fields)
         raise pa.ArrowInvalid(f"no footer: {reason_of(error)}") from error
@@ -437,7 +424,7 @@ def _record_batches(source: pa.NativeFile, fields: Fields, where: Slice) -> Iter
 
 
 def _stream(source: pa.NativeFile, fields: Fields) -> Iterator[pa.RecordBatch]:
-    """Return the batches of a stream; ``ArrowInvalid`` if it does not end where the file does."""
+    """Yield the batches of a stream; raise ``ArrowInvalid`` if it does not end where the file does."""
     start = source.tell()
     schema = pa.ipc.open_stream(source).schema
     source.seek(start)
@@ -447,7 +434,7 @@ def _stream(source: pa.NativeFile, fields: Fields) -> Iterator[pa.RecordBatch]:
         raise pa.ArrowInvalid(f"{left:,} bytes follow the end of the stream")
     end = source.tell()
     source.seek(start)
-    # In old streams zeros that pad the last batch look the same; there a missing mark is not always found.
+    # In old streams the last batch's padding looks like the end mark, so a missing one is not always found.
     mark = _MARK + _END if source.read(len(_MARK)) == _MARK else _END
     source.seek(max(start, end - len(mark)))
     if source.read(len(mark)) != mark:
@@ -455,9 +442,9 @@ def _stream(source: pa.NativeFile, fields: Fields) -> Iterator[pa.RecordBatch]:
 
 
 def _options(schema: pa.Schema, fields: Fields) -> pa.ipc.IpcReadOptions:
-    ways = [steps(schema, name) for name in fields.wanted]
+    ways = [_steps(schema, name) for name in fields.wanted]
     needed = sorted({int(way[0]) for way in ways if way})
-    # An empty choice would mean all columns; names stay whole for what is said of a missing one.
-    if missing(schema, fields):
+    # Without required fields only the names of columns are needed.
+    if _missing(schema, fields):
         needed = []
     return pa.ipc.IpcReadOptions(included_fields=needed)

@@ -1,11 +1,11 @@
-"""CSV and TSV files: a header row with the columns' names, then a row a document, quoted as in RFC 4180.
+"""CSV and TSV files: a header row with column names, then a row per document, quoted as in RFC 4180.
 
-Python's ``csv`` reads the records, in strict mode; here each gets the number of its first line (the header's is 1) and
-its byte offset. A row with another number of fields than the header, or with invalid UTF-8, is rejected alone. A quote
-where none may be, one that is never closed, or a record over the limit rejects the rest of the file.
+Python's ``csv`` parses records in strict mode; this module adds the line number of each record (the header is
+1) and its byte offset. A row with a wrong number of fields or invalid UTF-8 is rejected alone. A misplaced or
+unclosed quote, or a record over the limit, rejects the rest of the file. An empty field is a missing value.
 
-An empty field is a missing value. Other dialects (semicolons, backslash escapes) are not read. Files can't be cut into
-slices: a newline may be inside quotes. Cost: about 6 ms a MB of text and 3 µs a row; memory for two records.
+Other dialects (semicolons, backslash escapes) are not supported. Files can't be cut into slices, as quotes
+may contain newlines. Cost: about 6 ms per MB of text and 3 µs per row; memory for two records.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from retrotool.sources.records import (
 from retrotool.sources.streams import BrokenStream
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
-_MOST_FIELD_CHARACTERS = (1 << 31) - 1
-"""The limit that ``csv`` has of its own is lifted: records are limited here."""
+_MOST_FIELD_CHARACTERS = (1 << 31) - 1  # lifts the limit of ``csv``; records are limited here
 
 
 class Record(NamedTuple):
-    """A record: its fields, its first line's number, offset and beginning, and what is wrong with its bytes, or ""."""
+    """A record's fields, its first line's number, offset and beginning, and what is wrong with its bytes."""
 
     fields: list[str]
     line: int
@@ -49,9 +48,9 @@ class Record(NamedTuple):
 
 
 def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """Return documents of a file's rows; lines are the file's, positions byte offsets."""
+    """Yield documents of a file's rows; lines are lines of the file, positions byte offsets."""
     del where
-    # Quotes are doubled, and there are other columns.
+    # Room for doubled quotes and other columns.
     limit = fields.max_document * 3 // 2 + (1 << 20)
     with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
         rows = records(stream, _DELIMITERS[file.base], limit)
@@ -76,25 +75,22 @@ def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
                 continue
             values = {name: cells[place] if name in required else cells[place] or None for name, place in used}
             yield with_excerpt(document_of(values, fields, file.name, row.line, row.offset, row.offset), row.head)
-        if problem and row is None:  # a file of something else may look like a header alone
+        if problem and row is None:  # another kind of file may look like a header
             yield Rejected(header.line, problem, header.offset, column_names(names))
 
 
 def _missing(names: Sequence[str], fields: Fields) -> str:
-    """Return what is wrong with the header, for every row; "" if nothing."""
+    """Return what is wrong with the header and thus with every row, or ""."""
     for name in fields.required:
         if name not in names:
             return no_column(name, len(names))
     counts = Counter(names)
     twice = next((name for name in fields.wanted if counts[name] > 1), None)
-    return f"column {twice!r} is there {counts[twice]} times" if twice is not None else ""
+    return f"column {twice!r} occurs {counts[twice]} times" if twice is not None else ""
 
 
 def records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Record]:
-    """Return the records of at most ``limit`` bytes; blank lines are not records.
-
-    Raises ``InputError`` after the last record that can be told from the rest.
-    """
+    """Yield records of at most ``limit`` bytes; raise ``InputError`` after the last readable one."""
     csv.field_size_limit(_MOST_FIELD_CHARACTERS)
     lines = _Lines(stream, limit)
     reader = csv.reader(lines.texts(), delimiter=delimiter, strict=True)
@@ -115,11 +111,7 @@ def records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Rec
 
 
 class _Lines:
-    """Lines as ``csv`` reads them.
-
-    ``line``, ``offset`` and ``head`` are number, byte offset and beginning of the first of the record at hand, from
-    when it is read; ``problem`` is what is wrong with the record's bytes, or "".
-    """
+    """Lines for ``csv``, and the first line's number, offset and beginning of the current record."""
 
     def __init__(self, stream: Iterator[bytes], limit: int) -> None:
         self._lines, self._limit = cut_lines(stream, 0, None, limit), limit
@@ -127,18 +119,17 @@ class _Lines:
         self.begin_record()
 
     def begin_record(self) -> None:
-        """Take the next line for the first of a record."""
+        """Start a record with the next line."""
         self._begins, self.problem = True, ""
         self.line, self.offset, self.head = self._next, self._place, b""
 
     def texts(self) -> Iterator[str]:
-        """Return each line with its end."""
         for line in self._lines:
             if self._begins:
                 self._begins, self.head = False, (line.data or line.head)[:HEAD_BYTES]
             place = line.offset - self.offset
             if line.data is None or place + len(line.data) > self._limit:
-                raise BrokenStream(f"a record of more than {self._limit:,} bytes, or a quote that is never closed")
+                raise BrokenStream(f"a record of more than {self._limit:,} bytes, or an unclosed quote")
             self._next, self._place = line.number + 1, line.offset + (line.size or len(line.data)) + 1
             try:
                 text = line.data.decode()

@@ -1,17 +1,15 @@
-"""Input files: finding them, their names, formats, slices and fingerprints; standard input as one of them.
+"""Find input files: their names, formats, slices and fingerprints; standard input is spooled to a file.
 
-A file given by its path is named by that path, one found in a folder by the folder's own name and the way from there.
-Links to folders are followed, each folder once. What can't be an input is refused by name. Left out, and named in a
-``Survey``, are files in folders whose suffix is of no known format, and ``.bin`` and ``.npy`` files of which nothing
-says that they are tokens; hidden files and stores are left out silently.
-
-A folder that ``datasets`` wrote with ``save_to_disk`` lists its Arrow files in ``state.json``, one of several splits
-its subfolders in ``dataset_dict.json``; other files in it are not rows. A selection of rows that is saved beside the
-table (``datasets`` before 2) is refused, as reading on would bring back rows that were filtered out.
-
-Standard input is copied to a scratch file without a name in the scratch folder (``retrotool.scratch``): the system
-frees it when this process ends, so a ``chunk`` that is killed can't be resumed with it. Worker processes open it
-through ``/proc``. Its first bytes show the compression; its text is JSON lines.
+* A file given by path is named by that path; a file in a folder by the folder's name and its path inside it.
+  Links to folders are followed, each folder once. What can't be an input is refused if it was named.
+* Skipped, and listed in a ``Survey``, are files in folders with an unknown suffix, and ``.bin`` and ``.npy``
+  files without an index. Hidden files and stores are skipped silently.
+* A folder saved by ``datasets`` (``save_to_disk``) lists its Arrow files in ``state.json``, or its splits in
+  ``dataset_dict.json``; other files in it are not read. A saved row selection (``datasets`` before 2) is
+  refused, because reading the table would include rows that were filtered out.
+* Standard input is copied to an unnamed scratch file, which worker processes open through ``/proc``. The
+  system frees it when this process ends, so a killed ``chunk`` can't resume it. It is JSON lines; its first
+  bytes show the compression.
 """
 
 from __future__ import annotations
@@ -35,39 +33,16 @@ import orjson
 from retrotool.errors import StorageError, UsageError
 from retrotool.scratch import more_scratch, scratch_file, scratch_folder
 from retrotool.sources.records import Fields
-from retrotool.sources.streams import (
-    BLOCK_BYTES,
-    COMPRESSIONS,
-    LONGEST_MAGIC,
-    compression_by_magic,
-    compression_of,
-)  # fmt: skip
+from retrotool.sources.streams import BLOCK_BYTES, COMPRESSIONS, LONGEST_MAGIC, compression_by_magic, compression_of
 
 FORMATS = {
-    ".arrow": "arrow",
-    ".bin": "tokens",
-    ".feather": "arrow",
-    ".idx": "tokens",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".warc": "warc",
-    ".wet": "warc",
-    ".npy": "tokens",
-    ".parquet": "parquet",
-    ".txt": "txt",
-    ".u16": "tokens",
-    ".u32": "tokens",
-}
-"""Format by suffix."""
-COMPRESSIBLE = ("jsonl", "json", "csv", "tsv", "warc", "txt")
-"""Formats whose files may be compressed as a whole."""
-IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt")
-"""Formats whose documents' positions are byte offsets; in others they are rows from 1."""
-OFFSETS = ".offsets.npy"
-"""What a file has instead of its suffix that says where the documents of the token file beside it begin."""
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "txt",
+    ".warc": "warc", ".wet": "warc", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".bin": "tokens", ".idx": "tokens", ".npy": "tokens", ".u16": "tokens", ".u32": "tokens",
+}  # fmt: skip
+COMPRESSIBLE = ("jsonl", "json", "csv", "tsv", "warc", "txt")  # formats of compressed files
+IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt")  # whose positions are byte offsets; else rows from 1
+OFFSETS = ".offsets.npy"  # suffix of the file with the beginnings of a token file's documents
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 _NOTHING_CHANGED = "Check the path; nothing was read or changed."
@@ -79,16 +54,12 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A range of an input: bytes [``start``, ``end``) of a file of lines, row groups, batches or documents of another.
-
-    ``first`` is the position of its beginning: byte offset in the decompressed file, or number of rows before; ``last``
-    that of its end. None: to the end of the file.
-    """
+    """A range of an input: bytes [``start``, ``end``) of lines, or row groups, batches or documents."""
 
     start: int = 0
     end: int | None = None
-    first: int = 0
-    last: int | None = None
+    first: int = 0  # position of its beginning: byte offset in the decompressed file, or rows before it
+    last: int | None = None  # position of its end; None: the end of the file
 
 
 WHOLE = Slice()
@@ -97,10 +68,7 @@ STANDARD_INPUT = "-"
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """An input: where it is, what it is called in the store (for ``.txt`` also its id), size in bytes, and format.
-
-    ``format`` is the name of a format, and for a compressed file a dot and its compression: ``jsonl.zst``.
-    """
+    """An input: its path, its name in the store, bytes, and format, such as ``jsonl`` or ``jsonl.zst``."""
 
     path: str
     name: str
@@ -118,11 +86,7 @@ class InputFile:
         return self.format.partition(".")[2]
 
     def fingerprint(self, fields: Fields | None = None) -> str:
-        """BLAKE2b-128 of the content up to 16 MiB, and of size and 256 samples of 64 KiB from start to end above.
-
-        The same for a renamed or copied file, unless it is a text that is one document (``fields`` name no separator).
-        What else decides which documents its rows are is ``Fields.reading``.
-        """
+        """Return BLAKE2b-128 of the content, or above 16 MiB of the size and 256 samples of 64 KiB."""
         digest = hashlib.blake2b(f"{self.format} {self.size}".encode(), digest_size=16)
         if self.base == "txt" and not (fields is not None and fields.separator):
             digest.update(self.name.encode("utf-8", "surrogateescape"))  # its name is its document's id
@@ -138,12 +102,10 @@ class InputFile:
 
 
 def _companions(path: Path) -> list[Path]:
-    """Files beside a token file that say where its documents are."""
     return [beside for suffix in (".idx", OFFSETS) if (beside := path.with_suffix(suffix)).is_file()]
 
 
-def input_format(name: str) -> str | None:
-    """The format a file name stands for, or None."""
+def _input_format(name: str) -> str | None:
     compression = compression_of(name)
     stem = name[: -len(compression) - 1] if compression else name
     base = FORMATS.get(Path(stem.lower()).suffix)
@@ -152,31 +114,25 @@ def input_format(name: str) -> str | None:
     return f"{base}.{compression}" if compression else base
 
 
-def known_formats() -> str:
-    """The suffixes that are understood, for messages."""
+def _known_formats() -> str:
     packed = [suffix for suffix, base in FORMATS.items() if base in COMPRESSIBLE]
     return f"{', '.join(FORMATS)}; {', '.join(packed)} also with {', '.join(COMPRESSIONS)}"
 
 
 class Survey(NamedTuple):
-    """The input files behind what was given, and the files in folders that were left out for what they are."""
+    """The input files that were found, and the files in folders that were skipped."""
 
     files: list[InputFile]
     left_out: list[Path]
 
 
 def find_inputs(inputs: Sequence[str], standard_input: InputFile | None = None) -> list[InputFile]:
-    """All input files behind paths, patterns and folders, each once: as given, and in folders by their names.
-
-    A path that does not exist may be a pattern (``*``, ``?``, ``[...]``, ``**``), which stands for all that match it,
-    sorted. ``-`` is ``standard_input``, made by ``spool``. ``UsageError`` for a path that is missing, can't be
-    read as a file or, given by name, is of no known format.
-    """
+    """Find all input files behind paths, patterns and folders, each once; ``-`` is ``standard_input``."""
     return survey(inputs, standard_input).files
 
 
 def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Survey:
-    """What ``find_inputs`` gives, and what was left out in folders, sorted."""
+    """Find inputs as ``find_inputs`` does; also return what was skipped in folders, sorted."""
     found: dict[Path, InputFile] = {}
     left_out: set[Path] = set()
     for given in itertools.chain.from_iterable(map(_expand, inputs)):
@@ -191,18 +147,16 @@ def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Su
             folder = _Folder(path)
             folder.walk()
             if not folder.files:
-                raise UsageError(f"{given} has no file of a known format", f"Known are: {known_formats()}.")
+                raise UsageError(f"{given} has no file of a known format", f"Known formats: {_known_formats()}.")
             for file in sorted(folder.files, key=folder.files.__getitem__):
-                # Names begin with the folder's own, so that they do not depend on where the folder lies.
                 name = (path.resolve().name / file.relative_to(path)).as_posix()
                 found.setdefault(file.resolve(), _describe(file, name))
             left_out |= folder.left_out
         else:
             if not stat.S_ISREG(mode):
-                raise _no_regular_file(path)
-            if input_format(path.name) is None:
-                raise UsageError(f"{given} is of no known format", f"Known are: {known_formats()}.")
-            # Without what leads up from here or down from the root.
+                raise _not_regular(path)
+            if _input_format(path.name) is None:
+                raise UsageError(f"{given} has an unknown format", f"Known formats: {_known_formats()}.")
             named = (part for part in Path(os.path.normpath(path)).parts if part != ".." and part.strip("/"))
             found.setdefault(path.resolve(), _describe(path, "/".join(named)))
     unread = sorted(file for file in left_out if file.resolve() not in found)
@@ -210,9 +164,8 @@ def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Su
 
 
 def _expand(given: str) -> list[str]:
-    """What a pattern matches, unless it is the name of something; anything else as it is."""
     if not given:
-        raise UsageError("an empty name was given", "A variable may have no value; nothing was read or changed.")
+        raise UsageError("an input has an empty name", "A variable may be empty; nothing was read or changed.")
     named = given == STANDARD_INPUT or os.path.lexists(given) or _token_file(Path(given)) != Path(given)
     if named or not glob.has_magic(given):
         return [given]
@@ -223,7 +176,7 @@ def _expand(given: str) -> list[str]:
 
 
 def _token_file(path: Path) -> Path:
-    """The tokens that an index or a prefix without suffix stands for; any other path as it is."""
+    """Return the token file that an index or a prefix stands for; other paths unchanged."""
     if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
         return path.with_suffix(".bin")
     if not os.path.lexists(path) and path.name and os.path.isfile(f"{path}.idx"):  # noqa: PTH113 - refuses nothing
@@ -232,11 +185,10 @@ def _token_file(path: Path) -> Path:
 
 
 def _mode(path: Path, given: str) -> int:
-    """What a path leads to; ``UsageError`` if that is nothing."""
     try:
         return path.stat().st_mode
     except (OSError, ValueError) as error:
-        number = getattr(error, "errno", errno.ENOENT)  # none where the name is one that no file can have
+        number = getattr(error, "errno", errno.ENOENT)  # invalid names have no errno
         if number in _NOTHING_THERE and os.path.islink(path):  # noqa: PTH114 - has an answer for any name
             raise _link_to_nothing(path) from error
         reason = "no such file or folder" if number in _NOTHING_THERE else os.strerror(number)
@@ -244,16 +196,16 @@ def _mode(path: Path, given: str) -> int:
 
 
 def _link_to_nothing(path: Path) -> UsageError:
-    return UsageError(f"{path}: a link to nothing", "Remove it, or bring the file; nothing was changed.")
+    return UsageError(f"{path}: broken link", "Remove it, or restore its target; nothing was changed.")
 
 
-def _no_regular_file(path: Path) -> UsageError:
-    return UsageError(f"{path} is no regular file", "Pipe it into - instead; nothing was changed.")
+def _not_regular(path: Path) -> UsageError:
+    return UsageError(f"{path} is not a regular file", "Pipe it into - instead; nothing was changed.")
 
 
 @dataclass(slots=True)
 class _Folder:
-    """What lies in a folder: ``files`` that are inputs, each with its place in the order, and those left out."""
+    """The files in a folder: inputs, each with its sort key, and those skipped."""
 
     path: Path
     files: dict[Path, Path] = field(default_factory=dict)
@@ -263,10 +215,10 @@ class _Folder:
     _seen: set[tuple[int, int]] = field(default_factory=set)
 
     def walk(self) -> None:
-        """Look everywhere; ``rglob`` would leave out in silence what may not be listed."""
+        """Search all subfolders; unlike ``rglob``, fail if one can't be listed."""
         waiting = [self.path]
         while waiting:
-            # Links come after all that has been found by its real path, and in an order that no file system decides.
+            # Links come last and sorted, so the order does not depend on the file system.
             for top in waiting:
                 self._walk(top)
             waiting = sorted(self._links)
@@ -279,12 +231,12 @@ class _Folder:
             here = Path(place)
             status = here.stat()
             if (status.st_dev, status.st_ino) in self._seen or "store.json" in names:
-                folders.clear()  # a store of ours among the inputs is none of them
+                folders.clear()  # a store is not an input
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            if (splits := saved_splits(here, names)) is not None:
+            if (splits := _saved_splits(here, names)) is not None:
                 folders[:] = splits
-            elif (listed := saved_files(here, names)) is not None:
+            elif (listed := _saved_files(here, names)) is not None:
                 folders.clear()
                 self.files.update({file: here / f"{i:09d}" for i, file in enumerate(listed)})
             else:
@@ -296,23 +248,23 @@ class _Folder:
 
     def _add(self, file: Path) -> None:
         if _token_file(file) != file or file.name.endswith(OFFSETS):
-            return  # it is read with the file that it belongs to
+            return  # read with its token file
         try:
             regular = stat.S_ISREG(file.stat().st_mode)
         except OSError as error:
             if file.is_symlink() and error.errno in _NOTHING_THERE:
                 self._broken.add(file)
-            elif error.errno != errno.ENOENT:  # else it has gone since it was listed
+            elif error.errno != errno.ENOENT:  # else it was deleted since it was listed
                 _refuse(error)
             return
-        # What nothing says of what it is may be weights or vectors: tokens only if named.
+        # Without an index it may be weights or vectors: tokens only if named.
         is_unclear = file.suffix.lower() in (".bin", ".npy") and not _companions(file)
-        if input_format(file.name) is None or (regular and is_unclear):
+        if _input_format(file.name) is None or (regular and is_unclear):
             self.left_out.add(file)
         elif regular:
             self.files[file] = file
         else:
-            raise _no_regular_file(file)
+            raise _not_regular(file)
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -324,7 +276,7 @@ def _not_hidden(names: Sequence[str]) -> list[str]:
 
 
 def _tell_apart(files: list[InputFile]) -> list[InputFile]:
-    """Give inputs of one name as many of their folders' names as it takes to tell them apart."""
+    """Add folder names to names that are not unique."""
     while shared := {name for name, n in Counter(file.name for file in files).items() if n > 1}:
         for i, file in enumerate(files):
             if file.name in shared:
@@ -334,9 +286,9 @@ def _tell_apart(files: list[InputFile]) -> list[InputFile]:
 
 
 def _describe(path: Path, name: str) -> InputFile:
-    kind = input_format(path.name)
+    kind = _input_format(path.name)
     assert kind is not None
-    # Made absolute, so that the work can go on from another directory.
+    # Absolute, so that work can be resumed from another directory.
     absolute = str(path.absolute())
     try:
         absolute.encode()
@@ -346,11 +298,8 @@ def _describe(path: Path, name: str) -> InputFile:
     return InputFile(absolute, name, path.stat().st_size, kind)
 
 
-def saved_splits(folder: Path, names: Collection[str]) -> list[str] | None:
-    """Subfolders of a saved dataset of several splits, in its order; None if the folder, with files ``names``, is none.
-
-    Raises ``UsageError`` if one is missing.
-    """
+def _saved_splits(folder: Path, names: Collection[str]) -> list[str] | None:
+    """Return the split subfolders of a saved dataset, in its order; None if the folder is not one."""
     if "dataset_dict.json" not in names:
         return None
     splits = _saved_json(folder / "dataset_dict.json").get("splits")
@@ -363,11 +312,8 @@ def saved_splits(folder: Path, names: Collection[str]) -> list[str] | None:
     return splits
 
 
-def saved_files(folder: Path, names: Collection[str]) -> list[Path] | None:
-    """Arrow files of a saved dataset, in its order; None if the folder, with files ``names``, is none.
-
-    Raises ``UsageError`` if one is missing, or if rows were chosen by a mapping beside the files.
-    """
+def _saved_files(folder: Path, names: Collection[str]) -> list[Path] | None:
+    """Return the Arrow files of a saved dataset, in its order; None if the folder is not one."""
     if not {"state.json", "dataset_info.json"} <= set(names):
         return None
     state = _saved_json(folder / "state.json")
@@ -376,7 +322,7 @@ def saved_files(folder: Path, names: Collection[str]) -> list[Path] | None:
         return None  # another program's state.json
     if any(state.get(key) for key in _INDICES):
         raise UsageError(
-            f"{folder} holds a selection of rows as an indices mapping, which is not applied",
+            f"{folder} has a row selection (indices mapping), which is not supported",
             "Save it again: datasets.load_from_disk(folder).flatten_indices().save_to_disk(other).",
         )
     files = []
@@ -384,16 +330,16 @@ def saved_files(folder: Path, names: Collection[str]) -> list[Path] | None:
         name = entry.get("filename") if isinstance(entry, dict) else None
         _inside(folder, name)
         if not str(name).endswith(".arrow"):
-            raise UsageError(f"{folder} lists {name}, which is no Arrow file", "Save the dataset again.")
+            raise UsageError(f"{folder} lists {name}, which is not an Arrow file", "Save the dataset again.")
         if not (folder / str(name)).is_file():
-            raise UsageError(f"{folder}: {name} is listed in state.json, but missing", "Copy the folder again, whole.")
+            raise UsageError(f"{folder}: {name} is listed in state.json, but missing", "Copy the whole folder again.")
         files.append(folder / str(name))
     return files
 
 
 def _inside(folder: Path, name: object) -> None:
     if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-        raise UsageError(f"{folder} lists {name!r}, which is no name in it", "Save the dataset again.")
+        raise UsageError(f"{folder} lists {name!r}, which is not a name in it", "Save the dataset again.")
 
 
 def _saved_json(path: Path) -> dict[str, Any]:
@@ -406,10 +352,7 @@ def _saved_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def spool(stream: BinaryIO | None) -> Iterator[InputFile]:
-    """Copy a stream to a scratch file that lasts as long as the context. None: there is no stream.
-
-    Raises ``UsageError`` for a stream that is empty, closed or can't be read, ``StorageError`` if the disk is full.
-    """
+    """Copy a stream to a scratch file that lasts as long as the context."""
     if stream is None or stream.closed:
         raise UsageError("standard input is closed", _PIPE_ADVICE)
     if not (_PROC / "self" / "fd").is_dir():
@@ -422,7 +365,7 @@ def spool(stream: BinaryIO | None) -> Iterator[InputFile]:
             except OSError as error:
                 free = shutil.disk_usage(scratch_folder()).free
                 raise StorageError(
-                    f"standard input can't be kept in {scratch_folder()}, where {free:,} bytes are free: "
+                    f"standard input can't be copied to {scratch_folder()}, where {free:,} bytes are free: "
                     f"{error.strerror}",
                     f"{more_scratch('room for it')} Or give a file instead of -.",
                 ) from error
@@ -436,7 +379,7 @@ def spool(stream: BinaryIO | None) -> Iterator[InputFile]:
 
 
 def is_spooled(file: InputFile) -> bool:
-    """Return whether an input is standard input, which is gone when the process that read it is."""
+    """Return whether an input is standard input, which is lost when the process that read it ends."""
     return Path(file.path).is_relative_to(_PROC) and file.name.startswith("stdin.jsonl")
 
 

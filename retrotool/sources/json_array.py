@@ -1,12 +1,12 @@
-r"""JSON files that are not JSON lines: an array of objects, or objects one after another, printed in any way.
+r"""JSON files that are not JSON lines: an array of objects, or objects in sequence, in any layout.
 
-ijson (yajl) reads events, which are put together to one element at a time. An element that is not an object, or that
-has no text, is rejected alone; where the syntax is broken, the rest of the file is rejected, with the number of the
-element. A lone surrogate (``\ud800``), which yajl would replace by a question mark, is broken syntax. A ``.json`` file
-whose first line is a JSON object by itself is read as JSON lines. An object at the top of a file is a document.
+ijson (yajl) parses events, from which elements are built one at a time. An element that is not an object, or
+has no text, is rejected alone; a syntax error rejects the rest of the file, with the element's number. A lone
+surrogate (``\ud800``), which yajl would replace by a question mark, is a syntax error. A ``.json`` file whose
+first line is a JSON object is read as JSON lines.
 
-Cost: about 5 ms a MB of text, 40 ms a MB of token ids, and memory for one element (``Fields.max_document``) and a
-block. Files can't be cut into slices.
+Cost: about 5 ms per MB of text, 40 ms per MB of token ids, and memory for one element
+(``Fields.max_document``) and a block. Files can't be cut into slices.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!
 
 
 class BrokenSyntax(Exception):  # noqa: N818 - a verdict about the file
-    """From here on, elements can't be told apart."""
+    """Elements can't be parsed from here on."""
 
 
 def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """Return documents of the elements of a JSON file; lines and positions are elements, from 1."""
+    """Yield documents of the elements of a JSON file; lines and positions are elements, from 1."""
     limit = line_limit(fields)
-    if is_lines(file, limit):
+    if _is_lines(file, limit):
         for row in lines.read_jsonl(file, fields, where):
             yield row._replace(position=row.line) if isinstance(row, Document) else row
         return
@@ -62,8 +62,8 @@ def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
         raise InputError(f"broken off after element {number:,}: {error}", number + 1) from error
 
 
-def is_lines(file: InputFile, limit: int) -> bool:
-    """Return whether the first line that is not blank is an object by itself."""
+def _is_lines(file: InputFile, limit: int) -> bool:
+    """Return whether the first line that is not blank is a complete object."""
     with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
         try:
             begin = _first_bytes(stream)
@@ -72,15 +72,12 @@ def is_lines(file: InputFile, limit: int) -> bool:
             first = next(lines.cut_lines(itertools.chain([begin], stream), 0, None, limit))
             orjson.loads(first.data or b"")
         except (BrokenStream, orjson.JSONDecodeError):
-            return False  # a broken stream is met again, and reported, when the file is read
+            return False  # a broken stream is reported when the file is read
     return True
 
 
 def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
-    """Return the elements of an array, or the objects that follow one another.
-
-    Raises ``BrokenSyntax`` after the last one that can be told from the rest, or if one has more than ``limit`` bytes.
-    """
+    """Yield array elements, or objects in sequence; raise ``BrokenSyntax`` after the last good one."""
     first = _first_bytes(stream)
     if not first.startswith((b"[", b"{")):
         raise BrokenSyntax("neither an array of objects nor objects" if first else "nothing but white space")
@@ -96,16 +93,16 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
             else:
                 parser.close()
         except (ijson.JSONError, ValueError) as error:
-            # Without what yajl quotes of the input in the lines after the first.
-            said = str(error).removeprefix("b'").partition("\n")[0].partition("\\n")[0]
-            broken = "a lone surrogate" if isinstance(error, UnicodeDecodeError) else said
+            # yajl quotes the input after the first line.
+            message = str(error).removeprefix("b'").partition("\n")[0].partition("\\n")[0]
+            broken = "a lone surrogate" if isinstance(error, UnicodeDecodeError) else message
         size += len(piece)
         for event, value in events:
             before, depth = depth, depth + _NESTING.get(event, 0)
             if depth > _DEEPEST + 1:
-                raise BrokenSyntax(f"more than {_DEEPEST:,} brackets inside one another")
+                raise BrokenSyntax(f"nested more than {_DEEPEST:,} deep")
             if min(before, depth) < base:
-                continue  # it begins or ends the array around the elements
+                continue  # the array around the elements
             element.event(event, value)
             if depth == base:
                 size = len(piece)
@@ -119,7 +116,7 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
 
 
 def _first_bytes(stream: Iterator[bytes]) -> bytes:
-    """Return what is read first, from its first byte that is not white space."""
+    """Return the first bytes, without byte order mark and leading white space."""
     head = b""
     for block in stream:
         head += block
@@ -132,7 +129,7 @@ def _first_bytes(stream: Iterator[bytes]) -> bytes:
 
 
 def _pieces(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    """Return the same bytes in small pieces; ``BrokenSyntax`` at a lone surrogate."""
+    """Yield the same bytes in small pieces; raise ``BrokenSyntax`` at a lone surrogate."""
     for text in _whole_escapes(stream, limit):
         lone = _LONE_SURROGATE.search(text) if rb"\ud" in text or rb"\uD" in text else None
         end = lone.start() if lone else len(text)
@@ -143,7 +140,7 @@ def _pieces(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
 
 
 def _whole_escapes(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    """Return the same bytes, cut after a quote or a space, where no escape of a string is cut."""
+    """Yield the same bytes, cut only after a quote or a space, never inside an escape."""
     held: list[bytes] = []
     size = 0
     for block in stream:

@@ -1,12 +1,12 @@
-"""Lines of a stream: JSON lines, plain text, and the cutting into lines that both share.
+"""Split streams into lines, and read JSON lines and plain text.
 
-A range of a file (bytes of a plain file, or whole zstd frames) gives the lines that begin in it, so every line belongs
-to one range: the first range has the file's first line, any other those whose separator before is wholly inside.
-Separators that overlap (two newlines in three) are one gap, so that lines do not depend on where reading began.
+A range of a file (bytes of a plain file, or whole zstd frames) has the lines that begin in it, so every line
+belongs to one range: the first range has the file's first line, any other those whose preceding separator is
+entirely inside. Overlapping separators (two newlines in three) are one gap, wherever reading began.
 
-A file of plain text is a document, whose id is the file's name, or documents are between separators: their id is a hash
-of their text, their position its byte offset. What is nothing but white space is not a row. A line over the limit is
-skipped without being held in memory. Cost: about 1.2 ms a MB and 0.5 µs a line.
+A text file is one document, whose id is the file's name, or several between separators, whose ids are hashes
+of their text. White space alone is not a row. A line over the limit is not held in memory. Cost: about 1.2 ms
+per MB and 0.5 µs per line.
 """
 
 from __future__ import annotations
@@ -28,15 +28,11 @@ from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1024
-JSON_OVERHEAD = 3
-"""Bytes that JSON needs at most for a byte of ordinary text in UTF-8: ``\\u00e9`` is six for two."""
+JSON_OVERHEAD = 3  # most JSON bytes per byte of ordinary UTF-8 text: ``\u00e9`` has six for two
 
 
 class Line(NamedTuple):
-    """A line without its end.
-
-    ``data`` is None if it is longer than the limit; then its beginning and size are known.
-    """
+    """A line without its end; ``data`` is None over the limit, then ``head`` and ``size`` are known."""
 
     number: int
     offset: int
@@ -46,12 +42,12 @@ class Line(NamedTuple):
 
 
 def line_limit(fields: Fields) -> int:
-    """Bytes that a row of JSON may have: the limit is on the text, and what stands around it may be longer."""
+    """Return the most bytes of a JSON row: the limit is on its text, and other fields may take more."""
     return JSON_OVERHEAD * fields.max_document + (1 << 20)
 
 
 def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """Documents of the lines that begin in a range; lines are counted from the first of them, as 1."""
+    """Yield documents of the lines that begin in a range; its first line is number 1."""
     limit = line_limit(fields)
     make = maker(fields, file.name)
     return (_row(line, make, limit) for line in read_lines(file, where, limit))
@@ -85,10 +81,7 @@ JSON_TYPES: dict[type, str] = {
 
 
 def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\n") -> Iterator[Line]:
-    """Lines that begin in a range of a file and are not blank, with their offsets in the decompressed file.
-
-    Raises ``InputError`` where the file breaks off, after all whole lines before.
-    """
+    """Yield non-blank lines that begin in a range; raise ``InputError`` where the file is damaged."""
     number = 0
     try:
         with contextlib.closing(_stream(file, where)) as stream:
@@ -101,7 +94,7 @@ def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\
 
 
 def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
-    """The bytes of a range, and those after it, where its last line may end."""
+    """Yield the bytes of a range, and those after it, where its last line may end."""
     path, start = Path(file.path), where.start
     if where.last is not None and where.end is not None and file.compression:
         held = 0
@@ -110,14 +103,14 @@ def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
                 held += len(block)
                 yield block
         if held != where.last - where.first:
-            # Otherwise rows at the borders of ranges would be lost, or come twice.
-            raise BrokenStream(f"frames hold {held:,} bytes of text, not {where.last - where.first:,} as they say")
+            # Rows at the borders of ranges would be lost or repeated.
+            raise BrokenStream(f"frames have {held:,} bytes of text, but declare {where.last - where.first:,}")
         start = where.end
     yield from streams.blocks(path, file.compression, start)
 
 
 def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:
-    """Slices of about ``target`` bytes of text: byte ranges of a plain file, frames of a zstd archive."""
+    """Return slices of about ``target`` bytes of text: bytes of a plain file, or whole zstd frames."""
     if file.compression == "zst":
         return _cut_frames(file, target)
     if file.compression or file.size <= target:
@@ -128,7 +121,6 @@ def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:
 
 
 def _cut_frames(file: InputFile, target: int) -> list[Slice]:
-    """Return slices of whole frames with about ``target`` bytes of text each; the whole file if it can't be cut."""
     found = streams.frames_of(Path(file.path))
     if not found or sum(frame.content for frame in found) <= target:
         return [WHOLE]
@@ -137,7 +129,7 @@ def _cut_frames(file: InputFile, target: int) -> list[Slice]:
     for frame, after in zip(found, [*found[1:], None], strict=True):
         text += frame.content
         end = file.size if after is None else after.offset
-        # A slice ends where the next frame would take it further from the target than it is without.
+        # End the slice if the next frame would take it further from the target.
         if after is None or text - first + after.content / 2 >= target:
             slices.append(Slice(start, end, first, text))
             start, first = end, text
@@ -145,19 +137,16 @@ def _cut_frames(file: InputFile, target: int) -> list[Slice]:
 
 
 class Held:
-    """A line that comes in blocks; of one over the limit only its first bytes and its size.
-
-    Up to ``gap`` bytes at its front may turn out not to be the line's.
-    """
+    """A line that is read in blocks; over the limit, only its first bytes and its size are held."""
 
     def __init__(self, limit: int, gap: int) -> None:
-        self._limit, self._gap = limit, gap
+        self._limit, self._gap = limit, gap  # up to ``gap`` bytes at the front may belong to a separator
         self._blocks: list[bytes] = []
         self.size = 0
         self.front = b""
 
     def add(self, block: bytes) -> None:
-        """Hold one more block, in which no separator ends."""
+        """Add a block, in which no separator ends."""
         self.size += len(block)
         self.front += block[: HEAD_BYTES - len(self.front)]
         self._blocks.append(block)
@@ -165,7 +154,7 @@ class Held:
             self._blocks = []
 
     def line(self, number: int, offset: int, gap: int) -> Line:
-        """Return the line that is held, without ``gap`` bytes at its front."""
+        """Return the line without ``gap`` bytes at its front."""
         size = self.size - gap
         if size > self._limit:
             return Line(number, offset + gap, None, self.front[gap:], size)
@@ -174,12 +163,12 @@ class Held:
 
 
 def overlaps(separator: bytes) -> list[bytes]:
-    """What follows an occurrence of the separator where another begins inside it, nearest first."""
+    """Return what follows a separator if another one begins inside it, nearest first."""
     return [separator[n:] for n in range(len(separator) - 1, 0, -1) if separator[:n] == separator[-n:]]
 
 
 def _gap(front: bytes, ends: list[bytes]) -> int:
-    """How many of the bytes after a separator belong to others that overlap it."""
+    """Return how many bytes after a separator belong to separators that overlap it."""
     gap = 0
     while found := next((end for end in ends if front.startswith(end, gap)), b""):
         gap += len(found)
@@ -189,16 +178,13 @@ def _gap(front: bytes, ends: list[bytes]) -> int:
 def cut_lines(
     stream: Iterator[bytes], offset: int, last: int | None, limit: int, separator: bytes = b"\n", *, skip: bool = False
 ) -> Iterator[Line]:
-    """Lines of a stream, whose first byte is at ``offset``, up to those whose separator before ends after ``last``.
-
-    ``skip``: without the one that the stream begins inside of. Lines are counted from 1.
-    """
+    """Yield lines of a stream at ``offset`` that begin up to ``last``; ``skip`` the incomplete first one."""
     width, ends = len(separator), overlaps(separator)
     stop = sys.maxsize if last is None else last + width
     begin, number = offset, 0
-    longest_gap = width - 1  # were it longer, a whole separator would be in it
+    longest_gap = width - 1  # a longer one would contain a separator
     held = Held(limit, longest_gap)
-    carry = b""  # the last bytes of what is held, in which a separator may have begun
+    carry = b""  # last bytes, in which a separator may begin
     for block in stream:
         pieces = (carry + block).split(separator)
         rest = pieces.pop()
@@ -232,10 +218,7 @@ def cut_lines(
 
 
 def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
-    """Line numbers, from 1, of the lines that begin at ``offsets`` (ascending) of the decompressed file.
-
-    Raises ``InputError`` if the file is damaged before one of them.
-    """
+    """Return the numbers of the lines at ascending ``offsets``; raise ``InputError`` for a damaged file."""
     numbers: list[int] = []
     seen = line = 0
     waiting = iter(offsets)
@@ -261,16 +244,13 @@ def _uncountable(error: BrokenStream) -> InputError:
 
 
 def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
-    """How many lines, or pieces of separated text, come before the first of a range.
-
-    Raises ``InputError`` if the file is damaged before it.
-    """
+    """Return how many lines come before a range; raise ``InputError`` if the file is damaged there."""
     if where.first == 0:
         return 0
     if not fields.separator or file.base != "txt":
         numbers = count_lines(file, [where.first])
         if not numbers:
-            raise InputError("lines can't be counted: the file became shorter")
+            raise InputError("lines can't be counted: the file was truncated")
         return numbers[0]
     try:
         with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
@@ -280,7 +260,7 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
 
 
 def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """The documents of a file of text."""
+    """Yield the documents of a text file."""
     if not fields.separator:
         held = Held(fields.max_document + len(BOM), 0)
         try:
@@ -298,7 +278,7 @@ def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
 
 
 def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | Rejected:
-    """The document of a piece of text; number 0 is the whole file."""
+    """Make a document of a text; number 0 is the whole file."""
     data = piece.data
     if data is None or len(data) > fields.max_document:
         reason = f"text has {piece.size:,} bytes, more than --max-document {fields.max_document:,}"

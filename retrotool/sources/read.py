@@ -1,8 +1,8 @@
-"""From an input file, or a slice of one, to documents and rejected rows.
+"""Read an input file, or a slice of it, as documents and rejected rows.
 
-Readers raise ``InputError`` where a file breaks off, and libraries all kinds of exceptions where content is damaged.
-Here both become one row, so no file can stop the work on others. What remains an exception is not the file's fault:
-``OSError`` of the system, memory that ran out, and ``UsageError`` for settings that contradict the file.
+``InputError`` from a reader, and any library's exception for damaged content, becomes one rejected row, so
+that no file can stop the work on others. Other exceptions are not the file's fault: ``OSError`` of the
+system, out of memory, and ``UsageError`` for options that contradict the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rows = Iterator[Document | Rejected]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How files of a format are read, and cut into slices of about ``target`` bytes of text, if they can be."""
+    """How to read a format, and to cut a file into slices of about ``target`` bytes of text, if possible."""
 
     read: Callable[[InputFile, Fields, Slice], Rows]
     cut: Callable[[InputFile, int], list[Slice]] | None = None
@@ -42,10 +42,7 @@ FORMATS = {
 
 
 def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
-    """Read a file, or a slice of it; every row comes out once.
-
-    Raises ``OSError`` if the system can't give the file, or stops giving it.
-    """
+    """Yield every row of a file, or a slice of it, once; raise ``OSError`` if the system can't read it."""
     try:
         if file.size == 0:
             yield Rejected(0, "the file is empty")
@@ -60,19 +57,16 @@ def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
 
 
 def check_fields(fields: Fields) -> None:
-    """``UsageError`` if settings contradict one another, whatever is read."""
+    """Raise ``UsageError`` if options contradict each other for every input."""
     if fields.tokens is not None and (fields.key is not None or fields.value is not None):
         raise UsageError(
-            "--tokens-field goes with neither --key-field nor --value-field",
-            "Of rows that are tokenised already no key-value records are made; give one or the other.",
+            "--tokens-field can't be used with --key-field and --value-field",
+            "Key-value records are made of text; give one or the other.",
         )
 
 
 def check_input(file: InputFile, fields: Fields) -> None:
-    """``UsageError`` if ``fields`` does not say what reading a file needs, or contradicts it.
-
-    Of a damaged file nothing is said: reading it will.
-    """
+    """Raise ``UsageError`` if ``fields`` lack what a file needs, or contradict it; ignore damage."""
     check_fields(fields)
     if file.base != "tokens" or file.size == 0:
         return
@@ -84,7 +78,7 @@ def check_input(file: InputFile, fields: Fields) -> None:
 
 
 def cut_input(file: InputFile, fields: Fields, target: int) -> list[Slice]:
-    """The slices of a file, in order, of about ``target`` bytes of text; the whole file where it can't be cut."""
+    """Return a file's slices of about ``target`` bytes of text, in order."""
     cutter = FORMATS[file.base].cut
     is_one = file.base == "txt" and not fields.separator
     if cutter is None or file.size == 0 or is_one:
@@ -94,21 +88,18 @@ def cut_input(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     except Exception as error:
         if not _is_damage(error):
             raise
-        return [WHOLE]  # reading it will say what is wrong
+        return [WHOLE]  # reading it reports what is wrong
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an exception speaks of a file's content.
-
-    What the system refuses now it may give later; what the content lacks it will lack again.
-    """
+    """Return whether an exception is about content; what the system refuses now, it may allow later."""
     if isinstance(error, RetrotoolError):
         return isinstance(error, InputError)
     return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
 
 
 def _reason_of(error: Exception) -> str:
-    """What an exception says, in a line; Arrow's are sentences, of others the name is half of it."""
+    """Return an exception's first line, with its type unless the message is a sentence."""
     first = reason_of(error)
     if isinstance(error, OSError | pa.ArrowException):
         return first or type(error).__name__

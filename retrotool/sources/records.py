@@ -1,4 +1,4 @@
-"""What a source gives: documents and rejected rows; and where in a row they are found."""
+"""Documents and rejected rows, and how to find a document in a row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy.typing as npt
 import orjson
 
 MAX_DOCUMENT_BYTES = 64 << 20
-TOKEN_BYTES = 4
-"""What a token id counts against ``Fields.max_document``."""
+TOKEN_BYTES = 4  # that a token id counts in ``Fields.max_document``
 EXCERPT_CHARACTERS = 120
 _MOST_COLUMNS_NAMED = 12
 _QUOTED = re.compile(r"""(?<!\w)[bu]?(?:(['"`]).*\1|['"`].*)""")
@@ -22,25 +21,18 @@ _QUOTED = re.compile(r"""(?<!\w)[bu]?(?:(['"`]).*\1|['"`].*)""")
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """How rows are read.
-
-    ``text``, ``id`` and ``keep`` name fields; a dotted name leads into objects, unless a field has the whole name.
-    With ``key`` and ``value`` (both or none) a row is a key-value record and ``text`` is not read. ``tokens`` names the
-    field of token ids in rows that are tokenised already. ``separator`` cuts ``.txt`` files into documents.
-    ``token_dtype`` and ``end_of_document`` describe plain token files. ``max_document`` is in bytes of UTF-8: what is
-    longer is rejected.
-    """
+    """How rows are read. A dotted name is a field of an object, unless a field has the whole name."""
 
     text: str = "text"
     id: str = "id"
     keep: tuple[str, ...] = ()
-    key: str | None = None
+    key: str | None = None  # with ``value``: rows are key-value records, and ``text`` is not read
     value: str | None = None
-    tokens: str | None = None
-    separator: str | None = None
-    token_dtype: str | None = None
-    end_of_document: int | None = None
-    max_document: int = MAX_DOCUMENT_BYTES
+    tokens: str | None = None  # field of token ids in tokenised rows
+    separator: str | None = None  # between documents in ``.txt`` files
+    token_dtype: str | None = None  # of plain token files
+    end_of_document: int | None = None  # in plain token files
+    max_document: int = MAX_DOCUMENT_BYTES  # bytes of UTF-8
 
     @property
     def required(self) -> list[str]:
@@ -57,11 +49,7 @@ class Fields:
         return list(dict.fromkeys([*self.required, self.id, "source", *self.keep]))
 
     def reading(self, base: str) -> tuple[object, ...]:
-        """The settings that decide which documents the rows of an input of format ``base`` are, without compression.
-
-        Two runs for which they differ read the same bytes as different inputs. What is kept beside a document, and
-        the limit on its size, change nothing about which document a row is; neither is among them.
-        """
+        """Return the settings that decide which documents the rows of an input of format ``base`` are."""
         if base == "txt":
             return ("separator", self.separator or None)
         if base == "tokens":
@@ -74,41 +62,30 @@ class Fields:
 
 
 class Document(NamedTuple):
-    """One document.
-
-    ``position`` is the byte offset of its line in the (decompressed) input, or its row from 1 (``inputs.IN_BYTES`` has
-    the formats with offsets). ``line`` is its line or row from 1, relative to the range read. ``value`` is there for a
-    key-value record, whose key is ``text``; ``tokens`` (a 1-d integer array) for one that is tokenised already, whose
-    ``text`` is empty.
-    """
+    """One document. A key-value record has its key in ``text``; a tokenised document has no ``text``."""
 
     id: str
     text: str
     source: str
-    position: int
-    line: int
+    position: int  # byte offset of its line in the decompressed input (``inputs.IN_BYTES``), or row from 1
+    line: int  # line or row in the range read, from 1
     kept: tuple[str | None, ...] = ()
     value: str | None = None
-    tokens: npt.NDArray[Any] | None = None
+    tokens: npt.NDArray[Any] | None = None  # integers, one-dimensional
 
 
 class Rejected(NamedTuple):
-    """A row that is not chunked.
+    """A row that is not chunked. Only ``excerpt`` may quote the input, because an erase keeps reasons."""
 
-    ``line`` is its line or row from 1, relative to the range read (0: the whole file); ``offset`` the byte offset of
-    its line in the (decompressed) input, -1 where rows have none. ``damage``: the file is broken here, and what
-    followed is lost until it is repaired. What the input says stands in ``excerpt`` alone, as an erase leaves reasons.
-    """
-
-    line: int
+    line: int  # line or row in the range read, from 1; 0: the whole file
     reason: str
-    offset: int = -1
+    offset: int = -1  # byte offset of its line in the decompressed input
     excerpt: str = ""
-    damage: bool = False
+    damage: bool = False  # the rest of the file is lost until it is repaired
 
 
-class BadRow(Exception):  # noqa: N818 - it is a verdict about a row, not a failure
-    """Why a row is no document; with an excerpt where another one than the row's beginning shows it."""
+class BadRow(Exception):  # noqa: N818 - about a row, not a failure
+    """Why a row is not a document, with an excerpt if the row's beginning does not show it."""
 
     def __init__(self, reason: str, excerpt: str = "") -> None:
         super().__init__(reason)
@@ -116,7 +93,7 @@ class BadRow(Exception):  # noqa: N818 - it is a verdict about a row, not a fail
 
 
 def excerpt(data: bytes | str) -> str:
-    """The beginning of a row, safe to print: control characters and broken UTF-8 escaped."""
+    """Return the beginning of a row with control characters and broken UTF-8 escaped."""
     text = data[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace") if isinstance(data, bytes) else data
     text = text[:EXCERPT_CHARACTERS]
     if text.isprintable():
@@ -125,36 +102,32 @@ def excerpt(data: bytes | str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library's exception says, in a line, without what it quotes: that may be of the input."""
+    """Return the first line of an exception's message, without what it quotes, which may be input."""
     if isinstance(error, UnicodeDecodeError):
         return f"invalid UTF-8 at byte {error.start:,}"
     return _QUOTED.sub("…", (str(error).splitlines() or [""])[0])
 
 
 def no_column(name: str | None, there: int) -> str:
-    """The reason where a column is not ``there`` among so many."""
+    """Return the reason for a missing column of a table with ``there`` columns."""
     return f"no column {name!r} among {there:,}"
 
 
 def column_names(names: Sequence[str]) -> str:
-    """The first columns of a table, or fields of a row, as an excerpt: without a header they are a row's values."""
+    """Return the first names as an excerpt: without a header row, they are data."""
     return excerpt(", ".join(names[:_MOST_COLUMNS_NAMED]) + (", ..." if len(names) > _MOST_COLUMNS_NAMED else ""))
 
 
 def content_hash(text: str, value: str | None = None, tokens: npt.NDArray[Any] | None = None) -> bytes:
-    """BLAKE2b-128 of what a document says, whatever its id.
-
-    Of a text its UTF-8; of a key-value record the length of the key in characters, a space, the key and the value; of
-    one that came as tokens these as little-endian uint32.
-    """
+    """Return BLAKE2b-128 of a document's content, without its id."""
     if tokens is not None:
         return hashlib.blake2b(tokens.astype("<u4", copy=False).data, digest_size=16).digest()
-    said = text if value is None else f"{len(text)} {text}{value}"
-    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    content = text if value is None else f"{len(text)} {text}{value}"
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def find(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a field, None if there is none; ``a.b`` is field b of the object in field a."""
+    """Return the value of a field, or None; ``a.b`` is field b of the object in field a."""
     if name in row or "." not in name:
         return row.get(name)
     value: Any = row
@@ -166,11 +139,11 @@ def find(row: Mapping[str, Any], name: str) -> Any:
 
 
 Maker = Callable[[Mapping[str, Any], int, int, int], Document | Rejected]
-"""From a row, its line, position and offset to a document, or why it is none."""
+"""Makes a document of a row, its line, position and offset, or rejects it."""
 
 
 def maker(fields: Fields, source: str) -> Maker:
-    """``document_of`` for rows of one input; quick for what most rows are: a text and an id, nothing kept."""
+    """Return ``document_of`` for rows of one input, with a fast path for rows of only a text and an id."""
     text_name, id_name, limit = fields.text, fields.id, fields.max_document // 4
     plain = not fields.keep and fields.key is None and fields.tokens is None and "." not in text_name + id_name
 
@@ -188,7 +161,7 @@ def maker(fields: Fields, source: str) -> Maker:
 
 
 def with_excerpt(found: Document | Rejected, beginning: bytes) -> Document | Rejected:
-    """A rejected row with its beginning as excerpt, unless it has one; a document as it is."""
+    """Add the beginning of a rejected row as its excerpt, unless it has one."""
     if isinstance(found, Document) or found.excerpt:
         return found
     return found._replace(excerpt=excerpt(beginning))
@@ -197,7 +170,7 @@ def with_excerpt(found: Document | Rejected, beginning: bytes) -> Document | Rej
 def document_of(
     row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int, offset: int = -1
 ) -> Document | Rejected:
-    """Make a document of a row, or say why not."""
+    """Make a document of a row, or reject it."""
     try:
         return _document(row, fields, source, line, position)
     except BadRow as bad:
@@ -234,7 +207,7 @@ def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, po
 def _text(row: Mapping[str, Any], name: str, limit: int) -> str:
     text = find(row, name)
     if isinstance(text, str) and text:
-        # A character has up to four bytes: only long texts must be measured.
+        # A character has up to four bytes, so short texts need not be measured.
         if len(text) * 4 > limit and (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
             raise BadRow(f"{name!r} has {size:,} bytes, more than --max-document {limit:,}")
         return text
@@ -247,18 +220,18 @@ def _no_value(row: Mapping[str, Any], name: str) -> BadRow:
     return BadRow(f"{name!r} is null") if name in row else BadRow(f"no field {name!r}", column_names(list(row)))
 
 
-def too_many_tokens(name: str, count: int, limit: int) -> str | None:
-    """Why a field with so many token ids is over the limit, or None."""
+def too_many_tokens(count: int, limit: int) -> str | None:
+    """Return why a field with ``count`` token ids is over the limit, or None."""
     if count * TOKEN_BYTES <= limit:
         return None
-    return f"{name!r} has {count * TOKEN_BYTES:,} bytes of token ids, more than --max-document {limit:,}"
+    return f"{count:,} tokens, {TOKEN_BYTES} bytes each, are more than --max-document {limit:,}"
 
 
 def _tokens(row: Mapping[str, Any], name: str, limit: int) -> npt.NDArray[Any]:
     values = find(row, name)
     if values is None:
         raise _no_value(row, name)
-    if isinstance(values, list) and (too_many := too_many_tokens(name, len(values), limit)):
+    if isinstance(values, list) and (too_many := too_many_tokens(len(values), limit)):
         raise BadRow(too_many)
     try:
         tokens = np.asarray(values)
@@ -274,7 +247,7 @@ def _tokens(row: Mapping[str, Any], name: str, limit: int) -> npt.NDArray[Any]:
 
 
 def as_text(value: Any) -> str | None:
-    """A kept value as its column holds it: strings as they are, anything else as JSON."""
+    """Return a kept value as its column stores it: a string, or JSON."""
     if value is None or isinstance(value, str):
         return value
     return orjson.dumps(value, default=str).decode()

@@ -1,15 +1,15 @@
-"""Bytes of an input: plain, or decompressed from gzip, zstd, bzip2 and xz; an incomplete stream is always an error.
+"""Read the bytes of an input: plain, or decompressed from gzip, zstd, bzip2 and xz, with all damage detected.
 
-``blocks`` are read and decompressed ahead in a thread. A stream that ends inside a frame, or is damaged, raises
-``BrokenStream`` after what was decompressed before: each frame's own end mark is checked, as zstandard's
-``stream_reader`` returns a short prefix of a truncated file without an error. Several members or frames, with zeros
-between or after them, are read to the end; anything else after a frame is damage.
+``blocks`` reads and decompresses ahead in a thread. A stream that is damaged or ends inside a frame raises
+``BrokenStream`` after the data before it; each frame's end mark is checked, because zstandard's
+``stream_reader`` returns a short prefix of a truncated file without an error. Several members or frames, also
+with zeros between or after them, are read to the end; anything else after a frame is damage.
 
-``frames_of`` finds where a large zstd archive can be cut for several workers. It walks the headers of frames and blocks
-(RFC 8878) without decompressing, about 20 ms a GB of text. Seek tables and dictionaries are not read.
+``frames_of`` finds where a large zstd archive can be cut for several workers. It reads the headers of frames
+and blocks (RFC 8878) without decompressing, about 20 ms per GB of text. Dictionaries are not supported.
 
-Cost: zstd about 500 MB/s, gzip 250, xz 100, bzip2 30, of decompressed text and a core; memory of a few blocks, of what
-``_PIECE_BYTES`` expand to (at most about 32 MiB), and of the window that a frame asks for (zstd up to 2 GiB).
+Cost per core: zstd about 500 MB/s of text, gzip 250, xz 100, bzip2 30. Memory: a few blocks, what
+``_PIECE_BYTES`` expand to (at most about 32 MiB), and the frame's window (zstd up to 2 GiB).
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from retrotool.read_ahead import ahead
 
 BLOCK_BYTES = 256 << 10
 _AHEAD = 16
-_PATIENCE_SECONDS = 2.0
-"""How long to wait for the reading thread when its stream is closed; a read of a pipe may never end."""
+_PATIENCE_SECONDS = 2.0  # for the reading thread at close; a read of a pipe may never end
 _PIECE_BYTES = 1 << 10
-"""Compressed bytes a step. zstd expands a byte to 32 KiB at most, so a decompression bomb takes 32 MiB a step."""
+"""Compressed bytes per step. zstd expands a byte to at most 32 KiB, so a decompression bomb takes 32 MiB."""
 _LARGEST_WINDOW = 1 << 31
 COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b\x08": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
@@ -54,12 +53,12 @@ _CHECKSUM_BYTES = 4
 _ERRORS = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError, EOFError)
 
 
-class BrokenStream(Exception):  # noqa: N818 - what it says of the stream is its name
-    """The stream ends where it must not, or its content is damaged; what came before is whole."""
+class BrokenStream(Exception):  # noqa: N818 - named for the stream
+    """The stream is truncated or damaged; what came before is good."""
 
 
 def compression_of(name: str) -> str:
-    """Return the compression that a file's name stands for: "gz", "zst", "bz2", "xz", or "" for none."""
+    """Return the compression that a file name stands for: "gz", "zst", "bz2", "xz" or ""."""
     return next((kind for suffix, kind in COMPRESSIONS.items() if name.lower().endswith(suffix)), "")
 
 
@@ -69,18 +68,12 @@ def compression_by_magic(start: bytes) -> str:
 
 
 def blocks(path: Path, compression: str, start: int = 0, end: int | None = None) -> Generator[bytes]:
-    """Return decompressed blocks of the file's bytes [``start``, ``end``), read ahead in a thread.
-
-    Raises ``BrokenStream`` after the last good block, ``OSError`` if the system refuses to read.
-    """
+    """Yield decompressed blocks of bytes [``start``, ``end``); raise ``BrokenStream`` after the last good."""
     return ahead(_blocks(path, compression, start, end), _AHEAD, patience=_PATIENCE_SECONDS)
 
 
 def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
-    """Decompress ``raw`` into blocks of ``BLOCK_BYTES``.
-
-    Raises ``BrokenStream`` after the last good block.
-    """
+    """Yield decompressed blocks of ``BLOCK_BYTES``; raise ``BrokenStream`` after the last good one."""
     held = bytearray()
     broken: BrokenStream | None = None
     texts = _texts(raw, compression)
@@ -110,7 +103,6 @@ def _blocks(path: Path, compression: str, start: int, end: int | None) -> Genera
 
 
 def _texts(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
-    """Decompress frame after frame, in whatever sizes they come."""
     frame = None
     ended = False
     for block in raw:
@@ -118,7 +110,7 @@ def _texts(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
             piece = block[place : place + _PIECE_BYTES]
             while piece:
                 if frame is None:
-                    # Zeros fill archives up to a tape's or a disk's block, but no archive begins with them.
+                    # Archives may be padded with zeros, but do not begin with them.
                     piece = piece.lstrip(b"\0") if ended else piece
                     if not piece:
                         break
@@ -137,7 +129,7 @@ def _texts(raw: Iterable[bytes], compression: str) -> Iterator[bytes]:
 
 
 class Frame(NamedTuple):
-    """A data frame of a zstd archive: where it begins in the file, its bytes there, and the bytes of text it holds."""
+    """A data frame of a zstd archive: its offset and size in the file, and its bytes of text."""
 
     offset: int
     size: int
@@ -145,10 +137,7 @@ class Frame(NamedTuple):
 
 
 def frames_of(path: Path) -> list[Frame] | None:
-    """Return the data frames of an archive; None if one does not say its content size, or the file is damaged.
-
-    What a header says is not checked: whoever reads the frame must.
-    """
+    """Return an archive's data frames, with content sizes that readers must verify; None if unknown."""
     found = []
     offset = 0
     with path.open("rb") as file:
@@ -174,7 +163,7 @@ def _frame(descriptor: int, offset: int) -> Frame:
     header = zstandard.get_frame_parameters(data)
     place = offset + zstandard.frame_header_size(data)
     if header.content_size == zstandard.CONTENTSIZE_UNKNOWN:
-        raise ValueError("the frame does not say its content size")
+        raise ValueError("the frame has no content size")
     last = False
     while not last:
         head = os.pread(descriptor, _HEADER_OF_BLOCK, place)

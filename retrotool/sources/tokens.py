@@ -1,22 +1,22 @@
-r"""Files of token ids: Megatron's ``.bin``, and plain ones: ``.bin``, ``.u16``, ``.u32`` and ``.npy``.
+r"""Files of token ids: Megatron's ``.bin``, and plain ``.bin``, ``.u16``, ``.u32`` and ``.npy``.
 
-A plain file is nothing but ids, little-endian: uint16 in ``.u16``, uint32 in ``.u32``, of ``Fields.token_dtype`` in
-``.bin``; an ``.npy`` file is a one-dimensional array of integers. Where documents are, one of three things says:
+A plain file has only little-endian ids: uint16 in ``.u16``, uint32 in ``.u32``, ``Fields.token_dtype`` in
+``.bin``; an ``.npy`` file is a one-dimensional array of integers. Documents are delimited by one of:
 
-* ``NAME.idx``, the index of Megatron-LM, megatron-core, Megatron-DeepSpeed, GPT-NeoX and NeMo, little-endian::
+* ``NAME.idx``, the index of Megatron-LM, -core and -DeepSpeed, GPT-NeoX and NeMo, little-endian::
 
       "MMIDIDX\0\0"  version u64 = 1  dtype u8  sequences n u64  boundaries d u64
       lengths i32[n]  pointers i64[n] (bytes)  boundaries i64[d]  and, if multimodal, modes i8[n]
 
-  d is one more than there are documents, which are ranges of sequences. Sequences of a mode other than 0 are not text:
-  their documents are rejected, as are those whose sequences do not follow one another.
-* ``NAME.offsets.npy``: integers [documents + 1], the token with which each document begins, and the number of tokens.
-* ``Fields.end_of_document``: the id that stands after each document, and belongs to none.
+  There are d - 1 documents, each a range of sequences. Rejected are documents with sequences of a mode other
+  than 0, which are not text, and those whose sequences are not adjacent.
+* ``NAME.offsets.npy``: integers [documents + 1], each document's first token, and the number of tokens.
+* ``Fields.end_of_document``: the id after each document, which is not part of it.
 
-Each gives ``Ranges`` of the file, block by block, and one reader makes documents of them. Slices are runs of documents,
-or byte ranges where marks end them. Nothing is read outside the file: the first document that leads there rejects the
-rest. Cost: the disk's rate, about 4 µs a document, and BLAKE2b over four bytes a token for the id. Memory: a block, a
-window of the index, a document.
+Each gives ``Ranges`` of the file, block by block, from which one reader makes documents. Slices are runs of
+documents, or byte ranges with end marks. The first document outside the file rejects the rest. Cost: the
+disk's rate, about 4 µs per document, and BLAKE2b of four bytes per token. Memory: a block, a window of the
+index, a document.
 """
 
 from __future__ import annotations
@@ -35,22 +35,19 @@ import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources.inputs import OFFSETS, WHOLE, InputFile, Slice
-from retrotool.sources.records import TOKEN_BYTES, Document, Fields, Rejected, content_hash, excerpt, reason_of
+from retrotool.sources.records import Document, Fields, Rejected, content_hash, excerpt, reason_of, too_many_tokens
 
 BLOCK_BYTES = 1 << 20
 WINDOW_DOCUMENTS = 1 << 14
 WINDOW_SEQUENCES = 1 << 20
 _NUMPY = b"\x93NUMPY"
 _DESCRIPTION = b"'descr'"
-_NUMPY_HEAD_BYTES = 64
-"""Within which a header that has lost its beginning still shows."""
-_ALIGNED = 8
-"""Byte ranges begin at multiples of the widest type: which it is, is not known when they are cut."""
+_NUMPY_HEAD_BYTES = 64  # enough to recognise a header with a damaged beginning
+_ALIGNED = 8  # the widest type, as the type is not known when a file is cut
 _SUFFIX_DTYPES = {".u16": "<u2", ".u32": "<u4"}
 _MEGATRON = b"MMIDIDX\0\0"
 _MEGATRON_HEADER = "<QBQQ"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
-"""By code; 6 and 7 are floats, 9 and 10 DeepSpeed's."""
 
 Tokens = npt.NDArray[np.integer[Any]]
 Places = npt.NDArray[np.int64]
@@ -58,10 +55,7 @@ Places = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:
-    """An array of integers in a file, of which a part is read where it is asked for.
-
-    Mapped into memory, a file that becomes shorter while it is read would end the process.
-    """
+    """An array of integers in a file, read in parts: truncating a mapped file would crash the process."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -76,75 +70,63 @@ class OnDisk:
         count = max(0, stop - start)
         found: Tokens = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
         if len(found) < count:
-            raise InputError(f"{self.path.name} became shorter while it was read")
+            raise InputError(f"{self.path.name} was truncated while it was read")
         return found
 
     def at(self, place: int) -> int:
-        """Return one of the numbers; negative places count from the end."""
+        """Return one number; negative places count from the end."""
         place = place if place >= 0 else self.count + place
         return int(self[place : place + 1][0])
 
 
 @dataclass(frozen=True, slots=True)
 class MegatronIndex:
-    """Where sequences are: ``lengths`` in tokens, ``pointers`` in bytes, ``modes`` (0 is text; None: all is text).
-
-    ``boundaries`` [documents + 1] are the sequences that documents begin with.
-    """
+    """Sequences, and the documents that they belong to."""
 
     dtype: np.dtype[Any]
-    lengths: OnDisk
-    pointers: OnDisk
-    boundaries: OnDisk
-    modes: OnDisk | None
+    lengths: OnDisk  # in tokens
+    pointers: OnDisk  # in bytes
+    boundaries: OnDisk  # [documents + 1]: the first sequence of each document
+    modes: OnDisk | None  # 0 is text; None: all is text
 
 
 @dataclass(frozen=True, slots=True)
 class TokenArray:
-    """Where a file's tokens are: from byte ``begin``, of ``dtype``, which ``by`` says (None: nothing does).
-
-    ``expected`` is how many there should be, if the file says so.
-    """
+    """Where a file's tokens are."""
 
     dtype: np.dtype[Any] | None
     begin: int
-    by: str
-    expected: int | None = None
+    by: str  # what specifies ``dtype``
+    expected: int | None = None  # tokens, if the file says so
     index: MegatronIndex | None = None
 
 
 class Ranges(NamedTuple):
-    """Where consecutive documents are: ``begins`` and ``ends`` int64 [documents], bytes of the file, inside of it.
-
-    ``reasons``: why some of them, by place, are not documents.
-    """
+    """Byte ranges of consecutive documents, inside the file."""
 
     begins: Places
     ends: Places
-    reasons: dict[int, str]
+    reasons: dict[int, str]  # why some of them, by number, are rejected
 
 
 def check_tokens(file: InputFile, fields: Fields) -> None:
-    """Raise ``UsageError`` if neither a token file nor ``fields`` say how it is to be read, or they contradict it."""
+    """Raise ``UsageError`` if type or documents of a token file are unspecified or contradictory."""
     if file.path.endswith(".idx"):
-        return  # without its tokens there is nothing to be read
+        return  # its token file is missing
     array = _open_array(file)
     if array.dtype is None or array.expected in (None, (file.size - array.begin) / array.dtype.itemsize):
-        _agreed_dtype(file, fields, array)  # else it is damaged, and what its header says means nothing
+        _agreed_dtype(file, fields, array)  # else its header is damaged
 
 
 def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """Return documents of a file of token ids, or of a range of it.
-
-    Positions are byte offsets if marks end the documents, otherwise their numbers in the file, from 1.
-    """
+    """Yield documents; positions are byte offsets if marks end them, otherwise numbers from 1."""
     if file.path.endswith(".idx"):
         raise InputError(f"{Path(file.path).with_suffix('.bin').name} is missing: an index has no tokens")
     array = _open_array(file)
     try:
         dtype = _agreed_dtype(file, fields, array)
     except UsageError as error:
-        # Such a file is refused before the work, unless it was damaged then.
+        # Checked before the work, unless the file was damaged then.
         raise InputError(str(error)) from error
     if array.index is not None:
         return _documents(_by_index(file, array.index, where), file, fields, dtype, where.start)
@@ -187,10 +169,7 @@ def _beginnings(file: InputFile, array: TokenArray) -> tuple[int, Callable[[int]
 def _documents(
     found: Iterable[Ranges | Rejected], file: InputFile, fields: Fields, dtype: np.dtype[Any], before: int | None
 ) -> Iterator[Document | Rejected]:
-    """Return the documents that are in ranges of the file.
-
-    ``before``: how many are before the first, if positions are numbers; None: positions are bytes.
-    """
+    """Read documents. ``before``: their number before the slice; None if positions are byte offsets."""
     line = 0
     with Path(file.path).open("rb", BLOCK_BYTES) as stream:
         try:
@@ -202,9 +181,9 @@ def _documents(
                 for i, (begin, end) in enumerate(places):
                     line += 1
                     position, offset, marks = (begin, begin, 0) if before is None else (before + line, -1, 1)
-                    # The mark that may be at the end is not the document's.
+                    # A mark at the end does not count.
                     count = (end - begin) // dtype.itemsize - marks
-                    if reason := ranges.reasons.get(i) or _over(count, fields):
+                    if reason := ranges.reasons.get(i) or too_many_tokens(count, fields.max_document):
                         yield Rejected(line, reason, offset)
                         continue
                     stream.seek(begin)
@@ -223,8 +202,8 @@ def _document(
             return Rejected(line, f"no tokens before its end mark {fields.end_of_document}", offset)
     if not len(tokens):
         return Rejected(line, "no tokens", offset)
-    if too_long := _over(len(tokens), fields):
-        return Rejected(line, too_long, offset)
+    if too_many := too_many_tokens(len(tokens), fields.max_document):
+        return Rejected(line, too_many, offset)
     if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
         return Rejected(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
     return Document(
@@ -232,16 +211,10 @@ def _document(
     )
 
 
-def _over(count: int, fields: Fields) -> str | None:
-    if count * TOKEN_BYTES <= fields.max_document:
-        return None
-    return f"{count:,} tokens, {TOKEN_BYTES} bytes each, are more than --max-document {fields.max_document:,}"
-
-
 def _native(data: bytes, dtype: np.dtype[Any], size: int) -> Tokens:
-    """Return token ids in the machine's byte order; ``InputError`` if ``size`` bytes were asked for, and more came."""
+    """Return ids in native byte order; raise ``InputError`` if ``data`` has fewer than ``size`` bytes."""
     if len(data) < size:
-        raise InputError("the file became shorter while it was read")
+        raise InputError("the file was truncated while it was read")
     tokens: Tokens = np.frombuffer(data, dtype, len(data) // dtype.itemsize)
     return tokens if dtype.isnative else tokens.astype(dtype.newbyteorder("="))
 
@@ -252,7 +225,7 @@ def _by_marks(
     last = file.size if where.last is None else where.last
     width = dtype.itemsize
     size = array.begin + (file.size - array.begin) // width * width
-    # A document begins after a mark, or with the file; whether one begins with the range, the token before says.
+    # A document begins after a mark, so a range starts with the token before it.
     place = array.begin if where.first == 0 else where.first - width
     mark = np.array([place - width] if where.first == 0 else [], np.int64)
     with Path(file.path).open("rb", buffering=0) as stream:
@@ -263,7 +236,7 @@ def _by_marks(
             found = place + width * np.flatnonzero(tokens == fields.end_of_document)
             edges = np.concatenate([mark, found])
             begins, ends = edges[:-1] + width, edges[1:]
-            # A mark before the first document ends none.
+            # A mark at the start of the file does not end a document.
             own = (begins < last) & ((begins > array.begin) | (ends > begins))
             yield Ranges(begins[own], ends[own], {})
             mark = edges[-1:]
@@ -275,11 +248,7 @@ def _by_marks(
 
 
 def _by_number(total: int, ranges: Callable[[int, int], tuple[Ranges, str]], where: Slice) -> Iterator[Ranges]:
-    """Return where the documents of a slice of ``total`` are.
-
-    ``ranges`` gives documents from the first to before the second number, or fewer, and what is wrong with the document
-    after the last of them, or "".
-    """
+    """Yield the documents of a slice by ``ranges(start, stop)``, which may return fewer, and a problem."""
     end = total if where.end is None else where.end
     if end > total:
         raise InputError(f"{total:,} documents are listed, {end:,} were when it was planned")
@@ -301,7 +270,7 @@ def _by_offsets(file: InputFile, array: TokenArray, dtype: np.dtype[Any], where:
     def ranges(start: int, stop: int) -> tuple[Ranges, str]:
         places = offsets[start : stop + 1]
         places = places if places.itemsize == 8 else places.astype(np.int64)
-        # One more than there are tokens stands for all places outside; no product below can overflow.
+        # Clip places outside the file, so that no product below can overflow.
         edges = places.clip(-1 if places.dtype.kind == "i" else 0, have + 1).astype(np.int64)
         good = _leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= have))
         bounds = array.begin + edges[: good + 1] * dtype.itemsize
@@ -333,7 +302,7 @@ def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[R
 
 
 def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> tuple[Ranges, str]:
-    """Return where documents ``start`` to ``stop`` are; fewer where they have many sequences."""
+    """Return where documents ``start`` to ``stop`` are; fewer if they have many sequences."""
     edges = index.boundaries[start : stop + 1].astype(np.int64)
     good = _leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= len(index.lengths)))
     broken = ""
@@ -345,7 +314,7 @@ def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> 
     width = index.dtype.itemsize
     lengths, begins = index.lengths[low:high].astype(np.int64), index.pointers[low:high].astype(np.int64)
     negative = (lengths < 0) | (begins < 0)
-    # Whatever the index says, no product or sum below can overflow.
+    # Clip, so that no product or sum below can overflow.
     begins = begins.clip(0, size + 1)
     ends = begins + lengths.clip(0, size // width + 1) * width
     outside = np.flatnonzero(negative | (ends > size))
@@ -368,7 +337,7 @@ def _unusable(
     apart[first[first < count]] = False
     modal = np.zeros(count, bool) if index.modes is None else index.modes[low : low + count] != 0
     reasons: dict[int, str] = {}
-    for wrong, why in ((apart, "does not follow the one before it"), (modal, "is no text: its mode is not 0")):
+    for wrong, why in ((apart, "does not follow the one before it"), (modal, "is not text: its mode is not 0")):
         for sequence in np.flatnonzero(wrong).tolist():
             document = int(np.searchsorted(last, sequence, side="right"))
             reasons.setdefault(document, f"its sequence {low + sequence:,} {why}")
@@ -392,9 +361,7 @@ def _open_array(file: InputFile) -> TokenArray:
         head = stream.read(_NUMPY_HEAD_BYTES)
         if not head.startswith(_NUMPY):
             if _DESCRIPTION in head:
-                raise InputError(
-                    f"the numpy header of {path.name} is damaged: it begins otherwise", excerpt=excerpt(head[:6])
-                )
+                raise InputError(f"the numpy header of {path.name} has a damaged beginning", excerpt=excerpt(head[:6]))
             suffix = _SUFFIX_DTYPES.get(path.suffix.lower())
             return TokenArray(np.dtype(suffix) if suffix else None, 0, "suffix")
     shape, dtype, begin = _numpy_header(path)
@@ -404,29 +371,29 @@ def _open_array(file: InputFile) -> TokenArray:
 
 
 def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape and type of numpy's array, and the byte where its numbers begin."""
+    """Return shape, type, and the byte where the numbers begin."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with path.open("rb") as stream:
         try:
             version = np.lib.format.read_magic(stream)
             if version in readers:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that Python 2 wrote it
+                    warnings.simplefilter("ignore")  # about files of Python 2
                     shape, _, dtype = readers[version](stream)
                 return shape, dtype, stream.tell()
-        except Exception as error:  # a header is parsed as Python, and damaged ones fail in as many ways
+        except Exception as error:  # a header is parsed as Python code, so anything may be raised
             if isinstance(error, OSError):
                 raise
             problem = reason_of(error) or type(error).__name__
             raise InputError(f"the numpy header of {path.name} is damaged: {problem}") from error
-    raise InputError(f"{path.name} is of numpy's format version {version[0]}.{version[1]}, which is not known")
+    raise InputError(f"{path.name} is in numpy format {version[0]}.{version[1]}, which is not supported")
 
 
 def _open_offsets(file: InputFile) -> OnDisk:
     path = _offsets(file)
     shape, dtype, begin = _numpy_header(path)
     if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 1:
-        raise InputError(f"{path.name} is no list of places: {dtype.name} of shape {list(shape)}")
+        raise InputError(f"{path.name} is not a list of places: {dtype.name} of shape {list(shape)}")
     size = path.stat().st_size
     if size != begin + shape[0] * dtype.itemsize:
         raise InputError(f"{path.name} is damaged: {shape[0]:,} places do not make its {size:,} bytes")
@@ -434,20 +401,20 @@ def _open_offsets(file: InputFile) -> OnDisk:
 
 
 def open_megatron_index(path: Path) -> MegatronIndex:
-    """Open an index; ``InputError`` if its header and its size do not agree."""
+    """Open an index; raise ``InputError`` if its header and its size do not match."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(len(_MEGATRON) + struct.calcsize(_MEGATRON_HEADER))
     if not head.startswith(_MEGATRON):
-        raise InputError(f"{path.name} is no index of Megatron's: it begins otherwise", excerpt=excerpt(head[:9]))
+        raise InputError(f"{path.name} is not a Megatron index", excerpt=excerpt(head[:9]))
     try:
         version, code, sequences, boundaries = struct.unpack_from(_MEGATRON_HEADER, head, len(_MEGATRON))
     except struct.error:
         raise InputError(f"{path.name} ends inside its header, at {len(head)} bytes") from None
     if version != 1:
-        raise InputError(f"{path.name} has version {version}, of which nothing is known")
+        raise InputError(f"{path.name} has the unknown version {version}")
     if code not in _MEGATRON_DTYPES:
-        raise InputError(f"{path.name} holds no token ids: its type code is {code}")
+        raise InputError(f"{path.name} does not hold token ids: its type code is {code}")
     pointers = len(head) + 4 * sequences
     edges = pointers + 8 * sequences
     modes = edges + 8 * boundaries
@@ -464,45 +431,44 @@ def open_megatron_index(path: Path) -> MegatronIndex:
 
 
 def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtype[Any]:
-    """The type of the tokens.
-
-    ``UsageError`` if nobody says it, or where documents end, or if one contradicts another.
-    """
+    """Return the type of the tokens; raise ``UsageError`` if it or the documents are not specified."""
     given: np.dtype[Any] | None = None
     if fields.token_dtype is not None:
         if fields.token_dtype not in np.sctypeDict or np.dtype(fields.token_dtype).kind not in "iu":
-            raise UsageError(f"{fields.token_dtype!r} is no type of token ids", "Give --token-dtype uint16 or uint32.")
+            raise UsageError(
+                f"{fields.token_dtype!r} is not a type of token ids", "Give --token-dtype uint16 or uint32."
+            )
         given = np.dtype(fields.token_dtype).newbyteorder("<")
     dtype = array.dtype or given
     if dtype is None:
         raise UsageError(
-            f"{file.name} does not say how its tokens are stored",
-            "Give --token-dtype (uint16 or uint32), or put the index that Megatron wrote, NAME.idx, beside it.",
+            f"the type of the tokens in {file.name} is not specified",
+            "Give --token-dtype (uint16 or uint32), or put Megatron's index, NAME.idx, beside it.",
         )
-    # Ids are never negative, so whether the type has a sign makes no difference.
+    # Ids are never negative, so the sign of the type does not matter.
     if given is not None and given.itemsize != dtype.itemsize:
         raise UsageError(
             f"{file.name} holds {dtype.name} by its {array.by}, not the {given.name} of --token-dtype",
-            "Leave --token-dtype out for this file, or give it another name if its suffix is wrong.",
+            "Leave --token-dtype out for this file, or rename the file if its suffix is wrong.",
         )
     mark = fields.end_of_document
     if mark is None and array.index is None and not _offsets(file).is_file():
         raise UsageError(
-            f"{file.name} does not say where its documents end",
-            f"Give --end-of-document with the id that stands after each, or put {_offsets(file).name} beside it.",
+            f"the ends of documents in {file.name} are not specified",
+            f"Give --end-of-document with the id after each document, or put {_offsets(file).name} beside it.",
         )
     if mark is not None and not np.iinfo(dtype).min <= mark <= np.iinfo(dtype).max:
         raise UsageError(
-            f"{file.name} holds {dtype.name}, which --end-of-document {mark} does not fit",
-            "Give the id that stands after each document, or the type that the file has.",
+            f"--end-of-document {mark} is not in the range of {dtype.name}, the type of {file.name}",
+            "Give the id after each document, or the file's type with --token-dtype.",
         )
     return dtype
 
 
 def _check_end(file: InputFile, array: TokenArray, dtype: np.dtype[Any]) -> None:
-    """Raise ``InputError`` if the file ends inside a token, or does not have the tokens that its header says."""
+    """Raise ``InputError`` if the file ends inside a token, or its header has another count."""
     have, left = divmod(file.size - array.begin, dtype.itemsize)
     if array.expected is not None and (have, left) != (array.expected, 0):
-        raise InputError(f"its header tells {array.expected:,} tokens, it has {have:,} and {left} bytes")
+        raise InputError(f"its header says {array.expected:,} tokens, it has {have:,} and {left} bytes")
     if left:
         raise InputError(f"broken off inside a token: {left} bytes after token {have:,}")

@@ -1,16 +1,15 @@
 """Web archives: WARC files of pages, and WET files of their text.
 
-A response with HTML or plain text gives its text; a conversion record is text already. Requests, metadata and other
-records are not rows. The ``id`` is the target URI, because takedown requests name pages by it, or the record's own id
-if it has none; with ``--id-field record_id`` all captures of a page stay.
+* A response with HTML or plain text gives its text; a conversion record is text. Other records are not rows.
+* ``id`` is the target URI, by which takedown requests name pages, or else the record's id; with ``--id-field
+  record_id`` all captures of a page stay.
+* FastWARC reads records, Resiliparse extracts text from HTML. FastWARC accepts truncated records, records
+  without a readable Content-Length, and truncated HTTP bodies. This module checks the first two, which reject
+  the rest of the file, and decodes bodies itself (chunked, gzip, deflate, zstd).
+* A body that is text despite its declared coding is used unchanged, as crawlers often keep that header. An
+  unknown coding, or a body that is truncated, damaged or over the limit, rejects the record.
 
-FastWARC reads records and headers, Resiliparse makes text of HTML. FastWARC accepts a record that is cut off or has no
-readable Content-Length, and returns a short prefix of a truncated HTTP body: so the first two are checked here, and
-reject the rest of the file, and bodies are decoded here (chunked, gzip, deflate, zstd). A body that is text although a
-coding is named is taken as it is: crawlers often leave the header behind. Any other coding, and a body that is cut off,
-damaged or longer than the limit, rejects the record.
-
-Cost: framing 1 ms a MB, HTML about 40 ms a MB; memory for one record (``Fields.max_document``, four times for HTML).
+Cost: framing 1 ms per MB, HTML about 40 ms per MB; memory for one record, four times for HTML.
 """
 
 from __future__ import annotations
@@ -35,23 +34,22 @@ _MEDIA = (
     "application/zip", "image/gif", "image/jpeg", "image/png", "image/svg+xml", "image/webp", "text/css",
     "text/javascript", "text/xml",
 )  # fmt: skip
-"""Types that reasons name; any other would quote the input."""
+"""Types that reasons may name without quoting the input."""
 _NOT_ROWS = ("warcinfo", "request", "metadata", "revisit")
 _ROWS = ("response", "resource", "conversion", "continuation")
 _HTML_OVERHEAD = 4
-_LONGEST_NUMBER = 18
-"""Digits of a size: no file has more, and Python refuses to read thousands."""
+_LONGEST_NUMBER = 18  # digits of a size
 _END_OF_RECORD = (b"\r\n\r\n", b"\n\n")
 _CODINGS = {"gzip": ("gz",), "x-gzip": ("gz",), "zstd": ("zst",), "deflate": ("zlib", "deflate")}
 _NOT_CODED = ("", "identity", "none", "utf-8", "utf8")
 _NAMES = {"br": "Brotli", "compress": "compress", "x-compress": "compress"}
 _LOOKED_AT = 1024
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"
-"""Bytes that text does not have; of a hundred compressed bytes about ten are among them."""
+"""Bytes that text does not have; about ten of a hundred compressed bytes are among them."""
 
 
 def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
-    """Return documents of an archive's records; lines are records from 1, positions byte offsets."""
+    """Yield documents of an archive's records; lines are records from 1, positions byte offsets."""
     del where
     try:
         from fastwarc.warc import ArchiveIterator
@@ -62,7 +60,7 @@ def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
     with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as blocks:
         stream = _Stream(blocks)
         try:
-            # Of a file FastWARC uses these two methods.
+            # FastWARC only uses the two methods of ``_Stream``.
             for record in ArchiveIterator(stream, parse_http=False, stream_detect=False):  # type: ignore[arg-type]
                 offset = record.stream_pos
                 _check_size(record)
@@ -72,7 +70,7 @@ def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
                 else:
                     yield _row(record, fields, limit, file.name, number)
             if not stream.tail.endswith(_END_OF_RECORD):
-                raise BrokenStream("the file ends before the end of a record is marked")
+                raise BrokenStream("the file ends before the end mark of a record")
         except (BrokenStream, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
@@ -82,8 +80,6 @@ def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
 
 
 class _Stream:
-    """Blocks as the file that FastWARC reads."""
-
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
         self._block = memoryview(b"")
@@ -107,7 +103,7 @@ def _needs_extra(name: str) -> UsageError:
 
 
 def _check_size(record: WarcRecord) -> None:
-    """Raise ``BrokenStream`` if a record does not say how long it is; FastWARC takes it for empty."""
+    """Raise ``BrokenStream`` for a record without a valid size, which FastWARC would treat as empty."""
     length = record.headers.get("Content-Length") or ""
     if not (length.isascii() and length.isdigit() and len(length.lstrip("0")) <= _LONGEST_NUMBER):
         raise BrokenStream("a record's Content-Length is not a size" if length else "a record has no Content-Length")
@@ -144,7 +140,7 @@ def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
     kind, size = (record.headers.get("WARC-Type") or "").lower(), record.content_length
     problem = f"record of {size:,} bytes, longer than {limit:,}" if size > limit else ""
     if kind == "continuation":
-        problem = "a part of a segmented record: they are not put together"
+        problem = "a segmented record, which is not supported"
     elif kind not in _ROWS:
         problem = "a record of unknown type"
     if problem:
@@ -155,7 +151,7 @@ def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
         try:
             record.parse_http()
         except OSError as error:
-            raise BadRow("it has no HTTP header that can be read") from error
+            raise BadRow("it has no readable HTTP header") from error
         headers = record.http_headers
         content_type, status = headers.get("Content-Type") or "", headers.status_code
         body = _content(record)
@@ -202,7 +198,7 @@ def _text(content_type: str, body: bytes) -> str:
 
 
 def _dechunked(body: bytes) -> bytes:
-    """Join the chunks (RFC 9112, 7.1); a body that has none is returned as it is."""
+    """Join the chunks (RFC 9112, 7.1); return a body without chunks unchanged."""
     chunks: list[bytes] = []
     place = 0
     while True:
@@ -223,7 +219,9 @@ def _decoded(body: bytes, coding: str, limit: int) -> bytes:
     if coding in _NOT_CODED:
         return body
     if coding not in _CODINGS:
-        raise BadRow(f"its content is compressed with {_NAMES.get(coding, 'an unknown coding')}, which is not read")
+        raise BadRow(
+            f"its content is compressed with {_NAMES.get(coding, 'an unknown coding')}, which is not supported"
+        )
     problem = ""
     for compression in _CODINGS[coding]:
         pieces, size = [], 0
@@ -238,5 +236,5 @@ def _decoded(body: bytes, coding: str, limit: int) -> bytes:
             problem = problem or str(error)
     head = body[:_LOOKED_AT]
     if head.translate(None, _CONTROL) == head:
-        return body  # text, whatever its header says
+        return body  # it is text despite its header
     raise BadRow(f"its content is cut off or not {coding}: {problem}")

@@ -113,7 +113,7 @@ def test_every_row_is_set_aside_if_the_column_is_missing(tmp_path):
     (row,) = rows_of(tmp_path / "b.csv", b"question,id\nq,1\n", key="question", value="answer")
     assert (row.reason, row.excerpt) == ("no column 'answer' among 2", "question, id")
     (row,) = rows_of(tmp_path / "c.csv", b"text,id,text\nx,1,y\n")
-    assert row.reason == "column 'text' is there 2 times"
+    assert row.reason == "column 'text' occurs 2 times"
 
 
 def test_empty_fields_are_missing_values(tmp_path):

@@ -134,7 +134,7 @@ def test_a_link_to_nothing_is_refused_by_name(here, link, target):
     make("c/a.jsonl")
     Path(f"c/{link}").symlink_to(target)
     for given in ("c", f"c/{link}", "c/*"):
-        assert f"c/{link}: a link to nothing; Remove it, or bring the file" in refusal_of(given)
+        assert f"c/{link}: broken link; Remove it, or restore its target" in refusal_of(given)
 
 
 def test_the_first_link_to_nothing_is_named_and_hidden_ones_are_no_matter(here):
@@ -143,7 +143,7 @@ def test_the_first_link_to_nothing_is_named_and_hidden_ones_are_no_matter(here):
     assert names_of("c") == ["c/a.jsonl"]
     for name in ("z.txt", "m.txt", "sub"):
         Path(f"c/{name}").symlink_to("gone")
-    assert "c/m.txt: a link to nothing" in refusal_of("c")
+    assert "c/m.txt: broken link" in refusal_of("c")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
@@ -156,19 +156,19 @@ def test_what_is_no_regular_file_is_refused_with_advice(here, kind, name):
         with socket.socket(socket.AF_UNIX) as end:
             end.bind(f"c/{name}")
     for given in ("c", f"c/{name}"):
-        assert f"c/{name} is no regular file; Pipe it into - instead" in refusal_of(given)
+        assert f"c/{name} is not a regular file; Pipe it into - instead" in refusal_of(given)
 
 
 def test_pipes_that_look_like_no_input_do_not_hinder_a_folder(here):
     make("c/a.jsonl")
     os.mkfifo("c/control")
     assert names_of("c") == ["c/a.jsonl"]
-    assert "c/control is no regular file" in refusal_of("c/control")
+    assert "c/control is not a regular file" in refusal_of("c/control")
 
 
 def test_an_empty_name_is_not_the_current_folder(here):
     make("a.jsonl")
-    assert "an empty name was given" in refusal_of("")
+    assert "an input has an empty name" in refusal_of("")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")

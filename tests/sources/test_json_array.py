@@ -115,7 +115,7 @@ BROKEN = {
     '[{"text": "one"}, {"text": "\\ud83d\\u0041"}]': (1, "a lone surrogate"),
     '[{"text": "one"}, {"text": "\\ud83d"}]': (1, "a lone surrogate"),
     '[{"text": "one"}, {"text": "\\uDE00"}]': (1, "a lone surrogate"),
-    '[{"text": "one"}, ' + "[" * 2000: (1, "more than 1,000 brackets inside one another"),
+    '[{"text": "one"}, ' + "[" * 2000: (1, "nested more than 1,000 deep"),
     '"text"': (0, "neither an array of objects nor objects"),
     " \n ": (0, "nothing but white space"),
     "\0\0": (0, "neither an array of objects nor objects"),

@@ -92,7 +92,7 @@ def test_what_is_no_text_is_set_aside(tmp_path):
     write_megatron(tmp_path / "c", [[[1], [2]], [[3]], [[4], [5]]], "<u2", bytes([0, 0, 0, 0, 1]))
     found = list(read_input(input_of(tmp_path / "c"), Fields()))
     assert ids_of(found) == [[1, 2], [3], []]
-    assert found[2] == Rejected(3, "its sequence 4 is no text: its mode is not 0")
+    assert found[2] == Rejected(3, "its sequence 4 is not text: its mode is not 0")
 
 
 def test_negative_ids_are_set_aside(tmp_path):
@@ -221,8 +221,8 @@ def test_other_indexes_are_refused(tmp_path):
     reasons = {file.name: [row.reason for row in read_input(file, Fields())] for file in find_inputs([str(tmp_path)])}
     assert {Path(name).name: reason for name, (reason,) in reasons.items()} == {
         "alone.idx": "alone.bin is missing: an index has no tokens",
-        "floats.bin": "floats.idx holds no token ids: its type code is 7",
-        "git.bin": "git.idx is no index of Megatron's: it begins otherwise",
-        "older.bin": "older.idx is no index of Megatron's: it begins otherwise",
-        "version.bin": "version.idx has version 2, of which nothing is known",
+        "floats.bin": "floats.idx does not hold token ids: its type code is 7",
+        "git.bin": "git.idx is not a Megatron index",
+        "older.bin": "older.idx is not a Megatron index",
+        "version.bin": "version.idx has the unknown version 2",
     }

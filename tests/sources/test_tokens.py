@@ -218,7 +218,7 @@ def test_of_a_cut_off_array_the_documents_before_come_out(tmp_path):
     (tmp_path / "c.npy").write_bytes(data[:-20])
     *found, last = read_input(input_of(tmp_path / "c.npy"), Fields(end_of_document=3))
     assert ids_of(found) == [[0, 1, 2], [4, 5, 6]]
-    assert last == Rejected(3, "its header tells 10 tokens, it has 7 and 4 bytes", damage=True)
+    assert last == Rejected(3, "its header says 10 tokens, it has 7 and 4 bytes", damage=True)
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 2), int), np.zeros(3), np.array(["a"]), np.array(1)])
@@ -240,12 +240,12 @@ def test_big_endian_arrays_come_out_in_the_machine_order(tmp_path):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("c.bin", Fields(), "does not say how its tokens are stored"),
-        ("c.bin", Fields(end_of_document=1), "does not say how its tokens are stored"),
-        ("c.bin", Fields(token_dtype="uint16"), "does not say where its documents end"),
-        ("c.u16", Fields(), "does not say where its documents end"),
-        ("c.bin", Fields(token_dtype="float32", end_of_document=1), "'float32' is no type of token ids"),
-        ("c.bin", Fields(token_dtype="words", end_of_document=1), "'words' is no type of token ids"),
+        ("c.bin", Fields(), "the type of the tokens in c.bin is not specified"),
+        ("c.bin", Fields(end_of_document=1), "the type of the tokens in c.bin is not specified"),
+        ("c.bin", Fields(token_dtype="uint16"), "the ends of documents in c.bin are not specified"),
+        ("c.u16", Fields(), "the ends of documents in c.u16 are not specified"),
+        ("c.bin", Fields(token_dtype="float32", end_of_document=1), "'float32' is not a type of token ids"),
+        ("c.bin", Fields(token_dtype="words", end_of_document=1), "'words' is not a type of token ids"),
     ],
 )
 def test_what_must_be_given_is_named_before_the_work_and_ends_reading(tmp_path, name, fields, message):
@@ -298,7 +298,7 @@ def test_an_end_mark_that_the_type_has_not_is_refused(tmp_path, name, write):
     dtype = "uint16" if name == "d.bin" else None
     check_input(file, Fields(token_dtype=dtype, end_of_document=65535))
     for mark in (65536, 70_000, -1):
-        with pytest.raises(UsageError, match=f"holds uint16, which --end-of-document {mark} does not fit"):
+        with pytest.raises(UsageError, match=f"--end-of-document {mark} is not in the range of uint16"):
             check_input(file, Fields(token_dtype=dtype, end_of_document=mark))
 
 

@@ -134,7 +134,7 @@ SET_ASIDE = {
     "its content is cut off or not zstd": response(b"\0\1\2 no zstd", Content_Encoding="zstd"),
     "invalid UTF-8 at byte 1": record("conversion", b"a\xff", "text/plain", WARC_Target_URI="http://a.example/"),
     "a record of unknown type": record("page", b"x", "text/plain", WARC_Target_URI="http://a.example/"),
-    "a part of a segmented record": record("continuation", b"x", WARC_Target_URI="http://a.example/"),
+    "a segmented record, which is not supported": record("continuation", b"x", WARC_Target_URI="http://a.example/"),
     "'text' has 2,000 bytes": response(b"x" * 2000, "text/plain"),
     "record of 2,000,000 bytes": record("response", b"x" * 2_000_000, WARC_Target_URI="http://a.example/"),
     "its content is longer than": response(gzip.compress(b"\0" * 3_000_000), Content_Encoding="gzip"),
