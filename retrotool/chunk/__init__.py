@@ -1,4 +1,4 @@
-"""Documents to chunks; the defaults: tokens a chunk, and chunks after which a part is closed."""
+"""Cut documents into chunks. Defaults: tokens per chunk, and chunks after which a part is closed."""
 
 CHUNK_LENGTH = 64
 PART_SIZE = 1 << 20

@@ -1,7 +1,7 @@
-"""From documents to chunks: tokenising a batch, and cutting the tokens, without a loop over tokens.
+"""Tokenise a batch of documents and cut the tokens into chunks, without a Python loop over tokens.
 
-A document has one piece, its text; a key-value record has two, its key, of which the first ``chunk_length`` tokens
-become one chunk, and its value. Every piece begins a new chunk. Cost beyond the tokenizer's: about 5 ns a token.
+A document is one piece of text; a key-value record is two, and its key is cut to one chunk. Every piece
+begins a new chunk. Cost besides the tokenizer: about 5 ns per token.
 """
 
 from __future__ import annotations
@@ -24,26 +24,23 @@ from retrotool.tokenizers import FastTokenizer
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Documents that have tokens: ``ids`` is flat, ``lengths`` [d × pieces] cuts it into pieces.
-
-    ``kept`` tells which of the documents given these are, and ``cut`` [d] whose keys were cut; None: all, and none.
-    """
+    """d documents with their tokens."""
 
     documents: list[Document]
-    ids: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int64]
+    ids: npt.NDArray[Any]  # flat
+    lengths: npt.NDArray[np.int64]  # [d × pieces]
     pieces: int = 1
-    cut: npt.NDArray[np.bool_] | None = None
-    kept: npt.NDArray[np.bool_] | None = None
+    cut: npt.NDArray[np.bool_] | None = None  # [d]: whose key was cut
+    kept: npt.NDArray[np.bool_] | None = None  # which of the documents given these are; None: all
 
     def hashed(self, secret: str, dtype: np.dtype[Any]) -> Hashes:
-        """Hashes of the tokens of each document, as they are on the block list, S16 [d]; ``dtype``: the store's."""
+        """Hash the tokens of each document as on the block list, S16 [d]; ``dtype`` is the store's."""
         begin = np.cumsum(self.lengths) - self.lengths
         shape = (-1, self.pieces)
         return keyed_tokens(secret, self.ids.astype(dtype), begin.reshape(shape), self.lengths.reshape(shape))
 
     def without(self, left_out: npt.NDArray[np.bool_]) -> Tokens:
-        """Those of the documents that are not ``left_out``, bool [d]."""
+        """Return the documents that are not in ``left_out``, bool [d]."""
         stays = ~left_out
         pieces = np.repeat(stays, self.pieces)
         kept = np.ones(len(stays), np.bool_) if self.kept is None else self.kept.copy()
@@ -57,17 +54,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Chunks of d documents: ``n_chunks`` [d]; of all n chunks in order ``doc``, ``index``, ``n_tokens`` [n].
+    """n chunks of d documents."""
 
-    ``tokens`` is [n, chunk_length], zero-padded; ``key`` [n], of key-value records, tells which chunks are keys.
-    """
-
-    n_chunks: npt.NDArray[np.int64]
-    doc: npt.NDArray[np.int64]
-    index: npt.NDArray[np.int64]
-    n_tokens: npt.NDArray[np.int64]
-    tokens: npt.NDArray[Any]
-    key: npt.NDArray[np.bool_] | None = None
+    n_chunks: npt.NDArray[np.int64]  # [d]
+    doc: npt.NDArray[np.int64]  # [n]
+    index: npt.NDArray[np.int64]  # [n]
+    n_tokens: npt.NDArray[np.int64]  # [n]
+    tokens: npt.NDArray[Any]  # [n, chunk_length], zero-padded
+    key: npt.NDArray[np.bool_] | None = None  # [n], of key-value records
 
 
 def tokenise(
@@ -77,16 +71,16 @@ def tokenise(
     chunk_length: int,
     bad: Callable[[Rejected], object],
 ) -> Tokens:
-    """Tokens of a batch of documents of one kind; those without a token, or with one that is none, go to ``bad``."""
+    """Tokenise documents of one kind; pass those without tokens, or with an invalid token id, to ``bad``."""
     if documents[0].tokens is not None:
-        return _taken_over(documents, vocabulary, bad)
+        return _given_tokens(documents, vocabulary, bad)
     records = documents[0].value is not None
     pieces = 2 if records else 1
     texts = [text for d in documents for text in (d.text, d.value or "")] if records else [d.text for d in documents]
     ids, lengths = encoder.encode_flat(texts)
     empty: npt.NDArray[np.bool_] = np.asarray((lengths == 0).reshape(-1, pieces).any(axis=1))
     for number in np.flatnonzero(empty):
-        bad(Rejected(documents[number].line, "text without a token", excerpt=excerpt(documents[number].text)))
+        bad(Rejected(documents[number].line, "the text has no tokens", excerpt=excerpt(documents[number].text)))
     cut = None
     if records:
         limit = lengths.copy()
@@ -98,7 +92,7 @@ def tokenise(
     return found.without(empty) if empty.any() else found
 
 
-def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[Rejected], object]) -> Tokens:
+def _given_tokens(documents: list[Document], vocabulary: int, bad: Callable[[Rejected], object]) -> Tokens:
     arrays = [document.tokens for document in documents if document.tokens is not None]
     lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
     ids = np.concatenate(arrays) if arrays else np.zeros(0, np.uint32)
@@ -107,28 +101,19 @@ def _taken_over(documents: list[Document], vocabulary: int, bad: Callable[[Rejec
         return found
     over = np.array([len(tokens) > 0 and int(tokens.max()) >= vocabulary for tokens in arrays])
     for document in itertools.compress(documents, over):
-        bad(Rejected(document.line, f"a token id is not below the vocabulary's size {vocabulary:,}"))
+        bad(Rejected(document.line, f"a token id is outside the vocabulary of {vocabulary:,}"))
     return found.without(over)
 
 
 def cut_chunks(
     ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64], chunk_length: int, dtype: np.dtype[Any], pieces: int = 1
 ) -> Cut:
-    """Cut documents of ``pieces`` pieces each into chunks.
-
-    Args:
-        ids: token ids of all pieces, flat.
-        lengths: tokens of each piece, [d × pieces]; with two pieces the first has ``chunk_length`` at most.
-        chunk_length: tokens a chunk.
-        dtype: of the tokens in the result.
-        pieces: 1 for documents, 2 for key-value records.
-
-    """
+    """Cut documents with flat tokens ``ids`` and ``lengths`` [d × pieces] into chunks."""
     n_chunks = -(-lengths // chunk_length)
     index = positions_within(n_chunks)
     n_tokens = np.minimum(np.repeat(lengths, n_chunks) - index * chunk_length, chunk_length)
     tokens = np.zeros((len(index), chunk_length), dtype)
-    # Chunks and ids are in the same order, so the used places, row by row, take the ids as they come.
+    # Chunks and ids are in the same order, so the used cells take the ids row by row.
     tokens[np.arange(chunk_length) < n_tokens[:, None]] = ids
     piece = np.repeat(np.arange(len(lengths)), n_chunks)
     if pieces == 1:
@@ -139,5 +124,5 @@ def cut_chunks(
 
 
 def id_hash(identifier: str) -> bytes:
-    """The key of a document: BLAKE2b-128 of its id in UTF-8."""
+    """Return the key of a document: BLAKE2b-128 of its id in UTF-8."""
     return hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=parts.HASH_BYTES).digest()

@@ -29,7 +29,7 @@ Examples:
 
 Exit codes: 0 done, 3 done with input rejected or stopped by it, 2 usage, 11 lost a race, 12 corrupt."""
 
-_input = partial(opt, panel="What is let in")
+_input = partial(opt, panel="What is added")
 _reading = partial(opt, panel="How rows are read")
 _work = partial(opt, panel="How the work is done")
 _field = partial(_reading, metavar="F")
@@ -43,72 +43,64 @@ def command(
     tokenizer: Annotated[
         str | None,
         opt(
-            "tokenizer.json, model directory, .model, .tiktoken, or hub name. Default: the store's, or minilm's.",
+            "tokenizer.json, model directory, .model, .tiktoken, or hub name. Default: the store's, or minilm.",
             metavar="T",
         ),
     ] = None,
     chunk_length: Annotated[
-        int | None, opt("Tokens a chunk. Default: the store's; of a new store, 64.", metavar="N")
+        int | None, opt("Tokens per chunk. Default: the store's; for a new store, 64.", metavar="N")
     ] = None,
-    dry_run: Annotated[bool, opt("Read a sample, show what will come, and change nothing.", "--dry-run")] = False,
-    text_field: Annotated[str, _field("Field that holds the text; a.b is b inside a.")] = "text",
-    id_field: Annotated[str, _field("Field that holds the document's id; without one, a hash of the text.")] = "id",
-    keep: Annotated[list[str] | None, _field("Field to keep as a column of documents; may be repeated.")] = None,
-    key_field: Annotated[str | None, _field("Key of key-value records: what is embedded.")] = None,
-    value_field: Annotated[str | None, _field("Value of key-value records: the continuation.")] = None,
-    tokens_field: Annotated[str | None, _field("Field of token ids, taken over as they are.")] = None,
+    dry_run: Annotated[bool, opt("Estimate the result from a sample; change nothing.", "--dry-run")] = False,
+    text_field: Annotated[str, _field("Field with the text; a.b is field b of object a.")] = "text",
+    id_field: Annotated[str, _field("Field with the document's id; if missing, a hash of the text.")] = "id",
+    keep: Annotated[list[str] | None, _field("Field to store as a column of documents; repeatable.")] = None,
+    key_field: Annotated[str | None, _field("Field with the key of a key-value record, which is embedded.")] = None,
+    value_field: Annotated[str | None, _field("Field with the value of a key-value record, the continuation.")] = None,
+    tokens_field: Annotated[str | None, _field("Field with token ids, which are stored unchanged.")] = None,
     token_dtype: Annotated[
-        Literal["uint16", "uint32"] | None, _reading("Type of the ids in plain token files.", metavar="uint16|uint32")
+        Literal["uint16", "uint32"] | None, _reading("Type of ids in plain token files.", metavar="uint16|uint32")
     ] = None,
     end_of_document: Annotated[
         int | None, _reading("Token id that ends a document in token files.", metavar="ID")
     ] = None,
     separator: Annotated[
-        str | None, _reading("What stands between documents in .txt files, such as '\\n\\n'.", metavar="S")
+        str | None, _reading("Text between documents in .txt files, such as '\\n\\n'.", metavar="S")
     ] = None,
-    max_document: Annotated[str, _reading("Longer texts are rejected.", metavar="SIZE")] = "64MiB",
+    max_document: Annotated[str, _reading("Reject longer texts.", metavar="SIZE")] = "64MiB",
     duplicates: Annotated[
         Literal["skip", "keep", "fail"],
         _input(
-            "Documents with the id or the text of one before: leave out, keep, or refuse.", metavar="skip|keep|fail"
+            "Documents that repeat the id or text of an earlier one: skip, keep, or fail.", metavar="skip|keep|fail"
         ),
     ] = "skip",
     changed: Annotated[
         Literal["refuse", "add"],
-        _input(
-            "Inputs that changed since they were chunked: refuse, or add the documents that are new.",
-            metavar="refuse|add",
-        ),
+        _input("If an input changed since it was chunked: refuse, or add its new documents.", metavar="refuse|add"),
     ] = "refuse",
-    allow_purged: Annotated[bool, _input("Also chunk documents that were purged.", "--allow-purged")] = False,
+    allow_purged: Annotated[bool, _input("Add documents even if they were purged before.", "--allow-purged")] = False,
     max_bad: Annotated[
         str | None,
         _input(
-            "Stop when more rows are rejected; the rest of a damaged file is one. Default: any number.", metavar="N|P%"
+            "Stop after this many rejected rows; the rest of a damaged file is one row. Default: never.", metavar="N|P%"
         ),
     ] = None,
     skip_missing: Annotated[
-        bool, _input("Give up inputs of an interrupted run that are gone or changed.", "--skip-missing")
+        bool, _input("Skip inputs of an interrupted run that are missing or changed.", "--skip-missing")
     ] = False,
-    part_size: Annotated[int, _work("Chunks after which a part is closed.", metavar="N")] = PART_SIZE,
+    part_size: Annotated[int, _work("Chunks per part.", metavar="N")] = PART_SIZE,
     scratch: Annotated[
         str | None, _work("Folder for scratch files. Default: $RETROTOOL_SCRATCH, or the system's.", metavar="DIR")
     ] = None,
-    workers: Annotated[int | None, _work("Worker processes. Default: one a core.", metavar="N", least=1)] = None,
-    check: Annotated[
-        float, _work("Share of documents whose tokens are compared with those of tokenizers.", metavar="SHARE")
-    ] = 0.001,
+    workers: Annotated[int | None, _work("Worker processes. Default: one per core.", metavar="N", least=1)] = None,
     exact_tokenizer: Annotated[
-        bool,
-        _work("Tokenise with tokenizers alone, which is many times slower; the store keeps it.", "--exact-tokenizer"),
+        bool, _work("Use only tokenizers for this store, from now on; many times slower.", "--exact-tokenizer")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Cut a corpus into chunks of 64 tokens, in Parquet.
 
-    Makes the store if there is none, else adds to it; inputs that the store has already are skipped. What can't be
-    read is rejected with file, line and reason. The result is the same whatever the number of workers, kills and
-    resumes.
+    Creates the store if needed. Inputs that it has are skipped. Unreadable rows are rejected with file, line
+    and reason. The result does not depend on the number of workers or on interruptions.
     """
     with output.errors(as_json):
         from retrotool.chunk import estimate as chunk_estimate
@@ -132,7 +124,7 @@ def command(
         options = ChunkOptions(
             fields=fields, part_size=part_size, workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
             duplicates=duplicates, add_changed=changed == "add", allow_purged=allow_purged,
-            max_bad=MaxBad.parse(max_bad), check=check, exact_tokenizer=exact_tokenizer, note=output.note,
+            max_bad=MaxBad.parse(max_bad), exact_tokenizer=exact_tokenizer, note=output.note,
         )  # fmt: skip
         given = list(inputs or ())
         if dry_run:
@@ -150,26 +142,24 @@ def command(
 def _text(result: ChunkResult) -> str:
     lines = []
     if result.known_inputs:
-        lines.append(f"{output.count(result.known_inputs, 'input')} skipped: in the store already.")
+        lines.append(f"{output.count(result.known_inputs, 'input')} skipped: already in the store.")
     if result.parts or not result.known_inputs:
         lines.append(
             f"{output.count(result.documents, 'document')}, {output.count(result.chunks, 'chunk')}, "
             f"{output.count(result.tokens, 'token')} in {output.count(result.parts, 'part')} (commit {result.commit})."
         )
     if result.compared:
-        exact = f"; {result.exact:,} by tokenizers alone" if result.exact else ""
-        lines.append(
-            f"Tokenised by tokie, of {output.count(result.compared, 'document')} compared with tokenizers{exact}."
-        )
+        exact = f"; {output.count(result.exact, 'document')} by tokenizers alone" if result.exact else ""
+        compared = output.count(result.compared, "document")
+        lines.append(f"Tokenised by tokie, with {compared} compared with tokenizers{exact}.")
     if result.duplicates:
         largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
         where = ", ".join(f"{source} {n:,}" for source, n in largest)
-        what = output.count(result.duplicates, "document")
-        lines.append(f"{what} left out, as the same text is in the store already ({where}).")
+        lines.append(f"{output.count(result.duplicates, 'document')} skipped: duplicate text ({where}).")
     if result.known_documents:
-        lines.append(f"{output.count(result.known_documents, 'document')} skipped: in the store already.")
+        lines.append(f"{output.count(result.known_documents, 'document')} skipped: already in the store.")
     if result.blocked:
-        lines.append(f"{output.count(result.blocked, 'document')} left out: purged before (--allow-purged adds them).")
+        lines.append(f"{output.count(result.blocked, 'document')} skipped: purged before (--allow-purged adds them).")
     if result.keys_cut:
         lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
     if result.rejected:
@@ -179,33 +169,31 @@ def _text(result: ChunkResult) -> str:
             for r in result.reasons[:10]
         ]
         lines.append(output.table(rows))
-        if len(result.reasons) > 10:
-            lines.append(f"  and {len(result.reasons) - 10:,} other reasons, in the store's quarantine/ files.")
+        if (more := len(result.reasons) - 10) > 0:
+            lines.append(f"  and {output.count(more, 'other reason')}, in the store's quarantine/ files.")
     if result.stopped:
         lines.append(
-            f"Stopped: {result.stopped}. What was read is kept. Repair the input and add --changed add to the command, "
-            "or go on without it: --max-bad 1000, say."
+            f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again with "
+            "--changed add, or raise the limit, such as --max-bad 1000."
         )
     elif result.exceeded:
-        lines.append(f"More than was allowed: {result.exceeded}. All was read, and what is good is kept.")
+        lines.append(f"Limit exceeded: {result.exceeded}. All input was read, and the other rows are kept.")
     if result.damaged and not result.stopped:
-        what = "a damaged input" if result.damaged == 1 else f"{result.damaged:,} damaged inputs"
         lines.append(
-            f"The rest of {what} was not read; everything else was. After a repair, the same command with "
-            "--changed add adds it."
+            f"The rest of {output.count(result.damaged, 'damaged input')} was not read; everything else was. "
+            "After repairing it, run the same command with --changed add."
         )
     return "\n".join(lines)
 
 
 def _reason(one: RejectedReason) -> str:
-    """A reason; where a field or column is missing with the names that there are."""
     is_missing = one.reason.startswith(("no column", "no field"))
     return f"{one.reason}: {one.excerpt}" if is_missing and one.excerpt else one.reason
 
 
 def estimate_text(estimate: Estimate) -> str:
-    """An estimate for people."""
-    known = f"; {estimate.known_inputs:,} more are in the store already" if estimate.known_inputs else ""
+    """Render an estimate as text."""
+    known = f"; {estimate.known_inputs:,} more already in the store" if estimate.known_inputs else ""
     workers = output.count(estimate.workers, "worker")
     rows = [
         ("inputs", f"{estimate.inputs:,}, {output.size(estimate.input_bytes)}{known}"),

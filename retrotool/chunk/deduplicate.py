@@ -1,13 +1,10 @@
-"""Finishing a ``chunk`` plan: documents that repeat, and what the store remembers of the inputs.
+"""Finish a ``chunk`` plan: find duplicate documents, and record the plan's inputs.
 
-Which documents repeat is found after chunking, over all parts at once (``hash_partitions``). The rule, of which the
-order of chunk ids is a part, is in the store format: first by id, then by text among the documents that are whole, and
-those that were purged as a whole.
-Only documents of the plan are rejected: what an earlier plan kept, stays. Cutting the same inputs into more or fewer
-plans gives the same documents.
+Duplicates are found after chunking, over all parts at once, by the rule in the store format: first by id,
+then by text. Only documents of the plan are rejected, so plans of any size give the same documents. Small
+inputs of lines are read again to report line numbers instead of byte offsets.
 
-Memory: as ``hash_partitions`` says, then one part that holds a repeat at a time, 17 bytes a repeat and 8 a chunk of it.
-Of ids that repeat, inputs of lines that are not large are read again, to turn byte offsets into line numbers.
+Memory besides ``hash_partitions``: one part with a duplicate, 17 bytes per duplicate and 8 per chunk of it.
 """
 
 from __future__ import annotations
@@ -26,20 +23,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.chunk import hash_partitions
-from retrotool.chunk.chunk_plan import (
-    ChunkPlan,
-    Duplicates,
-    chunks_of_purges,
-    documents_within,
-    parts_of_plan,
-    read_plan,
-    unfinished_plans,
-    write_json_file,
-)
+from retrotool.chunk import chunk_plan, hash_partitions
+from retrotool.chunk.chunk_plan import ChunkPlan, Duplicates
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
+from retrotool.cli.output import count
 from retrotool.errors import ConflictError, DuplicatesError, InputError
 from retrotool.ranges import expand_ranges
 from retrotool.sources import InputFile
@@ -60,29 +49,25 @@ BY_ID = "duplicate document id"
 BY_TEXT = "duplicate text"
 _LOCATED_ROWS = 1 << 20
 _COUNTED_BYTES, _TEXTS_COUNTED_BYTES = 256 << 20, 4 << 20
-"""Larger inputs are not read again for the line numbers of ids, and of texts, that repeat: their offsets must do."""
+"""Larger inputs are not read again to find the line numbers of duplicate ids and texts."""
 _TABLE_ROWS = 1 << 16
-_IN_LINES = ("jsonl", "csv", "tsv")
-"""Formats whose rows go by the number of a line."""
+_IN_LINES = ("jsonl", "csv", "tsv")  # formats whose rows are reported by line number
 
 Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
 class DuplicateCounts:
-    """Live documents of a plan that repeat an earlier one, by id or (only) by text, and what they hold.
-
-    ``sources``: documents by text of each source. Above 100,000 sources the smallest are dropped.
-    """
+    """Live documents of a plan that repeat an earlier one, by id or by text only, and what they hold."""
 
     by_id: int = 0
     by_text: int = 0
     chunks: int = 0
     tokens: int = 0
-    sources: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)  # by text; above 100,000 sources the smallest are dropped
 
     def add(self, repeats: PartRepeats) -> None:
-        """Count the repeats of one part."""
+        """Count the duplicates of one part."""
         texts = int(repeats.by_text.sum())
         self.by_id += len(repeats.by_text) - texts
         self.by_text += texts
@@ -94,14 +79,13 @@ class DuplicateCounts:
 
 
 def finish_plans(store: Store, run: Run, *, duplicates: Duplicates = "skip") -> dict[str, DuplicateCounts]:
-    """Finish the plans of which every unit is committed, and return what repeats in each, by its id.
+    """Finish the plans whose units are all committed; return the duplicates of those it finished, by plan id.
 
-    ``duplicates``: ``skip`` tombstones the documents that repeat and sets them aside, ``keep`` only counts them, and
-    ``fail`` raises ``DuplicatesError`` if there are any, and leaves the plan as it is: the next call finishes it. Of a
-    plan that another process finishes concurrently only its record has the counts.
+    ``skip`` tombstones and quarantines duplicates, ``keep`` only counts them, ``fail`` raises
+    ``DuplicatesError`` and leaves the plan for the next call.
     """
     finished: dict[str, DuplicateCounts] = {}
-    for plan_id in unfinished_plans(store.refresh()):
+    for plan_id in chunk_plan.unfinished_plans(store.refresh()):
         record = store.state.records[f"plan:{plan_id}"]
         entry = store.state.file("plans", plan_id)
         if record["done"] < record["units"] or entry is None:
@@ -120,7 +104,7 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: 
         draft, counts = _finishing(store, run, plan_id, entry, duplicates)
 
         def build(newest: State) -> Draft:
-            # Documents and tombstones that the draft was made from must still be all there are.
+            # The draft is valid only for the documents and tombstones that it was made from.
             same = all(
                 list(newest.group(kind).entries()) == list(seen.group(kind).entries())
                 for kind in ("documents", "tombstones")
@@ -129,33 +113,33 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: 
                 raise ConflictError("the store changed while duplicates were searched", "Run the same command again.")
             return draft
 
-        store.commit(run, build)  # if it is overtaken, clean-up takes the files away
+        store.commit(run, build)  # if it loses the race, clean-up removes its files
         return counts
 
     store.refresh()
-    # Another ``chunk`` commits every half minute, for hours: what it overtakes may be overtaken any number of times.
+    # A concurrent ``chunk`` commits every half minute for hours, so this may lose the race many times.
     return retry_overtaken(attempt, store.renew, sys.maxsize)
 
 
 def _finishing(
     store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Duplicates
 ) -> tuple[Draft, DuplicateCounts]:
-    plan = read_plan(store, entry)
+    plan = chunk_plan.read_plan(store, entry)
     tombstones = read_tombstones(store)
-    free = chunks_of_purges(store) if plan.allow_purged else None
-    places, by_text = find_duplicates(store, parts_of_plan(store.state, plan_id), tombstones, free)
+    free = chunk_plan.chunks_of_purges(store) if plan.allow_purged else None
+    places, by_text = find_duplicates(store, chunk_plan.parts_of_plan(store.state, plan_id), tombstones, free)
     counts = DuplicateCounts()
     chunks: list[npt.NDArray[np.int64]] = []
 
     def counted() -> Iterator[PartRepeats]:
-        for repeats in read_repeats(store, tombstones, places, by_text):
+        for repeats in _read_repeats(store, tombstones, places, by_text):
             counts.add(repeats)
             chunks.append(repeats.chunks)
             yield repeats
 
     add: list[FileEntry] = []
     found = counted()
-    tables = locate(plan, found)
+    tables = _locate(plan, found)
     first = None if duplicates == "keep" else next(tables, None)
     if first is not None and duplicates == "skip":
         name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
@@ -170,14 +154,14 @@ def _finishing(
         rows = first.slice(0, _EXAMPLES).to_pylist()
         examples = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
         raise DuplicatesError(
-            f"{counts.by_id + counts.by_text:,} documents repeat earlier ones, {counts.by_id:,} by id and "
+            f"{count(counts.by_id + counts.by_text, 'duplicate document')}: {counts.by_id:,} by id, "
             f"{counts.by_text:,} by text only; the first: {examples}",
-            f"All are in {store.place}, which waits to be told what to do with them. Run the same command again with "
-            "--duplicates skip (the first of each stays) or --duplicates keep (all stay).",
+            "They are chunked, but not live yet. Run the same command again with --duplicates skip (the first of each "
+            "stays) or --duplicates keep (all stay).",
         )
     known = _known(store, plan_id, plan)
     name = FileName.new(run.id, "inputs", plan_id, "json")
-    add.append(write_json_file(store, name, known, len(known["fingerprints"])))
+    add.append(chunk_plan.write_json_file(store, name, known, len(known["fingerprints"])))
     joined, parted = join_quarantines(store, run, plan_id)
     draft = Draft(
         "finish", {"duplicates": duplicates}, add=(*add, *joined), remove=(entry.path, *parted),
@@ -187,17 +171,11 @@ def _finishing(
 
 
 def find_duplicates(
-    store: Store,
-    new_parts: range,
-    tombstones: Tombstones,
-    free: Tombstones | None = None,
+    store: Store, new_parts: range, tombstones: Tombstones, free: Tombstones | None = None
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
-    """Documents of ``new_parts`` that repeat one before them, ascending; and which do so by text only.
-
-    ``free`` is for a plan that allows what was purged: the id of a document of which every chunk is in it can be given
-    again, and no purged document repeats a text.
-    """
-    given_free = None if free is None else functools.partial(documents_within, store, chunks=free)
+    """Return documents of ``new_parts`` that repeat an earlier one, ascending, and which by text only."""
+    # ``free``, if purged documents are allowed: an id whose chunks are all in it can be used again.
+    given_free = None if free is None else functools.partial(chunk_plan.documents_within, store, chunks=free)
     by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free)
 
     def repeat_id(part: int) -> npt.NDArray[np.int64]:
@@ -211,18 +189,17 @@ def find_duplicates(
         return np.union1d(docs, np.searchsorted(first, purged, side="right") - 1)
 
     texts = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out)
-    purged = {part: documents_within(store, part, tombstones) for part in new_parts}
+    purged = {part: chunk_plan.documents_within(store, part, tombstones) for part in new_parts}
     if free is None and any(map(len, purged.values())):
         alike = hash_partitions.find_repeats(store, "text_hash", new_parts, repeat_id)
-        gone = [parts.chunk_ids(part, docs) for part, docs in purged.items()]
-        texts = np.union1d(texts, np.intersect1d(alike, np.concatenate(gone)))
+        documents = [parts.chunk_ids(part, docs) for part, docs in purged.items()]
+        texts = np.union1d(texts, np.intersect1d(alike, np.concatenate(documents)))
     places = np.concatenate([by_id, texts])
     order = np.argsort(places)
     return places[order], order >= len(by_id)
 
 
 def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
-    """What stays of a plan's inputs, but for those that were given up: these may be added later."""
     given_up: set[str] = set()
     for quarantine in quarantine_files(store.state, plan_id):
         for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
@@ -237,65 +214,55 @@ def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
 
 
 def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Duplicates) -> Mapping[str, Any]:
-    """Records of the plan, whose parts are live with it, and the totals, less the duplicates if they are tombstoned."""
     state = store.state
     plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
-    gone = duplicates == "skip"
+    skipped = duplicates == "skip"
     change = {
-        "documents": -(counts.by_id + counts.by_text) * gone,
-        "chunks": -counts.chunks * gone,
-        "tokens": -counts.tokens * gone,
-        "rejected": counts.by_id * gone,
+        "documents": -(counts.by_id + counts.by_text) * skipped,
+        "chunks": -counts.chunks * skipped,
+        "tokens": -counts.tokens * skipped,
+        "rejected": counts.by_id * skipped,
     }
-    found = {
-        "duplicates": duplicates,
-        "duplicates_by_id": counts.by_id,
-        "duplicates_by_text": counts.by_text,
-    }
+    found = {"duplicates": duplicates, "duplicates_by_id": counts.by_id, "duplicates_by_text": counts.by_text}
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
         "totals": {
             name: totals[name] + n + (plan[name] - plan.get("purged", {}).get(name, 0)) * (name != "rejected")
             for name, n in change.items()
         },
-        "pending": int(state.records.get("pending", 0)) - len(parts_of_plan(state, plan_id)),
+        "pending": int(state.records.get("pending", 0)) - len(chunk_plan.parts_of_plan(state, plan_id)),
     }
 
 
 @dataclass(frozen=True, slots=True)
 class PartRepeats:
-    """Documents of one part that repeat and have a live chunk, in order, n each; and the chunks of all that repeat.
+    """n duplicates of one part that have a live chunk."""
 
-    ``inputs`` and ``positions`` are as in documents; ``by_text``: not by id. ``chunks`` are those that are not erased:
-    purged ones may be live again. ``live`` counts the others, and ``tokens`` theirs.
-    """
-
-    chunks: npt.NDArray[np.int64]
-    live: int
-    by_text: Flags
+    chunks: npt.NDArray[np.int64]  # of all duplicates, also purged ones, which may be restored, but not erased ones
+    live: int  # live chunks
+    by_text: Flags  # [n]: not by id
     inputs: pa.Array
     positions: npt.NDArray[np.int64]
     sources: list[str]
-    tokens: int
+    tokens: int  # of live chunks
 
 
-def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:
-    """What the documents at ``places`` (ascending) hold, part by part."""
+def _read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:
     columns = ["first_row", "n_chunks", "input", "position", "source"]
     for part in distinct_parts(places):
         some = slice_of_part(places, part)
         table = parts.read_documents(store, part, columns).take(pa.array(row_of(places[some])))
         entry = parts.part_entry(store, "chunks", part)
         n_tokens = parts.read_parquet(store, entry, ["n_tokens"])["n_tokens"].to_numpy()
-        count = table["n_chunks"].to_numpy()
-        owner = np.repeat(np.arange(len(count)), count)
-        rows = expand_ranges(table["first_row"].to_numpy(), count)
+        n_chunks = table["n_chunks"].to_numpy()
+        owner = np.repeat(np.arange(len(n_chunks)), n_chunks)
+        rows = expand_ranges(table["first_row"].to_numpy(), n_chunks)
         ids = parts.chunk_ids(part, rows)
         left = n_tokens[rows] > 0
         if not left.any():
             continue
         alive = left & ~tombstones.contains(ids)
-        live = np.bincount(owner[alive], minlength=len(count)) > 0
+        live = np.bincount(owner[alive], minlength=len(n_chunks)) > 0
         table = table.filter(pa.array(live))
         yield PartRepeats(
             ids[left],
@@ -308,8 +275,7 @@ def read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: 
         )
 
 
-def locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
-    """Tables of quarantine rows for documents that repeat, in order."""
+def _locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
     files = {file.name: file for file in plan.files}
     waiting: list[pa.Table] = []
     rows = 0
@@ -324,7 +290,6 @@ def locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
 
 
 def _by_input(found: Iterator[PartRepeats]) -> Iterator[tuple[str, npt.NDArray[np.int64], Flags]]:
-    """Ascending positions of one input after another, at most a million at a time."""
     for name, some in itertools.groupby(itertools.chain.from_iterable(map(_runs, found)), lambda run: run[0]):
         positions, by_text = (np.concatenate(column) for column in zip(*(run[1:] for run in some), strict=True))
         order = np.argsort(positions, kind="stable")
@@ -342,10 +307,6 @@ def _runs(repeats: PartRepeats) -> Iterator[tuple[str, npt.NDArray[np.int64], Fl
 
 
 def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], by_text: Flags) -> pa.Table:
-    """Quarantine rows for documents of one input at ascending positions.
-
-    Lines are counted, which reads the input again, for ids that repeat in a file that is not large.
-    """
     has_offsets = file is not None and file.base in IN_BYTES
     n = len(positions)
     lines = [0] * n if has_offsets else positions.tolist()
@@ -353,7 +314,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
         ids = np.flatnonzero(~by_text | (file.size <= _TEXTS_COUNTED_BYTES)).tolist()
         if ids and file.size <= _COUNTED_BYTES:
             with contextlib.suppress(OSError, InputError):
-                # A file that has become shorter since has fewer lines than were asked for.
+                # A file that was truncated since has fewer lines than requested.
                 for i, line in zip(ids, count_lines(file, positions[ids].tolist()), strict=False):
                     lines[i] = line
     columns: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""``chunk --dry-run``: what will come of inputs, from a sample of them.
+"""``chunk --dry-run``: estimate the result of chunking from a sample of the inputs.
 
-Up to ``_FILES`` inputs spread over all are read from their beginnings (and large ones that can be cut also from
-slices further in), tokenised and cut as in earnest, and the counts scaled by the share of each input that was read.
+Up to ``_FILES`` inputs, spread over all of them, are read from the beginning (large ones also from slices
+further in), tokenised and cut. The counts are scaled by the share of the bytes that was read.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _FILES = 24
 _CHARACTERS = 2 << 20
 _SECONDS = 10.0
 _MEASURED = 2 << 20
-_DOCUMENT_BYTES = 50
+_DOCUMENT_BYTES = 50  # of a documents file, per document, besides the id
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What chunking would give, about; ``bytes`` on disk, ``seconds`` at the rate measured."""
+    """The estimated result of chunking; ``bytes`` on disk, ``seconds`` at the measured rate."""
 
     inputs: int
     known_inputs: int
@@ -57,8 +57,6 @@ class Estimate:
 
 @dataclass(slots=True)
 class _Sample:
-    """What was found in inputs of a format; ``read`` of their bytes were looked at."""
-
     documents: int = 0
     rejected: int = 0
     text: int = 0
@@ -77,7 +75,7 @@ def estimate(
     chunk_length: int | None = None,
     options: ChunkOptions | None = None,
 ) -> Estimate:
-    """Sample inputs, and say what chunking them into the store at ``root`` would give. Changes nothing."""
+    """Estimate what chunking inputs into the store at ``root`` would give, from a sample. Changes nothing."""
     options = check_options(options or ChunkOptions())
     check_chunk_length(chunk_length)
     if not inputs:
@@ -109,7 +107,7 @@ def estimate(
             setattr(whole, name, getattr(whole, name) + round(getattr(sample, name) * factor))
         whole.cpu += sample.cpu * factor
     units = cut_units(files, options.fields, options.part_size, chunk_length)
-    # Every unit closes a part of its own.
+    # Every unit has at least one part.
     n_parts = max(len(units), -(-whole.chunks // options.part_size)) if whole.chunks else 0
     seconds = whole.cpu / max(1, min(options.workers, len(units)))
     return Estimate(
@@ -122,8 +120,6 @@ def estimate(
 
 
 class _Sampler:
-    """Reads, tokenises and cuts some of some inputs."""
-
     def __init__(self, tokenizer: Tokenizer, chunk_length: int, options: ChunkOptions) -> None:
         self._encoder = FastTokenizer(tokenizer, check=options.check, first=0, use_tokie=not options.exact_tokenizer)
         self._vocabulary, self._chunk_length = tokenizer.vocabulary, chunk_length
@@ -131,7 +127,6 @@ class _Sampler:
         self._options = options
 
     def sample(self, files: Sequence[InputFile]) -> dict[str, _Sample]:
-        """Samples by format, of inputs spread over all of them."""
         chosen: list[InputFile] = []
         for kind in sorted({file.format for file in files}):
             alike = [file for file in files if file.format == kind]
@@ -166,12 +161,12 @@ class _Sampler:
         sample.cpu += time.process_time() - started
         if not batch:
             return
-        # Meeting characters for the first time is no part of the rate.
+        # Warm up: classifying new characters must not count in the rate.
         chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, id)
         started = time.process_time()
-        aside: list[Rejected] = []
-        found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, aside.append)
-        sample.rejected += len(aside)
+        bad_tokens: list[Rejected] = []
+        found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, bad_tokens.append)
+        sample.rejected += len(bad_tokens)
         cut = chunker.cut_chunks(found.ids, found.lengths, self._chunk_length, self._dtype, found.pieces)
         sample.documents += len(found.documents)
         sample.chunks += len(cut.doc)
@@ -180,13 +175,12 @@ class _Sampler:
         table, sink = parts.chunks_table(cut.doc, cut.index, cut.n_tokens, cut.tokens, cut.key), pa.BufferOutputStream()
         pq.write_table(table, sink, row_group_size=parts.ROW_GROUP, compression="zstd")
         sample.disk += int(sink.getvalue().size) if found.documents else 0
-        # The documents files, whose columns are mostly hashes and ids.
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
         sample.cpu += time.process_time() - started
 
 
 def _expansion(file: InputFile) -> float:
-    """Bytes of text in a byte of a file, measured on the beginning of a compressed one."""
+    """Return bytes of text per byte of a file, measured on its beginning if it is compressed."""
     if not file.compression:
         return text_bytes(file) / max(1, file.size)
     end = min(file.size, _MEASURED)

@@ -1,15 +1,11 @@
-"""Find the hashes that several documents share, with bounded memory, partition by partition.
+"""Find hashes that several documents share, in bounded memory, partition by partition.
 
-Records of a hash and a place gather in memory. Each time there are ``rows`` of them, the repeats among them are
-noted, and one record of each hash goes to a scratch file, ordered by the first bits of its hash: equal hashes are in
-one partition. In the end each partition is read and compared by itself.
+Every ``rows`` records of a hash and a place, one per hash is written to an unnamed scratch file, ordered by
+the first bits of the hash. At the end each partition is read and compared separately. Old documents take part
+only if a table of the new hashes' first bits (at most 128 MiB) has their hash.
 
-``new`` documents are compared with each other and with all before them. Of those before only the ones whose hash may be
-a new one take part: a table of the new hashes' first bits decides (16 entries a new document, at most 128 Mi).
-
-Cost: reads 16 bytes a document of the store, writes and reads 24 bytes a compared document, in a file without a name in
-the scratch folder (``retrotool.scratch``); none below ``rows`` documents. Memory: about 80 bytes times ``rows``, the
-hashes of a part, the table (at most 128 MiB), and 8 bytes a repeat found.
+Cost: reads 16 bytes per document of the store; writes and reads 24 bytes per compared document. Memory: about
+80 bytes × ``rows``, the hashes of one part, the table, and 8 bytes per duplicate.
 """
 
 from __future__ import annotations
@@ -33,8 +29,7 @@ _TABLE_BITS = (16, 27)
 _TABLE_ENTRIES_A_HASH = 16
 
 Records = npt.NDArray[Any]
-Places = npt.NDArray[np.int64]
-"""Documents as ``part << 32 | doc``: ascending as their chunk ids are."""
+Places = npt.NDArray[np.int64]  # documents as ``part << 32 | doc``, in the order of chunk ids
 
 
 def find_repeats(
@@ -43,11 +38,7 @@ def find_repeats(
     new_parts: range,
     leave_out: Callable[[int], npt.NDArray[np.int64]] | None = None,
 ) -> Places:
-    """Return the documents of ``new_parts`` whose hash a document before them has, ascending.
-
-    ``leave_out(part)`` gives the docs of a part that take no part in this, neither as a repeat nor as the first.
-    Documents without a hash take none either. ``StorageError`` if the scratch file does not fit on the disk.
-    """
+    """Return documents of ``new_parts`` with the hash of an earlier one, not those of ``leave_out(part)``."""
     numbers = (part for part in store.state.all_parts() if part < new_parts.stop)
     sizes = {part: parts.part_entry(store, "documents", part).rows for part in numbers}
     new, old = [part for part in sizes if part >= new_parts.start], [part for part in sizes if part < new_parts.start]
@@ -72,7 +63,7 @@ def find_repeats(
 def _read_hashes(
     store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]] | None
 ) -> tuple[npt.NDArray[Any], Places]:
-    """Read the hashes [n, 2] and places [n] of the documents of a part that take part."""
+    """Read the hashes [n, 2] and places [n] of a part's documents that take part."""
     values = parts.read_documents(store, part, [column])[column]
     hashes = parts.from_fixed_binary(values, np.dtype(">u8"))
     wanted = np.array(values.is_valid())
@@ -90,12 +81,12 @@ def records_of(hashes: npt.NDArray[Any], places: Places) -> Records:
 
 
 def split(records: Records) -> tuple[npt.NDArray[np.int64], Places]:
-    """Where the first record of each hash is (of the lowest place), in order of the hashes; and the others' places."""
+    """Return the indices of each hash's record with the lowest place, by hash, and the places of the rest."""
     high = np.ascontiguousarray(records["high"])
     order = np.argsort(high)
     high = high[order]
     equal = np.flatnonzero(high[1:] == high[:-1])
-    # Equal halves are rare but for repeats, so only these need the full order.
+    # Only records with equal first halves, which are rare, need the full order.
     tied = np.union1d(equal, equal + 1)
     ties = records[order[tied]]
     order[tied] = order[tied][np.lexsort((ties["place"], ties["low"], ties["high"]))]
@@ -105,20 +96,17 @@ def split(records: Records) -> tuple[npt.NDArray[np.int64], Places]:
 
 
 class HashPartitions:
-    """Takes records in any order and finds those that repeat a hash; a context manager, which removes the scratch file.
-
-    ``expected``: how many records there will be at most; ``rows``: how many are held in memory.
-    """
+    """Finds repeats among at most ``expected`` records, of which ``rows`` are held in memory."""
 
     def __init__(self, expected: int, rows: int) -> None:
-        bits = max(1, (2 * expected // rows).bit_length())  # a partition has rows / 2 records or fewer, but for chance
+        bits = max(1, (2 * expected // rows).bit_length())  # about rows / 2 records a partition
         self._shift = np.uint64(64 - bits)
         self._edges = np.arange((1 << bits) + 1, dtype=np.uint64)
         self._rows = rows
         self._waiting: list[Records] = []
         self._gathered = 0
         self._written: list[npt.NDArray[np.int64]] = []
-        """Of each time that records were written: where in the file each partition begins, in records, and the end."""
+        """For each write: the first record of each partition in the file, and the end."""
         self._again: list[Places] = []
         self._file: IO[bytes] | None = None
 
@@ -130,7 +118,7 @@ class HashPartitions:
             self._file.close()
 
     def add(self, records: Records) -> None:
-        """Take records, of which none was given before."""
+        """Add records; the same record must not be added twice."""
         for start in range(0, len(records), self._rows):
             some = records[start : start + self._rows]
             if self._gathered + len(some) > self._rows:
@@ -139,7 +127,6 @@ class HashPartitions:
             self._gathered += len(some)
 
     def _take_waiting(self) -> Records:
-        """Return the first record of each hash that waits; note the repeats."""
         gathered = np.concatenate([np.zeros(0, RECORD), *self._waiting])
         self._waiting, self._gathered = [], 0
         first, again = split(gathered)
@@ -157,12 +144,12 @@ class HashPartitions:
             self._file.flush()
         except OSError as error:
             raise StorageError(
-                f"{scratch_folder()}: {error.strerror}; hashes are compared in a scratch file there",
+                f"{scratch_folder()}: {error.strerror} (scratch file to compare hashes)",
                 more_scratch("24 bytes for each document"),
             ) from error
 
     def repeats(self) -> Iterator[Places]:
-        """Places of all records but the lowest of each hash. To be called once, when all were added."""
+        """Yield the places of all records but the lowest of each hash. Call it once, after all were added."""
         if not self._written:
             self._take_waiting()
             yield from self._again

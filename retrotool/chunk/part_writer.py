@@ -1,9 +1,8 @@
-"""Writing the parts of a unit: chunks go to disk while the next batch is tokenised.
+"""Write the parts of a unit, in a thread, while the next batch is tokenised.
 
-The chunks file of the part being filled is written by a thread, some row groups at a time; the documents' columns
-are held as Arrow arrays (about 150 bytes a document, and what ``--keep`` keeps) until the part is closed, which it is
-when they come to ``COLUMN_BYTES``. Memory: those, and a few row groups. Plain documents and key-value records do not
-share a part, as their chunks files have other columns.
+A part's chunks file is written a few row groups at a time. The documents' columns are held as Arrow arrays
+(about 150 bytes per document, plus ``--keep``) until the part is closed, at ``COLUMN_BYTES`` at the latest.
+Plain documents and key-value records never share a part: their chunks files have different columns.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ from retrotool.store.store import Store
 
 _FLUSH_ROWS = 8 * parts.ROW_GROUP
 _QUEUE = 2
-COLUMN_BYTES = 128 << 20
-"""Bytes of documents' columns at which a part is closed before it has its chunks."""
+COLUMN_BYTES = 128 << 20  # of documents' columns, at which a part is closed early
 
 
 class _ChunksFile:
-    """A chunks file that is written by a thread; begun with its first row groups."""
+    """A chunks file written by a thread, which starts with the first row groups."""
 
     def __init__(self, store: Store, name: FileName, threads: ThreadPoolExecutor) -> None:
         self._store, self._name, self._threads = store, name, threads
@@ -49,7 +47,7 @@ class _ChunksFile:
 
     def _flush(self, rows: int) -> None:
         columns = [np.concatenate(column) for column in zip(*self._waiting, strict=True)]
-        # Copied, as a view of the rest would keep all of it.
+        # Copied: a view would keep the whole array.
         self._waiting = [tuple(column[rows:].copy() for column in columns)]
         self._put(parts.chunks_table(*(column[:rows] for column in columns), first=self._flushed))
         self._flushed += rows
@@ -64,7 +62,7 @@ class _ChunksFile:
                 return
             except queue.Full:
                 if self._written.done():
-                    self._written.result()  # raises what stopped the thread, such as a full disk
+                    self._written.result()  # raises the thread's error, such as a full disk
 
     def _write(self, schema: pa.Schema) -> FileEntry:
         return parts.write_batches(self._store, self._name, schema, self._given(), row_group=parts.ROW_GROUP)
@@ -76,7 +74,7 @@ class _ChunksFile:
             yield item
 
     def close(self) -> Future[FileEntry]:
-        """End the file; its entry comes when it is on disk."""
+        """End the file; the future gives its entry once it is on disk."""
         if self.rows > self._flushed:
             self._flush(self.rows - self._flushed)
         self._put(None)
@@ -84,9 +82,8 @@ class _ChunksFile:
         return self._written
 
     def abandon(self) -> None:
-        """Stop writing; nothing stays."""
         if self._written is None:
-            # Nothing was put yet. But a Ctrl-C in ``submit`` leaves a thread that waits, and nothing to know it by.
+            # A Ctrl-C inside ``submit`` can leave a waiting thread but no future.
             self._tables.put(CancelledError())
             return
         while not self._written.done():
@@ -98,14 +95,14 @@ class _ChunksFile:
 
 
 class PartWriter:
-    """Gathers the documents of a unit, and closes a part at the first document end after ``part_size`` chunks."""
+    """Writes the documents of a unit; closes a part at the first document end after ``part_size`` chunks."""
 
     def __init__(self, store: Store, run: str, keep: Sequence[str], part_size: int) -> None:
         self._store, self._run, self._part_size = store, run, part_size
         self._keep = tuple(keep)
         self._schema = parts.documents_schema(keep)
         self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
-        # One thread: a part's chunks are whole before the next part's are begun, so at most one file is open.
+        # One thread, so at most one chunks file is open.
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="retrotool-write")
         self._closed: list[tuple[FileEntry, Future[FileEntry]]] = []
         self._columns: list[pa.RecordBatch] = []
@@ -119,13 +116,12 @@ class PartWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Stop the thread; after an error, without what is not finished."""
         if kind is not None:
             self._chunks.abandon()
         self._threads.shutdown()
 
     def add(self, name: str, batch: Tokens, hashes: Sequence[tuple[bytes, bytes]]) -> None:
-        """Add documents of the input ``name``; ``hashes`` are the key and the text hash of each."""
+        """Add documents of the input ``name`` with the key and the text hash of each."""
         if batch.pieces != self._pieces and self._chunks.rows:
             self._close_part()
         self._pieces = batch.pieces
@@ -135,7 +131,6 @@ class PartWriter:
         start = 0
         while start < len(batch.documents):
             before = int(ends[start - 1]) if start else 0
-            # The part ends with the first document that reaches part_size.
             room = before + self._part_size - self._chunks.rows
             stop = min(int(np.searchsorted(ends, room)) + 1, len(batch.documents))
             rows = slice(before, int(ends[stop - 1]))
@@ -173,7 +168,7 @@ class PartWriter:
         return _ChunksFile(self._store, self._name("chunks"), self._threads)
 
     def _name(self, kind: str) -> FileName:
-        return FileName.new(self._run, kind, "", "parquet")  # the part gets its number when it is committed
+        return FileName.new(self._run, kind, "", "parquet")  # parts are numbered at the commit
 
     def _close_part(self) -> None:
         chunks = self._chunks.close()
@@ -184,7 +179,7 @@ class PartWriter:
         self._chunks = self._new_file()
 
     def close(self) -> tuple[tuple[FileEntry, ...], ...]:
-        """Close the last part, if there is anything in it, and give the files of all: documents, chunks."""
+        """Close the last part; return (documents, chunks) entries of all parts."""
         if self._chunks.rows:
             self._close_part()
         return tuple((documents, chunks.result()) for documents, chunks in self._closed)

@@ -1,6 +1,6 @@
-"""Rows that a unit rejects, held in 24 bytes each: a wrong ``--text-field`` can rejected every row of a corpus.
+"""Rejected rows of a unit, 24 bytes each in memory, as a wrong ``--text-field`` can reject every row.
 
-Excerpts are kept of the first rows only, and of reasons the first ten thousand that differ.
+Only the first rows keep an excerpt, and only the first ten thousand reasons keep their numbers.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from retrotool.store.store import Store
 
 _BATCH_ROWS = 1 << 16
 EXCERPTS = 1000
-"""Rows of a unit that keep an excerpt."""
 REASONS = 10_000
-"""Reasons of a unit that are kept with their numbers."""
 _NUMBER = re.compile(r"(?<!UTF-)\d[\d,.]*")
 
 
 def without_numbers(reason: str) -> str:
-    """A reason without what differs from row to row: sizes, columns, counts."""
+    """Replace the numbers in a reason, which differ from row to row."""
     return _NUMBER.sub("…", reason)
 
 
 class Quarantine:
-    """Gathers rows rejected, input by input, and writes them as a quarantine file."""
+    """Collects rejected rows, input by input, and writes a quarantine file."""
 
     def __init__(self) -> None:
         self._inputs: list[str] = []
@@ -52,20 +50,16 @@ class Quarantine:
 
     @property
     def damaged(self) -> int:
-        """How many of the rows stand for the rest of a broken file."""
+        """Number of rows that stand for the rest of a damaged file."""
         return len(self._damage)
 
     def open(self, path: str, lines_before: Callable[[], int] = int) -> None:
-        """From now on rows are of the input at ``path``, or of a range of it.
-
-        ``lines_before()`` counts the lines before that range, or raises ``InputError``; it is called at the first row
-        that has a line number.
-        """
+        """Start with the input at ``path`` or a range of it, which ``lines_before()`` lines precede."""
         self._inputs.append(path)
         self._lines_before, self._before = lines_before, None
 
     def append(self, row: Rejected) -> None:
-        """Gather a row of the open input."""
+        """Add a row of the open input."""
         if row.damage:
             self._damage.add(len(self))
         if len(self) < EXCERPTS:
@@ -79,12 +73,12 @@ class Quarantine:
             try:
                 self._before = self._lines_before()
             except InputError:
-                self._before = -1  # damaged before that: the offsets still give the places
+                self._before = -1  # damaged before the range; offsets are still known
         self._line.append(0 if not row.line or self._before == -1 else row.line + (self._before or 0))
         self._offset.append(row.offset)
 
     def write(self, store: Store, name: FileName) -> FileEntry | None:
-        """Write what was gathered; None if that is nothing."""
+        """Write the quarantine file; None if no row was rejected."""
         return parts.write_batches(store, name, parts.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
 
     def _batches(self) -> Iterator[pa.Table]:
@@ -106,13 +100,13 @@ class Quarantine:
 
 
 def quarantine_files(state: State, plan_id: str) -> list[FileEntry]:
-    """The quarantine files of a plan's units, or the one of a finished plan; not that of documents that repeat."""
+    """Return the quarantine files of a plan, or of its units, without the one for duplicates."""
     files = state.group("quarantine").items()
     return [file for slot, file in files if slot.partition(".")[0] == plan_id and slot != f"{plan_id}.duplicates"]
 
 
 def join_quarantines(store: Store, run: Run, plan_id: str) -> tuple[list[FileEntry], list[str]]:
-    """Write one quarantine file of those of a plan's units; the files to add, and the paths of those to remove."""
+    """Join the quarantine files of a plan's units; return the files to add and the paths to remove."""
     entries = quarantine_files(store.state, plan_id)
     if len(entries) < 2:
         return [], []

@@ -1,4 +1,4 @@
-"""``chunk``: plan, work the units, finish; what came of it, why rows were rejected, and what may be a slip."""
+"""Run ``chunk``: plan, work the units, finish the plans, and report what was done and rejected."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool import engine, sources
-from retrotool.chunk import CHUNK_LENGTH
-from retrotool.chunk.chunk_plan import (
-    ChunkOptions,
-    MaxBad,
-    changed_inputs,
-    commit_plan,
-    known_findings,
-    may_be_fast,
-    open_plans,
-    unfinished_plans,
-    use_exact_tokenizer,
-)
+from retrotool.chunk import CHUNK_LENGTH, chunk_plan
+from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
 from retrotool.chunk.deduplicate import BY_TEXT, DuplicateCounts, finish_plans
 from retrotool.chunk.quarantine import without_numbers
 from retrotool.chunk.stage import ChunkStage
+from retrotool.cli import output
 from retrotool.cli.command_lines import command_line
+from retrotool.cli.options import check_utf8
 from retrotool.errors import AbortError, ErasedError, UsageError
 from retrotool.sources import InputFile, find_inputs
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
@@ -51,13 +43,12 @@ from retrotool.tokenizers import (
     stored_tokenizer,
 )  # fmt: skip
 
-_LOOKED_AT = 64
-"""Parts whose columns are looked at."""
+_CHECKED_PARTS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedReason:
-    """A reason why rows were rejected, how many, where the first is, and its excerpt, if one was kept."""
+    """A reason for rejected rows: how many, where the first one is, and its excerpt, if it was kept."""
 
     reason: str
     rows: int
@@ -68,30 +59,24 @@ class RejectedReason:
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What ``chunk`` did for the inputs given, units committed by an earlier, interrupted run included.
-
-    ``stopped`` says why not all was done, ``exceeded`` that more was rejected than was allowed though all was done; ""
-    if not. ``duplicates`` are documents left out for their text, ``known_documents`` those that the store has of an
-    input that was read again, ``blocked`` those that were purged once. Of ``compared`` documents the fast tokenizer's
-    tokens were compared with those of ``tokenizers``; ``exact`` ones only ``tokenizers`` did.
-    """
+    """Result of ``chunk`` for the given inputs, including units that an interrupted run committed."""
 
     documents: int
     chunks: int
     tokens: int
     rejected: int
-    blocked: int
-    known_documents: int
+    blocked: int  # documents that were purged before
+    known_documents: int  # documents that the store has of inputs that were read again
     damaged: int
     keys_cut: int
-    compared: int
-    exact: int
-    duplicates: int
+    compared: int  # documents for which the fast tokenizer was compared with ``tokenizers``
+    exact: int  # documents that only ``tokenizers`` tokenised
+    duplicates: int  # documents skipped for their text
     parts: int
     known_inputs: int
     commit: int
-    stopped: str = ""
-    exceeded: str = ""
+    stopped: str = ""  # why not everything was done
+    exceeded: str = ""  # the limit on rejected rows that was exceeded, though everything was done
     reasons: tuple[RejectedReason, ...] = ()
     duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
 
@@ -105,58 +90,58 @@ def chunk(
     options: ChunkOptions | None = None,
     **changes: Any,
 ) -> ChunkResult:
-    """Chunk inputs into a store, making it if there is none; without inputs, finish what was begun before.
+    """Add inputs to a store as chunks; create the store if needed. Without inputs, resume interrupted work.
 
-    ``changes`` are fields of ``ChunkOptions``. With more than one worker, a script must call this below
-    ``if __name__ == "__main__":``, as processes are spawned.
+    ``changes`` are fields of ``ChunkOptions``. With several workers, protect the call by ``if __name__ ==
+    "__main__":``.
     """
     chosen = check_options(replace(options or ChunkOptions(), **changes))
     storage = storage_at(root)
-    if not inputs and not (is_store(storage) and unfinished_plans(Store.open(storage).state)):
-        raise UsageError("no input was given, and nothing is left unfinished", "Name files or folders.")
-    # Before anything is made: what can't be read must leave nothing behind.
+    if not inputs and not (is_store(storage) and chunk_plan.unfinished_plans(Store.open(storage).state)):
+        raise UsageError("no input was given, and there is nothing to resume", "Name files or folders.")
+    # Check all inputs before anything is created.
     files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
-    store, loaded = open_or_create(storage, tokenizer, chunk_length)
+    store, loaded = _open_or_create(storage, tokenizer, chunk_length)
     repeats: dict[str, DuplicateCounts] = {}
     before = set(store.state.all_parts())
     with contextlib.ExitStack() as stack:
         if STANDARD_INPUT in inputs:
             files = find_inputs(inputs, stack.enter_context(spool(sys.stdin.buffer if sys.stdin else None)))
         run = stack.enter_context(writing(store))
-        plans = list(unfinished_plans(store.state))
-        _tell_begun(store, run, files, chosen)
+        plans = list(chunk_plan.unfinished_plans(store.state))
+        _note_resumed(store, run, files, chosen)
         if chosen.exact_tokenizer:
-            use_exact_tokenizer(store, run, "it was asked for")
+            chunk_plan.use_exact_tokenizer(store, run, "--exact-tokenizer was given")
         known = 0
         changed: frozenset[str] = frozenset()
         if files:
             findings = _findings(store, files, loaded, chosen)
             if chosen.add_changed:
-                changed = frozenset(file.path for file in changed_inputs(store, run, files, chosen))
+                changed = frozenset(file.path for file in chunk_plan.changed_inputs(store, run, files, chosen))
             if changed and plans:
-                # What the store has of an input is known once no plan is open.
+                # The documents of a changed input are known only when no plan is open.
                 _work(store, run, plans, replace(chosen, max_bad=MaxBad()), changed)
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
-            plan, known = commit_plan(store, run, files, chosen, findings)
+            plan, known = chunk_plan.commit_plan(store, run, files, chosen, findings)
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
         if not stopped and _has_units(store):
             chosen.note(
-                "The standard input of another running chunk is left to it, and what was read after it waits for it. "
+                "Another running chunk is reading its standard input; units planned after it wait for it. "
                 f"If it was killed on another machine, finish in an hour: {command_line('chunk', store.place)}"
             )
-        exceeded = "" if stopped else chosen.max_bad.exceeded(counts_of(store, open_plans), last=True)
+        exceeded = "" if stopped else chosen.max_bad.exceeded(_counts_of(store, open_plans), last=True)
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in plans]
-    units = waiting_units(store, plans)
-    # What all plans but the last had rejected of inputs that were read again does not count.
+    units = _waiting_units(store, plans)
+    # Rows that were rejected before an input was read again do not count.
     reasons, damaged = _reasons(store, plans, units, changed)
-    counts = {**counts_of(store, plans), "rejected": sum(reason.rows for reason in reasons), "damaged": damaged}
+    counts = {**_counts_of(store, plans), "rejected": sum(reason.rows for reason in reasons), "damaged": damaged}
     left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
-    note_empty_columns(store, sorted(set(state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
+    _note_empty_columns(store, sorted(set(state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
     return ChunkResult(
         **counts,
         parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
@@ -170,25 +155,24 @@ def chunk(
     )
 
 
-def _tell_begun(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> None:
-    """Say which inputs, not asked for now, are read since an interrupted run has begun with them."""
+def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> None:
     if leases.others(store.storage, run.id):
-        return  # they may be at it themselves
+        return  # they may be reading them now
     store.refresh()
     asked = {file.path for file in files}
     begun: dict[InputFile, None] = {}
-    for plan_id, _, plan in open_plans(store):
+    for plan_id, _, plan in chunk_plan.open_plans(store):
         left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
         begun.update((plan.files[piece.file], None) for unit in left for piece in unit)
     names = [file.path for file in begun if file.path not in asked and not is_spooled(file)]
     if names:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        give_up = "" if options.skip_missing else " To give an input up, move it away and add --skip-missing."
-        options.note(f"Finishing what was begun before: {names[0]}{more}.{give_up}")
+        skip = "" if options.skip_missing else " To skip an input, move it away and add --skip-missing."
+        options.note(f"Resuming interrupted work: {names[0]}{more}.{skip}")
 
 
 def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFile]:
-    """The files behind the inputs; ``UsageError`` if one can't be read, or not in this way."""
+    """Return the files behind the inputs; raise ``UsageError`` if one can't be read with these options."""
     sources.check_fields(options.fields)
     try:
         found = sources.survey(inputs)
@@ -200,62 +184,57 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFil
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was read or changed.") from error
     if found.left_out:
-        what = "file is" if len(found.left_out) == 1 else "files are"
-        options.note(f"{len(found.left_out):,} {what} of no known format, and left out: {found.left_out[0]}, for one.")
+        skipped = output.count(len(found.left_out), "file")
+        options.note(f"{skipped} of unknown format skipped, such as {found.left_out[0]}.")
     return files
 
 
 def _findings(
     store: Store, files: Sequence[InputFile], loaded: Tokenizer | None, options: ChunkOptions
 ) -> Findings | None:
-    """What is to be known of the fast tokenizer, if that would be used and is not known yet; says if it is not used."""
-    if not may_be_fast(store.state, files):
+    """Examine the fast tokenizer unless its findings are recorded; note if it is not used."""
+    if not chunk_plan.may_be_fast(store.state, files):
         return None
-    known, new = known_findings(store.state), None
+    known, new = chunk_plan.known_findings(store.state), None
     why = "" if known is None else known.why
     if known is None or known.versions != library_versions():
         fast = FastTokenizer(loaded or stored_tokenizer(store))
         new, why = fast.findings, fast.why
     if why:
-        options.note(f"Tokenising by tokenizers alone, which is many times slower: {why}.")
+        options.note(f"Using only the tokenizers library, which is many times slower: {why}.")
     return new
 
 
 def check_options(options: ChunkOptions) -> ChunkOptions:
-    """The options, tidied; ``UsageError`` for one that can't be meant."""
+    """Return the options without repeated fields; raise ``UsageError`` for invalid ones."""
     fields = replace(options.fields, keep=tuple(dict.fromkeys(options.fields.keep)))
     for value in (fields.text, fields.id, fields.key, fields.value, fields.tokens, fields.separator, *fields.keep):
-        if value is not None and not _is_utf8(value):
-            raise UsageError(f"{value!a} is not UTF-8", "Fields and separators are text.")
+        check_utf8("field or separator", value or "")
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
             raise UsageError(
-                f"--keep {name}: the store has a column of this name already", "Rename the field in the input."
+                f"--keep {name}: the store has its own column of this name", "Rename the field in the input."
             )
     if options.part_size < 1 or options.part_size >= 1 << 31:
         raise UsageError(f"--part-size {options.part_size} is not between 1 and 2^31 - 1")
     if fields.end_of_document is not None and not 0 <= fields.end_of_document < 1 << 32:
-        raise UsageError(f"--end-of-document {fields.end_of_document} is no token id: these are below 2^32")
+        raise UsageError(f"--end-of-document {fields.end_of_document} is not between 0 and 2^32 - 1")
     if not 0 < fields.max_document < 1 << 40:
         raise UsageError(f"--max-document {fields.max_document:,} is not between 1 byte and 1 TiB")
     if (fields.key is None) != (fields.value is None):
-        raise UsageError("--key-field and --value-field go together", "Give both, or neither.")
+        raise UsageError("--key-field and --value-field must be given together", "Give both, or neither.")
     if not 0 <= options.check <= 1:
-        raise UsageError(f"--check {options.check} is not a share between 0 and 1")
+        raise UsageError(f"check={options.check} is not a share between 0 and 1")
     return replace(options, fields=fields)
-
-
-def _is_utf8(text: str) -> bool:
-    return text.encode(errors="ignore").decode() == text
 
 
 def _work(
     store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, changed: frozenset[str] = frozenset()
 ) -> str:
-    """Work all units; why it stopped before, or "". ``changed``: inputs that will be read again."""
+    """Execute all units; return why it stopped early, or "". ``changed``: inputs that are read again."""
     stage = ChunkStage(options.skip_missing, changed, options.check, run.id)
     store.refresh()
-    counts = Counter(counts_of(store, plans))
+    counts = Counter(_counts_of(store, plans))
 
     def is_enough(staged: Staged) -> bool:
         counts.update(staged.unit.counts if staged.unit is not None else {})
@@ -266,76 +245,70 @@ def _work(
     try:
         engine.execute(stage, store, run, workers=options.workers, enough=is_enough)
     except TokensDiffer as error:
-        use_exact_tokenizer(store, run, error.summary)
+        chunk_plan.use_exact_tokenizer(store, run, error.summary)
         folding.fold(store, run)  # removes the units that are void now
         raise AbortError(
             f"{error}. Nothing that was tokenised since the last commit is kept",
-            "Run the same command again with --exact-tokenizer: it goes on where it stopped, and the store keeps it. "
-            "What was committed before passed its samples. To be sure of it, chunk its inputs into another store with "
-            "--exact-tokenizer and compare the contents that retrotool verify prints.",
+            "Run the same command again: it resumes with tokenizers alone. What was committed before passed its "
+            "samples. To check all of it, chunk its inputs into another store with --exact-tokenizer and compare the "
+            "contents that retrotool verify prints.",
         ) from error
     return options.max_bad.exceeded(counts) if _has_units(store) else ""
 
 
 def _has_units(store: Store) -> bool:
     state = store.refresh()
-    records = [state.records[f"plan:{plan}"] for plan in unfinished_plans(state)]
+    records = [state.records[f"plan:{plan}"] for plan in chunk_plan.unfinished_plans(state)]
     return any(record["done"] < record["units"] for record in records)
 
 
 def check_chunk_length(chunk_length: int | None) -> None:
-    """``UsageError`` for a length that no store has."""
+    """Raise ``UsageError`` for a length that no store has."""
     if chunk_length is not None and not 1 <= chunk_length <= 4096:
         raise UsageError(f"--chunk-length {chunk_length} is not between 1 and 4096")
 
 
-def open_or_create(storage: Storage, tokenizer: str | None, chunk_length: int | None) -> tuple[Store, Tokenizer | None]:
-    """The store in a storage, made if there is none, and its tokenizer if that was loaded.
-
-    ``UsageError`` if the store goes by another tokenizer or chunk length.
-    """
+def _open_or_create(
+    storage: Storage, tokenizer: str | None, chunk_length: int | None
+) -> tuple[Store, Tokenizer | None]:
     check_chunk_length(chunk_length)
-    if not _is_utf8(storage.place):
-        raise UsageError(f"{storage.place!a}: a store's path must be UTF-8", "Give the store another name.")
-    loaded: Tokenizer | None
-    if not is_store(storage):
-        loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
-        store = Store.create(storage, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
-    else:
+    check_utf8("store", storage.place)
+    if is_store(storage):
         store = Store.open(storage)
         loaded = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
+    else:
+        loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
+        store = Store.create(storage, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
     check_store_identity(store, tokenizer, loaded, chunk_length)
     return store, loaded
 
 
 def check_store_identity(store: Store, name: str | None, tokenizer: Tokenizer | None, chunk_length: int | None) -> None:
-    """``UsageError`` if the store goes by another tokenizer or chunk length than what was asked for."""
+    """Raise ``UsageError`` if the store has another tokenizer or chunk length than the given ones."""
     own = store.identity
     wanted = own.tokenizer.sha256 if tokenizer is None else tokenizer.identity.sha256
     if wanted != own.tokenizer.sha256:
         raise UsageError(
-            f"{store.place} was made with the tokenizer {own.tokenizer.name!r} (sha256 {own.tokenizer.sha256[:12]}…); "
-            f"{name!r} is another ({wanted[:12]}…)",
-            "Leave --tokenizer out to go on with the store's own, or make a new store.",
+            f"{store.place} was made with the tokenizer {own.tokenizer.name!r} (sha256 {own.tokenizer.sha256[:12]}…), "
+            f"not with {name!r} ({wanted[:12]}…)",
+            "Leave --tokenizer out to use the store's, or create a new store.",
         )
     if chunk_length not in (None, own.chunk_length):
         raise UsageError(
             f"{store.place} has chunks of {own.chunk_length} tokens, not {chunk_length}",
-            "Leave --chunk-length out, or make a new store.",
+            "Leave --chunk-length out, or create a new store.",
         )
 
 
-def waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
-    """Units of some plans that are done, and wait for those before them to be committed."""
+def _waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
     done = {plan: int(store.state.records[f"plan:{plan}"]["done"]) for plan in plans}
     units = [task.unit for task in staging.read_staged(store.storage).values() if task.unit is not None]
     return [unit for unit in units if unit.plan in done and unit.index >= done[unit.plan]]
 
 
-def counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
-    """What the units of some plans came to, committed or waiting."""
+def _counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
     records = [store.state.records[f"plan:{plan}"] for plan in plans]
-    units = waiting_units(store, plans)
+    units = _waiting_units(store, plans)
     return {
         name: sum(int(record.get(name, 0)) for record in records) + sum(unit.counts.get(name, 0) for unit in units)
         for name in PLAN_COUNTS
@@ -345,10 +318,7 @@ def counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
 def _reasons(
     store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
 ) -> tuple[tuple[RejectedReason, ...], int]:
-    """Reasons why rows of some plans were rejected, the most frequent first, and how many stand for damage.
-
-    Reasons that are alike but for numbers are one.
-    """
+    """Return why rows were rejected, without numbers, and how many rows stand for damage."""
     found: dict[str, RejectedReason] = {}
     damaged = 0
     entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
@@ -374,20 +344,18 @@ def _reasons(
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
 
 
-def note_empty_columns(
+def _note_empty_columns(
     store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Callable[[str], object]
 ) -> None:
-    """Name the fields to keep that no row of the ``new`` parts has, and those that inputs read before lack."""
-    old = [part for part in store.state.all_parts() if part not in new][:_LOOKED_AT] if known else []
-    with contextlib.suppress(ErasedError):  # by another process, just now
+    old = [part for part in store.state.all_parts() if part not in new][:_CHECKED_PARTS] if known else []
+    with contextlib.suppress(ErasedError):  # by another process
         for name in keep:
             columns = (parts.read_documents(store, part, [name])[name] for part in new if name in _columns(store, part))
             if new and all(column.null_count == len(column) for column in columns):
                 note(f"--keep {name}: no row has this field, so its column is empty.")
         lost = [name for name in keep if old and not any(name in _columns(store, part) for part in old)]
         if lost:
-            what = "1 input is" if known == 1 else f"{known:,} inputs are"
-            note(f"--keep {', '.join(lost)}: {what} in the store already, and without it.")
+            note(f"--keep {', '.join(lost)}: {output.count(known, 'input')} already in the store without it.")
 
 
 def _columns(store: Store, part: int) -> list[str]:

@@ -1,15 +1,15 @@
-"""``chunk``: documents to chunks of ``chunk_length`` tokens, in Parquet.
+"""Chunk documents: read, tokenise and cut a unit, and write its parts.
 
-A task is a unit of a committed plan: it reads its pieces, tokenises in batches, cuts every document into chunks (the
-last one zero-padded) and closes a part at the first document end after ``part_size`` chunks. Reading and
-decompressing go ahead in one thread, Parquet is written in another. Rows that can't be read go to quarantine, and
-documents on the block list are left out. Documents that repeat are found when the plan is finished, see
-``deduplicate``. Memory: a few batches, the documents' columns of a part, and the longest document.
+A task is a unit of a committed plan. Rows are read ahead in one thread, and Parquet is written in another.
+Unreadable rows go to quarantine; documents on the block list are left out. Duplicates are found when the plan
+is finished (``deduplicate``). Memory: a few batches, the documents' columns of a part, and the longest
+document.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -19,17 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool import sources
-from retrotool.chunk import chunker
-from retrotool.chunk.chunk_plan import (
-    EXPANSION,
-    ChunkPlan,
-    InputPiece,
-    KnownDocuments,
-    chunks_of_purges,
-    known_findings,
-    open_plans,
-    read_plan,
-)
+from retrotool.chunk import chunk_plan, chunker
+from retrotool.chunk.chunk_plan import ChunkPlan, InputPiece, KnownDocuments
 from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
@@ -52,31 +43,24 @@ _EXCERPT = 200
 Row = Document | Rejected
 Flags = npt.NDArray[np.bool_]
 
-GIVEN_UP = "given up"
-"""How the reason begins for an input that is not in the store and may be added later."""
+GIVEN_UP = "given up"  # start of the reason for an input that was not read and may be added later
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkStage:
-    """The units of all unfinished plans.
+    """The units of all unfinished plans, except standard input of other runs that are live."""
 
-    ``skip_missing``: rejected inputs that are gone, or changed, since they were planned; ``changed``: paths of inputs
-    of which only a change is rejected, as they are read again. Else that is an error. ``check``: the share of
-    documents whose tokens are compared with those of ``tokenizers``. ``run``: the run that does it; standard input that
-    another one has is left to it as long as it runs, and rejected when it does not.
-    """
-
-    skip_missing: bool = False
-    changed: frozenset[str] = frozenset()
-    check: float = 0.001
+    skip_missing: bool = False  # reject inputs that are missing or changed since they were planned
+    changed: frozenset[str] = frozenset()  # paths whose change is rejected, as they are read again
+    check: float = 0.001  # share of documents whose tokens are compared with ``tokenizers``
     run: str = ""
     name: str = "chunk"
     unit: str = "B"
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a unit that is neither committed nor another run's, in the order of the plans."""
+        """Return a task for each unit that is neither committed nor another run's, in order."""
         tasks = []
-        for plan_id, entry, plan in open_plans(store):
+        for plan_id, entry, plan in chunk_plan.open_plans(store):
             is_elsewhere = plan.owner not in ("", self.run) and plan.owner in leases.others(store.storage, self.run)
             for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
                 unit = plan.units[index]
@@ -94,7 +78,7 @@ class ChunkStage:
         return ChunkWorker(store, self)
 
     def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
-        """An empty unit, whose inputs are rejected: what can't be read must not keep what comes after it waiting."""
+        """Stage an empty unit and reject its inputs, so that an unreadable unit does not block the next."""
         plan = _plan_of(store, task)
         what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
         detail = sources.reason_of(error)[:_EXCERPT]
@@ -109,7 +93,7 @@ def _plan_of(store: Store, task: Task) -> ChunkPlan:
     entry = store.refresh().file("plans", task.inputs["plan"])
     if entry is None or entry.path != task.inputs["path"]:
         raise ErasedError(f"plan {task.inputs['plan']} was finished or changed by another process")
-    return read_plan(store, entry)
+    return chunk_plan.read_plan(store, entry)
 
 
 def _staged(
@@ -121,7 +105,6 @@ def _staged(
     files: tuple[tuple[FileEntry, ...], ...] = (),
     blocked: Blocked | None = None,
 ) -> Staged:
-    """Write what a unit rejected, and return what to stage of it."""
     plan_id, index = task.inputs["plan"], task.inputs["unit"]
     quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
     counts = {**counts, "rejected": len(bad), "damaged": bad.damaged}
@@ -130,7 +113,7 @@ def _staged(
 
 
 class ChunkWorker:
-    """Chunks units; keeps the last plan it read, and the tokenizer."""
+    """Chunks units; keeps the last plan and the tokenizer."""
 
     def __init__(self, store: Store, stage: ChunkStage) -> None:
         self._store, self._stage = store, stage
@@ -146,7 +129,7 @@ class ChunkWorker:
         with PartWriter(self._store, run, plan.fields.keep, plan.part_size) as writer:
             blocked = None
             if not plan.allow_purged:
-                # Anew for every unit: what was purged while the one before was read must not come back.
+                # Again for every unit: documents may have been purged since the last one.
                 self._store.refresh()
                 blocked = read_blocked(self._store)
             unit = _Unit(self._store, plan, self._encoder(plan), blocked or None, writer, report)
@@ -158,57 +141,51 @@ class ChunkWorker:
 
     def _encoder(self, plan: ChunkPlan) -> FastTokenizer:
         if self._fast is None or self._fast[0] != plan.fast:
-            known = known_findings(self._store.state)
+            known = chunk_plan.known_findings(self._store.state)
             fast = FastTokenizer(self._exact, check=self._stage.check, use_tokie=plan.fast, findings=known)
             self._fast = (plan.fast, fast)
         return self._fast[1]
 
 
+@dataclass
 class _Unit:
-    """The work on one unit: rows of its pieces to the writer, to quarantine, or nowhere if they are blocked."""
+    store: Store
+    plan: ChunkPlan
+    encoder: FastTokenizer
+    blocked: Blocked | None
+    writer: PartWriter
+    report: Report
 
-    def __init__(
-        self,
-        store: Store,
-        plan: ChunkPlan,
-        encoder: FastTokenizer,
-        blocked: Blocked | None,
-        writer: PartWriter,
-        report: Report,
-    ) -> None:
-        self._store, self._plan, self._encoder, self._blocked = store, plan, encoder, blocked
-        self._writer, self._report = writer, report
+    def __post_init__(self) -> None:
         self.bad = Quarantine()
         self._known_documents = functools.lru_cache(1)(self._read_known_documents)
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut"), 0)
-        self.counts |= {"compared": -encoder.compared, "exact": -encoder.judged}
+        self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
 
     def chunk(self, piece: InputPiece, stage: ChunkStage) -> None:
-        """Read a piece to its end."""
-        file = self._plan.files[piece.file]
+        file = self.plan.files[piece.file]
         weight = piece.weight
-        self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self._plan.fields))
+        self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
         known = self._known_documents(piece.file)
         done = characters = 0
-        for batch in _batches(_rows(self._plan, piece, self.bad, stage)):
+        for batch in _batches(_rows(self.plan, piece, self.bad, stage)):
             if isinstance(batch, Rejected):
                 self.bad.append(batch)
                 continue
             self._add(file.name, batch, known)
             characters += sum(len(document.text) for document in batch)
-            # How far it has come in a compressed file can only be guessed.
-            ahead = min(weight, int(characters / EXPANSION.get(file.compression or file.base, 1.0)))
-            self._report(max(0, ahead - done))
+            # Progress in a compressed file is an estimate.
+            ahead = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
+            self.report(max(0, ahead - done))
             done = max(done, ahead)
-        self._report(weight - done)
+        self.report(weight - done)
 
     def _read_known_documents(self, file: int) -> KnownDocuments | None:
-        """Documents that the store has of a file that is read again."""
-        plans = self._plan.read_before.get(file)
+        plans = self.plan.read_before.get(file)
         if plans is None:
             return None
-        without = chunks_of_purges(self._store) if self._plan.allow_purged else None
-        return KnownDocuments(self._store, self._plan.files[file].name, plans, without)
+        without = chunk_plan.chunks_of_purges(self.store) if self.plan.allow_purged else None
+        return KnownDocuments(self.store, self.plan.files[file].name, plans, without)
 
     def _add(self, name: str, batch: list[Document], known: KnownDocuments | None) -> None:
         hashes = [
@@ -217,16 +194,16 @@ class _Unit:
         ]
         if known is not None:
             batch, hashes = self._leave_out("known_documents", known.hold(hashes), batch, hashes)
-        if self._blocked is not None and batch:
-            held = self._blocked.holds([d.id for d in batch], [text for _, text in hashes])
+        if self.blocked is not None and batch:
+            held = self.blocked.holds([d.id for d in batch], [text for _, text in hashes])
             batch, hashes = self._leave_out("blocked", held, batch, hashes)
         if not batch:
             return
-        own = self._store.identity
-        found = chunker.tokenise(batch, self._encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
-        if self._blocked is not None and found.documents:
-            # Another text can have the same tokens.
-            held = self._blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
+        own = self.store.identity
+        found = chunker.tokenise(batch, self.encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
+        if self.blocked is not None and found.documents:
+            # A different text can have the same tokens.
+            held = self.blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
             self.counts["blocked"] += int(held.sum())
             found = found.without(held) if held.any() else found
         if not found.documents:
@@ -234,7 +211,7 @@ class _Unit:
         if found.kept is not None:
             hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
         self.counts["keys_cut"] += 0 if found.cut is None else int(found.cut.sum())
-        self._writer.add(name, found, hashes)
+        self.writer.add(name, found, hashes)
 
     def _leave_out(
         self, count: str, held: Flags, batch: list[Document], hashes: list[tuple[bytes, bytes]]
@@ -244,16 +221,15 @@ class _Unit:
         return [batch[i] for i in left], [hashes[i] for i in left]
 
     def count_tokenised(self) -> None:
-        """Count the documents whose tokens were compared, and those that only the slow tokenizer did."""
-        encoder = self._encoder
+        encoder = self.encoder
         self.counts["compared"] += encoder.compared
         self.counts["exact"] += encoder.judged
         if encoder.engine == "tokenizers":
-            self.counts["exact"] = self._writer.counts["documents"]
+            self.counts["exact"] = self.writer.counts["documents"]
 
 
 def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
-    """Documents of a piece, and damage; what else is rejected goes to ``bad``."""
+    """Yield documents of a piece, and damage; other rejected rows go to ``bad``."""
     file = plan.files[piece.file]
     if is_spooled(file) and plan.owner != stage.run:
         bad.append(Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again"))
@@ -270,8 +246,7 @@ def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage
         return
     if problem:
         raise TaskError(
-            f"{file.path}: {problem}",
-            "Bring it back as it was and run the same command again, or give it up with --skip-missing.",
+            f"{file.path}: {problem}", "Restore it and run the same command again, or skip it with --skip-missing."
         )
     for row in sources.read_input(file, plan.fields, piece.where):
         if isinstance(row, Rejected) and not row.damage:
@@ -281,27 +256,22 @@ def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage
 
 
 def _characters(document: Document) -> int:
-    """What a document holds, about, in characters or tokens: all of it counts in memory."""
+    """Estimate a document's size in memory, in characters or tokens."""
     size = len(document.text) + len(document.id) + len(document.value or "")
     size += sum(len(kept) for kept in document.kept if kept is not None)
     return size if document.tokens is None else size + len(document.tokens)
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | Rejected]:
-    """Documents in batches of about two million characters; damage on its own, after what came before it."""
+    """Yield batches of about two million characters; damage separately, after what came before it."""
     batch: list[Document] = []
     size = 0
-    for row in rows:
-        if isinstance(row, Rejected):
-            if batch:
-                yield batch
-                batch, size = [], 0
-            yield row
-            continue
-        batch.append(row)
-        size += _characters(row)
-        if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+    for row in itertools.chain(rows, [None]):
+        if isinstance(row, Document):
+            batch.append(row)
+            size += _characters(row)
+        if batch and (not isinstance(row, Document) or size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS):
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+        if isinstance(row, Rejected):
+            yield row

@@ -98,7 +98,7 @@ def bad_utf8_table() -> bytes:
 ROW_FAULTS = [
     ({"id": "bad", "text": None}, "'text' is null"),
     ({"id": "bad", "text": ""}, "'text' is empty"),
-    ({"id": "bad", "text": " \n\t "}, "text without a token"),
+    ({"id": "bad", "text": " \n\t "}, "the text has no tokens"),
 ]
 LINE_FAULTS = [
     ({"id": "bad"}, "no field 'text'"),
@@ -116,8 +116,8 @@ CASES = [
     amid("rows.parquet", ROW_FAULTS),
     *(Case(f"empty.{kind}", b"", [(0, "the file is empty")]) for kind in FORMATS),
     Case("broken.txt", b"ab\xff", [(0, "invalid UTF-8 at byte 2")]),
-    Case("blank.txt", b" \n ", [(0, "text without a token")]),
-    Case("mark.txt", b"\xef\xbb\xbf", [(0, "text without a token")]),
+    Case("blank.txt", b" \n ", [(0, "the text has no tokens")]),
+    Case("mark.txt", b"\xef\xbb\xbf", [(0, "the text has no tokens")]),
     Case("plain.jsonl.gz", as_line(GOOD[0]), [(1, "broken off after line 0")]),
     Case("plain.jsonl.zst", as_line(GOOD[0]), [(1, "broken off after line 0")]),
     Case("no.parquet", b"no parquet at all", [(0, "can't be read: Parquet magic bytes not found")]),

@@ -63,7 +63,7 @@ def document(text: str, line: int = 1, value: str | None = None, tokens: np.ndar
 def test_documents_without_a_token_are_set_aside_with_their_line():
     bad: list[Rejected] = []
     found = tokenise([document("ab", 1), document("  ", 2), document("c", 3)], Letters(), 256, 4, bad.append)
-    assert [(row.line, row.reason) for row in bad] == [(2, "text without a token")]
+    assert [(row.line, row.reason) for row in bad] == [(2, "the text has no tokens")]
     assert [d.line for d in found.documents] == [1, 3]
     assert (found.ids.tolist(), found.lengths.tolist()) == ([97, 98, 99], [2, 1])
     assert found.kept is not None

@@ -14,7 +14,7 @@ from retrotool import api
 from retrotool.chunk import chunk_plan
 from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan, use_exact_tokenizer
 from retrotool.chunk.stage import ChunkStage
-from retrotool.errors import ErasedError
+from retrotool.errors import AbortError, ErasedError, UsageError
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.folding import fold
 from retrotool.store.leases import Run
@@ -97,21 +97,26 @@ def test_a_wrong_token_stops_the_run_and_is_never_committed(
     tmp_path, source, exact, byte_level_tokenizer, monkeypatch, seen_after
 ):
     store = tmp_path / "store"
-    command = [store, source, "--tokenizer", byte_level_tokenizer, "--check", 1, "--part-size", 1000]
+    command = [store, source, "--tokenizer", byte_level_tokenizer, "--part-size", 1000]
     with monkeypatch.context() as patch:
         wrong = Wrong(patch, seen_after)
-        result = run_chunk(*command)
+        with pytest.raises(AbortError, match="tokenizers differ at token 0") as error:
+            api.chunk(store, [str(source)], tokenizer=str(byte_level_tokenizer), check=1, part_size=1000)
         assert wrong.texts > seen_after, "the fault has not fired"
-        assert result.exit_code == 1
-        assert "tokenizers differ at token 0" in result.stderr
-        assert "Run the same command again with --exact-tokenizer" in result.stderr
+        assert error.value.exit_code == 1
+        assert "Run the same command again: it resumes with tokenizers alone" in error.value.advice
         assert verified(store).documents == 0, "units that were staged before are void, too"
-        # The advice works, and so does the command without it: the store remembers.
+        # The advice works, also with --exact-tokenizer.
         result = run_chunk(*command, *(["--exact-tokenizer"] if seen_after else []))
     assert result.exit_code == 0, result.output
     found = verified(store)
     assert (found.content, found.documents) == (exact.content, len(ROWS))
     assert (api.info(store).rejected, api.info(store).unfinished) == (0, 0)
+
+
+def test_a_check_is_a_share(tmp_path, source):
+    with pytest.raises(UsageError, match="check=2 is not a share between 0 and 1"):
+        api.chunk(tmp_path / "store", [str(source)], check=2)
 
 
 def test_units_that_were_committed_before_a_difference_stay(tmp_path, source, exact, byte_level_tokenizer, monkeypatch):
@@ -121,8 +126,8 @@ def test_units_that_were_committed_before_a_difference_stay(tmp_path, source, ex
     with monkeypatch.context() as patch:
         Late(patch, 200)
         patch.setattr(engine_run, "FOLD_SECONDS", 0.0)  # commits after every unit
-        result = run_chunk(store, source, "--tokenizer", byte_level_tokenizer, "--check", 1)
-    assert result.exit_code == 1
+        with pytest.raises(AbortError):
+            api.chunk(store, [str(source)], tokenizer=str(byte_level_tokenizer), check=1)
     assert verified(store).documents == 0, "they wait for the rest"
     assert 0 < len(documents(store)) < len(ROWS)
     result = run_chunk(store, source, "--exact-tokenizer", "--json")

@@ -54,8 +54,8 @@ def test_fields_to_keep_that_no_row_has_are_told_of(store, tmp_path):
 def test_fields_to_keep_of_inputs_that_the_store_has_are_told_of(store, tmp_path):
     first = tmp_path / "first.jsonl"
     result = run_chunk(store, first, "--keep", "year")
-    assert result.stdout == "1 input skipped: in the store already.\n"
-    assert result.stderr == "--keep year: 1 input is in the store already, and without it.\n"
+    assert result.stdout == "1 input skipped: already in the store.\n"
+    assert result.stderr == "--keep year: 1 input already in the store without it.\n"
     kept = write_rows(tmp_path / "kept.jsonl", ROWS)
     for _ in range(2):
         assert run_chunk(store, kept, "--keep", "year").stderr == "", "the tutorial does it twice"

@@ -56,7 +56,7 @@ def test_a_unit_that_was_staged_before_a_purge_is_read_again_without_the_purged(
     purge(store, tmp_path, "jane")
     result = run_chunk(store, *paths)
     assert result.exit_code == 0, result.output
-    assert "1 document left out: purged before" in result.stdout
+    assert "1 document skipped: purged before" in result.stdout
     assert verified(store).documents == 8
     assert not any("Jane Doe" in chunk.text or "Another version" in chunk.text for chunk in everything(store))
 

@@ -14,6 +14,7 @@ from chunk_helpers import documents, quarantine, run_chunk, verified, write_rows
 from stored import contents_of, copy_store
 from tokenizers import Tokenizer, models
 
+from retrotool.chunk import chunk_plan
 from retrotool.chunk import run as chunk_run
 
 ROWS = [{"id": f"row-{i}", "text": f"Text of row {i}.", "body": f"Body {i}."} for i in range(4)]
@@ -45,20 +46,20 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 REFUSALS = {
     "missing file": ("store gone.jsonl", "gone.jsonl: no such file or folder"),
     "one of many missing": ("store new.jsonl gone.jsonl", "gone.jsonl: no such file or folder"),
-    "unknown format": ("store image.png", "image.png is of no known format"),
+    "unknown format": ("store image.png", "image.png has an unknown format"),
     "folder without input": ("store no-tokenizer", "no-tokenizer has no file of a known format"),
-    "no tokenizer of a name": ("fresh new.jsonl --tokenizer nobody/nothing", "tokenizer 'nobody/nothing' is no path"),
-    "no name of a tokenizer": ("fresh new.jsonl --tokenizer no:name", "tokenizer 'no:name' is no path"),
+    "no tokenizer of a name": ("fresh new.jsonl --tokenizer nobody/nothing", "tokenizer 'nobody/nothing' is neither a path"),
+    "no name of a tokenizer": ("fresh new.jsonl --tokenizer no:name", "tokenizer 'no:name' is neither a path"),
     "no file of a tokenizer": ("fresh new.jsonl --tokenizer ./gone", "tokenizer './gone': no such file or directory"),
     "no tokenizer in a directory": ("fresh new.jsonl --tokenizer no-tokenizer", "has no tokenizer.json"),
     "no tokenizer in an object": ("fresh new.jsonl --tokenizer object.json", "'object.json' can't be loaded"),
-    "no tokenizer in a text": ("fresh new.jsonl --tokenizer text.json", "text.json is of no kind that is known"),
+    "no tokenizer in a text": ("fresh new.jsonl --tokenizer text.json", "text.json has an unknown format"),
     "no token in a tokenizer": ("fresh new.jsonl --tokenizer untrained.json", "'untrained.json' can't be loaded"),
     "another tokenizer": ("store new.jsonl --tokenizer other.json", "was made with the tokenizer 'minilm'"),
     "another chunk length": ("store new.jsonl --chunk-length 32", "store has chunks of 64 tokens, not 32"),
     "no chunk length": ("fresh new.jsonl --chunk-length 0", "--chunk-length 0 is not between 1 and 4096"),
     "no part size": ("store new.jsonl --part-size 0", "--part-size 0 is not between 1 and 2^31 - 1"),
-    "a column twice": ("store new.jsonl --keep id", "--keep id: the store has a column of this name already"),
+    "a column twice": ("store new.jsonl --keep id", "--keep id: the store has its own column of this name"),
     "a store that is a file": ("file new.jsonl", "file is a file; a store is a directory"),
     "a directory of others": ("foreign new.jsonl", "foreign is not empty and no store"),
 }  # fmt: skip
@@ -133,14 +134,14 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     change, reason = CHANGES[how]
     store, path = folder / "store", folder / "new.jsonl"
     before, data = verified(store).content, path.read_bytes()
-    commit_plan = chunk_run.commit_plan
+    commit_plan = chunk_plan.commit_plan
 
     def plan_then_change(*arguments):
         made = commit_plan(*arguments)
         change(path)
         return made
 
-    monkeypatch.setattr(chunk_run, "commit_plan", plan_then_change)
+    monkeypatch.setattr(chunk_plan, "commit_plan", plan_then_change)
     result = run_chunk(store, path)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"error: {path}: {reason}\n")
@@ -150,7 +151,7 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
 
     given_up = run_chunk(store, folder / "rows.jsonl", "--skip-missing")
     assert given_up.exit_code == 3
-    assert given_up.stderr == f"Finishing what was begun before: {path}.\n"
+    assert given_up.stderr == f"Resuming interrupted work: {path}.\n"
     assert quarantine(store) == [(str(path), 0, f"given up: {reason}")]
     assert f"given up: {reason}  first: {path}\n" in given_up.stdout
     assert verified(store).content == before
@@ -160,7 +161,7 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     finished = run_chunk(waiting, folder / "rows.jsonl")
     assert finished.exit_code == 0
     assert finished.stderr == (
-        f"Finishing what was begun before: {path}. To give an input up, move it away and add --skip-missing.\n"
+        f"Resuming interrupted work: {path}. To skip an input, move it away and add --skip-missing.\n"
     )
     assert run_chunk(store, path).exit_code == 0  # what was given up can be given again
     assert verified(waiting).content == verified(store).content != before

@@ -128,7 +128,7 @@ def test_rows_of_another_input_of_the_same_name_are_not_taken_for_known(tmp_path
     write_rows(Path("x.jsonl"), [ROWS[10], ROWS[0]])
     result = run_chunk(store, "x.jsonl", "--changed", "add")
     assert (2, "duplicate document id") in [(line, reason) for _, line, reason in quarantine(store)]
-    assert "1 document skipped: in the store already." in result.stdout
+    assert "1 document skipped: already in the store." in result.stdout
     assert result.exit_code == 3
     assert api.info(store).documents == 4
 

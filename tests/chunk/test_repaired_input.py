@@ -128,7 +128,7 @@ def test_rows_that_were_repaired_are_added_and_the_others_not_again(tmp_path):
     result = run_chunk(store, path, "--changed", "add")
     assert result.exit_code == 3
     assert result.stdout.startswith("1 document, ")
-    assert "3 documents skipped: in the store already.\n1 row rejected:\n  1  not JSON" in result.stdout
+    assert "3 documents skipped: already in the store.\n1 row rejected:\n  1  not JSON" in result.stdout
     write_rows(path, ROWS[:5])
     assert run_chunk(store, path, "--changed", "add").exit_code == 0
     assert verified(store).content == content_of(tmp_path, ROWS[:5])
@@ -180,7 +180,7 @@ def test_a_run_that_stopped_stops_again_until_it_is_told_otherwise(tmp_path):
     later = write_rows(tmp_path / "later.jsonl", big)
     for _ in range(2):
         result = json.loads(run_chunk(store, path, later, "--max-bad", 0, "--json").stdout)
-        assert "1 rows were rejected" in result["stopped"]
+        assert "1 row rejected" in result["stopped"]
         assert api.info(store).unfinished == 1
     assert run_chunk(store, path, later, "--max-bad", "1").exit_code == 3
     assert api.info(store).unfinished == 0
@@ -194,7 +194,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
     later = write_rows(tmp_path / "later.jsonl", big)
     result = run_chunk(store, path, later, "--max-bad", 2)
     assert result.exit_code == 3
-    assert "3 rows were rejected, more than --max-bad 2" in result.stdout
+    assert "3 rows rejected, more than --max-bad 2" in result.stdout
     assert run_chunk(store, path, later, "--max-bad", 3).exit_code == 3
     assert api.info(store).unfinished == 0
 

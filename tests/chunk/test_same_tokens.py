@@ -38,7 +38,7 @@ def test_the_same_tokens_are_left_out_and_others_are_as_they_would_be_without(er
     rows = [OTHERS[0], COPY, OTHERS[1], {"id": "empty", "text": " "}, *OTHERS[2:], {"id": "jane", "text": "Other."}]
     result = run_chunk(store, write_rows(tmp_path / "rows.jsonl", rows))
     assert result.exit_code == 3, "a row has no token"
-    assert "2 documents left out: purged before" in result.stdout
+    assert "2 documents skipped: purged before" in result.stdout
     run_chunk(alone, write_rows(tmp_path / "alone.jsonl", OTHERS))
     assert names(store) == names(alone) == [row["id"] for row in OTHERS]
     found, due = retrotool.open(store), retrotool.open(alone)
@@ -60,7 +60,7 @@ def test_a_document_that_was_purged_in_part_does_not_come_back_whole(tmp_path):
     assert len(chunks) > 1
     purge(store, "--chunk", chunks[1], "--erase")
     purge(store, "--chunk", chunks[0])
-    assert "1 document left out" in run_chunk(store, write_rows(tmp_path / "again.jsonl", long[1:])).stdout
+    assert "1 document skipped" in run_chunk(store, write_rows(tmp_path / "again.jsonl", long[1:])).stdout
     assert names(store) == ["jane"] * (len(chunks) > 2)
     assert verified(store)
 
@@ -69,7 +69,7 @@ def test_it_is_let_in_on_request_and_after_the_purge_is_undone(tmp_path):
     store, again = tmp_path / "store", write_rows(tmp_path / "again.jsonl", [COPY])
     run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]))
     purge(store, "--document", "jane")
-    assert "1 document left out" in run_chunk(store, again).stdout
+    assert "1 document skipped" in run_chunk(store, again).stdout
     assert names(store) == []
     assert run_chunk(store, again, "--allow-purged").exit_code == 0
     assert names(store) == ["copy"]
@@ -87,7 +87,7 @@ def test_a_pair_is_kept_back_by_the_tokens_of_key_and_value(tmp_path):
     long = {"id": "long", "question": make_text(1, 200), "answer": "Cut."}
     others = [{**loud, "id": "other", "answer": "In town."}, {**loud, "id": "another", "question": "Who?"}, long]
     result = run_chunk(store, write_rows(tmp_path / "again.jsonl", [others[0], loud, *others[1:]]), *FIELDS)
-    assert "1 document left out" in result.stdout and "1 key cut" in result.stdout
+    assert "1 document skipped" in result.stdout and "1 key cut" in result.stdout
     assert names(store) == ["other", "another", "long"]
     # The same tokens in a row as a text: another document, as it is one chunk after another.
     text = {"id": "text", "text": f"{PAIR['question']} {PAIR['answer']}"}
@@ -97,7 +97,7 @@ def test_a_pair_is_kept_back_by_the_tokens_of_key_and_value(tmp_path):
     purge(store, "--document", "long", "--erase")
     longer = {**long, "id": "longer", "question": f"{long['question']} and more"}
     result = run_chunk(store, write_rows(tmp_path / "longer.jsonl", [longer]), *FIELDS)
-    assert "1 document left out" in result.stdout and "cut" not in result.stdout
+    assert "1 document skipped" in result.stdout and "cut" not in result.stdout
     assert verified(store).documents == 3
 
 
@@ -116,7 +116,7 @@ def test_a_unit_that_was_staged_before_the_purge_is_read_again_without_it(tmp_pa
     stage_units(store, paths, [1], monkeypatch)
     purge(store, "--document", "jane", "--erase")
     result = run_chunk(store, *paths)
-    assert "1 document left out: purged before" in result.stdout
+    assert "1 document skipped: purged before" in result.stdout
     assert names(store) == [row["id"] for row in OTHERS]
     assert verified(store)
 

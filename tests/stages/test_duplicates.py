@@ -175,7 +175,7 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
     assert counts == DuplicateCounts()
     with pytest.raises(DuplicatesError) as error:
         add(store, tmp_path / "b.jsonl", [*ROWS[2:], ("c", "five")], duplicates="fail")
-    assert "3 documents repeat earlier ones, 2 by id and 1 by text only" in str(error.value)
+    assert "3 duplicate documents: 2 by id, 1 by text only" in str(error.value)
     for line, reason in ((1, BY_ID), (2, BY_TEXT), (4, BY_ID)):
         assert f"{tmp_path / 'b.jsonl'} line {line} ({reason})" in str(error.value)
     assert "--duplicates skip" in error.value.advice

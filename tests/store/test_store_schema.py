@@ -430,7 +430,7 @@ def test_a_plan_can_be_read_or_is_refused(rich: Path, data: st.DataObject) -> No
             plan = chunk_plan.read_plan(store, forged)
             assert all(piece.weight >= 0 and plan.files[piece.file].path for unit in plan.units for piece in unit)
         except CorruptError as error:
-            assert names_it(error, Path(forged.path), place) or "do not go together" in str(error), error
+            assert names_it(error, Path(forged.path), place) or "do not match" in str(error), error
         finally:
             store.storage.delete([forged.path])
 
