@@ -106,9 +106,7 @@ class MaxBad:
             return f"{count(bad, 'row')} rejected, more than --max-bad {self.rows:,}" if bad > self.rows else ""
         if self.share is not None:
             read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
-            if read < _LEAST_ROWS and self.share and not last:
-                return ""
-            if bad > self.share * read:
+            if (read >= _LEAST_ROWS or not self.share or last) and bad > self.share * read:
                 return f"{bad:,} of {count(read, 'row')} rejected, more than --max-bad {100 * self.share:g}%"
         return ""
 
@@ -350,13 +348,14 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
             for place in (*content["places"], *content.get("given_up", ())):
                 known.readers[place] = (*known.readers.get(place, ()), slot)
             if options.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
-                continue
+                continue  # it left out purged documents, which are allowed now
             lost: set[str] = set()  # standard input that no process can read any more
             if content.get("owner") and content["owner"] not in running:
                 plan = read_plan(store, entry)
                 rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
                 lost.update(*(hashes for file, *hashes in rows if is_spooled(file)))
             known.places.update(set(content["places"]).difference(lost))
+            # With a larger size limit than before, a changed input may have more documents.
             if not options.add_changed or content["fields"]["max_document"] >= options.fields.max_document:
                 known.fingerprints.update(set(content["fingerprints"]).difference(lost))
     return known

@@ -27,7 +27,7 @@ Examples:
   retrotool chunk wiki-store wiki.idx --end-of-document 102
   retrotool chunk store corpus/*.jsonl.zst --changed add
 
-Exit codes: 0 done, 3 done with input rejected or stopped by it, 2 usage, 11 lost a race, 12 corrupt."""
+Exit codes: 0 done, 3 done or stopped with rejected rows, 2 usage, 11 lost a race, 12 corrupt."""
 
 _input = partial(opt, panel="What is added")
 _reading = partial(opt, panel="How rows are read")
@@ -93,7 +93,7 @@ def command(
     ] = None,
     workers: Annotated[int | None, _work("Worker processes. Default: one per core.", metavar="N", least=1)] = None,
     exact_tokenizer: Annotated[
-        bool, _work("Use only tokenizers for this store, from now on; many times slower.", "--exact-tokenizer")
+        bool, _work("Use only the tokenizers library, from now on; many times slower.", "--exact-tokenizer")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +151,7 @@ def _text(result: ChunkResult) -> str:
     if result.compared:
         exact = f"; {output.count(result.exact, 'document')} by tokenizers alone" if result.exact else ""
         compared = output.count(result.compared, "document")
-        lines.append(f"Tokenised by tokie, with {compared} compared with tokenizers{exact}.")
+        lines.append(f"Tokenised by tokie; {compared} compared with tokenizers{exact}.")
     if result.duplicates:
         largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
         where = ", ".join(f"{source} {n:,}" for source, n in largest)

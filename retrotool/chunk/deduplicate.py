@@ -174,7 +174,7 @@ def find_duplicates(
     store: Store, new_parts: range, tombstones: Tombstones, free: Tombstones | None = None
 ) -> tuple[Places, npt.NDArray[np.bool_]]:
     """Return documents of ``new_parts`` that repeat an earlier one, ascending, and which by text only."""
-    # ``free``, if purged documents are allowed: an id whose chunks are all in it can be used again.
+    # With ``free``, purged documents are allowed: an id is free again if all its chunks are in ``free``.
     given_free = None if free is None else functools.partial(chunk_plan.documents_within, store, chunks=free)
     by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free)
 
@@ -190,7 +190,7 @@ def find_duplicates(
 
     texts = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out)
     purged = {part: chunk_plan.documents_within(store, part, tombstones) for part in new_parts}
-    if free is None and any(map(len, purged.values())):
+    if free is None and any(map(len, purged.values())):  # text of purged documents counts, too
         alike = hash_partitions.find_repeats(store, "text_hash", new_parts, repeat_id)
         documents = [parts.chunk_ids(part, docs) for part, docs in purged.items()]
         texts = np.union1d(texts, np.intersect1d(alike, np.concatenate(documents)))

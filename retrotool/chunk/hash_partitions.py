@@ -1,8 +1,8 @@
 """Find hashes that several documents share, in bounded memory, partition by partition.
 
-Every ``rows`` records of a hash and a place, one per hash is written to an unnamed scratch file, ordered by
-the first bits of the hash. At the end each partition is read and compared separately. Old documents take part
-only if a table of the new hashes' first bits (at most 128 MiB) has their hash.
+Records of a hash and a place are collected in memory. When there are ``rows``, one per hash is written to an
+unnamed scratch file, by the first bits of the hash; at the end each partition is compared separately. Old
+documents take part only if a table of the new hashes' first bits (at most 128 MiB) has their hash.
 
 Cost: reads 16 bytes per document of the store; writes and reads 24 bytes per compared document. Memory: about
 80 bytes × ``rows``, the hashes of one part, the table, and 8 bytes per duplicate.
@@ -105,8 +105,7 @@ class HashPartitions:
         self._rows = rows
         self._waiting: list[Records] = []
         self._gathered = 0
-        self._written: list[npt.NDArray[np.int64]] = []
-        """For each write: the first record of each partition in the file, and the end."""
+        self._written: list[npt.NDArray[np.int64]] = []  # for each write, where partitions begin in the file
         self._again: list[Places] = []
         self._file: IO[bytes] | None = None
 

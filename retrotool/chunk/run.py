@@ -92,8 +92,7 @@ def chunk(
 ) -> ChunkResult:
     """Add inputs to a store as chunks; create the store if needed. Without inputs, resume interrupted work.
 
-    ``changes`` are fields of ``ChunkOptions``. With several workers, protect the call by ``if __name__ ==
-    "__main__":``.
+    ``changes`` are fields of ``ChunkOptions``. Several workers need an ``if __name__ == "__main__":`` guard.
     """
     chosen = check_options(replace(options or ChunkOptions(), **changes))
     storage = storage_at(root)
@@ -318,7 +317,7 @@ def _counts_of(store: Store, plans: Sequence[str]) -> dict[str, int]:
 def _reasons(
     store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
 ) -> tuple[tuple[RejectedReason, ...], int]:
-    """Return why rows were rejected, without numbers, and how many rows stand for damage."""
+    """Return the reasons for rejected rows, merged but for numbers, and how many rows stand for damage."""
     found: dict[str, RejectedReason] = {}
     damaged = 0
     entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]

@@ -10,18 +10,6 @@ from retrotool.sources.read import check_fields, check_input, cut_input, read_in
 from retrotool.sources.records import Document, Fields, Rejected, excerpt, reason_of
 
 __all__ = [
-    "WHOLE",
-    "Document",
-    "Fields",
-    "InputFile",
-    "Rejected",
-    "Slice",
-    "check_fields",
-    "check_input",
-    "cut_input",
-    "excerpt",
-    "find_inputs",
-    "read_input",
-    "reason_of",
-    "survey",
-]
+    "WHOLE", "Document", "Fields", "InputFile", "Rejected", "Slice", "check_fields", "check_input",
+    "cut_input", "excerpt", "find_inputs", "read_input", "reason_of", "survey",
+]  # fmt: skip

@@ -326,8 +326,8 @@ def _check_counts(table: pq.ParquetFile) -> None:
     """Raise ``InputError`` if the row groups do not have as many rows as the footer says."""
     counts = _row_counts(table)
     if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows:
-        rows = f"{table.metadata.num_rows:,} rows, but {sum(counts):,} in its row groups"
-        raise InputError(f"the footer is damaged: {rows}")
+        rows = table.metadata.num_rows
+        raise InputError(f"the footer is damaged: {rows:,} rows, but {sum(counts):,} in its row groups")
 
 
 def _row_counts(table: pq.ParquetFile) -> list[int]:
@@ -444,7 +444,7 @@ def _stream(source: pa.NativeFile, fields: Fields) -> Iterator[pa.RecordBatch]:
 def _options(schema: pa.Schema, fields: Fields) -> pa.ipc.IpcReadOptions:
     ways = [_steps(schema, name) for name in fields.wanted]
     needed = sorted({int(way[0]) for way in ways if way})
-    # Without required fields only the names of columns are needed.
+    # An empty list reads all columns, whose names are reported.
     if _missing(schema, fields):
         needed = []
     return pa.ipc.IpcReadOptions(included_fields=needed)

@@ -1,7 +1,7 @@
 """Find input files: their names, formats, slices and fingerprints; standard input is spooled to a file.
 
 * A file given by path is named by that path; a file in a folder by the folder's name and its path inside it.
-  Links to folders are followed, each folder once. What can't be an input is refused if it was named.
+  Links to folders are followed, each folder once. What can't be an input, such as a pipe, is refused.
 * Skipped, and listed in a ``Survey``, are files in folders with an unknown suffix, and ``.bin`` and ``.npy``
   files without an index. Hidden files and stores are skipped silently.
 * A folder saved by ``datasets`` (``save_to_disk``) lists its Arrow files in ``state.json``, or its splits in

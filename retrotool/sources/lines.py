@@ -235,12 +235,8 @@ def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
                 line += block.count(b"\n", place)
                 seen += len(block)
     except BrokenStream as error:
-        raise _uncountable(error) from error
+        raise InputError(f"lines can't be counted: {error}") from error
     return numbers
-
-
-def _uncountable(error: BrokenStream) -> InputError:
-    return InputError(f"lines can't be counted: {error}")
 
 
 def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
@@ -256,7 +252,7 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
         with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
             return sum(1 for _ in cut_lines(stream, 0, where.first, 0, fields.separator.encode()))
     except BrokenStream as error:
-        raise _uncountable(error) from error
+        raise InputError(f"lines can't be counted: {error}") from error
 
 
 def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:

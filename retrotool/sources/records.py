@@ -96,8 +96,6 @@ def excerpt(data: bytes | str) -> str:
     """Return the beginning of a row with control characters and broken UTF-8 escaped."""
     text = data[: 4 * EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace") if isinstance(data, bytes) else data
     text = text[:EXCERPT_CHARACTERS]
-    if text.isprintable():
-        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -138,8 +136,7 @@ def find(row: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-Maker = Callable[[Mapping[str, Any], int, int, int], Document | Rejected]
-"""Makes a document of a row, its line, position and offset, or rejects it."""
+Maker = Callable[[Mapping[str, Any], int, int, int], Document | Rejected]  # of row, line, position, offset
 
 
 def maker(fields: Fields, source: str) -> Maker:

@@ -76,18 +76,14 @@ def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
     """Yield decompressed blocks of ``BLOCK_BYTES``; raise ``BrokenStream`` after the last good one."""
     held = bytearray()
     broken: BrokenStream | None = None
-    texts = _texts(raw, compression)
-    while broken is None:
-        try:
-            text = next(texts, None)
-        except BrokenStream as error:
-            text, broken = b"", error
-        if text is None:
-            break
-        held += text
-        while len(held) >= BLOCK_BYTES:
-            yield bytes(held[:BLOCK_BYTES])
-            del held[:BLOCK_BYTES]
+    try:
+        for text in _texts(raw, compression):
+            held += text
+            while len(held) >= BLOCK_BYTES:
+                yield bytes(held[:BLOCK_BYTES])
+                del held[:BLOCK_BYTES]
+    except BrokenStream as error:
+        broken = error
     if held:
         yield bytes(held)
     if broken is not None:

@@ -44,8 +44,7 @@ _CODINGS = {"gzip": ("gz",), "x-gzip": ("gz",), "zstd": ("zst",), "deflate": ("z
 _NOT_CODED = ("", "identity", "none", "utf-8", "utf8")
 _NAMES = {"br": "Brotli", "compress": "compress", "x-compress": "compress"}
 _LOOKED_AT = 1024
-_CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"
-"""Bytes that text does not have; about ten of a hundred compressed bytes are among them."""
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"  # text does not have these
 
 
 def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
@@ -207,10 +206,8 @@ def _dechunked(body: bytes) -> bytes:
             size = int(body[place:end].partition(b";")[0], 16) if end > place else -1
         except ValueError:
             size = -1
-        if size < 0:
-            return b"".join(chunks) if chunks else body
-        if size == 0:
-            return b"".join(chunks)
+        if size <= 0:
+            return b"".join(chunks) if chunks or size == 0 else body
         chunks.append(body[end + 2 : end + 2 + size])
         place = end + 2 + size + 2
 

@@ -10,15 +10,6 @@ from retrotool.tokenizers.find import BUNDLED, bundled_model, find_tokenizer, re
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, stored_tokenizer
 
 __all__ = [
-    "BUNDLED",
-    "FastTokenizer",
-    "Findings",
-    "Tokenizer",
-    "TokenizerFile",
-    "TokensDiffer",
-    "bundled_model",
-    "find_tokenizer",
-    "library_versions",
-    "resolve_model",
-    "stored_tokenizer",
-]
+    "BUNDLED", "FastTokenizer", "Findings", "Tokenizer", "TokenizerFile", "TokensDiffer", "bundled_model",
+    "find_tokenizer", "library_versions", "resolve_model", "stored_tokenizer",
+]  # fmt: skip
