@@ -158,12 +158,12 @@ def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: C
     if leases.others(store.storage, run.id):
         return  # they may be reading them now
     store.refresh()
-    asked = {file.path for file in files}
-    begun: dict[InputFile, None] = {}
+    given = {file.path for file in files}
+    resumed: dict[InputFile, None] = {}
     for plan_id, _, plan in chunk_plan.open_plans(store):
         left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
-        begun.update((plan.files[piece.file], None) for unit in left for piece in unit)
-    names = [file.path for file in begun if file.path not in asked and not is_spooled(file)]
+        resumed.update((plan.files[piece.file], None) for unit in left for piece in unit)
+    names = [file.path for file in resumed if file.path not in given and not is_spooled(file)]
     if names:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         skip = "" if options.skip_missing else " To skip an input, move it away and add --skip-missing."

@@ -273,9 +273,9 @@ def read_parquet_file(file: InputFile, fields: Fields, where: Slice) -> Iterator
         end = table.num_row_groups if where.end is None else where.end
         counts = [table.metadata.row_group(group).num_rows for group in range(where.start, end)]
         total = sum(counts)
-        if lacking := _missing(table.schema_arrow, fields):
+        if rejected := _missing(table.schema_arrow, fields):
             _check_counts(table)  # a damaged footer could claim any number of rows
-            yield from (lacking._replace(line=line) for line in range(1, total + 1))
+            yield from (rejected._replace(line=line) for line in range(1, total + 1))
             return
         line = 1
         sizes = _sizes(table)
@@ -371,8 +371,8 @@ def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[D
         while True:
             try:
                 batch = next(batches, None)
-                lacking = None if batch is None else _missing(batch.schema, fields)
-                if batch is not None and not lacking:
+                rejected = None if batch is None else _missing(batch.schema, fields)
+                if batch is not None and not rejected:
                     batch.validate(full=True)
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 if getattr(error, "errno", None) is not None:
@@ -381,8 +381,8 @@ def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[D
                 raise InputError(f"broken off after row {after:,}: {reason_of(error)}", line) from error
             if batch is None:
                 return
-            if lacking:
-                yield from (lacking._replace(line=line + i) for i in range(batch.num_rows))
+            if rejected:
+                yield from (rejected._replace(line=line + i) for i in range(batch.num_rows))
             else:
                 yield from documents_of_batch(batch, fields, file.name, line, where.first + line)
             line += batch.num_rows
