@@ -46,7 +46,7 @@ def test_an_unforeseen_error_sets_its_inputs_aside_and_the_others_are_chunked(in
         failing(patch, error)
         result = run_chunk(store, *inputs)
         assert result.exit_code == 3
-        assert "The rest of a damaged input was not read" in result.stdout
+        assert "The rest of 1 damaged input was not read" in result.stdout
         ((path, line, reason),) = quarantine(store)
         assert (path, line) == (str(inputs[1]), 0)
         assert str(error) in reason
