@@ -10,7 +10,7 @@ import typer
 
 from retrotool.chunk import PART_SIZE
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, arg, opt, parse_size, unescape
+from retrotool.cli.options import Json, ScratchOption, StoreArgument, WorkersOption, arg, opt, parse_size, unescape
 from retrotool.errors import EXIT_REJECTED
 from retrotool.scratch import use_scratch
 
@@ -43,12 +43,12 @@ def command(
     tokenizer: Annotated[
         str | None,
         opt(
-            "tokenizer.json, model directory, .model, .tiktoken, or hub name. Default: the store's, or minilm.",
+            "tokenizer.json, model directory, .model, .tiktoken, or hub name.  [default: the store's, or minilm]",
             metavar="T",
         ),
     ] = None,
     chunk_length: Annotated[
-        int | None, opt("Tokens per chunk. Default: the store's; for a new store, 64.", metavar="N")
+        int | None, opt("Tokens per chunk.  [default: the store's; for a new store, 64]", metavar="N")
     ] = None,
     dry_run: Annotated[bool, opt("Estimate the result from a sample; change nothing.", "--dry-run")] = False,
     text_field: Annotated[str, _field("Field with the text; a.b is field b of object a.")] = "text",
@@ -81,17 +81,15 @@ def command(
     max_bad: Annotated[
         str | None,
         _input(
-            "Stop after this many rejected rows; the rest of a damaged file is one row. Default: never.", metavar="N|P%"
+            "Stop after more rejected rows; the rest of a damaged file is one row.  [default: never]", metavar="N|P%"
         ),
     ] = None,
     skip_missing: Annotated[
         bool, _input("Skip inputs of an interrupted run that are missing or changed.", "--skip-missing")
     ] = False,
     part_size: Annotated[int, _work("Chunks per part.", metavar="N")] = PART_SIZE,
-    scratch: Annotated[
-        str | None, _work("Folder for scratch files. Default: $RETROTOOL_SCRATCH, or the system's.", metavar="DIR")
-    ] = None,
-    workers: Annotated[int | None, _work("Worker processes. Default: one per core.", metavar="N", least=1)] = None,
+    scratch: ScratchOption = None,
+    workers: WorkersOption = None,
     exact_tokenizer: Annotated[
         bool, _work("Use only the tokenizers library, from now on; many times slower.", "--exact-tokenizer")
     ] = False,
