@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from retrotool.store import storage
-from retrotool.store.disk import announce, told
+from retrotool.store.disk import announce, storage_errors
 from retrotool.store.storage import FileStatus, Result, Sink, Unfinished
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ class MemoryStorage:
                 raise FileNotFoundError(errno.ENOENT, "the upload was aborted", path)
 
         try:
-            with told(Path(self.place, path)):
+            with storage_errors(Path(self.place, path)):
                 announce("write", Path(self.place, path))
                 sink = Sink(append, lambda: None)
                 result = write(sink)
@@ -302,16 +302,16 @@ class MemoryStorage:
         if finished is None:
             raise FileNotFoundError(errno.ENOENT, "the upload was aborted", path)
         if not finished:
-            raise FileExistsError(f"{path}: a name is never written twice")
+            raise FileExistsError(f"{path} exists; a file is never written twice")
         return sink, result
 
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
-        with told(Path(self.place, path)):
+        with storage_errors(Path(self.place, path)):
             announce("put_if_absent", Path(self.place, path))
         return self.bucket.put(path, data, absent=True) is not None or self.get(path) == data
 
     def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:
-        with told(Path(self.place, path)):
+        with storage_errors(Path(self.place, path)):
             announce("overwrite", Path(self.place, path))
         found: FileStatus = self.bucket.put(path, data, absent=False)
         return found
@@ -329,7 +329,7 @@ class MemoryStorage:
     def delete(self, paths: Iterable[str]) -> None:
         listed = list(paths)
         if listed:
-            with told(Path(self.place, listed[0])):
+            with storage_errors(Path(self.place, listed[0])):
                 announce("delete", Path(self.place, listed[0]))
             self.bucket.delete(listed)
 

@@ -1,12 +1,13 @@
-"""The block list: what was purged, so that it does not come back when its input is chunked again.
+"""The block list: hashes of purged documents, so that they stay out when their input is chunked again.
 
-Each purge adds a sorted file of hashes: of the id of every document that is purged as a whole, and of the text hash and
-the tokens of every document of which any chunk is purged. Texts that differ only in what the tokenizer drops, such as
-case, have the same tokens. The hashes are keyed with the store's secret, so without ``store.json`` the list neither
-gives a guess away nor matches another store's. It outlives an erase.
+Each purge adds a sorted file of BLAKE2b-128 hashes: of the id of every document that is purged as a whole,
+and of the text hash and the tokens of every document of which any chunk is purged. Texts that differ only in
+what the tokenizer drops, such as case, have the same tokens. The hashes are keyed with the store's secret, so
+without ``store.json`` the list neither confirms a guess nor matches another store's. An erase keeps it.
 
-Cost: 16 bytes a hash in memory. Looking a document up takes about 2 µs for its id and text, and 1 µs and 1 ns a byte
-for its tokens, most of it for the hashes. Tokens of stored documents have to be read: all row groups that hold any.
+Cost: 16 bytes of memory per hash. A lookup takes about 2 µs for a document's id and text, and 1 µs plus 1 ns
+per byte for its tokens. Checking the tokens of stored documents reads all row groups that contain any of
+them.
 """
 
 from __future__ import annotations
@@ -23,22 +24,19 @@ import pyarrow as pa
 from retrotool.ranges import expand_ranges, is_in
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
-from retrotool.store.parts import HASH_BYTES, ROW_GROUP
+from retrotool.store.parts import HASH_BYTES, ROW_GROUP, Ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 HASH = np.dtype(f"S{HASH_BYTES}")
-"""NumPy compares these byte by byte. Zeros at the end count as padding: of equal lengths that changes nothing."""
+"""NumPy ignores trailing zeros when it compares these, which is harmless: all have the same length."""
 
 Hashes = npt.NDArray[np.bytes_]
 
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """A set of hashes keyed with ``secret``; ``hashes`` is S16, sorted, without repeats. False if it is empty.
-
-    ``slots`` are those of the files that it was read from.
-    """
+    """A set of hashes keyed with ``secret``: S16, sorted, without repeats; from the files in ``slots``."""
 
     secret: str = field(repr=False)
     hashes: Hashes
@@ -48,32 +46,32 @@ class Blocked:
         return len(self.hashes)
 
     def holds(self, ids: Sequence[str], text_hashes: Sequence[bytes]) -> npt.NDArray[np.bool_]:
-        """Which of n documents are blocked, by their ids or by their texts' BLAKE2b-128, 16 bytes each: bool [n]."""
+        """Return which of n documents are blocked by their id or their text's BLAKE2b-128: bool [n]."""
         if not len(self.hashes):
             return np.zeros(len(ids), np.bool_)
         return self.contains(id_hashes(self.secret, ids)) | self.contains(keyed_texts(self.secret, text_hashes))
 
     def contains(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Which of n ``hashes`` are in the list, bool [n]."""
+        """Return which of ``hashes`` [n] are in the list: bool [n]."""
         return is_in(hashes, self.hashes)
 
 
 def id_hashes(secret: str, ids: Iterable[str]) -> Hashes:
-    """Hashes of document ids: BLAKE2b-128, keyed with the store's secret, of ``id:`` and the id in UTF-8."""
+    """Return the keyed hashes of document ids: of ``id:`` and the id in UTF-8."""
     return _keyed(secret, b"id:", (name.encode("utf-8", "surrogatepass") for name in ids))
 
 
 def keyed_texts(secret: str, text_hashes: Iterable[bytes]) -> Hashes:
-    """Hashes of texts: BLAKE2b-128, keyed with the store's secret, of ``text:`` and the BLAKE2b-128 of the text."""
+    """Return the keyed hashes of texts: of ``text:`` and the BLAKE2b-128 of the text."""
     return _keyed(secret, b"text:", text_hashes)
 
 
 def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any], count: npt.NDArray[Any]) -> Hashes:
-    """Hashes of the tokens of d documents of p pieces each (2 for a key-value record, else 1), S16 [d].
+    """Return the keyed hashes of the tokens of d documents of p pieces each: S16 [d].
 
-    BLAKE2b-128, keyed with the store's secret, of ``tokens:`` and, for each piece, how many tokens it has, as 8 bytes,
-    and these, as the store keeps them; all little-endian. A piece is ``count`` [d, p] of ``tokens`` (flat, contiguous,
-    of the store's token type) from ``begin`` [d, p] on.
+    A key-value record has p = 2 pieces, any other document 1. A piece is ``count`` [d, p] of ``tokens``
+    (flat, contiguous, of the store's token type) from ``begin`` [d, p] on. Hashed are ``tokens:`` and, for
+    each piece, its number of tokens as 8 bytes and the tokens, all little-endian.
     """
     data, width = tokens.view(np.uint8).data, tokens.dtype.itemsize
     copy = _state(secret, b"tokens:").copy
@@ -89,22 +87,20 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
     return np.frombuffer(b"".join(digests), HASH)
 
 
-def blocked_documents(store: Store, several: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
-    """Which documents of one part are in a block list, by their id, text or tokens, bool [d].
+def blocked_documents(store: Store, blocked: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
+    """Return which documents of a part a block list names, by id, text or tokens: bool [d].
 
-    ``chunks`` is the file of the part's chunks. ``documents`` are rows of its documents, not erased, with ``id``,
-    ``text_hash``, ``first_row`` and ``n_chunks``.
+    ``chunks`` is the part's chunks file; ``documents`` are rows of documents that are not erased, with
+    ``id``, ``text_hash``, ``first_row`` and ``n_chunks``.
     """
     texts = documents["text_hash"].fill_null(bytes(HASH_BYTES)).to_pylist()
-    named = several.holds(documents["id"].to_pylist(), texts)
-    return named | several.contains(stored_tokens(store, chunks, documents))
+    return blocked.holds(documents["id"].to_pylist(), texts) | blocked.contains(stored_tokens(store, chunks, documents))
 
 
 def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashes:
-    """Hashes of the tokens of documents of one part, S16 [d]; empty where something of the document is erased.
+    """Return the keyed hashes of the tokens of a part's documents: S16 [d], empty where any chunk is erased.
 
-    ``chunks`` is the file of the part's chunks. ``documents`` are rows of its documents, with ``first_row`` and
-    ``n_chunks``.
+    ``chunks`` is the part's chunks file; ``documents`` has ``first_row`` and ``n_chunks``.
     """
     first, rows = (documents[name].to_numpy().astype(np.int64) for name in ("first_row", "n_chunks"))
     hashes = np.zeros(len(first), HASH)
@@ -132,12 +128,9 @@ def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashe
     return hashes
 
 
-def _sums(
-    values: npt.NDArray[Any], first: npt.NDArray[np.int64], count: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Sums of ``count`` values each from ``first`` on."""
+def _sums(values: npt.NDArray[Any], first: Ids, count: Ids) -> Ids:
     before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    sums: npt.NDArray[np.int64] = before[first + count] - before[first]
+    sums: Ids = before[first + count] - before[first]
     return sums
 
 
@@ -146,7 +139,7 @@ def _state(secret: str, domain: bytes) -> hashlib.blake2b:
 
 
 def _keyed(secret: str, domain: bytes, values: Iterable[bytes]) -> Hashes:
-    copy = _state(secret, domain).copy  # costs half of a new state with its key
+    copy = _state(secret, domain).copy  # half the cost of a new keyed state
     digests = []
     for value in values:
         state = copy()
@@ -162,7 +155,7 @@ def write_blocked(store: Store, name: FileName, hashes: Hashes) -> FileEntry:
 
 
 def read_blocked(store: Store) -> Blocked:
-    """The block list of the store's view: empty if nothing was purged, or only before there were block lists."""
+    """Read the block list of the store's view; purges from before block lists existed are not in it."""
     group = store.state.group("blocked")
     found = [read_hashes(store, entry) for entry in group.entries()]
     hashes = np.unique(np.concatenate(found)) if found else np.zeros(0, HASH)
@@ -170,7 +163,7 @@ def read_blocked(store: Store) -> Blocked:
 
 
 def read_hashes(store: Store, entry: FileEntry) -> Hashes:
-    """The hashes of one file; ``CorruptError`` if they are not sorted."""
+    """Read the hashes of one file; ``CorruptError`` if they are not sorted."""
     column = parts.read_parquet(store, entry)["hash"]
     hashes = np.ascontiguousarray(parts.from_fixed_binary(column, np.dtype(np.uint8))).view(HASH).reshape(-1)
     if column.null_count or (hashes[1:] <= hashes[:-1]).any():

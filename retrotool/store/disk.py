@@ -1,8 +1,7 @@
-"""The file operations that durability rests on, each announced before it happens.
+"""The file operations that durability rests on. Each is announced before it happens.
 
 Every call raises the audit event ``retrotool.disk`` (``sys.audit``) with its name and path. Tests listen with
-``sys.addaudithook`` to kill the process, or to fail, at any chosen call; without a hook it costs nothing.
-Nothing here knows what a store is.
+``sys.addaudithook`` to kill the process, or to fail, at a chosen call. Without a hook this costs nothing.
 """
 
 from __future__ import annotations
@@ -20,40 +19,40 @@ EVENT = "retrotool.disk"
 
 
 def announce(operation: str, path: Path) -> None:
-    """Tell audit hooks that ``operation`` is about to happen to ``path``."""
+    """Raise the audit event of an ``operation`` that is about to happen to ``path``."""
     sys.audit(EVENT, operation, os.fspath(path))
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn the errors that a person can act on (disk full, read-only, no rights) into ``StorageError``."""
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn errors that a person can act on (disk full, read-only, no permission) into ``StorageError``."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                f"{path}: no space left; what was committed before is untouched",
-                "Free some space and run the same command again: it goes on where it stopped.",
+                f"{path}: no space left; earlier commits are unchanged",
+                "Free some space and run the same command again: it resumes where it stopped.",
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise StorageError(f"{path}: {os.strerror(error.errno)}", "Check the rights on the store.") from error
+            raise StorageError(f"{path}: {os.strerror(error.errno)}", "Check the store's permissions.") from error
         raise
 
 
 def fsync(path: Path) -> None:
     """Make the file's content durable."""
     announce("fsync", path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(path, os.O_RDONLY)
 
 
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     announce("fsync_directory", path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -68,13 +67,13 @@ def write(path: Path, data: bytes) -> None:
 
 
 def touch(path: Path) -> None:
-    """Set the time at which a file was written to now."""
+    """Set the modification time of a file to now."""
     announce("touch", path)
     os.utime(path)
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename within a directory, atomically."""
+    """Rename a file within its directory, atomically."""
     announce("rename", target)
     source.rename(target)
 
@@ -89,34 +88,34 @@ def link(source: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
             raise StorageError(
-                f"{target.parent}: this file system has no hard links, so commits can't be made safe on it",
-                "Put the store on a local disk, NFS, Lustre or GPFS; not on FAT or an object store mounted as a disk.",
+                f"{target.parent}: this file system has no hard links, which safe commits require",
+                "Put the store on a local disk, NFS, Lustre or GPFS; not on FAT or a mounted object store.",
             ) from error
         raise
     return True
 
 
 def unlink(path: Path) -> None:
-    """Remove a name; it may be gone already."""
-    with told(path):
+    """Remove a name, if it exists."""
+    with storage_errors(path):
         announce("unlink", path)
         path.unlink(missing_ok=True)
 
 
 def unlink_all(paths: Iterable[Path]) -> None:
-    """Remove names, durably: after a power cut none of them is there again."""
-    folders: dict[Path, None] = {}
+    """Remove names durably: after a power cut none of them reappears."""
+    folders: dict[Path, None] = {}  # in order, without repeats
     for path in paths:
         unlink(path)
         folders[path.parent] = None
     for folder in folders:
         if folder.is_dir():
-            with told(folder):
+            with storage_errors(folder):
                 fsync_directory(folder)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents durable; it may exist."""
+    """Make a directory and its parents, durably, if they do not exist."""
     if path.is_dir():
         return
     make_directory(path.parent)

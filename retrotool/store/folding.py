@@ -1,10 +1,11 @@
-"""The fold: committing what finished tasks have staged.
+"""The fold: commits what finished tasks have staged.
 
-Any process may call ``fold``, which commits what is there, one commit a kind, and takes the entries away. Units of
-``chunk`` get their part numbers here, in the order of their plans, so that ids do not depend on who finished first.
-Folding twice, or by two processes at once, commits nothing twice.
+Any process may call ``fold``. It makes one commit per kind of task and removes the staged entries. Units of
+``chunk`` get their part numbers here, in the order of their plans, so that ids do not depend on which task
+finished first. Folding twice, or by two processes at once, commits nothing twice.
 
-``writing`` is what every writing command begins with: a run, clean-up, and a fold of what dead runs had finished.
+Every writing command begins with ``writing``: it registers a run, cleans up after dead runs, and folds what
+they finished.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from retrotool.store.store import FENCE, Store
 from retrotool.store.sums import with_sums
 
 Outcome = dict[str, str]
-"""Why tasks, by their keys, are refused; "" for those that are committed."""
+"""Why tasks are refused, by key; "" for tasks that are committed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What a fold did: keys of tasks committed, and of tasks refused with the reason."""
+    """The result of a fold: keys of committed tasks, and the reasons of refused tasks by key."""
 
     committed: frozenset[str]
     refused: Mapping[str, str]
 
 
 def fold(store: Store, run: Run) -> Folded:
-    """Commit every staged task that goes with the newest state; drop those that do not."""
+    """Commit every staged task that is compatible with the newest state, and drop the others."""
     store.refresh()
     staged = read_staged(store.storage)
     alike: dict[str, list[Staged]] = {}
@@ -59,7 +60,7 @@ def fold(store: Store, run: Run) -> Folded:
 
 
 def _commit(store: Store, run: Run, tasks: Sequence[Staged]) -> Outcome:
-    """Commit tasks of one kind and settings; those that have to wait are not in the outcome."""
+    """Commit tasks of one kind and settings. Tasks that have to wait are not in the outcome."""
     draft_of = _draft_of_files if tasks[0].unit is None else _draft_of_units
     outcome: Outcome = {}
 
@@ -72,32 +73,31 @@ def _commit(store: Store, run: Run, tasks: Sequence[Staged]) -> Outcome:
 
 
 def _forget(store: Store, tasks: Sequence[Staged]) -> None:
-    """Take staged entries away, and those of their files that no commit names."""
+    """Remove staged entries, and those of their files that no commit names."""
     entries = [entry for task in tasks for entry in task.entries()]
-    gone = [entry.path for entry in entries if not store.state.has(entry.path)]
-    store.storage.delete(path for one in gone for path in with_sums(one))
-    # Last: a kill before this leaves an entry that the next fold forgets again, files after it would stay.
+    dropped = [entry.path for entry in entries if not store.state.has(entry.path)]
+    store.storage.delete(path for one in dropped for path in with_sums(one))
+    # Entries last: after a kill before this, the next fold removes the rest. Files without an entry would stay.
     store.storage.delete(staged_path(task.task) for task in tasks)
 
 
 def _draft_of_files(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
-    """The commit of tasks whose files have their final names."""
     draft = Draft(tasks[0].kind, tasks[0].settings)
     for task in tasks:
         if task.add and all(state.has(entry.path) for entry in task.add):
-            outcome[task.task] = ""  # a process was killed between the commit and taking the entry away
+            outcome[task.task] = ""  # a process was killed between the commit and the removal of the entry
         elif _is_fenced(state, task) or not is_whole(store.storage, task):
-            outcome[task.task] = "its files are gone"
+            outcome[task.task] = "its files are missing"
         elif reason := _conflict(state, draft, task):
             outcome[task.task] = reason
-        elif task.piece is None:  # pieces wait for who does the whole task
+        elif task.piece is None:  # pieces wait for the whole task
             outcome[task.task] = ""
             draft = _joined(draft, task)
     return draft if draft.add or draft.remove or draft.records else None
 
 
 def _is_fenced(state: State, task: Staged) -> bool:
-    """Whether a task was staged by a run that was taken for dead before: clean-up need not have seen its files."""
+    """Return whether the task was staged after its run was fenced: clean-up may not have seen its files."""
     fence = state.records.get(FENCE + task.run)
     return fence is not None and task.task not in fence["staged"]
 
@@ -113,7 +113,6 @@ def _joined(draft: Draft, task: Staged) -> Draft:
 
 
 def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
-    """Why ``task`` can't join ``draft`` on ``state``."""
     joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove, records=task.records)
     reason = state.conflict(joined)
     if reason is None:
@@ -122,20 +121,19 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     known = {**state.records, **draft.records}
     for key, value in task.records.items():
         if known.get(key, value) != value:
-            reason = f"{key} was made with other settings meanwhile"
+            reason = f"another process committed {key} with other settings"
     return reason or _overlap(state, draft, task)
 
 
 def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
-    """Why a file that covers parts (an index shard) can't stand beside those that are there; None if it can."""
+    """Return why an index shard of the task can't be added: another shard covers some of the same parts."""
     for entry in filter(_is_shard, task.add):
         covered = set((entry.about or {}).get("parts", ()))
         kind, name, own = entry.place
         live = [other for other in state.group(kind, name).entries() if other.path not in task.remove]
         for other in filter(_is_shard, (*live, *(e for e in draft.add if e.place[:2] == (kind, name)))):
-            if generation_in(other.slot) != generation_in(own):
-                continue
-            if not covered.isdisjoint((other.about or {}).get("parts", ())):
+            same = generation_in(other.slot) == generation_in(own)
+            if same and not covered.isdisjoint((other.about or {}).get("parts", ())):
                 return f"{other.path} covers the same parts"
     return None
 
@@ -145,7 +143,7 @@ def _is_shard(entry: FileEntry) -> bool:
 
 
 def _draft_of_units(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
-    """The commit of the units that are next in the order of their plans, their parts numbered; the others wait."""
+    """Build the commit of the units that are next in the order of their plans; the others wait."""
     plans = state.with_prefix("plan:")
     waiting = _waiting(store, state, tasks, outcome)
     ready: list[Staged] = []
@@ -165,29 +163,29 @@ def _draft_of_units(store: Store, state: State, tasks: Sequence[Staged], outcome
 
 
 def _waiting(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> dict[tuple[str, int], Staged]:
-    """The staged units that can still be committed, by plan and index; what became of the others is noted."""
+    """Return the units that can still be committed, by plan and index; put the others into the outcome."""
     waiting = {}
     plans = state.with_prefix("plan:")
     for task in tasks:
         if task.unit is None or task.unit.plan not in plans:
-            outcome[task.task] = "its plan is gone"
+            outcome[task.task] = "its plan was removed"
         elif task.unit.index < plans[task.unit.plan]["done"]:
             outcome[task.task] = ""
         elif not all(map(state.has, task.reads)):
             outcome[task.task] = "its plan was changed"
         elif _is_fenced(state, task) or not is_whole(store.storage, task):
-            outcome[task.task] = "its files are gone"
+            outcome[task.task] = "its files are missing"
         else:
-            with contextlib.suppress(ErasedError):  # another process has committed, or dropped, it just now
+            with contextlib.suppress(ErasedError):  # another process has just committed or dropped it
                 if _brings_back(store, state, task.unit):
-                    outcome[task.task] = "a document of it was purged meanwhile"
+                    outcome[task.task] = "one of its documents was purged"
                 else:
                     waiting[task.unit.plan, task.unit.index] = task
     return waiting
 
 
 def _brings_back(store: Store, state: State, unit: Unit) -> bool:
-    """Whether a unit has documents that are on the block list by now: it was read before they were purged."""
+    """Return whether a document of the unit was added to the block list since the unit was read."""
     if unit.blocked is None:
         return False
     newer = [entry for slot, entry in state.group("blocked").items() if slot not in unit.blocked]
@@ -223,7 +221,7 @@ def _numbered(state: State, tasks: Sequence[Staged], progress: dict[str, Any]) -
             add += [dataclasses.replace(entry, slot=paths.part_slot(number)) for entry in part]
             number += 1
         add += [unit.quarantine] if unit.quarantine is not None else []
-        totals["rejected"] += unit.counts.get("rejected", 0)  # the rest counts once the plan is finished
+        totals["rejected"] += unit.counts.get("rejected", 0)  # the other totals wait for the end of the plan
     reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
     pending = int(state.records.get("pending", 0)) + number - first
     return Draft(
@@ -233,9 +231,8 @@ def _numbered(state: State, tasks: Sequence[Staged], progress: dict[str, Any]) -
 
 @contextlib.contextmanager
 def writing(store: Store) -> Iterator[Run]:
-    """A run on a store, after cleaning up what dead runs left."""
+    """Register a run, clean up after dead runs, fold, and yield the run."""
     with Run(store.storage) as run:
         clean(store, run)
-        # What dead runs had finished is kept; what an erase has overtaken since must not stay on the disk.
-        fold(store, run)
+        fold(store, run)  # keeps what dead runs finished; removes from the disk what an erase has overtaken
         yield run

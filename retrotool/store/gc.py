@@ -1,14 +1,17 @@
-"""Removing what dead runs left: files that no commit names, unfinished writes, leases, entries that can't be read.
+"""Clean-up of what dead runs left: files that no commit names, unfinished writes, leases, broken entries.
 
-A file is removed only if neither the state nor a staged task names it, and its run is dead or the log shows that a
-commit removed it. Cost: one listing of the store.
+A file is removed only if neither the state nor a staged task names it, and either its run is dead or the log
+shows that a commit removed it. Cost: one listing of the store.
 
-A run is dead if it has removed its lease, or if its process has ended on the same boot of the same machine. A run R
-of another machine that was silent for a day may yet wake. So it is *fenced* first: a commit of the kind ``clean``
-says so, and which tasks R has staged by then. From that commit on R can't commit (``Store.commit`` refuses it on the
-newest state, and the log takes no commit that was built on an older one), and what it stages is dropped
-(``folding``). Then clean-up reads staging, and the log, and removes what of R neither names. No clock decides about
-more than when that is done.
+A run is dead if it removed its lease, or if its process ended on the same boot of the same machine. A run R
+of another machine that was silent for a day may still wake up, so it is *fenced* first:
+
+1. A commit of the kind ``clean`` records the fence of R, and which tasks R has staged by then.
+2. From that commit on R can't commit: ``Store.commit`` refuses R on the newest state, and the log takes no
+  commit built on an older one. What R stages later is dropped (``folding``).
+3. Clean-up then reads staging and the log, and removes the files of R that neither names.
+
+So clocks only decide when this happens; it is safe at any time.
 """
 
 from __future__ import annotations
@@ -26,14 +29,15 @@ from retrotool.store.store import CHECKPOINT_PATH, FENCE, Store
 from retrotool.store.sums import with_sums, without_sums
 
 _FENCES = 256
-"""How many runs are remembered as fenced: the last ones."""
+"""How many fences are kept: the last ones."""
 
 
 def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
-    """Remove left-overs of dead runs for ``run``; return how many files. ``LostRunError`` if ``run`` is taken for dead.
+    """Remove the leftovers of dead runs for ``run``; return the number of files.
 
-    ``thorough``: also files that a commit removed and a kill left on the disk, while the run that once wrote them is
-    still alive. That reads the whole log if there are files of live runs on their way.
+    ``thorough``: also remove files that a commit removed and a kill left on the disk, even if the run that
+    wrote them is still alive. This reads the whole log if live runs have uncommitted files. ``LostRunError``
+    if ``run`` itself was taken for dead.
     """
     storage = store.storage
     unfinished = list(storage.unfinished())
@@ -46,15 +50,15 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
         store.commit(run, lambda state: _fence(store, state, fenced))
     dead = {owner for owner, seconds in silent.items() if seconds is None or owner in fenced}
     storage.drop(one for one in unfinished if one.run in dead)
-    storage.delete(staging.broken(storage))  # their tasks are planned again
+    storage.delete(staging.broken(storage))  # these tasks are planned again
     staged = {path for task in staging.read_staged(storage).values() for path in task.files()}
     state = store.refresh()
     unnamed = [path for path in owners if not (path in staged or (_is_data(path) and state.has(without_sums(path))))]
-    gone = [path for path in unnamed if owners[path] in dead]
+    leftovers = [path for path in unnamed if owners[path] in dead]
     if thorough:
-        gone += _ever_added(store, [path for path in unnamed if owners[path] not in dead])
-    storage.delete(gone)
-    return len(gone)
+        leftovers += _ever_added(store, [path for path in unnamed if owners[path] not in dead])
+    storage.delete(leftovers)
+    return len(leftovers)
 
 
 def _fence(store: Store, state: State, runs: Collection[str]) -> Draft | None:
@@ -70,7 +74,7 @@ def _fence(store: Store, state: State, runs: Collection[str]) -> Draft | None:
 
 
 def owner_of(storage: Storage, path: str) -> str | None:
-    """The run that wrote the file at a path of a store; None for files that are no business of clean-up."""
+    """Return the run that wrote a file of the store; None for files that clean-up must leave alone."""
     if match := leases.RUN_PATH.fullmatch(path):
         return match["run"]
     if leases.CLAIM_PATH.fullmatch(path):
@@ -78,20 +82,21 @@ def owner_of(storage: Storage, path: str) -> str | None:
     try:
         return FileName.parse(without_sums(path)).run
     except CorruptError:
-        return None  # a person put it there, or it is a staged entry, or of the log
+        return None  # a staged entry, an entry of the log, or a file that a person put there
 
 
 def unnamed_files(store: Store) -> list[str]:
-    """Paths of files that no commit names, sorted: of commands that are running, or were interrupted."""
+    """Return paths of files that no commit names, sorted: of running or interrupted commands."""
     staged = {path for task in staging.read_staged(store.storage).values() for path in task.files()}
     found = (info.path for info in store.storage.list("") if _is_data(info.path) and owner_of(store.storage, info.path))
     return sorted(path for path in found if path not in staged and not store.state.has(without_sums(path)))
 
 
 def foreign_files(store: Store) -> list[str]:
-    """Paths of files in the store's folders that no command made, by their names, sorted. They are ignored.
+    """Return paths of files in the store's folders whose names no command gives, sorted. They are ignored.
 
-    Hidden files (as those of NFS) are left out, and ``log/``, of which ``verify_log`` names what is not an entry.
+    Left out are hidden files (such as those of NFS), and ``log/``: ``verify_log`` reports what is wrong
+    there.
     """
     known = (leases.CLAIM_PATH, staging.ENTRY_PATH, CHECKPOINT_PATH)
     return sorted(
@@ -107,15 +112,11 @@ def _is_data(path: str) -> bool:
 
 
 def _ever_added(store: Store, candidates: list[str]) -> list[str]:
-    """Those of ``candidates`` that a commit added (and, not being live, another removed). Reads the log backwards."""
-    left = {path for path in candidates if _is_data(path)}
-    found = []
+    """Return the candidates that a commit added, and so another one removed. Reads the log backwards."""
+    wanted, found = set(filter(_is_data, candidates)), set[str]()
     for number in range(store.state.number, -1, -1):
-        if not left:
+        if found == wanted:
             break
-        commit = log.read(store.storage, number)
-        added = (path for entry in commit.add for path in with_sums(entry.path)) if commit else ()
-        hits = left.intersection(added)
-        found += sorted(hits)
-        left -= hits
-    return found
+        if commit := log.read(store.storage, number):
+            found |= wanted.intersection(path for entry in commit.add for path in with_sums(entry.path))
+    return sorted(found)

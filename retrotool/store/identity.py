@@ -1,6 +1,6 @@
-"""``store.json``: what a store is and never stops being, and the tokenizer it is bound to.
+"""``store.json``: what never changes about a store, including its tokenizer.
 
-Written once, by put-if-absent, so that of two creators one wins and the other reads what won.
+It is written once, by put-if-absent: of two creators one wins, and the other reads what the first wrote.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FILE = "store.json"
 
 @dataclass(frozen=True, slots=True)
 class TokenizerIdentity:
-    """What a store knows of its tokenizer; ``sha256`` is that of the ``tokenizer.json`` kept in ``file``."""
+    """A store's tokenizer; ``sha256`` is that of its ``tokenizer.json``, which is stored in ``file``."""
 
     name: str
     file: str
@@ -56,7 +56,7 @@ class Identity:
     tokenizer: TokenizerIdentity
 
     def keyed_hash(self, text: str) -> str:
-        """Hash by which the log may speak of ``text``: BLAKE2b-128 keyed with the store's secret."""
+        """Return the hash that represents ``text`` in the log: BLAKE2b-128 keyed with the store's secret."""
         key = bytes.fromhex(self.secret)
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=key).hexdigest()
 
@@ -66,15 +66,15 @@ def read_identity(storage: Storage) -> tuple[Identity, str]:
     try:
         data = storage.get(FILE)
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreNotFoundError(f"{storage.place} is no store: it has no {FILE}", _how_to_make(storage)) from None
+        raise StoreNotFoundError(f"{storage.place} is not a store: it has no {FILE}", _how_to_make(storage)) from None
     path = where(storage, FILE)
     fields: dict[str, Any] = schema.load(data, {}, path)
     if _encode({name: value for name, value in fields.items() if name != "sha256"}) != data:
-        raise CorruptError(f"{path} can't be read: its checksum is wrong")
+        raise CorruptError(f"{path}: wrong checksum")
     schema.check_value(fields, specs.FORMAT, path)
     if (found := fields["format"]) != FORMAT:
-        advice = "Install a newer retrotool." if found > FORMAT else "It was never released: make the store again."
-        raise UsageError(f"{storage.place} has format {found}; this retrotool knows {FORMAT}", advice)
+        advice = "Install a newer retrotool." if found > FORMAT else "It was never released: rebuild the store."
+        raise UsageError(f"{storage.place} has format {found}; this retrotool reads format {FORMAT}", advice)
     schema.check_value(fields, specs.IDENTITY, path)
     tokenizer = TokenizerIdentity(**{k: fields["tokenizer"][k] for k in TokenizerIdentity.__slots__})
     identity = Identity(**{k: fields[k] for k in Identity.__slots__ if k != "tokenizer"}, tokenizer=tokenizer)
@@ -82,40 +82,37 @@ def read_identity(storage: Storage) -> tuple[Identity, str]:
 
 
 def is_store(storage: Storage) -> bool:
-    """Whether there is a store, whatever its state."""
+    """Return whether there is a store, in any state."""
     try:
         return storage.stat(FILE) is not None
-    except OSError:  # a name that is too long, say
+    except OSError:  # for example, the name is too long
         return False
 
 
 def _how_to_make(storage: Storage) -> str:
-    """What to do where there is no store."""
     name = shlex.quote(storage.place)
     if Path(storage.place).is_file() or _is_strange(storage):
-        return f"A store is a directory of its own. To make one of what is there: retrotool chunk STORE {name}"
-    return f"Make one with: retrotool chunk {name} INPUT..."
+        return f"A store is a separate directory. To chunk what is there into one: retrotool chunk STORE {name}"
+    return f"Create a store: retrotool chunk {name} INPUT..."
 
 
 def _is_strange(storage: Storage) -> bool:
-    """Whether there is something that does not belong into a store that is being made."""
+    """Return whether the folder has anything that does not belong to a store that is being created."""
     found = itertools.chain((info.path for info in storage.list("")), storage.irregular())
     return any(not path.startswith((".", "tokenizer-", "staging/")) for path in found)
 
 
 def create_identity(storage: Storage, tokenizer: TokenizerIdentity, tokenizer_json: bytes, chunk_length: int) -> None:
-    """Make a store, unless another process just did; the caller reads what came of it."""
+    """Create a store, unless another process just did; the caller reads the result."""
     if Path(storage.place).is_file():
         raise UsageError(f"{storage.place} is a file; a store is a directory")
-    # The store is looked for last: another process may be making it just now.
+    # In this order: another process may be creating the store.
     if _is_strange(storage) and storage.stat(FILE) is None:
-        raise UsageError(
-            f"{storage.place} is not empty and no store", "Name a new directory, or an empty one, for the store."
-        )
+        raise UsageError(f"{storage.place} is not empty and not a store", "Name a new or empty directory.")
     run = secrets.token_hex(4)
     if not storage.put_if_absent(tokenizer.file, run, tokenizer_json):
         raise CorruptError(
-            f"{where(storage, tokenizer.file)} is not the tokenizer its name says",
+            f"{where(storage, tokenizer.file)} does not match the hash in its name",
             "Remove it and run the same command again.",
         )
     created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -124,7 +121,7 @@ def create_identity(storage: Storage, tokenizer: TokenizerIdentity, tokenizer_js
 
 
 def _encode(fields: dict[str, Any]) -> bytes:
-    """The bytes of ``store.json``, with a checksum over its other fields."""
+    """Return the bytes of ``store.json``: ``fields`` and a checksum over them."""
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS
     sha256 = hashlib.sha256(orjson.dumps(fields, option=options)).hexdigest()
     return orjson.dumps({**fields, "sha256": sha256}, option=options)

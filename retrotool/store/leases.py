@@ -1,15 +1,16 @@
-"""Leases: who is writing to a store, whether they are still alive, and which tasks they are at.
+"""Leases: which runs are writing to a store, whether they are still alive, and which tasks they work on.
 
-A run writes ``leases/run-<id>`` when it starts, writes it again every 30 seconds, and removes it when it ends; every
-file that it writes carries its id. Age is measured by the storage's clock, against a lease that was written just now:
-clocks of machines differ. On the same boot of the same machine a process that has ended is known to be dead at once.
+A run writes ``leases/run-<id>`` when it starts, renews it every 30 seconds, and removes it when it ends.
+Every file that it writes carries its id. As the clocks of machines differ, ages are measured by the storage's
+clock, relative to a lease that was just written. On the same boot of the same machine, a process that has
+ended is known to be dead at once.
 
-A claim, ``leases/<task>-<epoch>``, keeps two runs from the same task: it is made by put-if-absent, and counts as long
-as its run is alive. Who finds that a claim's run is not makes the claim of the next epoch.
+A claim, ``leases/<task>-<epoch>``, keeps two runs from doing the same task. It is made by put-if-absent and
+counts while its run is alive. A run that finds a claim of a dead run makes the claim of the next epoch.
 
-Nothing but time depends on any of this. A task that two runs do is staged once; and before clean-up removes anything
-of a run that is only silent, and may wake, it has a commit made which says so: that run can't commit any more, nor is
-what it stages (``retrotool.store.gc``).
+Safety depends on none of this; only time does. A task that two runs do is staged once. Before clean-up
+removes files of a run that is only silent, and may wake up, it commits a fence: from then on that run can't
+commit, and what it stages is dropped (``retrotool.store.gc``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import re
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -33,51 +35,44 @@ from retrotool.store.storage import Storage
 
 BEAT_SECONDS = 30.0
 SILENCE_SECONDS = 3600.0
-"""A run of another machine that was silent for so long is not waited for."""
+"""How long to wait for a silent run of another machine."""
 CLAIM_SILENCE_SECONDS = 300.0
-"""A run of another machine that was silent for so long has lost its claims."""
+"""After this silence a run of another machine has lost its claims."""
 LAPSED_SECONDS = 12 * 3600.0
-"""A run that finds its own lease so old writes nothing any more."""
+"""A run whose own lease is this old stops writing."""
 DEAD_SECONDS = 24 * 3600.0
-"""What a run of another machine left is removed after such a silence."""
+"""After this silence clean-up removes what a run of another machine left."""
 _LAPSED = b"\n"
-"""Behind a lease that has lapsed."""
+"""The end of a lapsed lease."""
 RUN_PATH = re.compile(r"leases/run-(?P<run>[0-9a-f]{8})")
 CLAIM_PATH = re.compile(r"leases/(?P<task>[0-9a-f]{32})-(?P<epoch>\d{8})")
 
 
-def _read_text(path: str) -> str:
+def _text_of(read: Callable[[], object]) -> str:
     try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
-
-
-def _namespace() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
+        return str(read()).strip()
     except OSError:
         return ""
 
 
 def _start_time(process: int) -> str:
-    """When a process started, in the kernel's own unit; empty if it is not there (or there is no /proc)."""
-    fields = _read_text(f"/proc/{process}/stat").rpartition(")")[2].split()
-    # A zombie has ended; where nobody waits for it (containers without an init) it stays in the table.
+    """Return when a process started, in the kernel's unit; "" if it does not exist or there is no /proc."""
+    fields = _text_of(Path(f"/proc/{process}/stat").read_text).rpartition(")")[2].split()
+    # A zombie has ended. In containers without an init process it stays in the table.
     return fields[19] if fields and fields[0] not in "ZX" else ""
 
 
 def _here() -> dict[str, str]:
     return {
         "host": socket.gethostname(),
-        "boot": _read_text("/proc/sys/kernel/random/boot_id"),
-        "namespace": _namespace(),
+        "boot": _text_of(Path("/proc/sys/kernel/random/boot_id").read_text),
+        "namespace": _text_of(Path("/proc/self/ns/pid").readlink),
     }
 
 
 @dataclass(slots=True)
 class Run:
-    """A writing command at work; a context manager that says so for as long as it lasts."""
+    """A running command that writes; a context manager that holds its lease."""
 
     storage: Storage
     id: str = field(default_factory=lambda: secrets.token_hex(4))
@@ -97,30 +92,28 @@ class Run:
     ) -> None:
         self._stop.set()
         if self._heart is not None:
-            self._heart.join()  # a last beat would write the lease again
+            self._heart.join()  # another beat would write the lease again
         if isinstance(error, FileNotFoundError) and self.storage.stat(run_path(self.id)) is None:
-            raise _lost(self.storage) from error  # what it was writing was removed
+            raise _lost(self.storage) from error  # clean-up removed the file it was writing
         self.storage.delete([run_path(self.id)])
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError, LostRunError):  # a beat may be missed, the next may not
+            with contextlib.suppress(OSError, LostRunError):  # the next beat may succeed
                 renew(self.storage, self.id)
 
 
 def _lost(storage: Storage) -> LostRunError:
-    return LostRunError(
-        f"{storage.place}: another process took this run for dead, and removed what it had not committed"
-    )
+    return LostRunError(f"{storage.place}: another process took this run for dead and removed its uncommitted files")
 
 
 def run_path(run: str) -> str:
-    """Where the lease of a run lies."""
+    """Return the path of a run's lease."""
     return f"leases/run-{run}"
 
 
 def others(storage: Storage, run: str) -> list[str]:
-    """Ids of the other runs that may still be writing."""
+    """Return the ids of the other runs that may still be writing."""
     now = renew(storage, run)
     found = [match["run"] for info in storage.list("leases/run-") if (match := RUN_PATH.fullmatch(info.path))]
     return [other for other in found if other != run and is_alive(storage, other, now=now)]
@@ -129,8 +122,8 @@ def others(storage: Storage, run: str) -> list[str]:
 def renew(storage: Storage, run: str) -> float:
     """Renew the lease of a run; return the time by the storage's clock.
 
-    ``LostRunError`` if the lease was removed, or has lapsed. A lapsed one is marked, so that all processes of the run
-    see it; it stays, as the run's files may only be removed after a fence.
+    ``LostRunError`` if the lease was removed or has lapsed. A lapsed lease is marked, so that all processes
+    of the run see it. It is not removed: the run's files may only be removed after a fence.
     """
     path = run_path(run)
     before = storage.stat(path)
@@ -148,17 +141,16 @@ def renew(storage: Storage, run: str) -> float:
 
 
 def is_alive(storage: Storage, run: str, *, now: float, silence: float = SILENCE_SECONDS) -> bool:
-    """Whether a run may still be writing.
+    """Return whether a run may still be writing; ``now`` is by the storage's clock (``renew``).
 
-    A run of another machine, and one whose lease can't be read, is not after so many seconds of ``silence``. ``now`` is
-    by the storage's clock (``renew``).
+    A run of another machine, or one whose lease can't be read, counts as dead after ``silence`` seconds.
     """
     silent = silence_of(storage, run, now)
     return silent is not None and silent < silence
 
 
 def silence_of(storage: Storage, run: str, now: float) -> float | None:
-    """For how many seconds a run has been silent, 0 if its process is there; None if it has ended."""
+    """Return for how many seconds a run has been silent: 0 if its process is running, None if it ended."""
     info = storage.stat(run_path(run))
     try:
         here = is_here(storage.get(run_path(run)))
@@ -166,11 +158,11 @@ def silence_of(storage: Storage, run: str, now: float) -> float | None:
         return None
     if here is not None:
         return 0.0 if here else None
-    return now - info.modified if info is not None else 0.0  # None: it begins just now
+    return now - info.modified if info is not None else 0.0  # None: it is just starting
 
 
 def is_here(lease: bytes) -> bool | None:
-    """Whether the process of a lease is there; None if it is of another machine, or nobody can say."""
+    """Return whether the process of a lease is running; None if it is on another machine or unknown."""
     try:
         fields = schema.load(lease, specs.LEASE, "")
     except CorruptError:
@@ -178,23 +170,20 @@ def is_here(lease: bytes) -> bool | None:
     if any(fields[key] != value for key, value in _here().items()):
         return None
     process, started = fields["process"], fields["started"]
-    return started == _start_time(process) if started else _exists(process)
-
-
-def _exists(process: int) -> bool:
+    if started:
+        return bool(started == _start_time(process))
     try:
-        os.kill(process, 0)
+        with contextlib.suppress(PermissionError):
+            os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
     return True
 
 
 def take_claim(storage: Storage, task: str, run: str) -> bool:
     """Claim a task for a run; False if a live run has it."""
     last, owner = _newest_claim(storage, task)
-    if owner == run:  # of a worker of this run that was killed
+    if owner == run:  # left by a worker of this run that was killed
         return True
     if owner and is_alive(storage, owner, silence=CLAIM_SILENCE_SECONDS, now=renew(storage, run)):
         return False
@@ -202,15 +191,15 @@ def take_claim(storage: Storage, task: str, run: str) -> bool:
 
 
 def release_claim(storage: Storage, task: str, run: str) -> None:
-    """Give a claim back."""
+    """Release the run's claim on a task."""
     last, owner = _newest_claim(storage, task)
     if owner == run:
-        # The newest last: who finds an older one would make this epoch's claim beside the first of another.
+        # Newest last. Else one run could find an older claim and claim this epoch, another none and claim the first.
         storage.delete(_claim_path(task, epoch) for epoch in range(last + 1))
 
 
 def claimed_elsewhere(storage: Storage, run: str) -> frozenset[str]:
-    """Keys of the tasks that other live runs have claimed."""
+    """Return the keys of tasks that other live runs have claimed."""
     now = renew(storage, run)
     alive = functools.cache(lambda owner: is_alive(storage, owner, silence=CLAIM_SILENCE_SECONDS, now=now))
     newest = {match["task"]: match[0] for info in storage.list("leases/") if (match := CLAIM_PATH.fullmatch(info.path))}
@@ -219,7 +208,7 @@ def claimed_elsewhere(storage: Storage, run: str) -> frozenset[str]:
 
 
 def _newest_claim(storage: Storage, task: str) -> tuple[int, str]:
-    """Epoch and run of the newest claim of a task; −1 and "" if there is none."""
+    """Return epoch and run of a task's newest claim; −1 and "" without one."""
     while True:
         last, path = -1, ""
         for info in storage.list(f"leases/{task}-"):
@@ -227,13 +216,13 @@ def _newest_claim(storage: Storage, task: str) -> tuple[int, str]:
                 last, path = int(match["epoch"]), info.path
         if not path:
             return -1, ""
-        # Else it was given back just now: another may have made the first one again.
+        # Otherwise it was just released, and another run may have made a new first claim.
         if (owner := claimer(storage, path)) is not None:
             return last, owner
 
 
 def claimer(storage: Storage, path: str) -> str | None:
-    """The run that a claim is of; "" if it can't be read, None if it was given back."""
+    """Return the run that made a claim; "" if it can't be read, None if it was released."""
     try:
         return str(schema.load(storage.get(path), specs.CLAIM, "")["run"])
     except CorruptError:

@@ -1,11 +1,11 @@
 """A storage in a folder of a file system: a local disk, NFS, Lustre.
 
-A file is written under a temporary name in its target's folder, made durable, and gets its name at once: by a rename,
-or by a hard link where the name must be free. A kill at any moment leaves either the whole file under its name, or a
-``.tmp-`` file that carries the id of its writer's run. Every step is announced (``retrotool.store.disk``).
+A file is written under a temporary name in its target's folder, made durable, and then named: by a rename, or
+by a hard link where the name must be free. A kill at any moment leaves either the whole file under its name,
+or a ``.tmp-`` file that carries the id of its writer's run. ``retrotool.store.disk`` announces every step.
 
-Symbolic links are refused, wherever they point to: what is removed must be the file itself. The folder of the store
-may be reached by one.
+The storage's folder may be reached through a symbolic link. Below it links are refused, wherever they point:
+the file that is removed must be the file itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TEMPORARY_PATH = re.compile(rf"(?:.*/)?{re.escape(TEMPORARY)}(?P<run>[0-9a-f]{{
 
 @dataclass(frozen=True)
 class _LocalStatus:
-    """An ``FileStatus`` whose figures are asked for when they are needed: a listing of names alone is much faster."""
+    """A ``FileStatus`` that is read from the file system when needed: listing only names is much faster."""
 
     path: str
     file: Path
@@ -65,7 +65,7 @@ class LocalStorage:
 
     @property
     def uri(self) -> str:
-        """The folder's absolute path: what users and records of a store name a local one by."""
+        """The folder's absolute path, which names a local store to users and in records."""
         return str(self.root.absolute())
 
     def get(self, path: str) -> bytes:
@@ -87,7 +87,7 @@ class LocalStorage:
     def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:
         target = self.file(path)
         if target.exists():
-            raise FileExistsError(f"{target}: a name is never written twice")
+            raise FileExistsError(f"{target} exists; a file is never written twice")
         with self._temporary(target, run) as temporary:
             disk.announce("write", temporary)
             with temporary.open("xb") as file:
@@ -95,7 +95,7 @@ class LocalStorage:
                 result = write(sink)
                 sink.sync()
             if (size := temporary.stat().st_size) != sink.size:
-                raise StorageError(f"{target}: {sink.size:,} bytes were written, and the file system has {size:,}")
+                raise StorageError(f"{target}: {sink.size:,} bytes were written, but the file system has {size:,}")
             disk.rename(temporary, target)
             disk.fsync_directory(target.parent)
         return sink, result
@@ -103,23 +103,23 @@ class LocalStorage:
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
         target = self.file(path)
         won = self._write_small(target, run, data, lambda temporary: disk.link(temporary, target))
-        with disk.told(target):
+        with disk.storage_errors(target):
             disk.fsync_directory(target.parent)
         if not won:
-            with suppress(FileNotFoundError):  # over NFS a link can succeed and its answer be lost
+            with suppress(FileNotFoundError):  # over NFS a link can succeed and its answer get lost
                 won = target.read_bytes() == data
         return won
 
     def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:
         target = self.file(path)
-        with disk.told(target), suppress(FileNotFoundError):
-            if target.read_bytes() == data:  # as when a lease is renewed: its time is all that changes
+        with disk.storage_errors(target), suppress(FileNotFoundError):
+            if target.read_bytes() == data:  # renewing a lease changes only its time
                 disk.touch(target)
                 return _LocalStatus(path, target)
 
         def replace(temporary: Path) -> FileStatus:
             info = _LocalStatus(path, temporary)
-            _ = info.modified  # of the file itself: it keeps it under its new name
+            _ = info.modified  # cached now: the rename does not change it
             disk.rename(temporary, target)
             return info
 
@@ -156,7 +156,7 @@ class LocalStorage:
         return (path for path, regular in self._walk("", "") if not regular)
 
     def file(self, path: str) -> Path:
-        """The file of a path; ``CorruptError`` if it leads out of the folder, by its form or by a symbolic link."""
+        """Return a path's file; ``CorruptError`` if its form or a symbolic link leads out of the store."""
         if not paths.is_safe(path):
             raise CorruptError(f"{path!r} leads out of the store")
         return self._not_linked(path)
@@ -168,12 +168,12 @@ class LocalStorage:
             if place.is_symlink():
                 raise CorruptError(
                     f"{place} is a symbolic link: the files of a store must be in its own folders",
-                    "Put what it points to in its place, or remove it.",
+                    "Replace the link with the file or folder it points to, or remove it.",
                 )
         return place
 
     def _write_small(self, target: Path, run: str, data: bytes, give_name: Callable[[Path], Result]) -> Result:
-        """Write a durable temporary file beside ``target``, and return ``give_name(temporary)``."""
+        """Write a durable temporary file beside ``target`` and return ``give_name(temporary)``."""
         left = PUT_ATTEMPTS
         while True:
             try:
@@ -182,15 +182,15 @@ class LocalStorage:
                     disk.fsync(temporary)
                     return give_name(temporary)
             except FileNotFoundError:
-                # Clean-up by another process takes the temporary file of a run that it can't see yet.
+                # Clean-up by another process removed the temporary file: it could not see this run yet.
                 left -= 1
                 if not left:
                     raise
 
     @contextmanager
     def _temporary(self, target: Path, run: str) -> Iterator[Path]:
-        """A temporary path beside ``target``, removed afterwards if it is still there."""
-        with disk.told(target):
+        """Yield a temporary path beside ``target``; remove it on exit if it still exists."""
+        with disk.storage_errors(target):
             disk.make_directory(target.parent)
             temporary = target.parent / f"{TEMPORARY}{run}{secrets.token_hex(4)}"
             try:
@@ -200,16 +200,16 @@ class LocalStorage:
                     disk.unlink(temporary)
 
     def _walk(self, prefix: str, after: str) -> Iterator[tuple[str, bool]]:
-        """All below a prefix but for folders, in the order of the paths, and whether each is a regular file.
+        """Yield everything below a prefix in the order of paths, and whether each is a regular file.
 
-        Links are not followed. Of the storage's own folder only what stores have is entered; other folders come with a
-        "/" at the end. What disappears meanwhile is left out.
+        Links are not followed, and files that disappear are left out. Folders are entered, not yielded,
+        except those in the storage's own folder that do not belong to a store: these end in "/".
         """
-        names, odd = [], set()  # no more than names: a log has hundreds of thousands
+        names, odd = [], set()  # only names: a log has hundreds of thousands
         try:
             with os.scandir(self.root / prefix) as entries:
                 for entry in entries:
-                    # As a folder, "a" comes behind "a-b" and before "a0": paths are compared as a whole.
+                    # The folder "a" sorts after "a-b" and before "a0": whole paths are compared.
                     name = f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
                     names.append(name)
                     if not entry.is_file(follow_symlinks=False):

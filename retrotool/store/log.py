@@ -1,8 +1,7 @@
-"""The commit log: one JSON file a commit, chained by SHA-256, appended by put-if-absent.
+"""The commit log: one JSON file per commit, chained by SHA-256, appended by put-if-absent.
 
-``append`` is the only way a store changes: it links a finished file to the next number, so that of several writers
-one wins, and a kill leaves no torn entry. ``read`` checks number and chain. What a commit means is the business of
-``state``.
+A store changes only by ``append``. It gives a finished file the next number, so that of several writers one
+wins and a kill leaves no torn entry. ``read`` checks number and chain; ``state`` applies commits.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ _CHECKSUM_BYTES = len(',"sha256":""}') + 64
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file as a commit names it, in a slot, which holds at most one live file of a kind and name.
+    """A file as a commit names it. A slot holds at most one live file of a kind and name.
 
-    ``rows`` is what its kind counts; ``about`` is small, JSON-like, or None. The slot of documents and chunks is empty
-    until their part has a number.
+    ``rows`` is what its kind counts; ``about`` is small JSON, or None. Documents and chunks have an empty
+    slot until their part has a number.
     """
 
     path: str
@@ -43,9 +42,9 @@ class FileEntry:
     about: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The entry as it stands in a commit."""
-        entry = {"path": self.path, "slot": self.slot, "rows": self.rows, "bytes": self.bytes, "sha256": self.sha256}
-        return entry if self.about is None else {**entry, "about": self.about}
+        """Return the entry as a commit stores it."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
     def kind(self) -> str:
@@ -54,12 +53,12 @@ class FileEntry:
 
     @property
     def name(self) -> str:
-        """The name of what it belongs to, as of an index; empty for kinds that have none."""
+        """The name of its encoder, index or table; empty for kinds without names."""
         return FileName.parse(self.path).name
 
     @property
     def part(self) -> int:
-        """The number of the part that the file is of."""
+        """The number of the file's part."""
         return int(self.slot)
 
     @property
@@ -68,15 +67,14 @@ class FileEntry:
         return self.kind, self.name, self.slot
 
     @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> FileEntry:
-        """Inverse of ``as_json``, of what was checked (``specs.FILES``); fields it does not know are ignored."""
-        return cls(
-            entry["path"], entry["slot"], entry["rows"], entry["bytes"], entry["sha256"], entry.get("about")
-        )  # fmt: skip
+    def from_json(cls, fields: dict[str, Any]) -> FileEntry:
+        """Invert ``as_json`` for an entry that was checked (``specs.FILES``); unknown fields are ignored."""
+        about = fields.get("about")
+        return cls(fields["path"], fields["slot"], fields["rows"], fields["bytes"], fields["sha256"], about)
 
 
 def is_there(storage: Storage, entry: FileEntry) -> bool:
-    """Whether a file of a store exists with the size that its entry says, and its sums if it has some."""
+    """Return whether the file exists with the size in its entry, and its sums if it has some."""
     due = dict(zip(with_sums(entry.path), (entry.bytes, size_of_sums(entry.bytes)), strict=False))
     return all((found := storage.stat(path)) is not None and found.size == size for path, size in due.items())
 
@@ -95,7 +93,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One entry of the log; ``sha256`` is that of its bytes, the ``parent`` of the next."""
+    """An entry of the log; ``sha256`` is that of its bytes, and the ``parent`` of the next entry."""
 
     number: int
     uuid: str
@@ -112,25 +110,28 @@ class Commit:
 
 
 def commit_path(number: int) -> str:
-    """Where commit ``number`` lies."""
+    """Return the path of commit ``number``."""
     return f"log/{number:08d}.json"
 
 
 def with_checksum(entry: bytes) -> bytes:
-    """A JSON object with one more field, the ``sha256`` of its bytes before."""
+    """Return a JSON object with a field appended: ``sha256``, the hash of its bytes before."""
     return entry[:-1] + b',"sha256":"' + hashlib.sha256(entry).hexdigest().encode() + b'"}'
 
 
 def checked(data: bytes) -> bytes:
-    """The bytes of a JSON object without its checksum; ``ValueError`` if they do not match it."""
+    """Return the bytes of a JSON object without its checksum; ``ValueError`` if it does not match."""
     entry = data[:-_CHECKSUM_BYTES] + b"}"
     if with_checksum(entry) != data:
-        raise ValueError("its checksum is wrong")
+        raise ValueError("wrong checksum")
     return entry
 
 
 def read(storage: Storage, number: int, parent: str | None = None) -> Commit | None:
-    """Read a commit; None if it does not exist. ``CorruptError`` if it is broken, or not a child of ``parent``."""
+    """Read a commit; None if it does not exist.
+
+    ``CorruptError`` if it is broken, or not a child of ``parent``.
+    """
     try:
         data = storage.get(commit_path(number))
     except FileNotFoundError:
@@ -139,7 +140,7 @@ def read(storage: Storage, number: int, parent: str | None = None) -> Commit | N
     try:
         fields = schema.load(checked(data), specs.COMMIT, path)
     except ValueError as error:
-        raise CorruptError(f"{path}: not a commit: {error}") from error
+        raise CorruptError(f"{path} is not a commit: {error}") from error
     commit = Commit(
         **{name: fields[name] for name in ("number", "uuid", "parent", "time", "kind", "tool", "settings", "records")},
         reads=tuple(fields["reads"]),
@@ -148,21 +149,21 @@ def read(storage: Storage, number: int, parent: str | None = None) -> Commit | N
         sha256=hashlib.sha256(data).hexdigest(),
     )
     if commit.number != number:
-        raise CorruptError(f"{path}: says that it is commit {commit.number}")
+        raise CorruptError(f"{path} contains commit {commit.number}")
     if parent is not None and commit.parent != parent:
-        raise CorruptError(f"{path}: is no child of the commit before it; the log was edited or reordered")
+        raise CorruptError(f"{path} is not the child of the commit before it; the log was edited or reordered")
     return commit
 
 
 def last_number(storage: Storage, after: int = -1) -> int:
-    """The highest number that a commit has, reachable or not, after commit ``after``; ``after`` if there is none."""
-    behind = commit_path(after) if after >= 0 else ""
-    found = (_NUMBER.fullmatch(info.path) for info in storage.list("log/", behind))
+    """Return the highest number of a commit after ``after``, reachable or not; ``after`` without any."""
+    listed = storage.list("log/", commit_path(after) if after >= 0 else "")
+    found = (_NUMBER.fullmatch(info.path) for info in listed)
     return max((int(match[1]) for match in found if match), default=after)
 
 
 def read_after(storage: Storage, number: int, head: str) -> Iterator[Commit]:
-    """The commits after ``number``, whose bytes hash to ``head``, as far as there are any."""
+    """Yield the commits after commit ``number``, whose bytes hash to ``head``."""
     while (commit := read(storage, number + 1, head)) is not None:
         yield commit
         number, head = commit.number, commit.sha256
@@ -170,7 +171,7 @@ def read_after(storage: Storage, number: int, head: str) -> Iterator[Commit]:
 
 def append(storage: Storage, run: str, number: int, parent: str, draft: Draft) -> bool:
     """Try to make ``draft`` commit ``number``; False if another writer has it. Durable on True."""
-    from importlib.metadata import version  # which readers need not wait for
+    from importlib.metadata import version  # slow, and not needed by readers
 
     path = commit_path(number)
     if storage.stat(path) is not None:

@@ -1,14 +1,14 @@
-"""Checking the log alone: whether it is the chain that its writers made, and what the checkpoints say is its fold.
+"""Checks the log alone: its chain of commits, and whether the checkpoints match the fold of the log.
 
-Every entry is read once, from 0 on. One that is missing, torn, edited, or stands where another should is named; where
-an entry is no child of the one before it, the entries behind tell which of the two was changed. As long as nothing is
-wrong the log is folded, and each checkpoint compared with the state at its commit.
+Every entry is read once, from 0 on. Reported are entries that are missing, torn, edited or out of place.
+Where an entry is not the child of the one before it, the entry after it shows which of the two was changed.
+Until the first problem the log is folded, and each checkpoint is compared with the state at its commit.
 
-A chain vouches for all but its end: whoever can write the files can cut entries off, or write all of them anew with
-sums that are right, and nothing in the store tells. Only a hash that was kept elsewhere does: it must be that of some
-entry (``LogFound.place``). Nor does this look at data files; ``verify`` does.
+Limits: a person who can write the files can cut off the end of the log, or rewrite all of it with valid
+hashes, and nothing in the store shows that. Only a hash kept elsewhere does: it must be that of some entry
+(``LogFound.place``). Data files are checked by ``verify``, not here.
 
-Cost: 30,000 commits that name 150,000 files take about 4 s; memory is that of two states, and 32 bytes an entry.
+Cost: about 4 s for 30,000 commits that name 150,000 files; the memory of two states, and 32 bytes per entry.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _ENTRY = re.compile(r"log/(\d{8}|[1-9]\d{8,})\.json")
 
 @dataclass(slots=True)
 class LogFound:
-    """What was found: ``problems`` in the order of the log, and the fold as far as there are none.
+    """The result of a check: ``problems`` in the order of the log, and the ``state`` before the first one.
 
-    ``hashes`` are the SHA-256 of the entries that can be read for what they are (b"" for others), by number;
-    ``checkpoints`` counts those that were compared.
+    ``hashes`` are the SHA-256 of the valid entries by number (b"" for others); ``checkpoints`` counts those
+    compared.
     """
 
     state: State
@@ -44,11 +44,11 @@ class LogFound:
 
     @property
     def head(self) -> str:
-        """SHA-256 of the last entry, 64 hexadecimal digits; empty if it is broken, or there is none."""
+        """SHA-256 of the last entry, 64 hexadecimal digits; empty if it is broken or missing."""
         return self.hashes[-1].hex() if self.hashes else ""
 
     def place(self, sha256: str) -> int | None:
-        """Number of the commit whose entry has this hash (64 hexadecimal digits); None if none has."""
+        """Return the number of the commit whose entry has this hash (64 hexadecimal digits), or None."""
         wanted = bytes.fromhex(sha256)
         return self.hashes.index(wanted) if wanted in self.hashes else None
 
@@ -56,16 +56,17 @@ class LogFound:
 def check_log(
     storage: Storage, genesis: str | None, last: int | None = None, note: Callable[[Commit], None] = lambda _: None
 ) -> LogFound:
-    """Check the log up to commit ``last`` (None: to its end), and call ``note`` with each commit of the whole part.
+    """Check the log up to commit ``last`` (None: to its end); call ``note`` for each commit before a problem.
 
-    ``genesis`` is the SHA-256 of ``store.json``; None if that is not known.
+    ``genesis`` is the SHA-256 of ``store.json``; None if it is unknown.
     """
-    # Listed before the log is: a checkpoint is of a commit that is there.
+    # Listed before the log, so that every checkpoint's commit exists.
     checkpoints = sorted(checkpoint_files(storage))
     end = log.last_number(storage) if last is None else last
-    # What is in the log's folder and is not an entry: a copy, or another spelling of a number.
+    # Not entries: a copy, or another spelling of a number.
     others = [info.path for info in storage.list("log/") if not _ENTRY.fullmatch(info.path)]
-    found = LogFound(State(-1, genesis or ""), [f"{where(storage, path)} is no entry of the log" for path in others])
+    problems = [f"{where(storage, path)} is not an entry of the log" for path in others]
+    found = LogFound(State(-1, genesis or ""), problems)
     commits = _linked_commits(storage, genesis, end, found, note)
     folding = True
     for number, path in [*checkpoints, (end, None)]:
@@ -79,16 +80,16 @@ def check_log(
             folded = found.state if folding and found.state.number == number else None
             _check_checkpoint(storage, found, path, number, folded)
     for _ in commits:
-        pass  # folded no more, but the links are looked at to the end
+        pass  # checks the links of the other commits
     return found
 
 
 def _linked_commits(
     storage: Storage, genesis: str | None, end: int, found: LogFound, note: Callable[[Commit], None]
 ) -> Iterator[Commit]:
-    """Yield the commits before the first fault; the rest is read too, for what is wrong with it."""
+    """Yield the commits before the first problem; check the others, too."""
     whole, parent = True, genesis
-    doubtful: int | None = None  # an entry that is no child of the one before it, until it is known which is wrong
+    doubtful: int | None = None  # an entry that is not the child of the one before it, until the next shows why
     for number in range(end + 1):
         commit = _read_entry(storage, number, found)
         linked = commit is not None and parent is not None and commit.parent == parent
@@ -121,20 +122,20 @@ def _read_entry(storage: Storage, number: int, found: LogFound) -> Commit | None
 
 
 def _not_child(storage: Storage, number: int, *, vouched: bool) -> str:
-    """Return that an entry is no child of the one before; ``vouched``: the next is its child, so it is genuine."""
+    """Describe a broken link; ``vouched``: the next entry is this one's child, so this one is genuine."""
     before = f"commit {number - 1}" if number else "store.json"
     why = f"{before} was edited or replaced" if vouched else f"it or {before} was edited, replaced or reordered"
     what = "the commit before it" if number else "store.json"
-    return f"{where(storage, log.commit_path(number))}: is no child of {what}: {why}"
+    return f"{where(storage, log.commit_path(number))} is not the child of {what}: {why}"
 
 
 def _check_checkpoint(storage: Storage, found: LogFound, file: str, number: int, folded: State | None) -> None:
-    """Hold a checkpoint against the fold of the log at its commit (None: the log is broken before that)."""
+    """Compare a checkpoint with the fold of the log at its commit (None: the log is broken before that)."""
     path = where(storage, file)
     try:
         state = decode_checkpoint(storage.get(file), path)
     except FileNotFoundError:
-        return  # a newer one was written meanwhile
+        return  # replaced by a newer one
     except CorruptError as error:
         found.problems.append(f"{error}; remove it")
         return
@@ -142,19 +143,19 @@ def _check_checkpoint(storage: Storage, found: LogFound, file: str, number: int,
         found.problems.append(f"{path} can't be read: {error.strerror}")
         return
     if state is None:
-        return  # readers pass over it: no damage to the store
+        return  # incomplete: readers ignore it
     found.checkpoints += 1
     if state.number != number:
-        found.problems.append(f"{path}: says that it is of commit {state.number}; remove it")
+        found.problems.append(f"{path} is of commit {state.number}, not {number}; remove it")
     elif folded is not None:
         if not same_state(state, folded):
-            found.problems.append(f"{path}: the checkpoint of commit {number} is not the fold of the log; remove it")
+            found.problems.append(f"{path}: the checkpoint of commit {number} does not match the log; remove it")
     elif number >= len(found.hashes) or found.hashes[number].hex() != state.head:
-        found.problems.append(f"{path}: the log has no such commit {number} as the checkpoint was made at")
+        found.problems.append(f"{path}: the checkpoint's commit {number} is not in the log")
 
 
 def same_state(one: State, other: State) -> bool:
-    """Whether two states say the same of all files and records, and were made by the same commit."""
+    """Return whether two states have the same files and records, and were made by the same commit."""
 
     def contents(state: State) -> tuple[Any, ...]:
         files = {e.path: (e.rows, e.bytes, e.sha256, e.about) for e in state.files()}

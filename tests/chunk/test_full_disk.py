@@ -46,7 +46,7 @@ def test_a_full_disk_stops_chunk_without_harm(how, tmp_path, byte_level_tokenize
         full, again = outcome["full"], outcome["after"]
         assert (full["problems"], full["exit_code"], full["stdout"]) == ([], 1, ""), outcome
         assert full["stderr"].startswith("error: "), outcome
-        assert "no space left; what was committed before is untouched\n" in full["stderr"], outcome
+        assert "no space left; earlier commits are unchanged\n" in full["stderr"], outcome
         assert full["content"] in (before, after), outcome
         assert (again["problems"], again["content"]) == ([], after), outcome
         assert again["exit_code"] in (0, 3), outcome

@@ -61,7 +61,7 @@ REFUSALS = {
     "no part size": ("store new.jsonl --part-size 0", "--part-size 0 is not between 1 and 2^31 - 1"),
     "a column twice": ("store new.jsonl --keep id", "--keep id: the store has its own column of this name"),
     "a store that is a file": ("file new.jsonl", "file is a file; a store is a directory"),
-    "a directory of others": ("foreign new.jsonl", "foreign is not empty and no store"),
+    "a directory of others": ("foreign new.jsonl", "foreign is not empty and not a store"),
 }  # fmt: skip
 
 

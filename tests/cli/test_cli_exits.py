@@ -68,7 +68,7 @@ def test_a_search_whose_arguments_are_swapped_says_which_is_the_store(built_stor
     assert (code, out) == (10, "")
     snapshots(err, STORE=built_store)
     for text in ("x" * 10_000, "what is a store?", str(tmp_path)):
-        assert "\nMake one with: " in run("search", tmp_path / "nothing", text)[2]
+        assert "\nCreate a store: " in run("search", tmp_path / "nothing", text)[2]
 
 
 def test_what_a_search_lacks_is_named_from_the_beginning(tmp_path, tiny_encoder, snapshots):

@@ -331,7 +331,7 @@ def test_what_a_fenced_run_stages_is_dropped_and_what_it_had_staged_is_folded(tm
         with Run(store.storage) as run:
             folded = folding.fold(store, run)
             assert folded.committed == {task.task for task in before}
-            assert folded.refused == {task.task: "its files are gone" for task in late}
+            assert folded.refused == {task.task: "its files are missing" for task in late}
             assert files_in(root) == {*live_files(store.state), leases.run_path(DEAD), leases.run_path(run.id)}
             for name, index in (("a", 1), ("a", 2), ("b", 0)):
                 assert staging.stage(store.storage, unit(root, run.id, name, index)), "it can be done again"

@@ -125,7 +125,7 @@ def test_a_file_that_the_disk_cut_short_is_no_file(store: Store, monkeypatch: py
 
     monkeypatch.setattr(disk, "fsync", truncated)
     name = FileName.new("0123abcd", "embeddings", "000000", "npy", "tiny")
-    with pytest.raises(StorageError, match="bytes were written, and the file system has"):
+    with pytest.raises(StorageError, match="bytes were written, but the file system has"):
         write_vectors(store, name, np.ones((50, 8), np.float16))
     assert files_in(Path(store.place)) == set()
 
@@ -277,7 +277,7 @@ def test_a_disk_that_refuses_is_told_with_advice(store: Store, error: int) -> No
 
     with at_step(WRITE.index("write"), refuse), pytest.raises(StorageError, match=os.strerror(error)) as caught:
         write_file(Path(store.place), RUN)
-    assert caught.value.advice == "Check the rights on the store."
+    assert caught.value.advice == "Check the store's permissions."
 
 
 def test_an_error_that_no_person_can_mend_is_not_dressed_up(store: Store) -> None:

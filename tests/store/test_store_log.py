@@ -72,14 +72,14 @@ def test_a_chain_that_nobody_touched_is_folded(root: Path) -> None:
 @pytest.mark.parametrize("number", range(5))
 def test_an_edited_commit_is_found(root: Path, number: int) -> None:
     edit(root, number, records={"number": 7})
-    with pytest.raises(CorruptError, match=f"0000000{number + 1}.json.* no child"):
+    with pytest.raises(CorruptError, match=f"0000000{number + 1}.json.* not the child"):
         Store.open(root)
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_a_commit_of_another_parent_is_found(root: Path, number: int) -> None:
     edit(root, number, parent="0" * 64)
-    with pytest.raises(CorruptError, match="no child"):
+    with pytest.raises(CorruptError, match="not the child"):
         Store.open(root)
 
 
@@ -96,11 +96,11 @@ def test_swapped_commits_are_found(root: Path, number: int) -> None:
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
-    with pytest.raises(CorruptError, match="says that it is commit"):
+    with pytest.raises(CorruptError, match="contains commit"):
         Store.open(root)
     edit(root, number, number=number)
     edit(root, number + 1, number=number + 1)
-    with pytest.raises(CorruptError, match="no child"):
+    with pytest.raises(CorruptError, match="not the child"):
         Store.open(root)
 
 
@@ -142,7 +142,7 @@ def test_verify_folds_the_log_from_its_beginning(store: Store) -> None:
             commit(store, run, records={"number": number})
     edit(Path(store.place), 2, records={"number": 7})
     problems = verify.check_store(store).problems
-    assert any("00000003.json: is no child" in problem for problem in problems)
+    assert any("00000003.json is not the child" in problem for problem in problems)
 
 
 def test_a_number_is_given_once(store: Store) -> None:

@@ -208,7 +208,7 @@ def rich(built_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rich")
     store = copy_store(built_store, folder / "store")
     purged = [api.purge(store, api.Selectors(where=f"id = 'doc-{n}'"), reason="test").purge for n in (3, 4, 5)]
-    api.restore(store, purged[0], reason="test")
+    api.undo(store, purged[0], reason="test")
     api.erase(store, [purged[1]])
     again = folder / "again.jsonl"
     again.write_text('{"id": "doc-7", "text": "again"}\n')
@@ -233,7 +233,7 @@ def _as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
 def names_it(error: CorruptError, path: Path, place: Place) -> bool:
     """Whether an error names the file, and the field; or the commit that can't be where it is."""
     said = str(error)
-    if re.search(r"commit \d+ is invalid: |the log has no record|says that it is commit|is no child", said):
+    if re.search(r"commit \d+ is invalid: |the log has no record|contains commit|is not the child", said):
         return True
     return path.name in said and any(str(key) in said for key in place)
 

@@ -156,7 +156,7 @@ def test_a_task_is_staged_whole_or_not_at_all_wherever_its_run_falls_asleep(fres
             folded = folding.fold(store, run)
             assert folded.committed == set(fence["staged"]), f"step {number}: {step}"
             assert folded.committed | folded.refused.keys() == staged.keys()
-            assert set(folded.refused.values()) <= {"its files are gone"}
+            assert set(folded.refused.values()) <= {"its files are missing"}
             late += len(folded.refused)
             done.append(bool(folded.committed))
             if not folded.committed:
@@ -330,7 +330,7 @@ def test_a_staged_task_whose_file_is_missing_or_cut_short_is_done_again(fresh: F
         task = embedding(store.storage, run.id, 0, ())
         staging.stage(store.storage, task)
         damaged(store, task.add[0].path, damage)
-        assert folding.fold(store, run).refused == {task.task: "its files are gone"}
+        assert folding.fold(store, run).refused == {task.task: "its files are missing"}
         assert not staging.is_staged(store.storage, task.task)
         assert staging.stage(store.storage, embedding(store.storage, run.id, 0, ()))
         assert folding.fold(store, run).committed == {task.task}

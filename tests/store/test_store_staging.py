@@ -193,7 +193,7 @@ def test_of_two_tasks_for_one_place_one_is_refused(chunked: tuple[Store, str]) -
 def test_a_task_made_with_other_settings_than_those_committed_is_refused(chunked: tuple[Store, str]) -> None:
     store, read = chunked
     other = embedding(Path(store.place), RUN, 1, (read,), about="another encoder")
-    assert refuse(store, other) == {other.task: "encoder:tiny was made with other settings meanwhile"}
+    assert refuse(store, other) == {other.task: "another process committed encoder:tiny with other settings"}
     assert store.state.records["encoder:tiny"] == encoder("one")
 
 
@@ -201,7 +201,7 @@ def test_of_two_tasks_made_with_different_settings_one_is_refused(store: Store) 
     one, other = (embedding(Path(store.place), RUN, part, (), about=f"encoder {part}") for part in range(2))
     first, second = sorted((one, other), key=lambda task: task.task)
     refused = refuse(store, one, other)
-    assert refused == {second.task: "encoder:tiny was made with other settings meanwhile"}
+    assert refused == {second.task: "another process committed encoder:tiny with other settings"}
     assert list(store.state.group("embeddings", "tiny")) == [first.add[0].slot]
 
 
@@ -209,7 +209,7 @@ def test_a_unit_whose_plan_is_gone_is_refused_and_its_files_are_removed(store: S
     with Run(store.storage) as run:
         commit(store, run, records={"plan:b": None})
     task = unit(Path(store.place), RUN, "b", 0)
-    assert refuse(store, task) == {task.task: "its plan is gone"}
+    assert refuse(store, task) == {task.task: "its plan was removed"}
 
 
 def test_a_unit_that_was_done_again_is_not_committed_again(chunked: tuple[Store, str]) -> None:
@@ -224,6 +224,6 @@ def test_a_task_whose_files_are_gone_is_refused_and_can_be_done_again(store: Sto
         task = unit(Path(store.place), run.id, "a", 0)
         staging.stage(store.storage, task)
         stored_file(store, task.files()[0]).unlink()
-        assert folding.fold(store, run).refused == {task.task: "its files are gone"}
+        assert folding.fold(store, run).refused == {task.task: "its files are missing"}
         assert not staging.is_staged(store.storage, task.task)
     assert Store.open(store.place).state.all_parts() == []
