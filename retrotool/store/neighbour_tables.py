@@ -1,10 +1,10 @@
-"""Neighbour tables: for every row of a part, the ids and distances of its neighbours, nearest first.
+"""Neighbour tables: ids and distances of the neighbours of every row of a part, nearest first.
 
-A table may also have the tokens of the first neighbours of each row, and of what follows them, so that a training loop
-reads them in the order of the training text, in one piece. These columns are not read unless they are asked for. They
-cost 1 µs a row of two neighbours to read, and 0.25 KB of disk for uint16 tokens, 60 % of that with zstd.
+A table may also hold the tokens of each row's first neighbours and of their continuations, so that a training
+loop reads them sequentially, in the order of the training text. These columns are read only on request. They
+cost 1 µs per row of two neighbours to read, and 0.25 KB of disk for uint16 tokens (60 % of that with zstd).
 
-Ids may have been purged since: reading gives what is stored, and the reader masks.
+Reading returns what is stored. Chunks may have been purged since, so readers mask them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 NO_NEIGHBOUR = -1
-ERASED = -2
-"""In place of the id of a neighbour whose tokens were erased."""
+ERASED = -2  # in place of the id of a neighbour whose tokens were erased
 Contains = Callable[[Ids], npt.NDArray[np.bool_]]
 
 
@@ -40,10 +39,10 @@ class NeighbourTable:
 
 @dataclass(frozen=True, slots=True)
 class NeighbourText:
-    """The first k neighbours of n chunks with their continuations, [N, F], as they were when the table was written.
+    """The first k neighbours of n chunks with their continuations, [N, F], as of when the table was written.
 
-    ``ids`` int64 [n, k] (−1: none, −2: erased since), ``distances`` float32 [n, k], ``n_tokens`` int32 [n, k, 2] of N
-    and F, 0: none; ``tokens`` [n, k, 2, chunk_length], zero-padded.
+    ``ids`` int64 [n, k] (−1: none, −2: erased since), ``distances`` float32 [n, k], ``n_tokens`` int32 [n, k,
+    2] of N and F (0: none), ``tokens`` [n, k, 2, chunk_length], zero-padded.
     """
 
     ids: Ids
@@ -61,7 +60,7 @@ class NeighbourText:
 
 
 def text_size(entry: FileEntry) -> int:
-    """Return of how many neighbours a row a table has the tokens, as the log says; 0: none."""
+    """Return the number of neighbours per row that the table has tokens of, according to the log."""
     return int((entry.about or {}).get("text", 0))
 
 
@@ -77,10 +76,10 @@ def write_table(
     text: Iterable[NeighbourText] | None = None,
     chunk_bytes: int = 0,
 ) -> FileEntry:
-    """Write a part's neighbours; they come from commit ``commit`` of the store ``database`` (uuid) at ``uri``.
+    """Write a part's neighbours, found in commit ``commit`` of the store ``database`` (uuid) at ``uri``.
 
-    ``text``: the tokens of the first ``about["text"]`` neighbours, one row group after the other; those of a chunk take
-    ``chunk_bytes``.
+    ``text`` yields the tokens of the first ``about["text"]`` neighbours, one row group at a time, with
+    ``chunk_bytes`` bytes per chunk.
     """
     metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.uri": uri}
     saved = table.ids.shape[1]
@@ -102,19 +101,15 @@ def write_table(
 
 
 def text_schema(k: int, chunk_bytes: int) -> pa.Schema:
-    """Return the columns that a table with the tokens of k neighbours has besides the others."""
-    return pa.schema(
-        [
-            ("text_ids", pa.list_(pa.int64(), k)),
-            ("text_distances", pa.list_(pa.float32(), k)),
-            ("text_n_tokens", pa.list_(pa.int32(), 2 * k)),
-            ("text_tokens", pa.binary(2 * k * chunk_bytes)),
-        ]
-    )
+    """Return the additional columns of a table that has the tokens of k neighbours."""
+    ids, distances = pa.list_(pa.int64(), k), pa.list_(pa.float32(), k)
+    n_tokens, tokens = pa.list_(pa.int32(), 2 * k), pa.binary(2 * k * chunk_bytes)
+    columns = {"text_ids": ids, "text_distances": distances, "text_n_tokens": n_tokens, "text_tokens": tokens}
+    return pa.schema(columns)
 
 
 def to_arrow(table: NeighbourTable, text: NeighbourText | None, schema: pa.Schema) -> pa.Table:
-    """Return rows as they are written, in the types of ``schema``."""
+    """Return rows with the types of ``schema``."""
     columns = {"ids": _list_array(table.ids), "distances": _list_array(table.distances)}
     if text is not None:
         n = len(text.ids)
@@ -135,7 +130,7 @@ def read_table(store: Store, entry: FileEntry, row_groups: Sequence[int] | None 
 
 
 def read_ids(store: Store, entry: FileEntry, row_groups: Sequence[int] | None = None) -> Ids:
-    """Read the ids of a part's neighbours alone, int64 [n, saved], which is two thirds of the reading."""
+    """Read only the ids of a part's neighbours, int64 [n, saved]; a third cheaper than ``read_table``."""
     found: Ids = _lists(store, entry, parts.read_parquet(store, entry, ["ids"], row_groups), "ids")
     return found
 
@@ -143,13 +138,13 @@ def read_ids(store: Store, entry: FileEntry, row_groups: Sequence[int] | None = 
 def read_text(
     store: Store, entry: FileEntry, row_groups: Sequence[int] | None = None, *, tokens: bool = True
 ) -> NeighbourText:
-    """Read the tokens of a part's first neighbours as they are stored; without ``tokens`` these are [n, k, 2, 0]."""
+    """Read the tokens of a part's first neighbours as they are stored; [n, k, 2, 0] without ``tokens``."""
     own, k = store.identity, text_size(entry)
     form = text_schema(k, own.chunk_length * own.tokenizer.token_bytes)
     columns = form.names if tokens else form.names[:-1]
     arrow = parts.read_parquet(store, entry, columns, row_groups)
     if any(arrow.schema.field(column).type != form.field(column).type for column in columns):
-        raise CorruptError(f"{store.where(entry.path)} does not have tokens of {k} neighbours a row, as the log says")
+        raise CorruptError(f"{store.where(entry.path)}: no tokens of {k} neighbours per row, the log says it has them")
     ids, distances, n_tokens = (_lists(store, entry, arrow, column) for column in form.names[:-1])
     n, dtype = arrow.num_rows, parts.token_dtype(own.tokenizer.token_bytes)
     if tokens:
@@ -160,7 +155,7 @@ def read_text(
 
 
 def erase_neighbours(table: NeighbourTable, rows: Ids, banned: Contains | None) -> NeighbourTable:
-    """Return neighbours with ``rows`` emptied, and without the entries that are ``banned`` (None: none is)."""
+    """Return the neighbours with ``rows`` emptied and ``banned`` entries removed (None: no entry)."""
     drop = np.zeros(table.ids.shape, np.bool_) if banned is None else banned(table.ids)
     if not (len(rows) or drop.any()):
         return table
@@ -168,23 +163,21 @@ def erase_neighbours(table: NeighbourTable, rows: Ids, banned: Contains | None) 
     drop[rows] = True
     ids[drop], distances[drop] = NO_NEIGHBOUR, np.inf
     hit = np.flatnonzero(drop.any(axis=1))
-    order = np.argsort(drop[hit], axis=1, kind="stable")  # those that stay move up, in their order
+    order = np.argsort(drop[hit], axis=1, kind="stable")  # the others move up, in order
     ids[hit] = np.take_along_axis(ids[hit], order, 1)
     distances[hit] = np.take_along_axis(distances[hit], order, 1)
     return NeighbourTable(ids, distances)
 
 
 def text_naming(text: NeighbourText, banned: Contains) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Return which neighbours are ``banned``, and which have a continuation that is, bool [n, k] each."""
+    """Return which neighbours are ``banned``, and which have a banned continuation: bool [n, k] each."""
     there = text.ids > NO_NEIGHBOUR
     return there & banned(text.ids), there & banned(text.ids + 1) & (text.n_tokens[:, :, 1] > 0)
 
 
 def erase_text(text: NeighbourText, rows: Ids, banned: Contains | None) -> NeighbourText:
-    """Return text with ``rows`` emptied, and zeros for the tokens that are ``banned``; rows and places stay."""
-    ids, distances, n_tokens, tokens = (
-        np.array(values) for values in (text.ids, text.distances, text.n_tokens, text.tokens)
-    )
+    """Return the text with ``rows`` emptied and ``banned`` tokens zeroed; rows and places stay."""
+    ids, distances, n_tokens, tokens = map(np.array, (text.ids, text.distances, text.n_tokens, text.tokens))
     whole = np.zeros(ids.shape, np.bool_)
     if banned is not None:
         whole, following = text_naming(text, banned)
@@ -199,14 +192,14 @@ def _lists(store: Store, entry: FileEntry, arrow: pa.Table, name: str) -> npt.ND
     try:
         flat = np.concatenate([chunk.flatten().to_numpy() for chunk in arrow[name].chunks])
         return flat.reshape(arrow.num_rows, -1)
-    except (KeyError, ValueError, AttributeError) as error:  # numpy has no nulls, and those of lists are left out
-        raise CorruptError(f"{store.where(entry.path)} is no neighbour table: {error}") from error
+    except (KeyError, ValueError, AttributeError) as error:  # lists with nulls are shorter
+        raise CorruptError(f"{store.where(entry.path)} is not a neighbour table: {error}") from error
 
 
 def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | None) -> bool:
-    """Whether the ids in a neighbour table are chunks of the store that it lies in; ``metadata`` is that of its file.
+    """Return whether a table's ids are chunks of this store; ``metadata`` is that of the table's file.
 
-    A copy of a store has the same uuid, and goes its own way: the table's record knows where the database was.
+    A copy of a store has the same uuid but later diverges, so the table's record says where the database was.
     """
     if (metadata or {}).get(b"retrotool.database", b"") != store.identity.uuid.encode():
         return False

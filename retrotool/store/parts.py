@@ -1,12 +1,12 @@
-"""The files of a part: documents and chunks in Parquet, embeddings as ``.npy``; and any other Parquet file of a store.
+"""The files of a part: documents and chunks in Parquet. Also reads and writes a store's other Parquet files.
 
-Parquet is written with page checksums and zstd and read with the checksums verified (pyarrow's defaults let nine in
-ten flipped bits through). Tokens are fixed-size binary, 64 little-endian uint16 or uint32: numpy reads them without a
-copy. Reading a part's tokens costs about 0.1 s per million chunks; writing about 1 s. Embeddings are memory-mapped.
+Files have page checksums, which are verified on reading (pyarrow's defaults miss nine in ten flipped bits),
+and zstd compression. Tokens are fixed-size binary, little-endian uint16 or uint32, which numpy reads without
+a copy. Cost: reading a part's tokens takes about 0.1 s per million chunks, writing about 1 s.
 
-A chunk's id is the number of its part and its row in 64 bits, ``part << 32 | row``. Chunks that are not keys (the
-values of key-value records) are marked in a column that a file has only if it holds some: at most 0.1 MB per million
-chunks. Which rows have a vector is decided here, in ``Chunks.embedded`` and ``read_embedded``, and nowhere else.
+A chunk id is ``part << 32 | row``, in 64 bits. Chunks that are not keys (the values of key-value records) are
+marked in a column that only files with such chunks have: at most 0.1 MB per million chunks. Only
+``Chunks.embedded`` and ``read_embedded`` decide which rows have a vector.
 """
 
 from __future__ import annotations
@@ -29,65 +29,38 @@ from retrotool.store.storage import Sink
 from retrotool.store.store import Store
 
 ROW_GROUP = 8192
-_UNIQUE = frozenset(("tokens", "distances"))
-"""Columns of files in which no dictionary of values is worth its time: it would be as large as they are."""
+_UNIQUE = frozenset(("tokens", "distances"))  # files with such columns: a dictionary would save nothing
 HASH_BYTES = 16
 PART_SHIFT = 32
 _ROW_MASK = (1 << PART_SHIFT) - 1
 Ids = npt.NDArray[np.int64]
-RESERVED_COLUMNS = (
-    "id", "key", "text_hash", "source", "first_row", "n_chunks", "n_tokens", "input", "position", "doc", "part",
-)  # fmt: skip
-"""Names that a kept column can't have."""
 
 
 def documents_schema(keep: Sequence[str]) -> pa.Schema:
-    """Schema of a documents file with the kept columns ``keep``."""
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("key", pa.binary(HASH_BYTES)),
-            ("text_hash", pa.binary(HASH_BYTES)),
-            ("source", pa.string()),
-            ("first_row", pa.int32()),
-            ("n_chunks", pa.int32()),
-            ("n_tokens", pa.int64()),
-            ("input", pa.string()),
-            ("position", pa.int64()),
-            *((name, pa.string()) for name in keep),
-        ]
-    )
+    """Return the schema of a documents file with the kept columns ``keep``."""
+    return pa.schema({
+        "id": pa.string(), "key": pa.binary(HASH_BYTES), "text_hash": pa.binary(HASH_BYTES), "source": pa.string(),
+        "first_row": pa.int32(), "n_chunks": pa.int32(), "n_tokens": pa.int64(),
+        "input": pa.string(), "position": pa.int64(), **dict.fromkeys(keep, pa.string()),
+    })  # fmt: skip
 
 
-TOMBSTONES_SCHEMA = pa.schema([("chunk", pa.int64())])
-BLOCKED_SCHEMA = pa.schema([("hash", pa.binary(HASH_BYTES))])
-SCANS_SCHEMA = pa.schema(
-    [
-        ("chunks", pa.int64()),
-        ("selectors", pa.int16()),
-        ("labels", pa.int32()),
-        ("begin", pa.int64()),
-        ("end", pa.int64()),
-        ("figures", pa.float32()),
-    ]
-)
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        ("input", pa.string()),
-        ("line", pa.int64()),
-        ("offset", pa.int64()),
-        ("reason", pa.string()),
-        ("excerpt", pa.string()),
-        ("damage", pa.bool_()),
-    ]
-)
-
-
+RESERVED_COLUMNS = (*documents_schema(()).names, "doc", "part")  # names that a kept column can't have
+TOMBSTONES_SCHEMA = pa.schema({"chunk": pa.int64()})
+BLOCKED_SCHEMA = pa.schema({"hash": pa.binary(HASH_BYTES)})
+SCANS_SCHEMA = pa.schema({
+    "chunks": pa.int64(), "selectors": pa.int16(), "labels": pa.int32(), "begin": pa.int64(), "end": pa.int64(),
+    "figures": pa.float32(),
+})  # fmt: skip
+QUARANTINE_SCHEMA = pa.schema({
+    "input": pa.string(), "line": pa.int64(), "offset": pa.int64(), "reason": pa.string(), "excerpt": pa.string(),
+    "damage": pa.bool_(),
+})  # fmt: skip
 KEY = pa.field("key", pa.bool_(), nullable=False)
 
 
 def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
-    """Schema of a chunks file whose tokens take ``chunk_bytes`` bytes a chunk; ``key``: with the optional column."""
+    """Return the schema of a chunks file with ``chunk_bytes`` bytes of tokens per chunk."""
     names = ("row", "doc", "index", "n_tokens")
     columns = [*((name, pa.int32()) for name in names), ("tokens", pa.binary(chunk_bytes))]
     return pa.schema([*columns, KEY] if key else columns)
@@ -101,7 +74,7 @@ _SCHEMAS = {
     "scans": SCANS_SCHEMA,
     "blocked": BLOCKED_SCHEMA,
 }
-"""The columns that files have at least, of kinds whose columns do not differ."""
+"""The columns that all files of a kind have at least."""
 
 
 def chunk_ids(part: int, rows: npt.NDArray[Any]) -> Ids:
@@ -130,12 +103,12 @@ def row_of(ids: Ids) -> Ids:
 
 
 def distinct_parts(ids: Ids) -> list[int]:
-    """Return the numbers of the parts that chunk ids, in any order, belong to, ascending."""
+    """Return the numbers of the parts that the chunk ids belong to, ascending."""
     return [int(part) for part in np.unique(ids >> PART_SHIFT)]
 
 
 def rows_by_part(ids: Ids) -> Iterator[tuple[int, Ids]]:
-    """Yield each part that chunk ids belong to, ascending, and the rows of its ids in their order."""
+    """Yield each part that the chunk ids belong to, ascending, with the rows of its ids in their order."""
     for part in distinct_parts(ids):
         yield part, row_of(ids[part_of(ids) == part])
 
@@ -147,15 +120,15 @@ def slice_of_part(ids: Ids, part: int) -> slice:
 
 
 def token_dtype(token_bytes: int) -> np.dtype[Any]:
-    """Little-endian uint16 or uint32."""
+    """Return little-endian uint16 or uint32."""
     return np.dtype("<u2" if token_bytes == 2 else "<u4")
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """The chunks of a part, all arrays of length n: ``tokens`` is [n, chunk_length], zero-padded.
+    """The chunks of a part: arrays of length n; ``tokens`` is [n, chunk_length], zero-padded.
 
-    ``key``: searched by and for; False: the value of a key-value record, which is a continuation and nothing else.
+    ``key`` is False for a value of a key-value record: not searched, only a continuation.
     """
 
     part: int
@@ -166,26 +139,24 @@ class Chunks:
     key: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
-        """Rows of the part, erased ones too."""
+        """Return the number of rows, including erased ones."""
         return len(self.doc)
 
     @property
     def embedded(self) -> npt.NDArray[np.bool_]:
-        """Which rows have a vector, bool [n]: keys that are not erased. A purged row has its own until then."""
+        """Which rows have a vector, bool [n]: keys that are not erased. Purged rows keep theirs."""
         return (self.n_tokens > 0) & self.key
 
     def between(self, start: int, stop: int) -> Chunks:
-        """Some of the rows, without a copy."""
-        some = slice(start, stop)
-        return Chunks(
-            self.part, self.doc[some], self.index[some], self.n_tokens[some], self.tokens[some], self.key[some]
-        )
+        """Return some of the rows, without a copy."""
+        columns: tuple[npt.NDArray[Any], ...] = (self.doc, self.index, self.n_tokens, self.tokens, self.key)
+        return Chunks(self.part, *(values[start:stop] for values in columns))
 
 
 def write_parquet(
     store: Store, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
 ) -> FileEntry:
-    """Write a table through the store's door, as ``write_batches`` does."""
+    """Write a table as ``write_batches`` does."""
     return write_batches(store, name, table.schema, [table], row_group=row_group, about=about)
 
 
@@ -198,9 +169,9 @@ def write_batches(
     row_group: int | None = None,
     about: dict[str, Any] | None = None,
 ) -> FileEntry:
-    """Write tables of one schema as one file, in row groups of their own or of a given size; only one is held.
+    """Write tables of one schema to one file, in row groups of their own or of ``row_group`` rows.
 
-    Of a chunks table with values, ``about`` will count the keys, too.
+    Only one table is held at a time. For chunks with a ``key`` column, ``about`` gets the number of keys.
     """
     keys = 0
 
@@ -237,9 +208,9 @@ def read_parquet(
     *,
     optional: Sequence[str] = (),
 ) -> pa.Table:
-    """Read a Parquet file of the store's view; ``CorruptError`` names the file if it is broken.
+    """Read a Parquet file of the store's view, and the ``optional`` columns that it has.
 
-    ``optional``: columns to read besides ``columns`` if the file has them.
+    ``CorruptError`` names a broken file.
     """
     with _open_parquet(store, entry) as file:
         path = store.where(entry.path)
@@ -266,12 +237,12 @@ def _open_parquet(store: Store, entry: FileEntry) -> Iterator[pq.ParquetFile]:
 
 
 def read_schema(store: Store, entry: FileEntry) -> pa.Schema:
-    """Read the columns of a Parquet file of the store's view, and its metadata."""
+    """Read the schema of a Parquet file, with its metadata."""
     return read_parquet(store, entry, row_groups=[]).schema
 
 
 def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """As ``read_parquet``, one row group after another: files that may be larger than memory."""
+    """Yield the row groups of a Parquet file as ``read_parquet`` does, for files larger than memory."""
     with _open_parquet(store, entry) as file:
         groups = file.metadata.num_row_groups
     for group in range(groups):
@@ -279,39 +250,38 @@ def read_tables(store: Store, entry: FileEntry, columns: Sequence[str] | None = 
 
 
 def _check_schema(store: Store, entry: FileEntry, schema: pa.Schema, columns: Sequence[str] | None) -> None:
-    """Check what page checksums do not cover: names and types of columns, which stand in the file's footer."""
+    """Check the names and types of columns, which page checksums do not cover."""
     own = store.identity
     expected = _SCHEMAS.get(entry.kind, pa.schema([]))
     if entry.kind == "chunks":
         expected = chunks_schema(own.chunk_length * own.tokenizer.token_bytes)
-        # A footer that lost the column ``key`` would make keys of values.
+        # Without the column ``key``, values would become keys.
         key = schema.field("key").type if "key" in schema.names else None
         if key != (due := KEY.type if "keys" in (entry.about or {}) else None):
-            said = f"{key or 'missing'}, the log says {due or 'that it has none'}"
-            raise CorruptError(f"{entry.path}: its column 'key' is {said}")
-    # pyarrow leaves out in silence a column that is asked for and not there.
+            raise CorruptError(f"{entry.path}: column 'key' is {key or 'missing'}, the log says {due or 'missing'}")
+    # pyarrow silently ignores a requested column that does not exist.
     for name in (*expected.names, *(columns or ())):
         if name not in schema.names:
-            raise CorruptError(f"{entry.path}: it has no column {name!r}")
+            raise CorruptError(f"{entry.path}: column {name!r} is missing")
         if name in expected.names and schema.field(name).type != expected.field(name).type:
             found, due = schema.field(name).type, expected.field(name).type
-            raise CorruptError(f"{entry.path}: its column {name!r} is {found}, not {due}")
+            raise CorruptError(f"{entry.path}: column {name!r} is {found}, not {due}")
 
 
 def n_keys(entry: FileEntry) -> int:
-    """How many rows of a chunks file are keys, erased and purged ones too."""
+    """Return how many rows of a chunks file are keys, including erased and purged ones."""
     return int((entry.about or {}).get("keys", entry.rows))
 
 
 def fixed_binary(values: npt.NDArray[Any]) -> pa.Array:
-    """[n, w] numbers as n fixed-size binaries, without a copy."""
+    """Return [n, w] numbers as n fixed-size binaries, without a copy."""
     data = np.ascontiguousarray(values)
-    width = data.shape[1] * data.dtype.itemsize
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(data), [None, pa.py_buffer(data)])
+    kind = pa.binary(data.shape[1] * data.dtype.itemsize)
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(data), [None, pa.py_buffer(data)])
 
 
 def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Inverse of ``fixed_binary``; nulls come back as zeros."""
+    """Invert ``fixed_binary``; nulls become zeros."""
     if column.null_count:
         column = column.fill_null(b"\0" * column.type.byte_width)
     array = column.combine_chunks()
@@ -333,25 +303,17 @@ def chunks_table(
     *,
     first: int = 0,
 ) -> pa.Table:
-    """The table of a chunks file, or of its rows from ``first`` on.
-
-    ``key`` [n] tells which chunks are keys (None: all). If all are, the table has no such column.
-    """
+    """Return the table of a chunks file, or of its rows from ``first`` on; None for ``key``: all are keys."""
     binary = fixed_binary(tokens)
-    columns = [
-        pa.array(np.arange(first, first + len(doc)), pa.int32()),
-        *(pa.array(c, pa.int32()) for c in (doc, index, n_tokens)),
-        binary,
-    ]
+    row = np.arange(first, first + len(doc))
+    columns = [*(pa.array(c, pa.int32()) for c in (row, doc, index, n_tokens)), binary]
     some = key is not None and not np.all(key)
-    return pa.table(
-        [*columns, pa.array(key, pa.bool_())] if some else columns,
-        schema=chunks_schema(binary.type.byte_width, key=some),
-    )
+    columns += [pa.array(key, pa.bool_())] if some else []
+    return pa.table(columns, schema=chunks_schema(binary.type.byte_width, key=some))
 
 
 def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:
-    """Which documents have the hash of their text for an id, as those have that came without, bool [n]."""
+    """Return which documents came without an id, and so have the hash of their text as id: bool [n]."""
     named = np.zeros(documents.num_rows, np.bool_)
     may = np.flatnonzero(pc.equal(pc.binary_length(documents["id"]), 2 * HASH_BYTES).fill_null(False).to_numpy())
     ids, hashes = (documents[name].take(pa.array(may)).to_pylist() for name in ("id", "text_hash"))
@@ -360,7 +322,7 @@ def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:
 
 
 def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
-    """The live file of a part; ``CorruptError`` if it has none."""
+    """Return the live file of a part; ``CorruptError`` if it has none."""
     entry = store.state.part_file(kind, part, name)
     if entry is None:
         raise store.corrupt(f"part {part} has no {kind} file")
@@ -368,7 +330,7 @@ def part_entry(store: Store, kind: str, part: int, name: str = "") -> FileEntry:
 
 
 def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None) -> Chunks:
-    """Read a part's chunks (or the chunks of some row groups of it)."""
+    """Read a part's chunks, or those of some row groups."""
     entry = part_entry(store, "chunks", part)
     table = read_parquet(store, entry, ["doc", "index", "n_tokens", "tokens"], row_groups, optional=["key"])
     dtype = token_dtype(store.identity.tokenizer.token_bytes)
@@ -377,7 +339,7 @@ def read_chunks(store: Store, part: int, row_groups: Sequence[int] | None = None
 
 
 def read_groups_of(store: Store, ids: Ids) -> Iterator[tuple[Ids, Chunks, Ids]]:
-    """Yield each row group that has any of some chunks: their places in ``ids``, its chunks, their rows in these."""
+    """Yield the places in ``ids``, the chunks, and the rows of each row group that has any of the chunks."""
     firsts = ids - row_of(ids) % ROW_GROUP
     order = np.argsort(firsts, kind="stable")
     for places in np.split(order, np.flatnonzero(np.diff(firsts[order])) + 1) if len(ids) else ():
@@ -386,7 +348,7 @@ def read_groups_of(store: Store, ids: Ids) -> Iterator[tuple[Ids, Chunks, Ids]]:
 
 
 def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
-    """Which rows of a part have a vector (``Chunks.embedded``), bool [n]; without reading their tokens."""
+    """Return which rows of a part have a vector (``Chunks.embedded``), without reading tokens: bool [n]."""
     entry = part_entry(store, "chunks", part)
     table = read_parquet(store, entry, ["n_tokens"], optional=["key"])
     embedded: npt.NDArray[np.bool_] = (table["n_tokens"].to_numpy() > 0) & _key(entry, table)
@@ -394,7 +356,7 @@ def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
 
 
 def read_key(store: Store, part: int) -> npt.NDArray[np.bool_]:
-    """Which rows of a part are keys, erased and purged ones too, bool [n]; reads nothing where all are."""
+    """Return which rows of a part are keys, including erased and purged ones: bool [n]."""
     entry = part_entry(store, "chunks", part)
     if n_keys(entry) == entry.rows:
         return np.ones(entry.rows, np.bool_)
@@ -405,7 +367,7 @@ def _key(entry: FileEntry, table: pa.Table) -> npt.NDArray[np.bool_]:
     if "key" not in table.schema.names:
         return np.ones(table.num_rows, np.bool_)
     if table["key"].null_count:
-        raise CorruptError(f"{entry.path}: its column 'key' has nulls")
+        raise CorruptError(f"{entry.path}: column 'key' has nulls")
     found: npt.NDArray[np.bool_] = table["key"].to_numpy()
     return found
 

@@ -76,7 +76,7 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
     "a log that counts other keys": (lambda liar: count(liar, {"keys": 4}), "the log has a different number of keys"),
     "a log that counts no keys": (lambda liar: count(liar, None), "the log says that it has none"),
     "a file that lost the column": (
-        lambda liar: lose_column(liar), "its column 'key' is missing, the log says bool",
+        lambda liar: lose_column(liar), "column 'key' is missing, the log says bool",
     ),
 }  # fmt: skip
 

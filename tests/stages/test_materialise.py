@@ -373,6 +373,6 @@ def test_files_of_other_columns_are_corrupt(stores: tuple[Path, Path]) -> None:
     opened = Store.open(stores[1])
     entry = next(iter(entries(stores[1]).values()))
     other = replace(entry, about={**entry.about, "text": 3})
-    with pytest.raises(CorruptError, match="does not have tokens of 3 neighbours"):
+    with pytest.raises(CorruptError, match="no tokens of 3 neighbours per row"):
         neighbour_tables.read_text(opened, other)
     assert neighbour_tables.read_text(opened, entry).nearest(1).tokens.shape == (entry.rows, 1, 2, 64)

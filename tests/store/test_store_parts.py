@@ -133,10 +133,10 @@ def test_the_log_counts_the_keys_of_a_file_beside_what_else_it_says(small: Store
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.drop_columns(["key"]), "its column 'key' is missing, the log says bool"),
-        (lambda table: table.rename_columns([*table.column_names[:-1], "kez"]), "its column 'key' is missing"),
-        (lambda table: retyped(table, pa.array([1, 0], pa.int8())), "its column 'key' is int8, the log says bool"),
-        (lambda table: retyped(table, pa.array([True, None])), "its column 'key' has nulls"),
+        (lambda table: table.drop_columns(["key"]), "column 'key' is missing, the log says bool"),
+        (lambda table: table.rename_columns([*table.column_names[:-1], "kez"]), "column 'key' is missing"),
+        (lambda table: retyped(table, pa.array([1, 0], pa.int8())), "column 'key' is int8, the log says bool"),
+        (lambda table: retyped(table, pa.array([True, None])), "column 'key' has nulls"),
     ],
 )
 def test_a_file_that_does_not_tell_keys_from_values_is_corrupt(
@@ -153,7 +153,7 @@ def test_a_file_that_does_not_tell_keys_from_values_is_corrupt(
 def test_a_key_column_that_the_log_does_not_count_is_corrupt(small: Store) -> None:
     table = parts.chunks_table([0, 0], [0, 1], [8, 1], np.zeros((2, 8), "<u2"), np.array([True, False]))
     entry = parts.write_parquet(small, name("chunks"), table)
-    with pytest.raises(CorruptError, match="its column 'key' is bool, the log says that it has none"):
+    with pytest.raises(CorruptError, match="column 'key' is bool, the log says missing"):
         parts.read_embedded(viewing(small, dataclasses.replace(entry, about=None)), 0)
 
 
