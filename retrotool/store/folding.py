@@ -117,7 +117,7 @@ def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
     reason = state.conflict(joined)
     if reason is None:
         places = {entry.place for entry in draft.add}
-        reason = next((f"the place of {e.path} is taken" for e in task.add if e.place in places), None)
+        reason = next((f"the slot of {e.path} is taken" for e in task.add if e.place in places), None)
     known = {**state.records, **draft.records}
     for key, value in task.records.items():
         if known.get(key, value) != value:

@@ -1,8 +1,8 @@
-"""Paths in a store: what a name says.
+"""Names of a store's files: ``kind/[name/][slot-]token.extension``, relative to the store.
 
-``kind/[name/][slot-]token.extension``, relative to the store. The *token* (run id and a random number) makes every
-written name new, so that a name is never written twice. A *slot* holds at most one live file; which, a commit says:
-documents and chunks are written before their part has its number, and do not have it in their names.
+The *token* (run id and random digits) makes every written name new, so a name is never written twice. A
+commit says which *slot* a file is in; a slot holds at most one live file. The names of documents and chunks
+have no slot, as these files are written before their part has a number.
 """
 
 from __future__ import annotations
@@ -14,39 +14,23 @@ from dataclasses import dataclass
 from retrotool.errors import CorruptError, UsageError
 
 DATA_KINDS = (
-    "documents",
-    "chunks",
-    "embeddings",
-    "index",
-    "neighbours",
-    "tombstones",
-    "undone",
-    "blocked",
-    "quarantine",
-    "plans",
-    "inputs",
-    "selectors",
-    "scans",
-)
+    "documents", "chunks", "embeddings", "index", "neighbours", "tombstones", "undone", "blocked", "quarantine",
+    "plans", "inputs", "selectors", "scans",
+)  # fmt: skip
 FOLDERS = (*DATA_KINDS, "staging", "leases", "log", "checkpoints")
-"""All folders of a store."""
 NAMED_KINDS = ("embeddings", "index", "neighbours", "scans")
-PART_KINDS = ("documents", "chunks", "embeddings", "neighbours", "scans")
-"""Kinds with a file for each part, in the slot of its number."""
-UNNUMBERED_KINDS = ("documents", "chunks")
-"""Kinds whose names say no slot."""
+PART_KINDS = ("documents", "chunks", "embeddings", "neighbours", "scans")  # one file per part; the slot is its number
+UNNUMBERED_KINDS = ("documents", "chunks")  # without a slot in the name
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-"""What an encoder, an index, a table or a purge can be called."""
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # of an encoder, an index, a table or a purge
 _OTHERS = "|".join(kind for kind in DATA_KINDS if kind not in (*NAMED_KINDS, *UNNUMBERED_KINDS))
 _SLOT = rf"(?:(?:{'|'.join(NAMED_KINDS)})/{NAME.pattern}|(?:{_OTHERS}))/{NAME.pattern}-"
 PATH = re.compile(rf"(?:(?:{'|'.join(UNNUMBERED_KINDS)})/|{_SLOT})[0-9a-f]{{16,32}}\.[a-z0-9]{{1,16}}")
-"""The path of a data file."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileName:
-    """The parts of a data file's path; ``name`` is empty for kinds that have none, as is ``slot`` in what is parsed."""
+    """The components of a data file's path; ``name`` and ``slot`` are empty where the path has none."""
 
     kind: str
     name: str
@@ -56,7 +40,7 @@ class FileName:
 
     @property
     def path(self) -> str:
-        """The path relative to the store, with ``/``."""
+        """The path relative to the store."""
         folder = f"{self.kind}/{self.name}" if self.name else self.kind
         slot = "" if self.kind in UNNUMBERED_KINDS else f"{self.slot}-"
         return f"{folder}/{slot}{self.token}.{self.extension}"
@@ -68,9 +52,9 @@ class FileName:
 
     @classmethod
     def parse(cls, path: str) -> FileName:
-        """Take a path apart; ``CorruptError`` if it has not the form of one."""
+        """Parse a path; ``CorruptError`` if it is not valid."""
         if not PATH.fullmatch(path):
-            raise CorruptError(f"{path!r} is no path of a store's file")
+            raise CorruptError(f"{path!r} is not the path of a data file")
         *folders, file = path.split("/")
         slot, _, file = file.rpartition("-")
         token, _, extension = file.partition(".")
@@ -79,33 +63,33 @@ class FileName:
     @classmethod
     def new(cls, run: str, kind: str, slot: str, extension: str, name: str = "") -> FileName:
         """Make a name that was never used; ``run`` is the writer's id (8 hexadecimal digits)."""
-        # Of 100,000 names without a slot two would have the same 32 bits, more likely than not.
+        # 32 bits would not do without a slot: of 100,000 names two would probably be equal.
         return cls(kind, name, slot, new_token(run, 64 if kind in UNNUMBERED_KINDS else 32), extension)
 
 
 def new_token(run: str, bits: int = 32) -> str:
-    """A token of a run: its id and some random bits."""
+    """Return a new token: the run's id and random bits."""
     return run + secrets.token_hex(bits // 8)
 
 
 def part_slot(part: int) -> str:
-    """The slot of a part: six decimal digits or more."""
+    """Return the slot of a part: six decimal digits or more."""
     return f"{part:06d}"
 
 
 def generation_slot(what: str, generation: int) -> str:
-    """The slot of a file of an index, whose training is the ``generation``-th, from 0."""
+    """Return the slot of a file of an index; generations count trainings, from 0."""
     return f"{what}.g{generation}" if generation else what
 
 
 def generation_in(slot: str) -> int:
-    """The generation that a slot of an index is of."""
+    """Return the generation in a slot of an index."""
     _, dot, last = slot.rpartition(".g")
     return int(last) if dot and last.isdigit() else 0
 
 
 def check_name(name: str, what: str) -> str:
-    """Return ``name`` if it can be a folder of the store, else ``UsageError`` naming ``what`` it was for."""
+    """Return ``name`` if it can name a folder of the store, else raise ``UsageError``; it is a ``what``."""
     if not NAME.fullmatch(name):
         raise UsageError(
             f"{what} {name!r} can't be used as a name",
@@ -115,5 +99,5 @@ def check_name(name: str, what: str) -> str:
 
 
 def is_safe(path: str) -> bool:
-    """Whether a path stays in the store, by its form."""
+    """Return whether a path's form keeps it in the store."""
     return all(map(_COMPONENT.fullmatch, path.split("/")))

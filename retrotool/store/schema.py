@@ -1,23 +1,24 @@
-"""What the JSON in a store must look like. It is checked when it is read, before anything is made of it.
+"""What the JSON in a store must look like. It is checked when it is read, before it is used.
 
-Sums find accidents. Whoever can write the store can write right sums as well, so a file that is not what a *spec* says
-is a ``CorruptError`` that names the file and the field, what was found and what is due. Fields that a spec does not
-name are ignored: a newer version may have added them. A spec is plain Python:
+Checksums find accidents, but a person who can write the store can also write valid checksums. So JSON that
+does not match its *spec* is a ``CorruptError``, which names the file and the field, what was found and what
+is expected. Fields that a spec does not name are ignored: a newer version may have added them. A spec is
+plain Python:
 
     str, bool, float            a value of this type; a float is finite, and may be written as an integer
     a range                     an integer in it
-    a pattern                   a string that it matches as a whole
-    a frozenset                 one of these values
-    [spec]                      a list of such
-    (spec, spec)                a list of so many
-    {"a": spec, "b?": spec}     an object with a field ``a``, and perhaps ``b``
-    {pattern: spec}             an object whose fields all have such names, and are such
-    Keyed({"a:": spec}, names)  an object; what a field is follows from its name, up to the first colon
-    Maybe(spec)                 null, or such
-    a function                  what it returns for the value
+    a pattern                   a string that matches it as a whole
+    a frozenset                 one of its values
+    [spec]                      a list of such values
+    (spec, spec)                a list of this length
+    {"a": spec, "b?": spec}     an object with a field ``a``, and optionally ``b``
+    {pattern: spec}             an object whose field names match the pattern, with such values
+    Keyed({"a:": spec}, names)  an object whose field names, up to the first colon, choose the spec
+    Maybe(spec)                 null, or such a value
+    a function                  the spec it returns for the value
 
-Values of one place are checked together: the 150,000 files of a checkpoint take 0.1 s. What is written is checked, too
-(``log.append``): a store that its own readers refuse would be lost.
+Values in the same place are checked together: the 150,000 files of a checkpoint take 0.1 s. What is written
+is checked, too (``log.append``): a store that its own readers refuse would be lost.
 """
 
 from __future__ import annotations
@@ -36,27 +37,26 @@ import orjson
 from retrotool.errors import CorruptError
 
 Spec = Any
-DEEPEST = 32
-"""How deep JSON may be nested: what follows it must not run out of stack."""
+DEEPEST = 32  # levels of nesting that JSON may have, so that recursion does not run out of stack
 
 
 @dataclass(frozen=True, slots=True)
 class Maybe:
-    """Null, or what ``spec`` says."""
+    """Null, or a value that fits ``spec``."""
 
     spec: Spec
 
 
 @dataclass(frozen=True, slots=True)
 class Keyed:
-    """An object; ``specs`` are those of its fields, by their names up to the first colon, which match ``names``."""
+    """An object whose field names match ``names``; ``specs`` are by field name up to the first colon."""
 
     specs: dict[str, Spec]
     names: re.Pattern[str]
 
 
 class _UnfitError(ValueError):
-    """A value is not ``due``; ``path`` leads to it from where it was caught last."""
+    """A value that is not ``due``; ``path`` leads to it from the place where the error was last caught."""
 
     def __init__(self, due: str) -> None:
         super().__init__(due)
@@ -68,19 +68,19 @@ class _UnfitError(ValueError):
 
 
 def load(data: bytes, spec: Spec, where: str) -> Any:
-    """Parse JSON that must be as ``spec`` says; a ``CorruptError`` names ``where``, and the field."""
+    """Parse JSON that fits ``spec``, else raise a ``CorruptError`` that names ``where`` and the field."""
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise CorruptError(f"{where} is no JSON: {error}") from error
+        raise CorruptError(f"{where} is not JSON: {error}") from error
     if data.count(b"{") + data.count(b"[") > DEEPEST and _is_deep(value):
-        raise CorruptError(f"{where} is nested more than {DEEPEST} deep")
+        raise CorruptError(f"{where} is nested more than {DEEPEST} levels deep")
     check_value(value, spec, where)
     return value
 
 
 def check_value(value: Any, spec: Spec, where: str) -> None:
-    """``CorruptError`` that names ``where``, and the field, if a value is not as ``spec`` says."""
+    """Check that a value fits ``spec``, else raise a ``CorruptError`` that names ``where`` and the field."""
     try:
         _check([value], spec)
     except _UnfitError as error:
@@ -88,7 +88,7 @@ def check_value(value: Any, spec: Spec, where: str) -> None:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether JSON is nested too deep: orjson, which refuses more than 254 levels, sees that five times as fast."""
+    """Return whether JSON is nested too deep. orjson refuses 255 levels, five times as fast as a loop."""
     for _ in range(254 - DEEPEST):
         value = [value]
     try:
@@ -104,7 +104,7 @@ def _check(values: Sequence[Any], spec: Spec) -> None:
 
 
 def _demand(values: Sequence[Any], types: Collection[type], fits: Callable[[Any], object] | None, due: str) -> None:
-    """Say which of some values, not all of which are ``due``, is not."""
+    """Raise the error for the first value that does not fit."""
     found = next((one for one in values if type(one) not in types or (fits is not None and not fits(one))), None)
     shown = "a list" if type(found) is list else "an object" if type(found) is dict else orjson.dumps(found).decode()
     raise _UnfitError(f"is {shown if len(shown) < 80 else f'{shown[:80]}…'}, not {due}")
@@ -190,7 +190,7 @@ def _keyed(values: Sequence[Any], spec: Keyed) -> None:
 
 
 def _inside(outer: Sequence[Any], inner: list[Any], spec: Spec, names: Iterable[object]) -> None:
-    """Check what lists or objects hold; what does not fit is looked for again, one by one, to name its place."""
+    """Check the items of lists or objects; if one does not fit, check them one by one to name its place."""
     try:
         _check(inner, spec)
     except _UnfitError:

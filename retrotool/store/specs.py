@@ -1,6 +1,6 @@
-"""What the JSON of a store has, in the form of ``retrotool.store.schema``: the fields that are read, and no more.
+"""Specs (``retrotool.store.schema``) of the JSON in a store: only the fields that are read.
 
-``docs/format.md`` says what they mean. The content of plans, inputs and recall files has its specs where it is read.
+``docs/format.md`` explains the fields. The specs of plans, inputs and recall files are where these are read.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from retrotool.store.paths import DATA_KINDS, NAME, NAMED_KINDS, PART_KINDS, PAT
 from retrotool.store.schema import Keyed, Maybe, Spec
 
 COUNT, PART, INT64 = range(1 << 53), range(1 << 31), range(-(1 << 63), 1 << 63)
-_AMOUNT = range(-(1 << 53), 1 << 53)
-"""What is added to: the sum of many is no more than JSON can hold."""
+_AMOUNT = range(-(1 << 53), 1 << 53)  # of counts that are added to
 HEX64, RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{8}")
-PLACE = re.compile(r"[^\0]+")
-"""A path of the file system, or a URI."""
+PLACE = re.compile(r"[^\0]+")  # a path of the file system, or a URI
 _K = range(1, 1001)
 _DIMENSION = range(1, 1 << 20)
-_SLOT = re.compile("[0-9]{6}|[1-9][0-9]{6,8}|1[0-9]{9}")
-"""The slot of a part: its number, which is below 2^31."""
+_SLOT = re.compile("[0-9]{6}|[1-9][0-9]{6,8}|1[0-9]{9}")  # of a part: its number, below 2^31
 _SPANS = [(PART, PART)]
 _TIME = re.compile(r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}(\.[0-9]+)?Z")
 _TOKEN = r"[0-9a-f]{16,32}\.[a-z0-9]{1,16}"  # noqa: S105
@@ -70,7 +67,7 @@ _RESTORED = {
 
 
 def _with(field: str, there: Spec, else_: Spec) -> Spec:
-    """One of two specs: that of objects with a field, or that of others."""
+    """Choose between two specs: ``there`` for objects with the field, ``else_`` for others."""
     return lambda value: there if type(value) is dict and field in value else else_
 
 
@@ -116,10 +113,10 @@ _FILES = {kind: _file_of(kind) for kind in (*DATA_KINDS, "trained", "shard")}
 
 
 def _file(value: Any) -> Spec:
-    """The spec of a file as a commit names it, whose slot is the one in its name, if that has one."""
+    """Return the spec of a file in a commit. If its name has a slot, its slot must be the same."""
     path, slot = (value.get("path"), value.get("slot")) if type(value) is dict else (None, None)
     if type(path) is not str or type(slot) is not str or not PATH.fullmatch(path):
-        return _FILES["inputs"]  # it fits none
+        return _FILES["inputs"]  # does not fit, whichever spec is used
     kind, begins = path.partition("/")[0], slot.partition("-")[0].partition(".")[0]
     spec = _FILES[begins if kind == "index" and begins in ("trained", "shard") else kind]
     own = path.rpartition("/")[2].rpartition("-")[0]
@@ -127,12 +124,11 @@ def _file(value: Any) -> Spec:
 
 
 def _unnumbered(kind: str) -> dict[str, Spec]:
-    """A file of a unit: its part has no number yet."""
     return {**_FILES[kind], "path": re.compile(f"{kind}/{_TOKEN}"), "slot": frozenset(("",))}
 
 
 def _columns(kind: str) -> Spec:
-    """A group of a checkpoint: kind, name and files, in columns."""
+    """Return the spec of a group in a checkpoint: kind, name, and files in columns."""
     spec = _FILES[kind]
     file = re.compile(_TOKEN if kind in UNNUMBERED_KINDS else f"{NAME.pattern}-{_TOKEN}")
     columns = {"slot": spec["slot"], "file": file, "rows": spec["rows"], "bytes": COUNT, "sha256": str}

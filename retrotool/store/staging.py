@@ -1,7 +1,7 @@
-"""Finished tasks, waiting for a commit.
+"""Finished tasks that wait for a commit.
 
-A worker calls ``stage`` when its files are whole: what it wrote is then known to every process, and any may commit it
-(``store.folding``).
+A worker calls ``stage`` when its files are complete. From then on every process sees the task, and any may
+commit it (``retrotool.store.folding``).
 """
 
 from __future__ import annotations
@@ -20,21 +20,16 @@ from retrotool.store.storage import Storage
 from retrotool.store.sums import with_sums
 
 ENTRY_PATH = re.compile(r"staging/(?P<key>[0-9a-f]{32})\.json")
-COUNTS = ("documents", "chunks", "tokens", "rejected")
-"""What is counted of a unit, of a plan and of the store."""
-PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "compared", "exact")
-"""What is counted of a unit and of a plan."""
-
-
-_STORED = ("kind", "run", "settings", "reads", "add", "remove", "records", "unit", "piece")
-"""Fields of ``Staged`` that its entry has; its name has the task."""
+COUNTS = ("documents", "chunks", "tokens", "rejected")  # of units, plans and the store
+PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "compared", "exact")  # units and plans
+_STORED = ("kind", "run", "settings", "reads", "add", "remove", "records", "unit", "piece")  # fields of an entry
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What a unit of a chunk plan gave: files a part (documents, chunks) under ``staging/``, not yet numbered.
+    """The result of a unit of a chunk plan: the files (documents, chunks) of each part, not yet numbered.
 
-    ``blocked`` are the slots of the block list that it left documents out by; None: it let all in.
+    ``blocked``: slots of the block lists that were applied; None if documents were not checked.
     """
 
     plan: str
@@ -47,10 +42,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A finished task. ``records`` are set if they are absent, and must be equal if they are there.
+    """A finished task. ``records`` are added; those that exist must be equal.
 
-    ``piece``: of a task that is done in pieces, the rows [first, last] that the file has; only the task as a whole is
-    committed. ``measured``: figures of the work, for the process that runs it; they are not stored.
+    * ``piece``: the file has only the rows [first, last] of the task. Pieces are not committed, only whole
+      tasks.
+    * ``measured``: figures for the process that runs the task; they are not stored.
     """
 
     task: str
@@ -66,7 +62,7 @@ class Staged:
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def entries(self) -> list[FileEntry]:
-        """All files the task wrote."""
+        """Return all files that the task wrote."""
         entries = list(self.add)
         if self.unit is not None:
             entries += [entry for part in self.unit.parts for entry in part]
@@ -74,26 +70,25 @@ class Staged:
         return entries
 
     def files(self) -> list[str]:
-        """Paths of all files the task wrote, sums included."""
+        """Return the paths of all files that the task wrote, including sums."""
         return [path for entry in self.entries() for path in with_sums(entry.path)]
 
 
 def staged_path(task: str) -> str:
-    """Where the entry of a finished task lies."""
+    """Return the path of a finished task's entry."""
     return f"staging/{task}.json"
 
 
 def stage(storage: Storage, staged: Staged) -> bool:
-    """Make a finished task known; False (and its files removed) if another process staged it first.
+    """Publish a finished task; False (and its files are removed) if another process staged it first.
 
-    ``LostRunError`` if its files are missing: another process took this run for dead and cleaned up after it.
+    ``LostRunError`` if its files are missing: another process took this run for dead and cleaned up.
     """
     if not is_whole(storage, staged):
-        raise LostRunError(f"the files of a finished {staged.kind} task are missing: this run was taken for dead")
-    data = orjson.dumps({name: getattr(staged, name) for name in _STORED})
-    schema.load(data, specs.STAGED, staged_path(staged.task))
+        raise LostRunError(f"files of a finished {staged.kind} task are missing: this run was taken for dead")
+    path, data = staged_path(staged.task), orjson.dumps({name: getattr(staged, name) for name in _STORED})
+    schema.load(data, specs.STAGED, path)
     leases.renew(storage, staged.run)
-    path = staged_path(staged.task)
     won = storage.put_if_absent(path, staged.run, with_checksum(data))
     if not won:
         storage.delete(staged.files())
@@ -101,7 +96,7 @@ def stage(storage: Storage, staged: Staged) -> bool:
 
 
 def is_whole(storage: Storage, task: Staged) -> bool:
-    """Whether all files that a task wrote are there with their sizes."""
+    """Return whether all files that a task wrote exist with their sizes."""
     return all(is_there(storage, entry) for entry in task.entries())
 
 
@@ -113,23 +108,23 @@ def _unit_from_json(fields: Mapping[str, Any]) -> Unit:
 
 
 def read_staged(storage: Storage) -> dict[str, Staged]:
-    """All staged tasks by key, but for broken ones."""
+    """Return all readable staged tasks by key."""
     return {key: task for key, task in _read_all(storage).items() if task is not None}
 
 
 def broken(storage: Storage) -> list[str]:
-    """Entries of finished tasks that can't be read. Each task can be done again; clean-up removes its entry."""
+    """Return the paths of entries that can't be read. Clean-up removes them; their tasks run again."""
     return [staged_path(key) for key, task in _read_all(storage).items() if task is None]
 
 
 def _read_all(storage: Storage) -> dict[str, Staged | None]:
-    """The staged tasks by key; None for files that are not one."""
+    """Return the staged tasks by key; None for an entry that can't be read."""
     found: dict[str, Staged | None] = {}
     for key in sorted(staged_keys(storage)):
         try:
             found[key] = _staged_from_json(key, schema.load(checked(storage.get(staged_path(key))), specs.STAGED, key))
         except FileNotFoundError:
-            continue  # another process folded it just now
+            continue  # another process just folded it
         except (CorruptError, ValueError):
             found[key] = None
     return found
@@ -151,11 +146,11 @@ def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
 
 
 def is_staged(storage: Storage, task: str) -> bool:
-    """Whether the task is finished and waiting for a commit."""
+    """Return whether the task is finished and waits for a commit."""
     return storage.stat(staged_path(task)) is not None
 
 
 def staged_keys(storage: Storage) -> frozenset[str]:
-    """Keys of all tasks that are finished and waiting for a commit, by one listing."""
+    """Return the keys of all finished tasks that wait for a commit, by one listing."""
     found = (ENTRY_PATH.fullmatch(info.path) for info in storage.list("staging/"))
     return frozenset(match["key"] for match in found if match)

@@ -1,9 +1,8 @@
 """The state of a store: the fold of its log.
 
-A map from slots to files, in groups by (kind, name), and a map of records. Groups are kept as columns and indexed
-when asked for, so that a checkpoint of 150,000 files costs one JSON parse (about 16 MB) and no object a file.
-States are values: ``fold`` returns a new one and shares what did not change. Nothing here reads or writes a data
-file.
+It maps slots to files, in groups by (kind, name), and has a map of records. Groups are kept as columns and
+indexed on first use, so a checkpoint of 150,000 files costs one JSON parse (about 16 MB) and no object per
+file. States are values: ``fold`` returns a new state and shares what did not change. No data file is read.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _REBASE = 2048
 
 
 class Group:
-    """The live files of one (kind, name): columns from a checkpoint, and the changes since. Not changed once shared."""
+    """The live files of one (kind, name): columns from a checkpoint, and changes. Immutable once shared."""
 
     __slots__ = ("_added", "_changed", "_columns", "_index", "_prefix", "_slots")
 
@@ -35,7 +34,7 @@ class Group:
         self._index: dict[str, int] | None = None
         self._slots: dict[str, str] | None = None
         self._changed: dict[str, FileEntry | None] = {}
-        self._added: dict[str, str] = {}  # slots by the paths of files that were added since
+        self._added: dict[str, str] = {}  # slots by the paths of later files
 
     def __len__(self) -> int:
         """Count the live files."""
@@ -44,13 +43,13 @@ class Group:
         return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[str]:
-        """Slots of the live files, in order of their names."""
+        """Return the slots of the live files, in order."""
         base = (slot for slot in self._columns["slot"] if slot not in self._changed)
         added = (slot for slot, entry in self._changed.items() if entry is not None)
         return iter(sorted([*base, *added], key=lambda slot: (len(slot), slot)))
 
     def get(self, slot: str) -> FileEntry | None:
-        """The live file of a slot."""
+        """Return the live file of a slot."""
         if slot in self._changed:
             return self._changed[slot]
         if self._index is None:
@@ -63,7 +62,7 @@ class Group:
         return FileEntry(path, slot, c["rows"][i], c["bytes"][i], c["sha256"][i], c["about"][i])
 
     def slot_of(self, path: str) -> str | None:
-        """The slot that a live file is in; None if it is not live."""
+        """Return the slot of a live file; None if it is not live."""
         slot = self._added.get(path)
         if slot is None:
             if self._slots is None:
@@ -73,17 +72,17 @@ class Group:
         return slot if entry is not None and entry.path == path else None
 
     def items(self) -> list[tuple[str, FileEntry]]:
-        """Slots and live files, in the order of the slots."""
+        """Return slots and live files, in the order of slots."""
         return [(slot, entry) for slot in self if (entry := self.get(slot)) is not None]
 
     def entries(self) -> list[FileEntry]:
-        """All live files, in the order of their slots."""
+        """Return the live files, in the order of slots."""
         return [entry for _, entry in self.items()]
 
     def copy(self) -> Group:
-        """A group that can be changed without changing this one."""
+        """Return a group that can be changed without changing this one."""
         if len(self._changed) > _REBASE:
-            # Copying ever more changes at every commit would be quadratic.
+            # Copying a growing number of changes at every commit would be quadratic.
             return Group(self._prefix, self.columns())
         copy = Group(self._prefix, self._columns)
         copy._index, copy._slots = self._index, self._slots
@@ -91,13 +90,13 @@ class Group:
         return copy
 
     def put(self, slot: str, entry: FileEntry | None) -> None:
-        """Fill a slot, or free it. Only for a copy that nobody else has yet."""
+        """Fill a slot, or free it. Only for a copy that is not shared yet."""
         self._changed[slot] = entry
         if entry is not None:
             self._added[entry.path] = slot
 
     def columns(self) -> dict[str, list[Any]]:
-        """All live files as columns, for a checkpoint."""
+        """Return the live files as the columns of a checkpoint."""
         rows = [
             (slot, entry.path.rpartition("/")[2], entry.rows, entry.bytes, entry.sha256, entry.about)
             for slot, entry in self.items()
@@ -106,7 +105,7 @@ class Group:
 
 
 class Records(dict[str, Any]):
-    """Records by their keys; ``CorruptError`` for one that must be there and is not."""
+    """Records by key; ``CorruptError`` if a required one is missing."""
 
     def __missing__(self, key: str) -> Any:
         raise CorruptError(f"the log has no record {key!r}")
@@ -114,7 +113,7 @@ class Records(dict[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A store after commit ``number`` (−1: none), whose bytes hash to ``head``."""
+    """A store after commit ``number`` (−1: none); ``head`` is that commit's SHA-256."""
 
     number: int
     head: str
@@ -122,86 +121,82 @@ class State:
     records: Mapping[str, Any] = field(default_factory=Records)
 
     def group(self, kind: str, name: str = "") -> Group:
-        """The files of a kind (and name); empty if there are none."""
+        """Return the files of a kind (and name); the group may be empty."""
         found = self.groups.get((kind, name))
         return Group(f"{kind}/{name}" if name else kind) if found is None else found
 
     def names(self, kind: str) -> list[str]:
-        """Names under which a kind has files, sorted."""
+        """Return the names under which a kind has files, sorted."""
         return sorted(name for (k, name), group in self.groups.items() if k == kind and len(group))
 
     def file(self, kind: str, slot: str, name: str = "") -> FileEntry | None:
-        """The live file of a slot, or None."""
+        """Return the live file of a slot, or None."""
         return self.group(kind, name).get(slot)
 
     def part_file(self, kind: str, part: int, name: str = "") -> FileEntry | None:
-        """The live file of a part, or None."""
+        """Return the live file of a part, or None."""
         return self.file(kind, part_slot(part), name)
 
     def all_parts(self) -> list[int]:
-        """Numbers of all parts, ascending: the pending ones come last."""
+        """Return the numbers of all parts, ascending; pending parts come last."""
         return [int(slot) for slot in self.group("chunks")]
 
     def parts(self) -> list[int]:
-        """Numbers of the parts that readers see, ascending."""
+        """Return the numbers of the parts that readers see, ascending."""
         return [part for part in self.all_parts() if self.is_live(part)]
 
     def is_live(self, part: int) -> bool:
-        """Whether a part is there, and not pending: of a ``chunk`` plan that is not finished."""
+        """Return whether a part exists and is not pending (of an unfinished ``chunk`` plan)."""
         return part < self.live and self.part_file("chunks", part) is not None
 
     @property
     def live(self) -> int:
-        """The number of the first pending part, or of the next part if there is none."""
+        """The number of the first pending part, or of the next part."""
         return int(self.records.get("parts", 1 << 31)) - int(self.records.get("pending", 0))
 
     def files(self) -> Iterator[FileEntry]:
-        """Every live file."""
+        """Yield every live file."""
         for group in self.groups.values():
             yield from group.entries()
 
     def bytes(self) -> int:
-        """Bytes of all live files."""
+        """Return the bytes of all live files."""
         return sum(entry.bytes for entry in self.files())
 
     def has(self, path: str) -> bool:
-        """Whether the file is live."""
+        """Return whether the file is live."""
         return self.slot_of(path) is not None
 
     def slot_of(self, path: str) -> str | None:
-        """The slot that a live file is in; None if it is not live."""
+        """Return the slot of a live file; None if it is not live."""
         name = FileName.parse(path)
         return self.group(name.kind, name.name).slot_of(path)
 
     def with_prefix(self, prefix: str) -> dict[str, Any]:
-        """Records whose key begins with ``prefix``, without it, in order of their keys."""
+        """Return the records whose key has the prefix, by key without it, in order."""
         return {key.removeprefix(prefix): self.records[key] for key in sorted(self.records) if key.startswith(prefix)}
 
     def conflict(self, change: Draft | Commit) -> str | None:
-        """Why ``change`` can't follow this state; None if it can."""
+        """Return why ``change`` can't follow this state; None if it can."""
         for path in (*change.reads, *change.remove):
             if not self.has(path):
-                return f"{path} has left the store"
+                return f"{path} was replaced or removed"
         freed = set(change.remove)
         places: set[tuple[str, str, str]] = set()
         for entry in change.add:
             kind, name, slot = place = entry.place
             current = self.file(kind, slot, name)
             if place in places or (current is not None and current.path not in freed):
-                return f"the place of {entry.path} is taken"
+                return f"the slot of {entry.path} is taken"
             places.add(place)
-        return self._lacks_parts(change.records)
-
-    def _lacks_parts(self, change: Mapping[str, Any]) -> str | None:
-        """Why the numbers of parts can't be, once records are set; None if they can."""
-        parts, pending = (change.get(key, self.records.get(key)) or 0 for key in ("parts", "pending"))
-        return None if pending <= parts else f"{pending} parts would be pending, of {parts}"
+        parts, pending = (change.records.get(key, self.records.get(key)) or 0 for key in ("parts", "pending"))
+        return None if pending <= parts else f"{pending} of {parts} parts would be pending"
 
     def fold(self, commits: Iterable[Commit]) -> State:
-        """The state after ``commits``, in their order; ``CorruptError`` if one is invalid where it comes."""
+        """Return the state after ``commits``; ``CorruptError`` if one of them is invalid."""
         groups, records = dict(self.groups), Records(self.records)
         number, head = self.number, self.head
-        now = State(number, head, groups, records)  # sees what the loop does to the two maps
+        now = State(number, head, groups, records)  # follows the changes to the two maps
         own: set[tuple[str, str]] = set()
         for commit in commits:
             reason = now.conflict(commit)
@@ -216,20 +211,20 @@ class State:
                 slot = groups[key].slot_of(path) if entry is None else entry.slot
                 groups[key].put(slot or "", entry)
             records.update(commit.records)
-            for gone in [record for record, value in commit.records.items() if value is None]:
-                del records[gone]
+            for removed in [record for record, value in commit.records.items() if value is None]:
+                del records[removed]
             number, head = commit.number, commit.sha256
         return State(number, head, groups, records)
 
     def check(self, draft: Draft) -> None:
-        """``ConflictError`` if ``draft`` can't be committed on this state."""
+        """Check that ``draft`` can be committed on this state, else raise ``ConflictError``."""
         reason = self.conflict(draft)
         if reason is not None:
-            raise ConflictError(f"{draft.kind}: {reason}", "Run the same command again: it plans anew.")
+            raise ConflictError(f"{draft.kind}: {reason}", "Run the same command again.")
 
 
 def encode_checkpoint(state: State) -> bytes:
-    """The two lines of a checkpoint file."""
+    """Return the two lines of a checkpoint file."""
     groups = [[kind, name, group.columns()] for (kind, name), group in sorted(state.groups.items())]
     body = orjson.dumps({"groups": groups, "records": dict(state.records)})
     header = {"commit": state.number, "head": state.head, "sha256": hashlib.sha256(body).hexdigest()}
@@ -237,7 +232,7 @@ def encode_checkpoint(state: State) -> bytes:
 
 
 def decode_checkpoint(data: bytes, path: str = "the checkpoint") -> State | None:
-    """Inverse of ``encode_checkpoint``; None if the file is not whole, ``CorruptError`` if it is and makes no sense."""
+    """Invert ``encode_checkpoint``; None if the file is incomplete, ``CorruptError`` if it is invalid."""
     line, _, body = data.partition(b"\n")
     try:
         header = schema.load(line, specs.CHECKPOINT_HEADER, path)
@@ -251,9 +246,9 @@ def decode_checkpoint(data: bytes, path: str = "the checkpoint") -> State | None
         slots, files = columns["slot"], columns["file"]
         own = slots if kind in UNNUMBERED_KINDS else [file.rpartition("-")[0] for file in files]
         if len(set(slots)) < len(slots) or own != slots or {len(columns[one]) for one in _COLUMNS} != {len(slots)}:
-            raise CorruptError(f"{path}: the columns of {kind} {name} do not go together")
+            raise CorruptError(f"{path}: the columns of {kind} {name} do not match")
         groups[kind, name] = Group(f"{kind}/{name}" if name else kind, columns)
-        if kind == "index":  # what is said of a file depends on its slot
+        if kind == "index":  # the spec of a file depends on its slot
             schema.check_value([entry.as_json() for entry in groups[kind, name].entries()], specs.FILES, path)
     state = State(header["commit"], header["head"], groups, Records(fields["records"]))
     if reason := state.conflict(Draft("")):

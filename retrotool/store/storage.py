@@ -1,11 +1,11 @@
-"""Where the files of a store are: the one protocol through which all of them are read and written.
+"""Where a store's files are: the protocol through which all of them are read and written.
 
-A storage holds bytes under relative paths with ``/``, as an object store does: there are no folders, nothing is
-renamed, and a file is there as a whole or not at all. What a path means is no business of it.
-``retrotool.store.local_storage`` keeps the files in a folder; ``tests/memory_storage.py`` in a process, for tests.
+Like an object store, a storage holds bytes under relative paths with ``/``: there are no folders, nothing is
+renamed, and a file exists completely or not at all. It does not know what a path means.
+``retrotool.store.local_storage`` keeps the files in a folder; ``tests/memory_storage.py`` keeps them in
+memory.
 
-Files are written once. The exception are leases, which are overwritten by their owner and by nobody else. Time is
-that of the storage, for all machines.
+Files are written once, except leases, which their owner overwrites. All machines use the storage's clock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUM_BLOCK = 4 << 20
 
 
 class FileStatus(Protocol):
-    """What a storage says of a file, without reading it: ``modified`` in seconds by its own clock."""
+    """What a storage knows about a file without reading it."""
 
     @property
     def path(self) -> str:
@@ -33,20 +33,20 @@ class FileStatus(Protocol):
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
 
     @property
     def modified(self) -> float:
-        """When it was last written, in seconds; only a difference of two files' times means anything."""
+        """When it was last written, in seconds; only differences between files are meaningful."""
 
     @property
     def tag(self) -> str:
-        """Another text after the file was overwritten."""
+        """A text that changes when the file is overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """What was left of a write that has not ended, or never will; ``run`` is the id of its writer."""
+    """What is left of a write that has not ended; ``run`` is the id of its writer."""
 
     path: str
     run: str
@@ -54,19 +54,20 @@ class Unfinished:
 
 
 class Sink:
-    """What the writer of a new file writes to; counts and hashes what passes.
+    """The file object that a new file is written to; it counts and hashes the bytes.
 
-    A file object for pyarrow, numpy and ``faiss.PyCallbackIOWriter``. What goes wrong in ``write`` is raised there.
+    It suits pyarrow, numpy and ``faiss.PyCallbackIOWriter``. ``taps`` are called with data before it is
+    written.
     """
 
     closed = False
 
     def __init__(self, write: Callable[[bytes | memoryview], object], sync: Callable[[], None]) -> None:
-        self._write, self._sync = write, sync
-        self._digest = hashlib.sha256()
+        self._write, self._digest = write, hashlib.sha256()
+        self.sync = sync
+        """Begins to make the data durable, so that less is left to do at the end."""
         self.size = 0
         self.taps: list[Callable[[memoryview], object]] = []
-        """Called with all that is written, before it is."""
 
     def write(self, data: bytes | memoryview) -> int:
         """Append ``data``."""
@@ -79,18 +80,13 @@ class Sink:
         self.size += len(view)
         return len(view)
 
-    def sync(self) -> None:
-        """Begin to make durable what was written so far, so that less is left to do in the end."""
-        self._sync()
-
     def flush(self) -> None:
-        """For writers that want it; ``sync`` makes durable."""
+        """Do nothing: ``sync`` makes data durable, and the storage closes the file."""
 
-    def close(self) -> None:
-        """For writers that want it; the storage ends the file."""
+    close = flush
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Return the number of bytes written."""
         return self.size
 
     @property
@@ -100,77 +96,74 @@ class Sink:
 
 
 class Storage(Protocol):
-    """Bytes under relative paths. ``FileNotFoundError`` from whatever reads a file that is not there.
+    """Bytes under relative paths. Reading a missing file raises ``FileNotFoundError``.
 
-    Instances can be pickled: what comes out is the same storage in another process.
+    Instances can be pickled, and then are the same storage in another process.
     """
 
     place: str
-    """The storage as messages and command lines name it."""
+    """Its name in messages and command lines."""
 
     @property
     def uri(self) -> str:
-        """The storage as any process of any folder can find it."""
+        """The storage as a process in any folder can find it."""
 
     def get(self, path: str) -> bytes:
         """Read a whole file."""
 
     def get_range(self, path: str, start: int, length: int) -> bytes:
-        """Read some bytes of a file; fewer if it ends before."""
+        """Read ``length`` bytes of a file, fewer at its end."""
 
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access."""
 
     def local(self, path: str) -> Path:
-        """A file of this machine with the same bytes, to be mapped; nobody writes to it."""
+        """Return a file of this machine with the same bytes, to be mapped read-only."""
 
     def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:
-        """Write a new file by ``write(sink)``; durable on return. Return the sink, for size and sum, and its result.
+        """Write a new file by ``write(sink)``, durably; return the sink, for size and hash, and its result.
 
-        ``FileExistsError`` if the path is taken. After any error, or a kill, there is no such file; what is left is
-        ``unfinished``, of the run ``run``.
+        ``FileExistsError`` if the path is taken. After an error or a kill the file does not exist; what is
+        left is ``unfinished``, of ``run``.
         """
 
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
-        """Write a small new file; False if there is one with other bytes. Durable on return.
+        """Write a small new file durably; False if the path has a file with other bytes.
 
-        True also if the file is there with the same bytes: the answer to an earlier attempt may have been lost.
+        True also if the file has the same bytes: the answer to an earlier attempt may have been lost.
         """
 
     def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:
-        """Write a small file in the place of what is there."""
+        """Write a small file, whether it exists or not."""
 
     def stat(self, path: str) -> FileStatus | None:
-        """What is known of a file; None if it is not there."""
+        """Return what is known about a file; None if it does not exist."""
 
     def list(self, prefix: str, after: str = "") -> Iterator[FileStatus]:
-        """The files whose paths begin with ``prefix``, in their order.
-
-        ``after``: those behind that path only.
-        """
+        """Yield the files whose paths begin with ``prefix`` and come after ``after``, in order."""
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Remove files, if they are there; durable on return, so that none of them is there again."""
+        """Remove files that exist, durably: none of them reappears."""
 
     def unfinished(self) -> Iterator[Unfinished]:
-        """What is left of writes that have not ended."""
+        """Yield what is left of writes that have not ended."""
 
     def drop(self, unfinished: Iterable[Unfinished]) -> None:
-        """Remove what is left of writes; if one has not ended, it fails."""
+        """Remove what is left of writes; those still running fail."""
 
     def irregular(self) -> Iterator[str]:
-        """What is there and was not made by a storage, such as symbolic links: never followed, nor listed otherwise.
+        """Yield what no storage made, such as symbolic links, which are never followed or listed.
 
-        Folders beside those of stores come with a ``/`` at the end.
+        Foreign folders end in ``/``.
         """
 
 
 SCHEMES: dict[str, Callable[[str], Storage]] = {}
-"""What makes a storage of a place, by what stands before its ``://``; without that it is a folder."""
+"""Constructors of storages by the scheme of their URI. A place without a scheme is a folder."""
 
 
 def storage_at(place: str | os.PathLike[str] | Storage) -> Storage:
-    """The storage at a place that a person, or a record of a store, names: a path, or a URI."""
+    """Return the storage at a path or URI that a person or a record names."""
     from retrotool.store.local_storage import LocalStorage
 
     if not isinstance(place, str | os.PathLike):
@@ -180,24 +173,24 @@ def storage_at(place: str | os.PathLike[str] | Storage) -> Storage:
 
 
 def is_same(one: Storage, other: Storage) -> bool:
-    """Whether two storages are one: of folders also under two names."""
+    """Return whether two storages are the same, even if their folder has two names."""
     if one.uri == other.uri:
         return True
     try:
         return Path(one.place).samefile(other.place)
-    except OSError:  # one of them is no folder
+    except OSError:  # not both are folders
         return False
 
 
 def where(storage: Storage, path: str) -> str:
-    """A file of a storage, for a person."""
+    """Return a file's path for messages."""
     return f"{storage.place.rstrip('/')}/{path}"
 
 
 def file_sha256(storage: Storage, path: str, tap: Callable[[memoryview], object] | None = None) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits; ``tap`` is called with all of them."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits; ``tap`` is called with all its bytes."""
     digest, start = hashlib.sha256(), 0
-    # Not mapped: of a bad sector an error comes, and not a signal that ends the process.
+    # Not mapped: a bad sector then raises an error, not a signal that ends the process.
     while block := storage.get_range(path, start, SUM_BLOCK):
         digest.update(block)
         if tap is not None:

@@ -1,12 +1,12 @@
-"""Sums of blocks, so that reading a few rows of a large mapped file notices a flipped bit.
+"""Checksums of blocks, so that reading a few rows of a large mapped file notices a flipped bit.
 
-Beside every file of embeddings and of an index lies one with the same name and ``.xxh3`` behind it: the XXH3-64 of each
-16 KiB of the file, as little-endian uint64. A block is checked when it is first touched, once a process
-(``retrotool.store.vectors``); then a look-up in a bitmap is all it costs. Parquet has sums of its own, in its pages.
-The SHA-256 of the whole file, which ``verify`` checks, is in the log; the sums of blocks are not.
+Beside every embeddings and index file is one with the suffix ``.xxh3``: the XXH3-64 of each 16 KiB of the
+file, as little-endian uint64. A process checks a block on its first access (``retrotool.store.vectors``);
+later ones cost a bitmap lookup. Parquet pages have their own checksums. The log has the SHA-256 of the whole
+file, which ``verify`` checks, but not the block sums.
 
-16 KiB, as measured (``benchmarks/block_sums.py``): a row that is read first costs 3 µs for its block, and the sums are
-0.05 % of the file. Smaller blocks cost more by the byte and have more sums, larger ones make the first row dearer.
+Cost with 16 KiB blocks (``benchmarks/block_sums.py``): 3 µs for the first row of a block, and 0.05 % of the
+file's size. Smaller blocks cost more per byte and have more sums; larger ones make the first row slower.
 """
 
 from __future__ import annotations
@@ -17,40 +17,39 @@ from array import array
 import xxhash
 
 SUMS = ".xxh3"
-"""What stands behind the name of a file in that of its sums."""
 BLOCK = 1 << 14
 SUM_DTYPE = "<u8"
 _SUMMED = (".npy", ".faiss")
 
 
 def has_sums(path: str) -> bool:
-    """Whether a file has sums beside it."""
+    """Return whether the file has block sums beside it."""
     return path.endswith(_SUMMED)
 
 
 def with_sums(path: str) -> tuple[str, ...]:
-    """The path of a file, and that of its sums if it has some."""
+    """Return the path of a file, and that of its sums if it has some."""
     return (path, path + SUMS) if has_sums(path) else (path,)
 
 
 def without_sums(path: str) -> str:
-    """The path of the file that one of sums is beside; any other path as it is."""
+    """Return the file's path for the path of its sums, and any other path unchanged."""
     own = path.removesuffix(SUMS)
     return own if has_sums(own) else path
 
 
 def size_of_sums(size: int) -> int:
-    """Bytes of the sums of a file of ``size`` bytes."""
+    """Return the size of the sums of a file of ``size`` bytes."""
     return 8 * -(-size // BLOCK)
 
 
 def sum_of(block: memoryview) -> int:
-    """The sum of a block."""
+    """Return the checksum of a block."""
     return xxhash.xxh3_64_intdigest(block)
 
 
 class BlockSums:
-    """Makes the sums of a file while it is written."""
+    """Computes the sums of a file while it is written."""
 
     def __init__(self) -> None:
         self._sums = array("Q")
@@ -58,7 +57,7 @@ class BlockSums:
         self._length = 0
 
     def update(self, data: memoryview) -> None:
-        """Take in the next bytes."""
+        """Add the next bytes."""
         start = 0
         while start < len(data):
             piece = data[start : start + BLOCK - self._length]
@@ -77,7 +76,7 @@ class BlockSums:
         self._length = 0
 
     def content(self) -> bytes:
-        """The sums, when all was taken in."""
+        """Return the sums, after the last bytes were added."""
         if self._length:
             self._close()
         if sys.byteorder == "big":

@@ -1,11 +1,12 @@
-"""Tombstones: the chunks that are purged, and those of purges that were undone. Every reader looks through them.
+"""Tombstones: the chunks that are purged, and those of undone purges. Every reader applies them.
 
-A purge is one sorted file of chunk ids; the set of a view is their union, 8 bytes a chunk in memory. When a purge is
-undone its file leaves the state, and a copy stays in ``undone/``: a view from before still has these tombstones.
+A purge is a sorted file of chunk ids. The set of a view is their union, 8 bytes of memory per chunk. Undoing
+a purge removes its file from the state and keeps a copy in ``undone/`` for views from before.
 
-What was made of the store while such chunks were purged lacks them. The record of an undone purge says between which
-commits they were purged, and in which parts, and whatever is made of the store says of which commit it is: so the log
-alone shows what lacks something (``missed_spans``). An index lacks nothing: it holds purged chunks until an erase.
+Files that were built from the store while a purge was in effect lack its chunks. The record of an undone
+purge says between which commits and in which parts that was, and every derived file records its commit. So
+the log alone shows which files miss chunks (``missed_spans``). Indexes do not: they hold purged chunks until
+an erase.
 """
 
 from __future__ import annotations
@@ -31,10 +32,8 @@ from retrotool.store.store import Store, retry_overtaken
 _SPANS = 16
 _EVERYWHERE = [(0, (1 << 63) - 1)]
 _SMALL, _MOST_SMALL = 256, 1 << 15
-_small: dict[tuple[str, str, str], npt.NDArray[np.int64]] = {}
-"""Ids of files with few, up to 64 MiB of them."""
-KEPT = "undone"
-"""The kind of the files that keep which chunks a purge had that was undone."""
+_small: dict[tuple[str, str, str], npt.NDArray[np.int64]] = {}  # ids of small files, up to 64 MiB
+KEPT = "undone"  # kind of the files that keep the chunks of undone purges
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +46,27 @@ class Tombstones:
         return len(self.ids)
 
     def contains(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-        """Which of ``ids`` (any shape) are purged."""
+        """Return which of ``ids`` (any shape) are purged."""
         return is_in(ids, self.ids)
 
     def rows(self, part: int) -> npt.NDArray[np.int64]:
-        """Purged rows of a part, ascending."""
+        """Return the purged rows of a part, ascending."""
         return row_of(self.ids[slice_of_part(self.ids, part)])
 
     def parts(self) -> list[int]:
-        """Numbers of the parts that have purged chunks."""
+        """Return the numbers of the parts that have purged chunks."""
         return distinct_parts(self.ids)
 
 
 def write_tombstones(store: Store, name: FileName, ids: npt.NDArray[np.int64]) -> FileEntry:
-    """Write a purge's ids, sorted; the log says between which they lie, so that a look there spares most files."""
+    """Write a purge's ids, sorted. The log gets ranges that contain them, so most lookups read no file."""
     ids = np.sort(ids)
     table = pa.table([pa.array(ids, pa.int64())], schema=parts.TOMBSTONES_SCHEMA)
     return parts.write_parquet(store, name, table, about={"within": _spans(ids)})
 
 
 def add_tombstones(store: Store, run_id: str, purge: str, more: npt.NDArray[np.int64]) -> tuple[FileEntry, str]:
-    """Write the tombstones of a purge with ``more``; return the new file, and the path of the one that it replaces."""
+    """Write a purge's tombstones plus ``more``; return the new file and the path of the one it replaces."""
     before = store.state.group("tombstones").get(purge)
     if before is None:
         raise store.corrupt(f"purge {purge} has no tombstones")
@@ -76,7 +75,7 @@ def add_tombstones(store: Store, run_id: str, purge: str, more: npt.NDArray[np.i
 
 
 def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
-    """Up to 16 [first, last] that have all of some ascending ids: without the widest gaps between them."""
+    """Return up to 16 [first, last] that cover ascending ids, without the widest gaps between them."""
     if not len(ids):
         return []
     gaps = np.diff(ids)
@@ -88,7 +87,7 @@ def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
 
 
 def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
-    """Whether a file of tombstones, if there is one, may name any of ``wanted``; it is not read for it."""
+    """Return whether a tombstones file may name any of ``wanted``, without reading it."""
     entry = store.state.file("tombstones", slot)
     spans = [] if entry is None else (entry.about or {}).get("within", _EVERYWHERE)
     first, last = np.array(spans, np.int64).reshape(-1, 2).T
@@ -96,28 +95,28 @@ def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
 
 
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
-    """Tombstones of the store's view, or of one purge."""
+    """Read the tombstones of the store's view, or of one purge."""
     return Tombstones(named_chunks(store, store.state.group("tombstones") if purge is None else (purge,)))
 
 
 def named_chunks(store: Store, slots: Iterable[str]) -> npt.NDArray[np.int64]:
-    """Return the chunks that some files of tombstones, such as those of purges, name: int64, ascending."""
+    """Return the chunks that tombstones files name: int64, ascending."""
     group = store.state.group("tombstones")
     found = (_read(store, slot, entry) for slot in slots if (entry := group.get(slot)) is not None)
     return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
 def read_rejected(store: Store) -> Tombstones:
-    """The chunks that ``chunk`` left out as repeats of others: those of tombstones that are no purge's."""
+    """Read the chunks that ``chunk`` left out as repeats: tombstones that belong to no purge."""
     purges = store.state.with_prefix("purge:")
     slots = [slot for slot in store.state.group("tombstones") if slot.partition(".")[0] not in purges]
     return Tombstones(named_chunks(store, slots))
 
 
 def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
-    """The ids of a file; from what is kept of them if the purge was undone since the view was opened.
+    """Return the ids of a file, even if its purge was undone since the view was opened.
 
-    Small ones are read once a process: a path always names the same bytes, and an erase asks for all many times.
+    Small files are cached: an erase reads all of them many times, and a path always names the same bytes.
     """
     key = (store.identity.uuid, entry.path, entry.sha256)
     if (known := _small.get(key)) is not None:
@@ -139,30 +138,29 @@ def _read_file(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int6
     try:
         table = parts.read_parquet(store, entry)
     except ErasedError:
-        table = retry_overtaken(read_newest)  # in the place of a file that was replaced is one with more
+        table = retry_overtaken(read_newest)  # a file that replaced this one has more ids
     ids: npt.NDArray[np.int64] = table["chunk"].to_numpy()
     return ids
 
 
 def tombstone_paths(state: State) -> list[str]:
-    """Paths of all files of tombstones of a state."""
+    """Return the paths of a state's tombstones files."""
     return [entry.path for _, entry in state.group("tombstones").items()]
 
 
 def stands_for(state: State) -> str:
-    """Stands for the tombstones of a state: the same for the same purges. The log knows, no file is read."""
+    """Return a hash of a state's purges, without reading a file."""
     return hashlib.blake2b(" ".join(tombstone_paths(state)).encode(), digest_size=8).hexdigest()
 
 
 PREFIX = "purge:"
 Record = Mapping[str, Any]
-_known: dict[str, Mapping[str, Record]] = {}
-"""Of some states, by their heads: they are asked for every file."""
+_known: dict[str, Mapping[str, Record]] = {}  # undone purges by the state's head: they are needed for every file
 _KNOWN = 64
 
 
 def undone_purges(state: State) -> Mapping[str, Record]:
-    """Records, by their ids, of the purges that were undone."""
+    """Return the records of undone purges by id."""
     if state.head not in _known:
         if len(_known) >= _KNOWN:
             _known.clear()
@@ -172,43 +170,46 @@ def undone_purges(state: State) -> Mapping[str, Record]:
 
 
 def standing_purges(state: State) -> dict[str, Record]:
-    """Records, by their ids, of the purges that were not undone, the erased ones too."""
+    """Return the records, by id, of purges that were not undone, including erased ones."""
     return {purge: record for purge, record in state.with_prefix(PREFIX).items() if "undone" not in record}
 
 
 def check_not_undone(state: State, purges: Iterable[str]) -> None:
-    """``ConflictError`` if any of some purges of the store was undone."""
+    """Check that none of the store's ``purges`` was undone, else raise ``ConflictError``."""
     for purge in purges:
         if "undone" in state.records[PREFIX + purge]:
             raise ConflictError(f"the purge {purge!r} was undone by another process", "Run the same command again.")
 
 
 def digest_of_undone(state: State) -> str:
-    """Another text after each purge that is undone; "" without any."""
+    """Return a text that changes with each undone purge; "" without any."""
     purges = " ".join(undone_purges(state))
     return hashlib.blake2b(purges.encode(), digest_size=8).hexdigest() if purges else ""
 
 
 def missed_spans(state: State, commit: int) -> list[list[int]]:
-    """[first, last] of parts that have chunks which were purged at a commit, and were undone since."""
+    """Return [first, last] of parts with chunks that were purged at a commit and undone since."""
     records = undone_purges(state).values()
     return [span for record in records if record["commit"] <= commit < record["undone"] for span in record["parts"]]
 
 
 def undone_chunks(store: Store, purge: str) -> npt.NDArray[np.int64]:
-    """The chunks that a purge had, before it was undone; ascending."""
+    """Return the chunks of a purge that was undone, ascending."""
     entry = store.state.file(KEPT, purge)
     return np.zeros(0, np.int64) if entry is None else parts.read_parquet(store, entry)["chunk"].to_numpy()
 
 
-def tombstones_naming(store: Store, victims: Tombstones) -> list[str]:
-    """Paths of the tombstones of purges that name any victim; ``ConflictError`` if a victim is no tombstone."""
+def tombstones_naming(store: Store, purged: Tombstones) -> list[str]:
+    """Return the paths of the purges' tombstones that name any of ``purged``.
+
+    ``ConflictError`` if some of these chunks are not purged any more.
+    """
     purges = standing_purges(store.state)
-    if not read_tombstones(store).contains(victims.ids).all():
-        raise ConflictError("chunks that were to be erased were undone meanwhile", "Run the same command again.")
+    if not read_tombstones(store).contains(purged.ids).all():
+        raise ConflictError("another process undid the purge of some chunks to erase", "Run the same command again.")
     return [
         entry.path
         for slot, entry in store.state.group("tombstones").items()
-        if slot.partition(".")[0] in purges and may_name(store, slot, victims)
-        if read_tombstones(store, slot).contains(victims.ids).any()
+        if slot.partition(".")[0] in purges and may_name(store, slot, purged)
+        if read_tombstones(store, slot).contains(purged.ids).any()
     ]

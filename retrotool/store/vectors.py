@@ -1,7 +1,7 @@
-"""Embeddings in ``.npy`` files, and other files that are mapped: every block is checked when it is first touched.
+"""Embeddings in ``.npy`` files, memory-mapped. Every block of a mapped file is checked on first access.
 
-Cost: a block of 16 KiB takes 3 µs to check, once a process: 6 GB/s for a whole file. Memory: 9 bytes a block, and one
-a row. ``retrotool.store.sums`` says how sums are kept.
+Cost: 3 µs per block of 16 KiB, once per process (6 GB/s for a whole file), and 9 bytes of memory per block
+plus one per row. ``retrotool.store.sums`` describes the sums.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class MappedFile:
-    """A file of a store's view, mapped; ``check`` what is to be read of it before it is."""
+    """A file of a store's view, mapped. Callers ``check`` bytes before they read them."""
 
     def __init__(self, store: Store, entry: FileEntry, path: Path) -> None:
         with path.open("rb") as file:
@@ -41,14 +41,14 @@ class MappedFile:
         self._left = len(self._sums)
 
     def check(self, start: int, stop: int) -> None:
-        """Check the blocks of some bytes; ``CorruptError`` if one of them does not match its sum."""
+        """Check the blocks of a range of bytes; ``CorruptError`` if one does not match its checksum."""
         if self._left and stop > start:
             first, last = start // BLOCK, (stop - 1) // BLOCK
             if not self._good[first : last + 1].all():
                 self._check_blocks(first + np.flatnonzero(~self._good[first : last + 1]))
 
     def check_rows(self, rows: Rows, offset: int, size: int) -> None:
-        """Likewise of rows of ``size`` bytes, of which the first begins at ``offset``."""
+        """Check the blocks of rows of ``size`` bytes, the first of which begins at ``offset``."""
         if self._left and len(rows):
             first, last = (rows * size + offset) // BLOCK, (rows * size + (offset + size - 1)) // BLOCK
             blocks = np.unique(expand_ranges(first, last - first + 1))
@@ -76,7 +76,7 @@ class MappedFile:
 
 
 class MappedVectors:
-    """The embeddings of a part, float16 [n, d], mapped. What is taken of it is checked first."""
+    """The embeddings of a part, float16 [n, d], mapped. Rows are checked when they are taken."""
 
     dtype = np.dtype(np.float16)
 
@@ -92,11 +92,10 @@ class MappedVectors:
         return rows, dimension
 
     def __len__(self) -> int:
-        """Rows."""
         return len(self._matrix)
 
     def __getitem__(self, rows: int | slice | Rows | npt.NDArray[np.bool_] | list[int]) -> npt.NDArray[np.float16]:
-        """Some rows, as numpy gives them: a copy of chosen ones, or a view of a slice."""
+        """Return rows as numpy does: a copy for selected rows, a view for a slice."""
         if not self._file.is_whole and not np.all(self._good[rows]):
             chosen = self._numbers(rows)
             chosen = chosen[~self._good[chosen]]
@@ -112,20 +111,19 @@ class MappedVectors:
         return np.flatnonzero(chosen) if chosen.dtype == np.bool_ else chosen.astype(np.int64) % max(len(self), 1)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[np.float16]:
-        """All rows."""
         self._file.check_all()
         return np.array(self._matrix, dtype) if copy or dtype not in (None, self.dtype) else self._matrix
 
 
 def write_vectors(store: Store, name: FileName, vectors: npt.NDArray[np.float16]) -> FileEntry:
-    """Write ``vectors``, float16 [n, d], through the store's door."""
+    """Write ``vectors``, float16 [n, d], to a new file."""
     return write_vector_blocks(store, name, vectors.shape[0], vectors.shape[1], [vectors])
 
 
 def write_vector_blocks(
     store: Store, name: FileName, rows: int, dimension: int, blocks: Iterable[npt.NDArray[np.float16]]
 ) -> FileEntry:
-    """As ``write_vectors``, of blocks float16 [m, d] that have ``rows`` rows together; one is held at a time."""
+    """Write blocks, float16 [m, d], with ``rows`` rows in all, one at a time."""
 
     def write(sink: Sink) -> int:
         np.lib.format.write_array_header_1_0(sink, {"descr": "<f2", "fortran_order": False, "shape": (rows, dimension)})
@@ -142,7 +140,7 @@ def write_vector_blocks(
 
 
 def read_vectors(store: Store, entry: FileEntry) -> MappedVectors:
-    """Map a part's embeddings; rows of erased chunks are zero. ``CorruptError`` if shape or type are not as due."""
+    """Map a part's embeddings; rows of erased chunks are zero. ``CorruptError`` for a wrong shape or type."""
     with store.reading(entry) as storage:
         path = storage.local(entry.path)
         file = MappedFile(store, entry, path)

@@ -182,7 +182,7 @@ def test_a_file_that_a_newer_commit_removed_was_erased(root: Path, tmp_path: Pat
     api.purge(root, api.Selectors(chunk=tmp_path / "more"), reason="test", erase=True)
     with pytest.raises(ErasedError) as caught:
         reader.tokens([0])
-    assert caught.value.advice.startswith("Open the store again")
+    assert caught.value.advice.endswith("open the store again.")
     reader.refresh()
     assert np.any(reader.tokens([0]))
 

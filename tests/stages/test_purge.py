@@ -90,7 +90,7 @@ def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Pat
     api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
     with pytest.raises(ErasedError, match="erased") as error:
         view.chunk(victim)
-    assert "Open the store again" in error.value.advice
+    assert "open the store again" in error.value.advice
 
 
 def everything(root: Path) -> bytes:

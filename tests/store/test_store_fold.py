@@ -122,7 +122,7 @@ def test_a_unit_whose_files_another_process_takes_away_meanwhile_is_left_to_the_
     """As when the other has folded it, and an erase took it: its files go between being looked up and being read."""
 
     def taken_away(*_: object) -> bool:
-        raise ErasedError("a file was replaced, or erased, after this reader opened the store")
+        raise ErasedError("a file was replaced or erased after this reader opened the store")
 
     with Run(staged.storage) as run:
         with monkeypatch.context() as patch:

@@ -77,4 +77,4 @@ def test_an_entry_far_past_the_end_of_the_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=r"00000000\.json is missing.*up to log/99999999\.json") as caught:
         Store.open(store.place)
     stray = Path(store.place) / "log" / "99999999.json"
-    assert f"if {stray} is not a commit of this store, move that out of it" in caught.value.advice
+    assert f"If {stray} is not a commit of this store, move that file elsewhere" in caught.value.advice

@@ -72,7 +72,7 @@ def read_live(store: Store, read: Read) -> object:
 
 def test_a_file_that_is_replaced_as_it_is_opened_is_not_damage(stored: tuple[Store, Action, Read]) -> None:
     store, replace, read = stored
-    with at_step(0, replace), pytest.raises(ErasedError, match="was replaced, or erased"):
+    with at_step(0, replace), pytest.raises(ErasedError, match="was replaced or erased"):
         read_live(store, read)
 
 

@@ -96,7 +96,7 @@ def test_a_bad_path_is_refused(path: str) -> None:
     ],
 )
 def test_what_has_not_the_form_of_a_path_is_refused(path: str) -> None:
-    with pytest.raises(CorruptError, match="no path"):
+    with pytest.raises(CorruptError, match="not the path"):
         FileName.parse(path)
 
 
@@ -107,7 +107,7 @@ def test_a_name_says_a_slot_if_its_kind_has_one_and_only_then(kind: str) -> None
     good, bad = (bare, numbered) if kind in ("documents", "chunks") else (numbered, bare)
     assert FileName.parse(good).path == good
     for path in (bad, empty):
-        with pytest.raises(CorruptError, match="no path"):
+        with pytest.raises(CorruptError, match="not the path"):
             FileName.parse(path)
 
 

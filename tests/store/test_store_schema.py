@@ -101,13 +101,13 @@ def test_json_is_nested_so_deep_and_no_deeper(opening: str, closing: str) -> Non
 
     schema.load(nested(DEEPEST), {}, "file")
     for depth in (DEEPEST + 1, 250, 1_000, 100_000):
-        with pytest.raises(CorruptError, match=r"file is (nested more than 32 deep|no JSON)"):
+        with pytest.raises(CorruptError, match=r"file is (nested more than 32 levels deep|not JSON)"):
             schema.load(nested(depth), {}, "file")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b'"\\ud800"', b"NaN", b"{} {}"])
 def test_what_is_no_json_is_an_error(data: bytes) -> None:
-    with pytest.raises(CorruptError, match="file is no JSON"):
+    with pytest.raises(CorruptError, match="file is not JSON"):
         schema.load(data, str, "file")
 
 

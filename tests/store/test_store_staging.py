@@ -140,7 +140,7 @@ def test_a_task_whose_input_has_left_is_refused_and_its_files_are_removed(chunke
     store, read = chunked
     good = embedding(Path(store.place), RUN, 1, (read,))
     late = embedding(Path(store.place), RUN, 2, ("chunks/0123456789abcdef.bin",))
-    assert refuse(store, good, late) == {late.task: "chunks/0123456789abcdef.bin has left the store"}
+    assert refuse(store, good, late) == {late.task: "chunks/0123456789abcdef.bin was replaced or removed"}
     assert sorted(store.state.group("embeddings", "tiny")) == ["000000", "000001"]
 
 
@@ -180,7 +180,7 @@ def test_a_piece_of_a_task_is_kept_until_the_task_is_done(chunked: tuple[Store, 
 def test_a_piece_of_a_task_whose_input_was_erased_is_dropped(chunked: tuple[Store, str]) -> None:
     store, _ = chunked
     late = piece(store, RUN, "chunks/0123456789abcdef.bin", 0, 4)
-    assert refuse(store, late) == {late.task: "chunks/0123456789abcdef.bin has left the store"}
+    assert refuse(store, late) == {late.task: "chunks/0123456789abcdef.bin was replaced or removed"}
 
 
 def test_of_two_tasks_for_one_place_one_is_refused(chunked: tuple[Store, str]) -> None:

@@ -130,8 +130,8 @@ def test_what_does_not_fit_is_refused(
         state = state.fold([model.next(number, *what)])
     live, stranger = model.files.get(slot), entry(slot, 10**6)
     changes: dict[str, dict[str, Any]] = {
-        "has left": {"reads": (stranger.path,)},
-        "left the store": {"remove": (stranger.path,)},
+        "was replaced": {"reads": (stranger.path,)},
+        "or removed": {"remove": (stranger.path,)},
         "is taken": {"add": (stranger, entry(slot, 10**7)) if live is None or twice else (stranger,)},
     }
     for reason, fields in changes.items():
@@ -318,7 +318,7 @@ def test_a_store_committed_to_after_its_checkpoint_was_lost_goes_on(store: Store
 
 
 def test_a_draft_that_was_overtaken_is_refused_and_nothing_is_committed(store: Store) -> None:
-    with Run(store.storage) as run, pytest.raises(ConflictError, match=r"test: .*has left the store"):
+    with Run(store.storage) as run, pytest.raises(ConflictError, match=r"test: .*was replaced or removed"):
         commit(store, run, reads=(entry(SLOTS[0]).path,))
     assert Store.open(store.place).state.number == 21
 

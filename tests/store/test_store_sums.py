@@ -139,7 +139,7 @@ def test_sums_that_are_damaged_are_noticed(store: Store, what: str) -> None:
         sums.write_bytes(changed[what])
     with pytest.raises(CorruptError, match=r"embeddings/tiny/.*\.npy"):
         read_everything(read_vectors(viewing(store, entry), entry))
-    with pytest.raises(CorruptError, match=r"\.xxh3 is missing, or not the sums"):
+    with pytest.raises(CorruptError, match=r"\.xxh3 is missing or does not match"):
         viewing(store, entry).check_sum(entry)
 
 
