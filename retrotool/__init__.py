@@ -1,7 +1,7 @@
 """retrotool builds retrieval databases for language models: chunk, embed, index, neighbours, purge.
 
-``retrotool.open(path)`` opens a store for reading; ``retrotool.RetroDataset`` reads one for training with PyTorch.
-Everything heavy is imported when it is first used.
+``retrotool.open(path)`` opens a store for reading; ``retrotool.RetroDataset`` reads one for training with
+PyTorch. Heavy libraries are imported on first use.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["RetroDataset", "open"]
 
 
 def open(path: str | Path) -> Reader:  # noqa: A001 - it is called as retrotool.open
-    """Open a store for reading, see ``retrotool.reader.Reader``."""
+    """Open a store for reading (``retrotool.reader.Reader``)."""
     from retrotool.reader import open_store
 
     return open_store(path)
 
 
 def __getattr__(name: str) -> Any:
-    """``RetroDataset`` is imported when it is asked for: it brings torch."""
+    """Import ``RetroDataset`` on first use, as it imports torch."""
     if name == "RetroDataset":
         from retrotool.train.dataset import RetroDataset
 

@@ -1,7 +1,7 @@
-"""The Python interface: every command as a function, from arguments to a result, and ``open_store`` for reading.
+"""The Python interface: each command as a function, and ``open_store`` for reading (``retrotool.reader``).
 
-Every function opens (or makes) the store, announces a run, cleans up after dead ones, executes its stage and returns a
-frozen dataclass whose fields are those of ``--json``. Reading is in ``retrotool.reader``.
+A writing function opens (or creates) the store, registers a run, cleans up after dead runs, executes its
+stage and returns a frozen dataclass with the fields of ``--json``.
 """
 
 from retrotool.chunk.estimate import estimate as estimate

@@ -1,10 +1,10 @@
-"""Every exception that retrotool raises on purpose, with its exit code and the advice that a person needs.
+"""Every exception that retrotool raises on purpose, with its exit code and its advice.
 
-The command line prints ``error: <message>`` and ``<advice>`` and exits with ``exit_code``; nothing else in the package
-chooses an exit code. So does what the system says of a file (an ``OSError`` with its name: exit code 1). Anything else
-is a bug, and shows its traceback.
+The command line prints ``error: <message>`` and ``<advice>`` and exits with ``exit_code``; no other module
+chooses exit codes. An ``OSError`` with a file name is reported likewise, with exit code 1. Any other
+exception is a bug and shows its traceback.
 
-    0 done   1 failed   2 usage   3 finished with input rejected   10 no store   11 a commit race lost, or the run
+    0 done   1 failed   2 usage   3 finished with input rejected   10 no store   11 commit race lost, or run
     taken for dead   12 corrupt, or erased under a reader   130 interrupted
 """
 
@@ -18,7 +18,7 @@ EXIT_INTERRUPTED = 130
 
 
 class RetrotoolError(Exception):
-    """Base of all; ``advice`` names the next command or change, in a sentence."""
+    """Base class; ``advice`` is a sentence that names the next command or change."""
 
     exit_code = 1
 
@@ -27,50 +27,50 @@ class RetrotoolError(Exception):
         self.advice = advice
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders; the default would call the constructor, which takes other arguments.
+        # Errors are pickled; by default that calls the constructor, whose arguments differ.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class UsageError(RetrotoolError):
-    """What was asked for contradicts itself, the store or the machine."""
+    """The arguments contradict each other, the store or the machine."""
 
     exit_code = 2
 
 
 class StoreNotFoundError(RetrotoolError):
-    """There is no store at the path given."""
+    """The given path is not a store."""
 
     exit_code = 10
 
 
 class ConflictError(RetrotoolError):
-    """Another process committed something that this work does not go with."""
+    """Another process committed something that this work is incompatible with."""
 
     exit_code = 11
 
 
 class CorruptError(RetrotoolError):
-    """A file of the store is not what the log says it is."""
+    """A file of the store does not match the log."""
 
     exit_code = 12
 
 
 class ErasedError(RetrotoolError):
-    """A file of the reader's view was erased; the view is gone."""
+    """A file of the reader's view was replaced or erased; the view can't be read any more."""
 
     exit_code = 12
 
 
 class StorageError(RetrotoolError):
-    """The disk is full, read-only, or its file system can't carry a store."""
+    """The disk is full or read-only, or its file system can't hold a store."""
 
 
 class AbortError(RetrotoolError):
-    """What a task met concerns all others too: the run ends at once, and its caller may begin another."""
+    """A task met a problem that concerns all others: the run ends at once; its caller may start another."""
 
 
 class LostRunError(AbortError):
-    """The run can't commit any more: another process took it for dead, or a file that it is to commit is not there.
+    """The run can't commit any more: it was taken for dead, or one of its files is missing.
 
     Nothing of the commit was made.
     """
@@ -86,13 +86,13 @@ class TaskError(RetrotoolError):
 
 
 class DuplicatesError(RetrotoolError):
-    """Documents repeat others, and were not to."""
+    """Documents repeat others, which was to be refused."""
 
 
 class InputError(RetrotoolError):
-    """An input file can't be read from ``position`` on; what came before it is good.
+    """An input file can't be read from ``position`` on; what came before is good.
 
-    The message is kept, so it must have nothing of the file's content; that stands in ``excerpt``.
+    Messages are stored, so they must not quote the file; ``excerpt`` does.
     """
 
     def __init__(self, message: str, position: int = 0, excerpt: str = "") -> None:
@@ -101,8 +101,8 @@ class InputError(RetrotoolError):
 
 
 class NotFiniteError(RetrotoolError):
-    """An encoder gave NaN, infinity, or a number that float16 can't hold, for the row ``row`` of those it was given."""
+    """An encoder returned NaN, infinity, or a number too large for float16, for row ``row`` of its input."""
 
     def __init__(self, message: str, row: int) -> None:
-        super().__init__(message, "Try --dtype float32; if it stays, the model's weights are broken.")
+        super().__init__(message, "Try --dtype float32. If that fails too, the model's weights are broken.")
         self.row = row

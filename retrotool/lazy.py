@@ -1,4 +1,4 @@
-"""Libraries that take long to import: torch and faiss when something of them is first used, pandas not at all.
+"""Slow imports: torch and faiss are imported on first use, pandas not at all.
 
 So a command that needs none of them starts quickly, whichever modules it imports.
 """
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 
 class LazyModule:
-    """A module that is imported when one of its names is asked for."""
+    """A module that is imported when one of its names is first used."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(importlib.import_module(self._name), name)
-        setattr(self, name, found)  # to be looked up once
+        setattr(self, name, found)  # cached
         return found
 
 
@@ -31,19 +31,20 @@ faiss: Any = LazyModule("faiss")
 
 
 class _Absent:
-    """Has pandas not be found."""
+    """Hides pandas."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002
-        """Raise what an import of a missing module raises."""
+        """Raise the error of a missing module."""
         if fullname == "pandas":
             raise ModuleNotFoundError(fullname)
 
 
 def leave_pandas_out() -> None:
-    """Have pyarrow do without pandas in a process that has imported neither yet.
+    """Make pyarrow work without pandas in a process that has imported neither yet.
 
-    Where pandas is installed, pyarrow imports it for the first array that it converts, which takes 0.3 s. It tries only
-    once, and here that is. Others may import pandas afterwards; for processes that run retrotool alone.
+    Where pandas is installed, pyarrow imports it for the first array that it converts, which takes 0.3 s. It
+    tries only once, which happens here. Other code may import pandas afterwards. Only for processes that run
+    retrotool alone.
     """
     if "pyarrow" in sys.modules or "pandas" in sys.modules:
         return

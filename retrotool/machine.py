@@ -1,8 +1,7 @@
-"""What this machine has: cores, memory, fast products of matrices by oneDNN; and giving memory back to the system.
+"""Facts about this machine (cores, memory, oneDNN), and how to return free memory to the system.
 
-The C library keeps what was freed for the next who asks, in pieces that fit what was asked before. Between phases that
-ask for blocks of different sizes that adds up. ``give_memory_back`` costs some milliseconds, and does nothing where the
-C library can't.
+The C library keeps freed memory in pieces that fit earlier requests. Between phases with blocks of different
+sizes that adds up. ``give_memory_back`` takes some milliseconds, and does nothing if the C library can't.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def memory_of_machine() -> int:
-    """Bytes of memory of this machine, or of the container that this is."""
+    """Return the bytes of memory of this machine or container."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+        with contextlib.suppress(OSError, ValueError):  # no limit, or "max"
             found = min(found, int(Path(limit).read_text()))
     return found
 
 
 def give_memory_back() -> None:
-    """Give free memory back to the system, and that of GPUs to other processes."""
+    """Return free memory to the system, and GPU memory to other processes."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -50,9 +49,9 @@ def give_memory_back() -> None:
 
 @cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies numbers of ``dtype`` quickly, and rightly, on this CPU.
+    """Return whether oneDNN multiplies numbers of ``dtype`` quickly and correctly on this CPU.
 
-    torch makes no promise to keep the operators that this takes.
+    torch does not guarantee that the operators used here continue to exist.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Runs of consecutive numbers: many at once as arrays, and as [first, last] for the log; what is among sorted ones."""
+"""Ranges of integers: many at once as arrays, [first, last] for the log, and membership in sorted numbers."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ Int64s = npt.NDArray[np.int64]
 
 
 def positions_within(lengths: Int64s) -> Int64s:
-    """Return 0, 1, … length − 1 for each of ``lengths`` [n], one run after the other: int64 [sum of lengths]."""
+    """Return 0, 1, … length − 1 for each of ``lengths`` [n]: int64 [sum of lengths]."""
     return np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def expand_ranges(starts: Int64s, lengths: Int64s) -> Int64s:
-    """Return start, start + 1, … for each of ``starts`` [n], as many as its length: int64 [sum of lengths]."""
+    """Return ``lengths`` [n] consecutive numbers from each of ``starts`` [n] on: int64 [sum of lengths]."""
     return positions_within(lengths) + np.repeat(starts, lengths)
 
 
 def spread(n: int, most: int) -> Int64s:
-    """Return up to ``most`` of the numbers below ``n``, from all over them, ascending: int64."""
+    """Return up to ``most`` numbers evenly spaced below ``n``, ascending: int64."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
 
 
 def is_in(values: npt.NDArray[Any], ascending: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Return which of ``values``, of any shape, are among ``ascending`` [n]: bool, by binary search."""
+    """Return which of ``values``, of any shape, are in ``ascending`` [n]: bool, by binary search."""
     if not len(ascending):
         return np.zeros(values.shape, np.bool_)
     return np.asarray(ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values)
 
 
 def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:
-    """Return ascending numbers as [first, last] of what is consecutive: a few for the log."""
+    """Return the ranges [first, last] of consecutive numbers in ascending ``numbers``."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
@@ -46,7 +46,7 @@ def consecutive_ranges(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def within(spans: Iterable[Sequence[int]], numbers: Iterable[int]) -> set[int]:
-    """Return those of ``numbers`` that are in any [first, last] of ``spans``, which may be far longer."""
+    """Return those of ``numbers`` that are in any [first, last] of ``spans``, which may be much longer."""
     ascending, found, low = sorted(numbers), set[int](), 0
     for first, last in sorted(spans, key=tuple):
         low, high = max(low, bisect_left(ascending, first)), bisect_right(ascending, last)

@@ -1,4 +1,4 @@
-"""An iterator that runs ahead of its reader, in a thread, by a bounded number of items."""
+"""An iterator that runs ahead of its reader, in a thread, by a limited number of items."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class _End:
 
 
 def ahead(items: Iterable[T], most: int, *, patience: float | None = None) -> Generator[T]:
-    """Give ``items``, of which up to ``most`` are made before they are asked for.
+    """Yield ``items``, up to ``most`` of which are made in advance.
 
-    An error in making them is raised where they are taken. Closing the generator stops the thread and, if ``items`` is
-    a generator, closes that. ``patience``: seconds to wait for a thread that blocks in a read, which then ends with the
-    process; by default the thread has ended when the generator is closed.
+    An error in making an item is raised where it is taken. Closing the generator stops the thread and closes
+    ``items`` if that is a generator. ``patience`` is how many seconds to wait for a thread that blocks in a
+    read, which then ends with the process; by default closing waits for the thread.
     """
     waiting: queue.Queue[T | _End] = queue.Queue(most)
     stopped = threading.Event()
@@ -43,11 +43,11 @@ def ahead(items: Iterable[T], most: int, *, patience: float | None = None) -> Ge
                 for item in items:
                     if not put(item):
                         return
-        except BaseException as error:  # raised again in the thread that reads
+        except BaseException as error:  # raised in the reader's thread
             end = _End(error)
         put(end)
 
-    # No daemon without need: one that the interpreter stops in a library's code takes the process down with it.
+    # A daemon only if needed: a daemon thread stopped inside a library at exit can crash the process.
     thread = threading.Thread(target=produce, name="retrotool-ahead", daemon=patience is not None)
     thread.start()
     try:

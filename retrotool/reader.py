@@ -1,8 +1,8 @@
-"""The Python interface: ``retrotool.open(path)`` gives a ``Reader`` of one commit.
+"""Reading a store: ``retrotool.open(path)`` returns a ``Reader`` of one commit.
 
-A reader sees the store as it was when it opened, always through the tombstones, until ``refresh()``. Chunks are
-read by row group (8,192 chunks); the last few are kept, so reading neighbours in order is quick. Nothing here
-writes.
+A reader sees the store as of when it opened, always without purged chunks, until ``refresh()``. Chunks are
+read by row group (8,192 chunks) and the last few are cached, so reading neighbours in order is fast. Nothing
+is written.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _KEPT_PARTS = 8
 class Chunk:
     """A live chunk.
 
-    ``tokens`` holds its ``n_tokens`` token ids, without padding; ``index`` is its place in ``document``, from 0.
-    ``key`` is False for a chunk of the value of a key-value record, which is never searched.
+    ``tokens`` are its token ids without padding; ``index`` is its position in ``document``, from 0. ``key``
+    is False for a chunk of the value of a key-value record, which is never searched.
     """
 
     id: int
@@ -63,10 +63,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A chunk near another: squared L2, and the chunk that follows it in its document (None: nothing does).
+    """A chunk near another: its squared L2 distance, and the chunk after it in its document, or None.
 
-    For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value. ``database`` is the
-    store that all of it comes from.
+    For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value.
+    ``database`` is the store that both come from.
     """
 
     id: int
@@ -77,22 +77,22 @@ class Neighbour:
 
 
 class Reader:
-    """A store, opened for reading at one commit."""
+    """A store opened for reading at one commit.
+
+    ``path`` is its place as given, ``chunk_length`` the tokens per chunk, and ``tokenizer`` its tokenizer.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.path = store.place
-        """The store, as it was opened."""
         self.chunk_length = store.identity.chunk_length
-        """Tokens a chunk."""
         self._open_view()
 
     def _open_view(self) -> None:
         store = self._store
         self._tombstones = read_tombstones(store)
         self.tokenizer = stored_tokenizer(store)
-        """The store's tokenizer."""
-        # Caches belong to the view: a new commit may have other files.
+        # The caches belong to the view: a new commit may have other files.
         self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
         self._documents = lru_cache(_KEPT_PARTS)(
             lambda part: parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks"])
@@ -103,31 +103,31 @@ class Reader:
 
     @property
     def commit(self) -> int:
-        """Number of the commit this reader sees (−1: none)."""
+        """Number of the commit that this reader sees (−1: none)."""
         return self._store.state.number
 
     def refresh(self) -> int:
-        """Move to the newest commit, and return its number."""
+        """Move to the newest commit and return its number."""
         self._store.refresh()
         self._open_view()
         return self.commit
 
     def parts(self) -> list[int]:
-        """Numbers of all parts, ascending."""
+        """Return the numbers of all parts, ascending."""
         return self._store.state.parts()
 
     def is_live(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which chunk ids are chunks of the store that are neither purged nor erased, bool [n]."""
+        """Return which ids are chunks of the store that are neither purged nor erased: bool [n]."""
         return self._which(ids, lambda chunks, row: bool(chunks.n_tokens[row] > 0))
 
     def is_searchable(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which chunk ids can be neighbours and have some, bool [n]: live chunks but values of key-value records."""
+        """Return which ids can have and be neighbours: live chunks that are keys, bool [n]."""
         return self._which(ids, lambda chunks, row: bool(chunks.between(row, row + 1).embedded[0]))
 
     def _which(
         self, ids: Sequence[int] | npt.NDArray[np.int64], fits: Callable[[Chunks, int], bool]
     ) -> npt.NDArray[np.bool_]:
-        """Which ids are chunks that are not purged and fit, bool [n]; ``fits`` judges a row of a row group."""
+        """Return which ids are chunks that are not purged and that ``fits`` accepts: bool [n]."""
         numbers = _ids(ids)
         good = ~self._tombstones.contains(numbers) & (numbers >= 0)
         for i in np.flatnonzero(good):
@@ -137,11 +137,10 @@ class Reader:
         return good
 
     def _row(self, part: int, row: int) -> tuple[Chunks, int]:
-        """The row group that holds a row, and the row's place in it."""
         return self._row_group(part, row // ROW_GROUP), row % ROW_GROUP
 
     def chunk(self, chunk_id: int) -> Chunk:
-        """A chunk; ``UsageError`` if there is none of this id, or it was purged."""
+        """Return a chunk; ``UsageError`` if it does not exist or was purged."""
         found = self._find(int(chunk_id))
         if found is None:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
@@ -160,16 +159,16 @@ class Reader:
         )
 
     def continuation(self, chunk_id: int) -> Chunk | None:
-        """The live chunk that follows in the same document; None if there is none, or it belongs to a purged key."""
+        """Return the next live chunk of the document; None at its end, or if its key was purged."""
         following = self._find(chunk_id + 1)
         if following is None or following.index == 0:
             return None
-        # Chunks of a document follow one another, and the key is its first.
+        # A document's chunks have consecutive ids, and the key is the first.
         whole = following.key or self.is_live([following.id - following.index])[0]
         return following if whole else None
 
     def tokens(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Tokens of chunks, [n, chunk_length], zero-padded; rows of chunks that are not there (−1, purged) are zero."""
+        """Return the tokens of chunks, [n, chunk_length], zero-padded; zero for missing or purged chunks."""
         numbers = _ids(ids)
         out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
         for i in np.flatnonzero(self.is_live(numbers)):
@@ -178,15 +177,16 @@ class Reader:
         return out
 
     def text(self, tokens: npt.NDArray[Any]) -> str:
-        """Text of token ids, [n], without padding."""
+        """Return the text of token ids, [n], without padding."""
         row = np.asarray(tokens).reshape(1, -1)
         return self.tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
 
     def document(self, name: str) -> list[int]:
-        """Ids of a document's live chunks, in order; ``UsageError`` if it is not there, was purged or rejected.
+        """Return the ids of a document's live chunks, in order.
 
-        Where documents of one id were kept (``chunk --duplicates keep``), these are the chunks of the first of them, in
-        the order of chunk ids, that is live. The others are read as all chunks are, by their ids (``chunk_ids``).
+        ``UsageError`` if it is missing, purged or rejected. If several documents have this id (``chunk
+        --duplicates keep``), the first live one by chunk ids is returned; read the chunks of the others by
+        their ids (``chunk_ids``).
         """
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
@@ -196,20 +196,20 @@ class Reader:
                 alive = ids[self.is_live(ids)]
                 if len(alive):
                     return [int(i) for i in alive]
-        raise UsageError(f"the store has no document {name!r}, or it was purged, or rejected as a repeat")
+        raise UsageError(f"the store has no document {name!r}, or it was purged or rejected as a repeat")
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
-        """Ids of a part's live chunks, ascending; ``is_searchable`` tells the keys among them."""
+        """Return the ids of a part's live chunks, ascending; not all need be keys (``is_searchable``)."""
         self._check_live(part)
         rows = np.flatnonzero(live_rows(parts.read_chunks(self._store, part), self._tombstones))
         return parts.chunk_ids(part, rows)
 
     def _check_live(self, part: int) -> None:
         if not self._store.state.is_live(part):
-            raise UsageError(f"the store has no part {part}, or it is of a chunk command that is not finished")
+            raise UsageError(f"the store has no part {part}, or its chunk command has not finished")
 
     def embeddings(self, part: int, encoder: str | None = None) -> npt.NDArray[np.float16]:
-        """A part's embeddings, float16 [n, d]; row i is that of row i of the part, zero where purged or no key."""
+        """Return a part's embeddings by row, float16 [n, d]; zero for purged rows and for values."""
         self._check_live(part)
         matrix = read_part_vectors(self._store, pick_encoder(self._store, encoder), part)
         purged = self._tombstones.rows(part)
@@ -220,28 +220,27 @@ class Reader:
         return copy
 
     def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
-        """(id, distance) of a chunk's live neighbours, nearest first; at most k (default: the table's).
+        """Return (id, distance) of a chunk's live neighbours, nearest first; k defaults to the table's.
 
-        ``UsageError`` for a mixture of several databases, where an id alone names no chunk: see ``neighbour_places``.
+        ``UsageError`` for a mixture of several databases, in which ids are ambiguous: use
+        ``neighbour_places``.
         """
         if len(members_of(self._store, name)) > 1:
             raise UsageError(
-                f"the neighbours {name!r} are of several databases, in which ids are not the same",
-                "Use neighbour_places(), which says of which each is, or neighbours().",
+                f"the neighbours {name!r} come from several databases, so ids alone are ambiguous",
+                "Use neighbour_places(), which returns the database of each, or neighbours().",
             )
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
     def neighbour_places(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[str, int, float]]:
-        """(place of the database, id, distance) of a chunk's live neighbours, nearest first.
+        """Return (database, id, distance) of live neighbours, nearest first; k defaults to the table's.
 
-        At most k (default: the table's). In a mixture the nearest is that of the least squared distance over weight;
-        distances are given as they are.
+        A mixture is ordered by squared distance over weight; the distances returned are not weighted.
         """
-        found = self._near(chunk_id, name, k)
-        return [(database.path, i, distance) for database, i, distance in found]
+        return [(database.path, i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
     def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
-        """A chunk's live neighbours with their continuations, nearest first; see ``neighbour_places``."""
+        """Return a chunk's live neighbours with their continuations, ordered as by ``neighbour_places``."""
         return [database.neighbour(i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
     def _near(self, chunk_id: int, name: str, k: int | None) -> list[tuple[Reader, int, float]]:
@@ -256,7 +255,7 @@ class Reader:
         ]
 
     def neighbour(self, chunk_id: int, distance: float) -> Neighbour:
-        """A chunk of this store as the neighbour of something."""
+        """Return a chunk of this store as a neighbour at ``distance``."""
         return Neighbour(chunk_id, distance, self.chunk(chunk_id), self.continuation(chunk_id), self.path)
 
     def _open_tables(self, name: str) -> tuple[NeighbourReader, list[Reader]]:
@@ -264,7 +263,7 @@ class Reader:
         return reader, [self if member.within else Reader(member.store) for member in reader.members]
 
     def _read_neighbours(self, name: str, part: int, group: int) -> Found:
-        """All neighbours that are saved of the rows of a row group, [rows, saved]."""
+        """Read all saved neighbours of the rows of a row group, [rows, saved]."""
         reader, _ = self._tables(name)
         for member in reader.members:
             if self._store.state.part_file("neighbours", part, member.table) is None:
@@ -285,11 +284,11 @@ class Reader:
         rerank: int | None = None,
         allow_missing: bool = False,
     ) -> list[Neighbour]:
-        """The k live keys nearest to a text.
+        """Return the k live keys nearest to a text.
 
-        ``index``: the default one, if none is named. ``encoder``: loaded already, for more than one search. ``nprobe``
-        and ``rerank`` take the place of the index's operating point: lists to probe, and candidates for 10 neighbours.
-        ``allow_missing``: broken shards are left out, see ``database``.
+        ``index`` is the default one if not named. Pass ``encoder`` to load it only once for several searches.
+        ``nprobe`` (lists to probe) and ``rerank`` (candidates for 10 neighbours) override the index's
+        operating point. ``allow_missing`` skips broken shards, see ``database``.
         """
         database = self.database(index, allow_missing=allow_missing)
         loaded = encoder or self.load_encoder(index)
@@ -303,16 +302,16 @@ class Reader:
         return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
 
     def database(self, index: str | None = None, *, allow_missing: bool = False) -> Database:
-        """An index of the store, opened once; with ``allow_missing`` its broken shards are left out, and listed."""
+        """Open an index of the store, once; ``allow_missing`` skips its broken shards, which it lists."""
         return self._database(index, allow_missing=allow_missing)
 
     def load_encoder(self, index: str | None = None, device: str = "auto") -> Encoder:
-        """Load the encoder that an index was made with; ``UsageError`` if it is not to be had, or not the same."""
+        """Load the encoder of an index; ``UsageError`` if it is unavailable or has changed."""
         return load_encoder(self._store, self.database(index).encoder, device)
 
 
 def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Chunk ids as int64 [n]; what int64 can't hold is nobody's id, −1."""
+    """Return chunk ids as int64 [n]; −1, which is not an id, for numbers that int64 can't hold."""
     try:
         return np.asarray(ids, np.int64).reshape(-1)
     except OverflowError:
@@ -320,5 +319,5 @@ def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def open_store(path: str | Path) -> Reader:
-    """Open a store for reading; ``StoreNotFoundError`` if there is none."""
+    """Open a store for reading; ``StoreNotFoundError`` if it does not exist."""
     return Reader(Store.open(path))

@@ -1,10 +1,9 @@
-"""Running tasks on this machine: one after another in this process, or in spawned worker processes.
+"""Pools that run tasks on this machine: in this process, or in spawned worker processes.
 
-Processes share nothing with their parent but the store. Each worker is a pool of one process, which is given one task
-at a time. So if a process is killed (out of memory, perhaps), it is known which task it was at, that task alone has
-failed, and the other workers go on while a new process takes its place. Each worker keeps to its share of the cores,
-and reports through a separate pipe: one that is killed while it writes holds no lock. With Ctrl-C, or when the parent
-dies, they end.
+Workers share only the store with their parent. Each is a pool of one process that gets one task at a time, so
+if a process is killed (for example, out of memory), only its task fails, and the others go on while a new
+process starts. Each worker uses its share of the cores. It reports through a separate pipe, so a kill during
+a write leaves no lock behind. Workers end on Ctrl-C, and with their parent.
 """
 
 from __future__ import annotations
@@ -30,12 +29,9 @@ from retrotool.store.staging import Staged
 from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
-WAIT_SECONDS = 30.0
-"""How long to wait for a task to end before the caller is given its turn."""
+WAIT_SECONDS = 30.0  # for a task to end, before the caller gets its turn
 _LISTEN_SECONDS = 5.0
-
-_worker: tuple[Worker | Exception, Storage, str, Update] | None = None
-"""What a worker process was opened with; a process pool has no other place for it."""
+_worker: tuple[Worker | Exception, Storage, str, Update] | None = None  # of this worker process
 
 
 def _open_worker(
@@ -44,27 +40,26 @@ def _open_worker(
     global _worker
     leave_pandas_out()
     if hasattr(os, "sched_setaffinity"):
-        # Some libraries heed nothing else: tokie starts a thread for every core it may run on at each call, which costs
-        # a third of its rate when each worker does.
+        # tokie honours nothing else. With a thread per core in each worker it would lose a third of its rate.
         cores = sorted(os.sched_getaffinity(0))
         first = number * threads % len(cores)
         os.sched_setaffinity(0, (cores + cores)[first : first + threads])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_follow_parent, daemon=True).start()
-    # Each worker gets its share of the cores: the libraries would otherwise all start one thread a core.
+    # Otherwise the libraries of each worker would start one thread per core.
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     own = stage.of_worker(number) if isinstance(stage, PerWorker) else stage
     opened: Worker | Exception
     try:
         opened = own.open(Store.open(storage))
-    except Exception as error:  # a pool would tell of a broken process, and not why
+    except Exception as error:  # a pool would report only a broken process, not the reason
         opened = error
     _worker = (opened, storage, run, lambda *update: pipe.send(update))
 
 
 def _follow_parent() -> None:
-    """End this worker with its parent: others take the run for dead then, and clean up after it."""
+    """End this process with its parent: other runs then take the run for dead and clean up after it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -80,7 +75,7 @@ def _do(task: Task) -> Staged | None:
 
 
 class _Here:
-    """A pool of this process alone, as ``_Processes`` is of several: a task is done when it is begun."""
+    """A pool of this process alone: ``begin`` does the task."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
         self._worker, self._arguments, self._progress = stage.open(store), (store.storage, run.id), progress
@@ -104,26 +99,24 @@ class _Here:
 
 
 class _Processes:
-    """Worker processes, each a pool of one; a context manager, which kills begun tasks if it is left by an error."""
+    """Worker processes; a context manager that kills running tasks if it exits with an error."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> None:
         self._context = multiprocessing.get_context("spawn")
-        # Starting it lets Ctrl-C through again: left to the first worker's start, that one would get it.
+        # Starting it unblocks Ctrl-C. Started with the first worker, it would expose that worker to Ctrl-C.
         resource_tracker.ensure_running()
         self._arguments = (stage, store.storage, run.id)
         self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)
         self._pools: dict[int, ProcessPoolExecutor] = {}
-        self.idle = list(reversed(range(workers)))
-        """Workers without a task, the first one last."""
-        self.busy: dict[Future[Staged | None], tuple[int, Task]] = {}
-        """Tasks that were begun and that ``finished`` has not given."""
+        self.idle = list(reversed(range(workers)))  # workers without a task; the last begins next
+        self.busy: dict[Future[Staged | None], tuple[int, Task]] = {}  # tasks that ``finished`` has not yielded
         self._listening: list[threading.Thread] = []
 
     def begin(self, task: Task) -> None:
-        """Give a task to an idle worker, started if it is not running."""
+        """Give a task to an idle worker; start the worker if needed."""
         number = self.idle.pop()
-        with _interrupts_put_off():
+        with _interrupts_deferred():
             if number in self._pools:
                 self.busy[self._pools[number].submit(_do, task)] = (number, task)
                 return
@@ -131,15 +124,12 @@ class _Processes:
             arguments = (*self._arguments, pipe, number, self._threads)
             pool = self._pools[number] = ProcessPoolExecutor(1, self._context, _open_worker, arguments)
             self.busy[pool.submit(_do, task)] = (number, task)
-            pipe.close()  # the process has its own end of it by now; when that is closed, there is nothing to hear
+            pipe.close()  # the process has its own end by now; when it closes that, ``listen`` ends
             self._listening.append(threading.Thread(target=self._progress.listen, args=(reported,), daemon=True))
             self._listening[-1].start()
 
     def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
-        """Wait for tasks to end, ``WAIT_SECONDS`` at most, and give those that have.
-
-        A worker that was killed will be started again.
-        """
+        """Wait up to ``WAIT_SECONDS`` for tasks to end; yield those that have. Killed workers start again."""
         done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
         for future in done:
             number, task = self.busy.pop(future)
@@ -152,10 +142,10 @@ class _Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Shut down; on an error without waiting for tasks that have begun, which are killed."""
+        """Shut down; after an error kill running tasks instead of waiting for them."""
         killed = kind is not None
         processes = [process for pool in self._pools.values() for process in (pool._processes or {}).values()]
-        # A pool's own thread must end before this process does, which wakes it by a pipe that it may be closing.
+        # The pools' threads must end before this process: its exit wakes them by a pipe that may be closing.
         threads: list[Any] = [pool._executor_manager_thread for pool in self._pools.values()]
         for pool in self._pools.values():
             pool.shutdown(wait=not killed, cancel_futures=True)
@@ -169,18 +159,19 @@ class _Processes:
 def open_pool(
     stage: Stage, store: Store, run: Run, workers: int, progress: Progress
 ) -> contextlib.AbstractContextManager[_Here | _Processes]:
-    """So many worker processes, or this process if it is one."""
+    """Return a pool of ``workers`` processes, or of this process for one."""
     if workers == 1:
         return contextlib.nullcontext(_Here(stage, store, run, progress))
     return _Processes(stage, store, run, workers, progress)
 
 
 @contextlib.contextmanager
-def _interrupts_put_off() -> Iterator[None]:
-    """Processes started meanwhile have Ctrl-C blocked from their first instruction on: it is the parent's to handle.
+def _interrupts_deferred() -> Iterator[None]:
+    """Start processes with Ctrl-C blocked from their first instruction on: only the parent handles it.
 
-    Blocking it in this thread is not enough: another one gets it then, and Python raises it in the main thread, perhaps
-    between the start of a process and what it is told, of which it dies with a traceback.
+    Blocking it in this thread is not enough. Another thread then gets it, and Python raises
+    ``KeyboardInterrupt`` in the main thread, possibly before a new process has its arguments, which then
+    fails with a traceback.
     """
     handler = signal.getsignal(signal.SIGINT)
     deferred = callable(handler) and threading.current_thread() is threading.main_thread()

@@ -1,6 +1,6 @@
-"""Progress on stderr: a bar on a terminal, a line a minute in a log.
+"""Progress on stderr: a bar on a terminal, a line per minute elsewhere.
 
-Worker processes report through a pipe each; threads listen to them.
+Each worker process reports through a pipe, to which a thread listens.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _LOG_SECONDS = 60.0
 
 @contextlib.contextmanager
 def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal while this process does ``what``; give a function that takes how many units are done.
+    """Show a bar on a terminal while this process does ``what``; yield a function that adds units done.
 
-    That function raises ``KeyboardInterrupt`` after a Ctrl-C. ``unit`` "B": bytes.
+    The function raises ``KeyboardInterrupt`` after a Ctrl-C. Bytes have the unit "B".
     """
     with tqdm(
         total=total, unit=unit, unit_scale=unit == "B", desc=what, disable=None, delay=_DELAY_SECONDS, file=sys.stderr
@@ -40,10 +40,10 @@ def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
 
 
 class Progress:
-    """What is done of ``total`` units, the rate and the time left; a context manager.
+    """Shows how much of ``total`` units is done, the rate and the time left; a context manager.
 
-    On a terminal there is a bar after two seconds, and its clock runs, also while a worker gets ready and nothing is
-    done yet. Elsewhere the same figures are a line, every minute.
+    A terminal shows a bar after two seconds. Its clock also runs while a worker opens and nothing is done
+    yet.
     """
 
     def __init__(self, name: str, unit: str, total: int) -> None:
@@ -72,7 +72,7 @@ class Progress:
         self._bar.close()
 
     def _tick(self) -> None:
-        """Draw the bar when its time has come, whether anything was reported or not, and every second after that."""
+        """Draw the bar after the delay, even if nothing was reported, and then regularly."""
         if self._terminal and not self._closed.wait(_DELAY_SECONDS + 0.05):
             with self._lock:
                 self._bar.update(0)
@@ -84,7 +84,7 @@ class Progress:
                     sys.stderr.write(f"{self._bar}\n")
 
     def update(self, done: int, elsewhere: int = 0, note: str = "") -> None:
-        """``done`` more units of work are done, and ``elsewhere`` fewer are to be done here."""
+        """Add ``done`` units of work; ``elsewhere`` more were done by others."""
         with self._lock:
             self._bar.total = (self._bar.total or 0) - elsewhere
             if note:
@@ -92,7 +92,7 @@ class Progress:
             self._bar.update(done)
 
     def listen(self, reported: Connection[Any, tuple[int, int, str]]) -> None:
-        """Take in what a worker process reports, until it has ended."""
+        """Apply what a worker process reports, until it ends."""
         with contextlib.suppress(EOFError, OSError), reported:
             while True:
                 self.update(*reported.recv())

@@ -1,9 +1,12 @@
-"""Who runs tasks: this process, or local worker processes.
+"""Runs the tasks of a stage in this process or in local worker processes.
 
-``execute`` plans, runs, folds, and plans again until nothing is left, so that a task whose input was erased under
-it is simply done again. A failed task is tried three times; the others go on. Several runs may do one stage's work at a
-time: a task that is to be ``claimed`` is left alone while another is at it. With few tasks the largest are begun first,
-so that no worker is left alone with one at the end. On Ctrl-C, what is finished is committed and the rest is dropped.
+``execute`` plans, runs, folds, and plans again until nothing is left, so a task whose input was erased is
+simply done again.
+
+* A failed task is tried three times; the others go on.
+* Several runs may work on one stage: tasks to be ``claimed`` are left to the run that has them.
+* If there are few tasks, the largest begin first, so that no worker is left alone with one at the end.
+* On Ctrl-C finished tasks are committed and the others are dropped.
 """
 
 from __future__ import annotations
@@ -27,37 +30,35 @@ FOLD_SECONDS = 30.0
 Enough = Callable[[Staged], bool]
 """Called with every finished task; True ends the run after the tasks that have begun."""
 _FATAL = (StorageError, AbortError, KeyboardInterrupt)
-_NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)
-"""Errors that are reported as they are, or may not occur when the command runs again: no task is given up for them."""
-_FEW = 8
-"""Tasks a worker up to which they are begun by size."""
+_NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)  # no task is given up for these: the data may be good
+_FEW = 8  # up to this number of tasks per worker, the largest begin first
 
 
 def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
-    """How many tasks of a stage other running commands are at, by the newest commit."""
+    """Return how many uncommitted tasks of a stage other running commands have claimed."""
     held = leases.claimed_elsewhere(store.storage, run.id)
     return sum(task.key in held for task in plan_tasks(stage, store))
 
 
 def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
-    """The tasks of a stage by the newest commit of a store, without those that are staged."""
-    staged = staging.staged_keys(store.storage)  # first: what is folded meanwhile is in the state
+    """Plan a stage's tasks on the newest commit, without those that are staged."""
+    staged = staging.staged_keys(store.storage)  # first: what is folded after this is in the state
     store.refresh()
     return [task for task in retry_overtaken(lambda: stage.plan(store), store.renew) if task.key not in staged]
 
 
 def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
-    """Do all of a stage's work on a store, and commit it; less if a finished task is ``enough``.
+    """Run a stage's tasks on a store and commit them; stop early once a finished task is ``enough``.
 
-    What other live runs are at is left to them. Raises the error of the first task that failed for good, once all the
-    others are done; ``TaskError`` if it was no error of ours.
+    Tasks of other live runs are left to them. The error of the first task that failed for good is raised
+    after all others are done, as ``TaskError`` if it is not a ``RetrotoolError``.
     """
     _Execution(stage, store, run, workers, enough).work()
 
 
 @dataclass(slots=True)
 class _Execution:
-    """A stage at work: ``attempts`` that tasks took and the last error of those that are ``given_up``, by key."""
+    """A stage at work; ``attempts`` and the last errors of tasks ``given_up`` are by key."""
 
     stage: Stage
     store: Store
@@ -85,9 +86,8 @@ class _Execution:
                 self.known.update((task.key, task) for task in tasks)
                 self._run_tasks(tasks)
                 for key in self.given_up:
-                    leases.release_claim(store.storage, key, run.id)  # a worker that was killed could not
+                    leases.release_claim(store.storage, key, run.id)  # a killed worker could not
                 if isinstance(stage, GivesUp):
-                    # What stands for tasks that failed for good is staged.
                     for key, error in list(self.given_up.items()):
                         if not isinstance(error, _NOT_THE_DATA):
                             staged = stage.give_up(store, self.known[key], run.id, error)
@@ -107,12 +107,12 @@ class _Execution:
                 raise error
             raise TaskError(
                 f"{stage.name}: {self.known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
-                "What the other tasks did is committed. Run the same command again to try the rest.",
+                "The results of the other tasks are committed. Run the same command again to retry the rest.",
             ) from error
 
     def _run_tasks(self, tasks: Sequence[Task]) -> None:
-        """Run tasks in their order, and commit now and then; if one is enough, only those that have begun."""
-        from retrotool.engine.local import open_pool  # multiprocessing is not needed to read a store
+        """Run tasks in order and commit now and then; once one is enough, begin no more."""
+        from retrotool.engine.local import open_pool  # imports multiprocessing, which readers do not need
 
         stage, store, run = self.stage, self.store, self.run
         workers = min(self.workers, len(tasks))
@@ -142,15 +142,15 @@ class _Execution:
             self.ended |= self.enough(staged)
 
     def _note_failure(self, task: Task, error: BaseException) -> bool:
-        """Count a failure; True if the task should be tried again."""
+        """Count a failure; return whether to try the task again."""
         if isinstance(error, OpenError):
             raise error.args[0] from None
         if isinstance(error, _FATAL):
             raise error
         if isinstance(error, ErasedError):
-            return False  # what it read was removed by another process: it is planned again, if it is still to be done
+            return False  # another process removed its input: the task is planned again if still needed
         self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
-        # What is wrong with the data or the settings will be wrong again.
+        # Wrong data or settings will be wrong again.
         if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
             return True
         self.given_up[task.key] = error

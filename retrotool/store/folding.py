@@ -77,7 +77,7 @@ def _forget(store: Store, tasks: Sequence[Staged]) -> None:
     entries = [entry for task in tasks for entry in task.entries()]
     dropped = [entry.path for entry in entries if not store.state.has(entry.path)]
     store.storage.delete(path for one in dropped for path in with_sums(one))
-    # Entries last: after a kill before this, the next fold removes the rest. Files without an entry would stay.
+    # Entries last: after a kill the next fold tries again. Files without an entry would stay.
     store.storage.delete(staged_path(task.task) for task in tasks)
 
 

@@ -194,7 +194,7 @@ def release_claim(storage: Storage, task: str, run: str) -> None:
     """Release the run's claim on a task."""
     last, owner = _newest_claim(storage, task)
     if owner == run:
-        # Newest last. Else one run could find an older claim and claim this epoch, another none and claim the first.
+        # Newest last. Else a run that finds an older claim and one that finds none would both claim.
         storage.delete(_claim_path(task, epoch) for epoch in range(last + 1))
 
 

@@ -31,7 +31,7 @@ Contains = Callable[[Ids], npt.NDArray[np.bool_]]
 
 @dataclass(frozen=True, slots=True)
 class NeighbourTable:
-    """``ids`` int64 [n, saved] (−1: none) and ``distances`` float32 [n, saved] (+inf: none), nearest first."""
+    """``ids`` int64 and ``distances`` float32, both [n, saved], nearest first; −1 and +inf: none."""
 
     ids: Ids
     distances: npt.NDArray[np.float32]

@@ -81,7 +81,7 @@ class Sink:
         return len(view)
 
     def flush(self) -> None:
-        """Do nothing: ``sync`` makes data durable, and the storage closes the file."""
+        """Ignore the call: ``sync`` makes data durable, and the storage closes the file."""
 
     close = flush
 

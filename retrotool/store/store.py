@@ -115,7 +115,7 @@ class Store:
     def at(self, number: int) -> Store:
         """Return the store as of commit ``number``; files that were removed since can't be read.
 
-        ``CorruptError`` if there is no such commit.
+        ``CorruptError`` if the commit is missing.
         """
         if number == self.state.number:
             return self

@@ -22,7 +22,7 @@ def test_ctrl_c_that_another_thread_gets_waits_until_a_process_is_started() -> N
     other.start()  # with Ctrl-C unblocked
     whole = False
     try:
-        with pytest.raises(KeyboardInterrupt), local._interrupts_put_off():
+        with pytest.raises(KeyboardInterrupt), local._interrupts_deferred():
             os.kill(os.getpid(), signal.SIGINT)
             end = time.monotonic() + 0.5  # the other thread takes its time to get it
             while time.monotonic() < end:
@@ -77,7 +77,7 @@ interrupts._LATER_SECONDS = 0.2
 whole = False
 try:
     __enter__()
-    with local._interrupts_put_off():
+    with local._interrupts_deferred():
         time.sleep(0.5)
         whole = True
 except KeyboardInterrupt:

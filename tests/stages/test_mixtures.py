@@ -141,7 +141,7 @@ def test_of_several_databases_the_nearest_by_distance_over_weight(monkeypatch: p
     shown = run("info", "training").stdout
     assert "a mixture of m.wiki (weight 0.25), m.books (weight 3), m.training (weight 1) for" in shown
     reader = retrotool.open("training")
-    with pytest.raises(UsageError, match="are of several databases") as error:
+    with pytest.raises(UsageError, match="come from several databases") as error:
         reader.neighbour_ids(int(reader.chunk_ids(0)[0]), "m")
     assert "neighbour_places" in error.value.advice
 

@@ -69,7 +69,7 @@ def test_no_reader_sees_them_and_the_last_commit_shows_all(interrupted: Callable
     with pytest.raises(UsageError):
         api.inspect(store, Choice(chunk=first))
     for read in (retrotool.open(store).chunk_ids, retrotool.open(store).embeddings):
-        with pytest.raises(UsageError, match=f"no part {pending[0]}, or it is of a chunk command that is not finished"):
+        with pytest.raises(UsageError, match=f"no part {pending[0]}, or its chunk command has not finished"):
             read(pending[0])
     before_ids = content(store)
     api.chunk(store, [])
