@@ -31,7 +31,10 @@ def test_what_is_named_comes_before_the_environment(tmp_path: Path, monkeypatch:
         assert list((tmp_path / "two").iterdir()) == [], "a kill leaves nothing"
 
 
-@pytest.mark.parametrize(("folder", "reason"), [("no", "is no folder"), ("file", "is no folder"), ("store/x", "store")])
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("no", "is not a writable folder"), ("file", "is not a writable folder"), ("store/x", "store")],
+)
 def test_a_folder_that_can_not_be_used_is_refused(tmp_path: Path, folder: str, reason: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "store" / "x").mkdir(parents=True)
@@ -47,7 +50,7 @@ def test_chunk_puts_standard_input_there(tmp_path: Path, tiny_encoder: Path, cli
     arguments = ["chunk", tmp_path / "store", "-", "--tokenizer", tiny_encoder, "--json"]
     ended = cli(*arguments, "--scratch", tmp_path / "gone", data=text.encode())
     assert ended.returncode == 2
-    assert f"--scratch {tmp_path / 'gone'} is no folder" in ended.stderr
+    assert f"--scratch {tmp_path / 'gone'} is not a writable folder" in ended.stderr
     assert not (tmp_path / "store").exists()
     (tmp_path / "scratch").chmod(0o700)
     ended = cli(*arguments, "--scratch", tmp_path / "scratch", data=text.encode())
