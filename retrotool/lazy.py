@@ -30,15 +30,6 @@ else:
 faiss: Any = LazyModule("faiss")
 
 
-class _Absent:
-    """Hides pandas."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002
-        """Raise the error of a missing module."""
-        if fullname == "pandas":
-            raise ModuleNotFoundError(fullname)
-
-
 def leave_pandas_out() -> None:
     """Make pyarrow work without pandas in a process that has imported neither yet.
 
@@ -48,11 +39,10 @@ def leave_pandas_out() -> None:
     """
     if "pyarrow" in sys.modules or "pandas" in sys.modules:
         return
-    absent = _Absent()
-    sys.meta_path.insert(0, absent)
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # importing it now fails
     try:
         import pyarrow as pa
 
         pa.array([0])
     finally:
-        sys.meta_path.remove(absent)
+        del sys.modules["pandas"]

@@ -74,17 +74,11 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
     each piece, its number of tokens as 8 bytes and the tokens, all little-endian.
     """
     data, width = tokens.view(np.uint8).data, tokens.dtype.itemsize
-    copy = _state(secret, b"tokens:").copy
-    digests = []
     begins, ends = (begin * width).tolist(), ((begin + count) * width).tolist()
     sizes = np.ascontiguousarray(count, "<i8").view("V8").tolist()
-    for some in zip(begins, ends, sizes, strict=True):
-        state = copy()
-        for first, last, size in zip(*some, strict=True):
-            state.update(size)
-            state.update(data[first:last])
-        digests.append(state.digest())
-    return np.frombuffer(b"".join(digests), HASH)
+    documents = (zip(*pieces, strict=True) for pieces in zip(sizes, begins, ends, strict=True))
+    values = (b"".join(size + data[first:last] for size, first, last in pieces) for pieces in documents)
+    return _keyed(secret, b"tokens:", values)
 
 
 def blocked_documents(store: Store, blocked: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
@@ -134,12 +128,8 @@ def _sums(values: npt.NDArray[Any], first: Ids, count: Ids) -> Ids:
     return sums
 
 
-def _state(secret: str, domain: bytes) -> hashlib.blake2b:
-    return hashlib.blake2b(domain, digest_size=HASH_BYTES, key=bytes.fromhex(secret))
-
-
 def _keyed(secret: str, domain: bytes, values: Iterable[bytes]) -> Hashes:
-    copy = _state(secret, domain).copy  # half the cost of a new keyed state
+    copy = hashlib.blake2b(domain, digest_size=HASH_BYTES, key=bytes.fromhex(secret)).copy  # half the cost of a new one
     digests = []
     for value in values:
         state = copy()

@@ -69,23 +69,20 @@ class LocalStorage:
         return str(self.root.absolute())
 
     def get(self, path: str) -> bytes:
-        return self.file(path).read_bytes()
+        return self.local(path).read_bytes()
 
     def get_range(self, path: str, start: int, length: int) -> bytes:
-        with self.file(path).open("rb") as file:
+        with self.local(path).open("rb") as file:
             file.seek(start)
             return file.read(length)
 
     def open(self, path: str) -> pa.NativeFile:
         import pyarrow as pa
 
-        return pa.memory_map(str(self.file(path)))
-
-    def local(self, path: str) -> Path:
-        return self.file(path)
+        return pa.memory_map(str(self.local(path)))
 
     def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:
-        target = self.file(path)
+        target = self.local(path)
         if target.exists():
             raise FileExistsError(f"{target} exists; a file is never written twice")
         with self._temporary(target, run) as temporary:
@@ -101,7 +98,7 @@ class LocalStorage:
         return sink, result
 
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
-        target = self.file(path)
+        target = self.local(path)
         won = self._write_small(target, run, data, lambda temporary: disk.link(temporary, target))
         with disk.storage_errors(target):
             disk.fsync_directory(target.parent)
@@ -111,7 +108,7 @@ class LocalStorage:
         return won
 
     def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:
-        target = self.file(path)
+        target = self.local(path)
         with disk.storage_errors(target), suppress(FileNotFoundError):
             if target.read_bytes() == data:  # renewing a lease changes only its time
                 disk.touch(target)
@@ -126,7 +123,7 @@ class LocalStorage:
         return self._write_small(target, run, data, replace)
 
     def stat(self, path: str) -> FileStatus | None:
-        info = _LocalStatus(path, self.file(path))
+        info = _LocalStatus(path, self.local(path))
         try:
             _ = info.size
         except (FileNotFoundError, NotADirectoryError):
@@ -141,7 +138,7 @@ class LocalStorage:
                 yield _LocalStatus(path, self.root / path)
 
     def delete(self, paths: Iterable[str]) -> None:
-        disk.unlink_all(map(self.file, paths))
+        disk.unlink_all(map(self.local, paths))
 
     def unfinished(self) -> Iterator[Unfinished]:
         for path, regular in self._walk("", ""):
@@ -155,7 +152,7 @@ class LocalStorage:
     def irregular(self) -> Iterator[str]:
         return (path for path, regular in self._walk("", "") if not regular)
 
-    def file(self, path: str) -> Path:
+    def local(self, path: str) -> Path:
         """Return a path's file; ``CorruptError`` if its form or a symbolic link leads out of the store."""
         if not paths.is_safe(path):
             raise CorruptError(f"{path!r} leads out of the store")

@@ -91,21 +91,15 @@ class Draft:
     records: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit(Draft):
     """An entry of the log; ``sha256`` is that of its bytes, and the ``parent`` of the next entry."""
 
     number: int
     uuid: str
     parent: str
     time: str
-    kind: str
     tool: str
-    settings: Mapping[str, Any]
-    reads: tuple[str, ...]
-    add: tuple[FileEntry, ...]
-    remove: tuple[str, ...]
-    records: Mapping[str, Any]
     sha256: str
 
 

@@ -176,7 +176,7 @@ class State:
         """Return the records whose key has the prefix, by key without it, in order."""
         return {key.removeprefix(prefix): self.records[key] for key in sorted(self.records) if key.startswith(prefix)}
 
-    def conflict(self, change: Draft | Commit) -> str | None:
+    def conflict(self, change: Draft) -> str | None:
         """Return why ``change`` can't follow this state; None if it can."""
         for path in (*change.reads, *change.remove):
             if not self.has(path):

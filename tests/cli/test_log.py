@@ -247,6 +247,19 @@ def test_checkpoints_must_be_the_fold(store: Path) -> None:
     assert api.verify_log(store).ok, "readers pass over it"
 
 
+def test_a_checkpoint_with_parts_in_each_others_slots_is_found(store: Path) -> None:
+    folded = Store.open(store).state
+    chunks = folded.group("chunks").copy()
+    (first, one), (second, other) = chunks.items()[:2]
+    chunks.put(first, dataclasses.replace(other, slot=first))
+    chunks.put(second, dataclasses.replace(one, slot=second))
+    swapped = dataclasses.replace(folded, groups={**folded.groups, ("chunks", ""): chunks})
+    path = f"checkpoints/{folded.number:08d}-{new_token('0123abcd')}.json"
+    write_stored(store, path, encode_checkpoint(swapped))
+    (problem,) = api.verify_log(store).problems
+    assert f"the checkpoint of commit {folded.number} does not match the log" in problem
+
+
 def test_a_log_rewritten_from_before_a_checkpoint_is_found(store: Path) -> None:
     forge_all(store, 1, tool="another")
     assert any("checkpoint of commit 3" in p for p in api.verify_log(store).problems)

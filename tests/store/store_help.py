@@ -74,8 +74,7 @@ def clean_after_a_sleep(root: Path, silent: float = leases.DEAD_SECONDS + 60) ->
 
 def make_commit(number: int, **fields: Any) -> Commit:
     """A commit that stands in no log."""
-    empty: dict[str, Any] = {"settings": {}, "reads": (), "add": (), "remove": (), "records": {}}
-    return Commit(number, "", "", "", "test", "", **{**empty, **fields}, sha256=f"{number:064x}")
+    return Commit("test", number=number, uuid="", parent="", time="", tool="", sha256=f"{number:064x}", **fields)
 
 
 def viewing(store: Store, *entries: FileEntry) -> Store:
