@@ -70,10 +70,7 @@ class AbortError(RetrotoolError):
 
 
 class LostRunError(AbortError):
-    """The run can't commit any more: it was taken for dead, or one of its files is missing.
-
-    Nothing of the commit was made.
-    """
+    """The run was taken for dead, or one of its files is missing; nothing was committed."""
 
     exit_code = 11
 

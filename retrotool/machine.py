@@ -49,10 +49,7 @@ def give_memory_back() -> None:
 
 @cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies numbers of ``dtype`` quickly and correctly on this CPU.
-
-    torch does not guarantee that the operators used here continue to exist.
-    """
+    """Return whether oneDNN multiplies ``dtype`` quickly and correctly; torch may remove its operators."""
     import torch
 
     try:

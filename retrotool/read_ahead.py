@@ -18,11 +18,10 @@ class _End:
 
 
 def ahead(items: Iterable[T], most: int, *, patience: float | None = None) -> Generator[T]:
-    """Yield ``items``, up to ``most`` of which are made in advance.
+    """Yield ``items``, up to ``most`` of which are made in advance; their errors are raised here.
 
-    An error in making an item is raised where it is taken. Closing the generator stops the thread and closes
-    ``items`` if that is a generator. ``patience`` is how many seconds to wait for a thread that blocks in a
-    read, which then ends with the process; by default closing waits for the thread.
+    Closing the generator stops the thread and closes ``items`` if that is a generator. It waits for the
+    thread; ``patience`` limits that to some seconds, after which a blocking read ends with the process.
     """
     waiting: queue.Queue[T | _End] = queue.Queue(most)
     stopped = threading.Event()

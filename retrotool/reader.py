@@ -42,10 +42,9 @@ _KEPT_PARTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A live chunk.
+    """A live chunk. ``key`` is False for a chunk of the value of a key-value record, which is never searched.
 
-    ``tokens`` are its token ids without padding; ``index`` is its position in ``document``, from 0. ``key``
-    is False for a chunk of the value of a key-value record, which is never searched.
+    ``tokens`` are its token ids without padding; ``index`` is its position in ``document``, from 0.
     """
 
     id: int
@@ -63,10 +62,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A chunk near another: its squared L2 distance, and the chunk after it in its document, or None.
+    """A chunk near another: its squared L2 distance, and the next chunk of its document, or None.
 
-    For a key-value record ``chunk`` is the key and ``continuation`` the first chunk of the value.
-    ``database`` is the store that both come from.
+    For a key-value record they are the key and the first chunk of the value. ``database`` is their store.
     """
 
     id: int
@@ -182,11 +180,10 @@ class Reader:
         return self.tokenizer.decode_text(row, np.array([row.shape[1]]))[0]
 
     def document(self, name: str) -> list[int]:
-        """Return the ids of a document's live chunks, in order.
+        """Return the ids of a document's live chunks, in order; ``UsageError`` without any.
 
-        ``UsageError`` if it is missing, purged or rejected. If several documents have this id (``chunk
-        --duplicates keep``), the first live one by chunk ids is returned; read the chunks of the others by
-        their ids (``chunk_ids``).
+        If several documents have this id (``chunk --duplicates keep``), the first live one by chunk ids is
+        returned; read the chunks of the others by their ids (``chunk_ids``).
         """
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
@@ -222,8 +219,7 @@ class Reader:
     def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
         """Return (id, distance) of a chunk's live neighbours, nearest first; k defaults to the table's.
 
-        ``UsageError`` for a mixture of several databases, in which ids are ambiguous: use
-        ``neighbour_places``.
+        ``UsageError`` for a mixture, in which ids alone are ambiguous: use ``neighbour_places``.
         """
         if len(members_of(self._store, name)) > 1:
             raise UsageError(
@@ -286,9 +282,9 @@ class Reader:
     ) -> list[Neighbour]:
         """Return the k live keys nearest to a text.
 
-        ``index`` is the default one if not named. Pass ``encoder`` to load it only once for several searches.
-        ``nprobe`` (lists to probe) and ``rerank`` (candidates for 10 neighbours) override the index's
-        operating point. ``allow_missing`` skips broken shards, see ``database``.
+        Pass ``encoder`` to load it only once for several searches. ``nprobe`` (lists to probe) and ``rerank``
+        (candidates for 10 neighbours) override the index's operating point; ``allow_missing`` is as of
+        ``database``.
         """
         database = self.database(index, allow_missing=allow_missing)
         loaded = encoder or self.load_encoder(index)

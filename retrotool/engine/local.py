@@ -1,9 +1,8 @@
 """Pools that run tasks on this machine: in this process, or in spawned worker processes.
 
-Workers share only the store with their parent. Each is a pool of one process that gets one task at a time, so
-if a process is killed (for example, out of memory), only its task fails, and the others go on while a new
-process starts. Each worker uses its share of the cores. It reports through a separate pipe, so a kill during
-a write leaves no lock behind. Workers end on Ctrl-C, and with their parent.
+Each worker is a pool of one process that gets one task at a time. If it is killed (for example, out of
+memory), only its task fails, and a new process starts. It uses its share of the cores, and reports through
+its own pipe, so a kill during a write leaves no lock behind. Workers end on Ctrl-C, and with their parent.
 """
 
 from __future__ import annotations
@@ -167,11 +166,10 @@ def open_pool(
 
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Start processes with Ctrl-C blocked from their first instruction on: only the parent handles it.
+    """Block Ctrl-C in processes started here, and in this process until they have started.
 
-    Blocking it in this thread is not enough. Another thread then gets it, and Python raises
-    ``KeyboardInterrupt`` in the main thread, possibly before a new process has its arguments, which then
-    fails with a traceback.
+    Blocking the signal in this thread is not enough: Python would raise the interrupt in the main thread when
+    another gets it, and a process without its arguments yet would fail with a traceback.
     """
     handler = signal.getsignal(signal.SIGINT)
     deferred = callable(handler) and threading.current_thread() is threading.main_thread()

@@ -24,10 +24,7 @@ _LOG_SECONDS = 60.0
 
 @contextlib.contextmanager
 def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal while this process does ``what``; yield a function that adds units done.
-
-    The function raises ``KeyboardInterrupt`` after a Ctrl-C. Bytes have the unit "B".
-    """
+    """Show a bar for ``what`` on a terminal; yield a function that adds units done and checks for Ctrl-C."""
     with tqdm(
         total=total, unit=unit, unit_scale=unit == "B", desc=what, disable=None, delay=_DELAY_SECONDS, file=sys.stderr
     ) as bar:
@@ -40,11 +37,7 @@ def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
 
 
 class Progress:
-    """Shows how much of ``total`` units is done, the rate and the time left; a context manager.
-
-    A terminal shows a bar after two seconds. Its clock also runs while a worker opens and nothing is done
-    yet.
-    """
+    """Shows progress through ``total`` units, also while a worker opens; a context manager."""
 
     def __init__(self, name: str, unit: str, total: int) -> None:
         self._terminal = sys.stderr.isatty()

@@ -1,12 +1,9 @@
 """Runs the tasks of a stage in this process or in local worker processes.
 
 ``execute`` plans, runs, folds, and plans again until nothing is left, so a task whose input was erased is
-simply done again.
-
-* A failed task is tried three times; the others go on.
-* Several runs may work on one stage: tasks to be ``claimed`` are left to the run that has them.
-* If there are few tasks, the largest begin first, so that no worker is left alone with one at the end.
-* On Ctrl-C finished tasks are committed and the others are dropped.
+simply done again. A failed task is tried three times while the others go on. Tasks that another run has
+claimed are left to it. Of few tasks the largest begin first, so that no worker is left alone with one at the
+end. On Ctrl-C finished tasks are committed and the others are dropped.
 """
 
 from __future__ import annotations
@@ -27,8 +24,7 @@ from retrotool.store.store import Store, retry_overtaken
 
 ATTEMPTS = 3
 FOLD_SECONDS = 30.0
-Enough = Callable[[Staged], bool]
-"""Called with every finished task; True ends the run after the tasks that have begun."""
+Enough = Callable[[Staged], bool]  # takes every finished task; True ends the run after the tasks that have begun
 _FATAL = (StorageError, AbortError, KeyboardInterrupt)
 _NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)  # no task is given up for these: the data may be good
 _FEW = 8  # up to this number of tasks per worker, the largest begin first
@@ -50,8 +46,8 @@ def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
 def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
     """Run a stage's tasks on a store and commit them; stop early once a finished task is ``enough``.
 
-    Tasks of other live runs are left to them. The error of the first task that failed for good is raised
-    after all others are done, as ``TaskError`` if it is not a ``RetrotoolError``.
+    The first error of a task that failed for good is raised after all others are done, as ``TaskError`` if it
+    is not a ``RetrotoolError``.
     """
     _Execution(stage, store, run, workers, enough).work()
 

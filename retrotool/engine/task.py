@@ -5,8 +5,8 @@ is plain data, so both can be sent anywhere. There, ``stage.open(store)`` return
 model, once), and ``worker(task, run, report)`` writes new files and returns what to stage. ``perform`` stages
 it, and any process may commit it (``folding.fold``).
 
-Tasks are independent: they run in any order, on any machine, and twice if need be. To resume is to plan
-again. Local processes, job arrays and clusters differ only in what calls ``perform``.
+Tasks run in any order, on any machine, and twice if need be. To resume is to plan again. Local processes, job
+arrays and clusters differ only in what calls ``perform``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,13 @@ from retrotool.store.staging import Staged
 from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
-Update = Callable[[int, int, str], object]
-"""Reports progress: units done, units done by others, and a note ("": no change)."""
-Report = Callable[[int], object]
-"""Reports how many units of work (``Stage.unit``) were just done."""
+Update = Callable[[int, int, str], object]  # takes units done, units done by others, and a note ("": no change)
+Report = Callable[[int], object]  # takes how many units of work (``Stage.unit``) were just done
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work. ``key`` identifies it, ``weight`` is in the stage's unit, and ``inputs`` is JSON.
-
-    If ``claimed``, several runs may work on the stage, and each claims a task first
-    (``retrotool.store.leases``).
-    """
+    """A piece of work; ``weight`` is in the stage's unit. If ``claimed``, a run claims it first."""
 
     key: str
     label: str
@@ -118,8 +112,8 @@ def check_shard(shard: tuple[int, int] | None) -> None:
 def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
     """Return the tasks in the order in which job ``job`` of ``jobs`` does them.
 
-    Its own tasks, determined by their keys, come first, then those of the next jobs, from the end, as their
-    owners start at the beginning.
+    Its own tasks (by their keys) come first, then those of the next jobs, from the end: their owners start at
+    the beginning.
     """
 
     def order(place: int) -> tuple[int, int]:

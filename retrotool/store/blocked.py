@@ -1,13 +1,12 @@
 """The block list: hashes of purged documents, so that they stay out when their input is chunked again.
 
-Each purge adds a sorted file of BLAKE2b-128 hashes: of the id of every document that is purged as a whole,
-and of the text hash and the tokens of every document of which any chunk is purged. Texts that differ only in
-what the tokenizer drops, such as case, have the same tokens. The hashes are keyed with the store's secret, so
-without ``store.json`` the list neither confirms a guess nor matches another store's. An erase keeps it.
+Each purge adds a sorted file of BLAKE2b-128 hashes: of the ids of documents purged as a whole, and of the
+text hash and the tokens of documents of which any chunk is purged. Texts that differ only in what the
+tokenizer drops, such as case, have the same tokens. The hashes are keyed with the store's secret, so without
+``store.json`` the list neither confirms a guess nor matches another store's. An erase keeps it.
 
-Cost: 16 bytes of memory per hash. A lookup takes about 2 µs for a document's id and text, and 1 µs plus 1 ns
-per byte for its tokens. Checking the tokens of stored documents reads all row groups that contain any of
-them.
+Cost: 16 bytes of memory per hash; about 2 µs to look up an id and a text, and 1 µs plus 1 ns per byte for
+tokens. Checking stored documents reads all row groups that contain any of them.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from retrotool.store.parts import HASH_BYTES, ROW_GROUP, Ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
-HASH = np.dtype(f"S{HASH_BYTES}")
-"""NumPy ignores trailing zeros when it compares these, which is harmless: all have the same length."""
-
+HASH = np.dtype(f"S{HASH_BYTES}")  # comparisons ignore trailing zeros: harmless, as all have the same length
 Hashes = npt.NDArray[np.bytes_]
 
 
@@ -84,8 +81,8 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
 def blocked_documents(store: Store, blocked: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
     """Return which documents of a part a block list names, by id, text or tokens: bool [d].
 
-    ``chunks`` is the part's chunks file; ``documents`` are rows of documents that are not erased, with
-    ``id``, ``text_hash``, ``first_row`` and ``n_chunks``.
+    ``chunks`` is the part's chunks file; ``documents`` must not be erased, and also has ``id`` and
+    ``text_hash``.
     """
     texts = documents["text_hash"].fill_null(bytes(HASH_BYTES)).to_pylist()
     return blocked.holds(documents["id"].to_pylist(), texts) | blocked.contains(stored_tokens(store, chunks, documents))
@@ -124,12 +121,11 @@ def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashe
 
 def _sums(values: npt.NDArray[Any], first: Ids, count: Ids) -> Ids:
     before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    sums: Ids = before[first + count] - before[first]
-    return sums
+    return np.asarray(before[first + count] - before[first])
 
 
 def _keyed(secret: str, domain: bytes, values: Iterable[bytes]) -> Hashes:
-    copy = hashlib.blake2b(domain, digest_size=HASH_BYTES, key=bytes.fromhex(secret)).copy  # half the cost of a new one
+    copy = hashlib.blake2b(domain, digest_size=HASH_BYTES, key=bytes.fromhex(secret)).copy
     digests = []
     for value in values:
         state = copy()

@@ -31,8 +31,7 @@ from retrotool.store.state import State
 from retrotool.store.store import FENCE, Store
 from retrotool.store.sums import with_sums
 
-Outcome = dict[str, str]
-"""Why tasks are refused, by key; "" for tasks that are committed."""
+Outcome = dict[str, str]  # reasons of refusal by key; "" for tasks that are committed
 
 
 @dataclass(frozen=True, slots=True)

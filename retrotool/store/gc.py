@@ -28,16 +28,14 @@ from retrotool.store.storage import Storage
 from retrotool.store.store import CHECKPOINT_PATH, FENCE, Store
 from retrotool.store.sums import with_sums, without_sums
 
-_FENCES = 256
-"""How many fences are kept: the last ones."""
+_FENCES = 256  # the most fences kept in the state: the last ones
 
 
 def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     """Remove the leftovers of dead runs for ``run``; return the number of files.
 
-    ``thorough``: also remove files that a commit removed and a kill left on the disk, even if the run that
-    wrote them is still alive. This reads the whole log if live runs have uncommitted files. ``LostRunError``
-    if ``run`` itself was taken for dead.
+    ``thorough``: also those that a commit removed and a kill left on the disk while their run is alive. This
+    reads the whole log if live runs have uncommitted files. ``LostRunError`` if ``run`` was taken for dead.
     """
     storage = store.storage
     unfinished = list(storage.unfinished())
@@ -95,8 +93,7 @@ def unnamed_files(store: Store) -> list[str]:
 def foreign_files(store: Store) -> list[str]:
     """Return paths of files in the store's folders whose names no command gives, sorted. They are ignored.
 
-    Left out are hidden files (such as those of NFS), and ``log/``: ``verify_log`` reports what is wrong
-    there.
+    Hidden files (such as those of NFS) and ``log/``, which ``verify_log`` checks, are left out.
     """
     known = (leases.CLAIM_PATH, staging.ENTRY_PATH, CHECKPOINT_PATH)
     return sorted(

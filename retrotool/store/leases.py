@@ -6,11 +6,11 @@ clock, relative to a lease that was just written. On the same boot of the same m
 ended is known to be dead at once.
 
 A claim, ``leases/<task>-<epoch>``, keeps two runs from doing the same task. It is made by put-if-absent and
-counts while its run is alive. A run that finds a claim of a dead run makes the claim of the next epoch.
+counts while its run is alive. A run that finds a dead run's claim makes the claim of the next epoch.
 
-Safety depends on none of this; only time does. A task that two runs do is staged once. Before clean-up
-removes files of a run that is only silent, and may wake up, it commits a fence: from then on that run can't
-commit, and what it stages is dropped (``retrotool.store.gc``).
+Leases save time; safety does not depend on them. A task that two runs do is staged once. Before clean-up
+removes files of a run that is only silent, and may wake up, it commits a fence: then that run can't commit,
+and what it stages is dropped (``retrotool.store.gc``).
 """
 
 from __future__ import annotations
@@ -34,16 +34,12 @@ from retrotool.store import schema, specs
 from retrotool.store.storage import Storage
 
 BEAT_SECONDS = 30.0
-SILENCE_SECONDS = 3600.0
-"""How long to wait for a silent run of another machine."""
-CLAIM_SILENCE_SECONDS = 300.0
-"""After this silence a run of another machine has lost its claims."""
-LAPSED_SECONDS = 12 * 3600.0
-"""A run whose own lease is this old stops writing."""
-DEAD_SECONDS = 24 * 3600.0
-"""After this silence clean-up removes what a run of another machine left."""
-_LAPSED = b"\n"
-"""The end of a lapsed lease."""
+# Seconds of silence after which a run of another machine
+CLAIM_SILENCE_SECONDS = 300.0  # loses its claims,
+SILENCE_SECONDS = 3600.0  # is not waited for,
+LAPSED_SECONDS = 12 * 3600.0  # stops writing (by itself: its own lease is this old),
+DEAD_SECONDS = 24 * 3600.0  # has its files removed by clean-up.
+_LAPSED = b"\n"  # the end of a lapsed lease
 RUN_PATH = re.compile(r"leases/run-(?P<run>[0-9a-f]{8})")
 CLAIM_PATH = re.compile(r"leases/(?P<task>[0-9a-f]{32})-(?P<epoch>\d{8})")
 
@@ -122,8 +118,8 @@ def others(storage: Storage, run: str) -> list[str]:
 def renew(storage: Storage, run: str) -> float:
     """Renew the lease of a run; return the time by the storage's clock.
 
-    ``LostRunError`` if the lease was removed or has lapsed. A lapsed lease is marked, so that all processes
-    of the run see it. It is not removed: the run's files may only be removed after a fence.
+    ``LostRunError`` if it was removed or has lapsed. A lapsed lease is marked for all processes of the run,
+    but not removed: the run's files may only be removed after a fence.
     """
     path = run_path(run)
     before = storage.stat(path)
@@ -141,16 +137,13 @@ def renew(storage: Storage, run: str) -> float:
 
 
 def is_alive(storage: Storage, run: str, *, now: float, silence: float = SILENCE_SECONDS) -> bool:
-    """Return whether a run may still be writing; ``now`` is by the storage's clock (``renew``).
-
-    A run of another machine, or one whose lease can't be read, counts as dead after ``silence`` seconds.
-    """
+    """Return whether a run may still be writing: its process exists, or it was silent for less time."""
     silent = silence_of(storage, run, now)
     return silent is not None and silent < silence
 
 
 def silence_of(storage: Storage, run: str, now: float) -> float | None:
-    """Return for how many seconds a run has been silent: 0 if its process is running, None if it ended."""
+    """Return a run's silence at ``now`` in seconds; 0 if its process is running, None if it has ended."""
     info = storage.stat(run_path(run))
     try:
         here = is_here(storage.get(run_path(run)))

@@ -30,8 +30,7 @@ _CHECKSUM_BYTES = len(',"sha256":""}') + 64
 class FileEntry:
     """A file as a commit names it. A slot holds at most one live file of a kind and name.
 
-    ``rows`` is what its kind counts; ``about`` is small JSON, or None. Documents and chunks have an empty
-    slot until their part has a number.
+    ``rows`` is what its kind counts. Documents and chunks have no slot ("") until their part has a number.
     """
 
     path: str
@@ -122,10 +121,7 @@ def checked(data: bytes) -> bytes:
 
 
 def read(storage: Storage, number: int, parent: str | None = None) -> Commit | None:
-    """Read a commit; None if it does not exist.
-
-    ``CorruptError`` if it is broken, or not a child of ``parent``.
-    """
+    """Read a commit, or None. ``CorruptError`` if it is broken or not a child of ``parent``."""
     try:
         data = storage.get(commit_path(number))
     except FileNotFoundError:

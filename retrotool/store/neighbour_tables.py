@@ -1,10 +1,9 @@
 """Neighbour tables: ids and distances of the neighbours of every row of a part, nearest first.
 
-A table may also hold the tokens of each row's first neighbours and of their continuations, so that a training
-loop reads them sequentially, in the order of the training text. These columns are read only on request. They
-cost 1 µs per row of two neighbours to read, and 0.25 KB of disk for uint16 tokens (60 % of that with zstd).
-
-Reading returns what is stored. Chunks may have been purged since, so readers mask them.
+A table may also hold the tokens of each row's first neighbours and their continuations, so that training
+reads them sequentially. These columns are read only on request. For two neighbours per row they cost 1 µs to
+read, and 0.25 KB of disk for uint16 tokens (60 % of that with zstd). Reading returns what is stored; readers
+mask chunks that were purged since.
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ def write_table(
 ) -> FileEntry:
     """Write a part's neighbours, found in commit ``commit`` of the store ``database`` (uuid) at ``uri``.
 
-    ``text`` yields the tokens of the first ``about["text"]`` neighbours, one row group at a time, with
-    ``chunk_bytes`` bytes per chunk.
+    ``text`` yields row groups with the tokens of ``about["text"]`` neighbours, ``chunk_bytes`` bytes per
+    chunk.
     """
     metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.uri": uri}
     saved = table.ids.shape[1]
@@ -131,8 +130,7 @@ def read_table(store: Store, entry: FileEntry, row_groups: Sequence[int] | None 
 
 def read_ids(store: Store, entry: FileEntry, row_groups: Sequence[int] | None = None) -> Ids:
     """Read only the ids of a part's neighbours, int64 [n, saved]; a third cheaper than ``read_table``."""
-    found: Ids = _lists(store, entry, parts.read_parquet(store, entry, ["ids"], row_groups), "ids")
-    return found
+    return _lists(store, entry, parts.read_parquet(store, entry, ["ids"], row_groups), "ids")
 
 
 def read_text(
@@ -199,7 +197,7 @@ def _lists(store: Store, entry: FileEntry, arrow: pa.Table, name: str) -> npt.ND
 def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | None) -> bool:
     """Return whether a table's ids are chunks of this store; ``metadata`` is that of the table's file.
 
-    A copy of a store has the same uuid but later diverges, so the table's record says where the database was.
+    A copy of a store has the same uuid, so the table's record says where the database was.
     """
     if (metadata or {}).get(b"retrotool.database", b"") != store.identity.uuid.encode():
         return False

@@ -1,12 +1,12 @@
 """The files of a part: documents and chunks in Parquet. Also reads and writes a store's other Parquet files.
 
-Files have page checksums, which are verified on reading (pyarrow's defaults miss nine in ten flipped bits),
-and zstd compression. Tokens are fixed-size binary, little-endian uint16 or uint32, which numpy reads without
-a copy. Cost: reading a part's tokens takes about 0.1 s per million chunks, writing about 1 s.
+Files have zstd compression and page checksums, which are verified on reading (pyarrow's defaults miss nine in
+ten flipped bits). Tokens are fixed-size binary, little-endian uint16 or uint32, which numpy reads without a
+copy. Reading a part's tokens takes about 0.1 s per million chunks, writing about 1 s.
 
-A chunk id is ``part << 32 | row``, in 64 bits. Chunks that are not keys (the values of key-value records) are
-marked in a column that only files with such chunks have: at most 0.1 MB per million chunks. Only
-``Chunks.embedded`` and ``read_embedded`` decide which rows have a vector.
+A chunk id is ``part << 32 | row``. Chunks that are not keys (the values of key-value records) are marked in a
+column that only files with such chunks have: at most 0.1 MB per million chunks. Only ``Chunks.embedded`` and
+``read_embedded`` decide which rows have a vector.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
     return pa.schema([*columns, KEY] if key else columns)
 
 
-_SCHEMAS = {
+_SCHEMAS = {  # the columns that all files of a kind have
     "documents": documents_schema(()),
     "quarantine": QUARANTINE_SCHEMA,
     "tombstones": TOMBSTONES_SCHEMA,
@@ -74,7 +74,6 @@ _SCHEMAS = {
     "scans": SCANS_SCHEMA,
     "blocked": BLOCKED_SCHEMA,
 }
-"""The columns that all files of a kind have at least."""
 
 
 def chunk_ids(part: int, rows: npt.NDArray[Any]) -> Ids:
@@ -208,10 +207,7 @@ def read_parquet(
     *,
     optional: Sequence[str] = (),
 ) -> pa.Table:
-    """Read a Parquet file of the store's view, and the ``optional`` columns that it has.
-
-    ``CorruptError`` names a broken file.
-    """
+    """Read a Parquet file of the store's view, and those ``optional`` columns that it has."""
     with _open_parquet(store, entry) as file:
         path = store.where(entry.path)
         rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
@@ -351,8 +347,7 @@ def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
     """Return which rows of a part have a vector (``Chunks.embedded``), without reading tokens: bool [n]."""
     entry = part_entry(store, "chunks", part)
     table = read_parquet(store, entry, ["n_tokens"], optional=["key"])
-    embedded: npt.NDArray[np.bool_] = (table["n_tokens"].to_numpy() > 0) & _key(entry, table)
-    return embedded
+    return np.asarray((table["n_tokens"].to_numpy() > 0) & _key(entry, table))
 
 
 def read_key(store: Store, part: int) -> npt.NDArray[np.bool_]:
@@ -368,8 +363,7 @@ def _key(entry: FileEntry, table: pa.Table) -> npt.NDArray[np.bool_]:
         return np.ones(table.num_rows, np.bool_)
     if table["key"].null_count:
         raise CorruptError(f"{entry.path}: column 'key' has nulls")
-    found: npt.NDArray[np.bool_] = table["key"].to_numpy()
-    return found
+    return np.asarray(table["key"].to_numpy())
 
 
 def read_documents(store: Store, part: int, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,8 +1,4 @@
-"""Finished tasks that wait for a commit.
-
-A worker calls ``stage`` when its files are complete. From then on every process sees the task, and any may
-commit it (``retrotool.store.folding``).
-"""
+"""Finished tasks that wait for a commit: any process may commit them (``retrotool.store.folding``)."""
 
 from __future__ import annotations
 
@@ -44,9 +40,8 @@ class Unit:
 class Staged:
     """A finished task. ``records`` are added; those that exist must be equal.
 
-    * ``piece``: the file has only the rows [first, last] of the task. Pieces are not committed, only whole
-      tasks.
-    * ``measured``: figures for the process that runs the task; they are not stored.
+    Of a ``piece`` the file has only the rows [first, last]; only whole tasks are committed. ``measured`` are
+    figures for the process that runs the task; they are not stored.
     """
 
     task: str

@@ -1,11 +1,10 @@
 """Where a store's files are: the protocol through which all of them are read and written.
 
 Like an object store, a storage holds bytes under relative paths with ``/``: there are no folders, nothing is
-renamed, and a file exists completely or not at all. It does not know what a path means.
-``retrotool.store.local_storage`` keeps the files in a folder; ``tests/memory_storage.py`` keeps them in
-memory.
+renamed, and a file exists completely or not at all. It does not know what a path means. Files are written
+once, except leases, which their owner overwrites. All machines use the storage's clock.
 
-Files are written once, except leases, which their owner overwrites. All machines use the storage's clock.
+``retrotool.store.local_storage`` keeps the files in a folder; ``tests/memory_storage.py`` in memory.
 """
 
 from __future__ import annotations
@@ -56,16 +55,14 @@ class Unfinished:
 class Sink:
     """The file object that a new file is written to; it counts and hashes the bytes.
 
-    It suits pyarrow, numpy and ``faiss.PyCallbackIOWriter``. ``taps`` are called with data before it is
-    written.
+    It suits pyarrow, numpy and faiss. ``taps`` are called with data before it is written.
     """
 
     closed = False
 
     def __init__(self, write: Callable[[bytes | memoryview], object], sync: Callable[[], None]) -> None:
         self._write, self._digest = write, hashlib.sha256()
-        self.sync = sync
-        """Begins to make the data durable, so that less is left to do at the end."""
+        self.sync = sync  # begins to make the data durable, so that less is left to do at the end
         self.size = 0
         self.taps: list[Callable[[memoryview], object]] = []
 
@@ -96,10 +93,7 @@ class Sink:
 
 
 class Storage(Protocol):
-    """Bytes under relative paths. Reading a missing file raises ``FileNotFoundError``.
-
-    Instances can be pickled, and then are the same storage in another process.
-    """
+    """Bytes under relative paths; instances can be pickled. ``FileNotFoundError`` for missing files."""
 
     place: str
     """Its name in messages and command lines."""
@@ -123,8 +117,8 @@ class Storage(Protocol):
     def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:
         """Write a new file by ``write(sink)``, durably; return the sink, for size and hash, and its result.
 
-        ``FileExistsError`` if the path is taken. After an error or a kill the file does not exist; what is
-        left is ``unfinished``, of ``run``.
+        ``FileExistsError`` if the path is taken. After an error or a kill the file does not exist; the rest
+        is ``unfinished``.
         """
 
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
@@ -152,14 +146,10 @@ class Storage(Protocol):
         """Remove what is left of writes; those still running fail."""
 
     def irregular(self) -> Iterator[str]:
-        """Yield what no storage made, such as symbolic links, which are never followed or listed.
-
-        Foreign folders end in ``/``.
-        """
+        """Yield links, which are never followed or listed, and foreign folders, with a final ``/``."""
 
 
-SCHEMES: dict[str, Callable[[str], Storage]] = {}
-"""Constructors of storages by the scheme of their URI. A place without a scheme is a folder."""
+SCHEMES: dict[str, Callable[[str], Storage]] = {}  # constructors by URI scheme; the default is a folder
 
 
 def storage_at(place: str | os.PathLike[str] | Storage) -> Storage:

@@ -32,8 +32,7 @@ from retrotool.store.sums import SUMS, BlockSums, has_sums, with_sums
 
 CHECKPOINT_EVERY = 256
 CHECKPOINT_PATH = re.compile(r"checkpoints/(\d+)-[0-9a-f]{16}\.json")
-FENCE = "fenced:"
-"""Prefix of records; the run whose id follows can't commit any more."""
+FENCE = "fenced:"  # record prefix: the run whose id follows can't commit any more
 _BACKOFF_SECONDS = 0.002
 _Result = TypeVar("_Result")
 
@@ -43,10 +42,10 @@ def retry_overtaken(
 ) -> _Result:
     """Return ``attempt()``; ``renew`` and retry, ``attempts`` times in all, while other commits make it fail.
 
-    A commit that replaces or erases a file under its reader raises ``ErasedError`` (``Store.reading``), one
-    that a draft is incompatible with raises ``ConflictError``. ``renew`` moves to the newest commit and
-    returns its number; a conflict that recurs at the same number is raised. ``CorruptError`` is damage and
-    never retried.
+    A commit that replaces or erases a file under its reader causes an ``ErasedError`` (``Store.reading``),
+    one that a draft is incompatible with a ``ConflictError``. ``renew`` moves to the newest commit and
+    returns its number; a conflict that recurs at the same number is raised, as is a ``CorruptError``, which
+    is damage.
     """
     seen: object = None
     for _ in range(attempts - 1):
@@ -60,10 +59,7 @@ def retry_overtaken(
 
 
 class Store:
-    """An open store. ``state`` is its view, which only ``refresh`` and ``commit`` change.
-
-    ``genesis`` is the SHA-256 of ``store.json``, the parent of commit 0.
-    """
+    """An open store; only ``refresh`` and ``commit`` change ``state``. ``genesis`` is commit 0's parent."""
 
     def __init__(self, storage: Storage, identity: Identity, genesis: str, state: State) -> None:
         self.storage = storage
@@ -113,10 +109,7 @@ class Store:
         return self.state
 
     def at(self, number: int) -> Store:
-        """Return the store as of commit ``number``; files that were removed since can't be read.
-
-        ``CorruptError`` if the commit is missing.
-        """
+        """Return the store as of commit ``number``; files removed since can't be read."""
         if number == self.state.number:
             return self
         state = newest_checkpoint(self.storage, most=number) or State(-1, self.genesis)
@@ -144,10 +137,7 @@ class Store:
 
     @contextlib.contextmanager
     def reading(self, entry: FileEntry) -> Iterator[Storage]:
-        """Yield the storage for reading a file of this view. Errors are those of ``check_there``.
-
-        ``ErasedError`` is also raised if a newer commit removes the file during the read.
-        """
+        """Yield the storage for reading a file; if that fails, raise as ``check_there`` does."""
         self.check_there(entry)
         disk.announce("read", Path(self.where(entry.path)))
         try:
@@ -168,10 +158,7 @@ class Store:
                     raise self.corrupt(f"{self.where(beside)} is missing or does not match its file")
 
     def write(self, name: FileName, write: Callable[[Sink], int], *, about: dict[str, Any] | None = None) -> FileEntry:
-        """Write a new file by ``write(sink)``, which returns the number of rows; return its entry.
-
-        It exists for readers once a commit names it. An error changes nothing.
-        """
+        """Write a new file by ``write(sink)``, which returns its rows; it counts once a commit names it."""
         sums = BlockSums()
 
         def write_summed(sink: Sink) -> int:
@@ -210,14 +197,11 @@ class Store:
         """Commit what ``build`` makes of the newest state; return the state that includes it.
 
         ``build`` is called again if another writer was first, so it must decide from the state it is given.
-        It returns None if there is nothing left to commit, and raises ``ConflictError`` if its work was
-        overtaken.
-
+        It returns None if nothing is left to commit, and raises ``ConflictError`` if its work was overtaken.
         Files that the draft removes are deleted after the commit; a kill in between leaves them to clean-up.
 
         Nothing is committed on an error: ``CorruptError`` if a file to remove is a symbolic link,
-        ``LostRunError`` if another process took the run for dead, or a file to add is missing or has another
-        size.
+        ``LostRunError`` if the run was taken for dead, or a file to add is missing or has another size.
         """
         collisions = itertools.count(1)
         while True:
@@ -281,9 +265,9 @@ def newest_checkpoint(storage: Storage, most: float = math.inf) -> State | None:
 
 
 def check_compatible(one: Store, other: Store, consequence: str, advice: str, *, lengths: bool = True) -> None:
-    """Check that two stores have the same tokenizer and, with ``lengths``, the same chunk length.
+    """Raise ``UsageError`` unless two stores have the same tokenizer and, with ``lengths``, chunk length.
 
-    ``UsageError`` otherwise; ``consequence`` says what is impossible then, and ``advice`` what to do.
+    ``consequence`` says what is impossible then, and ``advice`` what to do.
     """
     ours, theirs = one.identity, other.identity
     if ours.tokenizer.sha256 != theirs.tokenizer.sha256:

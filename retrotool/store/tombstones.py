@@ -1,12 +1,11 @@
 """Tombstones: the chunks that are purged, and those of undone purges. Every reader applies them.
 
-A purge is a sorted file of chunk ids. The set of a view is their union, 8 bytes of memory per chunk. Undoing
+A purge is a sorted file of chunk ids; the set of a view is their union, 8 bytes of memory per chunk. Undoing
 a purge removes its file from the state and keeps a copy in ``undone/`` for views from before.
 
-Files that were built from the store while a purge was in effect lack its chunks. The record of an undone
-purge says between which commits and in which parts that was, and every derived file records its commit. So
-the log alone shows which files miss chunks (``missed_spans``). Indexes do not: they hold purged chunks until
-an erase.
+Files built while a purge was in effect lack its chunks. The record of an undone purge says between which
+commits and in which parts that was, and every derived file records its commit, so the log alone shows which
+files miss chunks (``missed_spans``). Indexes do not: they hold purged chunks until an erase.
 """
 
 from __future__ import annotations
@@ -76,14 +75,10 @@ def add_tombstones(store: Store, run_id: str, purge: str, more: npt.NDArray[np.i
 
 def _spans(ids: npt.NDArray[np.int64]) -> list[list[int]]:
     """Return up to 16 [first, last] that cover ascending ids, without the widest gaps between them."""
-    if not len(ids):
-        return []
     gaps = np.diff(ids)
     widest = np.sort(np.argsort(gaps, kind="stable")[-(_SPANS - 1) :])
-    widest = widest[gaps[widest] > 1]
-    firsts, lasts = np.concatenate([[0], widest + 1]), np.concatenate([widest, [len(ids) - 1]])
-    found: list[list[int]] = np.stack([ids[firsts], ids[lasts]], axis=1).tolist()
-    return found
+    pieces = np.split(ids, widest[gaps[widest] > 1] + 1)
+    return [[int(piece[0]), int(piece[-1])] for piece in pieces if len(piece)]
 
 
 def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
@@ -114,10 +109,7 @@ def read_rejected(store: Store) -> Tombstones:
 
 
 def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
-    """Return the ids of a file, even if its purge was undone since the view was opened.
-
-    Small files are cached: an erase reads all of them many times, and a path always names the same bytes.
-    """
+    """Return the ids of a file, even if its purge was undone. Small files are cached for erases."""
     key = (store.identity.uuid, entry.path, entry.sha256)
     if (known := _small.get(key)) is not None:
         return known
@@ -139,8 +131,7 @@ def _read_file(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int6
         table = parts.read_parquet(store, entry)
     except ErasedError:
         table = retry_overtaken(read_newest)  # a file that replaced this one has more ids
-    ids: npt.NDArray[np.int64] = table["chunk"].to_numpy()
-    return ids
+    return np.asarray(table["chunk"].to_numpy())
 
 
 def tombstone_paths(state: State) -> list[str]:
@@ -200,10 +191,7 @@ def undone_chunks(store: Store, purge: str) -> npt.NDArray[np.int64]:
 
 
 def tombstones_naming(store: Store, purged: Tombstones) -> list[str]:
-    """Return the paths of the purges' tombstones that name any of ``purged``.
-
-    ``ConflictError`` if some of these chunks are not purged any more.
-    """
+    """Return paths of purges' tombstones that name any of ``purged``; ``ConflictError`` if one was undone."""
     purges = standing_purges(store.state)
     if not read_tombstones(store).contains(purged.ids).all():
         raise ConflictError("another process undid the purge of some chunks to erase", "Run the same command again.")

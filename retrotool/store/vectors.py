@@ -101,8 +101,7 @@ class MappedVectors:
             chosen = chosen[~self._good[chosen]]
             self._file.check_rows(chosen, self._offset, self._row_bytes)
             self._good[chosen] = True
-        found: npt.NDArray[np.float16] = self._matrix[rows]
-        return found
+        return np.asarray(self._matrix[rows])
 
     def _numbers(self, rows: int | slice | Rows | npt.NDArray[np.bool_] | list[int]) -> Rows:
         if isinstance(rows, slice):

@@ -1,12 +1,12 @@
 """Checks the log alone: its chain of commits, and whether the checkpoints match the fold of the log.
 
-Every entry is read once, from 0 on. Reported are entries that are missing, torn, edited or out of place.
-Where an entry is not the child of the one before it, the entry after it shows which of the two was changed.
-Until the first problem the log is folded, and each checkpoint is compared with the state at its commit.
+Every entry is read once. Reported are entries that are missing, torn, edited or out of place; where one is
+not the child of the entry before it, the entry after it shows which of the two was changed. Up to the first
+problem, checkpoints are compared with the fold of the log. Data files are checked by ``verify``, not here.
 
-Limits: a person who can write the files can cut off the end of the log, or rewrite all of it with valid
-hashes, and nothing in the store shows that. Only a hash kept elsewhere does: it must be that of some entry
-(``LogFound.place``). Data files are checked by ``verify``, not here.
+A person who can write the files can cut off the end of the log, or rewrite all of it with valid hashes, and
+nothing in the store shows that. Only a hash kept elsewhere does: it must be that of some entry
+(``LogFound.place``).
 
 Cost: about 4 s for 30,000 commits that name 150,000 files; the memory of two states, and 32 bytes per entry.
 """
@@ -32,8 +32,7 @@ _ENTRY = re.compile(r"log/(\d{8}|[1-9]\d{8,})\.json")
 class LogFound:
     """The result of a check: ``problems`` in the order of the log, and the ``state`` before the first one.
 
-    ``hashes`` are the SHA-256 of the valid entries by number (b"" for others); ``checkpoints`` counts those
-    compared.
+    ``hashes``: SHA-256 of entries by number (b"" for invalid ones); ``checkpoints``: how many were compared.
     """
 
     state: State
