@@ -87,10 +87,7 @@ class DuplicatesError(RetrotoolError):
 
 
 class InputError(RetrotoolError):
-    """An input file can't be read from ``position`` on; what came before is good.
-
-    Messages are stored, so they must not quote the file; ``excerpt`` does.
-    """
+    """An input file can't be read from ``position`` on. Messages are stored; only ``excerpt`` quotes it."""
 
     def __init__(self, message: str, position: int = 0, excerpt: str = "") -> None:
         super().__init__(message)

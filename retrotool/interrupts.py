@@ -1,11 +1,9 @@
 """Ctrl-C that is not lost.
 
-Python raises ``KeyboardInterrupt`` wherever the main thread happens to be. Two places are unsafe:
-
-* In a finaliser, or in a library that catches everything, it is swallowed, and a run of hours goes on. So the
-  command line remembers it, and code that works in steps calls ``check`` between them.
-* At the end of an ``__enter__``, what was acquired is never released, and another thread may wait for that
-  lock forever. So there it is raised a moment later.
+Python raises ``KeyboardInterrupt`` wherever the main thread happens to be. In a finaliser, or in a library
+that catches everything, it is swallowed, and a run of hours goes on. So the command line remembers it, and
+code that works in steps calls ``check``. At the end of an ``__enter__``, what was acquired would never be
+released, and a thread may wait for that lock forever. So there it is raised a moment later.
 
 Without ``install``, as in scripts, Python's own behaviour stays.
 """

@@ -30,6 +30,12 @@ else:
 faiss: Any = LazyModule("faiss")
 
 
+class _WithoutPandas:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:  # noqa: ARG002
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)
+
+
 def leave_pandas_out() -> None:
     """Make pyarrow work without pandas, in a process that has imported neither and runs only retrotool.
 
@@ -38,10 +44,11 @@ def leave_pandas_out() -> None:
     """
     if "pyarrow" in sys.modules or "pandas" in sys.modules:
         return
-    sys.modules["pandas"] = None  # type: ignore[assignment]  # importing it now fails
+    finder = _WithoutPandas()  # None in sys.modules would not do: Cython code gets the None
+    sys.meta_path.insert(0, finder)
     try:
         import pyarrow as pa
 
         pa.array([0])
     finally:
-        del sys.modules["pandas"]
+        sys.meta_path.remove(finder)

@@ -42,17 +42,14 @@ _KEPT_PARTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A live chunk. ``key`` is False for a chunk of the value of a key-value record, which is never searched.
-
-    ``tokens`` are its token ids without padding; ``index`` is its position in ``document``, from 0.
-    """
+    """A live chunk."""
 
     id: int
     document: str
-    index: int
-    tokens: npt.NDArray[Any]
+    index: int  # its position in the document, from 0
+    tokens: npt.NDArray[Any]  # without padding
     text: str
-    key: bool = True
+    key: bool = True  # False: of the value of a key-value record, which is never searched
 
     @property
     def n_tokens(self) -> int:
@@ -62,28 +59,22 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A chunk near another: its squared L2 distance, and the next chunk of its document, or None.
-
-    For a key-value record they are the key and the first chunk of the value. ``database`` is their store.
-    """
+    """A chunk near another; for key-value records it is the key, continued by the value's first chunk."""
 
     id: int
-    distance: float
+    distance: float  # squared L2
     chunk: Chunk
-    continuation: Chunk | None
-    database: str
+    continuation: Chunk | None  # the next chunk of its document
+    database: str  # the store of both chunks
 
 
 class Reader:
-    """A store opened for reading at one commit.
-
-    ``path`` is its place as given, ``chunk_length`` the tokens per chunk, and ``tokenizer`` its tokenizer.
-    """
+    """A store opened for reading at one commit."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.path = store.place
-        self.chunk_length = store.identity.chunk_length
+        self.chunk_length = store.identity.chunk_length  # tokens per chunk
         self._open_view()
 
     def _open_view(self) -> None:
@@ -282,8 +273,8 @@ class Reader:
     ) -> list[Neighbour]:
         """Return the k live keys nearest to a text.
 
-        Pass ``encoder`` to load it only once for several searches. ``nprobe`` (lists to probe) and ``rerank``
-        (candidates for 10 neighbours) override the index's operating point; ``allow_missing`` is as of
+        ``encoder`` can be loaded once for several searches. ``nprobe`` (lists to probe) and ``rerank``
+        (candidates for 10 neighbours) override the index's operating point; ``allow_missing`` is as for
         ``database``.
         """
         database = self.database(index, allow_missing=allow_missing)

@@ -81,18 +81,15 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
 def blocked_documents(store: Store, blocked: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
     """Return which documents of a part a block list names, by id, text or tokens: bool [d].
 
-    ``chunks`` is the part's chunks file; ``documents`` must not be erased, and also has ``id`` and
-    ``text_hash``.
+    ``chunks`` is the part's chunks file. ``documents``, which are not erased, have ``id``, ``text_hash``,
+    ``first_row`` and ``n_chunks``.
     """
     texts = documents["text_hash"].fill_null(bytes(HASH_BYTES)).to_pylist()
     return blocked.holds(documents["id"].to_pylist(), texts) | blocked.contains(stored_tokens(store, chunks, documents))
 
 
 def stored_tokens(store: Store, chunks: FileEntry, documents: pa.Table) -> Hashes:
-    """Return the keyed hashes of the tokens of a part's documents: S16 [d], empty where any chunk is erased.
-
-    ``chunks`` is the part's chunks file; ``documents`` has ``first_row`` and ``n_chunks``.
-    """
+    """Return the keyed hashes of the tokens of a part's documents: S16 [d], empty if any chunk is erased."""
     first, rows = (documents[name].to_numpy().astype(np.int64) for name in ("first_row", "n_chunks"))
     hashes = np.zeros(len(first), HASH)
     if not len(first):

@@ -66,12 +66,6 @@ def write(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def touch(path: Path) -> None:
-    """Set the modification time of a file to now."""
-    announce("touch", path)
-    os.utime(path)
-
-
 def rename(source: Path, target: Path) -> None:
     """Rename a file within its directory, atomically."""
     announce("rename", target)

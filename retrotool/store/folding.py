@@ -3,9 +3,6 @@
 Any process may call ``fold``. It makes one commit per kind of task and removes the staged entries. Units of
 ``chunk`` get their part numbers here, in the order of their plans, so that ids do not depend on which task
 finished first. Folding twice, or by two processes at once, commits nothing twice.
-
-Every writing command begins with ``writing``: it registers a run, cleans up after dead runs, and folds what
-they finished.
 """
 
 from __future__ import annotations

@@ -38,16 +38,12 @@ class NeighbourTable:
 
 @dataclass(frozen=True, slots=True)
 class NeighbourText:
-    """The first k neighbours of n chunks with their continuations, [N, F], as of when the table was written.
+    """The first k neighbours of n chunks with their continuations, [N, F], at the time of writing."""
 
-    ``ids`` int64 [n, k] (−1: none, −2: erased since), ``distances`` float32 [n, k], ``n_tokens`` int32 [n, k,
-    2] of N and F (0: none), ``tokens`` [n, k, 2, chunk_length], zero-padded.
-    """
-
-    ids: Ids
-    distances: npt.NDArray[np.float32]
-    n_tokens: npt.NDArray[np.int32]
-    tokens: npt.NDArray[Any]
+    ids: Ids  # [n, k]; −1: none, −2: erased since
+    distances: npt.NDArray[np.float32]  # [n, k]
+    n_tokens: npt.NDArray[np.int32]  # [n, k, 2], of N and F; 0: none
+    tokens: npt.NDArray[Any]  # [n, k, 2, chunk_length], zero-padded
 
     def rows(self, some: slice) -> NeighbourText:
         """Return some of the rows, without a copy."""
@@ -195,11 +191,9 @@ def _lists(store: Store, entry: FileEntry, arrow: pa.Table, name: str) -> npt.ND
 
 
 def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | None) -> bool:
-    """Return whether a table's ids are chunks of this store; ``metadata`` is that of the table's file.
-
-    A copy of a store has the same uuid, so the table's record says where the database was.
-    """
+    """Return whether a table's ids are chunks of this store; ``metadata`` is that of the table's file."""
     if (metadata or {}).get(b"retrotool.database", b"") != store.identity.uuid.encode():
         return False
+    # A copy of a store has the same uuid, so the record says where the database was.
     record = store.state.records.get(f"neighbours:{entry.name}", {})
     return bool(record.get("within", True))

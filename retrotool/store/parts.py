@@ -34,6 +34,7 @@ HASH_BYTES = 16
 PART_SHIFT = 32
 _ROW_MASK = (1 << PART_SHIFT) - 1
 Ids = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 def documents_schema(keep: Sequence[str]) -> pa.Schema:
@@ -125,24 +126,21 @@ def token_dtype(token_bytes: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """The chunks of a part: arrays of length n; ``tokens`` is [n, chunk_length], zero-padded.
-
-    ``key`` is False for a value of a key-value record: not searched, only a continuation.
-    """
+    """The chunks of a part: arrays of length n; ``tokens`` is [n, chunk_length], zero-padded."""
 
     part: int
     doc: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
     n_tokens: npt.NDArray[np.int32]
     tokens: npt.NDArray[Any]
-    key: npt.NDArray[np.bool_]
+    key: Bools  # False: a value of a key-value record, which is not searched and only a continuation
 
     def __len__(self) -> int:
         """Return the number of rows, including erased ones."""
         return len(self.doc)
 
     @property
-    def embedded(self) -> npt.NDArray[np.bool_]:
+    def embedded(self) -> Bools:
         """Which rows have a vector, bool [n]: keys that are not erased. Purged rows keep theirs."""
         return (self.n_tokens > 0) & self.key
 
@@ -291,13 +289,7 @@ def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDAr
 
 
 def chunks_table(
-    doc: Any,
-    index: Any,
-    n_tokens: Any,
-    tokens: npt.NDArray[Any],
-    key: npt.NDArray[np.bool_] | None = None,
-    *,
-    first: int = 0,
+    doc: Any, index: Any, n_tokens: Any, tokens: npt.NDArray[Any], key: Bools | None = None, *, first: int = 0
 ) -> pa.Table:
     """Return the table of a chunks file, or of its rows from ``first`` on; None for ``key``: all are keys."""
     binary = fixed_binary(tokens)
@@ -308,7 +300,7 @@ def chunks_table(
     return pa.table(columns, schema=chunks_schema(binary.type.byte_width, key=some))
 
 
-def named_by_text(documents: pa.Table) -> npt.NDArray[np.bool_]:
+def named_by_text(documents: pa.Table) -> Bools:
     """Return which documents came without an id, and so have the hash of their text as id: bool [n]."""
     named = np.zeros(documents.num_rows, np.bool_)
     may = np.flatnonzero(pc.equal(pc.binary_length(documents["id"]), 2 * HASH_BYTES).fill_null(False).to_numpy())
@@ -343,14 +335,14 @@ def read_groups_of(store: Store, ids: Ids) -> Iterator[tuple[Ids, Chunks, Ids]]:
         yield places, read_chunks(store, part, [row // ROW_GROUP]), row_of(ids[places]) % ROW_GROUP
 
 
-def read_embedded(store: Store, part: int) -> npt.NDArray[np.bool_]:
+def read_embedded(store: Store, part: int) -> Bools:
     """Return which rows of a part have a vector (``Chunks.embedded``), without reading tokens: bool [n]."""
     entry = part_entry(store, "chunks", part)
     table = read_parquet(store, entry, ["n_tokens"], optional=["key"])
     return np.asarray((table["n_tokens"].to_numpy() > 0) & _key(entry, table))
 
 
-def read_key(store: Store, part: int) -> npt.NDArray[np.bool_]:
+def read_key(store: Store, part: int) -> Bools:
     """Return which rows of a part are keys, including erased and purged ones: bool [n]."""
     entry = part_entry(store, "chunks", part)
     if n_keys(entry) == entry.rows:
@@ -358,7 +350,7 @@ def read_key(store: Store, part: int) -> npt.NDArray[np.bool_]:
     return _key(entry, read_parquet(store, entry, ["key"]))
 
 
-def _key(entry: FileEntry, table: pa.Table) -> npt.NDArray[np.bool_]:
+def _key(entry: FileEntry, table: pa.Table) -> Bools:
     if "key" not in table.schema.names:
         return np.ones(table.num_rows, np.bool_)
     if table["key"].null_count:

@@ -21,7 +21,7 @@ FOLDERS = (*DATA_KINDS, "staging", "leases", "log", "checkpoints")
 NAMED_KINDS = ("embeddings", "index", "neighbours", "scans")
 PART_KINDS = ("documents", "chunks", "embeddings", "neighbours", "scans")  # one file per part; the slot is its number
 UNNUMBERED_KINDS = ("documents", "chunks")  # without a slot in the name
-_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # of an encoder, an index, a table or a purge
 _OTHERS = "|".join(kind for kind in DATA_KINDS if kind not in (*NAMED_KINDS, *UNNUMBERED_KINDS))
 _SLOT = rf"(?:(?:{'|'.join(NAMED_KINDS)})/{NAME.pattern}|(?:{_OTHERS}))/{NAME.pattern}-"
@@ -96,8 +96,3 @@ def check_name(name: str, what: str) -> str:
             "Use up to 100 letters, digits, '.', '_' and '-', starting with a letter or a digit.",
         )
     return name
-
-
-def is_safe(path: str) -> bool:
-    """Return whether a path's form keeps it in the store."""
-    return all(map(_COMPONENT.fullmatch, path.split("/")))

@@ -23,26 +23,19 @@ _STORED = ("kind", "run", "settings", "reads", "add", "remove", "records", "unit
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The result of a unit of a chunk plan: the files (documents, chunks) of each part, not yet numbered.
-
-    ``blocked``: slots of the block lists that were applied; None if documents were not checked.
-    """
+    """The result of a unit of a chunk plan: the files (documents, chunks) of each part, not yet numbered."""
 
     plan: str
     index: int
     parts: tuple[tuple[FileEntry, ...], ...]
     quarantine: FileEntry | None
     counts: Mapping[str, int]
-    blocked: tuple[str, ...] | None = None
+    blocked: tuple[str, ...] | None = None  # slots of the block lists applied; None: documents were not checked
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A finished task. ``records`` are added; those that exist must be equal.
-
-    Of a ``piece`` the file has only the rows [first, last]; only whole tasks are committed. ``measured`` are
-    figures for the process that runs the task; they are not stored.
-    """
+    """A finished task. ``records`` are added; those that exist must be equal."""
 
     task: str
     kind: str
@@ -53,8 +46,8 @@ class Staged:
     remove: tuple[str, ...] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit | None = None
-    piece: tuple[int, int] | None = None
-    measured: Mapping[str, float] = field(default_factory=dict)
+    piece: tuple[int, int] | None = None  # the rows [first, last] of a part of a task; not committed
+    measured: Mapping[str, float] = field(default_factory=dict)  # for the process that runs the task; not stored
 
     def entries(self) -> list[FileEntry]:
         """Return all files that the task wrote."""
@@ -126,18 +119,12 @@ def _read_all(storage: Storage) -> dict[str, Staged | None]:
 
 
 def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
-    return Staged(
-        task=task,
-        kind=fields["kind"],
-        run=fields["run"],
-        settings=fields["settings"],
-        reads=tuple(fields["reads"]),
-        add=tuple(map(FileEntry.from_json, fields["add"])),
-        remove=tuple(fields["remove"]),
-        records=fields["records"],
-        unit=_unit_from_json(fields["unit"]) if fields["unit"] else None,
-        piece=tuple(fields["piece"]) if fields.get("piece") else None,
-    )
+    plain = {name: fields[name] for name in ("kind", "run", "settings", "records")}
+    reads, remove = tuple(fields["reads"]), tuple(fields["remove"])
+    add = tuple(map(FileEntry.from_json, fields["add"]))
+    unit = _unit_from_json(fields["unit"]) if fields["unit"] else None
+    piece = tuple(fields["piece"]) if fields.get("piece") else None
+    return Staged(task, **plain, reads=reads, add=add, remove=remove, unit=unit, piece=piece)
 
 
 def is_staged(storage: Storage, task: str) -> bool:

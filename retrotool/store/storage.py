@@ -2,9 +2,8 @@
 
 Like an object store, a storage holds bytes under relative paths with ``/``: there are no folders, nothing is
 renamed, and a file exists completely or not at all. It does not know what a path means. Files are written
-once, except leases, which their owner overwrites. All machines use the storage's clock.
-
-``retrotool.store.local_storage`` keeps the files in a folder; ``tests/memory_storage.py`` in memory.
+once, except leases, which their owner overwrites. All machines use the storage's clock. ``local_storage``
+keeps the files in a folder, ``tests/memory_storage.py`` in memory.
 """
 
 from __future__ import annotations
@@ -53,10 +52,7 @@ class Unfinished:
 
 
 class Sink:
-    """The file object that a new file is written to; it counts and hashes the bytes.
-
-    It suits pyarrow, numpy and faiss. ``taps`` are called with data before it is written.
-    """
+    """The file object for a new file; hashes and counts the bytes, and first passes them to ``taps``."""
 
     closed = False
 
@@ -149,10 +145,11 @@ class Storage(Protocol):
         """Yield links, which are never followed or listed, and foreign folders, with a final ``/``."""
 
 
+Place = str | os.PathLike[str] | Storage
 SCHEMES: dict[str, Callable[[str], Storage]] = {}  # constructors by URI scheme; the default is a folder
 
 
-def storage_at(place: str | os.PathLike[str] | Storage) -> Storage:
+def storage_at(place: Place) -> Storage:
     """Return the storage at a path or URI that a person or a record names."""
     from retrotool.store.local_storage import LocalStorage
 

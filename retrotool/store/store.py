@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import math
-import os
 import random
 import re
 import shlex
@@ -27,7 +26,7 @@ from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry, is_there
 from retrotool.store.paths import FileName
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
-from retrotool.store.storage import Sink, Storage, file_sha256, storage_at, where
+from retrotool.store.storage import Place, Sink, Storage, file_sha256, storage_at, where
 from retrotool.store.sums import SUMS, BlockSums, has_sums, with_sums
 
 CHECKPOINT_EVERY = 256
@@ -69,7 +68,7 @@ class Store:
         self.state = state
 
     @classmethod
-    def open(cls, place: str | os.PathLike[str] | Storage) -> Store:
+    def open(cls, place: Place) -> Store:
         """Open the store at its newest commit; ``StoreNotFoundError`` if it does not exist."""
         storage = storage_at(place)
         found, genesis = identity.read_identity(storage)
@@ -87,13 +86,7 @@ class Store:
         return store
 
     @classmethod
-    def create(
-        cls,
-        place: str | os.PathLike[str] | Storage,
-        tokenizer: TokenizerIdentity,
-        tokenizer_json: bytes,
-        chunk_length: int,
-    ) -> Store:
+    def create(cls, place: Place, tokenizer: TokenizerIdentity, tokenizer_json: bytes, chunk_length: int) -> Store:
         """Create a store, or open the one that another process just created."""
         storage = storage_at(place)
         identity.create_identity(storage, tokenizer, tokenizer_json, chunk_length)
@@ -120,10 +113,7 @@ class Store:
         return Store(self.storage, self.identity, self.genesis, state)
 
     def check_there(self, entry: FileEntry) -> None:
-        """Check that a file of this view exists with its size.
-
-        ``ErasedError`` if a newer commit removed it, ``CorruptError`` if it is missing or has another size.
-        """
+        """Check a file's size; ``ErasedError`` if a newer commit removed it, otherwise ``CorruptError``."""
         found = self.storage.stat(entry.path)
         if found is None:
             if not Store.open(self.storage).state.has(entry.path):

@@ -20,6 +20,7 @@ SUMS = ".xxh3"
 BLOCK = 1 << 14
 SUM_DTYPE = "<u8"
 _SUMMED = (".npy", ".faiss")
+sum_of = xxhash.xxh3_64_intdigest
 
 
 def has_sums(path: str) -> bool:
@@ -41,11 +42,6 @@ def without_sums(path: str) -> str:
 def size_of_sums(size: int) -> int:
     """Return the size of the sums of a file of ``size`` bytes."""
     return 8 * -(-size // BLOCK)
-
-
-def sum_of(block: memoryview) -> int:
-    """Return the checksum of a block."""
-    return xxhash.xxh3_64_intdigest(block)
 
 
 class BlockSums:

@@ -38,26 +38,21 @@ class MappedFile:
             raise store.corrupt(f"{store.where(entry.path + SUMS)} has {len(sums):,} bytes, not {due:,}")
         self._sums = np.frombuffer(sums, SUM_DTYPE)
         self._good = np.zeros(len(self._sums), np.bool_)
-        self._left = len(self._sums)
+        self.unchecked = len(self._sums)  # blocks
 
     def check(self, start: int, stop: int) -> None:
         """Check the blocks of a range of bytes; ``CorruptError`` if one does not match its checksum."""
-        if self._left and stop > start:
+        if self.unchecked and stop > start:
             first, last = start // BLOCK, (stop - 1) // BLOCK
             if not self._good[first : last + 1].all():
                 self._check_blocks(first + np.flatnonzero(~self._good[first : last + 1]))
 
     def check_rows(self, rows: Rows, offset: int, size: int) -> None:
         """Check the blocks of rows of ``size`` bytes, the first of which begins at ``offset``."""
-        if self._left and len(rows):
+        if self.unchecked and len(rows):
             first, last = (rows * size + offset) // BLOCK, (rows * size + (offset + size - 1)) // BLOCK
             blocks = np.unique(expand_ranges(first, last - first + 1))
             self._check_blocks(blocks[~self._good[blocks]])
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every block was checked."""
-        return not self._left
 
     def check_all(self) -> None:
         """Check the whole file."""
@@ -72,7 +67,7 @@ class MappedFile:
                 f"{self._store.where(self._path)}: the block at byte {bad[0] * BLOCK:,} does not match its checksum"
             )
         self._good[blocks] = True
-        self._left = len(self._good) - int(np.count_nonzero(self._good))
+        self.unchecked = len(self._good) - int(np.count_nonzero(self._good))
 
 
 class MappedVectors:
@@ -96,7 +91,7 @@ class MappedVectors:
 
     def __getitem__(self, rows: int | slice | Rows | npt.NDArray[np.bool_] | list[int]) -> npt.NDArray[np.float16]:
         """Return rows as numpy does: a copy for selected rows, a view for a slice."""
-        if not self._file.is_whole and not np.all(self._good[rows]):
+        if self._file.unchecked and not np.all(self._good[rows]):
             chosen = self._numbers(rows)
             chosen = chosen[~self._good[chosen]]
             self._file.check_rows(chosen, self._offset, self._row_bytes)

@@ -2,11 +2,8 @@
 
 Every entry is read once. Reported are entries that are missing, torn, edited or out of place; where one is
 not the child of the entry before it, the entry after it shows which of the two was changed. Up to the first
-problem, checkpoints are compared with the fold of the log. Data files are checked by ``verify``, not here.
-
-A person who can write the files can cut off the end of the log, or rewrite all of it with valid hashes, and
-nothing in the store shows that. Only a hash kept elsewhere does: it must be that of some entry
-(``LogFound.place``).
+problem, checkpoints are compared with the fold. A person who can write the files can cut off the end of the
+log, or rewrite all of it with valid hashes; only a hash kept elsewhere shows that (``LogFound.place``).
 
 Cost: about 4 s for 30,000 commits that name 150,000 files; the memory of two states, and 32 bytes per entry.
 """
@@ -30,15 +27,12 @@ _ENTRY = re.compile(r"log/(\d{8}|[1-9]\d{8,})\.json")
 
 @dataclass(slots=True)
 class LogFound:
-    """The result of a check: ``problems`` in the order of the log, and the ``state`` before the first one.
-
-    ``hashes``: SHA-256 of entries by number (b"" for invalid ones); ``checkpoints``: how many were compared.
-    """
+    """The result of a check: ``problems`` in the order of the log, and the ``state`` before the first one."""
 
     state: State
     problems: list[str] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
-    checkpoints: int = 0
+    hashes: list[bytes] = field(default_factory=list)  # SHA-256 of entries by number; b"" for invalid ones
+    checkpoints: int = 0  # how many were compared
 
     @property
     def head(self) -> str:

@@ -44,14 +44,14 @@ def test_a_name_comes_back_from_its_path(name: FileName) -> None:
 
 @given(file_names())
 def test_a_name_lies_in_the_store(name: FileName) -> None:
-    assert LocalStorage("/store").file(name.path) == Path("/store") / name.path
+    assert LocalStorage("/store").local(name.path) == Path("/store") / name.path
 
 
 @given(st.text(max_size=40))
 def test_what_is_accepted_stays_inside(path: str) -> None:
     root = Path("/some/store")
     try:
-        found = LocalStorage("/some/store").file(path)
+        found = LocalStorage("/some/store").local(path)
     except CorruptError:
         return
     assert Path(*(part for part in found.parts if part != "..")) == found
@@ -66,7 +66,7 @@ def test_a_bad_component_is_refused_anywhere(name: FileName, bad: str) -> None:
     for place in range(len(pieces) + 1):
         path = "/".join([*pieces[:place], bad, *pieces[place:]])
         with pytest.raises(CorruptError):
-            LocalStorage("/store").file(path)
+            LocalStorage("/store").local(path)
         with pytest.raises(CorruptError):
             FileName.parse(path)
 
@@ -74,7 +74,7 @@ def test_a_bad_component_is_refused_anywhere(name: FileName, bad: str) -> None:
 @pytest.mark.parametrize("path", BAD)
 def test_a_bad_path_is_refused(path: str) -> None:
     with pytest.raises(CorruptError, match="leads out"):
-        LocalStorage("/store").file(path)
+        LocalStorage("/store").local(path)
 
 
 @pytest.mark.parametrize(
