@@ -39,8 +39,8 @@ class _WithoutPandas:
 def leave_pandas_out() -> None:
     """Make pyarrow work without pandas, in a process that has imported neither and runs only retrotool.
 
-    Where pandas is installed, pyarrow imports it for the first array that it converts, which takes 0.3 s. It
-    tries only once, which happens here. Other code may import pandas afterwards.
+    Otherwise pyarrow imports it for the first array that it converts, which takes 0.3 s. It tries only once,
+    which happens here, so other code may import pandas later.
     """
     if "pyarrow" in sys.modules or "pandas" in sys.modules:
         return

@@ -1,8 +1,7 @@
-"""Reading a store: ``retrotool.open(path)`` returns a ``Reader`` of one commit.
+"""Reading a store: ``retrotool.open(path)`` returns a ``Reader`` of one commit, until ``refresh()``.
 
-A reader sees the store as of when it opened, always without purged chunks, until ``refresh()``. Chunks are
-read by row group (8,192 chunks) and the last few are cached, so reading neighbours in order is fast. Nothing
-is written.
+Purged chunks are never returned. Chunks are read by row group (8,192 chunks) and the last few are cached, so
+reading neighbours in order is fast. Nothing is written.
 """
 
 from __future__ import annotations
@@ -173,8 +172,7 @@ class Reader:
     def document(self, name: str) -> list[int]:
         """Return the ids of a document's live chunks, in order; ``UsageError`` without any.
 
-        If several documents have this id (``chunk --duplicates keep``), the first live one by chunk ids is
-        returned; read the chunks of the others by their ids (``chunk_ids``).
+        If several documents have this id (``chunk --duplicates keep``), the first live one is returned.
         """
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
@@ -220,10 +218,7 @@ class Reader:
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
     def neighbour_places(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[str, int, float]]:
-        """Return (database, id, distance) of live neighbours, nearest first; k defaults to the table's.
-
-        A mixture is ordered by squared distance over weight; the distances returned are not weighted.
-        """
+        """Return (database, id, distance) of live neighbours, nearest first (in mixtures: by weight, too)."""
         return [(database.path, i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
     def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:

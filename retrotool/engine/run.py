@@ -46,8 +46,7 @@ def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
 def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
     """Run a stage's tasks on a store and commit them; stop early once a finished task is ``enough``.
 
-    The first error of a task that failed for good is raised after all others are done, as ``TaskError`` if it
-    is not a ``RetrotoolError``.
+    The first error of a failed task is raised after the others are done, as ``TaskError`` if it is foreign.
     """
     _Execution(stage, store, run, workers, enough).work()
 
@@ -146,8 +145,7 @@ class _Execution:
         if isinstance(error, ErasedError):
             return False  # another process removed its input: the task is planned again if still needed
         self.attempts[task.key] = self.attempts.get(task.key, 0) + 1
-        # Wrong data or settings will be wrong again.
         if self.attempts[task.key] < ATTEMPTS and not isinstance(error, RetrotoolError):
-            return True
+            return True  # a RetrotoolError (wrong data or settings) would recur
         self.given_up[task.key] = error
         return False

@@ -110,13 +110,9 @@ def check_shard(shard: tuple[int, int] | None) -> None:
 
 
 def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
-    """Return the tasks in the order in which job ``job`` of ``jobs`` does them.
+    """Return the tasks in the order of job ``job``: its own, by key, then those of the next jobs."""
 
-    Its own tasks (by their keys) come first, then those of the next jobs, from the end: their owners start at
-    the beginning.
-    """
-
-    def order(place: int) -> tuple[int, int]:
+    def order(place: int) -> tuple[int, int]:  # others' tasks from the end: they start at the beginning
         owner = int(tasks[place].key, 16) % jobs
         return (owner - job) % jobs, place if owner == job else -place
 

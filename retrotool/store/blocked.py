@@ -81,8 +81,7 @@ def keyed_tokens(secret: str, tokens: npt.NDArray[Any], begin: npt.NDArray[Any],
 def blocked_documents(store: Store, blocked: Blocked, chunks: FileEntry, documents: pa.Table) -> npt.NDArray[np.bool_]:
     """Return which documents of a part a block list names, by id, text or tokens: bool [d].
 
-    ``chunks`` is the part's chunks file. ``documents``, which are not erased, have ``id``, ``text_hash``,
-    ``first_row`` and ``n_chunks``.
+    ``documents``, which are not erased, have ``id``, ``text_hash``, ``first_row`` and ``n_chunks``.
     """
     texts = documents["text_hash"].fill_null(bytes(HASH_BYTES)).to_pylist()
     return blocked.holds(documents["id"].to_pylist(), texts) | blocked.contains(stored_tokens(store, chunks, documents))

@@ -220,9 +220,8 @@ def _numbered(state: State, tasks: Sequence[Staged], progress: dict[str, Any]) -
         totals["rejected"] += unit.counts.get("rejected", 0)  # the other totals wait for the end of the plan
     reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
     pending = int(state.records.get("pending", 0)) + number - first
-    return Draft(
-        "chunk", {}, reads, tuple(add), (), {**progress, "parts": number, "pending": pending, "totals": totals}
-    )
+    records = {**progress, "parts": number, "pending": pending, "totals": totals}
+    return Draft("chunk", reads=reads, add=tuple(add), records=records)
 
 
 @contextlib.contextmanager

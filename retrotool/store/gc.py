@@ -4,14 +4,13 @@ A file is removed only if neither the state nor a staged task names it, and eith
 shows that a commit removed it. Cost: one listing of the store.
 
 A run is dead if it removed its lease, or if its process ended on the same boot of the same machine. A run R
-of another machine that was silent for a day may still wake up, so it is *fenced* first:
+of another machine that was silent for a day may still wake up, so it is *fenced* first. Clocks only decide
+when:
 
 1. A commit of the kind ``clean`` records the fence of R, and which tasks R has staged by then.
 2. From that commit on R can't commit: ``Store.commit`` refuses R on the newest state, and the log takes no
   commit built on an older one. What R stages later is dropped (``folding``).
 3. Clean-up then reads staging and the log, and removes the files of R that neither names.
-
-So clocks only decide when this happens; it is safe at any time.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ _FENCES = 256  # the most fences kept in the state: the last ones
 def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     """Remove the leftovers of dead runs for ``run``; return the number of files.
 
-    ``thorough``: also those that a commit removed and a kill left on the disk while their run is alive. This
-    reads the whole log if live runs have uncommitted files. ``LostRunError`` if ``run`` was taken for dead.
+    ``thorough``: also files that a commit removed and a kill left while their run is alive; this may read the
+    whole log. ``LostRunError`` if ``run`` was taken for dead.
     """
     storage = store.storage
     unfinished = list(storage.unfinished())
@@ -91,10 +90,7 @@ def unnamed_files(store: Store) -> list[str]:
 
 
 def foreign_files(store: Store) -> list[str]:
-    """Return paths of files in the store's folders whose names no command gives, sorted. They are ignored.
-
-    Hidden files (such as those of NFS) and ``log/``, which ``verify_log`` checks, are left out.
-    """
+    """Return paths in the store's folders that no command made, sorted, except hidden files and ``log/``."""
     known = (leases.CLAIM_PATH, staging.ENTRY_PATH, CHECKPOINT_PATH)
     return sorted(
         info.path

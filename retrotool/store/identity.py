@@ -111,10 +111,8 @@ def create_identity(storage: Storage, tokenizer: TokenizerIdentity, tokenizer_js
         raise UsageError(f"{storage.place} is not empty and not a store", "Name a new or empty directory.")
     run = secrets.token_hex(4)
     if not storage.put_if_absent(tokenizer.file, run, tokenizer_json):
-        raise CorruptError(
-            f"{where(storage, tokenizer.file)} does not match the hash in its name",
-            "Remove it and run the same command again.",
-        )
+        path = where(storage, tokenizer.file)
+        raise CorruptError(f"{path} does not match the hash in its name", "Remove it and run the same command again.")
     created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     identity = Identity(FORMAT, str(uuid.uuid4()), created, chunk_length, secrets.token_hex(32), tokenizer)
     storage.put_if_absent(FILE, run, _encode(asdict(identity)))

@@ -1,9 +1,9 @@
 """Leases: which runs are writing to a store, whether they are still alive, and which tasks they work on.
 
 A run writes ``leases/run-<id>`` when it starts, renews it every 30 seconds, and removes it when it ends.
-Every file that it writes carries its id. As the clocks of machines differ, ages are measured by the storage's
-clock, relative to a lease that was just written. On the same boot of the same machine, a process that has
-ended is known to be dead at once.
+Every file that it writes carries its id. As clocks of machines differ, ages are by the storage's clock,
+relative to a lease that was just written. On the same boot of the same machine, the end of a process is
+noticed at once.
 
 A claim, ``leases/<task>-<epoch>``, keeps two runs from doing the same task. It is made by put-if-absent and
 counts while its run is alive. A run that finds a dead run's claim makes the claim of the next epoch.
@@ -119,7 +119,7 @@ def renew(storage: Storage, run: str) -> float:
     """Renew the lease of a run; return the time by the storage's clock.
 
     ``LostRunError`` if it was removed or has lapsed. A lapsed lease is marked for all processes of the run,
-    but not removed: the run's files may only be removed after a fence.
+    and kept: only after a fence may the run's files be removed.
     """
     path = run_path(run)
     before = storage.stat(path)

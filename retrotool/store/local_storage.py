@@ -200,8 +200,8 @@ class LocalStorage:
     def _walk(self, prefix: str, after: str) -> Iterator[tuple[str, bool]]:
         """Yield everything below a prefix in the order of paths, and whether each is a regular file.
 
-        Links are not followed, and files that disappear are left out. Folders are entered, not yielded,
-        except those in the storage's own folder that do not belong to a store: these end in "/".
+        Links are not followed; files that disappear are left out. Folders are entered, not yielded, except
+        foreign ones in the storage's folder, which end in "/".
         """
         names, odd = [], set()  # only names: a log has hundreds of thousands
         try:

@@ -28,14 +28,11 @@ _CHECKSUM_BYTES = len(',"sha256":""}') + 64
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file as a commit names it. A slot holds at most one live file of a kind and name.
-
-    ``rows`` is what its kind counts. Documents and chunks have no slot ("") until their part has a number.
-    """
+    """A file as a commit names it. A slot holds at most one live file of a kind and name."""
 
     path: str
-    slot: str
-    rows: int
+    slot: str  # "" for documents and chunks until their part has a number
+    rows: int  # what the kind of file counts
     bytes: int
     sha256: str
     about: dict[str, Any] | None = None

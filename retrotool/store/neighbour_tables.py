@@ -1,9 +1,8 @@
 """Neighbour tables: ids and distances of the neighbours of every row of a part, nearest first.
 
-A table may also hold the tokens of each row's first neighbours and their continuations, so that training
-reads them sequentially. These columns are read only on request. For two neighbours per row they cost 1 µs to
-read, and 0.25 KB of disk for uint16 tokens (60 % of that with zstd). Reading returns what is stored; readers
-mask chunks that were purged since.
+A table may also hold the tokens of each row's first neighbours and their continuations, for training to read
+sequentially. These columns are read only on request; for two neighbours per row they cost 1 µs and 0.25 KB of
+disk (uint16; 60 % of that with zstd). Chunks purged since are returned, too: readers mask them.
 """
 
 from __future__ import annotations

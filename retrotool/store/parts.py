@@ -68,13 +68,9 @@ def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
 
 
 _SCHEMAS = {  # the columns that all files of a kind have
-    "documents": documents_schema(()),
-    "quarantine": QUARANTINE_SCHEMA,
-    "tombstones": TOMBSTONES_SCHEMA,
-    "undone": TOMBSTONES_SCHEMA,
-    "scans": SCANS_SCHEMA,
-    "blocked": BLOCKED_SCHEMA,
-}
+    "documents": documents_schema(()), "quarantine": QUARANTINE_SCHEMA, "tombstones": TOMBSTONES_SCHEMA,
+    "undone": TOMBSTONES_SCHEMA, "scans": SCANS_SCHEMA, "blocked": BLOCKED_SCHEMA,
+}  # fmt: skip
 
 
 def chunk_ids(part: int, rows: npt.NDArray[Any]) -> Ids:

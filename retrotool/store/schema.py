@@ -1,9 +1,8 @@
 """What the JSON in a store must look like. It is checked when it is read, before it is used.
 
 Checksums find accidents, but a person who can write the store can also write valid checksums. So JSON that
-does not match its *spec* is a ``CorruptError``, which names the file and the field, what was found and what
-is expected. Fields that a spec does not name are ignored: a newer version may have added them. A spec is
-plain Python:
+does not match its *spec* is a ``CorruptError`` with the file, the field, what was found and what is expected.
+Other fields are ignored: a newer version may have added them. A spec is plain Python:
 
     str, bool, float            a value of this type; a float is finite, and may be written as an integer
     a range                     an integer in it

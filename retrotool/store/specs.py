@@ -23,7 +23,6 @@ _TIME = re.compile(r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}(\.[0-9]+)?Z")
 _TOKEN = r"[0-9a-f]{16,32}\.[a-z0-9]{1,16}"  # noqa: S105
 _ANYTHING: dict[Any, Spec] = {}
 
-
 # Records, by their keys.
 
 _COUNTS = dict.fromkeys(("documents", "chunks", "tokens", "rejected"), _AMOUNT)
@@ -79,7 +78,6 @@ _RECORDS: dict[str, Spec] = {
 }  # fmt: skip
 _NAMES = re.compile(rf"[a-z_]+(:{NAME.pattern}){{0,3}}")
 RECORDS = Keyed(_RECORDS, _NAMES)
-
 
 # Files, by their kinds; those of an index also by what their slots begin with.
 

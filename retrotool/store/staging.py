@@ -68,10 +68,7 @@ def staged_path(task: str) -> str:
 
 
 def stage(storage: Storage, staged: Staged) -> bool:
-    """Publish a finished task; False (and its files are removed) if another process staged it first.
-
-    ``LostRunError`` if its files are missing: another process took this run for dead and cleaned up.
-    """
+    """Publish a finished task; False (and its files are removed) if another process staged it first."""
     if not is_whole(storage, staged):
         raise LostRunError(f"files of a finished {staged.kind} task are missing: this run was taken for dead")
     path, data = staged_path(staged.task), orjson.dumps({name: getattr(staged, name) for name in _STORED})

@@ -118,10 +118,7 @@ class Storage(Protocol):
         """
 
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
-        """Write a small new file durably; False if the path has a file with other bytes.
-
-        True also if the file has the same bytes: the answer to an earlier attempt may have been lost.
-        """
+        """Write a small new file durably; False if the path is taken by a file with other bytes."""
 
     def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:
         """Write a small file, whether it exists or not."""

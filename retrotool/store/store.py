@@ -43,8 +43,7 @@ def retry_overtaken(
 
     A commit that replaces or erases a file under its reader causes an ``ErasedError`` (``Store.reading``),
     one that a draft is incompatible with a ``ConflictError``. ``renew`` moves to the newest commit and
-    returns its number; a conflict that recurs at the same number is raised, as is a ``CorruptError``, which
-    is damage.
+    returns its number. A conflict that recurs at the same number is raised, like damage (``CorruptError``).
     """
     seen: object = None
     for _ in range(attempts - 1):
@@ -188,8 +187,7 @@ class Store:
 
         ``build`` is called again if another writer was first, so it must decide from the state it is given.
         It returns None if nothing is left to commit, and raises ``ConflictError`` if its work was overtaken.
-        Files that the draft removes are deleted after the commit; a kill in between leaves them to clean-up.
-
+        After the commit files that the draft removes are deleted; a kill in between leaves them to clean-up.
         Nothing is committed on an error: ``CorruptError`` if a file to remove is a symbolic link,
         ``LostRunError`` if the run was taken for dead, or a file to add is missing or has another size.
         """
@@ -255,10 +253,7 @@ def newest_checkpoint(storage: Storage, most: float = math.inf) -> State | None:
 
 
 def check_compatible(one: Store, other: Store, consequence: str, advice: str, *, lengths: bool = True) -> None:
-    """Raise ``UsageError`` unless two stores have the same tokenizer and, with ``lengths``, chunk length.
-
-    ``consequence`` says what is impossible then, and ``advice`` what to do.
-    """
+    """Raise ``UsageError`` unless two stores have equal tokenizers and, with ``lengths``, chunk lengths."""
     ours, theirs = one.identity, other.identity
     if ours.tokenizer.sha256 != theirs.tokenizer.sha256:
         names = f"{ours.tokenizer.name} and {theirs.tokenizer.name}"

@@ -2,11 +2,11 @@
 
 Beside every embeddings and index file is one with the suffix ``.xxh3``: the XXH3-64 of each 16 KiB of the
 file, as little-endian uint64. A process checks a block on its first access (``retrotool.store.vectors``);
-later ones cost a bitmap lookup. Parquet pages have their own checksums. The log has the SHA-256 of the whole
-file, which ``verify`` checks, but not the block sums.
+later ones cost a bitmap lookup. Parquet pages have their own checksums. The log has only the SHA-256 of the
+whole file, which ``verify`` checks.
 
 Cost with 16 KiB blocks (``benchmarks/block_sums.py``): 3 µs for the first row of a block, and 0.05 % of the
-file's size. Smaller blocks cost more per byte and have more sums; larger ones make the first row slower.
+file's size. Smaller blocks cost more per byte; larger ones make the first row slower.
 """
 
 from __future__ import annotations

@@ -48,14 +48,10 @@ class LogFound:
 def check_log(
     storage: Storage, genesis: str | None, last: int | None = None, note: Callable[[Commit], None] = lambda _: None
 ) -> LogFound:
-    """Check the log up to commit ``last`` (None: to its end); call ``note`` for each commit before a problem.
-
-    ``genesis`` is the SHA-256 of ``store.json``; None if it is unknown.
-    """
+    """Check the log up to commit ``last`` (None: its end); ``note`` gets the commits before a problem."""
     # Listed before the log, so that every checkpoint's commit exists.
     checkpoints = sorted(checkpoint_files(storage))
     end = log.last_number(storage) if last is None else last
-    # Not entries: a copy, or another spelling of a number.
     others = [info.path for info in storage.list("log/") if not _ENTRY.fullmatch(info.path)]
     problems = [f"{where(storage, path)} is not an entry of the log" for path in others]
     found = LogFound(State(-1, genesis or ""), problems)
