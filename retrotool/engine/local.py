@@ -166,22 +166,22 @@ def open_pool(
 
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Block Ctrl-C in processes started here, and in this process until they have started.
+    """Start processes with Ctrl-C blocked from their first instruction on; handle it here afterwards.
 
-    Blocking the signal in this thread is not enough: Python would raise the interrupt in the main thread when
-    another gets it, and a process without its arguments yet would fail with a traceback.
+    Blocking the signal in this thread is not enough: another thread gets it then, Python raises it in the
+    main thread, and a process that does not have its arguments yet fails with a traceback.
     """
     handler = signal.getsignal(signal.SIGINT)
     deferred = callable(handler) and threading.current_thread() is threading.main_thread()
-    asked = threading.Event()
+    interrupted = threading.Event()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if deferred:
-        signal.signal(signal.SIGINT, lambda *_: asked.set())
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
         yield
     finally:
         if deferred:
             signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if asked.is_set():
+        if interrupted.is_set():
             signal.raise_signal(signal.SIGINT)

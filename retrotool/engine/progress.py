@@ -1,7 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line per minute elsewhere.
-
-Each worker process reports through a pipe, to which a thread listens.
-"""
+"""Progress on stderr: a bar on a terminal, a line per minute elsewhere. Workers report through pipes."""
 
 from __future__ import annotations
 

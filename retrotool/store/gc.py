@@ -3,13 +3,12 @@
 A file is removed only if neither the state nor a staged task names it, and either its run is dead or the log
 shows that a commit removed it. Cost: one listing of the store.
 
-A run is dead if it removed its lease, or if its process ended on the same boot of the same machine. A run R
-of another machine that was silent for a day may still wake up, so it is *fenced* first. Clocks only decide
-when:
+A run is dead if it removed its lease, or if its process ended on the same boot of the same machine. A silent
+run R of another machine may still wake up, so after a day it is *fenced* (clocks decide no more than this):
 
 1. A commit of the kind ``clean`` records the fence of R, and which tasks R has staged by then.
 2. From that commit on R can't commit: ``Store.commit`` refuses R on the newest state, and the log takes no
-  commit built on an older one. What R stages later is dropped (``folding``).
+   commit built on an older one. What R stages later is dropped (``folding``).
 3. Clean-up then reads staging and the log, and removes the files of R that neither names.
 """
 
