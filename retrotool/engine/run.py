@@ -46,7 +46,7 @@ def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
 def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
     """Run a stage's tasks on a store and commit them; stop early once a finished task is ``enough``.
 
-    The first error of a failed task is raised after the others are done, as ``TaskError`` if it is foreign.
+    When all are done, raise the first failed task's error (``TaskError`` unless a ``RetrotoolError``).
     """
     _Execution(stage, store, run, workers, enough).work()
 

@@ -34,11 +34,10 @@ from retrotool.store import schema, specs
 from retrotool.store.storage import Storage
 
 BEAT_SECONDS = 30.0
-# Seconds of silence after which a run of another machine
-CLAIM_SILENCE_SECONDS = 300.0  # loses its claims,
-SILENCE_SECONDS = 3600.0  # is not waited for,
-LAPSED_SECONDS = 12 * 3600.0  # stops writing (by itself: its own lease is this old),
-DEAD_SECONDS = 24 * 3600.0  # has its files removed by clean-up.
+CLAIM_SILENCE_SECONDS = 300.0  # after this silence a run of another machine has lost its claims
+SILENCE_SECONDS = 3600.0  # how long to wait for a silent run of another machine
+LAPSED_SECONDS = 12 * 3600.0  # a run whose own lease is this old stops writing
+DEAD_SECONDS = 24 * 3600.0  # after this silence clean-up removes what a run of another machine left
 _LAPSED = b"\n"  # the end of a lapsed lease
 RUN_PATH = re.compile(r"leases/run-(?P<run>[0-9a-f]{8})")
 CLAIM_PATH = re.compile(r"leases/(?P<task>[0-9a-f]{32})-(?P<epoch>\d{8})")
@@ -137,7 +136,7 @@ def renew(storage: Storage, run: str) -> float:
 
 
 def is_alive(storage: Storage, run: str, *, now: float, silence: float = SILENCE_SECONDS) -> bool:
-    """Return whether a run may still be writing: its process exists, or it was silent for less time."""
+    """Return whether a run may still be writing: it is running, or was silent for less than ``silence``."""
     silent = silence_of(storage, run, now)
     return silent is not None and silent < silence
 
