@@ -218,7 +218,7 @@ class Reader:
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
     def neighbour_places(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[str, int, float]]:
-        """Return (database, id, distance) of live neighbours, by distance (in mixtures: distance / weight)."""
+        """Return (database, id, distance) of live neighbours, by distance (mixtures: distance / weight)."""
         return [(database.path, i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
     def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
