@@ -74,7 +74,7 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
         lambda liar: liar.column("chunks", "key", put(0, False)), "the first chunk of a document is not a key",
     ),
     "a log that counts other keys": (lambda liar: count(liar, {"keys": 4}), "the log has a different number of keys"),
-    "a log that counts no keys": (lambda liar: count(liar, None), "the log says that it has none"),
+    "a log that counts no keys": (lambda liar: count(liar, None), "the log says missing"),
     "a file that lost the column": (
         lambda liar: lose_column(liar), "column 'key' is missing, the log says bool",
     ),
