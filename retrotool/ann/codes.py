@@ -1,19 +1,16 @@
-"""Codes of vectors, byte for byte as faiss has them: whole vectors, one byte a dimension, or product quantisation.
+"""Encode vectors byte for byte as faiss does: whole vectors, one byte per dimension, or product quantisation.
 
-A codec turns float32 rows into rows of bytes and back. ``encode`` runs on the device that its input is on; ``decode``
-takes and gives host memory. What is encoded is a vector or its residual to its centroid, as the index says.
-
-Product quantisation (Jégou et al. 2011) cuts a vector into M pieces and names for each the nearest of 256 centroids of
-its own, which Lloyd's iterations on a sample give. The rotation before it (OPQ) is that of Ge et al. 2013, the
-non-parametric one: in turn the codes are made for the rotated sample, and the rotation is solved for the codes. Cost of
-encoding, and of an iteration: 256·d multiply-adds a vector; d³ for a rotation. Deterministic from the seed on one
-device. Sums are in another order than faiss's, so where two centroids are equally near, either may be named.
+A codec turns float32 rows, vectors or residuals, into rows of bytes and back. ``encode`` runs on its input's
+device; ``decode`` uses host memory. Product quantisation (Jégou et al. 2011) stores the nearest of 256
+centroids for each of M pieces of a vector; encoding, and each training iteration, costs 256·d multiply-adds
+per vector. The rotation before it (OPQ, non-parametric, Ge et al. 2013) alternates between encoding a sample
+and solving for the best rotation, at d³. Results are deterministic for a seed and device. Sums are ordered
+differently from faiss, which may break ties.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +19,18 @@ from retrotool.lazy import torch
 
 Codes = npt.NDArray[np.uint8]
 CENTROIDS = 256
-"""Centroids of a piece: a code is a byte."""
 _ENCODE_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
 _ITERATIONS = 8
 _ROTATIONS = 4
 _ROTATION_ROWS = 1 << 14
 _CROSS_ROWS = 1 << 10
-_MOVED = 1 / 64
-"""By how much, relatively, the centroid of a single vector's piece is moved."""
-SAMPLE = 1 << 15
-"""Vectors that training takes at most: 128 a centroid."""
+_MOVED = 1 / 64  # relative distance by which the centroid of a single vector's piece is moved
+SAMPLE = 1 << 15  # most vectors used for training: 128 per centroid
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The numbers themselves, as float16 or float32."""
+    """Whole vectors, as float16 or float32."""
 
     d: int
     dtype: str = "float16"
@@ -47,19 +41,19 @@ class Whole:
         return self.d * np.dtype(self.dtype).itemsize
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """Codes, uint8 [n, size], of float32 [n, d]."""
-        if not len(rows):  # torch has no view of it
+        """Encode float32 [n, d] as uint8 [n, size]."""
+        if not len(rows):  # torch can't view an empty tensor as bytes
             return torch.empty(0, self.size, dtype=torch.uint8, device=rows.device)
         return rows.to(getattr(torch, self.dtype)).contiguous().view(torch.uint8)
 
     def decode(self, codes: Codes) -> torch.Tensor:
-        """What codes [n, size] stand for, float32 [n, d]."""
+        """Decode codes [n, size] to float32 [n, d]."""
         return torch.from_numpy(np.ascontiguousarray(codes).view(self.dtype).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scalar:
-    """A byte a dimension: 256 steps from ``least`` [d] over ``extent`` [d], both float32."""
+    """One byte per dimension: 256 steps from ``least`` [d] over ``extent`` [d], both float32."""
 
     least: npt.NDArray[np.float32]
     extent: npt.NDArray[np.float32]
@@ -75,20 +69,20 @@ class Scalar:
         return len(self.least)
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """Codes, uint8 [n, d], of float32 [n, d]."""
+        """Encode float32 [n, d] as uint8 [n, d]."""
         least, extent = (torch.from_numpy(a).to(rows.device) for a in (self.least, self.extent))
         share = torch.where(extent == 0, torch.zeros_like(rows), (rows - least) / extent)
         return (share.clamp_(0, 1) * 255).to(torch.uint8)
 
     def decode(self, codes: Codes) -> torch.Tensor:
-        """What codes [n, d] stand for, the middles of the steps, float32 [n, d]."""
-        # A step is 1/255 wide, as in faiss: the last one begins at the largest value.
+        """Decode codes [n, d] to the middles of their steps, float32 [n, d]."""
+        # As in faiss, a step is 1/255 wide: the last one begins at the largest value.
         share = torch.from_numpy(codes.astype(np.float32)).add_(0.5).div_(255)
         return share.mul_(torch.from_numpy(self.extent)).add_(torch.from_numpy(self.least))
 
     @classmethod
     def train(cls, rows: torch.Tensor, *, seed: int = 0) -> Scalar:
-        """The range of each dimension of float32 [n, d], a little widened: its ends are numbers of some vector."""
+        """Fit to float32 [n, d]. Ranges are widened a little, as their ends are values of single vectors."""
         least, most = rows.amin(0).cpu(), rows.amax(0).cpu()
         generator = torch.Generator().manual_seed(seed)
         below, above = (torch.rand(2, len(least), generator=generator) + 1) * (most - least) / 256
@@ -97,7 +91,7 @@ class Scalar:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Product:
-    """M bytes a vector: ``table``, float32 [M, 256, d / M], has the centroids of each piece."""
+    """M bytes per vector. ``table``, float32 [M, 256, d / M]: the centroids of each piece."""
 
     table: npt.NDArray[np.float32]
 
@@ -112,26 +106,25 @@ class Product:
         return int(self.table.shape[0])
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """Codes, uint8 [n, M], of float32 [n, d]."""
+        """Encode float32 [n, d] as uint8 [n, M]."""
         return encode_pieces(rows, torch.from_numpy(self.table).to(rows.device))
 
     def decode(self, codes: Codes) -> torch.Tensor:
-        """What codes [n, M] stand for, float32 [n, d]."""
+        """Decode codes [n, M] to float32 [n, d]."""
         return _decode(torch.from_numpy(codes.astype(np.int32)), torch.from_numpy(self.table))
 
 
 Codec = Whole | Scalar | Product
-"""How vectors of ``d`` dimensions are coded, in ``size`` bytes."""
 
 
 def encode_pieces(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The nearest of each piece's centroids ``table`` [M, 256, d / M], uint8 [n, M], for float32 [n, d]."""
+    """Return each piece's nearest centroid in ``table`` [M, 256, d / M], uint8 [n, M], for float32 [n, d]."""
     m, _, width = table.shape
     half_norms = table.square().sum(2) / 2
     codes = torch.empty(len(rows), m, dtype=torch.uint8, device=rows.device)
     for start in range(0, len(rows), _ENCODE_ROWS[rows.device.type]):
         some = rows[start : start + _ENCODE_ROWS[rows.device.type]]
-        # Piece by piece: all at once would be M·256 numbers a vector, which no cache holds.
+        # Scores of all pieces at once, M·256 numbers per vector, would not fit the cache.
         for i in range(m):
             scores = torch.addmm(-half_norms[i], some[:, i * width : (i + 1) * width], table[i].T)
             codes[start : start + len(some), i] = scores.argmax(1)
@@ -139,23 +132,17 @@ def encode_pieces(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def is_same_codec(one: Codec, other: Codec) -> bool:
-    """Whether two codecs are the same to the bit."""
-
-    def fields(codec: Any) -> list[Any]:
-        return [
-            value.tobytes() if isinstance(value, np.ndarray) else value
-            for value in (getattr(codec, name) for name in codec.__dataclass_fields__)
-        ]
-
-    return type(one) is type(other) and fields(one) == fields(other)
+    """Check whether two codecs are equal to the bit."""
+    fields = [[np.asarray(getattr(codec, name)).tobytes() for name in codec.__slots__] for codec in (one, other)]
+    return type(one) is type(other) and fields[0] == fields[1]
 
 
 def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Tensor:
-    """Centroids, float32 [pieces, 256, d / pieces], for float32 [n, d], n ≥ 1.
+    """Return centroids, float32 [pieces, 256, d / pieces], trained on float32 [n, d], n ≥ 1.
 
-    With fewer than 256 vectors some centroids stand for none of them. They are rounded to bfloat16, and those of cells
-    with one vector are moved: with the centroid of its list such a one would be the vector, and the table stays in a
-    store when its chunk is erased.
+    With fewer than 256 vectors some centroids represent none. Centroids are rounded to bfloat16, and those of
+    cells with a single vector are moved. Otherwise such a centroid, added to its list's centroid, would
+    reveal the vector, and the table stays in the store after the chunk is erased.
     """
     table = _improve(rows, _first(rows, pieces, seed), _ITERATIONS)
     place = encode_pieces(rows, table).int() + _firsts(table)
@@ -168,10 +155,7 @@ def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Te
 
 
 def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) -> torch.Tensor:
-    """A rotation, float32 [d, d_in] with orthonormal rows, after which pieces of float32 [n, d_in] are coded best.
-
-    With d < d_in the directions of most variance are kept. The sign and order of directions are arbitrary.
-    """
+    """Return a rotation, float32 [d, d_in], for coding float32 [n, d_in]; d < d_in keeps most variance."""
     sample = rows[:_ROTATION_ROWS]
     rotation = _start(sample, pieces, d, seed)
     rotated = sample @ rotation.T
@@ -187,14 +171,14 @@ def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) ->
 
 
 def _cross(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """oneᵀ · other, float64 [d, d'], of float32 [n, d] and [n, d'], in blocks: float64 takes twice the memory."""
+    """Return oneᵀ · other, float64 [d, d'], of float32 [n, d] and [n, d'], in blocks to save memory."""
     blocks = zip(torch.split(one, _CROSS_ROWS), torch.split(other, _CROSS_ROWS), strict=True)
     return sum((a.T.double() @ b.double() for a, b in blocks), start=one.new_zeros((), dtype=torch.float64))
 
 
 def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
-    """The principal directions, dealt out to the pieces so that each has as much variance."""
-    if len(rows) < 2 * d:  # too few to tell directions
+    """Return the principal directions, distributed over the pieces for equal variance."""
+    if len(rows) < 2 * d:  # too few to estimate directions
         generator = torch.Generator().manual_seed(seed)
         random = torch.randn(rows.shape[1], rows.shape[1], generator=generator, dtype=torch.float64)
         turned: torch.Tensor = torch.linalg.qr(random)[0]
@@ -205,7 +189,7 @@ def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
     room = [d // pieces] * pieces
     weight = [0.0] * pieces
     dealt: list[list[int]] = [[] for _ in range(pieces)]
-    for direction in order:  # the greedy allotment of the paper, with the sum for the product
+    for direction in order:  # the paper's greedy allocation, by sums instead of products
         piece = min((p for p in range(pieces) if room[p]), key=lambda p: weight[p])
         dealt[piece].append(direction)
         weight[piece] += float(variances[direction])
@@ -216,7 +200,6 @@ def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
 
 
 def _first(rows: torch.Tensor, pieces: int, seed: int) -> torch.Tensor:
-    """The pieces of vectors drawn at random; copies where there are fewer than 256."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(rows), generator=generator)[:CENTROIDS]
     drawn = drawn.repeat(-(-CENTROIDS // len(drawn)))[:CENTROIDS].to(rows.device)
@@ -224,10 +207,7 @@ def _first(rows: torch.Tensor, pieces: int, seed: int) -> torch.Tensor:
 
 
 def _improve(rows: torch.Tensor, table: torch.Tensor, iterations: int) -> torch.Tensor:
-    """Lloyd's iterations on all pieces; a centroid that is nearest to nothing takes the place of a vector's piece.
-
-    Which vector: the next one in order that no empty centroid of this iteration has taken. Rows are a random sample.
-    """
+    """Run Lloyd's iterations on all pieces; empty centroids take pieces of the first (random) rows."""
     pieces, _, width = table.shape
     for _ in range(iterations):
         place = encode_pieces(rows, table).int() + _firsts(table)

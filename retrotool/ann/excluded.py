@@ -1,4 +1,4 @@
-"""Queries, and what each of them must not find: the chunks of its own document."""
+"""Queries, and the chunk ids that each must not return: those of its own document."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Intervals:
-    """Intervals of chunk ids [first, last], ascending and apart, each of a document: ``document`` says of which."""
+    """Disjoint ascending intervals of chunk ids [first, last]; ``document`` is the document of each."""
 
     first: Ids
     last: Ids
     document: Ids
 
     def documents(self, ids: Ids) -> Ids:
-        """The document of each id; −1: of none."""
+        """Return the document of each id, −1 where there is none."""
         place = np.searchsorted(self.first, ids, side="right") - 1
         within = (place >= 0) & (ids <= self.last[place])
         return np.where(within, self.document[place], -1)
@@ -31,26 +31,25 @@ class Intervals:
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """What each of q queries must not find: the interval of chunk ids [first, last], empty if first > last.
+    """The ids that each of q queries must not return: the interval [first, last], empty if first > last.
 
-    Where a document is there more than once, ``repeats`` has its further intervals, and ``document`` [q] says whose
-    they are.
+    If documents occur more than once, ``repeats`` contains their further intervals, and ``document`` [q] is
+    the document of each query.
     """
 
     first: Ids
     last: Ids
     document: Ids | None = None
     repeats: Intervals | None = None
-    ascends: bool = False
-    """Whether ``first`` and ``last`` both ascend."""
+    ascends: bool = False  # whether ``first`` and ``last`` both ascend
 
     @classmethod
     def nothing(cls, q: int) -> Excluded:
-        """For queries that may find anything."""
+        """Return an exclusion of nothing for q queries."""
         return cls(np.zeros(q, np.int64), np.full(q, -1, np.int64))
 
     def take(self, rows: Ids) -> Excluded:
-        """The same for some of the queries, or for some of them several times."""
+        """Return the entries of the queries ``rows``, which may repeat."""
         document = None if self.document is None else self.document[rows]
         return Excluded(self.first[rows], self.last[rows], document, self.repeats)
 
@@ -60,41 +59,41 @@ class Excluded:
         return self.repeats is not None or bool((self.first <= self.last).any())
 
     def ascending(self) -> Excluded:
-        """The same, having looked whether the intervals ascend."""
+        """Return a copy with ``ascends`` computed."""
         ascends = bool((np.diff(self.first) >= 0).all() and (np.diff(self.last) >= 0).all())
         return replace(self, ascends=ascends)
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Queries float32 [q, d], and what they must not find."""
+    """Query vectors, float32 [q, d], and what they must not return."""
 
     vectors: npt.NDArray[np.float32]
     excluded: Excluded
 
     @classmethod
     def plain(cls, vectors: npt.NDArray[np.float32]) -> Queries:
-        """Queries that may find anything."""
+        """Return queries without exclusions."""
         return cls(vectors, Excluded.nothing(len(vectors)))
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     def take(self, rows: Ids) -> Queries:
-        """Some of them."""
+        """Return the queries ``rows``."""
         return Queries(self.vectors[rows], self.excluded.take(rows))
 
     def blocks(self, rows: int) -> Iterator[Queries]:
-        """The same, at most ``rows`` of them at a time."""
+        """Yield the queries in blocks of at most ``rows``."""
         for start in range(0, len(self), rows):
             yield self.take(np.arange(start, min(start + rows, len(self))))
 
 
 class Mask:
-    """What queries must not find among ``ids`` [n], ascending in each list, worked out for all of them at once.
+    """The excluded pairs of queries and ``ids`` [n], ascending in each list.
 
-    Where the queries' intervals ascend, each id is searched among them, and is then known to be nobody's, or whose; as
-    a rule it is nobody's. Otherwise each query's interval is searched among the ids when they are masked.
+    Ids are located among ascending query intervals once, on construction; otherwise intervals among ids, per
+    call.
     """
 
     def __init__(self, excluded: Excluded, ids: Ids) -> None:
@@ -106,7 +105,7 @@ class Mask:
             self._hit = self._begin < self._end
 
     def apply(self, scores: torch.Tensor, rows: torch.Tensor, low: int, high: int) -> None:
-        """Set to −inf the scores [r, high − low] of ids that some queries, ``rows`` [r], ascending, must not find."""
+        """Set scores [r, high − low] of excluded ids to −inf, for the queries ``rows`` [r], ascending."""
         if not self._any:
             return
         if self._excluded.ascends:
@@ -122,7 +121,7 @@ class Mask:
             row, column = _ranges(first, np.maximum(np.searchsorted(ids, some.last, side="right") - first, 0))
             _hide(scores, row, column)
         if self._excluded.repeats is not None:
-            assert self._excluded.document is not None, "where there are repeats, it is known whose"
+            assert self._excluded.document is not None, "repeats come with documents"
             document = self._excluded.document[rows.cpu().numpy()]
             documents = self._excluded.repeats.documents(self._ids[low:high])
             columns = np.flatnonzero(documents >= 0)
@@ -137,5 +136,5 @@ def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
 
 
 def _ranges(low: Ids, length: Ids) -> tuple[Ids, Ids]:
-    """(i, j) of all j in [low[i], low[i] + length[i])."""
+    """Return (i, j) for all j in [low[i], low[i] + length[i])."""
     return np.repeat(np.arange(len(low)), length), expand_ranges(low, length)

@@ -1,12 +1,12 @@
-"""k-means in torch (Lloyd's iterations): blocked assignment by one matrix product, empty clusters re-seeded.
+"""k-means (Lloyd's iterations) in torch: blocked assignment by one matrix product, empty clusters re-seeded.
 
-No centroid is one of the vectors, to the bit: centroids stay in a store when a chunk is erased, so its vector must not
-be among them (``_blur``); that of a cluster of one vector is close to it. Vectors may be float16; they are shifted by a
-mean before products and sums, which are float32, but products that only choose a cluster are rough (``ann.matmul``).
+No centroid equals a vector to the bit, as centroids stay in a store when a chunk is erased (``_blur``); the
+centroid of a single vector is close to it. Vectors, float32 or float16, are shifted by a mean before products
+and sums, which are float32; products that only choose a cluster are rough (``ann.matmul``).
 
-Cost of an iteration: 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters there are √k, each of which is cut into as
-many as its share of the vectors: √k in place of k, for centroids that are somewhat worse. Deterministic from the seed
-on one device up to the order of float sums.
+An iteration costs 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters, √k clusters are split in proportion
+to their vectors: √k times cheaper, slightly worse. Deterministic for a seed and device up to the order of
+float sums.
 """
 
 from __future__ import annotations
@@ -22,22 +22,15 @@ from retrotool.lazy import torch
 
 TWO_LEVELS = 250_000
 _BLOCK_ROWS = 1 << 12
-_SPLIT = 1 / 1024
-"""By how much, relatively, the halves of a cluster that is split are moved apart; as faiss does."""
-_BLUR = 1 / 256
-"""By how much, relatively, a centroid is moved that is one of the vectors: a unit in the last place of bfloat16."""
+_SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
+_BLUR = 1 / 256  # relative distance by which a centroid is moved off a vector: bfloat16 resolution
 _ATTEMPTS = 100
-_NO_ERROR = 1e-6
-"""Squared distance to a centroid, relative to its own length, that is the rounding of copies."""
-_AWAY = 4.0
-"""How far an empty cluster is moved, in the largest number of a centroid: nothing is nearest to it there."""
+_NO_ERROR = 1e-6  # relative squared distance to a centroid that is due to rounding of copies
+_AWAY = 4.0  # how far an empty cluster is moved, in multiples of the largest centroid value
 
 
 def assign(vectors: torch.Tensor, centroids: torch.Tensor, *, rough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest centroid of each vector, float32 or float16: squared distances float32 [n] and indices int64 [n].
-
-    ``rough``: of centroids that are nearly as near, another one may be named.
-    """
+    """Return each vector's nearest centroid: squared distances, float32 [n], and indices, int64 [n]."""
     shift = centroids.mean(0)
     table = centroids - shift
     # argmax of q·c − |c|²/2 is argmin of |q − c|²
@@ -61,11 +54,10 @@ def kmeans(
     two_levels: int = TWO_LEVELS,
     report: Callable[[float], object] = lambda _: None,
 ) -> torch.Tensor:
-    """Centroids, float32 [k, d], of ``vectors`` [n, d], float32 or float16, n ≥ k; none is a vector, in either type.
+    """Return centroids, float32 [k, d], of ``vectors`` [n, d], n ≥ k; report shares of the work done.
 
-    Starts from k vectors drawn at random. A cluster that loses all its vectors takes half of the one whose vectors lie
-    farthest from their centroid, in sum: moved to one of the vectors it would keep that one to itself. ``report`` is
-    told the share of the work that was just done.
+    Starts from k random vectors. An empty cluster takes half of the cluster with the largest summed error;
+    moved to a vector, it would keep only that one.
     """
     n = len(vectors)
     if not 1 <= k <= n:
@@ -99,7 +91,7 @@ def _two_levels(
 
 
 def _shares(counts: torch.Tensor, k: int) -> list[int]:
-    """How many of k clusters each of some clusters is cut into: in proportion to its vectors, not more than these."""
+    """Divide k clusters in proportion to ``counts``, giving no cluster more than its count."""
     n = int(counts.sum())
     exact = [k * count / n for count in counts.tolist()]
     shares = [min(int(share), count) for share, count in zip(exact, counts.tolist(), strict=True)]
@@ -112,10 +104,7 @@ def _shares(counts: torch.Tensor, k: int) -> list[int]:
 
 
 def _step(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Means of the clusters, float32 [k, d], of an empty one that of the centroids; the vectors' clusters; sizes [k].
-
-    Block by block, so that vectors are read once, and added up while they are in the cache.
-    """
+    """Return means, float32 [k, d] (of empty clusters the overall mean), vectors' clusters and sizes [k]."""
     k = len(centroids)
     shift = centroids.mean(0)
     table = centroids - shift
@@ -132,7 +121,6 @@ def _step(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _errors(vectors: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Summed squared distances of each cluster's vectors to its centroid, float32 [k]."""
     errors = torch.zeros(len(centroids), device=vectors.device)
     for rows, to in zip(torch.split(vectors, _BLOCK_ROWS), torch.split(index, _BLOCK_ROWS), strict=True):
         errors.index_add_(0, to, (rows.float() - centroids[to]).square().sum(1))
@@ -142,10 +130,10 @@ def _errors(vectors: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor)
 def _fill_empty(
     centroids: torch.Tensor, counts: torch.Tensor, errors: torch.Tensor, generator: torch.Generator
 ) -> None:
-    """Move the centroids of empty clusters beside those of clusters with the largest ``errors`` [k], in place.
+    """Move centroids of empty clusters next to those of clusters with the largest ``errors`` [k], in place.
 
-    A cluster is split again once half of its error is the largest. Copies of one vector have no error: they can't be
-    split. What is still empty then goes far away, for a second centroid at copies would be probed in place of theirs.
+    Copies of one vector have no error and can't be split. Clusters still empty then are moved far away, as a
+    second centroid at copies would be probed instead of theirs.
     """
     empty = torch.nonzero(counts == 0).flatten()
     least = (_NO_ERROR * counts * centroids.square().sum(1)).tolist()
@@ -171,10 +159,10 @@ def _fill_empty(
 
 
 def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> None:
-    """Move every centroid that is one of ``vectors``, as float16 has them, off it, in place.
+    """Move centroids that equal a vector as float16 (single vectors, or copies), in place.
 
-    That is the mean of a cluster of one vector, or of copies of one: what many documents begin with, say. The move is
-    too small to change which centroid is nearest. It is rounded, so that who knows the seed can't take it back exactly.
+    The move is too small to change which centroid is nearest, and rounded, so that the seed does not suffice
+    to revert it.
     """
     for attempt in range(1, _ATTEMPTS):
         same = torch.from_numpy(_same_rows(centroids, vectors)).to(centroids.device)
@@ -182,11 +170,11 @@ def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Gener
             return
         moved = centroids[same] + attempt * _BLUR * _signs(centroids[same], generator)
         centroids[same] = moved.to(torch.bfloat16).float()
-    raise ValueError(f"{len(same)} centroids can't be told from vectors")
+    raise ValueError(f"{len(same)} centroids can't be distinguished from vectors")
 
 
 def _signs(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random signs times the size of each number of ``rows``, or times the usual size in its row if that is larger."""
+    """Return random signs times the size of each number, or times the row's RMS if that is larger."""
     usual = rows.square().mean(1, keepdim=True).sqrt()
     usual[usual == 0] = 1
     signs = 2 * torch.randint(0, 2, rows.shape, generator=generator).to(rows.device) - 1
@@ -194,7 +182,7 @@ def _signs(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _same_rows(rows: torch.Tensor, others: torch.Tensor) -> npt.NDArray[np.int64]:
-    """Which of ``rows`` [k, d] are among ``others`` [n, d] as float16 has both, int64."""
+    """Return the indices, int64, of ``rows`` [k, d] that occur in ``others`` [n, d], compared as float16."""
 
     def halves(some: torch.Tensor) -> list[bytes]:
         half: npt.NDArray[np.float16] = (some.to(torch.float16) + 0).cpu().numpy()  # −0 is 0

@@ -1,9 +1,7 @@
-"""Inverted lists in faiss files: made from codes, and read back list by list.
+"""Inverted lists in faiss files: written from codes, read back list by list from mapped memory.
 
-An index without lists is read as one list. Ids are chunk ids, ascending in every list. A file that is read is mapped,
-and a list is looked up when it is asked for.
-
-faiss writes through a Python function: on its own it only prints that a disk was full when the file was closed.
+An index without lists is read as one list. Ids are chunk ids, ascending in every list. faiss writes through a
+Python callback: its own writer does not raise if the disk is full when the file is closed.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,7 @@ from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
 from retrotool.errors import CorruptError
 from retrotool.lazy import faiss, torch
 
+CheckBytes = Callable[[int, int], object]
 _WRITE_BYTES = 1 << 20
 _TIE = 1e-3
 _KEPT_LISTS = 64
@@ -30,7 +29,7 @@ _KEPT_JOINED = 8
 
 
 class OneList:
-    """Vectors, float16 [n, d], with ids [n], as an index without lists has them."""
+    """Vectors, float16 [n, d], with ids [n], as an index without lists."""
 
     def __init__(self, ids: Ids, vectors: npt.NDArray[np.float16]) -> None:
         self.trained = Trained(vectors.shape[1], Whole(vectors.shape[1]))
@@ -40,27 +39,27 @@ class OneList:
         return len(self._ids)
 
     def size(self, number: int) -> int:
-        """Vectors in the list."""
+        """Return the number of vectors in the list."""
         return len(self) if number == 0 else 0
 
     def ids(self, number: int) -> Ids:
-        """Ids, int64 [n], ascending."""
+        """Return ids, int64 [n], ascending."""
         return self._ids[: self.size(number)]
 
     def codes(self, number: int) -> Codes:
-        """The vectors as bytes, uint8 [n, 2·d]."""
+        """Return the vectors as bytes, uint8 [n, 2·d]."""
         return np.ascontiguousarray(self._vectors[: self.size(number)]).view(np.uint8)
 
     def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
-        """Vectors of some of the ids, float16 [n, d]."""
+        """Return the vectors of ``ids``, float16 [n, d]."""
         return self._vectors[np.searchsorted(self._ids, ids)]
 
 
 class SomeLists:
-    """Of other lists the vectors whose ids are ``wanted``: no other one is decoded, or compared with a query.
+    """Lists reduced to the vectors whose ids are ``wanted``; no others are decoded or compared.
 
-    All ids are gone through once, to count them; a list's own each time that it comes up. The last lists are kept.
-    Several threads may read at a time.
+    Construction counts all ids once. A list's ids are filtered when it is read; recent lists are cached.
+    Thread-safe.
     """
 
     def __init__(self, lists: Lists, wanted: Callable[[Ids], npt.NDArray[np.bool_]]) -> None:
@@ -68,24 +67,24 @@ class SomeLists:
         self._lists, self._wanted = lists, wanted
         numbers = range(max(lists.trained.nlist, 1))
         self.whole = np.array([lists.size(number) for number in numbers], np.int64)
-        """Vectors of each list, wanted or not, int64 [nlist], or [1] without lists."""
+        """Vectors in each list, wanted or not, int64 [nlist], or [1] without lists."""
         self.sizes = np.array([np.count_nonzero(wanted(lists.ids(number))) for number in numbers], np.int64)
-        """Those that are wanted."""
+        """Wanted vectors in each list."""
         self._list = lru_cache(_KEPT_LISTS)(self._read_list)
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
 
     def size(self, number: int) -> int:
-        """Vectors in a list."""
+        """Return the number of wanted vectors in a list."""
         return int(self.sizes[number])
 
     def ids(self, number: int) -> Ids:
-        """Chunk ids of a list, int64 [n], ascending."""
+        """Return chunk ids of a list, int64 [n], ascending."""
         return self._list(number)[0]
 
     def codes(self, number: int) -> Codes:
-        """Codes of a list, uint8 [n, size]."""
+        """Return codes of a list, uint8 [n, size]."""
         return self._lists.codes(number)[self._list(number)[1]]
 
     def _read_list(self, number: int) -> tuple[Ids, npt.NDArray[np.int64]]:
@@ -95,31 +94,27 @@ class SomeLists:
 
 
 class JoinedLists:
-    """Lists of several shards of one training as if they were one's: products of wide lists are worth more.
-
-    The last lists are kept, as one that is wide is read piece by piece. Several threads may read at a time.
-    """
+    """The concatenated lists of shards of one training, for wide products; recent ones cached."""
 
     def __init__(self, shards: Sequence[Lists]) -> None:
         self.trained: Trained = shards[0].trained
         self._shards = shards
         self._joined = lru_cache(_KEPT_JOINED)(self._join)
         self.codes = lru_cache(_KEPT_JOINED)(self._join_codes)
-        """Codes of a list, uint8 [n, size]."""
 
     def __len__(self) -> int:
         return sum(map(len, self._shards))
 
     def size(self, number: int) -> int:
-        """Vectors in a list."""
+        """Return the number of vectors in a list."""
         return sum(shard.size(number) for shard in self._shards)
 
     def ids(self, number: int) -> Ids:
-        """Chunk ids of a list, int64 [n], ascending."""
+        """Return chunk ids of a list, int64 [n], ascending."""
         return self._joined(number)[0]
 
     def _join(self, number: int) -> tuple[Ids, Ids | None]:
-        """Ids, ascending, and the places that they have in the shards one after the other; None: the same ones."""
+        """Return ids, ascending, and the order of the concatenated rows; None: unchanged."""
         ids = np.concatenate([shard.ids(number) for shard in self._shards])
         if (ids[1:] > ids[:-1]).all():
             return ids, None
@@ -132,36 +127,25 @@ class JoinedLists:
         return codes if order is None else codes[order]
 
 
-class Bytes(Protocol):
-    """The bytes of a mapped file, some of which are to be checked before they are read."""
-
-    def check(self, start: int, stop: int) -> None:
-        """Raise unless they are what was written."""
-
-
 class InvertedLists:
-    """The lists of one faiss index, and what it is ``trained`` to. Arrays lie in its memory, and are read-only.
+    """The lists of one faiss index, as read-only views; ``check`` verifies the bytes of a list before use."""
 
-    ``file`` is asked about the bytes of a mapped list before it is read.
-    """
-
-    def __init__(self, index: Any, trained: Trained, file: Bytes | None = None) -> None:
+    def __init__(self, index: Any, trained: Trained, check: CheckBytes | None = None) -> None:
         self.trained = trained
         self.holds_quantizer = trained.centroids is not None and len(trained.centroids) > 0
-        """Whether the centroids lie in the index itself."""
         self._index = index
         inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
         self._inverted: Any = inner.invlists if trained.centroids is not None else None
         self._flat: Any = faiss.downcast_index(inner.index) if self._inverted is None else None
         mapped: Any = None if self._inverted is None else faiss.downcast_InvertedLists(self._inverted)
         self._mapped: Any = mapped if isinstance(mapped, faiss.OnDiskInvertedLists) else None
-        self._file = file
+        self._check_bytes = check
 
     def _check(self, number: int) -> None:
-        if self._file is not None and self._mapped is not None:
+        if self._check_bytes is not None and self._mapped is not None:
             place = self._mapped.lists.at(number)
             size = self._mapped.code_size + np.dtype(np.int64).itemsize
-            self._file.check(place.offset, place.offset + place.capacity * size)
+            self._check_bytes(place.offset, place.offset + place.capacity * size)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -172,29 +156,29 @@ class InvertedLists:
         return range(max(self.trained.nlist, 1))
 
     def size(self, number: int) -> int:
-        """Vectors in a list."""
+        """Return the number of vectors in a list."""
         return len(self) if self._inverted is None else int(self._inverted.list_size(number))
 
     def ids(self, number: int) -> Ids:
-        """Chunk ids of a list, int64 [n], ascending."""
+        """Return chunk ids of a list, int64 [n], ascending."""
         self._check(number)
         n = self.size(number)
         pointer = self._index.id_map.data() if self._inverted is None else self._inverted.get_ids(number)
         return _view(self._index, pointer, (n,), np.int64)
 
     def codes(self, number: int) -> Codes:
-        """Codes of a list, uint8 [n, size]."""
+        """Return codes of a list, uint8 [n, size]."""
         self._check(number)
         n = self.size(number)
         pointer = self._flat.codes.data() if self._inverted is None else self._inverted.get_codes(number)
         return _view(self._index, pointer, (n, self.trained.codec.size), np.uint8)
 
     def may_stand_for(self, number: int, rows: Ids, vectors: npt.NDArray[np.float16]) -> bool:
-        """Whether rows [n] of a list are what ``vectors`` [n, d] are coded to: among the nearest, up to float32."""
+        """Check whether rows [n] of a list code ``vectors`` [n, d], up to float32 ties."""
         trained = self.trained
         some = trained.rotate(torch.from_numpy(vectors.astype(np.float32)))
         codes = self.codes(number)[rows]
-        scale = _TIE * some.square().sum(1)  # of which float32 products keep so much
+        scale = _TIE * some.square().sum(1)  # accuracy of float32 products
         if trained.centroids is not None and len(trained.centroids):
             table = torch.from_numpy(trained.centroids)
             least = assign(some, table)[0]
@@ -202,7 +186,7 @@ class InvertedLists:
                 return False
             some = some - table[number] if trained.by_residual else some
         elif trained.by_residual:
-            return True  # without its centroids nothing can be said
+            return True  # can't be checked without the centroids
         best = trained.codec.encode(some).numpy()
         other = (best != codes).any(axis=1)
         if not other.any():
@@ -213,7 +197,7 @@ class InvertedLists:
         return bool((off[0] <= off[1] * (1 + _TIE) + _TIE * scale[other]).all())
 
     def is_whole(self) -> bool:
-        """Whether there are as many ids and codes as the index says that it holds."""
+        """Check whether there are as many ids and codes as the index declares."""
         n = len(self)
         if self._inverted is not None:
             return int(self._inverted.compute_ntotal()) == n
@@ -221,16 +205,15 @@ class InvertedLists:
 
 
 Lists = OneList | SomeLists | JoinedLists | InvertedLists
-"""Lists of codes that can be searched; an index without lists has one, 0."""
 
 
 def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
-    """Put codes [n, size] of chunk ids [n] into the lists ``numbers`` [n] of an index, in this order in each list."""
+    """Append codes [n, size] of chunk ids [n] to the lists ``numbers`` [n] of an index, keeping the order."""
     if not len(ids):
         return
     if isinstance(index, faiss.IndexIDMap2):
         trained = of_faiss(index)
-        assert trained is not None, "made by to_faiss"
+        assert trained is not None, "built by to_faiss"
         index.add_with_ids(trained.codec.decode(codes).numpy(), ids)
         return
     inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
@@ -247,7 +230,7 @@ def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
 
 
 def write_lists(index: Any, write: Callable[[bytes], object]) -> int:
-    """Write an index, piece by piece; return how many vectors it holds."""
+    """Write an index in pieces; return the number of vectors it contains."""
     failed: list[BaseException] = []
 
     def put(data: bytes) -> None:
@@ -260,42 +243,39 @@ def write_lists(index: Any, write: Callable[[bytes], object]) -> int:
     try:
         faiss.write_index(index, faiss.PyCallbackIOWriter(put, _WRITE_BYTES))
     except RuntimeError:
-        if failed:  # faiss does not say what the callback raised
+        if failed:  # faiss hides the callback's exception
             raise failed[0] from None
         raise
     return int(index.ntotal)
 
 
-def read_lists(path: Path, trained: Trained | None = None, file: Bytes | None = None) -> InvertedLists:
-    """Map an index file. ``CorruptError`` if faiss can't read it, or it is of another kind or other training.
-
-    With ``trained`` the lists have that, and so its centroids, wherever the coarse quantiser lies.
-    """
+def read_lists(path: Path, trained: Trained | None = None, check: CheckBytes | None = None) -> InvertedLists:
+    """Map an index file; raise ``CorruptError`` if faiss can't read it, or its kind or training differs."""
     index = open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
     own = of_faiss(index)
     if own is None:
-        raise CorruptError(f"{path}: {type(index).__name__} is no index that retrotool made")
-    lists = InvertedLists(index, own, file)
+        raise CorruptError(f"{path}: {type(index).__name__} is not a kind of index that retrotool writes")
+    lists = InvertedLists(index, own, check)
     if not lists.is_whole():
-        raise CorruptError(f"{path}: it does not hold the {len(lists):,} vectors that it says it does")
+        raise CorruptError(f"{path}: the lists do not contain the declared {len(lists):,} vectors")
     if trained is not None:
         if not same_training(own, trained):
-            raise CorruptError(f"{path} was not made by the training of its index")
+            raise CorruptError(f"{path} does not match the training of its index")
         lists.trained = trained
     return lists
 
 
 def open_faiss(path: Path, flags: int = 0) -> Any:
-    """A faiss index from a file; ``CorruptError`` if faiss can't read it."""
+    """Open a faiss index; raise ``CorruptError`` if faiss can't read it."""
     try:
         return faiss.read_index(str(path), flags)
     except (RuntimeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise CorruptError(f"{path} is no index that faiss can read: {reason}") from error
+        raise CorruptError(f"{path}: faiss can't read the index: {reason}") from error
 
 
 class _Mapped:
-    """Memory of a faiss index as numpy sees it; arrays made of it keep the index, and so the memory, alive."""
+    """Memory of a faiss index as numpy sees it; arrays made of it keep the index alive."""
 
     def __init__(self, index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> None:
         self._index = index
@@ -309,7 +289,7 @@ def _view(index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> npt.N
 
 
 def without(lists: InvertedLists, banned: Callable[[Ids], npt.NDArray[np.bool_]]) -> Any:
-    """A new index with the same lists less the ids that are ``banned``."""
+    """Return a new index with the same lists, without the ``banned`` ids."""
     index = to_faiss(lists.trained, quantizer=lists.holds_quantizer)
     for number in lists.numbers:
         ids = lists.ids(number)

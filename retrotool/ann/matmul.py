@@ -1,8 +1,8 @@
-"""Products of many rows with one table: the arithmetic of k-means and of finding lists.
+"""Products of many rows with one table, for k-means and for choosing lists.
 
-On a CPU by oneDNN, whose kernels use what the processor has also where the library that torch multiplies by does not
-(on AMD that is 2.4 times as fast); otherwise by torch. ``rough`` products round what goes in to bfloat16, where a
-processor has instructions for it, or to TF32 on a GPU: for choosing the nearest of some centroids that is enough.
+They run in oneDNN on a CPU (2.4 times as fast as torch's library on AMD), otherwise in torch. ``rough``
+products round their inputs to bfloat16 where the processor supports it, or to TF32 on a GPU: enough to choose
+the nearest centroids.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
 class Table:
-    """A table float32 [k, d] that rows are multiplied by: ``scores(rows)`` is rows · tableᵀ + bias, [n, k]."""
+    """A table float32 [k, d]; ``scores(rows)`` is rows · tableᵀ + bias, [n, k]."""
 
     def __init__(self, table: torch.Tensor, bias: torch.Tensor, *, rough: bool = False) -> None:
         self._rough = rough
@@ -43,11 +43,10 @@ class Table:
             self._dtype = torch.float32
             self._table, self._bias = table, bias
         entries = _CACHED_ENTRIES if on_cpu else _GPU_ENTRIES
-        self.rows = max(_LEAST_ROWS, entries // max(len(table), 1))
-        """Rows that are best multiplied at a time."""
+        self.rows = max(_LEAST_ROWS, entries // max(len(table), 1))  # best number of rows per product
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """The products, [n, k]; of type bfloat16 if they are rough ones."""
+        """Return the products, [n, k], in bfloat16 if rough."""
         if self._packed is None:
             with _tensor_cores() if self._rough else contextlib.nullcontext():
                 return torch.addmm(self._bias, rows, self._table.T)
@@ -58,10 +57,9 @@ class Table:
 
 
 class Columns:
-    """Vectors, float32 or float64 [n, d], that queries are compared with, some of these against some of those.
+    """Vectors, float32 or float64 [n, d], scored by q · x − |x|² / 2: larger is nearer.
 
-    The score of q and x is q · x − |x|² / 2, the larger the nearer. Products are torch's: oneDNN makes a kernel for
-    every shape that it meets, and here nearly every one is new.
+    Products are torch's, since oneDNN builds a kernel for every shape, and here nearly every shape is new.
     """
 
     def __init__(self, vectors: torch.Tensor) -> None:
@@ -69,27 +67,21 @@ class Columns:
 
     @staticmethod
     def table(asked: torch.Tensor) -> torch.Tensor:
-        """Queries [q, d] as ``scores`` takes them."""
+        """Convert queries [q, d] to the input of ``scores``."""
         return asked
 
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
-        """Scores [r, high − low] of some ``rows`` [r] of a table of queries [q, d] and some of the vectors.
-
-        They lie in ``scratch``, until it is used again.
-        """
+        """Return scores [r, high − low] of table rows and vectors [low, high), in ``scratch``."""
         asked = torch.index_select(table, 0, rows, out=scratch.take("rows", table.dtype, len(rows), table.shape[1]))
         out = scratch.take("scores", table.dtype, len(rows), high - low)
         return torch.addmm(self._half_norms[low:high], asked, self._vectors[low:high].T, out=out)
 
 
 class RoughColumns:
-    """As ``Columns``, with what goes in and what comes out rounded to bfloat16.
+    """Like ``Columns`` in bfloat16: several times as fast, for candidates that are re-ranked.
 
-    On processors that multiply it this is several times as fast, and good for candidates that are ranked then.
-
-    |x|² goes in as two further columns, its leading digits and the rest, so its error is none to speak of. oneDNN makes
-    a kernel for every shape, so products are as large as the next of a few sizes: what is too much is of rows and
-    vectors that happen to lie behind, and is left out.
+    |x|² is passed as two columns, leading digits and rest, so its error is negligible. Shapes are rounded up
+    to a few sizes, as oneDNN builds a kernel for each; surplus rows and columns are dropped.
     """
 
     def __init__(self, vectors: torch.Tensor) -> None:
@@ -102,7 +94,7 @@ class RoughColumns:
 
     @staticmethod
     def table(asked: torch.Tensor) -> torch.Tensor:
-        """Queries, float32 [q, d], as ``scores`` takes them."""
+        """Convert queries, float32 [q, d], to the input of ``scores``."""
         q, d = asked.shape
         found = torch.zeros(q, _padded(d), dtype=torch.bfloat16)
         found[:, :d] = asked
@@ -110,7 +102,7 @@ class RoughColumns:
         return found
 
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
-        """Scores, float32 [r, high − low], see ``Columns.scores``."""
+        """Return scores, float32 [r, high − low]; see ``Columns.scores``."""
         r, n = len(rows), high - low
         width = table.shape[1]
         asked = scratch.take("rows", table.dtype, _bucket(r), width)
@@ -126,18 +118,18 @@ def _padded(d: int) -> int:
 
 
 def _bucket(rows: int) -> int:
-    """The next of the numbers of rows that products have: powers of two, and from 128 on its multiples."""
+    """Round up to a power of two, or from 128 on to a multiple of 128."""
     return -(-rows // _LARGE) * _LARGE if rows > _LARGE // 2 else max(_SMALL, 1 << (rows - 1).bit_length())
 
 
 class Scratch:
-    """Memory that is used again and again: fresh memory costs more than what is done with it."""
+    """Reusable buffers: allocating memory costs more than the work done in it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._kept = device, dict[str, Any]()
 
     def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-        """The tensor ``name``, [rows, columns], with anything in it."""
+        """Return the uninitialised tensor ``name``, [rows, columns]."""
         size = rows * columns
         if name not in self._kept or self._kept[name].numel() < size:
             self._kept[name] = torch.empty(size, dtype=dtype, device=self._device)
@@ -147,10 +139,7 @@ class Scratch:
 
 @contextlib.contextmanager
 def one_thread_each(n: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]], list[R]]]:
-    """A ``map`` whose calls run side by side in n threads, with one thread of torch's each; as it is for n = 1.
-
-    Of many small products that is faster than to divide each among the threads.
-    """
+    """Yield a ``map`` over n threads with one torch thread each: faster for many small products."""
     if n <= 1:
         yield lambda do, items: [do(item) for item in items]
         return
@@ -165,16 +154,13 @@ def one_thread_each(n: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]]
 
 @contextlib.contextmanager
 def one_thread(others: int) -> Iterator[None]:
-    """In one of several threads of a caller's own: products here have one thread each.
-
-    ``others``: threads that products of other callers have, as torch told before any of these began.
-    """
+    """Run products in the current thread alone; on exit restore torch's thread count ``others``."""
     before = faiss.omp_get_max_threads()
     _use_one_thread()
     try:
         yield
     finally:
-        # The number that a thread sets is its own, and what threads that begin later start with: that is put back.
+        # Setting it in one thread also changes the default of threads started later.
         torch.set_num_threads(others)
         faiss.omp_set_num_threads(before)
 
@@ -186,7 +172,7 @@ def _use_one_thread() -> None:
 
 @lru_cache(1)
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 by itself; where that can't be told, it does not."""
+    """Check whether the processor multiplies bfloat16; False if unknown."""
     try:
         return any(flag in Path("/proc/cpuinfo").read_text() for flag in _BFLOAT16)
     except OSError:
@@ -195,7 +181,6 @@ def has_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def _tensor_cores() -> Iterator[None]:
-    """Let a GPU round what goes into products to TF32."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

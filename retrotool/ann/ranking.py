@@ -1,13 +1,14 @@
-"""The nearest of some vectors: the running k best of every product, and the nearest of candidates by exact distances.
+"""Select the nearest vectors: the running k best of all products, and exact distances of candidates.
 
-Choosing the k best of every product separately takes longer than the product. So the score of a query's k-th best is a
-limit, and only better scores are looked at. Scores are larger for nearer vectors. ``Heaps`` are faiss's, for float32 on
-a CPU: 12 bytes for each of k entries a query. ``Nearest`` does it in torch, for GPUs and float64: 12 bytes for each of
-some 1.5·k columns a query, and about 40 for each score that passes while it is looked at.
+Selecting the k best of every product would take longer than the product, so only scores better than a query's
+k-th best are considered. Larger scores are nearer.
 
-``rerank`` computes Σ(q − x)² from the vectors themselves, in float32. Candidates of all queries are measured in the
-order of their ids, so that each vector is read and widened once, and what lies together on disk is read together. Cost:
-about 2.5 million pairs a second and core at 384 dimensions. Memory: 40 bytes a candidate, some megabytes a thread.
+* ``Heaps``: faiss, for float32 on a CPU; 12 bytes per entry and query.
+* ``Nearest``: torch, for GPUs and float64; 12 bytes for each of about 1.5·k columns per query, 40 per passing
+  score.
+* ``rerank``: Σ(q − x)² in float32, in order of id, so that each vector is read once and the disk
+  sequentially. About 2.5 million pairs per second and core at 384 dimensions; 40 bytes per candidate and some
+  megabytes per thread.
 """
 
 from __future__ import annotations
@@ -26,41 +27,37 @@ from retrotool.lazy import faiss, torch
 _PAIRS, _MANY_PAIRS = 1 << 12, 1 << 15
 _SPARE_COLUMNS = 32
 
-Fetch = Callable[[Ids], npt.NDArray[np.float16]]
-"""Gives the vectors, float16 [n, d], of ids [n], which ascend."""
+Fetch = Callable[[Ids], npt.NDArray[np.float16]]  # returns the vectors, float16 [n, d], of ascending ids [n]
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The k nearest of q queries, both [q, k].
-
-    ``distances`` are float32 and ascend (+inf: none); ``ids`` are int64 (−1: none).
-    """
+    """The k nearest of q queries [q, k]: ascending float32 ``distances`` (+inf: none), int64 ``ids`` (−1)."""
 
     distances: npt.NDArray[np.float32]
     ids: Ids
 
     @classmethod
     def nothing(cls, q: int, k: int) -> Best:
-        """Of q queries that have found none yet."""
+        """Return an empty result for q queries."""
         return cls(np.full((q, k), np.inf, np.float32), np.full((q, k), -1, np.int64))
 
     def take(self, rows: slice) -> Best:
-        """The same for some of the queries."""
+        """Return the entries of the queries ``rows``."""
         return Best(self.distances[rows], self.ids[rows])
 
     def nearest(self, k: int) -> Best:
-        """The k nearest of each, where they are in any order; of the same distance the first."""
+        """Return the k nearest of each query from entries in any order; ties keep their order."""
         order = np.argsort(self.distances, axis=1, kind="stable")[:, :k]
         return Best(np.take_along_axis(self.distances, order, 1), np.take_along_axis(self.ids, order, 1))
 
     def put(self, rows: Any, found: Best) -> None:
-        """Replace what some of the queries have found, in place."""
+        """Replace the entries of the queries ``rows``, in place."""
         self.distances[rows], self.ids[rows] = found.distances, found.ids
 
 
 def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: int) -> Best:
-    """The k nearest among candidates [q, c] (−1: none) by their distances from the vectors themselves, float32."""
+    """Return the k nearest of candidates [q, c] (−1: none) by exact float32 distances."""
     best = Best.nothing(len(queries), k)
 
     def rank(rows: slice) -> None:
@@ -73,7 +70,7 @@ def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: i
 
 
 def exact_distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) -> npt.NDArray[np.float32]:
-    """Squared distances, float32 [q, c], of queries [q, d] to the vectors of candidates [q, c] (−1: +inf)."""
+    """Return squared distances, float32 [q, c], of queries [q, d] to candidates [q, c] (−1: +inf)."""
     distances = np.empty(candidates.shape, np.float32)
 
     def measure(rows: slice) -> None:
@@ -93,14 +90,14 @@ def _side_by_side(do: Callable[[slice], None], candidates: Ids) -> None:
 def _distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) -> npt.NDArray[np.float32]:
     flat = candidates.ravel()
     distances = np.full(len(flat), np.inf, np.float32)
-    order = np.argsort(flat)  # which of the same ids comes first is all the same
+    order = np.argsort(flat)  # the order of equal ids is irrelevant
     order = order[np.searchsorted(flat, 0, sorter=order) :]
     asked = np.ascontiguousarray(queries, np.float32)
     for start in range(0, len(order), _PAIRS):
         pairs = order[start : start + _PAIRS]
         ids = flat[pairs]
         is_new = np.diff(ids, prepend=-1) > 0
-        # torch widens float16 by the processor's instruction for it, numpy does not
+        # torch converts float16 in hardware, numpy does not
         vectors = torch.from_numpy(fetch(ids[is_new])).float().numpy()
         query, vector = pairs // candidates.shape[1], np.cumsum(is_new) - 1
         apart = np.empty(len(pairs), np.float32)
@@ -113,7 +110,7 @@ def _distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) 
 
 
 class Heaps:
-    """The k nearest of q queries so far, on a CPU. faiss releases the GIL: threads can fill those of other queries."""
+    """The k nearest of q queries so far, on a CPU. Threads may fill separate rows; faiss drops the GIL."""
 
     def __init__(self, k: int, q: int) -> None:
         self._scores = np.full((q, k), -np.inf, np.float32)
@@ -121,25 +118,22 @@ class Heaps:
         self._heaps = _over(self._scores, self._ids)
 
     def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids, *, first: bool = False) -> None:  # noqa: ARG002
-        """Take in scores [r, n] of some of the queries, ``rows`` [r], and of vectors ``ids`` [n]; −inf: none.
-
-        ``first`` tells nothing here.
-        """
+        """Add scores [r, n] of queries ``rows`` [r] and vectors ``ids`` [n]; −inf: none."""
         asked, offered = rows.numpy(), scores.numpy()
         self._heaps.addn_query_subset_with_ids(
             len(asked), faiss.swig_ptr(asked), len(ids), faiss.swig_ptr(offered), faiss.swig_ptr(ids), 0
         )
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k best scores and their ids, both [q, k], best first (−inf, −1: none)."""
+        """Return the k best scores and their ids, [q, k] each, best first (−inf, −1: none)."""
         scores, ids = self._scores.copy(), self._ids.copy()
         _over(scores, ids).reorder()
-        scores[ids < 0] = -np.inf  # faiss puts its least number there
+        scores[ids < 0] = -np.inf  # faiss uses its lowest number
         return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
 def largest(scores: torch.Tensor, k: int) -> Ids:
-    """Columns of the k largest of scores [r, n], the largest first, int64 [r, k]."""
+    """Return the columns of the k largest scores of [r, n], largest first, int64 [r, k]."""
     if scores.device.type != "cpu":
         return np.asarray(scores.topk(k).indices.cpu().numpy())
     offered = scores.float().contiguous().numpy()
@@ -152,7 +146,6 @@ def largest(scores: torch.Tensor, k: int) -> Ids:
 
 
 def _over(scores: Any, ids: Any) -> Any:
-    """Heaps of faiss's over arrays [q, k]."""
     heaps = faiss.float_minheap_array_t()
     heaps.nh, heaps.k = scores.shape
     heaps.val, heaps.ids = faiss.swig_ptr(scores), faiss.swig_ptr(ids)
@@ -160,10 +153,9 @@ def _over(scores: Any, ids: Any) -> Any:
 
 
 class Nearest:
-    """The k nearest of q queries so far, in torch.
+    """The k nearest of q queries so far, in torch; a full row of the buffer is reduced to the k best.
 
-    The first list that a query meets should be its nearest: its k best are chosen, so that the limit is tight from then
-    on. The kept scores are cut to the k best whenever a query's row of the buffer is full.
+    The first list offered to a query should be its nearest, to set a tight limit.
     """
 
     def __init__(self, k: int, q: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -174,10 +166,7 @@ class Nearest:
         self._limit = torch.full((q,), -torch.inf, dtype=dtype, device=device)
 
     def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids, *, first: bool = False) -> None:
-        """Take in scores [r, n] of some of the queries, ``rows`` [r], and of vectors ``ids`` [n]; −inf: none.
-
-        ``first``: most of these queries have found nothing yet.
-        """
+        """Add scores as ``Heaps.offer`` does; ``first``: most of these queries have no results yet."""
         there = torch.from_numpy(ids).to(scores.device)
         if first:
             best, columns = scores.topk(min(self._k, len(ids)), sorted=False)
@@ -196,9 +185,9 @@ class Nearest:
         rank = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own]
         full = used + counts > self._scores.shape[1]
         if bool(full.any()):
-            # What is new of full rows is merged with what they have.
+            # Merge the new scores of full rows with their old ones.
             width = int(counts[full].max())
-            line = full.cumsum(0) - 1  # the place of a full row among the full ones
+            line = full.cumsum(0) - 1  # index among the full rows
             of_full = full[own]
             place = line[own[of_full]] * width + rank[of_full]
             values = torch.full((int(full.sum()), width), -torch.inf, dtype=scores.dtype, device=scores.device)
@@ -215,7 +204,7 @@ class Nearest:
         self._used[rows[more]] = (used + counts)[more]
 
     def _merge(self, rows: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
-        """Cut what rows have, and scores [r, n] of ids [r, n] with it, to the k best."""
+        """Merge scores [r, n] of ids [r, n] into rows and keep the k best."""
         if bool(self._used[rows].any()):
             scores, ids = torch.cat([self._scores[rows], scores], 1), torch.cat([self._ids[rows], ids], 1)
         scores, columns = scores.topk(min(self._k, scores.shape[1]), sorted=False)
@@ -227,6 +216,6 @@ class Nearest:
             self._limit[rows] = scores.amin(1)
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k best scores and their ids, both [q, k], best first (−inf, −1: none)."""
+        """Return the k best scores and their ids, [q, k] each, best first (−inf, −1: none)."""
         scores, columns = self._scores.topk(self._k)
         return scores, torch.where(torch.isneginf(scores), -1, self._ids.gather(1, columns))

@@ -1,14 +1,13 @@
-"""List-major search: queries are grouped by the lists they probe, one matrix product a list, top-k, exact distances.
+"""List-major search: group queries by the lists they probe, with one matrix product per list.
 
-``Search`` chooses candidates by what the codes stand for, or by the vectors themselves, over any number of shards:
-their lists are joined. ``ranking.rerank`` then ranks them. Both sides of a product are shifted by a mean, which changes
-no distance: products lose digits where vectors have much in common. What a query must not find is masked before the
-best are taken (``ann.excluded``).
+``Search`` selects candidates by codes, or by the vectors themselves, over the joined lists of all shards;
+``ranking.rerank`` ranks them. Both sides of a product are shifted by a mean: this changes no distance, but
+products lose fewer digits. Excluded ids are masked before the best are selected (``ann.excluded``).
 
-On a CPU every core takes a share of the queries, if the products of a list are large enough for that, and blocks of
-lists are decoded once for all. Cost: 2·d operations for each vector in the lists that a query probes; finding the
-lists, gathering queries and the heaps take as long again. Memory: queries twice, candidates, and ``room`` bytes for
-distances and the vectors of lists. What it is not enough for is done in more steps.
+On a CPU every core takes a share of the queries if products are large enough; blocks of lists are decoded
+once for all. Cost: 2·d operations per query and vector in its lists, and as much again for choosing lists,
+gathering and heaps. Memory: queries twice, candidates, and ``room`` bytes for distances and vectors; larger
+searches take more steps.
 """
 
 from __future__ import annotations
@@ -29,36 +28,30 @@ from retrotool.ann.ranking import Fetch, Heaps, Nearest, largest
 from retrotool.ann.trained import Floats, Trained
 from retrotool.lazy import torch
 
-ROOM = 1 << 27
-"""Bytes for distances and decoded vectors: with more it gets no faster."""
+ROOM = 1 << 27  # bytes for distances and decoded vectors; more is no faster
 _COLUMNS = 1 << 11
 _ROWS = 1 << 11
 _CACHED_ROWS = 1 << 12
-_CACHED_ENTRIES = 1 << 19
-"""Scores at a time on a CPU: a megabyte, which stays in its cache."""
-_LEAST_TILE = 1 << 10
-"""Queries that are worth several threads."""
-_LEAST_WORK = 1 << 25
-"""Operations of the product of a list that are worth a thread each."""
+_CACHED_ENTRIES = 1 << 19  # scores at a time on a CPU, few enough for its cache
+_LEAST_TILE = 1 << 10  # queries from which several threads pay off
+_LEAST_WORK = 1 << 25  # operations per list and thread from which several threads pay off
 SPARE = 8
-"""Candidates beyond k where codes are whole vectors: of distances that products can't tell apart, the true decide."""
+"""Extra candidates for whole vectors: exact distances decide between those that products can't separate."""
 
-Banned = Callable[[Ids], npt.NDArray[np.bool_]]
-"""Tells which ids must not be found."""
+Banned = Callable[[Ids], npt.NDArray[np.bool_]]  # flags the ids that must not be returned
 
 
 def nothing_banned(ids: Ids) -> npt.NDArray[np.bool_]:
-    """Ban no id."""
+    """Return False for every id."""
     return np.zeros(len(ids), np.bool_)
 
 
 class Search:
-    """A search of some queries through the shards of one index, for ``depth`` candidates each.
+    """A search of the shards of one index for ``depth`` candidates per query, in ``room`` bytes of buffers.
 
-    ``precise``: products in float64, for a truth that others are compared with. ``device`` does the products and finds
-    the best; lists are decoded on the CPU. ``room``: bytes for scores and decoded vectors. ``vectors``: these take the
-    place of codes, so that of the lists only the ids are read. ``rough``: products may be rounded, where that is
-    quicker. ``beyond``: the nearest so many lists are left out, as they were searched before.
+    ``precise``: products in float64, for ground truth. ``rough``: rounded products where they are faster.
+    ``vectors``: used instead of codes. ``beyond``: skip this many nearest lists, searched before. Lists are
+    decoded on the CPU.
     """
 
     def __init__(
@@ -76,8 +69,7 @@ class Search:
         rough: bool = False,
         beyond: int = 0,
     ) -> None:
-        self.scanned = 0
-        """Codes that were compared with a query, over all queries."""
+        self.scanned = 0  # number of codes compared, over all queries
         self._trained, self._banned, self._depth, self._q = trained, banned, depth, len(queries)
         self._vectors = vectors
         self._device = torch.device(device)
@@ -95,10 +87,7 @@ class Search:
         self._threads = 1
 
     def add(self, *shards: Lists) -> None:
-        """Take in what the queries find in shards; of each list, those of all shards are searched at once.
-
-        What has no lists is as wide as can be already: its shards come one after the other.
-        """
+        """Search shards with joined lists; shards without lists are wide already and searched in turn."""
         if len(shards) > 1 and self._trained.centroids is not None:
             self._add(JoinedLists(shards))
         else:
@@ -120,7 +109,7 @@ class Search:
                     self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
 
     def _table(self, tile: _Tile) -> torch.Tensor:
-        """The queries of a tile, less the mean, as products take them."""
+        """Return the queries of a tile, minus the mean, as input for products."""
         shift = self._shift.to(self._device)
         table = None
         for start in range(0, len(tile.rows), _ROWS):
@@ -132,17 +121,16 @@ class Search:
         return self._asked if table is None else table
 
     def _start(self, n: int) -> None:
-        """Cut the queries into tiles, for a search of about n vectors."""
+        """Divide the queries into tiles for a search of about n vectors."""
         trained, on_cpu = self._trained, self._device.type == "cpu"
         most = torch.get_num_threads() if on_cpu and self._q >= _LEAST_TILE else 1
         lists = max(trained.nlist, 1)
         a_list = 2 * trained.d * (self._q * min(self._nprobe, lists) / lists) * (n / lists)
-        # Between its products a thread holds Python's lock: of small ones, one thread does more than two.
+        # Threads contend for the GIL between products: with small products, one thread is faster than two.
         self._threads = most if a_list >= most * _LEAST_WORK else 1
         if self._rough and on_cpu and has_bfloat16() and a_list >= self._threads * _LEAST_WORK:
             self._columns_as = RoughColumns
-        # Half of the room is for vectors, which for a moment are there twice, and half for scores; a CPU wants both
-        # in its cache.
+        # Half of the room is for vectors, briefly held twice, and half for scores; a CPU needs both in its cache.
         size = 2 * self._dtype.itemsize
         self._most_rows = max(1, self._room // 2 // (trained.codec.d * size) // self._threads)
         self._entries = max(1, self._room // 2 // size // self._threads)
@@ -158,7 +146,7 @@ class Search:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth, self._dtype, self._device), cut)
 
     def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
-        """Pieces of lists, not too wide, as many at a time as may be decoded at a time."""
+        """Yield groups of list pieces that may be decoded at a time."""
         pieces: list[_Piece] = []
         rows = 0
         for number in numbers:
@@ -174,7 +162,7 @@ class Search:
             yield pieces
 
     def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
-        """The vectors of pieces of lists, less the mean, without those that are banned."""
+        """Return the vectors of list pieces, minus the mean, without banned ids."""
         of_each = [shard.ids(number)[rows] for number, rows in pieces]
         ids, ends = np.concatenate(of_each), np.cumsum([len(some) for some in of_each])
         keep = ~self._banned(ids)
@@ -193,14 +181,14 @@ class Search:
         return pieces, bounds.tolist(), ids, columns
 
     def _mean(self, shard: Lists) -> torch.Tensor:
-        """Roughly the mean of the vectors of a shard, float32 [d]; any would do that is the same for all."""
+        """Estimate the mean vector of a shard, float32 [d]; any fixed shift would be correct."""
         if self._vectors is None:
             sample = shard.codes(0)[:: max(1, len(shard) // _COLUMNS)]
             return self._trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(self._asked.shape[1])
         return self._asked.mean(0).cpu() if self._q else torch.zeros(self._asked.shape[1])
 
     def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
-        """Hold a tile's queries, a table, against blocks of lists that they ask for; return how many pairs it was."""
+        """Compare a tile's queries with the blocks of lists they probe; return the number of pairs."""
         tile, table, asking = job
         scanned, scratch = 0, Scratch(self._device)
         for pieces, bounds, ids, columns in blocks:
@@ -227,28 +215,25 @@ class Search:
         return found
 
 
-_Piece = tuple[int, slice]
-"""The number of a list, and which of its rows."""
-
-
+_Piece = tuple[int, slice]  # a list number and a slice of its rows
 _Block = tuple[list[_Piece], list[int], Ids, Columns | RoughColumns]
-"""Pieces of lists, bounds, ids and vectors: piece i has those from bounds[i] to bounds[i + 1]."""
+"""Pieces of lists, bounds, ids and vectors; piece i has entries bounds[i] to bounds[i + 1]."""
 
 
 def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
     if not len(ids):
         return torch.empty(0, d)
     order = np.argsort(ids)
-    # torch widens float16 by the processor's instruction for it, numpy does not
+    # torch converts float16 in hardware, numpy does not
     fetched = torch.from_numpy(fetch(ids[order])).float()
     return torch.empty_like(fetched).index_copy_(0, torch.from_numpy(order), fetched)
 
 
 class _Tile:
-    """Some of the queries, ``rows`` [t] of all, and what they have found.
+    """The queries ``rows`` [t] and their results; ``turns`` map lists to the queries that probe them.
 
-    ``turns`` have, for each list, the queries of the tile that probe it. In torch's terms the nearest list of every
-    query comes first, as what is found there sets the limit that others have to beat; heaps do without.
+    ``Nearest`` takes every query's nearest list first, as that sets the limit for others; ``Heaps`` needs no
+    order.
     """
 
     def __init__(
@@ -265,10 +250,9 @@ class _Tile:
 
 
 def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
-    """(rows, lists that they probe [rows, nprobe]) of n tiles, each with every n-th query.
+    """Split queries into n tiles (rows, probed lists [rows, nprobe]) of similar work: every n-th query each.
 
-    So all have about the same work at every list. In a tile queries are ordered by what they exclude, or by their
-    nearest list: what is read together lies together.
+    Within a tile, queries are sorted by what they exclude or by nearest list, for locality.
     """
     by_list = probed.shape[1] and not excluded.any
     order = np.argsort(probed[:, 0] if by_list else excluded.first, kind="stable")
@@ -277,9 +261,8 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
 
 class _ByList:
     def __init__(self, probed: Ids, device: torch.device, *, are_first: bool = False) -> None:
-        self.are_first = are_first
-        """Whether what these rows find is the first that they find."""
-        least = np.min_scalar_type(int(probed.max(initial=0)))  # numbers of 16 bits are sorted several times as fast
+        self.are_first = are_first  # whether the rows have no results yet
+        least = np.min_scalar_type(int(probed.max(initial=0)))  # 16-bit numbers sort several times as fast
         flat = probed.ravel().astype(least)
         order = np.argsort(flat, kind="stable")
         starts = np.flatnonzero(np.diff(flat[order].astype(np.int64), prepend=-1)).tolist()
@@ -290,16 +273,12 @@ class _ByList:
         return iter(self._bounds)
 
     def rows(self, number: int) -> torch.Tensor | None:
-        """The rows that name a list; None: no one does."""
         bounds = self._bounds.get(number)
         return None if bounds is None else self._rows[bounds[0] : bounds[1]]
 
 
 def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:
-    """The ``nprobe`` nearest centroids of each vector, int64 [q, nprobe], nearest first.
-
-    By rough products: which of two lists is the last to be probed is decided by a hair anyway.
-    """
+    """Return the nearest centroids of vectors, int64 [q, nprobe], nearest first, by rough products."""
     table = torch.from_numpy(centroids).to(vectors.device)
     if nprobe == 1:
         return assign(vectors, table)[1].cpu().numpy().reshape(-1, 1)

@@ -1,9 +1,10 @@
-"""A trained index without vectors: centroids of the lists, a rotation, a codec; to faiss objects and back.
+"""A trained index without vectors (centroids, rotation, codec), converted to faiss objects and back.
 
-The objects are plain ones: ``IndexIVFFlat`` (float32), ``IndexIVFScalarQuantizer`` (float16, or a byte a dimension) or
-``IndexIVFPQ``, under an ``IndexPreTransform`` if there is a rotation; without lists an ``IndexIDMap2`` over
-``IndexFlatL2`` or ``IndexScalarQuantizer``. The metric is L2. Bytes and products are of residuals, whole vectors are
-not. An index may be made without its coarse quantiser, to be given one by whoever reads it.
+* With lists: ``IndexIVFFlat`` (float32), ``IndexIVFScalarQuantizer`` (float16, or residuals as bytes) or
+  ``IndexIVFPQ`` (residuals), under an ``IndexPreTransform`` if there is a rotation.
+* Without lists: ``IndexIDMap2`` over ``IndexFlatL2`` or ``IndexScalarQuantizer``.
+
+The metric is L2. The coarse quantiser may be omitted from an index; readers then supply it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _FEW = 512
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Trained:
-    """What an index was trained to: ``centroids`` [nlist, codec.d] (None: no lists), ``rotation`` [codec.d, d] or None.
+    """A training: ``centroids`` [nlist, codec.d] (None: no lists) and ``rotation`` [codec.d, d] or None.
 
-    Centroids are of rotated vectors. They have no rows where the coarse quantiser lies elsewhere: ``nlist`` tells.
+    Centroids are of rotated vectors; they have no rows if the coarse quantiser is stored elsewhere.
     """
 
     d: int
@@ -37,34 +38,31 @@ class Trained:
 
     @property
     def by_residual(self) -> bool:
-        """Whether codes are of residuals, not of vectors."""
+        """Whether codes are of residuals instead of vectors."""
         return self.centroids is not None and not isinstance(self.codec, Whole)
 
     def rotate(self, rows: torch.Tensor) -> torch.Tensor:
-        """Float32 [n, d] as the lists and codes have it, [n, codec.d]."""
+        """Rotate float32 [n, d] to the space of lists and codes, [n, codec.d]."""
         return rows if self.rotation is None else rows @ torch.from_numpy(self.rotation).to(rows.device).T
 
     def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-        """Lists, int64 [n], and codes, uint8 [n, size], of float32 [n, d]; and how far off both are.
-
-        That is the sum of squared distances to the centroids, and to what the codes stand for.
-        """
+        """Return lists int64 [n], codes uint8 [n, size], and the summed squared errors of both."""
         rotated = self.rotate(rows)
         if self.centroids is None:
             return torch.zeros(len(rows), dtype=torch.int64), self.codec.encode(rotated), 0.0, 0.0
         table = torch.from_numpy(self.centroids).to(rows.device)
-        # A GPU's own float32 is several times as slow, for lists that are hardly ever other ones.
+        # On a GPU exact float32 is several times as slow and hardly ever gives other lists.
         distances, lists = assign(rotated, table, rough=rows.device.type == "cuda")
         aim = rotated - table[lists] if self.by_residual else rotated
         codes, off = self.codec.encode(aim), 0.0
         if not isinstance(self.codec, Whole) and len(aim):
-            few = self.codec.decode(codes[:_FEW].cpu().numpy()).to(aim.device)  # they tell of all
+            few = self.codec.decode(codes[:_FEW].cpu().numpy()).to(aim.device)
             off = float((few - aim[:_FEW]).square().sum()) * len(aim) / len(few)
         return lists, codes, float(distances.sum()), off
 
 
 def same_training(one: Trained, other: Trained) -> bool:
-    """Whether two are the same to the bit; the coarse quantiser of one may lie elsewhere."""
+    """Check whether two are equal to the bit; the coarse quantiser of one may be stored elsewhere."""
 
     def equal(a: Floats | None, b: Floats | None) -> bool:
         if a is None or b is None:
@@ -84,7 +82,7 @@ def _rows(trained: Trained) -> int:
 
 
 def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:
-    """An empty faiss index that is trained so; without ``quantizer`` its coarse quantiser is empty."""
+    """Build an empty faiss index with this training; without ``quantizer`` its coarse quantiser is empty."""
     codec, d = trained.codec, trained.codec.d
     if trained.centroids is None:
         return faiss.IndexIDMap2(_flat(codec))
@@ -131,7 +129,7 @@ def _rotated(index: Any, trained: Trained) -> Any:
 
 
 def of_faiss(index: Any) -> Trained | None:
-    """What a faiss index is trained to; None if it is of a kind that ``to_faiss`` does not make."""
+    """Return the training of a faiss index; None if ``to_faiss`` does not build its kind."""
     if index.metric_type != faiss.METRIC_L2:
         return None
     inner: Any = index

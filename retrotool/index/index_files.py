@@ -65,7 +65,7 @@ def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -
         # What is before the lists is read at once, and faiss may crash on what it does not expect.
         in_lists = 0 if trained is None or trained.centroids is None else entry.rows * (trained.codec.size + 8)
         file.check(0, entry.bytes - in_lists)
-        shard = lists.read_lists(path, trained, file)
+        shard = lists.read_lists(path, trained, file.check)
     if len(shard) != entry.rows:
         raise CorruptError(f"{store.where(entry.path)} holds {len(shard):,} vectors, the log says {entry.rows:,}")
     return shard

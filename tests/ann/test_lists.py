@@ -176,7 +176,7 @@ def test_a_shard_without_its_quantizer_is_searched_with_that_of_the_training(tmp
         candidates.append(search.candidates)
     assert np.array_equal(*candidates)
     other = trained_as(factory, clustered(1500, 99))
-    with pytest.raises(CorruptError, match="not made by the training"):
+    with pytest.raises(CorruptError, match="does not match the training"):
         lists.read_lists(tmp_path / "with", other)
 
 
@@ -206,10 +206,10 @@ def test_a_file_that_is_no_index_is_corrupt(tmp_path: Path) -> None:
         index.train(clustered(400, 1).astype(np.float32))
         faiss.write_index(index, str(tmp_path / name))
         if name == "w":  # a rotation with a mean taken off is no rotation
-            with pytest.raises(CorruptError, match="no index that retrotool made"):
+            with pytest.raises(CorruptError, match="not a kind of index that retrotool writes"):
                 lists.read_lists(tmp_path / name)
             continue
-        with pytest.raises(CorruptError, match="no index that retrotool made"):
+        with pytest.raises(CorruptError, match="not a kind of index that retrotool writes"):
             lists.read_lists(tmp_path / name)
 
 
