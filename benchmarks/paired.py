@@ -97,7 +97,8 @@ class Case:
             return [sys.executable, "-P", "-c", "import sys, retrotool; retrotool.open(sys.argv[1])", str(store)]
         if self.name == "erase":
             return checkout.command(*Spelling.of(checkout.run).erase(store, *purges(store)))
-        return checkout.command(self.name, store, *self.arguments)
+        sample = (Spelling.of(checkout.run).sample, 200) if self.name == "index" else ()
+        return checkout.command(self.name, store, *self.arguments, *sample)
 
 
 @dataclass(slots=True)
@@ -139,7 +140,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def cases(corpus: Path, documents: Path) -> list[Case]:
     """What is timed, in the order in which stores are prepared."""
     exact = corpus / "exact"
-    lists = ("--nlist", 128, "--code", "sq8", "--target-recall", 0.9, "--queries", 200)
+    lists = ("--nlist", 128, "--code", "sq8", "--target-recall", 0.9)
     return [
         Case("chunk", "", (corpus / "input", "--tokenizer", exact)),
         Case("embed", "chunk", ("--encoder", exact)),

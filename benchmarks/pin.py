@@ -214,6 +214,8 @@ class Spelling:
     """The one place that knows how revisions spell what has had several names. ``commands`` are those of a revision."""
 
     commands: frozenset[str]
+    sample: str
+    """The option of ``index`` for the number of chunks to measure recall with."""
 
     @classmethod
     def of(cls, run: Runner) -> Spelling:
@@ -223,7 +225,7 @@ class Spelling:
             commands.add("export neighbours")
         if "--table" in run("inspect", "--help").stdout:
             commands.add("inspect --table")
-        return cls(frozenset(commands))
+        return cls(frozenset(commands), "--sample" if "--sample" in run("index", "--help").stdout else "--queries")
 
     def undo(self, store: Path, purge: str) -> list[object]:
         """Undo a purge."""
@@ -412,8 +414,9 @@ def build(session: Session, store: Path, *, part: int = PART) -> None:
     session.step("chunk", *chunk)
     session.step("chunk again", *chunk)
     session.step("embed", "embed", store, "--encoder", exact)
-    session.step("index exact", "index", store, "--name", "exact", "--nlist", 0, "--queries", 200)
-    lists = ("--nlist", 128, "--code", "sq8", "--target-recall", 0.9, "--queries", 200, "--default")
+    sample = (session.spelling.sample, 200)
+    session.step("index exact", "index", store, "--name", "exact", "--nlist", 0, *sample)
+    lists = ("--nlist", 128, "--code", "sq8", "--target-recall", 0.9, *sample, "--default")
     session.step("index lists", "index", store, "--name", "lists", *lists)
     session.step("neighbours", "neighbours", store, "--saved", SAVED)
     session.read("built", store)

@@ -130,7 +130,7 @@ class Search:
         self._threads = most if a_list >= most * _LEAST_WORK else 1
         if self._rough and on_cpu and has_bfloat16() and a_list >= self._threads * _LEAST_WORK:
             self._columns_as = RoughColumns
-        # Half of the room is for vectors, briefly held twice, and half for scores; a CPU needs both in its cache.
+        # Half of the room is for vectors, briefly held twice, half for scores; a CPU needs both in its cache.
         size = 2 * self._dtype.itemsize
         self._most_rows = max(1, self._room // 2 // (trained.codec.d * size) // self._threads)
         self._entries = max(1, self._room // 2 // size // self._threads)

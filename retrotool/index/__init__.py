@@ -1,1 +1,1 @@
-"""Vectors to an index, and searching it."""
+"""Build indexes of vectors, and search them."""

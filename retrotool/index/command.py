@@ -17,7 +17,7 @@ from retrotool.cli.options import (
     parse_size,
 )
 from retrotool.errors import UsageError
-from retrotool.index.index_records import QUERIES
+from retrotool.index.index_records import RECALL_SAMPLE
 
 if TYPE_CHECKING:
     from retrotool.index.run import Dropped, IndexResult
@@ -29,7 +29,7 @@ Examples:
   retrotool index store --name small --memory 500MB
   retrotool index store --name wide --factory IVF4,SQ8
   retrotool index store --tune --target-recall 0.9
-  retrotool index store --evaluate --queries 5000
+  retrotool index store --evaluate --sample 5000
   retrotool index store --retrain
   retrotool index store --shard 3/16
   retrotool index store --merge
@@ -46,40 +46,44 @@ def command(
     ] = None,
     target_recall: Annotated[
         float | None,
-        opt("Share of the true 10 nearest to find.  [default: what the index has, else 0.95]", metavar="R"),
+        opt("Share of the true 10 nearest to find.  [default: the index's current target, else 0.95]", metavar="R"),
     ] = None,
     memory: Annotated[
-        str | None, opt("What search may hold, and building: longer codes, or shorter ones.", metavar="SIZE")
+        str | None, opt("Memory limit for building and searching; decides the code length.", metavar="SIZE")
     ] = None,
-    nlist: Annotated[int | None, opt("Lists; 0: exact search.", metavar="N", least=0)] = None,
-    code: Annotated[str | None, opt("float16, float32, sq8, pqM or opqM: M bytes a vector.", metavar="CODE")] = None,
-    factory: Annotated[str | None, opt("All of it as a faiss string, such as OPQ64,IVF4096,PQ64.", metavar="F")] = None,
+    nlist: Annotated[int | None, opt("Number of lists; 0: exact search.", metavar="N", least=0)] = None,
+    code: Annotated[str | None, opt("float16, float32, sq8, pqM or opqM: M bytes per vector.", metavar="CODE")] = None,
+    factory: Annotated[
+        str | None, opt("Lists and code as a faiss string, such as OPQ64,IVF4096,PQ64.", metavar="STRING")
+    ] = None,
     shard_size: Annotated[
-        int | None, opt("Vectors of a shard.  [default: a million, or what fits]", metavar="N", least=1, most=1 << 40)
+        int | None, opt("Vectors per shard.  [default: a million, or what fits]", metavar="N", least=1, most=1 << 40)
     ] = None,
     shard: ShardOption = None,
     devices: DevicesOption = "auto",
     encoder: EncoderOption = None,
-    queries: Annotated[int, opt("Random chunks to measure the recall with.", metavar="N", least=1)] = QUERIES,
+    sample: Annotated[
+        int, opt("Number of random chunks to measure recall with.", metavar="N", least=1)
+    ] = RECALL_SAMPLE,
     tune: Annotated[
-        bool, opt("Measure anew, and take the cheapest operating point that holds the target.", "--tune")
+        bool, opt("Measure again and choose the cheapest operating point that reaches the target.", "--tune")
     ] = False,
     evaluate: Annotated[
-        bool, opt("Measure anew at the operating point that there is; build nothing.", "--evaluate")
+        bool, opt("Measure again at the current operating point; build nothing.", "--evaluate")
     ] = False,
-    retrain: Annotated[bool, opt("Train anew beside the old one, and switch when all is done.", "--retrain")] = False,
-    merge: Annotated[bool, opt("Join the small shards of parts that came later.", "--merge")] = False,
-    repair: Annotated[bool, opt("Read every shard, and make those anew that are broken.", "--repair")] = False,
-    default: Annotated[bool, opt("Make it the index that is searched where none is named.", "--default")] = False,
-    drop: Annotated[bool, opt("Take the index away, with all its files.", "--drop")] = False,
+    retrain: Annotated[bool, opt("Train and build beside the current index, then switch.", "--retrain")] = False,
+    merge: Annotated[bool, opt("Merge the small shards of parts added later.", "--merge")] = False,
+    repair: Annotated[bool, opt("Read every shard and rebuild broken ones.", "--repair")] = False,
+    default: Annotated[bool, opt("Make it the default index.", "--default")] = False,
+    drop: Annotated[bool, opt("Delete the index and all its files.", "--drop")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build the nearest-neighbour index, and measure its true recall.
+    """Build the nearest-neighbour index and measure its true recall.
 
-    Small stores are searched exactly. Above, vectors are put into lists, as codes of 72 bytes with their ids, and what
-    is found by codes is ranked by the embeddings themselves. Parts that were embedded since are added, under the same
-    training. The recall is that of random chunks against exact search over all that is indexed, their own documents
-    left out; how many lists are probed, and how many candidates ranked, is chosen by it.
+    Small stores are searched exactly. In larger ones vectors are stored in inverted lists as codes, 72 bytes
+    each with the id, and candidates are re-ranked by the embeddings. Parts embedded later are added without
+    retraining. Recall is measured with random chunks against exact search, leaving out their own documents;
+    it decides how many lists are probed and how many candidates are re-ranked.
     """
     with output.errors(as_json):
         from retrotool.ann.choice import IndexWishes
@@ -93,17 +97,17 @@ def command(
         if drop:
             _refuse("--drop", evaluate=evaluate, **other, target_recall=target_recall, memory=memory, **building)
             if name is None:
-                raise UsageError("--drop takes an index away for good", "Say which, with --name.")
+                raise UsageError("--drop needs the name of the index", "Give it with --name.")
             output.show(index_run.drop(store, name=name), as_json, _dropped)
             return
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
         if evaluate:
             _refuse("--evaluate", **other, target_recall=target_recall, **building)
-            found = index_run.evaluate(store, name=name, queries=queries, devices=devices, memory=size)
+            found = index_run.evaluate(store, name=name, sample=sample, devices=devices, memory=size)
             output.show(found, as_json, _text)
             return
         wanted = IndexWishes(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
-        options = index_run.Options(wanted, devices, parse_shard(shard), queries, tune, retrain, merge, repair, default)
+        options = index_run.Options(wanted, devices, parse_shard(shard), sample, tune, retrain, merge, repair, default)
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         if result.not_embedded:
@@ -114,15 +118,13 @@ def command(
 def _refuse(option: str, **others: object) -> None:
     given = [f"--{name.replace('_', '-')}" for name, on in others.items() if on not in (None, False)]
     if given:
-        raise UsageError(f"{option} and {given[0]} are two things to do", "Give one of them.")
+        raise UsageError(f"{option} and {given[0]} can't be combined", "Give only one of them.")
 
 
 def _dropped(result: Dropped) -> str:
     files = f"{output.count(result.files, 'file')}, {output.size(result.bytes)}"
-    text = f"Index {result.name!r} is gone: {files} (commit {result.commit})."
-    if result.tables:
-        text += f"\nNeighbours that were found with it stay as they are: {', '.join(result.tables)}."
-    return text
+    kept = f"\nNeighbours found with it are kept: {', '.join(result.tables)}." if result.tables else ""
+    return f"Index {result.name!r} deleted: {files} (commit {result.commit}).{kept}"
 
 
 def _text(result: IndexResult) -> str:
@@ -134,14 +136,14 @@ def _text(result: IndexResult) -> str:
     if result.elsewhere:
         are = "is" if result.elsewhere == 1 else "are"
         return lines[0] + (
-            f"\n{output.count(result.elsewhere, 'shard')} {are} left to runs that are at work. The last of them "
-            "measures the recall. Should one die, run the same command again."
+            f"\n{output.count(result.elsewhere, 'shard')} {are} being built by other runs. The last of them "
+            "measures the recall. If one fails, run the same command again."
         )
     if result.nlist:
         trained = output.size(result.trained_bytes)
         lines.append(
-            f"In memory: {result.bytes_per_vector:,} bytes a vector, and {trained} of training. "
-            f"Read when candidates are ranked: {output.size(result.embedding_bytes)} of embeddings."
+            f"In memory: {result.bytes_per_vector:,} bytes a vector, plus {trained} of training. "
+            f"Read for re-ranking: {output.size(result.embedding_bytes)} of embeddings."
         )
         point = f" at {output.count(result.nprobe, 'list')} probed"
         point += f", {result.depth:,} candidates ranked" if result.depth else ""
@@ -149,16 +151,16 @@ def _text(result: IndexResult) -> str:
         lines.append(f"In memory: {result.bytes_per_vector:,} bytes a vector ({result.why}).")
         point = ""
     if not result.queries:
-        return "\n".join([*lines, "There are no two documents to find in one another: no recall to measure."])
+        return "\n".join([*lines, "Recall was not measured: there are no vectors to search."])
     lines.append(f"True recall@10: {result.recall_at_10:.4f} ± {result.recall_error:.4f}{point}")
     if result.share < 1:
         lines.append(f"(estimated from {100 * result.share:.2g} % of the vectors)")
     if not result.holds:
-        lines.append(f"The target of {result.target} is not held: it is {result.recall_at_10:.4f} at best.")
+        lines.append(f"The target of {result.target} is not reached: recall@10 is {result.recall_at_10:.4f} at best.")
     if len(result.curve) > 1:
-        # At the depth that was chosen, and at the lists that were.
+        # Only points that share the chosen depth or number of lists.
         shown = [p for p in result.curve if p.depth == result.depth or p.nprobe == result.nprobe]
-        header = ("probed", "ranked", "recall@1", "recall@10", "recall@100", "codes a query", "queries/s")
+        header = ("probed", "ranked", "recall@1", "recall@10", "recall@100", "codes/query", "queries/s")
         points = [
             (p.nprobe, p.depth, p.recall_at_1, p.recall_at_10, p.recall_at_100, int(p.scanned), int(p.rate))
             for p in shown
@@ -171,5 +173,5 @@ def _text(result: IndexResult) -> str:
         if len(sources) > _SOURCES:
             lines.append(f"and {output.count(len(sources) - _SOURCES, 'smaller source')}, see --json")
     if result.due:
-        lines.append(f"Training anew is due: {result.due}. Next:\n  {result.retrain}")
+        lines.append(f"Retraining is recommended: {result.due}. Next:\n  {result.retrain}")
     return "\n".join(lines)

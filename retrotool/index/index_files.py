@@ -1,4 +1,4 @@
-"""The files of an index: the training, and shards of codes; reading and writing them."""
+"""Read and write the files of an index: its training and its shards of codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retrotool.store.vectors import MappedFile
 
 
 def is_unchanged(store: Store, entry: FileEntry | None) -> bool:
-    """Whether a file is there, and its bytes are what the log says."""
+    """Check whether a file exists and matches the log's checksum."""
     if entry is None:
         return False
     try:
@@ -32,24 +32,24 @@ def is_unchanged(store: Store, entry: FileEntry | None) -> bool:
 
 @contextmanager
 def advising(advice: str) -> Iterator[None]:
-    """Give a ``CorruptError`` this advice."""
+    """Attach ``advice`` to a ``CorruptError``."""
     try:
         yield
     except CorruptError as error:
         raise CorruptError(str(error), advice) from error
 
 
-def _anew(what: str, store: Store, name: str, option: str) -> str:
-    return f"{what} it anew: {shlex.join(['retrotool', 'index', store.place, option, '--name', name])}"
+def _advice(what: str, store: Store, name: str, option: str) -> str:
+    return f"{what} it: {shlex.join(['retrotool', 'index', store.place, option, '--name', name])}"
 
 
 def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:
-    """The training of an index; ``CorruptError`` if it is not, to the bit, what the log says.
+    """Read the training of an index; raise ``CorruptError`` if it does not match the log.
 
-    All that is indexed and searched depends on it, and it is small beside the shards: its sum is checked each time.
+    All shards and searches depend on it and it is small, so its checksum is verified every time.
     """
     entry = IndexFiles(store.state, name, generation).trained
-    with advising(_anew("Train", store, name, "--retrain")):
+    with advising(_advice("Retrain", store, name, "--retrain")):
         if entry is None:
             raise CorruptError(f"index {name!r} has no training")
         store.check_sum(entry)
@@ -58,16 +58,16 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
-    """Map a shard; ``ErasedError`` if it was erased since the store was opened, ``CorruptError`` if it is broken."""
+    """Map a shard; raise ``ErasedError`` if erased since the store was opened, ``CorruptError`` if broken."""
     with store.reading(entry) as storage:
         path = storage.local(entry.path)
         file = MappedFile(store, entry, path)
-        # What is before the lists is read at once, and faiss may crash on what it does not expect.
+        # faiss reads everything before the lists at once, and may crash on unexpected bytes.
         in_lists = 0 if trained is None or trained.centroids is None else entry.rows * (trained.codec.size + 8)
         file.check(0, entry.bytes - in_lists)
         shard = lists.read_lists(path, trained, file.check)
     if len(shard) != entry.rows:
-        raise CorruptError(f"{store.where(entry.path)} holds {len(shard):,} vectors, the log says {entry.rows:,}")
+        raise CorruptError(f"{store.where(entry.path)} contains {len(shard):,} vectors, the log says {entry.rows:,}")
     return shard
 
 
@@ -79,13 +79,13 @@ def read_shards(
     *,
     generation: int | None = None,
 ) -> Iterator[InvertedLists]:
-    """The shards of an index, of its current generation or another one.
+    """Yield the shards of an index, by default of its current generation.
 
-    ``missing`` is told of those that are broken; without it, the first raises its ``CorruptError``.
+    Broken shards are passed to ``missing``; without it, the first one raises ``CorruptError``.
     """
     for entry in IndexFiles(store.state, name, generation).shards.values():
         try:
-            with advising(_anew("Make", store, name, "--repair")):
+            with advising(_advice("Rebuild", store, name, "--repair")):
                 shard = read_shard(store, entry, trained)
         except CorruptError:
             if missing is None:
@@ -96,19 +96,19 @@ def read_shards(
 
 
 def check_sum(store: Store, name: str, entry: FileEntry) -> None:
-    """``CorruptError`` if a shard's bytes are not what the log says: what is made of it would be as wrong."""
-    with advising(_anew("Make", store, name, "--repair")):
+    """Raise ``CorruptError`` if a shard does not match the log."""
+    with advising(_advice("Rebuild", store, name, "--repair")):
         store.check_sum(entry)
 
 
 def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
-    """Write a faiss index."""
+    """Write a faiss index to the store."""
     try:
         return store.write(name, lambda sink: lists.write_lists(index, sink.write), about=about)
     except OSError as error:
         if error.errno != errno.EFBIG:
             raise
         raise StorageError(
-            f"{name.path}: {error.strerror}; what was committed before is untouched",
-            "The file system, or a limit of the process (ulimit -f), allows no file of this size.",
+            f"{name.path}: {error.strerror}; earlier commits are unaffected",
+            "The file system or a process limit (ulimit -f) does not allow files of this size.",
         ) from error

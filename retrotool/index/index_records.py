@@ -1,8 +1,8 @@
-"""What the log says of an index: its record, its training and its shards; no file is opened, and no array made.
+"""The log's entries for an index: its record, training and shards. Opens no file, builds no array.
 
-An index has a *generation*, the number of its training. Files of generation 0 are in the slots ``trained`` and
-``shard-…``, those of a later one in ``trained.g1`` and so on. While the next generation is built, the record names the
-current one, which all readers use; the commit that switches removes the old files.
+An index has a *generation*, the number of its training. Files of generation 0 use the slots ``trained`` and
+``shard-…``, later ones ``trained.g1`` and so on. While the next generation is built, the record still names
+the current one, which readers use; the commit that switches removes the old files.
 """
 
 from __future__ import annotations
@@ -18,27 +18,23 @@ from retrotool.store.log import FileEntry
 from retrotool.store.paths import generation_in, generation_slot
 from retrotool.store.state import State
 
-SHARD = "shard-"
-"""What slots of shards begin with."""
-RECALL = "recall"
-"""Slot of what was measured."""
-DEFAULT = "default_index"
-"""Key of the record that names the index to take where none is named."""
-
-QUERIES = 2000
-"""Random chunks that the recall is measured with, unless so many are asked for."""
+SHARD = "shard-"  # prefix of slots of shards
+RECALL = "recall"  # slot of the measurement
+DEFAULT = "default_index"  # key of the record that names the default index
+RECALL_SAMPLE = 2000  # random chunks to measure recall with by default
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexRecord(IndexShape):
-    """What an index is, and what was measured of it: the record ``index:<name>``, see ``docs/format.md``.
+    """An index and its measured recall: the record ``index:<name>``, see ``docs/format.md``.
 
-    ``nprobe`` and ``depth`` are its operating point. ``target`` is the recall@10 that was asked for, and ``holds``
-    whether that is reached; ``recall_error`` is half the 95 % interval of what is. The truth of ``queries`` was sought
-    in the ``share`` of the vectors; ``rate`` is in queries a second. ``files`` stands for the shards that were
-    measured. ``due`` says why to train anew; "": there is no reason.
+    * ``nprobe``, ``depth``: the operating point. ``target``: the requested recall@10; ``holds``: whether it
+      is reached.
+    * ``recall_error``: half the 95 % interval of recall@10, measured with ``queries`` in a ``share`` of the
+      vectors.
+    * ``rate``: queries per second. ``files``: digest of the measured shards. ``due``: why to retrain, or "".
     """
 
     encoder: str
@@ -62,12 +58,14 @@ class IndexRecord(IndexShape):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecord:
-    """What the log says of a training: what was ``asked`` for and chosen, of which vectors, and how it fits these.
+    """The log's entry of a training.
 
-    ``vectors`` were live, and ``held`` is what shards of the same parts hold, purged ones too. A ``sample`` of them was
-    drawn from ``trained_parts``, [first, last] of what is consecutive, by ``seed``. ``error`` and ``code_error`` are
-    the sample's mean squared distances to the centroids and, of residuals, to what their codes stand for;
-    ``imbalance`` is nlist · Σ(share of list)², 1 if all lists are as long.
+    * ``asked``: the request. ``vectors``: live ones; ``held``: vectors in shards of the same parts, including
+      purged ones.
+    * ``sample``: vectors drawn from ``trained_parts``, ranges [first, last], with ``seed``.
+    * ``error``, ``code_error``: mean squared distances of the sample to its centroids and, for residuals, to
+      their codes.
+    * ``imbalance``: nlist · Σ(share of list)²; 1 if all lists are equally long.
     """
 
     encoder: str
@@ -86,18 +84,17 @@ class TrainingRecord:
     imbalance: float
 
     def sampled(self, numbers: Iterable[int]) -> set[int]:
-        """Those of some parts that the sample was drawn from."""
-        from retrotool.ranges import within  # numpy, which a command that only asks for help need not wait for
+        """Return which of the parts ``numbers`` the sample was drawn from."""
+        from retrotool.ranges import within  # imports numpy, which --help need not wait for
 
         return within(self.trained_parts, numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """What the log says of a shard: the ``parts`` that it holds, and for each how well the training fits it.
+    """The log's entry of a shard: its ``parts``, their ``fit``, and the ``imbalance`` of its lists.
 
-    A ``fit`` is [vectors, mean squared distance to the centroids, and of residuals to their codes]. ``imbalance`` is
-    that of its lists, None without lists.
+    A ``fit`` is [vectors, mean squared distance to the centroids, and of residuals to their codes].
     """
 
     parts: list[int] = field(default_factory=list)
@@ -106,48 +103,47 @@ class ShardRecord:
 
     @classmethod
     def of(cls, entry: FileEntry) -> ShardRecord:
-        """What the log says of the file of a shard."""
+        """Read the record of a shard's file."""
         record = _read(cls, entry.about or {})
         if len(record.fit) != len(record.parts):
-            raise CorruptError(f"{entry.path}: the log says how {len(record.fit)} of {len(record.parts)} parts fit")
+            raise CorruptError(f"{entry.path}: the log lists {len(record.fit)} fits for {len(record.parts)} parts")
         return record
 
 
 def as_about(record: TrainingRecord | ShardRecord) -> dict[str, Any]:
-    """A record of a file as the log keeps it: without what was not given."""
+    """Return a file's record as stored in the log: without unset fields."""
     about = {name: value for name, value in asdict(record).items() if value is not None}
     if isinstance(record, TrainingRecord):
         about["asked"] = {name: value for name, value in about["asked"].items() if value is not None}
-        del about["asked"]["target"]  # which the index's record has
+        del about["asked"]["target"]  # it is in the index's record
     return about
 
 
 def _read(kind: type[T], found: Mapping[str, Any]) -> T:
-    """A record of what the log has; a field that ``kind`` does not know is left out."""
+    """Build a record from the log's fields, ignoring unknown ones."""
     return kind(**{one.name: found[one.name] for one in fields(kind) if one.name in found})  # type: ignore[arg-type]
 
 
 def index_key(name: str) -> str:
-    """Key of an index's record."""
+    """Return the key of an index's record."""
     return f"index:{name}"
 
 
 def index_record(state: State, name: str) -> IndexRecord | None:
-    """The record of an index; None if there is none yet: it was not measured."""
+    """Return the record of an index; None if it was not measured yet."""
     found = state.records.get(index_key(name))
     return None if found is None else _read(IndexRecord, found)
 
 
 def default_index(state: State) -> str:
-    """The index that is meant where none is named."""
+    """Return the name of the default index."""
     return str(state.records.get(DEFAULT, "main"))
 
 
 class IndexFiles:
-    """The files of an index in a state, of its ``generation``, and what the log says of them.
+    """The files of a ``generation`` of an index (by default the ``current`` one) and their log entries.
 
-    ``current`` is the generation that readers use, 0 also if there is none yet; it is meant where none is given.
-    ``trained`` is the file of the training, and ``shards`` are those of the shards by their slots.
+    ``current`` is the generation that readers use, 0 if there is none yet. ``shards`` are by slot.
     """
 
     def __init__(self, state: State, name: str, generation: int | None = None) -> None:
@@ -161,30 +157,30 @@ class IndexFiles:
 
     @property
     def training(self) -> TrainingRecord | None:
-        """What the log says of the training; None if there is none."""
+        """The log's entry of the training, None without one."""
         if self.trained is None:
             return None
         about = self.trained.about or {}
-        held = about.get("held", about["vectors"])  # a training from before that was counted
+        held = about.get("held", about["vectors"])  # older trainings do not record it
         return _read(TrainingRecord, {**about, "held": held, "asked": _read(IndexWishes, about["asked"])})
 
     @property
     def encoder(self) -> str | None:
-        """The encoder that the index, finished or not, was trained for; None if there is no training."""
+        """The encoder that the index, finished or not, was trained for; None without a training."""
         return None if self.training is None else self.training.encoder
 
     @property
     def digest(self) -> str:
-        """A short name of the shards: as good as their contents, for names of files are of these."""
+        """A short digest of the shards' paths, which identify their contents."""
         paths = sorted(entry.path for entry in self.shards.values())
         return hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
 
     @property
     def vectors(self) -> int:
-        """How many vectors the shards hold."""
+        """Number of vectors in the shards."""
         return sum(entry.rows for entry in self.shards.values())
 
     @property
     def parts(self) -> list[int]:
-        """Numbers of the parts that the shards hold, ascending."""
+        """Numbers of the parts in the shards, ascending."""
         return sorted(part for entry in self.shards.values() for part in ShardRecord.of(entry).parts)

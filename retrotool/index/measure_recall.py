@@ -1,7 +1,7 @@
-"""Measuring an index and committing what was found: its operating point, its recall, and whether to train it anew.
+"""Measure an index and commit the result: operating point, recall, and whether retraining is recommended.
 
-Each shard says in the log how far the vectors of each of its parts are from their centroids and codes, on average, and
-how uneven its lists are. Parts that the training saw are compared with those that it did not see.
+Each shard's log entry records the mean distances of each part's vectors to centroids and codes, and how
+uneven its lists are. Parts that the training sampled are compared with the others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from retrotool.engine.progress import counting
 from retrotool.errors import ConflictError
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
-    QUERIES,
     RECALL,
+    RECALL_SAMPLE,
     IndexFiles,
     IndexRecord,
     ShardRecord,
@@ -38,16 +38,11 @@ from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 
-Fits = npt.NDArray[np.float64]
-"""Vectors of parts, and their mean squared distances to centroids and to codes, [n, 3]."""
-_WORSE = 1.15
-"""A squared distance so many times that of the training: lists or codes are of other text."""
-_UNEVEN = 2.0
-_GROWN = 4.0
-_ENOUGH_NEW = 1000
-"""New vectors below which an average says nothing."""
-_ENOUGH = 50
-"""Queries from new parts below which their recall says nothing."""
+Fits = npt.NDArray[np.float64]  # [n, 3]: vectors of a part, mean squared distances to centroids and to codes
+# Thresholds for retraining, relative to the training: squared distances, imbalance, number of vectors.
+_WORSE, _UNEVEN, _GROWN = 1.15, 2.0, 4.0
+_ENOUGH_NEW = 1000  # new vectors below which an average means nothing
+_ENOUGH = 50  # queries from new parts below which their recall means nothing
 
 
 def measure_until_committed(
@@ -57,15 +52,15 @@ def measure_until_committed(
     generation: int,
     target: float,
     *,
-    queries: int = QUERIES,
+    sample: int = RECALL_SAMPLE,
     keep: bool = False,
     device: str = "cpu",
     memory: int | None = None,
 ) -> None:
-    """Measure a generation of an index and commit its record, which makes that the current one.
+    """Measure a generation of an index and commit its record, which makes it the current one.
 
-    Again if another process has changed the shards, or erased what was read, meanwhile. ``keep``: at the operating
-    point that the record has, which stays. ``memory``: bytes, if not those that it was trained in.
+    Retries if another process changes the shards or erases data concurrently. ``keep``: measure at the
+    recorded operating point. ``memory``: bytes, by default the limit of the training.
     """
 
     def attempt() -> None:
@@ -79,7 +74,7 @@ def measure_until_committed(
         opened = list(read_shards(store, name, trained, generation=generation))
         at = Point(before.nprobe, before.depth) if keep and before is not None else None
         with counting("exact search", "part", len(numbers)) as report:
-            truth = find_truth(store, encoder, numbers, report, queries=queries, device=device, room=room)
+            truth = find_truth(store, encoder, numbers, report, sample=sample, device=device, room=room)
         give_memory_back()
         with counting("recall", "point") as report:
             searched = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains)
@@ -101,7 +96,7 @@ def measure_until_committed(
                     f"the index {name!r} was changed while it was measured", "Run the same command again."
                 )
             settings = {"name": name, "encoder": encoder, "target": target, "generation": generation}
-            # The measurement before; or, where the generation becomes the current one, all that is not of it.
+            # Remove the previous measurement or, if the generation becomes current, all files of others.
             kept, is_new = [now.trained, *now.shards.values()], generation != now.current
             group = state.group("index", name).items()
             old = tuple(one.path for slot, one in group if slot == RECALL or (is_new and one not in kept))
@@ -126,19 +121,19 @@ def _record(files: IndexFiles, training: TrainingRecord, found: Measurement, tar
 
 
 def _due(moved: Drift, found: Measurement, target: float) -> str:
-    """Why to train anew; "" if there is no reason."""
+    """Return why to retrain, or ""."""
     new = found.groups.get("part", {}).get("added since")
     if new is not None and new[2] >= _ENOUGH and new[0] + new[1] < min(target, found.point.recall_at_10):
-        return f"recall@10 of what was added since the training is {new[0]:.4f} ± {new[1]:.4f}"
+        return f"recall@10 of vectors added since training is {new[0]:.4f} ± {new[1]:.4f}"
     return moved.due
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """``new`` vectors of ``vectors`` came after the training.
+    """How far the ``new`` vectors, added after training, differ from the others.
 
-    ``error`` and ``code_error`` are their mean squared distances to centroids and codes, relative to those of the
-    others. ``due``: why to train anew, "" if there is no reason.
+    ``error`` and ``code_error`` are their mean squared distances to centroids and codes, relative to the
+    others'. ``due``: why to retrain, or "".
     """
 
     new: int
@@ -151,7 +146,7 @@ class Drift:
 
 
 def drift(files: IndexFiles) -> Drift:
-    """How far what an index holds has come from what it was trained on."""
+    """Compare the contents of an index with what it was trained on."""
     trained, entries, vectors = files.training, list(files.shards.values()), files.vectors
     if trained is None:
         return Drift(0, vectors)
@@ -168,7 +163,7 @@ def drift(files: IndexFiles) -> Drift:
         _imbalance(records, [entry.rows for entry in entries]),
         vectors / trained.held if trained.held else 1.0,
     )
-    # An exact index has nothing to fit.
+    # An exact index is not trained.
     return replace(found, due=_drift_due(found, trained.imbalance)) if trained.error else found
 
 
@@ -179,20 +174,19 @@ def _drift_due(found: Drift, imbalance: float) -> str:
         (found.error > _WORSE, f"new vectors are {found.error:.2f} times as far from their centroids"),
         (found.code_error > _WORSE, f"new vectors are {found.code_error:.2f} times as far from their codes"),
         (found.imbalance > _UNEVEN * max(imbalance, 1.0),
-         f"lists have become uneven: {found.imbalance:.1f} after {imbalance:.1f}"),
-        (found.grown > _GROWN, f"there are {found.grown:.1f} times as many vectors as when it was trained"),
+         f"lists have become uneven: imbalance {found.imbalance:.1f}, was {imbalance:.1f}"),
+        (found.grown > _GROWN, f"there are {found.grown:.1f} times as many vectors as at training"),
     )  # fmt: skip
     return next((why for is_so, why in signs if is_so), "")
 
 
 def _imbalance(records: Sequence[ShardRecord], vectors: Sequence[int]) -> float:
-    """That of shards, each counted by its vectors."""
     pairs = zip(records, vectors, strict=True)
     known = [(one.imbalance, rows) for one, rows in pairs if one.imbalance is not None and rows]
     return float(np.average([v for v, _ in known], weights=[n for _, n in known])) if known else 1.0
 
 
 def _ratio(old: Fits, new: Fits, column: int, sample: float) -> float:
-    """How many times as large it is for ``new`` as for ``old``; without these, as for the training's sample."""
+    """Return how many times larger a column is for ``new`` than for ``old`` or, without these, the sample."""
     before = np.average(old[:, column], weights=old[:, 0]) if old[:, 0].sum() else sample
     return float(np.average(new[:, column], weights=new[:, 0]) / before) if before and new[:, 0].sum() else 1.0

@@ -1,14 +1,14 @@
-"""The true recall of an index, as a curve over operating points, and the cheapest point that holds a target.
+"""Measure the true recall of an index over operating points, and choose the cheapest that reaches a target.
 
-The truth is that of random searchable chunks, by exact search for all others but those of their own document, with
-products in float64: queries × vectors distances. Above a budget of these only a random share of the vectors is
-searched, and of a query's true neighbours those in the sample are looked for. Which of these are among the k nearest of
-all is known by how many the most thorough search finds nearer.
+The truth for random chunks comes from exact search with float64 products, leaving out each chunk's own
+document: queries × vectors distances. Above a budget only a random share of the vectors is searched, and only
+true neighbours in that sample are looked for; the most thorough search of the index decides which of them are
+among the k nearest of all.
 
-Recall@k is the mean share of a query's true k nearest that the index finds; of several at the same distance any will
-do. Points are a grid of ``nprobe``, for codes with a grid of re-rank depths; one search serves all depths. A point
-costs what its query goes through: codes, and ``_RERANK`` times the candidates that are ranked by their vectors. So the
-choice depends on data alone. The rates are measured, and are of batches.
+Recall@k is the mean share of the true k nearest that the index finds; ties count as found. Points are a grid
+of ``nprobe`` and, for codes, re-rank depths; one search serves all depths. A point costs the codes scanned
+plus ``_RERANK`` times the candidates re-ranked, so the choice depends on data alone. Rates are measured on
+batches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from retrotool.ann.search import ROOM, SPARE, Search
 from retrotool.ann.trained import Trained
 from retrotool.embed import search_scope
 from retrotool.engine.task import Report
-from retrotool.index.index_records import QUERIES
+from retrotool.index.index_records import RECALL_SAMPLE
 from retrotool.index.searching import TUNED_K, Point, Vectors, are_among, nearest_of, rows_in
 from retrotool.machine import give_memory_back
 from retrotool.store import parts
@@ -40,33 +40,28 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Floats = npt.NDArray[np.float64]
-Hits = tuple[Floats, Floats]
-"""True neighbours found, and those that there are to find, of each query."""
+Hits = tuple[Floats, Floats]  # per query: true neighbours found, and existing
 DEPTH = 100
 _SEED = 1
 BUDGET, GPU_BUDGET = 1 << 34, 1 << 40
 """Distances that a truth may cost: some minutes on two cores, or on a GPU."""
 _BLOCK = 256
-_KNOWN = 2000
-"""True neighbours, among the 10 nearest of all queries, that a sample of the store is to have, whatever that costs."""
+_KNOWN = 2000  # true neighbours, among the 10 nearest of all queries, that a sample contains at any cost
 DEPTHS = (20, 30, 50, 100, 200, 400)
-_RERANK = 16
-"""What ranking a candidate by its vector costs, in codes that are gone through."""
+_RERANK = 16  # cost of re-ranking a candidate, in codes scanned
 _BEYOND = 2
 _THOROUGH = 0.999
 _Z = 1.96
 _GROUPS = 1000
 _KS = (1, TUNED_K, DEPTH)
-_TIE = 16 * float(np.finfo(np.float32).eps)
-"""Distances that differ by less, relatively, are the same: a sum of squares in float32 is no more exact. Not more than
-relatively, for vectors may be short."""
+_TIE = 16 * float(np.finfo(np.float32).eps)  # relative accuracy of a float32 sum of squares
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Recall at an operating point, with the half-width of the 95 % interval of that @10.
+    """Recall at an operating point; ``error`` is half the 95 % interval of recall@10.
 
-    ``scanned`` codes a query are gone through; ``rate`` is in queries a second.
+    ``scanned`` is in codes per query, ``rate`` in queries per second.
     """
 
     nprobe: int
@@ -80,15 +75,15 @@ class Recall:
 
     @property
     def cost(self) -> float:
-        """What a query costs, in codes that are gone through."""
+        """Cost of a query, in codes scanned."""
         return self.scanned + _RERANK * self.depth
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What was measured: the ``curve``, the ``point`` that was chosen of it, and its recall@10 by ``groups``.
+    """The measured ``curve``, its chosen ``point``, and recall@10 by ``groups``.
 
-    These are kind → name → (recall, error, queries), of what queries were told apart by: "source", say.
+    Groups map kind (such as "source") → name → (recall, error, queries).
     """
 
     curve: tuple[Recall, ...]
@@ -111,15 +106,14 @@ def measure_recall(
     device: str = "cpu",
     room: int = ROOM,
 ) -> Measurement:
-    """The curve, up to where it is well above ``target``; ``at``: only this point is measured, not chosen.
+    """Measure the curve up to well above ``target``, or only the point ``at``.
 
-    ``room``: bytes for each of distances and candidates. ``report`` is told of each ``nprobe``.
+    ``room``: bytes for each of distances and candidates. ``report`` is called after each ``nprobe``.
     """
     whole = isinstance(database.trained.codec, Whole)
     depths, last = (DEPTH + SPARE,) if whole else DEPTHS, max(database.trained.nlist, 1)
     if at is not None:
         depths, last = tuple(sorted({*depths, at.depth})), at.nprobe
-    # Powers of two and what is halfway, up to all lists.
     grid = [*sorted(n for i in range(31) for n in (1 << i, 3 << i) if n < last), last]
     search = _Curve(truth, database, depths, device, room)
     curve: list[Recall] = []
@@ -127,7 +121,7 @@ def measure_recall(
     for nprobe in grid:
         curve += search.at(nprobe)
         report(1)
-        # A little beyond the target: more lists with fewer candidates may be cheaper, and it shows what could be had.
+        # Continue past the target: more lists with fewer candidates may be cheaper.
         reached += curve[-1].recall_at_10 - curve[-1].error >= target
         if at is None and reached > (0 if whole else _BEYOND):
             break
@@ -153,7 +147,7 @@ def measure_recall(
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """What is searched: shards of a training, the vectors that candidates are ranked by, and which ids are banned."""
+    """An index to measure: shards of a training, vectors for re-ranking, and the test for banned ids."""
 
     trained: Trained
     shards: Sequence[InvertedLists]
@@ -162,26 +156,25 @@ class Searched:
 
 
 class _Curve:
-    """Searches at one ``nprobe`` after another, and what they found of the truth.
+    """Searches at increasing ``nprobe``, compared with the truth.
 
-    Where the truth is of a sample, it is kept which of it was found: how much there was to find is known when the most
-    thorough search is.
+    If the truth is sampled, hits are kept per true neighbour: how many count is known after the most thorough
+    search.
     """
 
     def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...], device: str, room: int) -> None:
         self._truth, self._database, self._depths = truth, database, depths
         self._device, self._room = device, room
-        # An exact index misses nothing, whatever is asked; and all vectors as queries are no sample.
+        # There is no sampling error for an exact index, or if all vectors are queries.
         self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
         self._found: dict[tuple[int, int, int], npt.NDArray[Any]] = {}
-        """By ``nprobe``, depth and k: how many of the truth were found [q], or, of a sample, which [q, t]."""
+        """By ``nprobe``, depth and k: number found [q] or, for a sampled truth, which were found [q, t]."""
         self._nearer = np.zeros(truth.best.ids.shape, np.int64)
-        """For each of the truth how many were found nearer by the most thorough search, which so far is the last one.
-        """
+        """Per true neighbour, the number found nearer by the latest and so most thorough search."""
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
     def at(self, nprobe: int) -> list[Recall]:
-        """All depths at ``nprobe``, the deepest last."""
+        """Search at ``nprobe``; return the recall at all depths, the deepest last."""
         scanned, searched, ranked, deepest = 0, 0.0, 0.0, max(self._depths)
         judged: dict[tuple[int, int], list[Any]] = {(depth, k): [] for depth in self._depths for k in _KS}
         nearer = [self._nearer[:0]]
@@ -201,7 +194,7 @@ class _Curve:
             ranked += time.perf_counter() - start
             truth = self._truth.best.take(slice(first, first + len(queries)))
             first += len(queries)
-            # A search for 100 ranks ten times as many candidates, see ``Point.depth_for``; here up to the deepest.
+            # As in ``Point.depth_for``, k = 100 takes ten times the candidates, here up to the deepest.
             enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in judged}
             best = {
                 depth: Best(distances[:, :depth], candidates[:, :depth]).nearest(DEPTH) for depth in {*enough.values()}
@@ -223,10 +216,9 @@ class _Curve:
         return [self.recall(nprobe, depth) for depth in self._depths]
 
     def thorough(self, nprobe: int, budget: int) -> None:
-        """Search on with ever more lists than ``nprobe``, until more of them find hardly anything that is nearer.
+        """Search with more lists than ``nprobe`` until it finds hardly anything nearer or costs too much.
 
-        Or until one more step would cost more than ``budget`` distances. Then more of the truth may count as wanted
-        than is: what is reported is rather too low than too high.
+        If it ends early, too many neighbours may count as true: recall is rather under- than overestimated.
         """
         deepest = max(self._depths)
         while nprobe < self._database.trained.nlist:
@@ -239,13 +231,12 @@ class _Curve:
                 break
 
     def recall(self, nprobe: int, depth: int) -> Recall:
-        """What is known of a point by now."""
         hits = (self.hits(nprobe, depth, k) for k in _KS)
         (one, _), (ten, error), (hundred, _) = (ratio(*some, sampled=self.sampled) for some in hits)
         return Recall(nprobe, depth, one, ten, hundred, error, *self._cost[nprobe, depth])
 
     def hits(self, nprobe: int, depth: int, k: int) -> Hits:
-        """True neighbours found, and those that there are to find, of the k nearest of each query."""
+        """Return the numbers of true neighbours found, and of those that exist, for each query."""
         found, there = self._found[nprobe, depth, k], self._truth.best.ids >= 0
         if self._truth.share < 1:
             there = there & (self._nearer < k)
@@ -254,7 +245,7 @@ class _Curve:
 
 
 def _count_found(truth: Best, found: Best, k: int) -> Ids:
-    """How many of the true k nearest of each query are found, or others that are as near: int64 [q]."""
+    """Count the true k nearest of each query that were found, or others as near: int64 [q]."""
     there = truth.ids[:, :k] >= 0
     farthest = np.where(there, truth.distances[:, :k], -np.inf).max(axis=1, initial=-np.inf)
     near = found.distances[:, :k] <= (farthest * (1 + _TIE))[:, None]
@@ -263,28 +254,24 @@ def _count_found(truth: Best, found: Best, k: int) -> Ids:
 
 
 def ratio(hits: Floats, possible: Floats, *, sampled: bool = True) -> tuple[float, float]:
-    """Recall, the mean of the queries' shares weighted by what there is to find; and half its 95 % interval.
+    """Return the recall, weighted by possible hits, and half its 95 % interval.
 
-    Not ``sampled``: the queries are all there are, so there is no error.
+    The error is 0 if not ``sampled``: the queries are all there are.
     """
     total = possible.sum()
     if not total:
-        return 1.0, 1.0 if sampled else 0.0  # nothing to find, and nothing missed
+        return 1.0, 1.0 if sampled else 0.0  # nothing to find
     recall = float(hits.sum() / total)
     if not sampled:
         return recall, 0.0
     spread = hits - recall * possible
     count = int((possible > 0).sum())
     error = _Z * math.sqrt((spread**2).sum() * count / max(count - 1, 1)) / total
-    # Where all queries found all, or there are few, the spread hides what is not known: Wilson's interval has it.
+    # With few queries, or perfect recall, the spread underestimates the error; use Wilson's interval.
     return recall, float(max(error, _Z**2 / 2 / (count + _Z**2)))
 
 
-def _by_group(
-    by_query: Hits,
-    groups: npt.NDArray[np.object_],
-    sampled: bool,
-) -> dict[str, tuple[float, float, int]]:
+def _by_group(by_query: Hits, groups: npt.NDArray[np.object_], sampled: bool) -> dict[str, tuple[float, float, int]]:
     hits, possible = by_query
     names, counts = np.unique(groups.astype(str), return_counts=True)
     found = {}
@@ -297,9 +284,9 @@ def _by_group(
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Queries, their ``ids`` [q], the ``source`` of their documents [q], and the ``DEPTH`` nearest of each.
+    """Queries, their ``ids`` [q], the ``sources`` of their documents [q], and the ``DEPTH`` nearest of each.
 
-    ``share`` is that of the vectors that were searched, of ``vectors`` in all; 1: the nearest are the true ones.
+    Only a ``share`` of the ``vectors`` was searched; at 1, the nearest are the true ones.
     """
 
     ids: Ids
@@ -319,19 +306,19 @@ def find_truth(
     numbers: list[int],
     report: Report = lambda _: None,
     *,
-    queries: int = QUERIES,
+    sample: int = RECALL_SAMPLE,
     budget: int | None = None,
     device: str = "cpu",
     room: int = ROOM,
 ) -> Truth:
-    """The truth for random chunks of the parts ``numbers``; ``report`` is told of each part that was searched.
+    """Find the truth for random chunks of the parts ``numbers``; report each part searched.
 
     ``room``: bytes for each of distances and candidates.
     """
     tombstones = read_tombstones(store)
     rows = search_scope.SearchableRows(store, numbers, tombstones)
     n = sum(rows.counts.values())
-    drawn = [chunk_ids(part, chosen) for part, chosen in rows.draw(min(queries, n), _SEED)]
+    drawn = [chunk_ids(part, chosen) for part, chosen in rows.draw(min(sample, n), _SEED)]
     ids = np.concatenate([np.zeros(0, np.int64), *drawn])
     if not len(ids):
         no_queries = Queries.plain(np.zeros((0, 1), np.float32))
@@ -375,12 +362,12 @@ def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Qu
 
 
 def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
-    """A column of the documents that some rows of a part belong to, one value a row."""
+    """Return a column of the documents that rows of a part belong to, one value per row."""
     table = parts.read_documents(store, part, [column, "first_row"])
     documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
     return table[column].combine_chunks().take(pa.array(documents))
 
 
 def budget_on(device: str) -> int:
-    """Distances that a truth may cost on a device."""
+    """Return the number of distances that a truth may cost on a device."""
     return BUDGET if device == "cpu" else GPU_BUDGET

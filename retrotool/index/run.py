@@ -1,4 +1,4 @@
-"""``index``: build what is new, measure it, and what else is done with indexes: train anew, merge, drop."""
+"""Run ``index``: build what is new and measure it; retrain, merge, repair, evaluate or drop an index."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from retrotool.errors import CorruptError, UsageError
 from retrotool.index.index_files import advising, is_unchanged, read_trained
 from retrotool.index.index_records import (
     DEFAULT,
-    QUERIES,
     RECALL,
+    RECALL_SAMPLE,
     IndexFiles,
     IndexRecord,
     ShardRecord,
@@ -36,7 +36,7 @@ from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
-from retrotool.store.log import Draft
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import check_name
 from retrotool.store.specs import COUNT, PART
 from retrotool.store.state import State
@@ -44,23 +44,24 @@ from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 
 _POLL_SECONDS = 1.0
+_RETRAIN = "Retrain it with --retrain, or choose another name for the new index with --name."
 _POINT = {
     "nprobe": PART, "depth": PART,
     **dict.fromkeys(("recall_at_1", "recall_at_10", "recall_at_100", "error", "scanned", "rate"), float),
 }  # fmt: skip
 _SOURCE = re.compile(".*", re.DOTALL)
 _MEASURED = {"curve?": [_POINT], "groups?": {_SOURCE: {_SOURCE: (float, float, COUNT)}}}
-"""What was measured of an index, as far as it is read."""
+"""The fields read from a measurement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexResult(IndexRecord):
-    """What ``index`` made: the index as it is now, see ``IndexRecord``.
+    """The index after ``index``, see ``IndexRecord``.
 
-    A re-rank reads the embeddings, ``embedding_bytes`` on the disk. ``added`` vectors are of this run. ``curve`` is
-    what was measured, ``groups`` the recall@10 by source. ``retrain`` is the command that trains anew. ``elsewhere``
-    shards are left to other runs. ``not_embedded`` keys are in no shard, for they have no embeddings; ``next`` are the
-    commands that change that.
+    * ``added``: vectors added by this run. ``embedding_bytes``: embeddings on disk, read for re-ranking.
+    * ``curve`` and ``groups``: the measurement. ``retrain``: the command for retraining.
+    * ``elsewhere``: shards being built by other runs.
+    * ``not_embedded``: chunks in no shard for lack of embeddings; ``next``: commands to index them.
     """
 
     name: str
@@ -80,7 +81,7 @@ class IndexResult(IndexRecord):
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What ``index --drop`` took away; ``tables`` are neighbours that were found with it, and stay as they are."""
+    """The result of ``index --drop``; ``tables`` are neighbours found with the index, which are kept."""
 
     name: str
     files: int
@@ -91,12 +92,12 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to go about it; see ``retrotool index --help``."""
+    """Options of ``retrotool index``, see its ``--help``; recall is measured with ``sample`` chunks."""
 
     wanted: IndexWishes = field(default_factory=IndexWishes)
     devices: str = "auto"
     shard: tuple[int, int] | None = None
-    queries: int = QUERIES
+    sample: int = RECALL_SAMPLE
     tune: bool = False
     retrain: bool = False
     merge: bool = False
@@ -112,9 +113,9 @@ def index(
     target_recall: float | None = None,
     options: Options | None = None,
 ) -> IndexResult:
-    """Index every part that has embeddings and is in no shard, and measure the recall.
+    """Index all embedded parts that are in no shard, and measure the recall.
 
-    ``target_recall`` None: what the index has, 0.95 for a new one.
+    ``target_recall`` None: the index's current target, 0.95 for a new one.
     """
     options = options or Options()
     _check(options, target_recall)
@@ -137,7 +138,7 @@ def index(
     before = 0 if options.retrain else files.vectors
     with writing(store) as run:
         if options.retrain:
-            _forget_other(store, run, stage)
+            _delete_unfinished(store, run, stage)
         if options.repair:
             read_trained(store, name, generation)
             found = IndexFiles(store.state, name).shards.values()
@@ -154,7 +155,7 @@ def index(
             or (options.repair and not is_unchanged(store, store.state.file("index", RECALL, name)))
         ):
             measure_until_committed(
-                store, run, name, generation, wanted.target, queries=options.queries, device=devices[0],
+                store, run, name, generation, wanted.target, sample=options.sample, device=devices[0],
                 memory=wanted.memory,
             )  # fmt: skip
         if options.default and store.refresh().records.get(DEFAULT) != name and index_record(store.state, name):
@@ -166,49 +167,49 @@ def evaluate(
     root: str | Path,
     *,
     name: str | None = None,
-    queries: int = QUERIES,
+    sample: int = RECALL_SAMPLE,
     devices: str = "auto",
     memory: int | None = None,
 ) -> IndexResult:
-    """Measure the recall of an index at its operating point, which stays; nothing is built."""
+    """Measure the recall of an index with ``sample`` random chunks at its operating point; build nothing."""
     store = Store.open(root)
     name = pick_index(store, name)
     record = index_record(store.state, name)
     assert record is not None, "pick_index found it"
     with writing(store) as run:
         measure_until_committed(
-            store, run, name, IndexFiles(store.state, name).generation, record.target, queries=queries, keep=True,
+            store, run, name, IndexFiles(store.state, name).generation, record.target, sample=sample, keep=True,
             device=find_devices(devices)[0], memory=memory,
         )  # fmt: skip
     return retry_overtaken(lambda: describe(store, root, name))
 
 
 def drop(root: str | Path, *, name: str) -> Dropped:
-    """Take an index away, finished or not, with all its files."""
+    """Delete an index, finished or not, with all its files."""
     store = Store.open(root)
-    with writing(store) as run:  # which takes away what was left by one that was killed when it had dropped it
+    with writing(store) as run:  # which also deletes the leftovers of an interrupted drop
         if name not in store.state.names("index"):
             raise _no_index(store, name, "drop")
-        gone: list[Any] = []
+        removed: list[FileEntry] = []
 
         def build(state: State) -> Draft:
             group = state.group("index", name)
-            gone[:] = group.entries()
+            removed[:] = group.entries()
             records: dict[str, Any] = {key: None for key in (index_key(name),) if key in state.records}
             if state.records.get(DEFAULT) == name:
                 records[DEFAULT] = None
-            return Draft("index", {"name": name, "drop": True}, remove=tuple(e.path for e in gone), records=records)
+            return Draft("index", {"name": name, "drop": True}, remove=tuple(e.path for e in removed), records=records)
 
         store.commit(run, build)
     records = store.refresh().with_prefix("neighbours:")
     tables = [table for table, about in records.items() if about.get("index") == name]
-    return Dropped(name, len(gone), sum(entry.bytes for entry in gone), store.state.number, tuple(tables))
+    return Dropped(name, len(removed), sum(entry.bytes for entry in removed), store.state.number, tuple(tables))
 
 
 def describe(
     store: Store, root: str | Path, name: str, *, before: int | None = None, elsewhere: int = 0
 ) -> IndexResult:
-    """The result for an index as it is now; ``before``: vectors that it had then, None: as many."""
+    """Return the result for the current index; ``before``: previous number of vectors (None: same)."""
     state = store.refresh()
     files = IndexFiles(state, name)
     record, trained = files.record, files.training
@@ -220,7 +221,7 @@ def describe(
     left = count_left(store, embedded, read_tombstones(store))
     entries, vectors = files.shards.values(), files.vectors
     measured = state.file("index", RECALL, name)
-    with advising(f"Measure it anew: {command_line('index', store.place, name=name)} --repair"):
+    with advising(f"Measure it again: {command_line('index', store.place, name=name)} --repair"):
         content = {} if measured is None else read_json_file(store, measured, _MEASURED)
     vector_files = [parts.part_entry(store, "embeddings", part, record.encoder) for part in embedded]
     return IndexResult(
@@ -236,14 +237,14 @@ def describe(
 
 
 def _is_measured(state: State, name: str, generation: int, target: float) -> bool:
-    """Whether what the record says of an index is of what is there now."""
+    """Check whether the index's record describes its current files."""
     files = IndexFiles(state, name, generation)
     record, now = files.record, (files.digest, target, generation, files.vectors)
     return record is not None and (record.files, record.target, record.generation, record.vectors) == now
 
 
 def _wanted(files: IndexFiles, options: Options, target: float | None) -> IndexWishes:
-    """What is wanted of an index: what is said, else what was said of the one that it has."""
+    """Return the requested options, completed from the current training if retraining."""
     wanted, trained = options.wanted, files.training
     if target is None:
         target = wanted.target if files.record is None else files.record.target
@@ -261,21 +262,21 @@ def _check(options: Options, target: float | None) -> None:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     engine.check_shard(options.shard)
     if options.merge and options.repair:
-        raise UsageError("--merge and --repair are two things to do", "Repair first, then merge.")
+        raise UsageError("--merge and --repair can't be combined", "Repair first, then merge.")
     if not options.retrain:
         return
     for option in ("merge", "repair"):
         if getattr(options, option):
-            raise UsageError(f"--{option} and --retrain are two things to do", "Give one of them.")
+            raise UsageError(f"--{option} and --retrain can't be combined", "Give only one of them.")
     if options.shard is not None:
         raise UsageError(
-            "--retrain is for one run: each job would train anew",
-            "On several GPUs of a machine: --devices. On several machines: a new --name, with --shard.",
+            "--retrain and --shard can't be combined: every job would train",
+            "For several GPUs of one machine use --devices; for several machines, --shard with a new --name.",
         )
 
 
 def _check_embeddings(store: Store, stage: IndexStage) -> None:
-    """``CorruptError`` if embeddings that broken shards are to be made anew from are not what the log says."""
+    """Raise ``CorruptError`` if embeddings needed to rebuild broken shards do not match the log."""
     broken = [entry for entry in stage.files(store.state).shards.values() if entry.path in stage.broken]
     held = {part for entry in broken for part in ShardRecord.of(entry).parts}
     for part in sorted(held & set(embedded_parts(store, stage.encoder))):
@@ -300,47 +301,46 @@ def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> Non
         return
     if wanted.shard_rows not in (None, trained.shard_rows):
         raise UsageError(
-            f"index {stage.index!r} is trained already, with shards of {trained.shard_rows:,} vectors, not "
+            f"index {stage.index!r} is already trained, for shards of {trained.shard_rows:,} vectors, not "
             f"{wanted.shard_rows:,}",
-            "Train it anew with --retrain, or give the new one a name of its own with --name.",
+            _RETRAIN,
         )
     if not wanted.names_index:
         return
-    is_so = parse_factory(trained.factory, trained.dimension)
-    asked_for = choose_for(store, stage.encoder, wanted)[0]
-    # How many lists suit has changed since, perhaps: what was not asked for stays as it is.
+    current = parse_factory(trained.factory, trained.dimension)
+    requested = choose_for(store, stage.encoder, wanted)[0]
+    # The automatic choice may have changed since training: only compare what was requested.
     if wanted.factory is None and wanted.nlist is None:
-        asked_for = replace(asked_for, nlist=is_so.nlist)
+        requested = replace(requested, nlist=current.nlist)
     if wanted.factory is None and wanted.code is None:
-        asked_for = replace(asked_for, code=is_so.code, rotated=is_so.rotated)
-    if asked_for.factory != is_so.factory:
+        requested = replace(requested, code=current.code, rotated=current.rotated)
+    if requested.factory != current.factory:
         raise UsageError(
-            f"index {stage.index!r} is trained already, as {is_so.factory}, not {asked_for.factory}",
-            "Train it anew with --retrain, or give the new one a name of its own with --name.",
+            f"index {stage.index!r} is already trained, as {current.factory}, not {requested.factory}", _RETRAIN
         )
 
 
-def _forget_other(store: Store, run: Run, stage: IndexStage) -> None:
-    """Take away what an interrupted ``--retrain`` began with other settings, or before the store grew."""
-    begun = stage.files(store.state).training
-    if begun is None:
+def _delete_unfinished(store: Store, run: Run, stage: IndexStage) -> None:
+    """Delete an interrupted ``--retrain`` that used other settings or a smaller store."""
+    unfinished = stage.files(store.state).training
+    if unfinished is None:
         return
-    same = begun.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
-    if same and begun.trained_parts == consecutive_ranges(embedded_parts(store, stage.encoder)):
+    same = unfinished.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
+    if same and unfinished.trained_parts == consecutive_ranges(embedded_parts(store, stage.encoder)):
         return
 
     def build(state: State) -> Draft:
         files = stage.files(state)
-        gone = tuple(one.path for one in (*files.shards.values(), files.trained) if one is not None)
-        return Draft("index", {"name": stage.index, "retrain": "begun anew"}, remove=gone)
+        paths = tuple(one.path for one in (*files.shards.values(), files.trained) if one is not None)
+        return Draft("index", {"name": stage.index, "retrain": "restarted"}, remove=paths)
 
     store.commit(run, build)
 
 
 def _execute(stage: IndexStage, store: Store, run: Run) -> None:
-    """Do what there is to do; while another run trains the index, wait for it."""
+    """Run the stage's tasks; while another run trains the index, wait for it."""
     engine.execute(stage, store, run, workers=len(stage.devices))
-    with counting(f"waiting for another run that trains {stage.index!r}", "s") as waited:
+    with counting(f"waiting for another run to train {stage.index!r}", "s") as waited:
         while stage.files(store.refresh()).trained is None:
             time.sleep(_POLL_SECONDS)
             waited(1)

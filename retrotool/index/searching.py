@@ -1,11 +1,12 @@
-"""Searching a store: with an index, candidates by their codes, ranked by the embeddings themselves; or exactly.
+"""Search a store: candidates from an index, re-ranked by the embeddings themselves; or exactly.
 
-Shards and embeddings are memory-mapped. Of a shard the lists that are probed are read, of the embeddings the
-candidates' vectors. The operating point, ``nprobe`` lists and ``depth`` candidates for each 10 neighbours, is the one
-that the index's record has, unless another is given.
+Shards and embeddings are memory-mapped; only the probed lists and the candidates' vectors are read. The
+operating point, ``nprobe`` lists and ``depth`` candidates per 10 neighbours, comes from the index's record
+unless given.
 
-Exact search takes all vectors, part by part. For few vectors it is quicker than making an index, and the truth that
-indexes are compared with. Cost: a matrix product of all queries with all vectors. Memory: blocks of distances.
+Exact search reads all vectors, part by part: a matrix product of all queries with all vectors, in blocks of
+distances. For few vectors it is faster than building an index, and it is the truth that indexes are compared
+with.
 """
 
 from __future__ import annotations
@@ -28,14 +29,7 @@ from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index.index_files import read_shards, read_trained
-from retrotool.index.index_records import (
-    IndexFiles,
-    IndexRecord,
-    ShardRecord,
-    default_index,
-    index_key,
-    index_record,
-)
+from retrotool.index.index_records import IndexFiles, IndexRecord, ShardRecord, default_index, index_key, index_record
 from retrotool.index.source_filter import AllowedChunks, probes_by_query
 from retrotool.machine import memory_of_machine
 from retrotool.store import parts
@@ -44,37 +38,32 @@ from retrotool.store.parts import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
-TUNED_K = 10
-"""Neighbours that an operating point is for; more of them take more candidates."""
-NO_INDEX = ""
-"""In place of the name of an index."""
+TUNED_K = 10  # neighbours that an operating point is tuned for
+NO_INDEX = ""  # the name for exact search
 _KEPT_PARTS, _KEPT_ROWS = 512, 64
 _VECTOR_BYTES = 2
-_SHARED_LISTS = 4
-"""Queries a list from which on it is worth to read all its vectors."""
+_SHARED_LISTS = 4  # queries per list from which reading all its vectors pays off
 _LEAST_ROOM = 1 << 20
-_COMPARED = 256
-"""Queries whose neighbours are compared at a time."""
-_BYTES_A_CANDIDATE, _BYTES_A_NUMBER = 70, 14
-"""What a query takes while it is searched and its candidates are ranked, for each of these and each dimension."""
+_COMPARED = 256  # queries compared at a time
+_BYTES_PER_CANDIDATE, _BYTES_PER_DIMENSION = 70, 14  # memory of a query during search and re-ranking
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An operating point: lists that a query probes, and candidates that are ranked by their own vectors."""
+    """An operating point: lists to probe per query, and candidates to re-rank by their vectors."""
 
     nprobe: int
     depth: int
 
     def depth_for(self, k: int, trained: Trained) -> int:
-        """Candidates for k neighbours; whole vectors need hardly more than k."""
+        """Return the candidates needed for k neighbours; whole vectors need hardly more than k."""
         if isinstance(trained.codec, Whole):
             return k + SPARE
         return max(self.depth, -(-self.depth * k // TUNED_K), k + SPARE)
 
 
 def pick_index(store: Store, name: str | None = None) -> str:
-    """The index to use: ``name``, the default, "main", or the only one; ``UsageError`` if there is none such."""
+    """Return the index to use: ``name``, the default, or the only one; raise ``UsageError`` without any."""
     have = store.state.with_prefix(index_key(""))
     if name is None:
         name = default_index(store.state)
@@ -87,16 +76,16 @@ def pick_index(store: Store, name: str | None = None) -> str:
 
 
 def _how_to_make(store: Store, name: str) -> str:
-    index = f"retrotool index {store.place}" + (f" --name {name}" if name != "main" else "")
+    index, embed = command_line("index", store.place, name=name), command_line("embed", store.place)
     if not store.state.parts():
-        return f"It has no chunks yet: retrotool chunk {store.place} INPUT..., then retrotool embed and {index}"
+        return f"It has no chunks yet: {command_line('chunk', store.place)} INPUT..., then {embed} and {index}"
     if not store.state.names("embeddings"):
-        return f"It has no embeddings yet: retrotool embed {store.place}, then {index}"
+        return f"It has no embeddings yet: {embed}, then {index}"
     return f"Make it with: {index}"
 
 
 def commands_to_index(store: Store, encoder: str, index: str | None) -> list[str]:
-    """The commands after which an index (None: exact search) has all chunks of a store: embed first, if it must be."""
+    """Return the commands that bring all chunks into an index (None: exact search): embed, then index."""
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
     found = [embed_command(store, encoder)] if left else []
     return found if index is None else [*found, command_line("index", store.place, name=index)]
@@ -110,29 +99,29 @@ class Vectors:
         self._part = lru_cache(_KEPT_PARTS)(lambda part: read_part_vectors(store, encoder, part))
 
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
-        """Vectors, float16 [n, d], of ascending chunk ids; ``CorruptError`` for one that is nobody's."""
+        """Return vectors, float16 [n, d], of ascending chunk ids; raise ``CorruptError`` for unknown ids."""
         found = []
         numbers = part_of(ids)
         starts = np.flatnonzero(np.diff(numbers, prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
             part = int(numbers[start])
             if part < 0 or self._store.state.part_file("chunks", part) is None:
-                raise self._nobody(int(ids[start]))
+                raise self._unknown(int(ids[start]))
             vectors = self._part(part)
             rows = row_of(ids[start:stop])
             if rows[-1] >= len(vectors):
-                raise self._nobody(int(ids[stop - 1]))
+                raise self._unknown(int(ids[stop - 1]))
             found.append(vectors[rows])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _nobody(self, chunk: int) -> CorruptError:
-        return self._store.corrupt(f"an index of {self._store.place} names the chunk {chunk}, which is not there")
+    def _unknown(self, chunk: int) -> CorruptError:
+        return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
 
 
 class _Open:
-    """A store, open for search: at its tombstones, on a device, in ``room`` bytes for each of distances and candidates.
+    """A store opened for search at its tombstones, on a device, with ``room`` bytes per buffer.
 
-    ``allows``: only chunks of documents whose source it allows are searched, see ``index.source_filter``.
+    ``allows``: search only documents whose source it allows, see ``index.source_filter``.
     """
 
     def __init__(
@@ -145,7 +134,7 @@ class _Open:
 
     @property
     def is_restricted(self) -> bool:
-        """Whether only chunks of some sources are searched."""
+        """Whether only some sources are searched."""
         return self._allows is not None
 
     @cached_property
@@ -155,10 +144,10 @@ class _Open:
 
 
 class Database(_Open):
-    """An indexed store, open for search. ``record`` is the index's record, see ``docs/format.md``.
+    """An indexed store, opened for search; ``record`` is the index's record, see ``docs/format.md``.
 
-    Without ``allow_missing`` a broken shard is a ``CorruptError``; with it, ``missing`` has what can't be searched.
-    ``thorough``: three quarters more lists are probed. An index is tuned by its recall@10, training reads the best 2.
+    ``allow_missing``: collect broken shards in ``missing`` instead of raising ``CorruptError``. ``thorough``:
+    probe three quarters more lists, since training reads the best 2, but indexes are tuned by recall@10.
     """
 
     def __init__(
@@ -190,34 +179,34 @@ class Database(_Open):
 
     @property
     def vectors_in_log(self) -> int:
-        """How many vectors the index holds, those of broken shards too."""
+        """Number of vectors in the index, including broken shards."""
         return self._files.vectors
 
     @cached_property
     def trained(self) -> Trained:
-        """What the index is trained to."""
+        """The training of the index."""
         return read_trained(self.store, self.name)[1]
 
     @cached_property
     def shards(self) -> list[InvertedLists]:
-        """The index's shards, mapped once; ``CorruptError`` names one that is broken."""
+        """The mapped shards; raises ``CorruptError`` for a broken one."""
         missing = self.missing.append if self._allow_missing else None
         return list(read_shards(self.store, self.name, self.trained, missing))
 
     @property
     def settings(self) -> list[Any]:
-        """What decides which neighbours are found, besides the vectors that there are.
+        """The settings that affect results, besides the vectors.
 
-        Not the operating point: it changes a little with each part that comes, and each holds the target.
+        Not the operating point: it changes a little with each new part, and always reaches the target.
         """
         return [self.name, self.record.target, self.record.generation]
 
     def held(self) -> list[int]:
-        """Numbers of the parts that are searched, ascending."""
+        """Return the numbers of the parts searched, ascending."""
         return self._files.parts
 
     def reads(self) -> list[str]:
-        """Paths of the files that are searched, which an erase replaces."""
+        """Return paths of the files searched, which an erase replaces."""
         return [entry.path for entry in self._files.shards.values()]
 
     def search(
@@ -230,11 +219,10 @@ class Database(_Open):
         wider: int = 1,
         beyond: int = 0,
     ) -> Best:
-        """The k nearest live keys of each query.
+        """Return the k nearest live keys of each query, probing more lists while there are fewer than k.
 
-        For a query that finds fewer in the lists that it probes, since they are short, or purged, more are probed.
-        ``only``: in the shards that hold any of these parts. ``wider``: in so many times as many lists.
-        ``beyond``: only in lists behind the nearest so many, where there are no sources to be restricted to.
+        ``only``: search only shards with any of these parts. ``wider``: multiply the lists probed.
+        ``beyond``: skip this many nearest lists, if sources are not restricted.
         """
         point = point or self.point
         shards: Sequence[InvertedLists] = self.shards
@@ -256,7 +244,7 @@ class Database(_Open):
     def _search_further(
         self, queries: Queries, k: int, nprobe: int, depth: int, shards: Sequence[Lists], *, all_parts: bool
     ) -> Best:
-        """Search with more and more lists, as long as there are too few neighbours in them."""
+        """Search with more and more lists while results are short."""
         if not all_parts:
             return self._search(queries, k, nprobe, depth, shards)
         held = sum(map(len, shards))
@@ -271,8 +259,8 @@ class Database(_Open):
     def _search(
         self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists], beyond: int = 0
     ) -> Best:
-        # Many queries are compared with the vectors of lists themselves, as long as these stay in memory: it is quicker
-        # than ranking many candidates of each, and finds no less than codes do.
+        # Compare many queries with the vectors of lists, if these stay in memory: faster than re-ranking many
+        # candidates of each, and no less accurate.
         by_vectors = self._fits and not isinstance(self.trained.codec, Whole)
         by_vectors &= len(queries) * nprobe >= _SHARED_LISTS * self.trained.nlist
         search = Search(
@@ -288,11 +276,11 @@ class Database(_Open):
         return self.vectors_in_log * self.trained.d * _VECTOR_BYTES <= memory_of_machine() // 2
 
     def candidates_for(self, k: int) -> int:
-        """Candidates that each of many queries takes for k neighbours."""
+        """Return the candidates that each of many queries takes for k neighbours."""
         return k + SPARE if self._fits else self._depth_for(k, self.point)
 
     def _depth_for(self, k: int, point: Point) -> int:
-        """Candidates by their codes: twice as many if what is allowed may lie far off, where codes tell less."""
+        """Return the re-rank depth, doubled under a source filter: codes are worse for far vectors."""
         depth = point.depth if self._allows is None else 2 * point.depth
         return Point(point.nprobe, depth).depth_for(k, self.trained)
 
@@ -306,17 +294,17 @@ class Database(_Open):
 
 
 def room_in(memory: int | None) -> int:
-    """Bytes for each of distances and candidates where a search may hold ``memory``."""
+    """Return the bytes for each of distances and candidates if a search may use ``memory``."""
     return ROOM if memory is None else max(_LEAST_ROOM, min(ROOM, memory // 6))
 
 
 def rows_in(room: int, depth: int, d: int) -> int:
-    """Queries of d dimensions that can be searched at a time, for ``depth`` candidates, in ``room`` bytes."""
-    return max(1, room // (_BYTES_A_CANDIDATE * depth + _BYTES_A_NUMBER * d))
+    """Return the number of queries searched at a time, for ``depth`` candidates, in ``room`` bytes."""
+    return max(1, room // (_BYTES_PER_CANDIDATE * depth + _BYTES_PER_DIMENSION * d))
 
 
 class ExactDatabase(_Open):
-    """A store as a database that is searched exactly, with the same methods as ``Database``."""
+    """A store searched exactly, with the methods of ``Database``."""
 
     name = NO_INDEX
 
@@ -338,19 +326,19 @@ class ExactDatabase(_Open):
 
     @property
     def settings(self) -> list[Any]:
-        """What decides which neighbours are found, besides the vectors that there are: nothing."""
+        """The settings that affect results, besides the vectors: none."""
         return [NO_INDEX]
 
     def held(self) -> list[int]:
-        """Numbers of the parts that are searched, ascending."""
+        """Return the numbers of the parts searched, ascending."""
         return embedded_parts(self.store, self.encoder)
 
     def reads(self) -> list[str]:
-        """Paths of the files that are searched, which an erase replaces."""
+        """Return paths of the files searched, which an erase replaces."""
         return [parts.part_entry(self.store, "embeddings", part, self.encoder).path for part in self.held()]
 
     def candidates_for(self, k: int) -> int:
-        """Candidates that each query takes for k neighbours."""
+        """Return the candidates that each query takes for k neighbours."""
         return k + SPARE
 
     def search(
@@ -362,7 +350,7 @@ class ExactDatabase(_Open):
         wider: int = 1,  # noqa: ARG002
         beyond: int = 0,  # noqa: ARG002
     ) -> Best:
-        """The k nearest live keys of each query; ``only``: in these parts. There are no lists to search ``wider``."""
+        """Return the k nearest live keys of each query; ``only``: in these parts. Ignores ``wider``."""
         best: Best | None = None
         for part in self.held():
             rows = self._rows(part)
@@ -383,9 +371,9 @@ def nearest_of(
     device: str = "cpu",
     room: int = ROOM,
 ) -> Best:
-    """The k nearest among some vectors and those found ``before``; distances are exact, in float32.
+    """Return the k nearest among some vectors and ``before``, with exact float32 distances.
 
-    ``precise``: they are also found by products in float64, so that of two as good as equal the nearer is first.
+    ``precise``: select by float64 products, to order near ties correctly.
     """
     blocks = []
     for asked in queries.blocks(rows_in(room, k + SPARE, queries.vectors.shape[1])):
@@ -398,18 +386,17 @@ def nearest_of(
 
 
 def merged(one: Best, other: Best, k: int) -> Best:
-    """The k nearest of two lists a query, [q, ·] each, no id twice."""
+    """Merge two results [q, ·] into the k nearest, without repeated ids."""
     again = are_among(other.ids, one.ids)
     distances = np.concatenate([one.distances, np.where(again, np.inf, other.distances)], 1)
     return Best(distances, np.concatenate([one.ids, np.where(again, -1, other.ids)], 1)).nearest(k)
 
 
 def are_among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
-    """Which of ``ids`` [q, n], those of no chunk (−1) left out, are among ``others`` [q, m] of the same query."""
+    """Check which ``ids`` [q, n], except −1, are among ``others`` [q, m] of the same query."""
     blocks = [slice(start, start + _COMPARED) for start in range(0, max(len(ids), 1), _COMPARED)]
     same = [(ids[block, :, None] == others[block, None, :]).any(axis=2) for block in blocks]
     return np.concatenate(same) & (ids >= 0)
 
 
 AnyDatabase = Database | ExactDatabase
-"""A store, open for search: with an index, or exactly."""

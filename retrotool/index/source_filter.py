@@ -1,11 +1,11 @@
-"""Searching only the chunks of some sources: which chunks these are, and how many lists must be probed for them.
+"""Search only the chunks of some sources: find these chunks, and how many lists to probe for them.
 
-The documents' ``source`` is read once, when the first search needs it, and a bit a chunk is kept, 125 MB for a billion.
-Of lists only the allowed vectors are decoded and compared (``ann.lists.SomeLists``).
+The documents' ``source`` is read once, at the first search, and kept as one bit per chunk: 125 MB for a
+billion. Only allowed vectors of a list are decoded and compared (``ann.lists.SomeLists``).
 
-A query's near lists may hold hardly anything that is allowed. So each query probes until the lists hold as many allowed
-vectors as the lists of the operating point hold vectors at all; where candidates are chosen by codes, twice as many are
-ranked. Without that recall@10 within one of five sources would be 0.515 to 0.956, not 0.967 to 1.000
+A query's nearest lists may contain hardly any allowed vectors. So each query probes until its lists contain
+as many allowed vectors as those of the operating point contain in all, and with codes re-ranks twice as many
+candidates. This raises recall@10 within one of five sources from 0.515–0.956 to 0.967–1.000
 (``benchmarks/neighbour_filters.py``).
 """
 
@@ -32,11 +32,11 @@ from retrotool.store.tombstones import read_tombstones
 
 
 class AllowedChunks:
-    """The chunks of a store whose document's source is allowed; ``allows`` judges each source once a part."""
+    """The chunks whose document's source ``allows``, which is called once per source and part."""
 
     def __init__(self, store: Store, allows: Callable[[str], bool]) -> None:
         numbers = store.state.parts()
-        self._first = np.zeros(max(numbers, default=-1) + 1, np.int64)  # of each part, in bits
+        self._first = np.zeros(max(numbers, default=-1) + 1, np.int64)  # first bit of each part
         sizes = [-(-parts.part_entry(store, "chunks", part).rows // 8) for part in numbers]
         self._first[numbers] = 8 * (np.cumsum(sizes) - sizes)
         self._bits = np.zeros(sum(sizes), np.uint8)
@@ -45,26 +45,26 @@ class AllowedChunks:
             table = parts.read_documents(store, part, ["source", "n_chunks"])
             sources = table["source"].combine_chunks().dictionary_encode()
             allowed = np.array([*(allows(name) for name in sources.dictionary.to_pylist()), False])
-            # What is erased has no source: −1, the last.
+            # Erased documents have no source: −1 selects the final False.
             codes = sources.indices.fill_null(-1).to_numpy()
             packed = np.packbits(np.repeat(allowed[codes], table["n_chunks"].to_numpy()))
             start = int(self._first[part]) // 8
             self._bits[start : start + len(packed)] = packed
 
     def contains(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Which chunks of the store are allowed, bool [n]."""
+        """Return which chunks are allowed, bool [n]."""
         place = self._first[part_of(ids)] + row_of(ids)
         found: npt.NDArray[np.bool_] = (self._bits[place >> 3] << (place & 7) & 0x80) > 0
         return found
 
     def rows(self, part: int) -> npt.NDArray[np.bool_]:
-        """Which rows of a part are allowed, bool [n]."""
+        """Return which rows of a part are allowed, bool [n]."""
         start = int(self._first[part]) // 8
         return np.unpackbits(self._bits[start:], count=self._rows[part]).astype(np.bool_)
 
 
 def source_names(store: Store) -> Iterator[set[str]]:
-    """The sources of live documents, part by part: a source may come up in several parts."""
+    """Yield the sources of live documents for each part; parts may share sources."""
     tombstones = read_tombstones(store)
     for part in store.state.parts():
         sources = parts.read_documents(store, part, ["source"])["source"]
@@ -75,7 +75,7 @@ def source_names(store: Store) -> Iterator[set[str]]:
 def find_sources(
     databases: Iterable[Store], keyed: Callable[[str], str], hashes: Collection[str], parts_of_each: int | None = None
 ) -> dict[str, str]:
-    """The names of sources by their keyed hashes, of those that are found; ``parts_of_each``: in so many parts."""
+    """Return source names by their keyed hashes, looking in up to ``parts_of_each`` parts per store."""
     found: dict[str, str] = {}
     if not hashes:
         return found
@@ -90,9 +90,10 @@ def find_sources(
 def probes_by_query(
     trained: Trained, vectors: npt.NDArray[np.float32], nprobe: int, some: Sequence[SomeLists]
 ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """(lists to probe, queries) of queries [q, d], which search ``some`` of what the lists hold.
+    """Yield (lists to probe, queries) for queries [q, d] that search ``some`` lists.
 
-    A query's lists hold as many vectors that are wanted as its nearest ``nprobe`` lists hold at all, or are all lists.
+    The lists probed contain as many wanted vectors as the nearest ``nprobe`` contain in all, or are all
+    lists.
     """
     if trained.centroids is None:
         yield nprobe, np.arange(len(vectors))

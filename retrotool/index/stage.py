@@ -1,13 +1,14 @@
-"""``index``: codes of a store's vectors in faiss files, by a training of its own.
+"""The ``index`` stage: encode a store's vectors into faiss files, after training.
 
-Only keys are indexed, trained on and counted. The first task trains (``index.training``); then each *window* of parts
-is a task: find the lists, make the codes, write a faiss file. A window has up to ``shard_rows`` keys, in the order of
-parts, whether they are embedded yet or not: so two runs that index the same part at once want the same slot, and the
-second one is refused. Parts that are embedded later go into further shards, ``shard-0003.1``; ``merge`` joins those of
-a window. What is purged is coded too until it is erased, since a purge can be undone; a search masks it.
+Only keys are indexed, trained on and counted. The first task trains (``index.training``); then each *window*
+of parts is a task: assign lists, encode, write a faiss file. A window has up to ``shard_rows`` keys in the
+order of parts, embedded or not, so two runs that index the same part concurrently use the same slot, and the
+second is refused. Parts embedded later go into further shards, ``shard-0003.1``; ``merge`` joins those of a
+window. Purged vectors are indexed until they are erased, since a purge can be undone; searches mask them.
 
-The coarse quantiser is in a shard while it is at most ``QUANTIZER_SHARE`` of it, else only in the training. Memory: the
-sample while training; the codes of one shard, twice, and 32 bytes a vector while it is written.
+A shard contains the coarse quantiser if that is at most ``QUANTIZER_SHARE`` of it; otherwise only the
+training does. Memory: the training sample; then the codes of one shard, twice, plus 32 bytes per vector while
+it is written.
 """
 
 from __future__ import annotations
@@ -28,13 +29,7 @@ from retrotool.embed import search_scope
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import check_sum, read_shard, read_trained, write_index
-from retrotool.index.index_records import (
-    SHARD,
-    IndexFiles,
-    ShardRecord,
-    TrainingRecord,
-    as_about,
-)
+from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, TrainingRecord, as_about
 from retrotool.index.training import SEED, check_finite, imbalance, train
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
@@ -48,19 +43,19 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
 
 SHARD_ROWS = 1 << 20
-_LISTS_IN_A_SHARD = 16
-"""Vectors a list that a shard has at least by default: with fewer, looking at a list costs more than going through."""
+_MIN_PER_LIST = 16  # vectors per list and shard: with fewer, opening a list costs more than scanning it
 QUANTIZER_SHARE = 0.05
 _BLOCK_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
 
 
 @dataclass(frozen=True, slots=True)
 class IndexStage:
-    """All parts of an encoder's embeddings that a generation of the index ``index`` does not hold.
+    """Index all embedded parts that a generation of ``index`` does not contain yet.
 
-    ``wanted`` counts when it is trained. ``devices`` are those of the worker processes. ``shard`` (i, n): this is job i
-    of n. ``merge``: join the shards of each window instead. ``broken``: paths of shards to be
-    coded anew first. ``trained``: the training was there when the command began, so it is not for this run to make.
+    * ``wanted``: options for training. ``trained``: the training existed at the start, so this run must not
+      train.
+    * ``devices``: one per worker. ``shard`` (i, n): this is job i of n.
+    * ``merge``: join the shards of each window instead. ``broken``: paths of shards to rebuild first.
     """
 
     index: str
@@ -76,20 +71,20 @@ class IndexStage:
     unit: str = field(default="chunk", init=False)
 
     def of_worker(self, number: int) -> IndexStage:
-        """What a worker process is to open: with its own device."""
+        """Return the stage for a worker process, with its own device."""
         return replace(self, devices=(self.devices[number % len(self.devices)],))
 
     def files(self, state: State) -> IndexFiles:
-        """The files of the generation that is built."""
+        """Return the files of the generation being built."""
         return IndexFiles(state, self.index, self.generation)
 
     def plan(self, store: Store) -> list[Task]:
-        """First the training, if there is none; then one task a new shard, or a merge."""
+        """Plan the training if there is none; otherwise one task per new shard or merge."""
         made_with = IndexFiles(store.state, self.index).encoder
         if made_with not in (None, self.encoder):
             raise UsageError(
-                f"index {self.index!r} is of the encoder {made_with!r}, not {self.encoder!r}",
-                "Give the new index a name of its own with --name.",
+                f"index {self.index!r} was built for encoder {made_with!r}, not {self.encoder!r}",
+                "Choose another name for the new index with --name.",
             )
         files = self.files(store.state)
         if files.trained is None:
@@ -133,7 +128,6 @@ class IndexStage:
     def _coding(
         self, store: Store, files: IndexFiles, label: str, settings: dict[str, Any], rows: int, inputs: dict[str, Any]
     ) -> Task:
-        """The task that codes some parts."""
         assert files.trained is not None
         paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in inputs["parts"]]
         key = self._key(settings, [files.trained.path, *paths])
@@ -154,32 +148,30 @@ class IndexStage:
         return tasks
 
     def open(self, store: Store) -> IndexWorker:
-        """Nothing to load."""
+        """Return the worker."""
         return IndexWorker(store, self)
 
 
 def superseded(name: str) -> ConflictError:
-    """What a run meets whose index another run has trained anew, or dropped."""
-    return ConflictError(
-        f"index {name!r} was trained anew, or dropped, by another run meanwhile", "Run the same command again."
-    )
+    """Return the error for an index that another run retrained or dropped."""
+    return ConflictError(f"index {name!r} was retrained or dropped by another run", "Run the same command again.")
 
 
 def choose_for(store: Store, encoder: str, wanted: IndexWishes) -> tuple[IndexChoice, int]:
-    """The index that suits what is embedded, and of how many vectors that is."""
+    """Return the index that suits the embedded vectors, and their number."""
     n = search_scope.count_keys_of(store, search_scope.embedded_parts(store, encoder))
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
     return choose_index(n, d, wanted), n
 
 
 def default_shard_rows(choice: IndexChoice, memory: int | None) -> int:
-    """Vectors of a shard: a million, more where there are very many lists, less where memory is small."""
-    rows = max(SHARD_ROWS, _LISTS_IN_A_SHARD * choice.nlist)
+    """Return the vectors per shard: a million, more for very many lists, fewer in little memory."""
+    rows = max(SHARD_ROWS, _MIN_PER_LIST * choice.nlist)
     return rows if memory is None else max(1, min(rows, memory // (7 * choice.bytes_per_vector)))
 
 
 def _windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
-    """(number, parts) of each window: consecutive parts with up to ``shard_rows`` keys, or a single larger one."""
+    """Yield (number, parts) of windows: consecutive parts of up to ``shard_rows`` keys, or one larger."""
     number, window, rows = 0, list[int](), 0
     for part in store.state.parts():
         size = parts.n_keys(parts.part_entry(store, "chunks", part))
@@ -193,13 +185,13 @@ def _windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
 
 
 def _free_slot(taken: Mapping[str, Any], window: int, generation: int) -> str:
-    """The next slot of a window: ``shard-0003``, or ``shard-0003.1`` if that is there."""
+    """Return the next free slot of a window: ``shard-0003``, ``shard-0003.1`` and so on."""
     numbered = (f"{SHARD}{window:04d}" + (f".{further}" if further else "") for further in itertools.count())
     return next(slot for one in numbered if (slot := generation_slot(one, generation)) not in taken)
 
 
 class IndexWorker:
-    """Trains, writes shards and merges them."""
+    """Trains, writes and merges shards."""
 
     def __init__(self, store: Store, stage: IndexStage) -> None:
         self._store = store
@@ -207,7 +199,7 @@ class IndexWorker:
         self._device = stage.devices[0]
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Do one task."""
+        """Run one task."""
         self._store.refresh()
         try:
             if task.inputs.get("train"):
@@ -225,15 +217,15 @@ class IndexWorker:
         rows = search_scope.SearchableRows(store, search_scope.embedded_parts(store, stage.encoder), tombstones)
         done = 0.0
 
-        def told(share: float) -> None:
+        def progress(share: float) -> None:
             nonlocal done
             before, done = done, min(done + share, 1.0)
             report(int(done * task.weight) - int(before * task.weight))
 
-        # Shards hold purged vectors, too, as a purge can be undone.
+        # Shards include purged vectors, as a purge can be undone.
         left_out = Tombstones(np.union1d(read_rejected(store).ids, search_scope.erased_chunks(store).ids))
         memory = stage.wanted.memory
-        trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=told)
+        trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=progress)
         report(task.weight - int(done * task.weight))
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
@@ -303,10 +295,10 @@ class IndexWorker:
 def _coded(
     store: Store, encoder: str, numbers: Sequence[int], trained: Trained, device: str, report: Report
 ) -> tuple[Ids, Ids, npt.NDArray[np.uint8], list[list[float]]]:
-    """Lists [n], chunk ids [n] and codes [n, size] of parts, and how well the training fits each part.
+    """Return lists [n], chunk ids [n] and codes [n, size] of parts, and how well the training fits each part.
 
-    Of all vectors that are not erased, purged ones too: a purge can be undone. A fit is the vectors of a part, and
-    their mean squared distances to their centroids and, of residuals, to their codes.
+    Includes purged vectors, as a purge can be undone. A fit is a part's number of vectors, their mean squared
+    distance to their centroids and, for residuals, to their codes.
     """
     most, n, fit = sum(search_scope.count_keys(store, part) for part in numbers), 0, list[list[float]]()
     in_lists, ids = np.empty(most, np.int64), np.empty(most, np.int64)

@@ -1,9 +1,7 @@
-"""Training an index on a random sample of a store's vectors.
+"""Train an index on a random sample of a store's vectors: lists, rotation and codes (``retrotool.ann``).
 
-The sample is drawn over all parts in proportion, from a seed: the first n vectors are of few sources, and lists that
-fit these serve the others badly. It is held as float16, at most half of the memory that was asked for. Then: k-means
-for the lists, a rotation for the residuals, tables for their codes (``retrotool.ann``). Deterministic from the seed on
-a CPU.
+The sample covers all parts in proportion: the first n vectors come from few sources and would fit the others
+badly. It is held as float16 in at most half of the memory limit. Deterministic for a seed on a CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
+from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.errors import CorruptError
 from retrotool.lazy import torch
@@ -26,7 +25,6 @@ from retrotool.store.parts import join_id
 from retrotool.store.store import Store
 
 SEED = 0
-"""Of all that is drawn."""
 _KMEANS_SHARE = 0.8
 _MEASURED = 1 << 12
 _LEAST_CODE_SAMPLE = 16 * 256
@@ -34,10 +32,10 @@ _LEAST_CODE_SAMPLE = 16 * 256
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training, and how it fits its own sample of ``sample`` vectors.
+    """A training and how it fits its ``sample`` of vectors.
 
-    ``error`` and ``code_error`` are mean squared distances to the centroids and, of residuals, to what their codes
-    stand for; ``imbalance`` is n·Σ(share of list)², 1 if all lists are as long.
+    ``error`` and ``code_error``: mean squared distances to centroids and, for residuals, to their codes.
+    ``imbalance``: n·Σ(share of list)², 1 if all lists are equally long.
     """
 
     trained: Trained
@@ -48,7 +46,7 @@ class Training:
 
 
 def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
-    """Vectors to train on."""
+    """Return the number of vectors to train on."""
     most = max(SAMPLES_A_LIST * choice.nlist, codes.SAMPLE)
     if memory is not None:
         most = min(most, max(memory // (4 * choice.d), choice.nlist))
@@ -56,7 +54,7 @@ def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
 
 
 def _code_sample(choice: IndexChoice, memory: int | None) -> int:
-    """Vectors to learn codes from; as float32, and three times over, they take a quarter of the memory."""
+    """Return the number of vectors to train codes on: as float32, three times, a quarter of the memory."""
     if memory is None:
         return codes.SAMPLE
     return min(codes.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
@@ -72,7 +70,7 @@ def train(
     device: str = "cpu",
     report: Callable[[float], object] = lambda _: None,
 ) -> Training:
-    """Train the index of ``choice`` on the searchable ``rows`` of parts; ``report`` is told shares of the work."""
+    """Train the index of ``choice`` on the searchable ``rows``; report shares of the work done."""
     if choice.nlist == 0:
         report(1.0)
         return Training(Trained(choice.d, Whole(choice.coded, choice.code)), 0)
@@ -93,13 +91,8 @@ def train(
         rotation = codes.train_rotation(residuals, choice.pieces, choice.rotated, seed=SEED)
         residuals, centroids = residuals @ rotation.T, centroids @ rotation.T
     codec = _codec(choice, residuals)
-    trained = Trained(
-        choice.d,
-        codec,
-        centroids.cpu().numpy(),
-        None if rotation is None else rotation.cpu().numpy(),
-        choice.nlist,
-    )
+    turned = None if rotation is None else rotation.cpu().numpy()
+    trained = Trained(choice.d, codec, centroids.cpu().numpy(), turned, choice.nlist)
     found = Training(
         trained,
         size,
@@ -112,9 +105,9 @@ def train(
 
 
 def imbalance(numbers: npt.NDArray[np.int64], nlist: int) -> float:
-    """How uneven lists are, n·Σ(share of list)², less what chance alone makes of it; 1: all are as long.
+    """Return n·Σ(share of list)² of the lists ``numbers`` [s], corrected for chance; 1: equally long.
 
-    ``numbers`` [s] are the lists of vectors: of these alone the sum is about 1/s too high.
+    Without the correction, the sum would be about 1/s too high.
     """
     if not len(numbers):
         return 1.0
@@ -136,7 +129,7 @@ def _code_error(codec: Codec, residuals: torch.Tensor) -> float:
 
 
 def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) -> npt.NDArray[np.float16]:
-    """``size`` searchable vectors, float16, drawn at random over all parts; ``CorruptError`` for one that is not."""
+    """Return ``size`` random searchable vectors, float16; raise ``CorruptError`` if one is not finite."""
     sample = np.empty((size, read_part_vectors(store, encoder, next(iter(rows))).shape[1]), np.float16)
     done = 0
     for part, chosen in rows.draw(size, SEED):
@@ -148,11 +141,11 @@ def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) ->
 
 
 def check_finite(store: Store, vectors: npt.NDArray[np.float16], part: int, rows: npt.NDArray[np.int64]) -> None:
-    """``CorruptError`` that names the first vector, float16 [n, d] at ``rows`` of a part, that is not finite."""
+    """Raise ``CorruptError`` naming the first of a part's ``vectors``, at ``rows``, that is not finite."""
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         row = int(rows[int(np.argmin(finite))])
         raise CorruptError(
             f"the vector of chunk {join_id(part, row)} (part {part}, row {row}) is not finite",
-            f"Embed the store under another name, with --name, and index that; or see: retrotool verify {store.place}",
+            f"Embed the store under another --name and index that, or run: {command_line('verify', store.place)}",
         )

@@ -85,7 +85,7 @@ def test_ids_tokens_vectors_and_neighbours_are_those_of_the_snapshot(cli, tmp_pa
     assert chunked.returncode == 3, chunked.stderr
     for command in (
         ("embed", store, "--encoder", encoder),
-        ("index", store, "--queries", 50),
+        ("index", store, "--sample", 50),
         ("neighbours", store, "--saved", SAVED),
     ):
         done = cli(*command)

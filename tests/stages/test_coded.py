@@ -116,7 +116,7 @@ def copy(made: dict[str, Path], tmp_path: Path) -> Path:
 def built(shared: Shared[Path], made: dict[str, Path]) -> Path:
     def build(folder: Path) -> Path:
         store = copy_store(made["sorted"], folder / "store")
-        api.index(store, options=Options(dataclasses.replace(CODED, shard_rows=4000), queries=SOME))
+        api.index(store, options=Options(dataclasses.replace(CODED, shard_rows=4000), sample=SOME))
         return store
 
     return shared("coded index", build)
@@ -149,7 +149,7 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
     results = {}
     for order in ("sorted", "shuffled"):
         store = copy_store(made[order], tmp_path / order)
-        results[order] = api.index(store, options=Options(CODED, queries=SOME))
+        results[order] = api.index(store, options=Options(CODED, sample=SOME))
         assert results[order].holds and results[order].recall_at_10 >= 0.95
         assert results[order].bytes_per_vector == 24
         assert abs(true_recall(store) - results[order].recall_at_10) <= 0.015
@@ -177,28 +177,28 @@ def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -
 
 def test_tuning_and_evaluating_do_not_build(built_copy: Path) -> None:
     before = api.info(built_copy).indexes["main"]
-    low = api.index(built_copy, target_recall=0.7, options=Options(queries=SOME))
+    low = api.index(built_copy, target_recall=0.7, options=Options(sample=SOME))
     assert low.shards == len(before["shards"]) and api.info(built_copy).indexes["main"]["shards"] == before["shards"]
     assert (low.nprobe, low.depth) < (before["nprobe"], before["depth"])
-    again = index_run.evaluate(built_copy, queries=SOME)
+    again = index_run.evaluate(built_copy, sample=SOME)
     assert (again.nprobe, again.depth, again.queries, again.target) == (low.nprobe, low.depth, SOME, 0.7)
     assert abs(again.recall_at_10 - low.recall_at_10) <= again.recall_error + low.recall_error
     commit = again.commit
-    assert api.index(built_copy, target_recall=0.7, options=Options(queries=SOME)).commit == commit, (
+    assert api.index(built_copy, target_recall=0.7, options=Options(sample=SOME)).commit == commit, (
         "nothing is left to do"
     )
-    assert api.index(built_copy, target_recall=0.7, options=Options(tune=True, queries=FEW)).commit > commit
+    assert api.index(built_copy, target_recall=0.7, options=Options(tune=True, sample=FEW)).commit > commit
 
 
 def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) -> None:
-    low = api.index(built_copy, target_recall=0.7, options=Options(queries=FEW))
-    again = api.index(built_copy, options=Options(queries=FEW))
+    low = api.index(built_copy, target_recall=0.7, options=Options(sample=FEW))
+    again = api.index(built_copy, options=Options(sample=FEW))
     assert (again.target, again.commit) == (0.7, low.commit)
-    anew = api.index(built_copy, options=Options(IndexWishes(memory=10**9), retrain=True, queries=FEW))
+    anew = api.index(built_copy, options=Options(IndexWishes(memory=10**9), retrain=True, sample=FEW))
     assert (anew.target, anew.factory) == (0.7, CODED.factory)
-    other = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, queries=FEW))
+    other = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, sample=FEW))
     assert other.factory == "IVF8,SQ8"
-    third = api.index(built_copy, options=Options(retrain=True, queries=FEW))
+    third = api.index(built_copy, options=Options(retrain=True, sample=FEW))
     assert third.factory == "IVF8,SQ8"
     trained = Store.open(built_copy).state.file("index", "trained.g3", "main")
     assert trained is not None and trained.about is not None
@@ -250,14 +250,14 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
 ) -> None:
     grow(built_copy, tiny_encoder)
     before = set(api.info(built_copy).indexes["main"]["shards"])
-    result = api.index(built_copy, options=Options(queries=SOME))
+    result = api.index(built_copy, options=Options(sample=SOME))
     assert result.added == 2500 and result.vectors == 3 * PER_SOURCE + 2500
     assert before < set(api.info(built_copy).indexes["main"]["shards"]), "old shards are left alone"
     assert result.drift is not None and result.drift.new == 2500
     assert result.drift.error > 1.15 and "times as far from their centroids" in result.drift.due
-    assert "recall@10 of what was added since the training" in result.due, "which says more"
+    assert "recall@10 of vectors added since training" in result.due, "which says more"
     assert set(result.groups["part"]) == {"trained on", "added since"}
-    fresh = api.index(built_copy, name="fresh", options=Options(CODED, queries=SOME))
+    fresh = api.index(built_copy, name="fresh", options=Options(CODED, sample=SOME))
     assert fresh.due == ""
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
     victims = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
@@ -274,8 +274,8 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     )
     assert api.verify(built_copy).problems == []
     left = 3 * PER_SOURCE + 2500 - len(victims)
-    assert api.index(built_copy, name="main", options=Options(queries=SOME)).vectors == left
-    refreshed = api.index(built_copy, name="anew", options=Options(CODED, queries=SOME))
+    assert api.index(built_copy, name="main", options=Options(sample=SOME)).vectors == left
+    refreshed = api.index(built_copy, name="anew", options=Options(CODED, sample=SOME))
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "anew")) <= 0.02
     assert refreshed.vectors == left
 
@@ -286,10 +286,10 @@ def test_purged_vectors_that_a_training_left_out_are_no_growth_of_the_index(
     victims = [f"{s}-{i}" for s in SOURCES for i in range(PER_SOURCE) if i % 6]
     (tmp_path / "ids").write_text("\n".join(victims))
     api.purge(copy, api.Selectors(document=tmp_path / "ids"), reason="test")
-    made = api.index(copy, options=Options(PLAIN, queries=FEW))
+    made = api.index(copy, options=Options(PLAIN, sample=FEW))
     assert made.vectors == 3 * PER_SOURCE, "a purge can be undone"
     grow(copy, tiny_encoder, "books", PER_SOURCE, 1500)
-    grown = api.index(copy, options=Options(queries=FEW)).drift
+    grown = api.index(copy, options=Options(sample=FEW)).drift
     assert grown is not None and (grown.new, grown.vectors, grown.due) == (1500, 3 * PER_SOURCE + 1500, "")
     assert grown.grown == pytest.approx(1 + 1500 / (3 * PER_SOURCE))
 
@@ -308,20 +308,20 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
 
     with monkeypatch.context() as patch, pytest.raises(Stop):  # all is built, and not switched yet
         patch.setattr(index_run, "measure_until_committed", stop)
-        api.index(built_copy, options=Options(PLAIN, retrain=True, queries=FEW))
+        api.index(built_copy, options=Options(PLAIN, retrain=True, sample=FEW))
     between = api.info(built_copy).indexes["main"]
     assert (between["trained"], between["shards"]) == (old["trained"], old["shards"])
     assert api.verify(built_copy).problems == []
     true_recall(built_copy)
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
-    result = api.index(built_copy, options=Options(PLAIN, retrain=True, queries=FEW))
+    result = api.index(built_copy, options=Options(PLAIN, retrain=True, sample=FEW))
     assert Store.open(built_copy).state.file("index", "trained.g1", "main") == begun, "it goes on where it stopped"
     assert result.vectors == 3 * PER_SOURCE + 2500 and result.due == ""
     now = api.info(built_copy).indexes["main"]
     assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
     assert not any(stored_file(built_copy, path).exists() for path in (*old["shards"], old["trained"]))
     assert api.verify(built_copy).problems == []
-    third = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, queries=FEW))
+    third = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, sample=FEW))
     assert third.factory == "IVF8,SQ8" and api.info(built_copy).indexes["main"]["generation"] == 2
     assert api.verify(built_copy).problems == []
 
@@ -329,13 +329,13 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
 def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     for source in ("late", "other"):
         grow(built_copy, tiny_encoder, source, n=300)
-        result = api.index(built_copy, options=Options(queries=FEW))
+        result = api.index(built_copy, options=Options(sample=FEW))
     state = Store.open(built_copy).state
     further = [slot for slot in IndexFiles(state, "main").shards if re.fullmatch(r"shard-\d{4}\.\d", slot)]
     assert further
     queries = Queries.plain(read_plain(built_copy).vectors[::50])
     before = Database(Store.open(built_copy)).search(queries, 10)
-    joined = api.index(built_copy, options=Options(merge=True, queries=FEW))
+    joined = api.index(built_copy, options=Options(merge=True, sample=FEW))
     after = Database(Store.open(built_copy)).search(queries, 10)
     assert joined.shards == result.shards - len(further) and joined.vectors == result.vectors
     assert joined.drift is not None and result.drift is not None
@@ -343,14 +343,14 @@ def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[
     assert told == before_it and told.new == 600, "parts are told apart in a joined shard, too"
     assert np.array_equal(before.ids, after.ids)
     assert api.verify(built_copy).problems == []
-    assert api.index(built_copy, options=Options(merge=True, queries=FEW)).commit == joined.commit
+    assert api.index(built_copy, options=Options(merge=True, sample=FEW)).commit == joined.commit
 
 
 def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], tiny_encoder: Path) -> None:
     """Its codes, or ids, would get a right sum."""
     for source in ("late", "other"):
         grow(built_copy, tiny_encoder, source, n=300)
-        api.index(built_copy, options=Options(queries=FEW))
+        api.index(built_copy, options=Options(sample=FEW))
     further = [slot for slot in IndexFiles(Store.open(built_copy).state, "main").shards if slot.count(".")]
     for slot, place in ((further[0], -8), (further[0].split(".")[0], -2000)):
         store = copy_store(built_copy, built_copy.parent / f"broken{place}")
@@ -359,10 +359,10 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
         data[place] ^= 4
         path.write_bytes(data)
         with pytest.raises(CorruptError, match=path.name) as error:
-            api.index(store, options=Options(merge=True, queries=FEW))
+            api.index(store, options=Options(merge=True, sample=FEW))
         assert error.value.exit_code == 12 and "--repair" in error.value.advice
-        api.index(store, options=Options(repair=True, queries=FEW))
-        assert api.index(store, options=Options(merge=True, queries=FEW)).vectors == 3 * PER_SOURCE + 600
+        api.index(store, options=Options(repair=True, sample=FEW))
+        assert api.index(store, options=Options(merge=True, sample=FEW)).vectors == 3 * PER_SOURCE + 600
         assert api.verify(store).problems == []
 
 
@@ -400,7 +400,7 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     told = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
     assert told["missing"]["shards"] == [path_in_store(built_copy, path)]
     assert told["missing"]["share"] == pytest.approx(share)
-    result = api.index(built_copy, options=Options(repair=True, queries=FEW))
+    result = api.index(built_copy, options=Options(repair=True, sample=FEW))
     assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
     assert api.verify(built_copy).problems == []
 
@@ -416,7 +416,7 @@ def test_a_shard_that_names_a_chunk_that_is_not_there_is_corrupt(built_copy: Pat
     shard.write_bytes(faiss.serialize_index(index).tobytes())
     rewrite_sums(shard)
     queries = Queries.plain(read_plain(built_copy).vectors[:300])
-    with pytest.raises(CorruptError, match="names the chunk"):
+    with pytest.raises(CorruptError, match="refers to chunk"):
         Database(Store.open(built_copy), allow_missing=True).search(queries, 10, Point(64, 4000))
 
 
@@ -449,7 +449,7 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
 
 
 def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
-    api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), default=True, queries=FEW))
+    api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), default=True, sample=FEW))
     assert Database(Store.open(built_copy)).name == "exact"
     assert Database(Store.open(built_copy), "main").name == "main"
     with pytest.raises(UsageError, match="no index 'nought'"):
@@ -460,22 +460,22 @@ def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="no index 'exact'"):
         index_run.drop(built_copy, name="exact")
     assert api.verify(built_copy).problems == []
-    again = api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), queries=FEW))
+    again = api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), sample=FEW))
     assert again.recall_at_10 == 1.0 and api.verify(built_copy).problems == []
 
 
 def test_an_index_that_is_there_is_not_another_one_in_silence(built_copy: Path) -> None:
-    with pytest.raises(UsageError, match="trained already, as OPQ16,IVF64,PQ16") as error:
-        api.index(built_copy, options=Options(IndexWishes(nlist=32), queries=FEW))
+    with pytest.raises(UsageError, match="already trained, as OPQ16,IVF64,PQ16") as error:
+        api.index(built_copy, options=Options(IndexWishes(nlist=32), sample=FEW))
     assert "--retrain" in error.value.advice
-    with pytest.raises(UsageError, match="two things"):
-        api.index(built_copy, options=Options(merge=True, retrain=True, queries=FEW))
+    with pytest.raises(UsageError, match="can.t be combined"):
+        api.index(built_copy, options=Options(merge=True, retrain=True, sample=FEW))
 
 
 def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dict[str, Path]) -> None:
     rows = [{"id": f"new-{i}", "text": f"new{i}"} for i in range(30)]
     api.chunk(copy, [str(write_jsonl(copy.parent / "new.jsonl", rows))])
-    result = api.index(copy, options=Options(PLAIN, queries=FEW))
+    result = api.index(copy, options=Options(PLAIN, sample=FEW))
     assert (result.vectors, result.not_embedded) == (3 * PER_SOURCE, 30)
     assert "embed" in result.next[0]
 
@@ -493,16 +493,16 @@ def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch
     path.write_bytes(data.getvalue())
     rewrite_sums(path)
     with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
-        api.index(copy, options=Options(IndexWishes(factory="IVF64,SQ8"), queries=FEW))
+        api.index(copy, options=Options(IndexWishes(factory="IVF64,SQ8"), sample=FEW))
     assert "main" not in Store.open(copy).state.with_prefix("index:")
 
 
 def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
     built_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = api.index(built_copy, target_recall=0.8, options=Options(queries=1000))
+    whole = api.index(built_copy, target_recall=0.8, options=Options(sample=1000))
     monkeypatch.setattr(recall.find_truth, "__kwdefaults__", {**recall.find_truth.__kwdefaults__, "budget": 5_000_000})
-    sampled = index_run.evaluate(built_copy, queries=1000)
+    sampled = index_run.evaluate(built_copy, sample=1000)
     assert 0.3 < sampled.share < 0.5 and whole.share == 1
     assert (sampled.nprobe, sampled.depth) == (whole.nprobe, whole.depth)
     assert sampled.recall_error > whole.recall_error
@@ -513,7 +513,7 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
 def test_memory_chooses_the_code(copy: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrotool.ann.choice.FLAT_LIMIT", 5000)
     monkeypatch.setattr("retrotool.ann.choice.DEFAULT_CODE", 16)
-    result = api.index(copy, options=Options(IndexWishes(memory=memory), queries=FEW))
+    result = api.index(copy, options=Options(IndexWishes(memory=memory), sample=FEW))
     size = result.vectors * result.bytes_per_vector + result.trained_bytes
     assert size <= memory or result.factory.endswith("PQ8")
     assert ("read from disk" in result.why) == (size > memory)
@@ -543,7 +543,7 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         ("lists", IndexWishes(nlist=min(n, 4))),
         ("half", IndexWishes(nlist=1, code="float16")),
     ):
-        result = api.index(store, name=name, options=Options(wanted, queries=FEW))
+        result = api.index(store, name=name, options=Options(wanted, sample=FEW))
         assert result.vectors == n
         found = Database(Store.open(store), name).search(Queries.plain(vectors[:5].astype(np.float32)), 3)
         assert (found.ids[:, 0] >= 0).all() and (found.distances[:, 0] <= 1e-3).all()
@@ -551,7 +551,7 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         assert api.verify(store).problems == []
     if n > 1:
         with pytest.raises(UsageError, match="product codes need 9,984 vectors"):
-            api.index(store, name="coded", options=Options(IndexWishes(nlist=1, code="pq8"), queries=FEW))
+            api.index(store, name="coded", options=Options(IndexWishes(nlist=1, code="pq8"), sample=FEW))
 
 
 def test_a_store_whose_chunks_are_all_purged_finds_nothing(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -559,25 +559,25 @@ def test_a_store_whose_chunks_are_all_purged_finds_nothing(tmp_path: Path, tiny_
     rows = [{"id": "a", "text": "word"}]
     api.chunk(store, [str(write_jsonl(tmp_path / "in.jsonl", rows))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="no embeddings"):
-        api.index(store, options=Options(queries=FEW))
+        api.index(store, options=Options(sample=FEW))
     api.embed(store, encoder=str(tiny_encoder))
     (tmp_path / "ids").write_text("a\n")
     api.purge(store, api.Selectors(document=tmp_path / "ids"), reason="test")
-    result = api.index(store, options=Options(queries=FEW))
+    result = api.index(store, options=Options(sample=FEW))
     assert (result.vectors, result.recall_at_10) == (1, 1.0)
     assert retrotool.open(store).search("word", encoder=retrotool.open(store).load_encoder()) == []
 
 
 def test_a_generation_that_was_given_up_is_taken_away(built_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_run, "measure_until_committed", lambda *_, **__: None)
-    api.index(built_copy, options=Options(PLAIN, retrain=True, queries=FEW))
+    api.index(built_copy, options=Options(PLAIN, retrain=True, sample=FEW))
 
     def files(state: State) -> set[str]:
         return {slot for slot in state.group("index", "main") if slot.endswith(".g1")}
 
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert len(files(Store.open(built_copy).state)) >= 2 and begun is not None
-    api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, queries=FEW))
+    api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, sample=FEW))
     other = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert other is not None and other.path != begun.path and (other.about or {})["factory"] == "IVF8,SQ8"
     assert api.verify(built_copy).problems == []

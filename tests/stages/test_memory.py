@@ -75,12 +75,12 @@ def run(*arguments: object) -> tuple[dict[str, Any], int]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to see a process's memory in")
 def test_memory_stays_under_what_was_asked_however_large_the_store(stores: dict[int, Path]) -> None:
     assert LARGE * D * 2 > 1.4 * ASKED, "the embeddings do not fit"
-    asked = ("--memory", ASKED, "--queries", 500)
+    asked = ("--memory", ASKED, "--sample", 500)
     _, program = run("index", stores[SMALL], *asked, "--nlist", 16)
     built, building = run("index", stores[LARGE], *asked)
     assert built["vectors"] == LARGE and built["nlist"] > 1 and built["holds"]
     assert building - program <= ASKED
-    again, evaluating = run("index", stores[LARGE], "--evaluate", "--queries", 2000)
+    again, evaluating = run("index", stores[LARGE], "--evaluate", "--sample", 2000)
     assert evaluating - program <= ASKED, "what it was trained in counts from then on"
     assert abs(again["recall_at_10"] - built["recall_at_10"]) <= built["recall_error"] + again["recall_error"]
     merged, merging = run("index", stores[LARGE], "--merge")

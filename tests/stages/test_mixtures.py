@@ -331,4 +331,4 @@ def test_an_index_can_be_dropped_where_there_are_mixtures(here: Path) -> None:
     mix(("books", None))
     api.index("training")
     told = run("index", "training", "--drop", "--name", "main")
-    assert told.exit_code == 0 and "stay as they are" not in told.stdout
+    assert told.exit_code == 0 and "are kept" not in told.stdout
