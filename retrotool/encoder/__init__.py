@@ -1,7 +1,7 @@
-"""The encoder: a frozen BERT that turns chunks into vectors, fast and provably the same as ``transformers`` does.
+"""The encoder: a frozen BERT that turns chunks into vectors equal to those of ``transformers``, but faster.
 
-``find_encoder`` says what an encoder is, ``Encoder`` loads it and embeds. The BERT family runs through a forward of our
-own without padding (``retrotool.encoder.packed``), every other model through ``transformers``.
+``find_encoder`` describes an encoder; ``Encoder`` loads it and embeds. The BERT family runs without padding
+(``encoder.packed``), other models run through ``transformers``.
 """
 
 from retrotool.encoder.batches import Rows
@@ -9,12 +9,4 @@ from retrotool.encoder.devices import find_devices
 from retrotool.encoder.encoder import Encoder, cosines
 from retrotool.encoder.encoder_identity import EncoderIdentity, find_encoder, plain_name
 
-__all__ = [
-    "Encoder",
-    "EncoderIdentity",
-    "Rows",
-    "cosines",
-    "find_devices",
-    "find_encoder",
-    "plain_name",
-]
+__all__ = ["Encoder", "EncoderIdentity", "Rows", "cosines", "find_devices", "find_encoder", "plain_name"]

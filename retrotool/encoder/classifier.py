@@ -1,12 +1,12 @@
-"""A sequence classifier of Hugging Face: texts to the score of one of its labels.
+"""A Hugging Face sequence classifier: texts to the score of one of its labels.
 
-A classifier is a directory as ``AutoModelForSequenceClassification`` saves it, and is checked as an encoder is. The
-score is the softmax of its logits where labels exclude each other; with one label, or labels that stand side by side
-(``problem_type`` is ``multi_label_classification``), the sigmoid of the label's own. ``regression`` is refused. A text
-of more tokens than the model takes is cut into windows, and has the highest of their scores.
+A classifier is a directory saved by ``AutoModelForSequenceClassification``, checked like an encoder. Scores
+are the softmax of the logits, or the sigmoid for a single label and ``multi_label_classification``;
+``regression`` is refused. A text over the model's length is cut into windows and gets their highest score.
 
-All is computed in float32, on a GPU too, so that which chunks are above a limit does not depend on the device. On a CPU
-callers in several threads compute side by side, a thread each; on a GPU one at a time, while others tokenise.
+Everything is float32, also on a GPU, so that which chunks exceed a limit does not depend on the device.
+Threads compute concurrently on a CPU, with one torch thread each; on a GPU one computes while others
+tokenise.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _HEAD = "ForSequenceClassification"
 
 @dataclass(frozen=True, slots=True)
 class ClassifierIdentity:
-    """What a classifier is: ``sha256`` covers weights, configuration and tokenizer, wherever they lie.
+    """A classifier's description; ``sha256`` covers weights, configuration and tokenizer.
 
-    ``exclusive``: its labels exclude each other. ``max_tokens``: what it takes at most, special tokens included.
+    ``exclusive``: its labels exclude each other. ``max_tokens``: its limit, including special tokens.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class ClassifierIdentity:
     max_tokens: int
 
     def label(self, name: str) -> int:
-        """The number of a label; ``UsageError`` lists what there are."""
+        """Return the number of a label; raise ``UsageError`` listing the labels otherwise."""
         if self.labels.count(name) != 1:
             several = "has several labels" if name in self.labels else "has no label"
             raise UsageError(
@@ -63,19 +63,19 @@ class ClassifierIdentity:
 
 
 def find_classifier(path: Path) -> ClassifierIdentity:
-    """Describe the classifier in a directory, without loading it; ``UsageError`` says why it is none."""
+    """Describe the classifier in a directory without loading it; raise ``UsageError`` if it is invalid."""
     what = f"classifier {str(path)!r}"
     if not path.is_dir():
         raise UsageError(
-            f"{what}: there is no such directory", f"Give a directory as {_SAVED_BY}.save_pretrained(...) writes it."
+            f"{what}: there is no such directory", f"Name a directory saved by {_SAVED_BY}.save_pretrained(...)."
         )
     config = check_model(path, what, _SAVED_BY)
     heads = config.get("architectures") or [_HEAD]
     if not any(str(head).endswith(_HEAD) for head in heads):
-        raise UsageError(f"{what} is a {heads[0]}: it does not give a text a label", f"Give one made by {_SAVED_BY}.")
+        raise UsageError(f"{what} is a {heads[0]}: it does not classify texts", f"Use a model saved by {_SAVED_BY}.")
     kind = config.get("problem_type")
     if kind == "regression":
-        raise UsageError(f"{what} was trained to give amounts (regression), which are no scores of labels")
+        raise UsageError(f"{what} was trained for regression: its outputs are not scores of labels")
     labels = _labels(what, config)
     return ClassifierIdentity(
         path=path,
@@ -87,7 +87,7 @@ def find_classifier(path: Path) -> ClassifierIdentity:
 
 
 def _labels(what: str, config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the labels, in the order of the logits; as ``transformers`` makes them up where there are none."""
+    """Return the label names in the order of the logits, by default named as ``transformers`` does."""
     named = config.get("id2label")
     if named is None:
         return tuple(f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2)))
@@ -95,11 +95,11 @@ def _labels(what: str, config: dict[str, Any]) -> tuple[str, ...]:
         labels = {int(number): str(name) for number, name in named.items()}
         return tuple(labels[i] for i in range(len(named)))
     except (AttributeError, KeyError, ValueError):
-        raise UsageError(f"{what}: its config.json does not number its labels from 0 on (id2label)") from None
+        raise UsageError(f"{what}: id2label in its config.json does not number the labels from 0") from None
 
 
 class Classifier:
-    """A loaded classifier on a device (``auto``: a GPU where there is one). Several threads may use it."""
+    """A loaded classifier on a device (``auto``: a GPU if available). Thread-safe."""
 
     def __init__(self, identity: ClassifierIdentity, device: str = "auto") -> None:
         from retrotool.encoder.forwards import load_pretrained
@@ -112,52 +112,51 @@ class Classifier:
         self._before, self._after = self._tokenizer.special_tokens()
         self._model = load_pretrained(_SAVED_BY, self._what, identity.path, self.device, "float32")
         config = self._model.config
-        # Files were hashed before they were read: what was read must be what was hashed.
+        # The files were hashed before they were read; make sure they did not change in between.
         if find_classifier(identity.path) != identity:
             raise UsageError(f"{self._what} was changed while it was loaded", "Run the same command again.")
         if tuple(config.id2label[i] for i in range(config.num_labels)) != identity.labels:
-            raise UsageError(f"{self._what}: transformers reads other labels in its config.json than are there")
+            raise UsageError(f"{self._what}: transformers reads different labels from its config.json")
         self._vocabulary = getattr(config, "vocab_size", None)
-        # Models that look for the last token of a text know it by the padding behind it.
+        # Some models find a text's last token by the padding after it.
         self._padding = config.pad_token_id
         self._threads = torch.get_num_threads()
         self._device_lock = threading.Lock()
 
     def scores(self, texts: Sequence[str], label: int) -> Scores:
-        """The score of a label for each text, float32 [n]; NaN where the model gives no number.
+        """Return the score of a label for each text, float32 [n]; NaN if the model's output is not finite.
 
-        ``AbortError`` if the device can't be used any more.
+        Raises ``AbortError`` if the device is lost.
         """
         room = self.identity.max_tokens - len(self._before) - len(self._after)
         if room < 1:
-            raise UsageError(f"{self._what} takes {self.identity.max_tokens} tokens: none is left for text")
+            raise UsageError(f"{self._what} takes {self.identity.max_tokens} tokens, which leaves none for text")
         ids, lengths = self._tokenizer.encode_flat(texts)
         check_vocabulary(self._what, ids, self._vocabulary)
         windows, first = _windows(lengths, room)
         rows = Rows(ids.astype(np.int32), windows).framed(self._before, self._after, self.identity.max_tokens)
-        found = np.zeros(len(rows), np.float32)  # a text of no token at all has no score
+        found = np.zeros(len(rows), np.float32)  # rows without tokens score 0
         most = len(rows) if self._padding is not None else 1
         with devices.checking_device(self.device), self._one_thread():
             for which in batches(rows.lengths, self.batch_tokens, most_rows=max(most, 1), padded=True):
                 interrupts.check()
                 found[which] = self._score(rows.take(which), label)
-        # NaN wins, as it should.
+        # A NaN in any window makes the text's score NaN.
         return np.maximum.reduceat(found, first) if len(first) else found
 
     @contextlib.contextmanager
     def _one_thread(self) -> Iterator[None]:
-        """On a CPU, no threads within products: callers run side by side."""
         if self.device != "cpu":
             yield
             return
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # on a CPU, callers run in parallel instead
         try:
             yield
         finally:
-            torch.set_num_threads(self._threads)  # what a thread sets, those that begin later start with
+            torch.set_num_threads(self._threads)  # the default of threads started later
 
     def _score(self, rows: Rows, label: int) -> Scores:
-        """The scores of a batch of framed rows; out of memory, of its halves."""
+        """Score a batch of framed rows; if out of memory, split it in halves."""
         try:
             return self._forward(rows, label)
         except Exception as error:
@@ -176,15 +175,14 @@ class Classifier:
             logits = self._model(input_ids=given, attention_mask=mask).logits.float()
             labels = len(self.identity.labels)
             if logits.shape[1:] != (labels,):
-                raise UsageError(f"{self._what} gives {tuple(logits.shape[1:])} numbers for {labels} labels")
+                raise UsageError(f"{self._what} returns outputs of shape {tuple(logits.shape[1:])} for {labels} labels")
             scores = logits.softmax(1) if self.identity.exclusive else logits.sigmoid()
-            # NaN for a row that has one which is no number, or is infinite.
             scores = torch.where(torch.isfinite(logits).all(1, keepdim=True), scores, torch.nan)
             return np.asarray(scores[:, label].cpu().numpy())
 
 
 def _windows(lengths: npt.NDArray[np.int64], room: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tokens of the windows that rows are cut into, ``room`` at most, [w]; and which is the first of each row, [n]."""
+    """Return the lengths of all rows' windows, at most ``room``, [w], and each row's first window [n]."""
     count = np.maximum(-(-lengths // room), 1)
     first = np.cumsum(count) - count
     place = positions_within(count)

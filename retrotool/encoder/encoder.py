@@ -1,11 +1,11 @@
 """A loaded encoder: token ids in, float16 vectors out, on one device.
 
-The BERT family runs through the packed forward, any other model through ``transformers``. Which it is, is not taken on
-trust: ``verify`` embeds some rows by the chosen way and by ``transformers`` in float32. A packed forward that differs
-is not used, nor a number type that nobody asked for.
+The BERT family runs through the packed forward, other models through ``transformers``. ``verify`` compares
+the vectors of some rows with those of ``transformers`` in float32; it replaces a packed forward that differs,
+and a number type that was chosen automatically.
 
-Batches are made ready in a thread, several are in flight, and vectors come block by block, so that reading, tokenising,
-copying, computing and writing overlap. Out of memory, batches are halved from there on.
+Batches are prepared in a thread, several are in flight, and vectors come block by block, so that reading,
+tokenising, copying, computing and writing overlap. When memory runs out, batches are halved.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 Vectors = npt.NDArray[np.float16]
 
 LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}
-"""What a vector's cosine with the true one must be, at least."""
-_LEAST_TOKENS = 256
-"""Batches are made no smaller, out of memory."""
+"""Least cosine of a vector with the true one."""
+_LEAST_TOKENS = 256  # smallest batch after halving
 _PROBES = (
     "The store is a directory with one commit log; a reader sees one commit.",
     "def spread(starts, lengths): return np.arange(total) + np.repeat(starts - ends + lengths, lengths)",
@@ -49,15 +48,12 @@ _PROBES = (
     "a",
     " ".join(f"word {i} of a text that is longer than the others" for i in range(12)),
 )
-"""What the ways are compared on, where there is no text of a store."""
+"""Texts for ``verify`` without a sample."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What an encoder has done: rows, their tokens with special ones, and seconds that its device was at it.
-
-    ``lanes`` is how many batches its device computes at a time.
-    """
+    """Work done: rows, tokens with special ones, and device seconds; ``lanes``: batches computed at once."""
 
     rows: int = 0
     tokens: int = 0
@@ -67,9 +63,9 @@ class Work:
 
 @dataclass(slots=True)
 class _Batch:
-    """Some rows of a block, framed, longest first; of the last one, which ends the block, there is nothing else.
+    """Some rows of a block, framed, longest first; ``ready`` is None for the last, empty one of a block.
 
-    ``vectors`` are those of the block, whose rows are given back together; ``first`` is how many came before them.
+    ``vectors`` are the whole block's; ``first`` is the number of rows before the block.
     """
 
     vectors: Vectors
@@ -80,12 +76,12 @@ class _Batch:
 
 
 def say(message: str) -> None:
-    """Tell the user on stderr, above a progress bar."""
+    """Print a message to stderr, above a progress bar."""
     tqdm.write(f"retrotool: {message}", file=sys.stderr)
 
 
 def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Cosine of each row of ``a`` [n, d] with that of ``b``, float64 [n]; two zero rows are alike."""
+    """Return the cosine of each row of ``a`` [n, d] with that of ``b``, float64 [n]; 1 for two zero rows."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     products = (a * b).sum(1)
@@ -94,7 +90,7 @@ def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]
 
 
 class Encoder:
-    """A loaded encoder on a device. ``forward`` is the way it takes: "packed" or "transformers"."""
+    """A loaded encoder on a device; ``forward`` is "packed" or "transformers"."""
 
     def __init__(
         self,
@@ -114,18 +110,14 @@ class Encoder:
         self.dtype, self._asked = devices.pick_dtype(self.device, dtype), dtype
         self.batch_tokens = devices.batch_tokens_of(self.device, batch_tokens)
         self.work = Work()
-        self.cosine: float | None = None
-        """The least cosine with ``transformers`` in float32 that was seen when it was verified."""
+        self.cosine: float | None = None  # the least with ``transformers`` in float32, set by ``verify``
         self._spec, self._path, self.say = spec, path, say
         self.tokenizer = Tokenizer(find_tokenizer(str(path)))
-        """The encoder's own."""
         self._fast: FastTokenizer | None = None
         try:
             self._before, self._after = self.tokenizer.special_tokens()
-        except Exception as error:  # the library raises nothing more special
-            raise UsageError(
-                f"encoder {spec!r}: its tokenizer can't tokenise: {error}", "Repair tokenizer.json."
-            ) from error
+        except Exception as error:  # the library raises plain exceptions
+            raise UsageError(f"encoder {spec!r}: its tokenizer fails: {error}", "Repair tokenizer.json.") from error
         self._vocabulary = read_config(path).get("vocab_size")
         self._load(forward)
 
@@ -143,13 +135,13 @@ class Encoder:
                 if way == "packed":
                     raise UsageError(f"encoder {self._spec!r} has no packed forward: {reason}") from reason
                 self.why = str(reason)
-            except Exception as error:  # safetensors raises what its parts do
+            except Exception as error:  # safetensors raises errors of its parts
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 raise UsageError(f"encoder {self._spec!r} can't be loaded: {why}") from error
         if loaded is None:
             self.forward = "transformers"
             loaded = PaddedForward(self._spec, self._path, self.identity, self.device, self.dtype)
-        # The weights were hashed before they were read: what was read must be what was hashed.
+        # The weights were hashed before they were read; make sure they did not change in between.
         again = find_encoder(self._spec, pooling=self.identity.pooling, name=self.identity.name)[1]
         if again.sha256 != self.identity.sha256:
             raise UsageError(f"encoder {self._spec!r} was changed while it was loaded", "Run the same command again.")
@@ -159,22 +151,22 @@ class Encoder:
 
     @property
     def device_name(self) -> str:
-        """What the device is: "cpu", or the name of the GPU."""
+        """The device: "cpu", or the name of the GPU."""
         return torch.cuda.get_device_name(self.device) if self.device != "cpu" else self.device
 
     def use_fast_tokenizer(self) -> None:
-        """Get ready to tokenise very many texts: finding out what the fast tokenizer gets right takes seconds."""
+        """Prepare to tokenise very many texts; testing the fast tokenizer takes seconds."""
         if self._fast is None:
             self._fast = FastTokenizer(self.tokenizer)
 
     def use_slow_tokenizer(self) -> None:
-        """Tokenise by ``tokenizers`` alone from now on."""
+        """Use the ``tokenizers`` library alone from now on."""
         self._fast = None
 
     def tokenize(self, texts: Sequence[str]) -> Rows:
-        """Rows of the encoder's own tokens, without special ones; texts are put as its configuration wants them.
+        """Return rows of the encoder's tokens without special ones, with prompt and case as configured.
 
-        ``TokensDiffer`` if it uses the fast tokenizer, and a text is found that the fast tokenizer gets wrong.
+        Raises ``TokensDiffer`` if the fast tokenizer is in use and gets a text wrong.
         """
         if self.identity.lower:
             texts = [text.lower() for text in texts]
@@ -184,17 +176,17 @@ class Encoder:
         return Rows(ids.astype(np.int32), lengths)
 
     def tokenize_query(self, text: str) -> Rows:
-        """As ``tokenize``, of one text that may be a chunk's as it is shown: one that begins inside a word."""
+        """Tokenise a single text that may be a chunk as displayed, beginning inside a word."""
         if self.identity.prompt or self.identity.lower:
             return self.tokenize([text])
         return Rows.of([self.tokenizer.encode_chunk_text(text)])
 
     def verify(self, sample: Rows | None = None) -> None:
-        """Hold the chosen way against ``transformers`` in float32, on ``sample`` or on texts of our own.
+        """Compare the vectors of ``sample``, or of built-in texts, with ``transformers`` in float32.
 
-        A vector below ``LEAST_COSINE`` is the forward's fault or the type's. A packed forward that is wrong in float32
-        gives way to ``transformers``. A type that nobody asked for gives way to float32; one that was asked for stays.
-        Each is said.
+        If the cosine is below ``LEAST_COSINE``, a packed forward that is wrong in float32 is replaced by
+        ``transformers``, and an automatically chosen type by float32; a requested type is kept. A message
+        reports each case.
         """
         rows = sample if sample is not None and len(sample) else self.tokenize(_PROBES)
         if self.forward == "transformers" and self.dtype == "float32":
@@ -213,7 +205,7 @@ class Encoder:
                 self.dtype = "float32"
                 self._load_again(self.forward, why, rows, true)
             else:
-                self.say(f"{why}; with --dtype float32 its vectors would be the true ones")
+                self.say(f"{why}; use --dtype float32 for exact vectors")
         self.work = Work(lanes=self._runner.lanes)
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
@@ -236,9 +228,9 @@ class Encoder:
         self.cosine = self._cosine(rows, true)
 
     def _cosine(self, rows: Rows, true: Vectors) -> float:
-        """The least cosine of our vectors with the true ones; −1 if they are no numbers.
+        """Return the least cosine of our vectors with the true ones; −1 if they are not finite.
 
-        Rows are repeated until they are computed as most will be: compiled, perhaps.
+        Rows are repeated to fill a batch, so that the usual, possibly compiled, program is tested.
         """
         tokens = len(rows.framed(self._before, self._after, self.identity.max_tokens).ids)
         copies = -(-self._loaded.least_tokens(self.batch_tokens) // max(tokens, 1)) or 1
@@ -249,19 +241,19 @@ class Encoder:
             return -1.0
 
     def embed(self, rows: Rows | Sequence[Sequence[int]], report: Callable[[int], object] = lambda _: None) -> Vectors:
-        """Vectors, float16 [n, dimension], of rows of the encoder's own token ids, without special tokens.
+        """Embed rows of the encoder's token ids, without special tokens, as float16 [n, dimension].
 
-        An empty row is embedded as the special tokens alone (zeros for a model without any); a row over the model's
-        length is cut. ``report`` is told of each batch's rows. ``NotFiniteError`` names the row if the model gives NaN
-        or a number that float16 can't hold.
+        An empty row is embedded as the special tokens alone (zeros if there are none); longer rows than the
+        model takes are truncated. ``report`` receives the rows of each batch. Raises ``NotFiniteError``
+        naming a row whose vector is NaN or exceeds float16.
         """
         block = rows if isinstance(rows, Rows) else Rows.of(rows)
         return next(self.vectors([block], report))
 
     def vectors(self, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None) -> Iterator[Vectors]:
-        """Vectors of each block in turn, as ``embed`` gives them; blocks are taken ahead, in other threads.
+        """Yield the vectors of each block, as ``embed`` does; blocks are read ahead in other threads.
 
-        ``AbortError`` if the device can't be used any more.
+        Raises ``AbortError`` if the device is lost.
         """
         flying: deque[tuple[_Batch, Handle | None]] = deque()
         with (
@@ -280,18 +272,18 @@ class Encoder:
     def stream(
         self, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None
     ) -> Iterator[Iterator[Vectors]]:
-        """As ``vectors``, computed in a thread while the caller is busy with those that came before.
+        """Yield an iterator over ``vectors`` that computes in a thread, ahead of the caller.
 
-        On leaving, the device is at rest: what was begun is dropped after the batches in flight.
+        On exit the device is idle: batches in flight are finished, others dropped.
         """
         left = threading.Event()
 
-        def told(rows: int) -> None:
+        def progress(rows: int) -> None:
             if left.is_set():
-                raise CancelledError  # nobody waits for the vectors any more
+                raise CancelledError
             report(rows)
 
-        with closing(ahead(self.vectors(blocks, told), 1)) as coming:
+        with closing(ahead(self.vectors(blocks, progress), 1)) as coming:
             try:
                 yield coming
             finally:
@@ -305,7 +297,7 @@ class Encoder:
             check_vocabulary(f"encoder {self._spec!r}", framed.ids, self._vocabulary)
             tokens, left = self.batch_tokens, deque(self._cut(framed.lengths, self.batch_tokens))
             while left:
-                if self.batch_tokens < tokens:  # memory ran out meanwhile
+                if self.batch_tokens < tokens:  # memory ran out since the last batch
                     tokens, rest = self.batch_tokens, np.concatenate(left)
                     left = deque(rest[which] for which in self._cut(framed.lengths[rest], tokens))
                 which = left.popleft()
@@ -321,7 +313,7 @@ class Encoder:
         return self._runner.ready(self._loaded.arrays(rows, tokens), len(rows))
 
     def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
-        """Put a batch's vectors where they belong; give back the block if it was the last."""
+        """Store a batch's vectors; yield the block after its last batch."""
         if handle is None:
             report(len(batch.which))
             yield batch.vectors
@@ -337,7 +329,7 @@ class Encoder:
         report(len(batch.which))
 
     def _result(self, rows: Rows, handle: Handle) -> Vectors:
-        """A batch's vectors; out of memory, of smaller ones, and from then on batches are half as large."""
+        """Return a batch's vectors; if out of memory, split it and halve later batches."""
         try:
             vectors, seconds = handle()
             self.work.seconds += seconds
@@ -346,15 +338,15 @@ class Encoder:
             what = f"encoder {self.identity.name}"
             devices.check_divisible(error, what, self.device, len(rows), len(rows.ids))
         give_memory_back()
-        if _LEAST_TOKENS < len(rows.ids) <= self.batch_tokens:  # else it was made before the last halving, or is small
+        if _LEAST_TOKENS < len(rows.ids) <= self.batch_tokens:  # not cut before the last halving, nor small
             while self.batch_tokens >= len(rows.ids):
                 self.batch_tokens = max(self.batch_tokens // 2, _LEAST_TOKENS)
-            self.say(f"{self.device} is out of memory: going on with {self.batch_tokens:,} tokens a batch")
+            self.say(f"{self.device} is out of memory: continuing with {self.batch_tokens:,} tokens per batch")
         tokens = min(self.batch_tokens, max(1, len(rows.ids) // 2))
         pieces = [rows.take(which) for which in self._cut(rows.lengths, tokens)]
         found = [self._result(some, self._runner.submit(self._ready(some, self.batch_tokens))) for some in pieces]
         return np.concatenate(found)
 
     def close(self) -> None:
-        """Let go of the device."""
+        """Release the device."""
         self._runner.close()

@@ -1,8 +1,9 @@
-"""What an encoder is: its directory, and what its configuration says of pooling, length and special tokens.
+"""Identify an encoder: its directory, and its configuration of pooling, length and special tokens.
 
-An encoder is any model directory that ``transformers.AutoModel`` reads from safetensors. Pooling, normalising and
-prompts follow the model's own sentence-transformers configuration, or are the mean over time of the RETRO paper
-(section 2.3) where there is none. Nothing here loads a model; the cost is that of hashing its weights.
+An encoder is any model directory that ``transformers.AutoModel`` reads from safetensors. Pooling,
+normalisation and prompts follow the model's sentence-transformers configuration; without one, vectors are
+means over time as in the RETRO paper (section 2.3). No model is loaded; the cost is that of hashing the
+weights.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ _IDENTITY_FILES = (
     "1_Pooling/config.json",
 )
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
-"""Models that number positions from behind the padding index."""
+"""Models that number positions from after the padding index."""
 POOLINGS = ("mean", "cls")
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderIdentity:
-    """What a store keeps of an encoder; ``sha256`` covers weights, configuration, tokenizer and chosen pooling.
+    """A store's record of an encoder; ``sha256`` covers weights, configuration, tokenizer and pooling.
 
-    ``prompt`` stands before every text, and ``lower`` texts are made lower case first, as the model's configuration
-    says. ``overridden``: the pooling is not the model's own.
+    ``prompt`` is put before every text; ``lower``: texts are lower-cased first. ``overridden``: the pooling
+    is not the model's own.
     """
 
     name: str
@@ -55,13 +56,13 @@ class EncoderIdentity:
 
 
 def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -> tuple[Path, EncoderIdentity]:
-    """Describe the encoder that ``spec`` stands for, without loading it; ``UsageError`` says what is missing.
+    """Describe the encoder ``spec`` without loading it; raise ``UsageError`` if something is missing.
 
-    ``pooling``: another one than the model's own makes it another encoder, ``<name>-<pooling>``. ``name``: what the
-    store is to call it, instead of the name of its directory.
+    A ``pooling`` other than the model's own makes it another encoder, ``<name>-<pooling>``. ``name`` replaces
+    the name of its directory.
     """
     if pooling not in ("auto", *POOLINGS):
-        raise UsageError(f"pooling {pooling!r} is not known", f"Known are auto, {' and '.join(POOLINGS)}.")
+        raise UsageError(f"pooling {pooling!r} is unknown", f"Use auto, {' or '.join(POOLINGS)}.")
     path = resolve_model(spec, "encoder", PATTERNS)
     config = check_model(path, f"encoder {spec!r}", "AutoModel")
     digest = hash_model(path, _IDENTITY_FILES)
@@ -75,7 +76,7 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
     limit = longest_row(path, config)
     dimension = _number(path / "config.json", config, "hidden_size", "dim")
     if not dimension:
-        raise UsageError(f"encoder {spec!r}: {path / 'config.json'} has no hidden_size", "It is no encoder.")
+        raise UsageError(f"encoder {spec!r}: {path / 'config.json'} has no hidden_size", "Use a BERT-like encoder.")
     declared = _number(sentence, _json(sentence), "max_seq_length")
     if name is None:
         name = plain_name(spec) if pooling in ("auto", own) else f"{plain_name(spec)}-{pooling}"
@@ -96,33 +97,33 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
 
 
 def check_model(path: Path, what: str, saved_by: str) -> dict[str, Any]:
-    """The fields of a model directory's ``config.json``, once it has all that a model is loaded from here.
+    """Return the fields of a model directory's ``config.json`` after checking that it can be loaded.
 
-    ``UsageError`` names ``what``, and what is missing or wrong: no safetensors weights (``saved_by`` is the class of
-    ``transformers`` that writes them), no tokenizer.json, code of its own.
+    Raises ``UsageError``, naming ``what``, if safetensors weights (written by the ``transformers`` class
+    ``saved_by``) or tokenizer.json are missing, or if it needs code of its own.
     """
     if not (path / "config.json").is_file():
-        raise UsageError(f"{what}: {path} has no config.json", "Name a model directory as transformers saves it.")
+        raise UsageError(f"{what}: {path} has no config.json", "Name a model directory saved by transformers.")
     if not any(path.glob("*.safetensors")):
         raise UsageError(
-            f"{what}: {path} has no safetensors weights; pickled ones can run code and are not loaded",
-            f"Convert it once, where you trust it: {saved_by}.from_pretrained(...).save_pretrained(...)",
+            f"{what}: {path} has no safetensors weights; pickled weights can run code and are not loaded",
+            f"If you trust the model, convert it once: {saved_by}.from_pretrained(...).save_pretrained(...)",
         )
     if not (path / "tokenizer.json").is_file():
         raise UsageError(
             f"{what}: {path} has no tokenizer.json",
-            "Make it with: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            "Create it with: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
     config = _json(path / "config.json")
     if "auto_map" in config:
         raise UsageError(
-            f"{what} asks to run code of its own, which is never done", "Use a model that transformers knows itself."
+            f"{what} requires its own code, which is never run", "Use a model that transformers supports itself."
         )
     return config
 
 
 def hash_model(path: Path, files: Iterable[str]) -> hashlib._Hash:
-    """A SHA-256 that has taken in some files of a model directory, there or not, and its weights."""
+    """Return a SHA-256 object of a model directory's ``files``, present or not, and weights."""
     digest = hashlib.sha256()
     for file in (*(path / name for name in files), *sorted(path.glob("*.safetensors"))):
         digest.update(f"{file.relative_to(path)} {_sha256(file) if file.is_file() else '-'}\n".encode())
@@ -135,7 +136,7 @@ def _sha256(file: Path) -> str:
 
 
 def longest_row(path: Path, config: Mapping[str, Any]) -> int:
-    """Tokens that a model takes at most, special ones included."""
+    """Return the longest row a model takes, including special tokens."""
     limit = _number(path / "config.json", config, "max_position_embeddings") or 512
     if config.get("model_type") in OFFSET_POSITIONS:
         padding = _number(path / "config.json", config, "pad_token_id")
@@ -144,7 +145,7 @@ def longest_row(path: Path, config: Mapping[str, Any]) -> int:
 
 
 def plain_name(spec: str) -> str:
-    """What a store calls an encoder: the name of its directory, or of its repository, as far as a file can have it."""
+    """Return a store's name for an encoder: its directory or repository name, made valid as a file name."""
     if spec == BUNDLED:
         return spec
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec).absolute().name if Path(spec).exists() else spec)
@@ -152,7 +153,7 @@ def plain_name(spec: str) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of a model directory's ``config.json``."""
+    """Return the fields of a model directory's ``config.json``."""
     return _json(path / "config.json")
 
 
@@ -166,7 +167,7 @@ def _load(path: Path) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file; none if there is no such file."""
+    """Return the fields of a JSON file; none if it does not exist."""
     fields = _load(path)
     if not isinstance(fields, dict | None):
         raise UsageError(f"{path}: a {type(fields).__name__}, not a JSON object")
@@ -174,7 +175,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _number(path: Path, fields: Mapping[str, Any], *names: str) -> int | None:
-    """The first of some fields that is set; None if none is."""
+    """Return the first field that is set, None if none is set."""
     value = next((fields[name] for name in names if fields.get(name) is not None), None)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise UsageError(f"{path}: {' or '.join(names)} is {value!r}, not a number")
@@ -182,9 +183,9 @@ def _number(path: Path, fields: Mapping[str, Any], *names: str) -> int | None:
 
 
 def _pooling(path: Path, *, refuse: bool) -> tuple[str, bool]:
-    """Pooling and whether vectors are normalised, as the model's own configuration says.
+    """Return the pooling and whether vectors are normalised, from the model's configuration.
 
-    ``UsageError`` for modules that are not known, and for a pooling that is not, if that is to be refused.
+    Raises ``UsageError`` for unknown modules and, if ``refuse``, unknown pooling.
     """
     config = _json(path / "1_Pooling" / "config.json")
     modules = _load(path / "modules.json") or []
@@ -205,15 +206,15 @@ def _pooling(path: Path, *, refuse: bool) -> tuple[str, bool]:
     if refuse and not known:
         raise UsageError(
             f"encoder {path}: pooling {', '.join(sorted(chosen))} is not supported",
-            "Known are mean and cls; choose one with --pooling.",
+            "Choose mean or cls with --pooling.",
         )
     if config.get("include_prompt") is False and _prompt(path):
-        raise UsageError(f"encoder {path}: it leaves its prompt out of the pooling, which is not supported")
+        raise UsageError(f"encoder {path}: pooling without its prompt is not supported")
     return names[chosen.pop()] if known else "", "Normalize" in kinds
 
 
 def _prompt(path: Path) -> str:
-    """What the model's configuration wants before every text that is given without saying what it is."""
+    """Return the configured default prompt."""
     file = path / "config_sentence_transformers.json"
     config = _json(file)
     chosen = config.get("default_prompt_name")
@@ -221,5 +222,5 @@ def _prompt(path: Path) -> str:
         return ""
     prompts = config.get("prompts")
     if not isinstance(prompts, dict) or not isinstance(prompts.get(chosen), str):
-        raise UsageError(f"{file}: its default_prompt_name {chosen!r} is none of its prompts")
+        raise UsageError(f"{file}: its default_prompt_name {chosen!r} is not one of its prompts")
     return str(prompts[chosen])

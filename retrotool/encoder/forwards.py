@@ -1,13 +1,12 @@
-"""Computing batches on a device: by the packed forward, or by ``transformers`` for models it does not know.
+"""Compute batches on a device, by the packed forward, or by ``transformers`` for models it does not support.
 
-Both ways take a batch of framed rows to float32 vectors, pooled and normalised. ``arrays`` runs ahead on the host and
-gives what is copied to the device; ``__call__`` runs on the device. On CUDA, in half precision, the packed forward has
-constant shapes: a batch is filled up to ``batch_tokens`` with rows that nobody asked for, and its layers are compiled
-once; smaller batches at the end of a block run as they are, uncompiled.
+Forwards turn a batch of framed rows into float32 vectors, pooled and normalised. ``arrays`` runs ahead on the
+host and returns the device's inputs; ``__call__`` runs on the device. On CUDA in half precision the packed
+forward is compiled for constant shapes: batches are filled up to ``batch_tokens`` with unused rows; small
+last batches of a block run uncompiled.
 
-Runners keep several batches in flight. On a CPU every core computes batches of its own, one thread each: nothing waits
-for the slowest thread of a product, it scales to many cores, and a batch's vectors do not depend on how many cores
-there are. On a GPU the copy of the next batch and of the last one's vectors run beside the forward.
+Runners keep several batches in flight. On a CPU every core computes its own batches with one thread: this
+scales to many cores, and vectors do not depend on their number. On a GPU copies overlap with the forward.
 """
 
 from __future__ import annotations
@@ -34,35 +33,31 @@ from retrotool.errors import UsageError
 from retrotool.machine import cores
 
 Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
-"""What goes to the device, and what stays on the host."""
+"""Arrays for the device, and data that stays on the host."""
 
-_SHORTEST = 16
-"""Mean length of rows that a batch of constant shape has room for; of shorter ones fewer tokens go into it."""
-_LONGEST = 128
-"""The longest row that attention is told of is this or a power of two times this, so that it is compiled for few."""
+_SHORTEST = 16  # mean row length for which a batch of constant shape has room; with shorter rows it is not full
+_LONGEST = 128  # maximum row lengths are rounded up to this times a power of two, to compile few programs
 _LEAST_STEP = 16
-_PROGRAMS = 32
-"""Programs that may be compiled: for each size of batch (halved out of memory) one for each longest row."""
+_PROGRAMS = 32  # compiled programs: one per batch size (halved if out of memory) and maximum row length
 
 
 class _AnyForward:
-    """How batches are cut. ``constant``: all but the last of a block have one shape."""
+    """How batches are cut; ``constant``: all but a block's last have one shape."""
 
     constant = False
-    padded = False
-    """Whether a batch's rows are padded to its longest."""
+    padded = False  # whether rows are padded to the longest of a batch
 
     def least_tokens(self, batch_tokens: int) -> int:
-        """Tokens from which on a batch is computed as most are: half of a constant shape, as less is not filled up."""
+        """Return the tokens from which a batch is filled up to the constant shape: half of it."""
         return batch_tokens // 2 + 1 if self.constant else 0
 
     def most_rows(self, batch_tokens: int) -> int:
-        """Rows a batch may have: as many as its constant shape has room for."""
+        """Return the most rows of a batch: as many as its constant shape has room for."""
         return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
 
 
 class PackedForward(_AnyForward):
-    """``PackedBert`` with its batches. ``constant``: attention by ``varlen``, in constant shapes, compiled."""
+    """``PackedBert`` and its batches; ``constant``: ``varlen`` attention in constant shapes, compiled."""
 
     def __init__(
         self,
@@ -84,7 +79,7 @@ class PackedForward(_AnyForward):
         self._say = say
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:
-        """A batch of framed rows, longest first, ready for the device: ids, places and spans."""
+        """Return ids, places and spans of a batch of framed rows, longest first."""
         ids, places = rows.ids, _places(rows, self._padding)
         if not self.constant:
             lengths, counts = np.unique(-rows.lengths, return_counts=True)
@@ -110,7 +105,7 @@ class PackedForward(_AnyForward):
         return {"ids": filled[0], "places": filled[1], "spans": spans}, {"longest": longest, "whole": True}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
-        """Vectors of a batch, float32 [at least n, d]."""
+        """Return the vectors of a batch, float32 [at least n, d]."""
         pooled = None
         if self.constant and more["whole"] and not self.why_eager:
             try:
@@ -119,9 +114,9 @@ class PackedForward(_AnyForward):
             except Exception as error:
                 if is_out_of_memory(error) or is_lost(error):
                     raise
-                # A compiler can lack a tool (a C compiler, a header) that the model can do without.
+                # Compilation may lack a C compiler or a header; the model runs without.
                 self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                self._say(f"the forward can't be compiled ({self.why_eager}), and is slower without")
+                self._say(f"the forward can't be compiled ({self.why_eager}) and is slower")
         if pooled is None:
             pooled = self._run(Layer.forward, tensors, more)
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
@@ -135,16 +130,16 @@ class PackedForward(_AnyForward):
 
 
 def _bucket(tokens: int) -> int:
-    """Return the number of tokens that a batch is filled up to, at most a sixteenth more, with rows of one token.
+    """Round up the tokens of a batch by at most a sixteenth; the rest is filled with rows of one token.
 
-    oneDNN keeps kernels, some megabytes, for every shape that it meets: without this memory would grow with the corpus.
+    oneDNN caches kernels, some megabytes, for every shape, so memory would grow with the corpus.
     """
     step = max(_LEAST_STEP, 1 << max(tokens.bit_length() - 5, 0))
     return -(-tokens // step) * step
 
 
 def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
-    """``Layer.forward``, compiled: layers share one program, for their weights are arguments to it."""
+    """Return ``Layer.forward``, compiled once for all layers: weights are arguments."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
     compiled: Callable[..., torch.Tensor] = torch.compile(Layer.forward, dynamic=False, fullgraph=True, **options)
@@ -152,12 +147,12 @@ def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
 
 
 def rows_in_batch(batch_tokens: int) -> int:
-    """Rows that a batch of constant shape has room for."""
+    """Return the rows that a batch of constant shape has room for."""
     return max(1, batch_tokens // _SHORTEST)
 
 
 def _has_varlen(device: str) -> bool:
-    """Whether FlashAttention runs on a device: GPUs from compute capability 8.0 (Ampere) on."""
+    """Check whether the device supports FlashAttention: compute capability 8.0 (Ampere) or later."""
     if device == "cpu":
         return False
     try:
@@ -168,13 +163,13 @@ def _has_varlen(device: str) -> bool:
 
 
 def _fits_flash(shape: Architecture) -> bool:
-    """Whether FlashAttention computes a model: it has no bias, and heads of certain sizes only."""
+    """Check whether FlashAttention supports a model: no bias, and certain head sizes."""
     size = shape.hidden // shape.heads
     return not shape.buckets and size % 8 == 0 and size <= 256
 
 
 def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
-    """The place of every token; behind ``padding``, and as RoBERTa counts them, padding tokens have none."""
+    """Return each token's position; with ``padding`` as RoBERTa counts, skipping padding tokens."""
     if padding is None:
         return rows.positions()
     counted = np.cumsum(rows.ids != padding)
@@ -189,19 +184,18 @@ class PaddedForward(_AnyForward):
     padded = True
 
     def __init__(self, spec: str, path: Path, identity: EncoderIdentity, device: str, dtype: str) -> None:
-        # A pooler's output is not used.
         self._model = load_pretrained("AutoModel", f"encoder {spec!r}", path, device, dtype, unused="pooler")
         self._pooling, self._normalize = identity.pooling, identity.normalize
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:  # noqa: ARG002
-        """A batch of framed rows, longest first, ready for the device: padded ids and their mask."""
+        """Return padded ids and their mask for a batch of framed rows, longest first."""
         used = np.arange(rows.lengths[0]) < rows.lengths[:, None]
         ids = np.zeros(used.shape, np.int64)
         ids[used] = rows.ids
         return {"ids": ids, "mask": used.astype(np.int64)}, {}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:  # noqa: ARG002
-        """Vectors of a batch, float32 [n, d]."""
+        """Return the vectors of a batch, float32 [n, d]."""
         mask = tensors["mask"]
         hidden = self._model(input_ids=tensors["ids"], attention_mask=mask).last_hidden_state.float()
         if self._pooling == "cls":
@@ -213,14 +207,13 @@ class PaddedForward(_AnyForward):
 
 
 Forward = PackedForward | PaddedForward
-"""A loaded model on a device."""
 
 
 def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "") -> Any:
-    """A model by a class of ``transformers``, from its directory's safetensors, without any code of its own.
+    """Load a model by a class of ``transformers`` from safetensors, without any code of its own.
 
-    ``UsageError`` names ``what`` can't be loaded, also for a weight that the files lack and that would be made up at
-    random, unless it is ``unused``: has this in its name.
+    Raises ``UsageError`` naming ``what`` if that fails, or if weights are missing that would be initialised
+    at random, except those with ``unused`` in their names.
     """
     import transformers
 
@@ -236,29 +229,28 @@ def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: st
             output_loading_info=True,
         )
         model = model.to(device).eval()
-        if device == "cpu":  # what is mapped changes with the file, or is gone with it
+        if device == "cpu":  # mapped weights would change with the file
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.clone()
-    except Exception as error:  # the library raises whatever its parts do
+    except Exception as error:  # the library raises errors of its parts
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{what} can't be loaded: {type(error).__name__}: {reason}") from error
     missing = sorted(key for key in info["missing_keys"] if not unused or unused not in key)
     if missing:
         raise UsageError(
-            f"{what} lacks {len(missing):,} of the weights that its config.json asks for: {missing[0]}",
-            "It is incomplete, or its config.json is that of another model.",
+            f"{what}: {len(missing):,} of the weights in its config.json are missing, such as {missing[0]}",
+            "The model is incomplete, or its config.json belongs to another model.",
         )
     return model
 
 
 Vectors = npt.NDArray[np.float16]
 _START_SECONDS = 60.0
-"""How long a thread may take to start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A batch's tensors on the host, and what stays there; ``rows`` of its vectors count."""
+    """A batch's tensors on the host, and ``more`` data that stays there; the first ``rows`` vectors count."""
 
     tensors: dict[str, torch.Tensor]
     more: dict[str, Any]
@@ -266,13 +258,13 @@ class Ready:
 
 
 Handle = Callable[[], tuple[Vectors, float]]
-"""A batch in flight: gives its vectors, float16 [n, d], and the seconds that it took; raises what went wrong."""
+"""A batch in flight: returns its vectors, float16 [n, d], and seconds, or raises its error."""
 
 
 class CpuRunner:
-    """One thread a core, each with batches of its own.
+    """One thread per core, each with its own batches.
 
-    ``depth`` batches are to be kept in flight, of which ``lanes`` are computed at a time.
+    ``lanes`` batches are computed at a time, and ``depth`` should be in flight.
     """
 
     def __init__(self, forward: Forward) -> None:
@@ -288,15 +280,15 @@ class CpuRunner:
             started.wait(_START_SECONDS)
 
         list(self._pool.map(start, range(self.lanes)))
-        # The number that a thread sets is its own, and what threads that begin later start with: that is put back.
+        # Setting it in one thread also changes the default of threads started later.
         torch.set_num_threads(before)
 
     def ready(self, arrays: Arrays, rows: int) -> Ready:
-        """Get a batch ready for ``submit``; may run in another thread."""
+        """Prepare a batch for ``submit``; may run in another thread."""
         return Ready({name: torch.from_numpy(array) for name, array in arrays[0].items()}, arrays[1], rows)
 
     def submit(self, ready: Ready) -> Handle:
-        """Begin with a batch."""
+        """Start computing a batch."""
         future: Future[tuple[Vectors, float]] = self._pool.submit(self._compute, ready)
         return future.result
 
@@ -307,12 +299,12 @@ class CpuRunner:
         return vectors, time.perf_counter() - start
 
     def close(self) -> None:
-        """Let go of threads and memory."""
+        """Release threads and memory."""
         self._pool.shutdown()
 
 
 class CudaRunner:
-    """One GPU: copies on a stream of their own, from and to pinned memory; see ``CpuRunner``."""
+    """One GPU: copies use a separate stream and pinned memory; see ``CpuRunner``."""
 
     depth = 3
     lanes = 1
@@ -322,20 +314,20 @@ class CudaRunner:
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def ready(self, arrays: Arrays, rows: int) -> Ready:
-        """Get a batch ready for ``submit``; may run in another thread."""
+        """Prepare a batch for ``submit``; may run in another thread."""
         return Ready({n: torch.from_numpy(a).pin_memory() for n, a in arrays[0].items()}, arrays[1], rows)
 
     def submit(self, ready: Ready) -> Handle:
-        """Begin with a batch."""
+        """Start computing a batch."""
         try:
             return self._submit(ready)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # else what ran out of memory would keep what it had
+            traceback.clear_frames(error.__traceback__)  # release the failed batch's memory
             error.__context__ = error.__cause__ = None
             errors = [error.with_traceback(None)]
 
         def handle() -> tuple[Vectors, float]:
-            raise errors.pop()  # it must not be held by its own traceback
+            raise errors.pop()  # not kept alive by its own traceback
 
         return handle
 
@@ -360,15 +352,14 @@ class CudaRunner:
 
         def handle() -> tuple[Vectors, float]:
             arrived.synchronize()
-            assert ready.tensors is not None  # pinned memory must live until it is copied
+            assert ready.tensors is not None  # keep pinned memory alive until it is copied
             return host.numpy(), begun.elapsed_time(ended) / 1000
 
         return handle
 
     def close(self) -> None:
-        """Let go of threads and memory."""
+        """Wait until the device is idle."""
         torch.cuda.synchronize(self._device)
 
 
 Runner = CpuRunner | CudaRunner
-"""A device at work on batches."""

@@ -1,18 +1,17 @@
-"""The forward of the BERT family without padding: one long axis of tokens, whatever rows they belong to.
+"""The BERT family's forward without padding: one axis of tokens for all rows.
 
-BERT (also MiniLM, BGE, E5, GTE), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and MPNet are the same computation. They
-differ in the names of their weights, in where places are numbered from, and MPNet in a bias that attention gets from
-the distance of two tokens. What is any different is found by its configuration, and runs through ``transformers``.
+BERT (also MiniLM, BGE, E5, GTE), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and MPNet share it. They differ
+in weight names, in the first position, and in MPNet's attention bias. Other models are detected by their
+configuration and run through ``transformers``.
 
-Everything but attention works on single tokens, so rows need not be of one length there. Attention is told where rows
-begin: ``varlen`` hands the whole axis to ``torch.nn.attention.varlen`` (FlashAttention, Dao 2023; half precision on
-CUDA), ``grouped`` runs ``scaled_dot_product_attention`` on rows of equal length together (any device, any type, and
-MPNet's bias). Query, key and value are one product. On a CPU products run in oneDNN with weights laid out for it once
-(1.1 to 1.2 times as fast as MKL on AMD), with bias and activation in the same pass; in half precision there, what is
-between the products stays float32, which costs little and keeps recall. Of a model that pools the first token, the
-last layer is computed for that token alone.
+Everything but attention works on single tokens. ``varlen`` attention uses ``torch.nn.attention.varlen``
+(FlashAttention, Dao 2023; half precision on CUDA); ``grouped`` attention runs
+``scaled_dot_product_attention`` on rows of equal length (any device and type, and MPNet's bias). Query, key
+and value are one product. On a CPU products run in oneDNN with prepacked weights (1.1 to 1.2 times as fast as
+MKL on AMD), fused with bias and activation. In half precision the rest stays float32 there, which costs
+little and keeps recall. For cls pooling, the last layer computes the first token only.
 
-Cost of a token: 24·d² multiply-adds a layer for d dimensions, and 4·d a layer for every token of its row.
+Cost per token: 24·d² multiply-adds a layer for d dimensions, and 4·d a layer for every token of its row.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from retrotool.encoder.encoder_identity import OFFSET_POSITIONS
 from retrotool.machine import has_onednn
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-"""Names in ``config.json`` of the activations that the packed forward has."""
+"""Supported activations by their names in ``config.json``."""
 
 _EMBEDDINGS = {
     "word": "embeddings.word_embeddings.weight",
@@ -74,7 +73,7 @@ _FAMILY = ("bert", *OFFSET_POSITIONS, "distilbert")
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """The shape of a model of the family. ``padding``: the token that has no place (None: all have, from 0 on)."""
+    """The shape of a model. ``padding``: the token without a position; None: all have one, from 0."""
 
     family: str
     layers: int
@@ -83,16 +82,15 @@ class Architecture:
     activation: str
     epsilon: float
     padding: int | None
-    buckets: int
-    """Kinds of distance between tokens that attention has a bias for; 0: none."""
+    buckets: int  # distances between tokens with their own attention bias; 0: none
 
 
 class NotPackedError(Exception):
-    """Why a model does not run through the packed forward."""
+    """A model does not run through the packed forward."""
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The shape that a ``config.json`` describes; ``NotPackedError`` if it is not of the family."""
+    """Return the shape described by a ``config.json``; raise ``NotPackedError`` for other families."""
     family = str(config.get("model_type"))
     if family not in _FAMILY:
         raise NotPackedError(f"models of type {family} are not of the BERT family")
@@ -111,11 +109,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
     activation = str(field("activation" if distil else "hidden_act", "gelu"))
     if activation not in ACTIVATIONS:
-        raise NotPackedError(f"its activation {activation} is not known")
+        raise NotPackedError(f"its activation {activation} is not supported")
     heads = int(field("n_heads" if distil else "num_attention_heads"))
     hidden = int(field("dim" if distil else "hidden_size"))
     if heads < 1 or hidden % heads:
-        raise NotPackedError(f"{hidden} dimensions are not to be shared by {heads} heads")
+        raise NotPackedError(f"{hidden} dimensions can't be divided by {heads} heads")
     return Architecture(
         family=family,
         layers=int(field("n_layers" if distil else "num_hidden_layers")),
@@ -129,19 +127,19 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 Weights = Mapping[str, torch.Tensor]
-"""A model's weights in float32 by our own names: ``word``, ``place``, ``norm.weight``, ``3.query.bias``..."""
+"""A model's float32 weights by our names: ``word``, ``place``, ``norm.weight``, ``3.query.bias``..."""
 
 
 def read_weights(path: Path, shape: Architecture) -> Weights:
-    """Read a model directory's safetensors; ``NotPackedError`` names a weight that is missing."""
+    """Read a model directory's safetensors; raise ``NotPackedError`` naming a missing weight."""
     wanted = {theirs: own for own, theirs in _names(shape).items()}
     tensors: dict[str, torch.Tensor] = {}
     for file in _weight_files(path):
         with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - it is no dict
+            for key in opened.keys():  # noqa: SIM118 - not a dict
                 own = wanted.get(_plain(key))
                 if own is not None and own not in tensors:
-                    # A copy: what is mapped changes with the file, or is gone with it.
+                    # Copied, as mapped weights would change with the file.
                     tensors[own] = opened.get_tensor(key).to(torch.float32, copy=True)
     optional = ("segment",) if shape.buckets else ("segment", "distance")
     missing = next((theirs for theirs, own in wanted.items() if own not in tensors and own not in optional), None)
@@ -151,7 +149,7 @@ def read_weights(path: Path, shape: Architecture) -> Weights:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files that ``transformers`` would read, and no variant beside them; without these, all."""
+    """Return the files that ``transformers`` would read, without variants; without these, all."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
@@ -161,7 +159,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _plain(key: str) -> str:
-    """A weight's name without what models with a head put before it, and in today's spelling."""
+    """Return a weight's name without the prefix of models with a head, in current spelling."""
     for prefix in ("bert.", "roberta.", "distilbert.", "mpnet.", "camembert."):
         key = key.removeprefix(prefix)
     return key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -177,11 +175,11 @@ def _names(shape: Architecture) -> dict[str, str]:
 
 
 Spans = torch.Tensor | list[tuple[int, int]]
-"""Where rows lie: int32 [n + 1] places where they begin and end, or runs of equal rows as (rows, length)."""
+"""Rows as int32 [n + 1] boundaries, or as runs of equal rows (rows, length)."""
 
 
 class Dense(torch.nn.Module):
-    """``x @ weight.T + bias``, then an activation ("": none); computed in the weight's own type."""
+    """``x @ weight.T + bias``, then an activation ("": none), in the type of the weight."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, activation: str = "") -> None:
         super().__init__()
@@ -190,7 +188,7 @@ class Dense(torch.nn.Module):
         self.dtype, self.activation = dtype, activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] to [tokens, out]."""
+        """Map [tokens, in] to [tokens, out]."""
         y = F.linear(x.to(self.dtype), self.weight, self.bias)
         if self.activation == "relu":
             return F.relu(y)
@@ -200,11 +198,10 @@ class Dense(torch.nn.Module):
 
 
 _ONEDNN = {"": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
-"""What oneDNN calls the activations."""
 
 
 class OneDnnDense(torch.nn.Module):
-    """As ``Dense`` on a CPU, by oneDNN: the kernels that ``torch.compile`` uses there, without compiling."""
+    """``Dense`` on a CPU with oneDNN: the kernels of ``torch.compile``, without compiling."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, activation: str = "") -> None:
         super().__init__()
@@ -214,7 +211,7 @@ class OneDnnDense(torch.nn.Module):
         self.post, self.algorithm = _ONEDNN[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, in] to [tokens, out]."""
+        """Map [tokens, in] to [tokens, out]."""
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             x.to(self.dtype), self.weight, self.bias, self.post, [], self.algorithm
         )
@@ -222,7 +219,7 @@ class OneDnnDense(torch.nn.Module):
 
 
 class Norm(torch.nn.Module):
-    """Layer norm, in the type of what it is given."""
+    """Layer norm, in the type of its input."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, epsilon: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -231,12 +228,12 @@ class Norm(torch.nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, d] to the same."""
+        """Normalise [tokens, d]."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 def varlen(qkv: torch.Tensor, spans: torch.Tensor, longest: int) -> torch.Tensor:
-    """Attention of ``qkv`` [tokens, 3, heads, d] within rows, [tokens, heads · d]; no row is over ``longest``."""
+    """Return attention of ``qkv`` [tokens, 3, heads, d] in rows up to ``longest``, [tokens, heads · d]."""
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = qkv.unbind(1)
@@ -246,7 +243,7 @@ def varlen(qkv: torch.Tensor, spans: torch.Tensor, longest: int) -> torch.Tensor
 
 
 def grouped(qkv: torch.Tensor, spans: list[tuple[int, int]], bias: torch.Tensor | None) -> torch.Tensor:
-    """As ``varlen``, for rows of equal length at a time; ``bias`` [heads, length, length] is added to the products."""
+    """Return ``varlen`` for runs of equal rows, adding ``bias`` [heads, length, length] to the products."""
     found = []
     start = 0
     for rows, length in spans:
@@ -260,7 +257,7 @@ def grouped(qkv: torch.Tensor, spans: list[tuple[int, int]], bias: torch.Tensor 
 
 
 class Layer(torch.nn.Module):
-    """One layer: attention, and a feed-forward network of each token."""
+    """One layer: attention, and a feed-forward network for each token."""
 
     def __init__(self, weights: Weights, i: int, shape: Architecture, kind: type[Any], dtypes: Dtypes) -> None:
         super().__init__()
@@ -282,7 +279,7 @@ class Layer(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, spans: Any, longest: int, bias: torch.Tensor | None, first: torch.Tensor | None
     ) -> torch.Tensor:
-        """[tokens, d] to the same; ``first`` int64 [n]: to [n, d], for these tokens only."""
+        """Map [tokens, d] to the same; with ``first`` int64 [n], to [n, d] for these tokens only."""
         qkv = self.qkv(x).view(len(x), 3, self.heads, -1)
         mixed = varlen(qkv, spans, longest) if isinstance(spans, torch.Tensor) else grouped(qkv, spans, bias)
         if first is not None:
@@ -292,12 +289,11 @@ class Layer(torch.nn.Module):
         return y
 
 
-Dtypes = tuple[torch.dtype, torch.dtype]
-"""Of the products, and of what lies between them."""
+Dtypes = tuple[torch.dtype, torch.dtype]  # of products, and of everything else
 
 
 class PackedBert(torch.nn.Module):
-    """A model of the family, on a device. ``pooling`` is "mean" or "cls"; vectors come in float32, not normalised."""
+    """A model on a device with "mean" or "cls" pooling; vectors are float32, not normalised."""
 
     def __init__(self, weights: Weights, shape: Architecture, pooling: str, device: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -318,16 +314,16 @@ class PackedBert(torch.nn.Module):
     def forward(
         self, ids: torch.Tensor, places: torch.Tensor, spans: Spans, longest: int, run: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
-        """Vectors, float32 [n, d], of ``ids`` [tokens] at ``places`` [tokens] of rows that ``spans`` describe.
+        """Return vectors, float32 [n, d], of ``ids`` [tokens] at ``places`` [tokens] in rows ``spans``.
 
-        ``run`` computes a layer: ``Layer.forward``, or that compiled.
+        ``run`` computes a layer: ``Layer.forward``, possibly compiled.
         """
         x = self.norm(F.embedding(ids, self.word) + F.embedding(places, self.place))
         bias = None if self.distance is None else relative_bias(self.distance, longest, self.shape.buckets)
         first = _first(spans, ids) if self.pooling == "cls" else None
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            if first is not None and i == last:  # another shape: not worth a program of its own
+            if first is not None and i == last:  # not worth compiling another shape
                 x = layer(x, spans, longest, bias, first)
             else:
                 x = run(layer, x, spans, longest, bias, None)
@@ -338,7 +334,7 @@ class PackedBert(torch.nn.Module):
 
 
 def _first(spans: Spans, ids: torch.Tensor) -> torch.Tensor:
-    """Where rows begin, int64 [n]; of rows without tokens, of which a batch of constant shape has some, anywhere."""
+    """Return the first token of each row, int64 [n]; any token for rows without."""
     if isinstance(spans, torch.Tensor):
         return spans[:-1].long().clamp(max=len(ids) - 1)
     lengths = torch.tensor([length for rows, length in spans for _ in range(rows)], device=ids.device)
@@ -346,7 +342,7 @@ def _first(spans: Spans, ids: torch.Tensor) -> torch.Tensor:
 
 
 def mean_of_rows(x: torch.Tensor, spans: Spans) -> torch.Tensor:
-    """Mean over the tokens of each row, float32 [n, d]; in a fixed order, so the same every time."""
+    """Return the mean over each row's tokens, float32 [n, d], summed in a fixed order."""
     if isinstance(spans, torch.Tensor):
         return torch.segment_reduce(x.float(), "mean", offsets=spans.long(), axis=0, unsafe=True)
     means = []
@@ -359,10 +355,10 @@ def mean_of_rows(x: torch.Tensor, spans: Spans) -> torch.Tensor:
 
 
 def relative_bias(table: torch.Tensor, length: int, buckets: int) -> torch.Tensor:
-    """What attention adds for the distance of two tokens, [heads, length, length], of ``table`` [buckets, heads].
+    """Return the attention bias of distances, [heads, length, length], from ``table`` [buckets, heads].
 
-    Near distances have a bucket each, farther ones share them on a logarithmic scale up to 128 (Raffel et al. 2020,
-    section 2.1), half of the buckets for each direction.
+    Near distances have a bucket each, farther ones share buckets on a logarithmic scale up to 128 (Raffel et
+    al. 2020, section 2.1); half of the buckets serve each direction.
     """
     places = torch.arange(length, device=table.device)
     distance = places[:, None] - places[None, :]

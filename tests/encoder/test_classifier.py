@@ -99,10 +99,10 @@ def test_labels_that_the_model_has_not_are_refused_with_those_that_it_has(model:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"auto_map": {"AutoModel": "modeling.Model"}}, "run code of its own"),
-        ({"problem_type": "regression"}, "amounts"),
+        ({"auto_map": {"AutoModel": "modeling.Model"}}, "requires its own code"),
+        ({"problem_type": "regression"}, "trained for regression"),
         ({"architectures": ["BertForTokenClassification"]}, "is a BertForTokenClassification"),
-        ({"id2label": {"0": "a", "2": "b"}}, "does not number its labels"),
+        ({"id2label": {"0": "a", "2": "b"}}, "does not number the labels"),
     ],
 )
 def test_what_its_configuration_says_is_refused(copy: Path, fields: dict[str, Any], reason: str) -> None:
@@ -115,7 +115,7 @@ def test_what_its_configuration_says_is_refused(copy: Path, fields: dict[str, An
 def test_pickled_weights_are_not_loaded(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     torch.save({}, copy / "pytorch_model.bin")
-    with pytest.raises(UsageError, match="pickled ones can run code"):
+    with pytest.raises(UsageError, match="pickled weights can run code"):
         find_classifier(copy)
     with pytest.raises(UsageError, match="no such directory"):
         find_classifier(copy / "model")
@@ -124,7 +124,7 @@ def test_pickled_weights_are_not_loaded(copy: Path) -> None:
 def test_an_encoder_without_a_head_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(tiny_encoder, tmp_path / "headless"))
     edit(path, architectures=["BertForSequenceClassification"])
-    with pytest.raises(UsageError, match=r"lacks 2 of the weights .*: classifier\.") as error:
+    with pytest.raises(UsageError, match=r"2 of the weights .* missing, such as classifier\.") as error:
         Classifier(find_classifier(path), "cpu")
     assert "incomplete" in error.value.advice
 
@@ -169,7 +169,7 @@ def test_out_of_memory_halves_a_batch_and_a_lost_device_ends_the_run(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(classifier, "_forward", no_memory)
-    with pytest.raises(RetrotoolError, match="no memory for a row of"):
+    with pytest.raises(RetrotoolError, match="too little memory for a row of"):
         classifier.scores(TEXTS, 2)
 
     def lost(rows: Any, label: int) -> Any:

@@ -67,8 +67,8 @@ def test_what_devices_stand_for(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cuda:3", "sees 3 GPUs"),
         ("cuda:1,cuda:1", "named twice"),
         ("cuda,cuda:0", "named twice"),
-        ("cuda:0,", "not known"),
-        ("", "not known"),
+        ("cuda:0,", "is unknown"),
+        ("", "is unknown"),
     ):
         with pytest.raises(UsageError, match=message):
             find_devices(devices)

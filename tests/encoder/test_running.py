@@ -74,7 +74,7 @@ def test_out_of_memory_halves_the_batches_and_goes_on(model: Path, forward: str)
     found = encoder.embed(rows)
     assert np.allclose(found, true, atol=2e-3)
     assert encoder.batch_tokens <= 1000
-    assert all("out of memory: going on with" in message for message in said)
+    assert all("out of memory: continuing with" in message for message in said)
     assert len(said) == 3, "it is said once a halving (4,000 to 500 tokens), not once a batch"
     tried = len(sizes)
     encoder.embed(rows)
@@ -88,7 +88,7 @@ def test_a_row_for_which_there_is_no_memory_is_an_error(model: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     spoiled(encoder, no_memory)
-    with pytest.raises(RetrotoolError, match="no memory for a row of 4 tokens") as error:
+    with pytest.raises(RetrotoolError, match="too little memory for a row of 4 tokens") as error:
         encoder.embed([[10, 11]] * 3)
     assert error.value.advice
 
@@ -138,7 +138,7 @@ def test_a_vector_that_is_no_number_is_named_by_its_row(model: Path, value: floa
 
 
 def test_a_token_that_the_model_has_not_is_refused_before_it_reaches_the_device(model: Path) -> None:
-    with pytest.raises(UsageError, match="gives the token 300, its model has 300"):
+    with pytest.raises(UsageError, match="returned token 300, but the vocabulary of its model has 300"):
         Encoder(str(model), "cpu").embed([[10], [300]])
 
 
@@ -226,7 +226,7 @@ def test_a_tokenizer_that_can_not_tokenise_is_refused(tiny_encoder: Path, tmp_pa
 
     path = Path(shutil.copytree(tiny_encoder, tmp_path / "model"))
     Tokenizer(models.WordLevel({"store": 0}, unk_token="[UNK]")).save(str(path / "tokenizer.json"))
-    with pytest.raises(UsageError, match="its tokenizer can't tokenise"):
+    with pytest.raises(UsageError, match="its tokenizer fails"):
         Encoder(str(path), "cpu")
 
 

@@ -189,9 +189,9 @@ def test_weights_that_break_off_are_refused(tiny_encoder: Path, tmp_path: Path) 
 def test_what_no_encoder_can_be_put_on_is_refused_also_where_nothing_is_left_to_embed(
     built_store: Path, tiny_encoder: Path, device: str
 ) -> None:
-    with pytest.raises(UsageError, match="not known"):
+    with pytest.raises(UsageError, match="is unknown"):
         api.embed(built_store, encoder=str(tiny_encoder), devices=device)
-    with pytest.raises(UsageError, match="not known"):
+    with pytest.raises(UsageError, match="is unknown"):
         Encoder(str(tiny_encoder), device=device)
     with pytest.raises(UsageError, match="float99"):
         api.embed(built_store, encoder=str(tiny_encoder), dtype="float99")

@@ -362,9 +362,9 @@ def _posing(path: Path, identity: object, *arguments: object, **options: object)
         ({"batch_tokens": 0}, "--batch-tokens 0"),
         ({"shard": (2, 2)}, "--shard 2/2"),
         ({"shard": (0, 0)}, "--shard 0/0"),
-        ({"pooling": "max"}, "pooling 'max' is not known"),
+        ({"pooling": "max"}, "pooling 'max' is unknown"),
         ({"name": "a/b"}, "can't be used as a name"),
-        ({"devices": "cpu,"}, "not known"),
+        ({"devices": "cpu,"}, "is unknown"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -190,7 +190,7 @@ def test_of_several_embeddings_those_are_used_that_search_uses(store_copy: Path,
         ({"like": Path("takedown.txt"), "within": 1.0}, "takedown.txt can't be read: No such file"),
         ({"like": "a \udcff", "within": 1.0}, "is not UTF-8"),
         ({"like": TEXT, "within": 1.0, "encoder": "bert"}, "no embeddings of 'bert'"),
-        ({"like": TEXT, "within": 1.0, "device": "tpu"}, "'tpu' is not known"),
+        ({"like": TEXT, "within": 1.0, "device": "tpu"}, "'tpu' is unknown"),
     ],
 )
 def test_what_makes_no_sense_is_told(built_store: Path, selectors: dict[str, object], reason: str) -> None:
