@@ -23,7 +23,7 @@ class Intervals:
     document: Ids
 
     def documents(self, ids: Ids) -> Ids:
-        """Return the document of each id, −1 where there is none."""
+        """Return the document of each id, or −1."""
         place = np.searchsorted(self.first, ids, side="right") - 1
         within = (place >= 0) & (ids <= self.last[place])
         return np.where(within, self.document[place], -1)

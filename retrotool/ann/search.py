@@ -28,7 +28,7 @@ from retrotool.ann.ranking import Fetch, Heaps, Nearest, largest
 from retrotool.ann.trained import Floats, Trained
 from retrotool.lazy import torch
 
-ROOM = 1 << 27  # bytes for distances and decoded vectors; more is no faster
+ROOM = 1 << 27  # bytes for distances and decoded vectors; more does not help
 _COLUMNS = 1 << 11
 _ROWS = 1 << 11
 _CACHED_ROWS = 1 << 12

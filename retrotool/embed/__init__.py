@@ -1,1 +1,1 @@
-"""Chunks to vectors."""
+"""Embed chunks as vectors."""

@@ -1,4 +1,4 @@
-"""``embed``: every part that has no embeddings of an encoder; and how true the stored vectors are."""
+"""Run ``embed``: embed all parts without embeddings of an encoder, and check stored vectors."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.tokenizers import BUNDLED
 
-_NOT_ITS_OWN = 0.99
-"""A stored vector whose cosine with the true one is below this was made by another model, or is broken."""
+_OTHER_MODEL = 0.99  # below this cosine, a stored vector comes from another model or is broken
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedResult:
-    """What ``embed`` did; ``chunks`` are the keys embedded by this run, ``embedded`` those the store has now.
+    """The result of ``embed``: ``chunks`` are keys embedded by this run, ``embedded`` those in the store.
 
-    ``tokens`` are the encoder's, real ones and special ones, of this run. ``forward`` is the way its devices took,
-    "packed" or "transformers" with the reason in ``why``, and ``cosine`` the least with ``transformers`` in float32
-    that was seen when the encoder was loaded. ``busy`` is the share of its devices' time that was forward.
-    ``elsewhere`` are parts that other live runs are at. ``check`` is the record of ``--check``.
+    * ``tokens``: the encoder's tokens in this run, including special ones.
+    * ``forward``: "packed" or "transformers", with the reason in ``why``; ``cosine``: its least cosine with
+      ``transformers`` in float32 at loading. ``busy``: share of the devices' time spent in it.
+    * ``elsewhere``: parts being embedded by other runs. ``check``: the record of ``--check``.
     """
 
     encoder: str
@@ -61,11 +60,9 @@ class EmbedResult:
 class _Done:
     def __init__(self) -> None:
         self.parts: dict[str, int] = {}
-        self.how: dict[str, Any] = {}
-        """How vectors were made; of workers that differ the one that is farthest from the true vectors."""
+        self.how: dict[str, Any] = {}  # how vectors were computed, by the least accurate worker
         self.sums = {"tokens": 0.0, "forward": 0.0, "working": 0.0}
-        self.first = self.last = 0.0
-        """When the first part was begun, and the last was done."""
+        self.first = self.last = 0.0  # start of the first part, end of the last
 
     def __call__(self, staged: Staged) -> bool:
         self.last = time.monotonic()
@@ -92,8 +89,8 @@ def embed(
 ) -> EmbedResult:
     """Embed every part that has no embeddings of ``encoder``, on one or several devices.
 
-    ``shard`` (i, n): this is job i of n on this store, from 0. With more than one device, a script must call this below
-    ``if __name__ == "__main__":``, as processes are spawned.
+    ``shard`` (i, n): this is job i of n on this store, from 0. With several devices, a script must call this
+    below ``if __name__ == "__main__":``, as processes are spawned.
     """
     store = Store.open(root)
     batch_tokens_of("cpu", batch_tokens)
@@ -101,14 +98,14 @@ def embed(
     found = find_devices(devices, dtype)
     identity = find_encoder(encoder, pooling=pooling, name=name)[1]
     if name is None:
-        # By the name that the store knows it by, wherever it lies now.
+        # Use the store's name for it, even if it was moved.
         known = store.state.with_prefix("encoder:")
         names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
         identity = identity if not names or identity.name in names else replace(identity, name=names[0])
     stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
     done = _Done()
     with writing(store) as run:
-        _tell_where(store, run, identity)
+        _update_origin(store, run, identity)
         engine.execute(stage, store, run, workers=len(found), enough=done)
         elsewhere = engine.count_elsewhere(stage, store, run)
         checked = _check(store, run, encoder, identity, found[0]) if check else None
@@ -132,8 +129,8 @@ def embed(
     )
 
 
-def _tell_where(store: Store, run: Run, identity: EncoderIdentity) -> None:
-    """Record where an encoder lies now, if it is no more where it was: ``search`` will look for it there."""
+def _update_origin(store: Store, run: Run, identity: EncoderIdentity) -> None:
+    """Record an encoder's new location if it was moved, since ``search`` loads it from there."""
     key = f"encoder:{identity.name}"
 
     def build(state: State) -> Draft | None:
@@ -148,9 +145,9 @@ def _tell_where(store: Store, run: Run, identity: EncoderIdentity) -> None:
 
 
 def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any] | None:
-    """Measure how true the stored vectors are, and commit it; None if there are none.
+    """Compare stored vectors with ``transformers`` and commit the result; return None without vectors.
 
-    ``RetrotoolError`` if one is of another model.
+    Raises ``RetrotoolError`` if a vector comes from another model.
     """
     reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
     store.refresh()
@@ -171,17 +168,13 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
     }
     settings = {"encoder": identity.name, "check": True}
     store.commit(run, lambda _: Draft("embed", settings, records={f"fidelity:{identity.name}": record}))
-    if fidelity.cosine_min < _NOT_ITS_OWN:
+    if fidelity.cosine_min < _OTHER_MODEL:
+        pooling = identity.pooling if identity.overridden else None
+        given = None if spec == BUNDLED else spec
+        again = command_line("embed", store.place, encoder=given, name=f"{identity.name}-2", pooling=pooling)
         raise RetrotoolError(
-            f"the stored vector of chunk {worst} is not what encoder {identity.name} gives: "
-            f"its cosine with that is {fidelity.cosine_min:.4f}",
-            "If the files are whole (retrotool verify), embed anew under another name: "
-            + command_line(
-                "embed",
-                store.place,
-                encoder=None if spec == BUNDLED else spec,
-                name=f"{identity.name}-2",
-                pooling=identity.pooling if identity.overridden else None,
-            ),
+            f"the stored vector of chunk {worst} differs from that of encoder {identity.name}: "
+            f"their cosine is {fidelity.cosine_min:.4f}",
+            f"If {command_line('verify', store.place)} finds nothing, embed again under another name: {again}",
         )
     return record

@@ -1,7 +1,8 @@
-"""A store seen as a database to search: what of it can be searched, where its documents are, its copies.
+"""Treat a store as a database to search: searchable rows, locations of documents, copies of the store.
 
-Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped. A query's own document costs its
-part's documents; across stores, or where documents of one id were kept, a join over the keys of all documents.
+Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped. Finding a query's own
+document reads its part's documents; across stores, or if several documents share an id, it joins the keys of
+all documents.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Excluded, Ids, Intervals
+from retrotool.cli.command_lines import command_line
 from retrotool.errors import UsageError
 from retrotool.store import log, parts
 from retrotool.store.parts import Chunks
@@ -24,12 +26,12 @@ from retrotool.store.vectors import MappedVectors, read_vectors
 
 
 def pick_encoder(store: Store, name: str | None = None) -> str:
-    """The encoder to use: ``name``, or the only one the store has embeddings of; ``UsageError`` otherwise."""
+    """Return the encoder to use: ``name`` or the only one with embeddings; raise ``UsageError`` otherwise."""
     names = store.state.names("embeddings")
     if not store.state.parts():
-        raise UsageError("the store has no chunks", f"Chunk documents: retrotool chunk {store.place} INPUT...")
+        raise UsageError("the store has no chunks", f"Chunk documents: {command_line('chunk', store.place)} INPUT...")
     if not names:
-        raise UsageError("the store has no embeddings", f"Make them with: retrotool embed {store.place}")
+        raise UsageError("the store has no embeddings", f"Make them with: {command_line('embed', store.place)}")
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
@@ -40,31 +42,31 @@ def pick_encoder(store: Store, name: str | None = None) -> str:
 
 
 def embedded_parts(store: Store, encoder: str) -> list[int]:
-    """Numbers of the live parts that have embeddings, ascending."""
+    """Return the numbers of live parts with embeddings, ascending."""
     return [part for slot in store.state.group("embeddings", encoder) if store.state.is_live(part := int(slot))]
 
 
 def read_part_vectors(store: Store, encoder: str, part: int) -> MappedVectors:
-    """A part's embeddings, float16 [n, d], memory-mapped."""
+    """Return a part's embeddings, float16 [n, d], memory-mapped."""
     return read_vectors(store, parts.part_entry(store, "embeddings", part, encoder))
 
 
 def live_rows(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
-    """Which rows of a part are neither erased nor purged, bool [n]; values of key-value records are among them."""
+    """Return which rows of a part are neither erased nor purged, bool [n], including values of records."""
     alive: npt.NDArray[np.bool_] = chunks.n_tokens > 0
     alive[tombstones.rows(chunks.part)] = False
     return alive
 
 
 def searchable_rows(store: Store, part: int, tombstones: Tombstones) -> npt.NDArray[np.int64]:
-    """Rows of a part that are searched by and for, ascending: those that have a vector and are not purged."""
+    """Return the rows of a part with a vector that are not purged, ascending."""
     searchable = parts.read_embedded(store, part)
     searchable[tombstones.rows(part)] = False
     return np.flatnonzero(searchable)
 
 
 class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
-    """The searchable rows of parts, read when they are asked for; ``counts`` says how many each has."""
+    """The searchable rows of parts, read on access; ``counts`` are known without reading."""
 
     def __init__(self, store: Store, numbers: Iterable[int], tombstones: Tombstones) -> None:
         self._store, self._tombstones = store, tombstones
@@ -80,7 +82,7 @@ class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
         return len(self.counts)
 
     def draw(self, size: int, seed: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Random rows of each part, ascending: of each in proportion to what it has, ``size`` in all."""
+        """Yield ``size`` random rows in all, ascending, from each part in proportion to its count."""
         total = sum(self.counts.values())
         rng = np.random.default_rng(seed)
         exact = {part: size * count / max(total, 1) for part, count in self.counts.items()}
@@ -95,12 +97,12 @@ class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
 
 
 def count_keys(store: Store, part: int) -> int:
-    """How many rows of a part are keys, erased and purged ones too; the log knows, no file is read."""
+    """Return the number of keys in a part, including erased and purged ones, from the log."""
     return parts.n_keys(parts.part_entry(store, "chunks", part))
 
 
 def count_live_keys(store: Store, part: int, tombstones: Tombstones) -> int:
-    """How many keys of a part are neither purged nor erased; reads which are keys only where some of both are there."""
+    """Return the number of live keys of a part; reads the keys column only if there are values and purges."""
     purged = tombstones.rows(part)  # the erased are among them
     keys = count_keys(store, part)
     if keys == parts.part_entry(store, "chunks", part).rows:
@@ -109,21 +111,21 @@ def count_live_keys(store: Store, part: int, tombstones: Tombstones) -> int:
 
 
 def count_keys_of(store: Store, numbers: Iterable[int], tombstones: Tombstones | None = None) -> int:
-    """Keys of some parts that are neither purged nor erased: those that ``tombstones`` has not, None: the store's."""
+    """Return the number of keys of some parts outside ``tombstones`` (None: the store's)."""
     tombstones = read_tombstones(store) if tombstones is None else tombstones
     return sum(count_live_keys(store, part, tombstones) for part in numbers)
 
 
 def count_left(store: Store, done: Iterable[int], tombstones: Tombstones) -> int:
-    """Live keys of the parts that are not among ``done``."""
+    """Return the number of live keys of the parts not in ``done``."""
     return count_keys_of(store, set(store.state.parts()).difference(done), tombstones)
 
 
 def own_documents(store: Store, part: int, database: Store, tombstones: Tombstones, *, within: bool) -> Excluded:
-    """What each row of a part must not find in ``database``: the chunks of documents of its own document's id.
+    """Return what each row of a part must not find in ``database``: chunks of its document's id.
 
-    ``within``: ``database`` is the same store. Then no file but the part's documents is read, unless documents of one
-    id were kept.
+    ``within``: ``database`` is the same store. Then only the part's documents are read, unless documents
+    share ids.
     """
     if within and not may_repeat(database):
         return Excluded(*document_intervals(store, part))
@@ -133,7 +135,7 @@ def own_documents(store: Store, part: int, database: Store, tombstones: Tombston
 
 
 def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
-    """First and last chunk id of each row's own document, int64 [n] each."""
+    """Return the first and last chunk id of each row's document, int64 [n] each."""
     table = parts.read_documents(store, part, ["first_row", "n_chunks"])
     first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
     ids = parts.chunk_ids(part, first)
@@ -141,9 +143,9 @@ def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
 
 
 def may_repeat(store: Store) -> bool:
-    """Whether several documents of one id may be live: if they were kept. The log knows.
+    """Check in the log whether several live documents may share an id.
 
-    Also if one was purged, let in again, and the purge then undone.
+    This needs ``duplicates: keep``, or a document that was purged, added again, and its purge undone.
     """
     plans = store.state.with_prefix("plan:").values()
     return any(record.get("repeats") for record in undone_purges(store.state).values()) or any(
@@ -152,10 +154,9 @@ def may_repeat(store: Store) -> bool:
 
 
 def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstones) -> Excluded:
-    """The chunks of the documents that have ``keys`` (nulls: of nobody), as intervals, one of ``Excluded`` a key.
+    """Return the chunks of live documents with ``keys`` (null: none), as one ``Excluded`` per key.
 
-    Documents of which nothing is live are left out: they are never found. Reads the keys of all documents of the
-    database, one part at a time, and the places of those that are found.
+    Reads the keys of all documents, one part at a time, and the locations of those found.
     """
     coded = keys.cast(pa.binary()).combine_chunks().dictionary_encode()
     codes = coded.indices.fill_null(-1).to_numpy().astype(np.int64)
@@ -187,12 +188,12 @@ def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstone
 
 
 def is_same_store(one: Store, other: Store) -> bool:
-    """Whether two stores are one, and not copies; a copy has the same uuid, and goes its own way from then on."""
+    """Check whether two stores are one; a copy has the same uuid, but diverges."""
     return one.identity.uuid == other.identity.uuid and is_same(one.storage, other.storage)
 
 
 def has_commit(store: Store, number: int, head: str) -> bool:
-    """Whether the commit ``number`` of a store's view has a SHA-256 that begins with ``head``: its log, or a copy's."""
+    """Check whether the SHA-256 of commit ``number``, of a store or its copy, begins with ``head``."""
     if number == store.state.number:
         return store.state.head.startswith(head)
     commit = log.read(store.storage, number) if number < store.state.number else None
@@ -200,19 +201,19 @@ def has_commit(store: Store, number: int, head: str) -> bool:
 
 
 def purges_erased(store: Store) -> list[str]:
-    """Ids of the purges of which nothing is left."""
+    """Return the ids of purges that were erased completely."""
     return [purge for purge, record in store.state.with_prefix("purge:").items() if record.get("erased")]
 
 
 def erased_chunks(store: Store) -> Tombstones:
-    """The chunks that were erased, copies of others that repeat them included."""
+    """Return the chunks that were erased, including copies of them."""
     return Tombstones(named_chunks(store, purges_erased(store)))
 
 
 def last_change(store: Store) -> tuple[int, str]:
-    """Number and SHA-256 of a view's newest commit that is more than a record of a dependent store.
+    """Return number and SHA-256 of the newest commit that does more than record a dependent store.
 
-    Such records are made by searching it. A copy that has none of them is the same database.
+    Searches by other stores make such records; without them, a copy is the same database.
     """
     number, head = store.state.number, store.state.head
     while (commit := log.read(store.storage, number)) is not None and "dependent" in commit.settings:

@@ -1,11 +1,11 @@
-"""``embed``: every key to a vector of the encoder, one float16 ``.npy`` a part.
+"""The ``embed`` stage: encode every key, one float16 ``.npy`` file per part and one task per part.
 
-A task is a part. Erased chunks and values of key-value records get zeros, and cost nothing but their bytes; tombstoned
-chunks are embedded, as long as they are not erased, and so are chunks that the encoder's tokenizer sees no token in. If
-the part's chunks file is erased during the task, its commit is refused and the part is done again.
+Erased chunks and values of key-value records get zeros without computation. Purged chunks are embedded until
+they are erased, and so are chunks without tokens for the encoder. If a part's chunks are erased during its
+task, the commit is refused and the part is embedded again.
 
-A part goes through block by block: one is read and tokenised, one is computed, one is written, made durable and hashed,
-all at the same time. So memory does not grow with the part. A block has about 64 batches.
+A part is processed in blocks of about 64 batches: one is read and tokenised, one computed and one written
+concurrently, so memory does not grow with the part.
 """
 
 from __future__ import annotations
@@ -32,22 +32,17 @@ from retrotool.store.store import Store
 from retrotool.store.vectors import write_vector_blocks
 from retrotool.tokenizers import TokensDiffer
 
-_BLOCK_ROWS = (256, 1 << 16)
-"""Rows of a block, at least and at most."""
-_END_BLOCK = 8
-"""The first block of a part, and the last, are so many times smaller."""
-_VERIFIED = 64
-"""Chunks that an encoder is verified on when it begins."""
-_MANY = 100_000
-"""For so many chunks a GPU would wait for the slow tokenizer longer than it takes to get the fast one ready."""
+_BLOCK_ROWS = (256, 1 << 16)  # least and most rows of a block
+_END_BLOCK = 8  # divisor for the size of the first and last block of a part
+_VERIFIED = 64  # chunks to verify an encoder on
+_MANY = 100_000  # chunks from which preparing the fast tokenizer for a GPU pays off
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedStage:
-    """All parts without embeddings of one encoder; ``spec`` is the path or name to load it by.
+    """Embed all parts without embeddings of an encoder; ``spec`` is its path or name.
 
-    ``devices`` are those of the worker processes, the first that of a single one. ``shard`` (i, n): the parts of job i
-    of n come first.
+    ``devices``: one per worker. ``shard`` (i, n): parts of job i of n come first.
     """
 
     spec: str
@@ -60,7 +55,7 @@ class EmbedStage:
     unit: str = field(default="chunk", init=False)
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a part; ``UsageError`` if the name is taken by another encoder."""
+        """Plan one task per part; raise ``UsageError`` if another encoder has the name."""
         record = store.state.records.get(f"encoder:{self.identity.name}")
         if record is not None:
             check_encoder_identity(record, self.identity)
@@ -76,7 +71,7 @@ class EmbedStage:
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def of_worker(self, number: int) -> EmbedStage:
-        """The stage on the device of worker ``number``."""
+        """Return the stage on the device of worker ``number``."""
         return replace(self, devices=(self.devices[number % len(self.devices)],))
 
     def open(self, store: Store) -> EmbedWorker:
@@ -85,18 +80,18 @@ class EmbedStage:
 
 
 def check_encoder_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
-    """``UsageError`` if the store's encoder of a name is not the one that is to be used under it."""
+    """Raise ``UsageError`` if the store has another encoder under this name."""
     if record["sha256"] != identity.sha256:
         raise UsageError(
             f"the store has embeddings of another encoder under the name {identity.name!r}",
-            "Give the new one a name of its own with --name.",
+            "Choose another name for the new one with --name.",
         )
 
 
 def row_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the blocks of a part: of ``most`` rows, fewer at both ends, of whole row groups if large.
+    """Yield [start, stop) of a part's blocks: whole row groups of up to ``most`` rows, smaller at both ends.
 
-    Nothing is computed until the first block is there, and nothing while the last one is written.
+    Small blocks shorten the time when only reading or only writing is possible.
     """
     least = max(1, most // _END_BLOCK)
     start, size = 0, least
@@ -112,63 +107,59 @@ def row_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 class EmbedWorker:
-    """Embeds parts with a loaded encoder, which it verifies on the first chunks that it gets."""
+    """Embeds parts with a loaded encoder, verified on the first chunks."""
 
     def __init__(self, store: Store, stage: EmbedStage) -> None:
         self._store = store
         identity = stage.identity
         self.encoder = Encoder(
-            stage.spec,
-            stage.devices[0],
-            stage.dtype,
-            pooling=identity.pooling,
-            name=identity.name,
+            stage.spec, stage.devices[0], stage.dtype, pooling=identity.pooling, name=identity.name,
             batch_tokens=stage.batch_tokens,
-        )
+        )  # fmt: skip
         if self.encoder.identity.sha256 != identity.sha256:
-            raise UsageError(f"encoder {stage.spec!r} was changed just now", "Run the same command again.")
+            raise UsageError(f"encoder {stage.spec!r} has just changed", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
         self._begun = self._measure()
         self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
-        """Embed one part; None if it has its embeddings by now."""
+        """Embed one part; return None if it is already embedded."""
         state = self._store.refresh()
         part, identity = int(task.inputs["part"]), self.encoder.identity
         if state.part_file("embeddings", part, identity.name) is not None:
             return None
         if parts.part_entry(self._store, "chunks", part).path != task.inputs["path"]:
-            raise ErasedError(f"chunks of part {part} were erased since this was planned")
+            raise ErasedError(f"chunks of part {part} were erased after planning")
         if not self._verified:
-            self._get_ready(part)
+            self._prepare(part)
         name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
         self._begun = self._measure()
-        told = 0
+        reported = 0
 
-        def tell(rows: int) -> None:
-            nonlocal told
-            told += rows
+        def progress(rows: int) -> None:
+            nonlocal reported
+            reported += rows
             report(rows)
 
         try:
-            entry = self._write(part, name, tell)
+            entry = self._write(part, name, progress)
         except TokensDiffer as error:
-            # What this part has of the fast tokenizer is thrown away; --check tells of the parts before.
-            self.encoder.say(f"{error.summary}; going on with tokenizers, which is slower")
+            # Repeat this part without the fast tokenizer; --check can validate earlier parts.
+            self.encoder.say(f"{error.summary}; continuing with tokenizers, which is slower")
             self.encoder.use_slow_tokenizer()
-            tell(-told)
-            entry = self._write(part, name, tell)
+            progress(-reported)
+            entry = self._write(part, name, progress)
         except NotFiniteError as error:
             row = int(np.flatnonzero(parts.read_embedded(self._store, part))[error.row])
             raise self._not_finite(part, row) from error
-        report(task.weight - told)  # what is erased has no vector
+        report(task.weight - reported)  # erased chunks
         key = f"encoder:{identity.name}"
         self._store.refresh()
-        # The same model from another place is the same encoder: the record that was first stays.
+        # The same model from another location is the same encoder; keep the first record.
         record = self._store.state.records.get(key) or asdict(identity)
         check_encoder_identity(record, identity)
-        # What differs from worker to worker is told of the file: tasks of equal settings share a commit.
+        # What differs between workers is recorded with the file, as tasks with equal settings share a commit.
         entry, encoder = replace(entry, about={"cosine": self.encoder.cosine}), self.encoder
         settings = {
             "encoder": identity.name, "device": encoder.device_name, "dtype": encoder.dtype,
@@ -180,21 +171,21 @@ class EmbedWorker:
         )
 
     def note(self) -> str:
-        """Tokens a second of this device, and the share of its time that is forward, in the part at hand."""
+        """Describe the current part's progress: tokens per second, and the share of time in the forward."""
         done = self._since_begun()
         rate, share = (done[name] / max(done["working"], 1e-9) for name in ("tokens", "forward"))
-        return f"{rate:,.0f} tokens/s a device, {100 * share:.0f} % forward"
+        return f"{rate:,.0f} tokens/s per device, {100 * share:.0f} % forward"
 
     def _measure(self) -> dict[str, float]:
         work = self.encoder.work
         return {"tokens": work.tokens, "forward": work.seconds / work.lanes, "working": time.perf_counter()}
 
     def _since_begun(self) -> dict[str, float]:
-        """What was done, and the seconds that it took, since the part at hand was begun."""
+        """Return the work and seconds since the current part began."""
         return {name: now - self._begun[name] for name, now in self._measure().items()}
 
-    def _get_ready(self, part: int) -> None:
-        """Hold the encoder's forward against transformers, on chunks of the part; then get the fast tokenizer ready."""
+    def _prepare(self, part: int) -> None:
+        """Verify the encoder on chunks of the part, then prepare the fast tokenizer if it pays off."""
         chunks = parts.read_chunks(self._store, part, [0])
         rows = np.flatnonzero(chunks.embedded)
         some = np.random.default_rng(0).permutation(rows)[:_VERIFIED]
@@ -233,7 +224,7 @@ class EmbedWorker:
             return write_vector_blocks(self._store, name, entry.rows, dimension, filled(coming))
 
     def _read(self, part: int, rows: int) -> Iterator[Chunks]:
-        """A part's chunks, block by block; at most two row groups more than a block are held."""
+        """Yield a part's chunks in blocks, holding at most two row groups beyond a block."""
         least, most = _BLOCK_ROWS
         held, first = None, 0
         for start, stop in row_blocks(rows, min(max(self.encoder.batch_tokens, least), most)):
@@ -247,7 +238,7 @@ class EmbedWorker:
         document = parts.read_documents(self._store, part, ["id"])["id"][int(chunks.doc[row % ROW_GROUP])].as_py()
         chunk = int(parts.chunk_ids(part, np.array([row]))[0])
         return NotFiniteError(
-            f"encoder {self.encoder.identity.name} gives NaN or infinity for chunk {chunk} "
+            f"encoder {self.encoder.identity.name} returned NaN or infinity for chunk {chunk} "
             f"(row {row} of part {part}, document {document!r})",
             row,
         )

@@ -1,12 +1,12 @@
-"""The encoder that a store was embedded with: tokens of its chunks for it, and how far stored vectors are from its own.
+"""Use the encoder of a store: tokenise its chunks, load it for queries, and check stored vectors.
 
-``load_encoder`` is for a text that is compared with stored vectors. The packed forward is used if it gives, here and
-now, the vectors that the store has of a few of its chunks. ``embed`` compared those with ``transformers``, so that is
-enough, and importing ``transformers`` takes longer than all the rest of a search. Otherwise ``transformers`` is used.
+``load_encoder`` uses the packed forward if that reproduces the stored vectors of a few chunks, which
+``embed`` compared with ``transformers``. Otherwise it uses ``transformers``, whose import takes longer than
+the rest of a search.
 
-``draw_sample`` and ``compare`` are for ``embed --check``. Chunks are drawn at random over all parts that have vectors,
-and these compared with those of ``transformers`` in float32: by cosine, and by the recall@10 among the sample, own
-documents left out. Cost: embedding the sample in the slowest way, and reading 4 row groups of each of up to 64 parts.
+``draw_sample`` and ``compare`` serve ``embed --check``: random chunks of all parts are compared with
+``transformers`` in float32, by cosine and by recall@10 within the sample, leaving out own documents. Cost:
+embedding the sample in the slowest way, and reading 4 row groups of up to 64 parts.
 """
 
 from __future__ import annotations
@@ -30,32 +30,31 @@ SAMPLE = 2000
 _K = 10
 _PARTS = 64
 _GROUPS = 4
-_COMPARED = 8
-"""Chunks whose stored vectors are compared when an encoder is loaded."""
+_COMPARED = 8  # chunks to compare when an encoder is loaded
 
 
 class EncoderRows:
-    """A store's chunks as the encoder's own token ids."""
+    """A store's chunks as token ids of the encoder."""
 
     def __init__(self, store: Store, encoder: Encoder) -> None:
         own, identity = store.identity.tokenizer, encoder.identity
         self._encoder = encoder
+        # Whether the store's tokens are the encoder's, so that nothing is tokenised.
         self.straight = own.sha256 == identity.tokenizer and not identity.prompt and not identity.lower
-        """Whether the store's tokens are the encoder's, so that nothing is tokenised."""
         self._tokenizer = stored_tokenizer(store)
 
     def rows(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> Rows:
-        """The encoder's token ids, without special ones, of chunks given as the store's tokens [n, chunk_length]."""
+        """Return the encoder's token ids, without special ones, of store tokens [n, chunk_length]."""
         if self.straight:
             return Rows.of_matrix(tokens, n_tokens)
         return self._encoder.tokenize(self._tokenizer.decode_text(tokens, n_tokens))
 
 
 def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:
-    """Return the encoder whose embeddings a store has as ``name``.
+    """Return the encoder that a store calls ``name``.
 
-    ``UsageError`` if it is not found, or is not the same any more; ``ErasedError`` if chunks that it is compared on are
-    erased meanwhile.
+    Raises ``UsageError`` if it is missing or has changed, and ``ErasedError`` if chunks it is compared on are
+    erased concurrently.
     """
     encoder = _load(store, name, device, "auto")
     if encoder.forward == "packed" and not _gives_stored_vectors(store, encoder):
@@ -67,15 +66,17 @@ def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:
 def _load(store: Store, name: str, device: str, forward: str) -> Encoder:
     record = store.state.records[f"encoder:{name}"]
     if record.get("foreign"):
-        raise UsageError(f"the vectors of {name!r} were made elsewhere, by {record['origin']}: no text can be embedded")
+        raise UsageError(
+            f"the vectors of {name!r} were computed elsewhere, by {record['origin']}: no text can be embedded"
+        )
     encoder = Encoder(str(record["origin"]), device, "float32", pooling=record["pooling"], name=name, forward=forward)
     if encoder.identity.sha256 != record["sha256"]:
-        raise UsageError(f"the encoder at {record['origin']} is not the one the store was embedded with")
+        raise UsageError(f"the encoder at {record['origin']} is not the one that embedded the store")
     return encoder
 
 
 def _gives_stored_vectors(store: Store, encoder: Encoder) -> bool:
-    """Compare an encoder's vectors of a few chunks with those stored; False if there are none to compare."""
+    """Compare an encoder's vectors of a few chunks with those stored; False without any."""
     name = encoder.identity.name
     for part in embedded_parts(store, name):
         chunks = parts.read_chunks(store, part, [0])
@@ -85,7 +86,7 @@ def _gives_stored_vectors(store: Store, encoder: Encoder) -> bool:
         rows = rows[:: -(-len(rows) // _COMPARED)]
         stored = read_part_vectors(store, name, part)[rows]
         about = parts.part_entry(store, "embeddings", part, name).about or {}
-        # Vectors that were computed in bfloat16 are that far from those of float32.
+        # Stored vectors may have been computed in bfloat16.
         half = float(about.get("cosine") or 0) >= LEAST_COSINE["float16"]
         least = LEAST_COSINE["float16" if half else "bfloat16"]
         try:
@@ -98,7 +99,7 @@ def _gives_stored_vectors(store: Store, encoder: Encoder) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class VectorSample:
-    """Some embedded chunks: ``rows`` of the encoder's tokens, ``vectors`` float16 [n, d], ``ids`` and ``document`` [n].
+    """Embedded chunks: encoder ``rows``, ``vectors`` float16 [n, d], ``ids`` [n], and ``document`` [n].
 
     Chunks of one document have the same number in ``document``.
     """
@@ -110,7 +111,7 @@ class VectorSample:
 
 
 def draw_sample(store: Store, encoder: Encoder, size: int = SAMPLE, seed: int = 0) -> VectorSample | None:
-    """Draw up to ``size`` chunks that have vectors of an encoder; None if there are none."""
+    """Draw up to ``size`` embedded chunks; return None without any."""
     rng = np.random.default_rng(seed)
     numbers = embedded_parts(store, encoder.identity.name)
     some = sorted(rng.permutation(numbers)[:_PARTS].tolist())
@@ -134,10 +135,9 @@ def draw_sample(store: Store, encoder: Encoder, size: int = SAMPLE, seed: int = 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Of ``sample`` vectors: cosine with the true ones, the least and the mean, and recall@10.
+    """Cosine of ``sample`` vectors with the true ones, and recall@10 within the sample by squared L2.
 
-    The recall is the share of each vector's true 10 nearest, among the sample and by squared L2, that are among its 10
-    nearest here too; ``worst`` is the place of the least cosine.
+    ``worst`` is the index of the least cosine.
     """
 
     sample: int
@@ -148,7 +148,7 @@ class Fidelity:
 
 
 def compare(found: npt.NDArray[Any], true: npt.NDArray[Any], document: npt.NDArray[Any] | None = None) -> Fidelity:
-    """Compare vectors [n, d] with the true ones. ``document`` [n]: neighbours are of other documents than the own."""
+    """Compare vectors [n, d] with the true ones; neighbours must differ in ``document`` [n]."""
     cosine = cosines(found, true)
     same = np.eye(len(true), dtype=np.bool_) if document is None else document[:, None] == document[None, :]
     k = min(_K, len(true) - int(same.sum(1).max()))
@@ -161,7 +161,7 @@ def compare(found: npt.NDArray[Any], true: npt.NDArray[Any], document: npt.NDArr
 
 
 def _nearest(vectors: npt.NDArray[Any], same: npt.NDArray[np.bool_], k: int) -> npt.NDArray[np.int64]:
-    """Places of the k nearest of each vector, [n, k], without those that are ``same`` [n, n]."""
+    """Return the k nearest of each vector, [n, k], excluding pairs in ``same`` [n, n]."""
     wide = vectors.astype(np.float64)
     squares = (wide * wide).sum(1)
     distances = squares[:, None] + squares[None, :] - 2 * (wide @ wide.T)

@@ -66,9 +66,7 @@ def find_classifier(path: Path) -> ClassifierIdentity:
     """Describe the classifier in a directory without loading it; raise ``UsageError`` if it is invalid."""
     what = f"classifier {str(path)!r}"
     if not path.is_dir():
-        raise UsageError(
-            f"{what}: there is no such directory", f"Name a directory saved by {_SAVED_BY}.save_pretrained(...)."
-        )
+        raise UsageError(f"{what}: no such directory", f"Name a directory saved by {_SAVED_BY}.save_pretrained(...).")
     config = check_model(path, what, _SAVED_BY)
     heads = config.get("architectures") or [_HEAD]
     if not any(str(head).endswith(_HEAD) for head in heads):

@@ -243,7 +243,7 @@ class Encoder:
     def embed(self, rows: Rows | Sequence[Sequence[int]], report: Callable[[int], object] = lambda _: None) -> Vectors:
         """Embed rows of the encoder's token ids, without special tokens, as float16 [n, dimension].
 
-        An empty row is embedded as the special tokens alone (zeros if there are none); longer rows than the
+        An empty row is embedded as the special tokens alone (zeros without any); longer rows than the
         model takes are truncated. ``report`` receives the rows of each batch. Raises ``NotFiniteError``
         naming a row whose vector is NaN or exceeds float16.
         """

@@ -143,7 +143,7 @@ def default_index(state: State) -> str:
 class IndexFiles:
     """The files of a ``generation`` of an index (by default the ``current`` one) and their log entries.
 
-    ``current`` is the generation that readers use, 0 if there is none yet. ``shards`` are by slot.
+    ``current`` is the generation that readers use, initially 0. ``shards`` are by slot.
     """
 
     def __init__(self, state: State, name: str, generation: int | None = None) -> None:

@@ -165,7 +165,7 @@ class _Curve:
     def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...], device: str, room: int) -> None:
         self._truth, self._database, self._depths = truth, database, depths
         self._device, self._room = device, room
-        # There is no sampling error for an exact index, or if all vectors are queries.
+        # Exact indexes, and queries that are all vectors, have no sampling error.
         self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
         self._found: dict[tuple[int, int, int], npt.NDArray[Any]] = {}
         """By ``nprobe``, depth and k: number found [q] or, for a sampled truth, which were found [q, t]."""

@@ -79,7 +79,7 @@ class IndexStage:
         return IndexFiles(state, self.index, self.generation)
 
     def plan(self, store: Store) -> list[Task]:
-        """Plan the training if there is none; otherwise one task per new shard or merge."""
+        """Plan the training if it is missing; otherwise one task per new shard or merge."""
         made_with = IndexFiles(store.state, self.index).encoder
         if made_with not in (None, self.encoder):
             raise UsageError(

@@ -43,7 +43,7 @@ def test_no_text_is_embedded_by_an_encoder_that_is_not_here(store_copy: Path) ->
     record = {**store.state.records[f"encoder:{name}"], "origin": "their/model", "foreign": True}
     with folding.writing(store) as run:
         store.commit(run, lambda _: Draft("embed", records={f"encoder:{name}": record}))
-    with pytest.raises(UsageError, match="were made elsewhere, by their/model"):
+    with pytest.raises(UsageError, match="were computed elsewhere, by their/model"):
         retrotool.open(store_copy).load_encoder()
 
 

@@ -150,7 +150,7 @@ def maxpool(path: Path) -> None:
         (lambda path: without(path, "tokenizer.json"), "no tokenizer.json"),
         (lambda path: without(path, "config.json"), "no config.json"),
         (pickled, "pickled"),
-        (remote, "run code"),
+        (remote, "requires its own code"),
         (maxpool, "pooling max_tokens is not supported"),
         (lambda path: (path / "config.json").write_text("{"), "not JSON"),
         (lambda path: (path / "config.json").write_text("[]"), "a list, not a JSON object"),

@@ -168,7 +168,7 @@ def test_a_vector_that_is_no_number_names_the_chunk_and_its_document(
     weights["embeddings.word_embeddings.weight"][int(victim.tokens[3])] = float("inf")
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        NotFiniteError, match=r"gives NaN or infinity for chunk \d+ \(row \d+ of part \d+, document 'doc-"
+        NotFiniteError, match=r"returned NaN or infinity for chunk \d+ \(row \d+ of part \d+, document 'doc-"
     ):
         api.embed(chunked, encoder=str(path))
 
@@ -225,7 +225,7 @@ def test_tokens_that_differ_are_thrown_away_with_their_part(
     with redirect_stderr(said):
         result = api.embed(by_text, encoder=str(tiny_encoder))
     assert calls > 4
-    assert "going on with tokenizers" in said.getvalue()
+    assert "continuing with tokenizers" in said.getvalue()
     assert result.chunks == api.info(by_text).chunks
     for part in Store.open(by_text).state.parts():
         pair = [retrotool.open(store).embeddings(part) for store in (by_text, expected)]
@@ -343,7 +343,7 @@ def test_check_finds_vectors_of_another_model(chunked: Path, tiny_encoder: Path,
         patch.setattr(embed_stage, "Encoder", lambda spec, *a, **k: _posing(liar, identity, *a, **k))
         api.chunk(chunked, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=500)))])
         api.embed(chunked, encoder=str(tiny_encoder))
-    with pytest.raises(RetrotoolError, match=r"stored vector of chunk \d+ is not what encoder tiny gives") as error:
+    with pytest.raises(RetrotoolError, match=r"stored vector of chunk \d+ differs from that of encoder tiny") as error:
         api.embed(chunked, encoder=str(tiny_encoder), check=True)
     assert "--name tiny-2" in error.value.advice
 

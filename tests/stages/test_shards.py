@@ -111,7 +111,7 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
         again = cli("embed", chunked, "--encoder", tiny_encoder)
         assert again.returncode == 0
         assert "Nothing is left for this run" in again.stdout
-        assert "1 part is left to runs that are at work" in again.stdout
+        assert "1 part is being embedded by other runs" in again.stdout
     last = api.embed(chunked, encoder=str(tiny_encoder))
     assert (last.parts, last.elsewhere) == (1, 0)
 
@@ -196,7 +196,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_rest_is_done_by_the_next(
 SWALLOWED = """
 import os, signal
 from retrotool.embed.stage import EmbedWorker
-get_ready = EmbedWorker._get_ready
+prepare = EmbedWorker._prepare
 class Finaliser:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -210,8 +210,8 @@ def swallowing(self, part):
             os.kill(os.getpid(), signal.SIGINT)
         except BaseException:
             pass
-    return get_ready(self, part)
-EmbedWorker._get_ready = swallowing
+    return prepare(self, part)
+EmbedWorker._prepare = swallowing
 """
 
 
