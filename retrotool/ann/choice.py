@@ -222,7 +222,6 @@ def _parse_code(text: str, d: int) -> IndexChoice:
 
 
 def _check(n: int, choice: IndexChoice) -> IndexChoice:
-    """Return ``choice`` if n vectors can train it; raise ``UsageError`` otherwise."""
     name = choice.factory
     if not choice.nlist and choice.code not in ("float16", "float32"):
         raise UsageError(f"{name}: codes need lists", f"Use for example IVF{count_lists(n)},{name}.")

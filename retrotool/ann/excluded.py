@@ -136,5 +136,4 @@ def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
 
 
 def _ranges(low: Ids, length: Ids) -> tuple[Ids, Ids]:
-    """Return (i, j) for all j in [low[i], low[i] + length[i])."""
     return np.repeat(np.arange(len(low)), length), expand_ranges(low, length)

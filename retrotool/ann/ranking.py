@@ -204,7 +204,6 @@ class Nearest:
         self._used[rows[more]] = (used + counts)[more]
 
     def _merge(self, rows: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
-        """Merge scores [r, n] of ids [r, n] into rows and keep the k best."""
         if bool(self._used[rows].any()):
             scores, ids = torch.cat([self._scores[rows], scores], 1), torch.cat([self._ids[rows], ids], 1)
         scores, columns = scores.topk(min(self._k, scores.shape[1]), sorted=False)

@@ -109,7 +109,6 @@ class Search:
                     self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
 
     def _table(self, tile: _Tile) -> torch.Tensor:
-        """Return the queries of a tile, minus the mean, as input for products."""
         shift = self._shift.to(self._device)
         table = None
         for start in range(0, len(tile.rows), _ROWS):
@@ -121,7 +120,6 @@ class Search:
         return self._asked if table is None else table
 
     def _start(self, n: int) -> None:
-        """Divide the queries into tiles for a search of about n vectors."""
         trained, on_cpu = self._trained, self._device.type == "cpu"
         most = torch.get_num_threads() if on_cpu and self._q >= _LEAST_TILE else 1
         lists = max(trained.nlist, 1)
@@ -146,7 +144,6 @@ class Search:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth, self._dtype, self._device), cut)
 
     def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
-        """Yield groups of list pieces that may be decoded at a time."""
         pieces: list[_Piece] = []
         rows = 0
         for number in numbers:
@@ -162,7 +159,6 @@ class Search:
             yield pieces
 
     def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
-        """Return the vectors of list pieces, minus the mean, without banned ids."""
         of_each = [shard.ids(number)[rows] for number, rows in pieces]
         ids, ends = np.concatenate(of_each), np.cumsum([len(some) for some in of_each])
         keep = ~self._banned(ids)
@@ -188,7 +184,6 @@ class Search:
         return self._asked.mean(0).cpu() if self._q else torch.zeros(self._asked.shape[1])
 
     def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
-        """Compare a tile's queries with the blocks of lists they probe; return the number of pairs."""
         tile, table, asking = job
         scanned, scratch = 0, Scratch(self._device)
         for pieces, bounds, ids, columns in blocks:

@@ -31,10 +31,9 @@ _OTHER_MODEL = 0.99  # below this cosine, a stored vector comes from another mod
 class EmbedResult:
     """The result of ``embed``: ``chunks`` are keys embedded by this run, ``embedded`` those in the store.
 
-    * ``tokens``: the encoder's tokens in this run, including special ones.
-    * ``forward``: "packed" or "transformers", with the reason in ``why``; ``cosine``: its least cosine with
-      ``transformers`` in float32 at loading. ``busy``: share of the devices' time spent in it.
-    * ``elsewhere``: parts being embedded by other runs. ``check``: the record of ``--check``.
+    ``tokens`` are the encoder's, with special ones. ``forward`` is "packed", or "transformers" for the reason
+    ``why``; ``cosine``: its least with ``transformers`` in float32; ``busy``: its share of the devices' time.
+    ``elsewhere``: parts being embedded by other runs. ``check``: the record of ``--check``.
     """
 
     encoder: str
@@ -145,10 +144,7 @@ def _update_origin(store: Store, run: Run, identity: EncoderIdentity) -> None:
 
 
 def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any] | None:
-    """Compare stored vectors with ``transformers`` and commit the result; return None without vectors.
-
-    Raises ``RetrotoolError`` if a vector comes from another model.
-    """
+    """Compare stored vectors with ``transformers`` and commit the result; raise if one is another model's."""
     reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
     store.refresh()
     sample = retry_overtaken(lambda: draw_sample(store, reference), store.renew)

@@ -124,8 +124,7 @@ def count_left(store: Store, done: Iterable[int], tombstones: Tombstones) -> int
 def own_documents(store: Store, part: int, database: Store, tombstones: Tombstones, *, within: bool) -> Excluded:
     """Return what each row of a part must not find in ``database``: chunks of its document's id.
 
-    ``within``: ``database`` is the same store. Then only the part's documents are read, unless documents
-    share ids.
+    ``within`` the same store, only the part's documents are read, unless documents share ids.
     """
     if within and not may_repeat(database):
         return Excluded(*document_intervals(store, part))
@@ -143,10 +142,7 @@ def document_intervals(store: Store, part: int) -> tuple[Ids, Ids]:
 
 
 def may_repeat(store: Store) -> bool:
-    """Check in the log whether several live documents may share an id.
-
-    This needs ``duplicates: keep``, or a document that was purged, added again, and its purge undone.
-    """
+    """Check in the log whether documents may share an id: after ``duplicates: keep``, or an undone purge."""
     plans = store.state.with_prefix("plan:").values()
     return any(record.get("repeats") for record in undone_purges(store.state).values()) or any(
         plan.get("duplicates") == "keep" and plan.get("duplicates_by_id") for plan in plans
@@ -154,10 +150,7 @@ def may_repeat(store: Store) -> bool:
 
 
 def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstones) -> Excluded:
-    """Return the chunks of live documents with ``keys`` (null: none), as one ``Excluded`` per key.
-
-    Reads the keys of all documents, one part at a time, and the locations of those found.
-    """
+    """Return the chunks of live documents with ``keys`` (null: none); reads the keys of all documents."""
     coded = keys.cast(pa.binary()).combine_chunks().dictionary_encode()
     codes = coded.indices.fill_null(-1).to_numpy().astype(np.int64)
     found = [np.zeros((3, 0), np.int64)]
@@ -211,10 +204,7 @@ def erased_chunks(store: Store) -> Tombstones:
 
 
 def last_change(store: Store) -> tuple[int, str]:
-    """Return number and SHA-256 of the newest commit that does more than record a dependent store.
-
-    Searches by other stores make such records; without them, a copy is the same database.
-    """
+    """Return number and SHA-256 of the newest commit that does not just record a dependent store."""
     number, head = store.state.number, store.state.head
     while (commit := log.read(store.storage, number)) is not None and "dependent" in commit.settings:
         number, head = commit.number - 1, commit.parent

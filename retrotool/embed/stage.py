@@ -1,11 +1,8 @@
 """The ``embed`` stage: encode every key, one float16 ``.npy`` file per part and one task per part.
 
 Erased chunks and values of key-value records get zeros without computation. Purged chunks are embedded until
-they are erased, and so are chunks without tokens for the encoder. If a part's chunks are erased during its
-task, the commit is refused and the part is embedded again.
-
-A part is processed in blocks of about 64 batches: one is read and tokenised, one computed and one written
-concurrently, so memory does not grow with the part.
+erased. If a part's chunks are erased during its task, the commit is refused and the part is embedded again.
+Blocks of about 64 batches are read, computed and written concurrently, so memory does not grow with the part.
 """
 
 from __future__ import annotations
@@ -40,10 +37,7 @@ _MANY = 100_000  # chunks from which preparing the fast tokenizer for a GPU pays
 
 @dataclass(frozen=True, slots=True)
 class EmbedStage:
-    """Embed all parts without embeddings of an encoder; ``spec`` is its path or name.
-
-    ``devices``: one per worker. ``shard`` (i, n): parts of job i of n come first.
-    """
+    """Embed all parts that encoder ``spec`` has not embedded; ``shard`` (i, n): those of job i of n first."""
 
     spec: str
     identity: EncoderIdentity
@@ -89,10 +83,7 @@ def check_encoder_identity(record: Mapping[str, Any], identity: EncoderIdentity)
 
 
 def row_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of a part's blocks: whole row groups of up to ``most`` rows, smaller at both ends.
-
-    Small blocks shorten the time when only reading or only writing is possible.
-    """
+    """Yield [start, stop) of a part's blocks: ``most`` rows, fewer at both ends to overlap more work."""
     least = max(1, most // _END_BLOCK)
     start, size = 0, least
     while start < rows:
@@ -181,7 +172,6 @@ class EmbedWorker:
         return {"tokens": work.tokens, "forward": work.seconds / work.lanes, "working": time.perf_counter()}
 
     def _since_begun(self) -> dict[str, float]:
-        """Return the work and seconds since the current part began."""
         return {name: now - self._begun[name] for name, now in self._measure().items()}
 
     def _prepare(self, part: int) -> None:

@@ -1,12 +1,10 @@
 """Use the encoder of a store: tokenise its chunks, load it for queries, and check stored vectors.
 
 ``load_encoder`` uses the packed forward if that reproduces the stored vectors of a few chunks, which
-``embed`` compared with ``transformers``. Otherwise it uses ``transformers``, whose import takes longer than
-the rest of a search.
-
-``draw_sample`` and ``compare`` serve ``embed --check``: random chunks of all parts are compared with
-``transformers`` in float32, by cosine and by recall@10 within the sample, leaving out own documents. Cost:
-embedding the sample in the slowest way, and reading 4 row groups of up to 64 parts.
+``embed`` compared with ``transformers``; otherwise ``transformers``, whose import takes longer than the rest
+of a search. ``draw_sample`` and ``compare`` serve ``embed --check``: random chunks are compared with
+``transformers`` in float32, by cosine and by recall@10 within the sample. Cost: embedding the sample in the
+slowest way, and reading 4 row groups of up to 64 parts.
 """
 
 from __future__ import annotations
@@ -53,8 +51,8 @@ class EncoderRows:
 def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:
     """Return the encoder that a store calls ``name``.
 
-    Raises ``UsageError`` if it is missing or has changed, and ``ErasedError`` if chunks it is compared on are
-    erased concurrently.
+    Raises ``UsageError`` if it is missing or has changed, ``ErasedError`` if chunks for comparison were just
+    erased.
     """
     encoder = _load(store, name, device, "auto")
     if encoder.forward == "packed" and not _gives_stored_vectors(store, encoder):
@@ -99,10 +97,7 @@ def _gives_stored_vectors(store: Store, encoder: Encoder) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class VectorSample:
-    """Embedded chunks: encoder ``rows``, ``vectors`` float16 [n, d], ``ids`` [n], and ``document`` [n].
-
-    Chunks of one document have the same number in ``document``.
-    """
+    """Embedded chunks: encoder ``rows``, ``vectors`` float16 [n, d], ``ids`` and ``document`` numbers [n]."""
 
     rows: Rows
     vectors: npt.NDArray[np.float16]
@@ -135,10 +130,7 @@ def draw_sample(store: Store, encoder: Encoder, size: int = SAMPLE, seed: int = 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """Cosine of ``sample`` vectors with the true ones, and recall@10 within the sample by squared L2.
-
-    ``worst`` is the index of the least cosine.
-    """
+    """Cosine of ``sample`` vectors with true ones, least (at ``worst``) and mean; recall@10 among them."""
 
     sample: int
     cosine_min: float

@@ -1,7 +1,6 @@
 """The encoder: a frozen BERT that turns chunks into vectors equal to those of ``transformers``, but faster.
 
-``find_encoder`` describes an encoder; ``Encoder`` loads it and embeds. The BERT family runs without padding
-(``encoder.packed``), other models run through ``transformers``.
+``find_encoder`` describes an encoder; ``Encoder`` loads it, with ``encoder.packed`` or ``transformers``.
 """
 
 from retrotool.encoder.batches import Rows

@@ -79,9 +79,8 @@ def batches(
 ) -> list[npt.NDArray[np.int64]]:
     """Return the row indices of each batch, longest rows first; empty rows are omitted.
 
-    A batch has at least one row, at most ``most_rows`` and at most ``tokens`` tokens (``padded``: including
-    padding to its longest row). Sorting minimises padding and shows at once if a batch is too large for the
-    device.
+    A batch has at least one row, at most ``most_rows``, and at most ``tokens`` tokens (``padded``: including
+    padding).
     """
     order = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
     ends = np.cumsum(lengths[order])

@@ -40,10 +40,7 @@ _HEAD = "ForSequenceClassification"
 
 @dataclass(frozen=True, slots=True)
 class ClassifierIdentity:
-    """A classifier's description; ``sha256`` covers weights, configuration and tokenizer.
-
-    ``exclusive``: its labels exclude each other. ``max_tokens``: its limit, including special tokens.
-    """
+    """A classifier; ``sha256`` covers weights, configuration and tokenizer. Labels may be ``exclusive``."""
 
     path: Path
     sha256: str
@@ -122,10 +119,7 @@ class Classifier:
         self._device_lock = threading.Lock()
 
     def scores(self, texts: Sequence[str], label: int) -> Scores:
-        """Return the score of a label for each text, float32 [n]; NaN if the model's output is not finite.
-
-        Raises ``AbortError`` if the device is lost.
-        """
+        """Return the score of a label for each text, float32 [n]; NaN if the model's output is not finite."""
         room = self.identity.max_tokens - len(self._before) - len(self._after)
         if room < 1:
             raise UsageError(f"{self._what} takes {self.identity.max_tokens} tokens, which leaves none for text")

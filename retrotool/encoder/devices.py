@@ -30,10 +30,7 @@ def check_device(device: str, dtype: str = "auto") -> None:
 
 
 def find_devices(devices: str, dtype: str = "auto") -> list[str]:
-    """Return the devices in a list such as ``cuda:0,cuda:1``; ``auto``: every GPU, else the CPU.
-
-    Raises ``UsageError`` for an unavailable device, and for a GPU named twice (``cpu,cpu`` halves the cores).
-    """
+    """Return the devices in a list such as ``cuda:0,cuda:1``; ``auto``: every GPU, else the CPU."""
     if devices == "auto":
         check_device("cpu", dtype)
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"]
@@ -82,10 +79,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def check_divisible(error: Exception, what: str, device: str, rows: int, tokens: int) -> None:
-    """Return if a batch failed for lack of memory and can be split; otherwise raise ``error``.
-
-    Raises ``RetrotoolError`` that names ``what`` if the batch is a single row.
-    """
+    """Return if a batch that ran out of memory can be split; otherwise raise an error naming ``what``."""
     if not is_out_of_memory(error):
         raise error
     if rows == 1:

@@ -63,10 +63,7 @@ class Work:
 
 @dataclass(slots=True)
 class _Batch:
-    """Some rows of a block, framed, longest first; ``ready`` is None for the last, empty one of a block.
-
-    ``vectors`` are the whole block's; ``first`` is the number of rows before the block.
-    """
+    """Framed rows of a block, longest first; ``first``: rows in earlier blocks; ``ready`` None: its end."""
 
     vectors: Vectors
     first: int
@@ -164,10 +161,7 @@ class Encoder:
         self._fast = None
 
     def tokenize(self, texts: Sequence[str]) -> Rows:
-        """Return rows of the encoder's tokens without special ones, with prompt and case as configured.
-
-        Raises ``TokensDiffer`` if the fast tokenizer is in use and gets a text wrong.
-        """
+        """Return rows of tokens without special ones; raise ``TokensDiffer`` if the fast tokenizer fails."""
         if self.identity.lower:
             texts = [text.lower() for text in texts]
         if self.identity.prompt:
@@ -184,9 +178,8 @@ class Encoder:
     def verify(self, sample: Rows | None = None) -> None:
         """Compare the vectors of ``sample``, or of built-in texts, with ``transformers`` in float32.
 
-        If the cosine is below ``LEAST_COSINE``, a packed forward that is wrong in float32 is replaced by
-        ``transformers``, and an automatically chosen type by float32; a requested type is kept. A message
-        reports each case.
+        If the cosine is too low, ``transformers`` replaces a packed forward that is wrong in float32, and
+        float32 an automatic type; a requested type is kept. A message reports each case.
         """
         rows = sample if sample is not None and len(sample) else self.tokenize(_PROBES)
         if self.forward == "transformers" and self.dtype == "float32":
@@ -228,10 +221,7 @@ class Encoder:
         self.cosine = self._cosine(rows, true)
 
     def _cosine(self, rows: Rows, true: Vectors) -> float:
-        """Return the least cosine of our vectors with the true ones; −1 if they are not finite.
-
-        Rows are repeated to fill a batch, so that the usual, possibly compiled, program is tested.
-        """
+        """Return the least cosine with true vectors, −1 if not finite; rows are repeated to fill a batch."""
         tokens = len(rows.framed(self._before, self._after, self.identity.max_tokens).ids)
         copies = -(-self._loaded.least_tokens(self.batch_tokens) // max(tokens, 1)) or 1
         which = np.tile(np.arange(len(rows)), copies)
@@ -243,18 +233,15 @@ class Encoder:
     def embed(self, rows: Rows | Sequence[Sequence[int]], report: Callable[[int], object] = lambda _: None) -> Vectors:
         """Embed rows of the encoder's token ids, without special tokens, as float16 [n, dimension].
 
-        An empty row is embedded as the special tokens alone (zeros without any); longer rows than the
-        model takes are truncated. ``report`` receives the rows of each batch. Raises ``NotFiniteError``
-        naming a row whose vector is NaN or exceeds float16.
+        Empty rows become the special tokens alone (zeros without any); long rows are truncated. ``report``
+        receives the rows of each batch. Raises ``NotFiniteError`` for vectors that exceed float16,
+        ``AbortError`` if the device is lost.
         """
         block = rows if isinstance(rows, Rows) else Rows.of(rows)
         return next(self.vectors([block], report))
 
     def vectors(self, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None) -> Iterator[Vectors]:
-        """Yield the vectors of each block, as ``embed`` does; blocks are read ahead in other threads.
-
-        Raises ``AbortError`` if the device is lost.
-        """
+        """Yield the vectors of each block, as ``embed`` does; blocks are read ahead in other threads."""
         flying: deque[tuple[_Batch, Handle | None]] = deque()
         with (
             devices.checking_device(self.device),
@@ -272,10 +259,7 @@ class Encoder:
     def stream(
         self, blocks: Iterable[Rows], report: Callable[[int], object] = lambda _: None
     ) -> Iterator[Iterator[Vectors]]:
-        """Yield an iterator over ``vectors`` that computes in a thread, ahead of the caller.
-
-        On exit the device is idle: batches in flight are finished, others dropped.
-        """
+        """Yield ``vectors`` computed ahead in a thread; on exit batches in flight finish, others don't."""
         left = threading.Event()
 
         def progress(rows: int) -> None:
@@ -313,7 +297,6 @@ class Encoder:
         return self._runner.ready(self._loaded.arrays(rows, tokens), len(rows))
 
     def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
-        """Store a batch's vectors; yield the block after its last batch."""
         if handle is None:
             report(len(batch.which))
             yield batch.vectors

@@ -1,9 +1,8 @@
 """Identify an encoder: its directory, and its configuration of pooling, length and special tokens.
 
-An encoder is any model directory that ``transformers.AutoModel`` reads from safetensors. Pooling,
-normalisation and prompts follow the model's sentence-transformers configuration; without one, vectors are
-means over time as in the RETRO paper (section 2.3). No model is loaded; the cost is that of hashing the
-weights.
+An encoder is a model directory that ``transformers.AutoModel`` reads from safetensors. Pooling, normalisation
+and prompt follow its sentence-transformers configuration, by default the mean of the RETRO paper (section
+2.3). Costs a hash.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ POOLINGS = ("mean", "cls")
 class EncoderIdentity:
     """A store's record of an encoder; ``sha256`` covers weights, configuration, tokenizer and pooling.
 
-    ``prompt`` is put before every text; ``lower``: texts are lower-cased first. ``overridden``: the pooling
-    is not the model's own.
+    Texts are lower-cased if ``lower`` and follow the ``prompt``. ``overridden``: the pooling is not the
+    model's own.
     """
 
     name: str
@@ -58,8 +57,7 @@ class EncoderIdentity:
 def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -> tuple[Path, EncoderIdentity]:
     """Describe the encoder ``spec`` without loading it; raise ``UsageError`` if something is missing.
 
-    A ``pooling`` other than the model's own makes it another encoder, ``<name>-<pooling>``. ``name`` replaces
-    the name of its directory.
+    A ``pooling`` other than the model's own makes it another encoder, by default named ``<name>-<pooling>``.
     """
     if pooling not in ("auto", *POOLINGS):
         raise UsageError(f"pooling {pooling!r} is unknown", f"Use auto, {' or '.join(POOLINGS)}.")
@@ -97,10 +95,10 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
 
 
 def check_model(path: Path, what: str, saved_by: str) -> dict[str, Any]:
-    """Return the fields of a model directory's ``config.json`` after checking that it can be loaded.
+    """Return the fields of ``config.json`` after checking that the directory has all that is loaded.
 
-    Raises ``UsageError``, naming ``what``, if safetensors weights (written by the ``transformers`` class
-    ``saved_by``) or tokenizer.json are missing, or if it needs code of its own.
+    Raises ``UsageError`` without safetensors (written by the class ``saved_by``) or tokenizer, or if it needs
+    own code.
     """
     if not (path / "config.json").is_file():
         raise UsageError(f"{what}: {path} has no config.json", "Name a model directory saved by transformers.")
@@ -167,7 +165,6 @@ def _load(path: Path) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return the fields of a JSON file; none if it does not exist."""
     fields = _load(path)
     if not isinstance(fields, dict | None):
         raise UsageError(f"{path}: a {type(fields).__name__}, not a JSON object")
@@ -175,7 +172,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _number(path: Path, fields: Mapping[str, Any], *names: str) -> int | None:
-    """Return the first field that is set, None if none is set."""
     value = next((fields[name] for name in names if fields.get(name) is not None), None)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise UsageError(f"{path}: {' or '.join(names)} is {value!r}, not a number")
@@ -183,10 +179,7 @@ def _number(path: Path, fields: Mapping[str, Any], *names: str) -> int | None:
 
 
 def _pooling(path: Path, *, refuse: bool) -> tuple[str, bool]:
-    """Return the pooling and whether vectors are normalised, from the model's configuration.
-
-    Raises ``UsageError`` for unknown modules and, if ``refuse``, unknown pooling.
-    """
+    """Return the pooling, and whether vectors are normalised; raise ``UsageError`` if unsupported."""
     config = _json(path / "1_Pooling" / "config.json")
     modules = _load(path / "modules.json") or []
     if not (isinstance(modules, list) and all(isinstance(module, dict) for module in modules)):
@@ -214,7 +207,6 @@ def _pooling(path: Path, *, refuse: bool) -> tuple[str, bool]:
 
 
 def _prompt(path: Path) -> str:
-    """Return the configured default prompt."""
     file = path / "config_sentence_transformers.json"
     config = _json(file)
     chosen = config.get("default_prompt_name")

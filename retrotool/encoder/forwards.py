@@ -1,12 +1,10 @@
 """Compute batches on a device, by the packed forward, or by ``transformers`` for models it does not support.
 
-Forwards turn a batch of framed rows into float32 vectors, pooled and normalised. ``arrays`` runs ahead on the
-host and returns the device's inputs; ``__call__`` runs on the device. On CUDA in half precision the packed
-forward is compiled for constant shapes: batches are filled up to ``batch_tokens`` with unused rows; small
-last batches of a block run uncompiled.
-
-Runners keep several batches in flight. On a CPU every core computes its own batches with one thread: this
-scales to many cores, and vectors do not depend on their number. On a GPU copies overlap with the forward.
+Forwards turn framed rows into float32 vectors, pooled and normalised: ``arrays`` prepares inputs on the host,
+``__call__`` runs on the device. On CUDA in half precision the packed forward is compiled for constant shapes:
+batches are filled up to ``batch_tokens`` with unused rows; a block's small last batches run uncompiled.
+Runners keep several batches in flight. On a CPU every core computes its own batches, so vectors do not depend
+on the number of cores. On a GPU copies overlap with the forward.
 """
 
 from __future__ import annotations
@@ -130,10 +128,7 @@ class PackedForward(_AnyForward):
 
 
 def _bucket(tokens: int) -> int:
-    """Round up the tokens of a batch by at most a sixteenth; the rest is filled with rows of one token.
-
-    oneDNN caches kernels, some megabytes, for every shape, so memory would grow with the corpus.
-    """
+    """Round up by at most a sixteenth: oneDNN caches kernels, some megabytes, for every shape it meets."""
     step = max(_LEAST_STEP, 1 << max(tokens.bit_length() - 5, 0))
     return -(-tokens // step) * step
 
@@ -212,8 +207,8 @@ Forward = PackedForward | PaddedForward
 def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "") -> Any:
     """Load a model by a class of ``transformers`` from safetensors, without any code of its own.
 
-    Raises ``UsageError`` naming ``what`` if that fails, or if weights are missing that would be initialised
-    at random, except those with ``unused`` in their names.
+    Raises ``UsageError`` naming ``what`` if that fails, or for missing weights without ``unused`` in their
+    names.
     """
     import transformers
 
@@ -262,10 +257,7 @@ Handle = Callable[[], tuple[Vectors, float]]
 
 
 class CpuRunner:
-    """One thread per core, each with its own batches.
-
-    ``lanes`` batches are computed at a time, and ``depth`` should be in flight.
-    """
+    """One thread per core with its own batches: ``lanes`` at a time, ``depth`` to keep in flight."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward

@@ -1,17 +1,14 @@
 """The BERT family's forward without padding: one axis of tokens for all rows.
 
-BERT (also MiniLM, BGE, E5, GTE), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and MPNet share it. They differ
-in weight names, in the first position, and in MPNet's attention bias. Other models are detected by their
-configuration and run through ``transformers``.
+BERT (also MiniLM, BGE, E5, GTE), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and MPNet differ in weight
+names, the first position, and MPNet's attention bias. Other models run through ``transformers``.
 
-Everything but attention works on single tokens. ``varlen`` attention uses ``torch.nn.attention.varlen``
-(FlashAttention, Dao 2023; half precision on CUDA); ``grouped`` attention runs
-``scaled_dot_product_attention`` on rows of equal length (any device and type, and MPNet's bias). Query, key
-and value are one product. On a CPU products run in oneDNN with prepacked weights (1.1 to 1.2 times as fast as
-MKL on AMD), fused with bias and activation. In half precision the rest stays float32 there, which costs
-little and keeps recall. For cls pooling, the last layer computes the first token only.
-
-Cost per token: 24·d² multiply-adds a layer for d dimensions, and 4·d a layer for every token of its row.
+Only attention sees rows: ``varlen`` by ``torch.nn.attention.varlen`` (FlashAttention, Dao 2023; half
+precision on CUDA), ``grouped`` by ``scaled_dot_product_attention`` on rows of equal length (any device and
+type, and MPNet's bias). On a CPU products run in oneDNN with prepacked weights (1.1 to 1.2 times as fast as
+MKL on AMD), fused with bias and activation; in half precision the rest stays float32, which costs little and
+keeps recall. For cls pooling, the last layer computes the first token only. Cost per token and layer: 24·d²
+multiply-adds, and 4·d for every token of its row.
 """
 
 from __future__ import annotations
@@ -314,10 +311,7 @@ class PackedBert(torch.nn.Module):
     def forward(
         self, ids: torch.Tensor, places: torch.Tensor, spans: Spans, longest: int, run: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
-        """Return vectors, float32 [n, d], of ``ids`` [tokens] at ``places`` [tokens] in rows ``spans``.
-
-        ``run`` computes a layer: ``Layer.forward``, possibly compiled.
-        """
+        """Return vectors, float32 [n, d], of ``ids`` at ``places`` in ``spans``; ``run`` computes a layer."""
         x = self.norm(F.embedding(ids, self.word) + F.embedding(places, self.place))
         bias = None if self.distance is None else relative_bias(self.distance, longest, self.shape.buckets)
         first = _first(spans, ids) if self.pooling == "cls" else None
@@ -357,8 +351,8 @@ def mean_of_rows(x: torch.Tensor, spans: Spans) -> torch.Tensor:
 def relative_bias(table: torch.Tensor, length: int, buckets: int) -> torch.Tensor:
     """Return the attention bias of distances, [heads, length, length], from ``table`` [buckets, heads].
 
-    Near distances have a bucket each, farther ones share buckets on a logarithmic scale up to 128 (Raffel et
-    al. 2020, section 2.1); half of the buckets serve each direction.
+    Near distances have a bucket each, others share logarithmic ones up to 128, per direction (Raffel et al.
+    2020, 2.1).
     """
     places = torch.arange(length, device=table.device)
     distance = places[:, None] - places[None, :]

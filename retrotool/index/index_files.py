@@ -44,10 +44,7 @@ def _advice(what: str, store: Store, name: str, option: str) -> str:
 
 
 def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:
-    """Read the training of an index; raise ``CorruptError`` if it does not match the log.
-
-    All shards and searches depend on it and it is small, so its checksum is verified every time.
-    """
+    """Read the training of an index; raise ``CorruptError`` if it does not match the log, to the byte."""
     entry = IndexFiles(store.state, name, generation).trained
     with advising(_advice("Retrain", store, name, "--retrain")):
         if entry is None:
@@ -79,10 +76,7 @@ def read_shards(
     *,
     generation: int | None = None,
 ) -> Iterator[InvertedLists]:
-    """Yield the shards of an index, by default of its current generation.
-
-    Broken shards are passed to ``missing``; without it, the first one raises ``CorruptError``.
-    """
+    """Yield the shards of an index; pass broken ones to ``missing``, or raise ``CorruptError`` without it."""
     for entry in IndexFiles(store.state, name, generation).shards.values():
         try:
             with advising(_advice("Rebuild", store, name, "--repair")):

@@ -1,8 +1,8 @@
 """The log's entries for an index: its record, training and shards. Opens no file, builds no array.
 
 An index has a *generation*, the number of its training. Files of generation 0 use the slots ``trained`` and
-``shard-…``, later ones ``trained.g1`` and so on. While the next generation is built, the record still names
-the current one, which readers use; the commit that switches removes the old files.
+``shard-…``, later ones ``trained.g1`` and so on. Readers use the generation named by the record; a new one is
+built beside it, and the commit that switches removes the old files.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ T = TypeVar("T")
 class IndexRecord(IndexShape):
     """An index and its measured recall: the record ``index:<name>``, see ``docs/format.md``.
 
-    * ``nprobe``, ``depth``: the operating point. ``target``: the requested recall@10; ``holds``: whether it
-      is reached.
-    * ``recall_error``: half the 95 % interval of recall@10, measured with ``queries`` in a ``share`` of the
-      vectors.
-    * ``rate``: queries per second. ``files``: digest of the measured shards. ``due``: why to retrain, or "".
+    ``recall_error``: half the 95 % interval of recall@10, measured with ``queries`` in a ``share`` of the
+    vectors. ``holds``: whether that reaches ``target``. ``rate``: queries per second. ``files``: digest of
+    the measured shards. ``due``: why to retrain, or "".
     """
 
     encoder: str
@@ -58,14 +56,11 @@ class IndexRecord(IndexShape):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecord:
-    """The log's entry of a training.
+    """The log's entry of a training with the options ``asked``.
 
-    * ``asked``: the request. ``vectors``: live ones; ``held``: vectors in shards of the same parts, including
-      purged ones.
-    * ``sample``: vectors drawn from ``trained_parts``, ranges [first, last], with ``seed``.
-    * ``error``, ``code_error``: mean squared distances of the sample to its centroids and, for residuals, to
-      their codes.
-    * ``imbalance``: nlist · Σ(share of list)²; 1 if all lists are equally long.
+    ``held`` also counts purged vectors in shards, ``vectors`` does not. The ``sample`` was drawn from
+    ``trained_parts``, as [first, last]. ``error`` and ``code_error``: its mean squared distances to centroids
+    and, for residuals, to codes. ``imbalance``: nlist · Σ(share of list)², 1 if all lists are equally long.
     """
 
     encoder: str
@@ -120,7 +115,6 @@ def as_about(record: TrainingRecord | ShardRecord) -> dict[str, Any]:
 
 
 def _read(kind: type[T], found: Mapping[str, Any]) -> T:
-    """Build a record from the log's fields, ignoring unknown ones."""
     return kind(**{one.name: found[one.name] for one in fields(kind) if one.name in found})  # type: ignore[arg-type]
 
 
@@ -141,10 +135,7 @@ def default_index(state: State) -> str:
 
 
 class IndexFiles:
-    """The files of a ``generation`` of an index (by default the ``current`` one) and their log entries.
-
-    ``current`` is the generation that readers use, initially 0. ``shards`` are by slot.
-    """
+    """The files of a ``generation`` of an index, by default the ``current`` one that readers use (or 0)."""
 
     def __init__(self, state: State, name: str, generation: int | None = None) -> None:
         self.record = index_record(state, name)

@@ -59,8 +59,8 @@ def measure_until_committed(
 ) -> None:
     """Measure a generation of an index and commit its record, which makes it the current one.
 
-    Retries if another process changes the shards or erases data concurrently. ``keep``: measure at the
-    recorded operating point. ``memory``: bytes, by default the limit of the training.
+    Retries if another process interferes. ``keep``: at the recorded point. ``memory``: in bytes, else as
+    trained.
     """
 
     def attempt() -> None:
@@ -121,7 +121,6 @@ def _record(files: IndexFiles, training: TrainingRecord, found: Measurement, tar
 
 
 def _due(moved: Drift, found: Measurement, target: float) -> str:
-    """Return why to retrain, or ""."""
     new = found.groups.get("part", {}).get("added since")
     if new is not None and new[2] >= _ENOUGH and new[0] + new[1] < min(target, found.point.recall_at_10):
         return f"recall@10 of vectors added since training is {new[0]:.4f} ± {new[1]:.4f}"
@@ -130,10 +129,9 @@ def _due(moved: Drift, found: Measurement, target: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How far the ``new`` vectors, added after training, differ from the others.
+    """How the ``new`` vectors, added after training, differ: errors relative to those of the others.
 
-    ``error`` and ``code_error`` are their mean squared distances to centroids and codes, relative to the
-    others'. ``due``: why to retrain, or "".
+    ``due``: why to retrain, or "".
     """
 
     new: int

@@ -2,13 +2,12 @@
 
 The truth for random chunks comes from exact search with float64 products, leaving out each chunk's own
 document: queries × vectors distances. Above a budget only a random share of the vectors is searched, and only
-true neighbours in that sample are looked for; the most thorough search of the index decides which of them are
+true neighbours in that share are looked for; the most thorough search of the index decides which of them are
 among the k nearest of all.
 
-Recall@k is the mean share of the true k nearest that the index finds; ties count as found. Points are a grid
-of ``nprobe`` and, for codes, re-rank depths; one search serves all depths. A point costs the codes scanned
-plus ``_RERANK`` times the candidates re-ranked, so the choice depends on data alone. Rates are measured on
-batches.
+Recall@k is the mean share of the true k nearest found; ties count. Points are a grid of ``nprobe`` and, for
+codes, re-rank depths; one search serves all depths. A point costs the codes scanned plus ``_RERANK`` per
+candidate, so the choice depends on data alone. Rates are measured on batches.
 """
 
 from __future__ import annotations
@@ -59,10 +58,7 @@ _TIE = 16 * float(np.finfo(np.float32).eps)  # relative accuracy of a float32 su
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Recall at an operating point; ``error`` is half the 95 % interval of recall@10.
-
-    ``scanned`` is in codes per query, ``rate`` in queries per second.
-    """
+    """Recall at a point; ``error``: half its 95 % interval @10. ``scanned``: codes per query."""
 
     nprobe: int
     depth: int
@@ -106,10 +102,7 @@ def measure_recall(
     device: str = "cpu",
     room: int = ROOM,
 ) -> Measurement:
-    """Measure the curve up to well above ``target``, or only the point ``at``.
-
-    ``room``: bytes for each of distances and candidates. ``report`` is called after each ``nprobe``.
-    """
+    """Measure the curve up to well above ``target``, or only the point ``at``; report each ``nprobe``."""
     whole = isinstance(database.trained.codec, Whole)
     depths, last = (DEPTH + SPARE,) if whole else DEPTHS, max(database.trained.nlist, 1)
     if at is not None:
@@ -156,11 +149,7 @@ class Searched:
 
 
 class _Curve:
-    """Searches at increasing ``nprobe``, compared with the truth.
-
-    If the truth is sampled, hits are kept per true neighbour: how many count is known after the most thorough
-    search.
-    """
+    """Searches at increasing ``nprobe``. For a sampled truth, hits are kept per true neighbour."""
 
     def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...], device: str, room: int) -> None:
         self._truth, self._database, self._depths = truth, database, depths
@@ -254,10 +243,7 @@ def _count_found(truth: Best, found: Best, k: int) -> Ids:
 
 
 def ratio(hits: Floats, possible: Floats, *, sampled: bool = True) -> tuple[float, float]:
-    """Return the recall, weighted by possible hits, and half its 95 % interval.
-
-    The error is 0 if not ``sampled``: the queries are all there are.
-    """
+    """Return recall, weighted by possible hits, and half its 95 % interval (0 if not ``sampled``)."""
     total = possible.sum()
     if not total:
         return 1.0, 1.0 if sampled else 0.0  # nothing to find
@@ -284,10 +270,7 @@ def _by_group(by_query: Hits, groups: npt.NDArray[np.object_], sampled: bool) ->
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Queries, their ``ids`` [q], the ``sources`` of their documents [q], and the ``DEPTH`` nearest of each.
-
-    Only a ``share`` of the ``vectors`` was searched; at 1, the nearest are the true ones.
-    """
+    """Queries, their ``ids`` and ``sources`` [q], and the nearest of each in a ``share`` of the vectors."""
 
     ids: Ids
     queries: Queries
@@ -311,10 +294,7 @@ def find_truth(
     device: str = "cpu",
     room: int = ROOM,
 ) -> Truth:
-    """Find the truth for random chunks of the parts ``numbers``; report each part searched.
-
-    ``room``: bytes for each of distances and candidates.
-    """
+    """Find the truth for random chunks of the parts ``numbers``; report each part searched."""
     tombstones = read_tombstones(store)
     rows = search_scope.SearchableRows(store, numbers, tombstones)
     n = sum(rows.counts.values())

@@ -56,12 +56,11 @@ _MEASURED = {"curve?": [_POINT], "groups?": {_SOURCE: {_SOURCE: (float, float, C
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexResult(IndexRecord):
-    """The index after ``index``, see ``IndexRecord``.
+    """The index after ``index``, see ``IndexRecord``, and its measured ``curve`` and ``groups``.
 
-    * ``added``: vectors added by this run. ``embedding_bytes``: embeddings on disk, read for re-ranking.
-    * ``curve`` and ``groups``: the measurement. ``retrain``: the command for retraining.
-    * ``elsewhere``: shards being built by other runs.
-    * ``not_embedded``: chunks in no shard for lack of embeddings; ``next``: commands to index them.
+    ``added``: vectors of this run. ``embedding_bytes``: read for re-ranking. ``elsewhere``: shards being
+    built by other runs. ``retrain``: the command for it. ``not_embedded``: chunks that the commands ``next``
+    would add.
     """
 
     name: str
@@ -113,10 +112,7 @@ def index(
     target_recall: float | None = None,
     options: Options | None = None,
 ) -> IndexResult:
-    """Index all embedded parts that are in no shard, and measure the recall.
-
-    ``target_recall`` None: the index's current target, 0.95 for a new one.
-    """
+    """Index embedded parts that are in no shard, and measure recall (default target: as before, or 0.95)."""
     options = options or Options()
     _check(options, target_recall)
     store = Store.open(root)
@@ -237,7 +233,6 @@ def describe(
 
 
 def _is_measured(state: State, name: str, generation: int, target: float) -> bool:
-    """Check whether the index's record describes its current files."""
     files = IndexFiles(state, name, generation)
     record, now = files.record, (files.digest, target, generation, files.vectors)
     return record is not None and (record.files, record.target, record.generation, record.vectors) == now

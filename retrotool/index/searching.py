@@ -119,10 +119,7 @@ class Vectors:
 
 
 class _Open:
-    """A store opened for search at its tombstones, on a device, with ``room`` bytes per buffer.
-
-    ``allows``: search only documents whose source it allows, see ``index.source_filter``.
-    """
+    """A store opened for search on a device, in ``room`` bytes per buffer, for sources that ``allows``."""
 
     def __init__(
         self, store: Store, encoder: str, device: str, memory: int | None, allows: Callable[[str], bool] | None
@@ -195,10 +192,7 @@ class Database(_Open):
 
     @property
     def settings(self) -> list[Any]:
-        """The settings that affect results, besides the vectors.
-
-        Not the operating point: it changes a little with each new part, and always reaches the target.
-        """
+        """The settings that affect results, besides vectors and operating point (which meets the target)."""
         return [self.name, self.record.target, self.record.generation]
 
     def held(self) -> list[int]:
@@ -244,7 +238,6 @@ class Database(_Open):
     def _search_further(
         self, queries: Queries, k: int, nprobe: int, depth: int, shards: Sequence[Lists], *, all_parts: bool
     ) -> Best:
-        """Search with more and more lists while results are short."""
         if not all_parts:
             return self._search(queries, k, nprobe, depth, shards)
         held = sum(map(len, shards))
@@ -371,10 +364,7 @@ def nearest_of(
     device: str = "cpu",
     room: int = ROOM,
 ) -> Best:
-    """Return the k nearest among some vectors and ``before``, with exact float32 distances.
-
-    ``precise``: select by float64 products, to order near ties correctly.
-    """
+    """Return the k nearest of ``some`` and ``before``; ``precise``: select by products in float64."""
     blocks = []
     for asked in queries.blocks(rows_in(room, k + SPARE, queries.vectors.shape[1])):
         search = Search(some.trained, asked, 1, k + SPARE, nothing_banned, precise=precise, device=device, room=room)

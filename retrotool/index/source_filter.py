@@ -1,12 +1,10 @@
 """Search only the chunks of some sources: find these chunks, and how many lists to probe for them.
 
-The documents' ``source`` is read once, at the first search, and kept as one bit per chunk: 125 MB for a
-billion. Only allowed vectors of a list are decoded and compared (``ann.lists.SomeLists``).
-
-A query's nearest lists may contain hardly any allowed vectors. So each query probes until its lists contain
-as many allowed vectors as those of the operating point contain in all, and with codes re-ranks twice as many
-candidates. This raises recall@10 within one of five sources from 0.515–0.956 to 0.967–1.000
-(``benchmarks/neighbour_filters.py``).
+The documents' ``source`` is read at the first search and kept as one bit per chunk: 125 MB for a billion.
+Only allowed vectors of a list are decoded. A query's nearest lists may contain hardly any, so it probes until
+its lists contain as many allowed vectors as those of the operating point contain in all, and with codes
+re-ranks twice as many candidates. This raises recall@10 within one of five sources from 0.515–0.956 to
+0.967–1.000 (``benchmarks/neighbour_filters.py``).
 """
 
 from __future__ import annotations
@@ -90,11 +88,7 @@ def find_sources(
 def probes_by_query(
     trained: Trained, vectors: npt.NDArray[np.float32], nprobe: int, some: Sequence[SomeLists]
 ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Yield (lists to probe, queries) for queries [q, d] that search ``some`` lists.
-
-    The lists probed contain as many wanted vectors as the nearest ``nprobe`` contain in all, or are all
-    lists.
-    """
+    """Yield (lists to probe, queries): lists with as many wanted vectors as the nearest ``nprobe`` in all."""
     if trained.centroids is None:
         yield nprobe, np.arange(len(vectors))
         return

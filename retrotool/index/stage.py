@@ -1,10 +1,10 @@
 """The ``index`` stage: encode a store's vectors into faiss files, after training.
 
-Only keys are indexed, trained on and counted. The first task trains (``index.training``); then each *window*
-of parts is a task: assign lists, encode, write a faiss file. A window has up to ``shard_rows`` keys in the
-order of parts, embedded or not, so two runs that index the same part concurrently use the same slot, and the
-second is refused. Parts embedded later go into further shards, ``shard-0003.1``; ``merge`` joins those of a
-window. Purged vectors are indexed until they are erased, since a purge can be undone; searches mask them.
+Only keys are indexed, trained on and counted. The first task trains; then each *window* of parts is a task:
+assign lists, encode, write a faiss file. A window has up to ``shard_rows`` keys in the order of parts,
+embedded or not, so two runs that index a part concurrently use the same slot, and the second is refused.
+Parts embedded later go into further shards, ``shard-0003.1``; ``merge`` joins those of a window. Purged
+vectors are indexed until erased; searches mask them.
 
 A shard contains the coarse quantiser if that is at most ``QUANTIZER_SHARE`` of it; otherwise only the
 training does. Memory: the training sample; then the codes of one shard, twice, plus 32 bytes per vector while
@@ -52,10 +52,9 @@ _BLOCK_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
 class IndexStage:
     """Index all embedded parts that a generation of ``index`` does not contain yet.
 
-    * ``wanted``: options for training. ``trained``: the training existed at the start, so this run must not
-      train.
-    * ``devices``: one per worker. ``shard`` (i, n): this is job i of n.
-    * ``merge``: join the shards of each window instead. ``broken``: paths of shards to rebuild first.
+    ``trained``: the training existed at the start, so this run must not train. ``devices``: one per worker.
+    ``shard`` (i, n): this is job i of n. ``merge``: join shards instead. ``broken``: paths of shards to
+    rebuild first.
     """
 
     index: str
@@ -295,10 +294,9 @@ class IndexWorker:
 def _coded(
     store: Store, encoder: str, numbers: Sequence[int], trained: Trained, device: str, report: Report
 ) -> tuple[Ids, Ids, npt.NDArray[np.uint8], list[list[float]]]:
-    """Return lists [n], chunk ids [n] and codes [n, size] of parts, and how well the training fits each part.
+    """Return lists [n], ids [n] and codes [n, size] of parts that are not erased, and the fit of each part.
 
-    Includes purged vectors, as a purge can be undone. A fit is a part's number of vectors, their mean squared
-    distance to their centroids and, for residuals, to their codes.
+    A fit is the number of vectors and their mean squared distances to centroids and, for residuals, to codes.
     """
     most, n, fit = sum(search_scope.count_keys(store, part) for part in numbers), 0, list[list[float]]()
     in_lists, ids = np.empty(most, np.int64), np.empty(most, np.int64)

@@ -34,8 +34,8 @@ _LEAST_CODE_SAMPLE = 16 * 256
 class Training:
     """A training and how it fits its ``sample`` of vectors.
 
-    ``error`` and ``code_error``: mean squared distances to centroids and, for residuals, to their codes.
-    ``imbalance``: n·Σ(share of list)², 1 if all lists are equally long.
+    The errors are mean squared distances to centroids and, for residuals, to codes; ``imbalance`` 1: equally
+    long lists.
     """
 
     trained: Trained
@@ -105,10 +105,7 @@ def train(
 
 
 def imbalance(numbers: npt.NDArray[np.int64], nlist: int) -> float:
-    """Return n·Σ(share of list)² of the lists ``numbers`` [s], corrected for chance; 1: equally long.
-
-    Without the correction, the sum would be about 1/s too high.
-    """
+    """Return n·Σ(share of list)² of the lists ``numbers`` [s], less 1/s for chance; 1: equally long."""
     if not len(numbers):
         return 1.0
     shares = np.bincount(numbers, minlength=nlist) / len(numbers)
