@@ -3,9 +3,8 @@
 1. ``--factory``, ``--nlist`` and ``--code`` are obeyed where given.
 2. Up to ``FLAT_LIMIT`` vectors: exact search, hardly slower than an index and more accurate.
 3. Lists: a power of two near 4√n, so that choosing lists costs about as much as scanning them.
-4. Codes: OPQ of ``DEFAULT_CODE`` bytes, or the longest code that fits ``--memory``; candidates are re-ranked
-   by the stored embeddings. Whole vectors if they are no longer than a code, or if the target recall is too
-   high for codes.
+4. Codes: OPQ of ``DEFAULT_CODE`` bytes, or the longest that fits ``--memory``; candidates are re-ranked.
+   Whole vectors if they are no longer than a code, or if the target recall is too high for codes.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ DEFAULT_CODE = 64
 ID_BYTES = 8
 SAMPLES_A_LIST = 64
 ITERATIONS = 8
-LEAST_FOR_PRODUCT = 39 * 256
-"""Vectors needed to train product codes: with fewer than 39 per centroid they overfit."""
+LEAST_FOR_PRODUCT = 39 * 256  # vectors: with fewer than 39 per centroid, product codes overfit
 _LEAST_A_LIST = 39
 _SAMPLES_AT_LEAST = 16
 _SHORTEST = 4

@@ -140,9 +140,9 @@ def is_same_codec(one: Codec, other: Codec) -> bool:
 def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Tensor:
     """Return centroids, float32 [pieces, 256, d / pieces], trained on float32 [n, d], n ≥ 1.
 
-    With fewer than 256 vectors some centroids represent none. Centroids are rounded to bfloat16, and those of
-    cells with a single vector are moved. Otherwise such a centroid, added to its list's centroid, would
-    reveal the vector, and the table stays in the store after the chunk is erased.
+    Centroids are rounded to bfloat16, and those of cells with a single vector are moved: otherwise such a
+    centroid and its list's would reveal the vector, and the table stays in the store after the chunk is
+    erased.
     """
     table = _improve(rows, _first(rows, pieces, seed), _ITERATIONS)
     place = encode_pieces(rows, table).int() + _firsts(table)

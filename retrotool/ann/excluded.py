@@ -33,8 +33,7 @@ class Intervals:
 class Excluded:
     """The ids that each of q queries must not return: the interval [first, last], empty if first > last.
 
-    If documents occur more than once, ``repeats`` contains their further intervals, and ``document`` [q] is
-    the document of each query.
+    If documents repeat, ``repeats`` has their further intervals, for the ``document`` [q] of each query.
     """
 
     first: Ids
@@ -92,8 +91,7 @@ class Queries:
 class Mask:
     """The excluded pairs of queries and ``ids`` [n], ascending in each list.
 
-    Ids are located among ascending query intervals once, on construction; otherwise intervals among ids, per
-    call.
+    If the queries' intervals ascend, ids are located in them once, on construction; otherwise in every call.
     """
 
     def __init__(self, excluded: Excluded, ids: Ids) -> None:

@@ -1,12 +1,10 @@
 """k-means (Lloyd's iterations) in torch: blocked assignment by one matrix product, empty clusters re-seeded.
 
-No centroid equals a vector to the bit, as centroids stay in a store when a chunk is erased (``_blur``); the
-centroid of a single vector is close to it. Vectors, float32 or float16, are shifted by a mean before products
-and sums, which are float32; products that only choose a cluster are rough (``ann.matmul``).
-
-An iteration costs 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters, √k clusters are split in proportion
-to their vectors: √k times cheaper, slightly worse. Deterministic for a seed and device up to the order of
-float sums.
+No centroid equals a vector to the bit, as centroids stay in a store when a chunk is erased (``_blur``).
+Vectors, float32 or float16, are shifted by a mean before products and sums, which are float32; products that
+only choose a cluster are rough (``ann.matmul``). An iteration costs 2·n·k·d multiply-adds. Above
+``TWO_LEVELS`` clusters, √k clusters are split in proportion to their vectors: √k times cheaper, slightly
+worse. Deterministic for a seed and device up to rounding.
 """
 
 from __future__ import annotations
@@ -56,8 +54,8 @@ def kmeans(
 ) -> torch.Tensor:
     """Return centroids, float32 [k, d], of ``vectors`` [n, d], n ≥ k; report shares of the work done.
 
-    Starts from k random vectors. An empty cluster takes half of the cluster with the largest summed error;
-    moved to a vector, it would keep only that one.
+    Starts from random vectors. Empty clusters split those with the largest errors: a vector would attract
+    only itself.
     """
     n = len(vectors)
     if not 1 <= k <= n:
@@ -132,8 +130,8 @@ def _fill_empty(
 ) -> None:
     """Move centroids of empty clusters next to those of clusters with the largest ``errors`` [k], in place.
 
-    Copies of one vector have no error and can't be split. Clusters still empty then are moved far away, as a
-    second centroid at copies would be probed instead of theirs.
+    If only copies of vectors are left, which can't be split, centroids are moved far away, so that none is
+    probed.
     """
     empty = torch.nonzero(counts == 0).flatten()
     least = (_NO_ERROR * counts * centroids.square().sum(1)).tolist()
@@ -161,8 +159,8 @@ def _fill_empty(
 def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> None:
     """Move centroids that equal a vector as float16 (single vectors, or copies), in place.
 
-    The move is too small to change which centroid is nearest, and rounded, so that the seed does not suffice
-    to revert it.
+    The move does not change which centroid is nearest, and is rounded, so that the seed does not suffice to
+    revert it.
     """
     for attempt in range(1, _ATTEMPTS):
         same = torch.from_numpy(_same_rows(centroids, vectors)).to(centroids.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,18 +59,16 @@ class OneList:
 class SomeLists:
     """Lists reduced to the vectors whose ids are ``wanted``; no others are decoded or compared.
 
-    Construction counts all ids once. A list's ids are filtered when it is read; recent lists are cached.
-    Thread-safe.
+    Construction counts all ids; lists are filtered when they are read. Recent lists are cached. Thread-safe.
     """
 
     def __init__(self, lists: Lists, wanted: Callable[[Ids], npt.NDArray[np.bool_]]) -> None:
         self.trained: Trained = lists.trained
         self._lists, self._wanted = lists, wanted
         numbers = range(max(lists.trained.nlist, 1))
+        # Vectors in each list, all and wanted, int64 [nlist], or [1] without lists.
         self.whole = np.array([lists.size(number) for number in numbers], np.int64)
-        """Vectors in each list, wanted or not, int64 [nlist], or [1] without lists."""
         self.sizes = np.array([np.count_nonzero(wanted(lists.ids(number))) for number in numbers], np.int64)
-        """Wanted vectors in each list."""
         self._list = lru_cache(_KEPT_LISTS)(self._read_list)
 
     def __len__(self) -> int:
@@ -251,7 +250,11 @@ def write_lists(index: Any, write: Callable[[bytes], object]) -> int:
 
 def read_lists(path: Path, trained: Trained | None = None, check: CheckBytes | None = None) -> InvertedLists:
     """Map an index file; raise ``CorruptError`` if faiss can't read it, or its kind or training differs."""
-    index = open_faiss(path, faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise CorruptError(f"{path}: faiss can't read the index: {reason}") from error
     own = of_faiss(index)
     if own is None:
         raise CorruptError(f"{path}: {type(index).__name__} is not a kind of index that retrotool writes")
@@ -265,27 +268,12 @@ def read_lists(path: Path, trained: Trained | None = None, check: CheckBytes | N
     return lists
 
 
-def open_faiss(path: Path, flags: int = 0) -> Any:
-    """Open a faiss index; raise ``CorruptError`` if faiss can't read it."""
-    try:
-        return faiss.read_index(str(path), flags)
-    except (RuntimeError, MemoryError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise CorruptError(f"{path}: faiss can't read the index: {reason}") from error
-
-
-class _Mapped:
-    """Memory of a faiss index as numpy sees it; arrays made of it keep the index alive."""
-
-    def __init__(self, index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> None:
-        self._index = index
-        self.__array_interface__ = {
-            "version": 3, "data": (int(pointer), True), "shape": shape, "typestr": np.dtype(dtype).str,
-        }  # fmt: skip
-
-
 def _view(index: Any, pointer: Any, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    return np.asarray(_Mapped(index, pointer, shape, dtype)) if all(shape) else np.zeros(shape, dtype)
+    if not all(shape):
+        return np.zeros(shape, dtype)
+    interface = {"version": 3, "data": (int(pointer), True), "shape": shape, "typestr": np.dtype(dtype).str}
+    # The array keeps this object, and so the index and its memory, alive.
+    return np.asarray(SimpleNamespace(__array_interface__=interface, index=index))
 
 
 def without(lists: InvertedLists, banned: Callable[[Ids], npt.NDArray[np.bool_]]) -> Any:

@@ -57,10 +57,7 @@ class Table:
 
 
 class Columns:
-    """Vectors, float32 or float64 [n, d], scored by q · x − |x|² / 2: larger is nearer.
-
-    Products are torch's, since oneDNN builds a kernel for every shape, and here nearly every shape is new.
-    """
+    """Vectors [n, d] scored by q · x − |x|² / 2: larger is nearer. Shapes vary too much for oneDNN."""
 
     def __init__(self, vectors: torch.Tensor) -> None:
         self._vectors, self._half_norms = vectors, vectors.square().sum(1).div_(-2)

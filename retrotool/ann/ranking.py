@@ -1,14 +1,12 @@
 """Select the nearest vectors: the running k best of all products, and exact distances of candidates.
 
-Selecting the k best of every product would take longer than the product, so only scores better than a query's
-k-th best are considered. Larger scores are nearer.
+Selecting the k best of every product would take longer than the product, so only scores (larger is nearer)
+that beat a query's k-th best are considered. ``Heaps`` uses faiss, for float32 on a CPU: 12 bytes per entry
+and query. ``Nearest`` uses torch, for GPUs and float64: 12 bytes for each of about 1.5·k columns per query,
+40 per passing score.
 
-* ``Heaps``: faiss, for float32 on a CPU; 12 bytes per entry and query.
-* ``Nearest``: torch, for GPUs and float64; 12 bytes for each of about 1.5·k columns per query, 40 per passing
-  score.
-* ``rerank``: Σ(q − x)² in float32, in order of id, so that each vector is read once and the disk
-  sequentially. About 2.5 million pairs per second and core at 384 dimensions; 40 bytes per candidate and some
-  megabytes per thread.
+``rerank`` computes Σ(q − x)² in float32, in order of id, so that each vector is read once: about 2.5 million
+pairs per second and core at 384 dimensions. Memory: 40 bytes per candidate and some megabytes per thread.
 """
 
 from __future__ import annotations

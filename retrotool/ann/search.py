@@ -1,13 +1,13 @@
 """List-major search: group queries by the lists they probe, with one matrix product per list.
 
 ``Search`` selects candidates by codes, or by the vectors themselves, over the joined lists of all shards;
-``ranking.rerank`` ranks them. Both sides of a product are shifted by a mean: this changes no distance, but
-products lose fewer digits. Excluded ids are masked before the best are selected (``ann.excluded``).
+``ranking.rerank`` ranks them. Both sides of a product are shifted by a mean, so that products lose fewer
+digits. Excluded ids are masked before the best are selected (``ann.excluded``). On a CPU every core takes a
+share of large searches.
 
-On a CPU every core takes a share of the queries if products are large enough; blocks of lists are decoded
-once for all. Cost: 2·d operations per query and vector in its lists, and as much again for choosing lists,
-gathering and heaps. Memory: queries twice, candidates, and ``room`` bytes for distances and vectors; larger
-searches take more steps.
+Cost: 2·d operations per query and vector in its lists, and as much again for choosing lists, gathering and
+heaps. Memory: queries twice, candidates, and ``room`` bytes for distances and vectors; larger searches take
+more steps.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ _CACHED_ROWS = 1 << 12
 _CACHED_ENTRIES = 1 << 19  # scores at a time on a CPU, few enough for its cache
 _LEAST_TILE = 1 << 10  # queries from which several threads pay off
 _LEAST_WORK = 1 << 25  # operations per list and thread from which several threads pay off
-SPARE = 8
-"""Extra candidates for whole vectors: exact distances decide between those that products can't separate."""
+SPARE = 8  # extra candidates for whole vectors, where products can't separate near ties
 
 Banned = Callable[[Ids], npt.NDArray[np.bool_]]  # flags the ids that must not be returned
 
@@ -50,8 +49,7 @@ class Search:
     """A search of the shards of one index for ``depth`` candidates per query, in ``room`` bytes of buffers.
 
     ``precise``: products in float64, for ground truth. ``rough``: rounded products where they are faster.
-    ``vectors``: used instead of codes. ``beyond``: skip this many nearest lists, searched before. Lists are
-    decoded on the CPU.
+    ``vectors``: used instead of codes. ``beyond``: skip this many nearest lists.
     """
 
     def __init__(
@@ -227,8 +225,7 @@ def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
 class _Tile:
     """The queries ``rows`` [t] and their results; ``turns`` map lists to the queries that probe them.
 
-    ``Nearest`` takes every query's nearest list first, as that sets the limit for others; ``Heaps`` needs no
-    order.
+    ``Nearest`` takes every query's nearest list first, to set the limit for others; ``Heaps`` needs no order.
     """
 
     def __init__(

@@ -1,10 +1,9 @@
 """A trained index without vectors (centroids, rotation, codec), converted to faiss objects and back.
 
-* With lists: ``IndexIVFFlat`` (float32), ``IndexIVFScalarQuantizer`` (float16, or residuals as bytes) or
-  ``IndexIVFPQ`` (residuals), under an ``IndexPreTransform`` if there is a rotation.
-* Without lists: ``IndexIDMap2`` over ``IndexFlatL2`` or ``IndexScalarQuantizer``.
-
-The metric is L2. The coarse quantiser may be omitted from an index; readers then supply it.
+With lists these are ``IndexIVFFlat`` (float32), ``IndexIVFScalarQuantizer`` (float16, or residuals as bytes)
+or ``IndexIVFPQ`` (residuals), under an ``IndexPreTransform`` if there is a rotation; otherwise
+``IndexIDMap2`` over ``IndexFlatL2`` or ``IndexScalarQuantizer``. The metric is L2. Readers supply a coarse
+quantiser that is omitted.
 """
 
 from __future__ import annotations
@@ -65,9 +64,7 @@ def same_training(one: Trained, other: Trained) -> bool:
     """Check whether two are equal to the bit; the coarse quantiser of one may be stored elsewhere."""
 
     def equal(a: Floats | None, b: Floats | None) -> bool:
-        if a is None or b is None:
-            return a is b
-        return a.shape == b.shape and a.tobytes() == b.tobytes()
+        return a is b if a is None or b is None else a.shape == b.shape and a.tobytes() == b.tobytes()
 
     beside = one.nlist == other.nlist and 0 in (_rows(one), _rows(other))
     return (

@@ -111,21 +111,14 @@ def embed(
     state = store.refresh()
     made = [part for path, part in done.parts.items() if state.has(path)]
     return EmbedResult(
-        encoder=identity.name,
-        dimension=identity.dimension,
-        pooling=identity.pooling,
-        chunks=count_keys_of(store, made),
-        embedded=count_keys_of(store, embedded_parts(store, identity.name)),
-        commit=state.number,
-        parts=len(made),
-        elsewhere=elsewhere,
-        tokens=int(done.sums["tokens"]),
+        encoder=identity.name, dimension=identity.dimension, pooling=identity.pooling,
+        chunks=count_keys_of(store, made), embedded=count_keys_of(store, embedded_parts(store, identity.name)),
+        commit=state.number, parts=len(made), elsewhere=elsewhere, tokens=int(done.sums["tokens"]),
         seconds=round(done.last - done.first, 3),
         busy=round(done.sums["forward"] / done.sums["working"], 4) if done.parts else 0.0,
-        devices=min(len(found), len(made)),
-        check=checked,
+        devices=min(len(found), len(made)), check=checked,
         **{key: done.how[key] for key in ("device", "dtype", "forward", "why", "cosine") if done.how},
-    )
+    )  # fmt: skip
 
 
 def _update_origin(store: Store, run: Run, identity: EncoderIdentity) -> None:

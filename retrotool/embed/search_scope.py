@@ -1,8 +1,8 @@
-"""Treat a store as a database to search: searchable rows, locations of documents, copies of the store.
+"""A store as a database to search: searchable rows, locations of documents, copies of the store.
 
-Shared by ``index`` (recall), ``neighbours`` and ``search``. Vectors are memory-mapped. Finding a query's own
-document reads its part's documents; across stores, or if several documents share an id, it joins the keys of
-all documents.
+Shared by ``index``, ``neighbours`` and ``search``. Vectors are memory-mapped. Finding a query's own document
+reads its part's documents; across stores, or if documents may share an id, it joins the keys of all
+documents.
 """
 
 from __future__ import annotations

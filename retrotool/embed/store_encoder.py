@@ -51,7 +51,7 @@ class EncoderRows:
 def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:
     """Return the encoder that a store calls ``name``.
 
-    Raises ``UsageError`` if it is missing or has changed, ``ErasedError`` if chunks for comparison were just
+    Raises ``UsageError`` if it is missing or has changed, ``ErasedError`` if chunks to compare with were just
     erased.
     """
     encoder = _load(store, name, device, "auto")
@@ -153,7 +153,6 @@ def compare(found: npt.NDArray[Any], true: npt.NDArray[Any], document: npt.NDArr
 
 
 def _nearest(vectors: npt.NDArray[Any], same: npt.NDArray[np.bool_], k: int) -> npt.NDArray[np.int64]:
-    """Return the k nearest of each vector, [n, k], excluding pairs in ``same`` [n, n]."""
     wide = vectors.astype(np.float64)
     squares = (wide * wide).sum(1)
     distances = squares[:, None] + squares[None, :] - 2 * (wide @ wide.T)

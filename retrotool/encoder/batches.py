@@ -79,8 +79,8 @@ def batches(
 ) -> list[npt.NDArray[np.int64]]:
     """Return the row indices of each batch, longest rows first; empty rows are omitted.
 
-    A batch has at least one row, at most ``most_rows``, and at most ``tokens`` tokens (``padded``: including
-    padding).
+    A batch has up to ``most_rows`` rows and ``tokens`` tokens (``padded``: with padding), and at least one
+    row.
     """
     order = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
     ends = np.cumsum(lengths[order])

@@ -4,9 +4,8 @@ A classifier is a directory saved by ``AutoModelForSequenceClassification``, che
 are the softmax of the logits, or the sigmoid for a single label and ``multi_label_classification``;
 ``regression`` is refused. A text over the model's length is cut into windows and gets their highest score.
 
-Everything is float32, also on a GPU, so that which chunks exceed a limit does not depend on the device.
-Threads compute concurrently on a CPU, with one torch thread each; on a GPU one computes while others
-tokenise.
+Everything is float32, so that which chunks exceed a limit does not depend on the device. Threads compute
+concurrently on a CPU, with one torch thread each; on a GPU one computes while others tokenise.
 """
 
 from __future__ import annotations
@@ -72,13 +71,8 @@ def find_classifier(path: Path) -> ClassifierIdentity:
     if kind == "regression":
         raise UsageError(f"{what} was trained for regression: its outputs are not scores of labels")
     labels = _labels(what, config)
-    return ClassifierIdentity(
-        path=path,
-        sha256=hash_model(path, _FILES).hexdigest(),
-        labels=labels,
-        exclusive=kind != "multi_label_classification" and len(labels) > 1,
-        max_tokens=longest_row(path, config),
-    )
+    exclusive = kind != "multi_label_classification" and len(labels) > 1
+    return ClassifierIdentity(path, hash_model(path, _FILES).hexdigest(), labels, exclusive, longest_row(path, config))
 
 
 def _labels(what: str, config: dict[str, Any]) -> tuple[str, ...]:
@@ -148,7 +142,7 @@ class Classifier:
             torch.set_num_threads(self._threads)  # the default of threads started later
 
     def _score(self, rows: Rows, label: int) -> Scores:
-        """Score a batch of framed rows; if out of memory, split it in halves."""
+        """Score a batch of framed rows, in halves if memory runs out."""
         try:
             return self._forward(rows, label)
         except Exception as error:

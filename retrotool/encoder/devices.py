@@ -54,9 +54,8 @@ def pick_device(device: str) -> str:
 
 def pick_dtype(device: str, dtype: str) -> str:
     """Return the type that ``auto`` means: float16 on a GPU, float32 on a CPU."""
-    if dtype != "auto":
-        return dtype
-    return "float16" if device.startswith("cuda") else "float32"
+    automatic = "float16" if device.startswith("cuda") else "float32"
+    return automatic if dtype == "auto" else dtype
 
 
 def batch_tokens_of(device: str, asked: int | None) -> int:

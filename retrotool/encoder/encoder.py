@@ -1,11 +1,9 @@
 """A loaded encoder: token ids in, float16 vectors out, on one device.
 
 The BERT family runs through the packed forward, other models through ``transformers``. ``verify`` compares
-the vectors of some rows with those of ``transformers`` in float32; it replaces a packed forward that differs,
-and a number type that was chosen automatically.
-
-Batches are prepared in a thread, several are in flight, and vectors come block by block, so that reading,
-tokenising, copying, computing and writing overlap. When memory runs out, batches are halved.
+them; it replaces a packed forward that differs, and a number type that was chosen automatically. Batches are
+prepared in a thread and several are in flight, so that reading, tokenising, copying, computing and writing
+overlap. When memory runs out, batches are halved.
 """
 
 from __future__ import annotations
@@ -37,8 +35,7 @@ if TYPE_CHECKING:
 
 Vectors = npt.NDArray[np.float16]
 
-LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}
-"""Least cosine of a vector with the true one."""
+LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}  # with the true vector
 _LEAST_TOKENS = 256  # smallest batch after halving
 _PROBES = (
     "The store is a directory with one commit log; a reader sees one commit.",
@@ -53,7 +50,7 @@ _PROBES = (
 
 @dataclass(slots=True)
 class Work:
-    """Work done: rows, tokens with special ones, and device seconds; ``lanes``: batches computed at once."""
+    """Work done: rows, tokens with special ones, and device seconds; ``lanes``: parallel batches."""
 
     rows: int = 0
     tokens: int = 0
@@ -234,8 +231,8 @@ class Encoder:
         """Embed rows of the encoder's token ids, without special tokens, as float16 [n, dimension].
 
         Empty rows become the special tokens alone (zeros without any); long rows are truncated. ``report``
-        receives the rows of each batch. Raises ``NotFiniteError`` for vectors that exceed float16,
-        ``AbortError`` if the device is lost.
+        gets rows done. Raises ``NotFiniteError`` for vectors that exceed float16, ``AbortError`` if the
+        device is lost.
         """
         block = rows if isinstance(rows, Rows) else Rows.of(rows)
         return next(self.vectors([block], report))

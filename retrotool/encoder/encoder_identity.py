@@ -28,8 +28,7 @@ _IDENTITY_FILES = (
     "sentence_bert_config.json",
     "1_Pooling/config.json",
 )
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
-"""Models that number positions from after the padding index."""
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start after the padding index
 POOLINGS = ("mean", "cls")
 
 
@@ -37,8 +36,8 @@ POOLINGS = ("mean", "cls")
 class EncoderIdentity:
     """A store's record of an encoder; ``sha256`` covers weights, configuration, tokenizer and pooling.
 
-    Texts are lower-cased if ``lower`` and follow the ``prompt``. ``overridden``: the pooling is not the
-    model's own.
+    Texts follow the ``prompt`` and are lower-cased if ``lower``. ``overridden``: pooling is not the model's
+    own.
     """
 
     name: str
@@ -97,8 +96,8 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
 def check_model(path: Path, what: str, saved_by: str) -> dict[str, Any]:
     """Return the fields of ``config.json`` after checking that the directory has all that is loaded.
 
-    Raises ``UsageError`` without safetensors (written by the class ``saved_by``) or tokenizer, or if it needs
-    own code.
+    Raises ``UsageError`` without safetensors (``saved_by`` writes them) or tokenizer, or if it needs its own
+    code.
     """
     if not (path / "config.json").is_file():
         raise UsageError(f"{what}: {path} has no config.json", "Name a model directory saved by transformers.")

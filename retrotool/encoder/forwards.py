@@ -30,8 +30,7 @@ from retrotool.encoder.packed import Architecture, Layer, PackedBert, architectu
 from retrotool.errors import UsageError
 from retrotool.machine import cores
 
-Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
-"""Arrays for the device, and data that stays on the host."""
+Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]  # for the device, and kept on the host
 
 _SHORTEST = 16  # mean row length for which a batch of constant shape has room; with shorter rows it is not full
 _LONGEST = 128  # maximum row lengths are rounded up to this times a power of two, to compile few programs
@@ -207,8 +206,8 @@ Forward = PackedForward | PaddedForward
 def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "") -> Any:
     """Load a model by a class of ``transformers`` from safetensors, without any code of its own.
 
-    Raises ``UsageError`` naming ``what`` if that fails, or for missing weights without ``unused`` in their
-    names.
+    Raises ``UsageError`` naming ``what`` if that fails, or for missing weights, except those named
+    ``unused``.
     """
     import transformers
 
@@ -216,13 +215,9 @@ def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: st
     transformers.logging.disable_progress_bar()
     try:
         model, info = getattr(transformers, saved_by).from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
+            path, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False,
             output_loading_info=True,
-        )
+        )  # fmt: skip
         model = model.to(device).eval()
         if device == "cpu":  # mapped weights would change with the file
             for tensor in (*model.parameters(), *model.buffers()):
@@ -331,10 +326,8 @@ class CudaRunner:
             work.wait_stream(self._copies)
             for tensor in tensors.values():
                 tensor.record_stream(work)
-            begun, ended, arrived = (
-                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-                for _ in range(3)
-            )
+            event: Any = torch.cuda.Event
+            begun, ended, arrived = (event(enable_timing=True) for _ in range(3))
             begun.record(work)
             vectors = self._forward(tensors, ready.more)[: ready.rows].half()
             ended.record(work)

@@ -28,7 +28,6 @@ from retrotool.encoder.encoder_identity import OFFSET_POSITIONS
 from retrotool.machine import has_onednn
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-"""Supported activations by their names in ``config.json``."""
 
 _EMBEDDINGS = {
     "word": "embeddings.word_embeddings.weight",
@@ -37,33 +36,20 @@ _EMBEDDINGS = {
     "distance": "encoder.relative_attention_bias.weight",
 }
 _BERT = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "out": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm2": "output.LayerNorm",
-}
+    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+    "out": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense", "down": "output.dense", "norm2": "output.LayerNorm",
+}  # fmt: skip
 _DISTILBERT = {
-    "query": "attention.q_lin",
-    "key": "attention.k_lin",
-    "value": "attention.v_lin",
-    "out": "attention.out_lin",
-    "norm1": "sa_layer_norm",
-    "up": "ffn.lin1",
-    "down": "ffn.lin2",
-    "norm2": "output_layer_norm",
-}
+    "query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin",
+    "out": "attention.out_lin", "norm1": "sa_layer_norm",
+    "up": "ffn.lin1", "down": "ffn.lin2", "norm2": "output_layer_norm",
+}  # fmt: skip
 _MPNET = {
     **_BERT,
-    "query": "attention.attn.q",
-    "key": "attention.attn.k",
-    "value": "attention.attn.v",
-    "out": "attention.attn.o",
-    "norm1": "attention.LayerNorm",
-}
+    "query": "attention.attn.q", "key": "attention.attn.k", "value": "attention.attn.v",
+    "out": "attention.attn.o", "norm1": "attention.LayerNorm",
+}  # fmt: skip
 _LAYERS = {"distilbert": ("transformer.layer", _DISTILBERT), "mpnet": ("encoder.layer", _MPNET)}
 _FAMILY = ("bert", *OFFSET_POSITIONS, "distilbert")
 
@@ -351,8 +337,7 @@ def mean_of_rows(x: torch.Tensor, spans: Spans) -> torch.Tensor:
 def relative_bias(table: torch.Tensor, length: int, buckets: int) -> torch.Tensor:
     """Return the attention bias of distances, [heads, length, length], from ``table`` [buckets, heads].
 
-    Near distances have a bucket each, others share logarithmic ones up to 128, per direction (Raffel et al.
-    2020, 2.1).
+    Small distances have a bucket each, others logarithmic ones up to 128 (Raffel et al. 2020, section 2.1).
     """
     places = torch.arange(length, device=table.device)
     distance = places[:, None] - places[None, :]

@@ -30,9 +30,9 @@ T = TypeVar("T")
 class IndexRecord(IndexShape):
     """An index and its measured recall: the record ``index:<name>``, see ``docs/format.md``.
 
-    ``recall_error``: half the 95 % interval of recall@10, measured with ``queries`` in a ``share`` of the
-    vectors. ``holds``: whether that reaches ``target``. ``rate``: queries per second. ``files``: digest of
-    the measured shards. ``due``: why to retrain, or "".
+    ``recall_error``: half the 95 % interval of recall@10. ``share``: part of the vectors searched for the
+    truth. ``rate``: queries per second. ``files``: digest of the measured shards. ``due``: why to retrain, or
+    "".
     """
 
     encoder: str
@@ -58,9 +58,9 @@ class IndexRecord(IndexShape):
 class TrainingRecord:
     """The log's entry of a training with the options ``asked``.
 
-    ``held`` also counts purged vectors in shards, ``vectors`` does not. The ``sample`` was drawn from
-    ``trained_parts``, as [first, last]. ``error`` and ``code_error``: its mean squared distances to centroids
-    and, for residuals, to codes. ``imbalance``: nlist · Σ(share of list)², 1 if all lists are equally long.
+    ``held`` also counts purged vectors, ``vectors`` does not. The ``sample`` was drawn from parts [first,
+    last]. Errors are its mean squared distances to centroids and, for residuals, codes; ``imbalance`` is 1 if
+    all lists are equally long.
     """
 
     encoder: str
@@ -87,10 +87,7 @@ class TrainingRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """The log's entry of a shard: its ``parts``, their ``fit``, and the ``imbalance`` of its lists.
-
-    A ``fit`` is [vectors, mean squared distance to the centroids, and of residuals to their codes].
-    """
+    """A shard in the log; each part has a ``fit``: [vectors, mean squared distance to centroids, codes]."""
 
     parts: list[int] = field(default_factory=list)
     fit: list[list[float]] = field(default_factory=list)

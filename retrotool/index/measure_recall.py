@@ -59,8 +59,7 @@ def measure_until_committed(
 ) -> None:
     """Measure a generation of an index and commit its record, which makes it the current one.
 
-    Retries if another process interferes. ``keep``: at the recorded point. ``memory``: in bytes, else as
-    trained.
+    Retries if another process interferes. ``keep``: measure at the recorded point. ``memory`` is in bytes.
     """
 
     def attempt() -> None:
@@ -129,10 +128,7 @@ def _due(moved: Drift, found: Measurement, target: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How the ``new`` vectors, added after training, differ: errors relative to those of the others.
-
-    ``due``: why to retrain, or "".
-    """
+    """How ``new`` vectors differ from others; errors are ratios. ``due``: why to retrain, or ""."""
 
     new: int
     vectors: int

@@ -42,8 +42,7 @@ Floats = npt.NDArray[np.float64]
 Hits = tuple[Floats, Floats]  # per query: true neighbours found, and existing
 DEPTH = 100
 _SEED = 1
-BUDGET, GPU_BUDGET = 1 << 34, 1 << 40
-"""Distances that a truth may cost: some minutes on two cores, or on a GPU."""
+BUDGET, GPU_BUDGET = 1 << 34, 1 << 40  # distances for a truth: some minutes on two cores, or on a GPU
 _BLOCK = 256
 _KNOWN = 2000  # true neighbours, among the 10 nearest of all queries, that a sample contains at any cost
 DEPTHS = (20, 30, 50, 100, 200, 400)
@@ -77,10 +76,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The measured ``curve``, its chosen ``point``, and recall@10 by ``groups``.
-
-    Groups map kind (such as "source") → name → (recall, error, queries).
-    """
+    """The measured ``curve``, chosen ``point``, and ``groups``: kind → name → (recall@10, error, queries)."""
 
     curve: tuple[Recall, ...]
     point: Recall
@@ -119,23 +115,17 @@ def measure_recall(
         if at is None and reached > (0 if whole else _BEYOND):
             break
     if truth.share < 1:
-        search.thorough(curve[-1].nprobe, budget_on(device))
+        search.thorough(curve[-1].nprobe, _budget_on(device))
         curve = [search.recall(p.nprobe, p.depth) for p in curve]
     if at is not None:
         chosen = next(p for p in curve if p.nprobe == at.nprobe and (whole or p.depth == at.depth))
     else:
         good = [p for p in curve if p.recall_at_10 - p.error >= target]
         chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
+    holds = chosen.recall_at_10 - chosen.error >= target or not len(truth)
     by_query = search.hits(chosen.nprobe, chosen.depth, TUNED_K)
-    return Measurement(
-        tuple(curve),
-        chosen,
-        chosen.recall_at_10 - chosen.error >= target or not len(truth),
-        len(truth),
-        truth.vectors,
-        truth.share,
-        {kind: _by_group(by_query, labels, search.sampled) for kind, labels in (groups or {}).items()},
-    )
+    by_group = {kind: _by_group(by_query, labels, search.sampled) for kind, labels in (groups or {}).items()}
+    return Measurement(tuple(curve), chosen, holds, len(truth), truth.vectors, truth.share, by_group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +294,7 @@ def find_truth(
         no_queries = Queries.plain(np.zeros((0, 1), np.float32))
         return Truth(ids, no_queries, np.zeros(0, object), Best.nothing(0, DEPTH), n)
     asked = _queries(store, encoder, ids, tombstones)
-    most = budget_on(device) if budget is None else budget
+    most = _budget_on(device) if budget is None else budget
     share = min(1.0, max(most / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
@@ -342,12 +332,10 @@ def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Qu
 
 
 def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
-    """Return a column of the documents that rows of a part belong to, one value per row."""
     table = parts.read_documents(store, part, [column, "first_row"])
     documents = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
     return table[column].combine_chunks().take(pa.array(documents))
 
 
-def budget_on(device: str) -> int:
-    """Return the number of distances that a truth may cost on a device."""
+def _budget_on(device: str) -> int:
     return BUDGET if device == "cpu" else GPU_BUDGET

@@ -51,7 +51,6 @@ _POINT = {
 }  # fmt: skip
 _SOURCE = re.compile(".*", re.DOTALL)
 _MEASURED = {"curve?": [_POINT], "groups?": {_SOURCE: {_SOURCE: (float, float, COUNT)}}}
-"""The fields read from a measurement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +58,8 @@ class IndexResult(IndexRecord):
     """The index after ``index``, see ``IndexRecord``, and its measured ``curve`` and ``groups``.
 
     ``added``: vectors of this run. ``embedding_bytes``: read for re-ranking. ``elsewhere``: shards being
-    built by other runs. ``retrain``: the command for it. ``not_embedded``: chunks that the commands ``next``
-    would add.
+    built by other runs. ``retrain``: the command for it. ``next``: the commands to index ``not_embedded``
+    chunks.
     """
 
     name: str
@@ -239,7 +238,6 @@ def _is_measured(state: State, name: str, generation: int, target: float) -> boo
 
 
 def _wanted(files: IndexFiles, options: Options, target: float | None) -> IndexWishes:
-    """Return the requested options, completed from the current training if retraining."""
     wanted, trained = options.wanted, files.training
     if target is None:
         target = wanted.target if files.record is None else files.record.target
@@ -256,14 +254,10 @@ def _check(options: Options, target: float | None) -> None:
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     engine.check_shard(options.shard)
-    if options.merge and options.repair:
-        raise UsageError("--merge and --repair can't be combined", "Repair first, then merge.")
-    if not options.retrain:
-        return
-    for option in ("merge", "repair"):
-        if getattr(options, option):
-            raise UsageError(f"--{option} and --retrain can't be combined", "Give only one of them.")
-    if options.shard is not None:
+    chosen = [option for option in ("repair", "merge", "retrain") if getattr(options, option)]
+    if len(chosen) > 1:
+        raise UsageError(f"--{chosen[0]} and --{chosen[1]} can't be combined", "Run one after the other.")
+    if options.retrain and options.shard is not None:
         raise UsageError(
             "--retrain and --shard can't be combined: every job would train",
             "For several GPUs of one machine use --devices; for several machines, --shard with a new --name.",

@@ -2,11 +2,9 @@
 
 Shards and embeddings are memory-mapped; only the probed lists and the candidates' vectors are read. The
 operating point, ``nprobe`` lists and ``depth`` candidates per 10 neighbours, comes from the index's record
-unless given.
-
-Exact search reads all vectors, part by part: a matrix product of all queries with all vectors, in blocks of
-distances. For few vectors it is faster than building an index, and it is the truth that indexes are compared
-with.
+unless given. Exact search reads all vectors, part by part: a matrix product of all queries with all vectors,
+in blocks of distances. For few vectors it is faster than building an index, and it is the truth that indexes
+are compared with.
 """
 
 from __future__ import annotations
@@ -128,11 +126,7 @@ class _Open:
         self.tombstones = read_tombstones(store)
         self.room = room_in(memory)
         self._device, self._allows = device, allows
-
-    @property
-    def is_restricted(self) -> bool:
-        """Whether only some sources are searched."""
-        return self._allows is not None
+        self.is_restricted = allows is not None
 
     @cached_property
     def _allowed(self) -> AllowedChunks:

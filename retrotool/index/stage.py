@@ -4,11 +4,10 @@ Only keys are indexed, trained on and counted. The first task trains; then each 
 assign lists, encode, write a faiss file. A window has up to ``shard_rows`` keys in the order of parts,
 embedded or not, so two runs that index a part concurrently use the same slot, and the second is refused.
 Parts embedded later go into further shards, ``shard-0003.1``; ``merge`` joins those of a window. Purged
-vectors are indexed until erased; searches mask them.
+vectors are indexed until erased; searches mask them. Shards contain the coarse quantiser if that is at most
+``QUANTIZER_SHARE`` of them; otherwise only the training does.
 
-A shard contains the coarse quantiser if that is at most ``QUANTIZER_SHARE`` of it; otherwise only the
-training does. Memory: the training sample; then the codes of one shard, twice, plus 32 bytes per vector while
-it is written.
+Memory: the training sample; then the codes of one shard, twice, plus 32 bytes per vector while it is written.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class IndexStage:
     """Index all embedded parts that a generation of ``index`` does not contain yet.
 
     ``trained``: the training existed at the start, so this run must not train. ``devices``: one per worker.
-    ``shard`` (i, n): this is job i of n. ``merge``: join shards instead. ``broken``: paths of shards to
-    rebuild first.
+    ``shard`` (i, n): this is job i of n. ``merge``: join shards. ``broken``: paths of shards to rebuild
+    first.
     """
 
     index: str

@@ -34,7 +34,7 @@ _LEAST_CODE_SAMPLE = 16 * 256
 class Training:
     """A training and how it fits its ``sample`` of vectors.
 
-    The errors are mean squared distances to centroids and, for residuals, to codes; ``imbalance`` 1: equally
+    Errors are mean squared distances to centroids and, for residuals, codes; ``imbalance`` is 1 for equally
     long lists.
     """
 
@@ -93,15 +93,10 @@ def train(
     codec = _codec(choice, residuals)
     turned = None if rotation is None else rotation.cpu().numpy()
     trained = Trained(choice.d, codec, centroids.cpu().numpy(), turned, choice.nlist)
-    found = Training(
-        trained,
-        size,
-        float(distances.mean()),
-        _code_error(codec, residuals[:_MEASURED]),
-        imbalance(assigned.cpu().numpy(), choice.nlist),
-    )
+    code_error = _code_error(codec, residuals[:_MEASURED])
     report(1.0 - _KMEANS_SHARE)
-    return found
+    uneven = imbalance(assigned.cpu().numpy(), choice.nlist)
+    return Training(trained, size, float(distances.mean()), code_error, uneven)
 
 
 def imbalance(numbers: npt.NDArray[np.int64], nlist: int) -> float:
