@@ -25,8 +25,7 @@ LEAST_FOR_PRODUCT = 39 * 256  # vectors: with fewer than 39 per centroid, produc
 _LEAST_A_LIST = 39
 _SAMPLES_AT_LEAST = 16
 _SHORTEST = 4
-_LADDER = (128, 96, 64, 48, 32, 24, 16, 12, 8)
-"""Code lengths to choose from, in bytes; each is rounded down to a divisor of the dimensions."""
+_LADDER = (128, 96, 64, 48, 32, 24, 16, 12, 8)  # code lengths in bytes, rounded down to divisors of d
 _TOO_FINE_FOR_CODES = 0.999
 _FACTORY = re.compile(
     r"(?:OPQ([1-9]\d*)(?:_([1-9]\d*))?,)?(?:IVF([1-9]\d*),)?(?:(Flat)|(SQfp16)|(SQ8)|PQ([1-9]\d*)(?:x8)?(?:np)?)"

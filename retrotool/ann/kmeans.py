@@ -31,8 +31,7 @@ def assign(vectors: torch.Tensor, centroids: torch.Tensor, *, rough: bool = Fals
     """Return each vector's nearest centroid: squared distances, float32 [n], and indices, int64 [n]."""
     shift = centroids.mean(0)
     table = centroids - shift
-    # argmax of q·c − |c|²/2 is argmin of |q − c|²
-    products = Table(table, -table.square().sum(1) / 2, rough=rough)
+    products = Table(table, -table.square().sum(1) / 2, rough=rough)  # argmax q·c − |c|²/2 is argmin |q − c|²
     distances = torch.empty(len(vectors), device=vectors.device)
     indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), products.rows):

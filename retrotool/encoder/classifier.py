@@ -142,7 +142,6 @@ class Classifier:
             torch.set_num_threads(self._threads)  # the default of threads started later
 
     def _score(self, rows: Rows, label: int) -> Scores:
-        """Score a batch of framed rows, in halves if memory runs out."""
         try:
             return self._forward(rows, label)
         except Exception as error:

@@ -24,7 +24,9 @@ def check_device(device: str, dtype: str = "auto") -> None:
     if match is None:
         raise UsageError(f"device {device!r} is unknown", "Use auto, cpu, cuda or cuda:N.")
     if not torch.cuda.is_available():
-        raise UsageError(f"device {device!r}: torch sees no GPU", "Use --device cpu, or install a CUDA build of torch.")
+        raise UsageError(
+            f"device {device!r}: torch sees no GPU", "Use --devices cpu, or install a CUDA build of torch."
+        )
     if int(match[1] or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
 
@@ -84,7 +86,7 @@ def check_divisible(error: Exception, what: str, device: str, rows: int, tokens:
     if rows == 1:
         raise RetrotoolError(
             f"{what}: {device} has too little memory for a row of {tokens} tokens",
-            "Free some memory, or use another device (--device cpu).",
+            "Free some memory, or use another device (--devices cpu).",
         ) from error
 
 

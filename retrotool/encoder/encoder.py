@@ -199,9 +199,9 @@ class Encoder:
         self.work = Work(lanes=self._runner.lanes)
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
-        return (
-            self.dtype != "float32" and self._other("float32", "packed")._cosine(rows, true) > LEAST_COSINE["float32"]
-        )
+        if self.dtype == "float32":
+            return False
+        return self._other("float32", "packed")._cosine(rows, true) > LEAST_COSINE["float32"]
 
     def _other(self, dtype: str, forward: str) -> Encoder:
         pooling = self.identity.pooling

@@ -247,8 +247,7 @@ class Ready:
     rows: int
 
 
-Handle = Callable[[], tuple[Vectors, float]]
-"""A batch in flight: returns its vectors, float16 [n, d], and seconds, or raises its error."""
+Handle = Callable[[], tuple[Vectors, float]]  # returns a batch's vectors and seconds, or raises its error
 
 
 class CpuRunner:

@@ -109,8 +109,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-Weights = Mapping[str, torch.Tensor]
-"""A model's float32 weights by our names: ``word``, ``place``, ``norm.weight``, ``3.query.bias``..."""
+Weights = Mapping[str, torch.Tensor]  # float32, by our names: ``word``, ``norm.weight``, ``3.query.bias``...
 
 
 def read_weights(path: Path, shape: Architecture) -> Weights:
@@ -157,8 +156,7 @@ def _names(shape: Architecture) -> dict[str, str]:
     return {**_EMBEDDINGS, **names}
 
 
-Spans = torch.Tensor | list[tuple[int, int]]
-"""Rows as int32 [n + 1] boundaries, or as runs of equal rows (rows, length)."""
+Spans = torch.Tensor | list[tuple[int, int]]  # boundaries int32 [n + 1], or runs of equal rows (rows, length)
 
 
 class Dense(torch.nn.Module):
@@ -343,8 +341,7 @@ def relative_bias(table: torch.Tensor, length: int, buckets: int) -> torch.Tenso
     distance = places[:, None] - places[None, :]
     half = buckets // 2
     exact = half // 2
-    far = (
-        exact + (torch.log(distance.abs().clamp(min=1).float() / exact) / math.log(128 / exact) * (half - exact)).long()
-    )
+    logarithm = torch.log(distance.abs().clamp(min=1).float() / exact) / math.log(128 / exact)
+    far = exact + (logarithm * (half - exact)).long()
     bucket = torch.where(distance.abs() < exact, distance.abs(), far.clamp(max=half - 1))
     return table[bucket + (distance < 0) * half].permute(2, 0, 1)

@@ -149,14 +149,10 @@ def drift(files: IndexFiles) -> Drift:
     fits = [(part in seen, *fit) for one in records for part, fit in zip(one.parts, one.fit, strict=True)]
     table = np.array(fits, np.float64).reshape(-1, 4)
     old, new = table[table[:, 0] == 1, 1:], table[table[:, 0] == 0, 1:]
-    found = Drift(
-        int(new[:, 0].sum()),
-        vectors,
-        _ratio(old, new, 1, trained.error),
-        _ratio(old, new, 2, trained.code_error),
-        _imbalance(records, [entry.rows for entry in entries]),
-        vectors / trained.held if trained.held else 1.0,
-    )
+    errors = _ratio(old, new, 1, trained.error), _ratio(old, new, 2, trained.code_error)
+    uneven = _imbalance(records, [entry.rows for entry in entries])
+    grown = vectors / trained.held if trained.held else 1.0
+    found = Drift(int(new[:, 0].sum()), vectors, *errors, uneven, grown)
     # An exact index is not trained.
     return replace(found, due=_drift_due(found, trained.imbalance)) if trained.error else found
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.ann import lists
 from retrotool.ann.choice import IndexChoice, IndexWishes, choose_index
+from retrotool.ann.codes import Codes
 from retrotool.ann.excluded import Ids
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.embed import search_scope
@@ -251,14 +251,7 @@ class IndexWorker:
         return Staged(task.key, "index", run, settings, reads, (written,), (replaced,) if replaced else ())
 
     def _write(
-        self,
-        run: str,
-        slot: str,
-        numbers: Ids,
-        ids: Ids,
-        codes: npt.NDArray[Any],
-        trained: Trained,
-        record: ShardRecord,
+        self, run: str, slot: str, numbers: Ids, ids: Ids, codes: Codes, trained: Trained, record: ShardRecord
     ) -> FileEntry:
         quantizer = 0 if trained.centroids is None else trained.centroids.nbytes
         index = to_faiss(trained, quantizer=quantizer <= QUANTIZER_SHARE * (codes.nbytes + ids.nbytes))
@@ -292,7 +285,7 @@ class IndexWorker:
 
 def _coded(
     store: Store, encoder: str, numbers: Sequence[int], trained: Trained, device: str, report: Report
-) -> tuple[Ids, Ids, npt.NDArray[np.uint8], list[list[float]]]:
+) -> tuple[Ids, Ids, Codes, list[list[float]]]:
     """Return lists [n], ids [n] and codes [n, size] of parts that are not erased, and the fit of each part.
 
     A fit is the number of vectors and their mean squared distances to centroids and, for residuals, to codes.
