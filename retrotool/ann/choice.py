@@ -19,10 +19,10 @@ TARGET_RECALL = 0.95
 FLAT_LIMIT = 1 << 15
 DEFAULT_CODE = 64
 ID_BYTES = 8
-SAMPLES_A_LIST = 64
+SAMPLES_PER_LIST = 64
 ITERATIONS = 8
-LEAST_FOR_PRODUCT = 39 * 256  # vectors: with fewer than 39 per centroid, product codes overfit
-_LEAST_A_LIST = 39
+MIN_FOR_PRODUCT = 39 * 256  # vectors: with fewer than 39 per centroid, product codes overfit
+_MIN_PER_LIST = 39
 _SAMPLES_AT_LEAST = 16
 _SHORTEST = 4
 _LADDER = (128, 96, 64, 48, 32, 24, 16, 12, 8)  # code lengths in bytes, rounded down to divisors of d
@@ -108,7 +108,7 @@ class IndexChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class IndexWishes:
+class IndexOptions:
     """What the user requested; None: choose. ``memory`` is in bytes, ``shard_rows`` in vectors."""
 
     target: float = TARGET_RECALL
@@ -124,9 +124,9 @@ class IndexWishes:
         return any(one is not None for one in (self.nlist, self.code, self.factory))
 
 
-def choose_index(n: int, d: int, wanted: IndexWishes | None = None) -> IndexChoice:
+def choose_index(n: int, d: int, wanted: IndexOptions | None = None) -> IndexChoice:
     """Return the index for n vectors of d dimensions; raise ``UsageError`` if the request can't be met."""
-    wanted = wanted or IndexWishes()
+    wanted = wanted or IndexOptions()
     if wanted.factory is not None:
         if wanted.nlist is not None or wanted.code is not None:
             raise UsageError("--factory already sets the lists and the code", "Omit --nlist and --code.")
@@ -144,18 +144,18 @@ def choose_index(n: int, d: int, wanted: IndexWishes | None = None) -> IndexChoi
 
 def count_lists(n: int) -> int:
     """Return the number of lists for n vectors: a power of two near 4√n, at least 39 vectors per list."""
-    if n < _LEAST_A_LIST:
+    if n < _MIN_PER_LIST:
         return 1
-    return 1 << min(round(math.log2(4 * math.sqrt(n))), math.floor(math.log2(n / _LEAST_A_LIST)))
+    return 1 << min(round(math.log2(4 * math.sqrt(n))), math.floor(math.log2(n / _MIN_PER_LIST)))
 
 
 def _lists_of(nlist: int) -> str:
     return f"{nlist:,} list" if nlist == 1 else f"{nlist:,} lists"
 
 
-def _lists(n: int, d: int, wanted: IndexWishes) -> int:
+def _lists(n: int, d: int, wanted: IndexOptions) -> int:
     fits = wanted.memory is None or n * (2 * d + ID_BYTES) <= wanted.memory
-    if n <= FLAT_LIMIT and (fits or n < LEAST_FOR_PRODUCT):
+    if n <= FLAT_LIMIT and (fits or n < MIN_FOR_PRODUCT):
         return 0
     nlist = count_lists(n)
     while wanted.memory is not None and nlist > 1 and nlist * _SAMPLES_AT_LEAST * 4 * d > wanted.memory:
@@ -163,12 +163,12 @@ def _lists(n: int, d: int, wanted: IndexWishes) -> int:
     return nlist
 
 
-def _code(n: int, d: int, nlist: int, wanted: IndexWishes) -> IndexChoice:
+def _code(n: int, d: int, nlist: int, wanted: IndexOptions) -> IndexChoice:
     def fits(choice: IndexChoice) -> bool:
         return wanted.memory is None or n * choice.bytes_per_vector + choice.trained_bytes <= wanted.memory
 
     whole = IndexChoice(d, nlist)
-    if n < LEAST_FOR_PRODUCT:
+    if n < MIN_FOR_PRODUCT:
         ladder = [replace(whole, code="sq8")]
     else:
         ladder = [replace(whole, code=f"pq{m}", rotated=d) for m in _pieces(d)] or [replace(whole, code="sq8")]
@@ -239,9 +239,9 @@ def _check(n: int, choice: IndexChoice) -> IndexChoice:
         raise UsageError(
             f"{name}: the rotation can't have more dimensions ({choice.rotated}) than the vectors ({choice.d})"
         )
-    if choice.pieces and n < LEAST_FOR_PRODUCT:
+    if choice.pieces and n < MIN_FOR_PRODUCT:
         raise UsageError(
-            f"{name}: product codes need {LEAST_FOR_PRODUCT:,} vectors to train on; there are {n:,}",
+            f"{name}: product codes need {MIN_FOR_PRODUCT:,} vectors to train on; there are {n:,}",
             "Omit the option, or use --code sq8.",
         )
     return choice

@@ -86,7 +86,7 @@ def command(
     it decides how many lists are probed and how many candidates are re-ranked.
     """
     with output.errors(as_json):
-        from retrotool.ann.choice import IndexWishes
+        from retrotool.ann.choice import IndexOptions
         from retrotool.index import run as index_run
 
         other = {"tune": tune, "retrain": retrain, "merge": merge, "repair": repair, "default": default}
@@ -106,7 +106,7 @@ def command(
             found = index_run.evaluate(store, name=name, sample=sample, devices=devices, memory=size)
             output.show(found, as_json, _text)
             return
-        wanted = IndexWishes(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
+        wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
         options = index_run.Options(wanted, devices, parse_shard(shard), sample, tune, retrain, merge, repair, default)
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-from retrotool.ann.choice import IndexShape, IndexWishes
+from retrotool.ann.choice import IndexOptions, IndexShape
 from retrotool.errors import CorruptError
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import generation_in, generation_slot
@@ -71,7 +71,7 @@ class TrainingRecord:
     held: int
     trained_parts: list[list[int]]
     shard_rows: int
-    asked: IndexWishes
+    asked: IndexOptions
     sample: int
     seed: int
     error: float
@@ -150,7 +150,7 @@ class IndexFiles:
             return None
         about = self.trained.about or {}
         held = about.get("held", about["vectors"])  # older trainings do not record it
-        return _read(TrainingRecord, {**about, "held": held, "asked": _read(IndexWishes, about["asked"])})
+        return _read(TrainingRecord, {**about, "held": held, "asked": _read(IndexOptions, about["asked"])})
 
     @property
     def encoder(self) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retrotool import engine
-from retrotool.ann.choice import IndexWishes, parse_factory
+from retrotool.ann.choice import IndexOptions, parse_factory
 from retrotool.chunk.chunk_plan import read_json_file
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder
@@ -92,7 +92,7 @@ class Dropped:
 class Options:
     """Options of ``retrotool index``, see its ``--help``; recall is measured with ``sample`` chunks."""
 
-    wanted: IndexWishes = field(default_factory=IndexWishes)
+    wanted: IndexOptions = field(default_factory=IndexOptions)
     devices: str = "auto"
     shard: tuple[int, int] | None = None
     sample: int = RECALL_SAMPLE
@@ -237,11 +237,11 @@ def _is_measured(state: State, name: str, generation: int, target: float) -> boo
     return record is not None and (record.files, record.target, record.generation, record.vectors) == now
 
 
-def _wanted(files: IndexFiles, options: Options, target: float | None) -> IndexWishes:
+def _wanted(files: IndexFiles, options: Options, target: float | None) -> IndexOptions:
     wanted, trained = options.wanted, files.training
     if target is None:
         target = wanted.target if files.record is None else files.record.target
-    before = trained.asked if trained is not None and options.retrain else IndexWishes()
+    before = trained.asked if trained is not None and options.retrain else IndexOptions()
     if not wanted.names_index:
         wanted = replace(wanted, factory=before.factory, nlist=before.nlist, code=before.code)
     return replace(
@@ -284,7 +284,7 @@ def _no_index(store: Store, name: str, asked: str) -> UsageError:
     )
 
 
-def _check_training(store: Store, stage: IndexStage, wanted: IndexWishes) -> None:
+def _check_training(store: Store, stage: IndexStage, wanted: IndexOptions) -> None:
     trained = stage.files(store.state).training
     if trained is None:
         return

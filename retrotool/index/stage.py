@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from retrotool.ann import lists
-from retrotool.ann.choice import IndexChoice, IndexWishes, choose_index
+from retrotool.ann.choice import IndexChoice, IndexOptions, choose_index
 from retrotool.ann.codes import Codes
 from retrotool.ann.excluded import Ids
 from retrotool.ann.trained import Trained, to_faiss
@@ -58,7 +58,7 @@ class IndexStage:
 
     index: str
     encoder: str
-    wanted: IndexWishes = field(default_factory=IndexWishes)
+    wanted: IndexOptions = field(default_factory=IndexOptions)
     generation: int = 0
     devices: tuple[str, ...] = ("cpu",)
     shard: tuple[int, int] | None = None
@@ -155,7 +155,7 @@ def superseded(name: str) -> ConflictError:
     return ConflictError(f"index {name!r} was retrained or dropped by another run", "Run the same command again.")
 
 
-def choose_for(store: Store, encoder: str, wanted: IndexWishes) -> tuple[IndexChoice, int]:
+def choose_for(store: Store, encoder: str, wanted: IndexOptions) -> tuple[IndexChoice, int]:
     """Return the index that suits the embedded vectors, and their number."""
     n = search_scope.count_keys_of(store, search_scope.embedded_parts(store, encoder))
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])

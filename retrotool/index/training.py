@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import codes
-from retrotool.ann.choice import ITERATIONS, SAMPLES_A_LIST, IndexChoice
+from retrotool.ann.choice import ITERATIONS, SAMPLES_PER_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import assign, kmeans
 from retrotool.ann.trained import Trained
@@ -47,7 +47,7 @@ class Training:
 
 def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
     """Return the number of vectors to train on."""
-    most = max(SAMPLES_A_LIST * choice.nlist, codes.SAMPLE)
+    most = max(SAMPLES_PER_LIST * choice.nlist, codes.SAMPLE)
     if memory is not None:
         most = min(most, max(memory // (4 * choice.d), choice.nlist))
     return min(n, most)

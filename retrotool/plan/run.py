@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from retrotool.ann.choice import ITERATIONS, TARGET_RECALL, IndexShape, IndexWishes, choose_index
+from retrotool.ann.choice import ITERATIONS, TARGET_RECALL, IndexOptions, IndexShape, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
 from retrotool.chunk.run import check_chunk_length
@@ -267,7 +267,7 @@ class _Work:
         half_full = -(-(2 * self.tokens + self.documents * (m - 1)) // (2 * m))
         self.n = max(self.documents, half_full)
         self.parts = -(-self.n // PART_SIZE)
-        choice = self._choice = choose_index(self.n, self.encoder.hidden, IndexWishes(target=self.target_recall))
+        choice = self._choice = choose_index(self.n, self.encoder.hidden, IndexOptions(target=self.target_recall))
         self._shards = -(-self.n // default_shard_rows(choice, None))
         self._sample = sample_size(self.n, choice, None) if choice.nlist else 0
         self._index_bytes = (

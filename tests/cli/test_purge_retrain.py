@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.app import app
 from retrotool.index.index_files import read_trained
 from retrotool.index.run import Options
@@ -31,7 +31,7 @@ def run(*arguments: object) -> int:
 def test_indexes_that_learn_are_trained_anew_after_an_erase(
     store_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    api.index(store_copy, name="lists", options=Options(IndexWishes(factory="IVF4,SQ8")))
+    api.index(store_copy, name="lists", options=Options(IndexOptions(factory="IVF4,SQ8")))
     api.neighbours(store_copy, name="by-lists", index="lists")
     before, plain = centroids(store_copy), Store.open(store_copy).state.group("index", "main")
     assert run("purge", store_copy, "--document", "doc-1", "--reason", "r", "--erase", "--yes") == 0

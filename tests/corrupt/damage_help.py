@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import retrotool
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.app import app
 from retrotool.chunk import run as chunk_run
 from retrotool.index.run import Options
@@ -97,7 +97,7 @@ def make_everything(folder: Path, encoder: Path) -> Everything:
             for i in (4, 5, 6)
         )
     api.undo(store, purges[1], reason="test")
-    api.index(store, name="lists", options=Options(IndexWishes(nlist=2, code="sq8")))
+    api.index(store, name="lists", options=Options(IndexOptions(nlist=2, code="sq8")))
     purge_run.scan(store, api.Selectors(pattern="river", allow_lossy=True), (0, 2))
     last = write_jsonl(folder / "last.jsonl", make_rows(3, first=20, words=40))
     write_jsonl(folder / "more.jsonl", make_rows(4, first=40, words=40))

@@ -27,7 +27,7 @@ from conftest import Shared, make_rows, write_jsonl
 from stored import copy_store
 
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.chunk import hash_partitions
 from retrotool.chunk import run as chunk_run
 from retrotool.chunk.deduplicate import finish_plans
@@ -201,7 +201,7 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
 
 
 def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> object:
-    wanted = IndexWishes(nlist=4, code="sq8", shard_rows=shard_rows)
+    wanted = IndexOptions(nlist=4, code="sq8", shard_rows=shard_rows)
     return api.index(store, name="lists", options=Options(wanted, **options))
 
 

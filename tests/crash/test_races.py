@@ -27,7 +27,7 @@ from test_kills import KILLS, SEED, Child, begin_child, in_child, make_stages
 
 import retrotool
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.chunk import run as chunk_run
 from retrotool.errors import LostRunError, RetrotoolError, UsageError
 from retrotool.index.run import Options
@@ -164,7 +164,7 @@ def races(encoder: Path, inputs: Path) -> dict[str, Race]:
         api.embed(store, encoder=str(encoder), devices="cpu", name="again")
 
     def index(store: Path) -> None:
-        api.index(store, name="new", options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12)))
+        api.index(store, name="new", options=Options(IndexOptions(nlist=4, code="sq8", shard_rows=12)))
 
     def neighbours(store: Path) -> None:
         api.neighbours(store, name="new", materialise=True)

@@ -18,7 +18,7 @@ from stored import copy_store, stored_file, stored_files
 import retrotool
 from retrotool import api, engine
 from retrotool.ann import lists
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task
@@ -52,7 +52,7 @@ def chunked(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> Path:
 
 def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None:
     embedding = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], ("cpu",))
-    stage = IndexStage("main", "tiny", IndexWishes(shard_rows=40))
+    stage = IndexStage("main", "tiny", IndexOptions(shard_rows=40))
     one, other = Store.open(chunked), Store.open(chunked)
     with writing(one) as run, writing(other) as rival:
         tasks = {task.inputs["part"]: task for task in embedding.plan(one)}
@@ -69,7 +69,7 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
         refused = [reason for task in late for reason in one_by_one(stage, other, rival, task).refused.values()]
     assert len(refused) == 2, "what nobody else did is kept"
     api.embed(chunked, encoder=str(tiny_encoder))
-    api.index(chunked, options=Options(IndexWishes(shard_rows=40)))
+    api.index(chunked, options=Options(IndexOptions(shard_rows=40)))
     assert IndexFiles(Store.open(chunked).state, "main").parts == [0, 1, 2, 3]
     assert api.verify(chunked).ok
     reader = retrotool.open(chunked)

@@ -27,7 +27,7 @@ from stored import copy_store, path_in_store, stored_file, stored_files
 import retrotool
 from retrotool import api
 from retrotool import app as command_line
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.ann.excluded import Queries
 from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
@@ -43,8 +43,8 @@ pytestmark = pytest.mark.slow
 
 SOURCES = ("books", "forum", "manual")
 PER_SOURCE = 3400
-CODED = IndexWishes(factory="OPQ16,IVF64,PQ16")
-PLAIN = IndexWishes(nlist=32, code="sq8")
+CODED = IndexOptions(factory="OPQ16,IVF64,PQ16")
+PLAIN = IndexOptions(nlist=32, code="sq8")
 FEW, SOME = 200, times(600, 2000)
 """Queries of a recall that nothing here depends on, and of one that is compared with another."""
 
@@ -194,9 +194,9 @@ def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) ->
     low = api.index(built_copy, target_recall=0.7, options=Options(sample=FEW))
     again = api.index(built_copy, options=Options(sample=FEW))
     assert (again.target, again.commit) == (0.7, low.commit)
-    anew = api.index(built_copy, options=Options(IndexWishes(memory=10**9), retrain=True, sample=FEW))
+    anew = api.index(built_copy, options=Options(IndexOptions(memory=10**9), retrain=True, sample=FEW))
     assert (anew.target, anew.factory) == (0.7, CODED.factory)
-    other = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, sample=FEW))
+    other = api.index(built_copy, options=Options(IndexOptions(nlist=8, code="sq8"), retrain=True, sample=FEW))
     assert other.factory == "IVF8,SQ8"
     third = api.index(built_copy, options=Options(retrain=True, sample=FEW))
     assert third.factory == "IVF8,SQ8"
@@ -321,7 +321,7 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
     assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
     assert not any(stored_file(built_copy, path).exists() for path in (*old["shards"], old["trained"]))
     assert api.verify(built_copy).problems == []
-    third = api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, sample=FEW))
+    third = api.index(built_copy, options=Options(IndexOptions(nlist=8, code="sq8"), retrain=True, sample=FEW))
     assert third.factory == "IVF8,SQ8" and api.info(built_copy).indexes["main"]["generation"] == 2
     assert api.verify(built_copy).problems == []
 
@@ -449,7 +449,7 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
 
 
 def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
-    api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), default=True, sample=FEW))
+    api.index(built_copy, name="exact", options=Options(IndexOptions(nlist=0), default=True, sample=FEW))
     assert Database(Store.open(built_copy)).name == "exact"
     assert Database(Store.open(built_copy), "main").name == "main"
     with pytest.raises(UsageError, match="no index 'nought'"):
@@ -460,13 +460,13 @@ def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="no index 'exact'"):
         index_run.drop(built_copy, name="exact")
     assert api.verify(built_copy).problems == []
-    again = api.index(built_copy, name="exact", options=Options(IndexWishes(nlist=0), sample=FEW))
+    again = api.index(built_copy, name="exact", options=Options(IndexOptions(nlist=0), sample=FEW))
     assert again.recall_at_10 == 1.0 and api.verify(built_copy).problems == []
 
 
 def test_an_index_that_is_there_is_not_another_one_in_silence(built_copy: Path) -> None:
     with pytest.raises(UsageError, match="already trained, as OPQ16,IVF64,PQ16") as error:
-        api.index(built_copy, options=Options(IndexWishes(nlist=32), sample=FEW))
+        api.index(built_copy, options=Options(IndexOptions(nlist=32), sample=FEW))
     assert "--retrain" in error.value.advice
     with pytest.raises(UsageError, match="combined"):
         api.index(built_copy, options=Options(merge=True, retrain=True, sample=FEW))
@@ -493,7 +493,7 @@ def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch
     path.write_bytes(data.getvalue())
     rewrite_sums(path)
     with pytest.raises(CorruptError, match=f"chunk {(2 << 32) + 7} .*not finite"):
-        api.index(copy, options=Options(IndexWishes(factory="IVF64,SQ8"), sample=FEW))
+        api.index(copy, options=Options(IndexOptions(factory="IVF64,SQ8"), sample=FEW))
     assert "main" not in Store.open(copy).state.with_prefix("index:")
 
 
@@ -513,7 +513,7 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
 def test_memory_chooses_the_code(copy: Path, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retrotool.ann.choice.FLAT_LIMIT", 5000)
     monkeypatch.setattr("retrotool.ann.choice.DEFAULT_CODE", 16)
-    result = api.index(copy, options=Options(IndexWishes(memory=memory), sample=FEW))
+    result = api.index(copy, options=Options(IndexOptions(memory=memory), sample=FEW))
     size = result.vectors * result.bytes_per_vector + result.trained_bytes
     assert size <= memory or result.factory.endswith("PQ8")
     assert ("read from disk" in result.why) == (size > memory)
@@ -539,9 +539,9 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         patch.setattr(Encoder, "verify", lambda encoder, _: setattr(encoder, "cosine", 1.0))
         api.embed(store, encoder=str(tiny_encoder))
     for name, wanted in (
-        ("main", IndexWishes()),
-        ("lists", IndexWishes(nlist=min(n, 4))),
-        ("half", IndexWishes(nlist=1, code="float16")),
+        ("main", IndexOptions()),
+        ("lists", IndexOptions(nlist=min(n, 4))),
+        ("half", IndexOptions(nlist=1, code="float16")),
     ):
         result = api.index(store, name=name, options=Options(wanted, sample=FEW))
         assert result.vectors == n
@@ -551,7 +551,7 @@ def test_small_and_degenerate_stores(tmp_path: Path, tiny_encoder: Path, n: int,
         assert api.verify(store).problems == []
     if n > 1:
         with pytest.raises(UsageError, match="product codes need 9,984 vectors"):
-            api.index(store, name="coded", options=Options(IndexWishes(nlist=1, code="pq8"), sample=FEW))
+            api.index(store, name="coded", options=Options(IndexOptions(nlist=1, code="pq8"), sample=FEW))
 
 
 def test_a_store_whose_chunks_are_all_purged_finds_nothing(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -577,7 +577,7 @@ def test_a_generation_that_was_given_up_is_taken_away(built_copy: Path, monkeypa
 
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert len(files(Store.open(built_copy).state)) >= 2 and begun is not None
-    api.index(built_copy, options=Options(IndexWishes(nlist=8, code="sq8"), retrain=True, sample=FEW))
+    api.index(built_copy, options=Options(IndexOptions(nlist=8, code="sq8"), retrain=True, sample=FEW))
     other = Store.open(built_copy).state.file("index", "trained.g1", "main")
     assert other is not None and other.path != begun.path and (other.about or {})["factory"] == "IVF8,SQ8"
     assert api.verify(built_copy).problems == []

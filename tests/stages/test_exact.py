@@ -11,7 +11,7 @@ from conftest import make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Intervals, Queries
 from retrotool.ann.lists import InvertedLists, OneList, fill
@@ -62,7 +62,7 @@ def far(rng: np.random.Generator, n: int) -> np.ndarray:
 @pytest.mark.parametrize("nlist", [0, 8])
 def test_a_large_common_component_changes_no_distance_and_no_order(build: Build, nlist: int) -> None:
     store = build(far)
-    api.index(store, target_recall=1, options=Options(IndexWishes(nlist=nlist, code="float16", shard_rows=250)))
+    api.index(store, target_recall=1, options=Options(IndexOptions(nlist=nlist, code="float16", shard_rows=250)))
     api.neighbours(store)
     plain = read_plain(store)
     plain.vectors[:, 0] = 0
@@ -75,7 +75,7 @@ def test_a_large_common_component_changes_no_distance_and_no_order(build: Build,
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 def test_recall_does_not_depend_on_the_length_of_vectors(build: Build, scale: float) -> None:
     store = build(lambda rng, n: rng.normal(size=(n, 32)) * scale)
-    result = api.index(store, target_recall=0.5, options=Options(IndexWishes(nlist=8, code="float16")))
+    result = api.index(store, target_recall=0.5, options=Options(IndexOptions(nlist=8, code="float16")))
     assert 1 < result.nprobe <= result.nlist
     assert result.curve[0].recall_at_10 < 0.5, "one list of eight holds few of the true nearest"
     plain = read_plain(store)

@@ -13,7 +13,7 @@ from stored import copy_store, stored_file
 
 import retrotool.reader
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.ann.excluded import Queries
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index import run as index_run
@@ -21,7 +21,7 @@ from retrotool.index.run import Options
 from retrotool.index.searching import Database, Point
 from retrotool.store.store import Store
 
-LISTS = Options(IndexWishes(nlist=16, code="sq8", shard_rows=150))
+LISTS = Options(IndexOptions(nlist=16, code="sq8", shard_rows=150))
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_copies_are_found_though_they_are_fewer_than_lists(tmp_path: Path, tiny_
     inputs = [str(write_jsonl(tmp_path / "copies.jsonl", rows))]
     api.chunk(store, inputs, tokenizer=str(tiny_encoder), duplicates="keep")
     api.embed(store, encoder=str(tiny_encoder))
-    api.index(store, options=Options(IndexWishes(nlist=8, code="sq8")))
+    api.index(store, options=Options(IndexOptions(nlist=8, code="sq8")))
     reader = retrotool.open(store)
     for i in range(different):
         found = reader.search(make_text(i, 30), k=5)
@@ -116,7 +116,7 @@ def test_a_training_that_is_gone_is_made_anew(lists: Path) -> None:
 
 def test_the_size_of_shards_is_kept_and_not_changed_in_silence(lists: Path) -> None:
     with pytest.raises(UsageError, match="for shards of 150 vectors, not 80"):
-        api.index(lists, name="lists", options=Options(IndexWishes(shard_rows=80)))
+        api.index(lists, name="lists", options=Options(IndexOptions(shard_rows=80)))
     before = api.info(lists).indexes["lists"]
     api.index(lists, name="lists", options=Options(retrain=True))
     assert len(api.info(lists).indexes["lists"]["shards"]) == len(before["shards"]) > 1

@@ -17,7 +17,7 @@ from stored import copy_store, stored_file, stored_files
 import retrotool
 from retrotool import api
 from retrotool.ann import lists
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.ann.codes import Whole
 from retrotool.ann.trained import Trained, to_faiss
 from retrotool.errors import CorruptError, StorageError
@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embe
 def test_a_training_that_was_damaged_is_named_and_nothing_is_indexed_by_it(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    api.index(store_copy, name="ivf", options=Options(IndexWishes(nlist=8, code="float16")))
+    api.index(store_copy, name="ivf", options=Options(IndexOptions(nlist=8, code="float16")))
     api.chunk(store_copy, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(5, first=500)))])
     api.embed(store_copy, encoder=str(tiny_encoder))
     for name, places in (("main", (0, -20)), ("ivf", (0, 200, -20))):

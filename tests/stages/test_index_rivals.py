@@ -12,7 +12,7 @@ from forked import Forked
 from stored import copy_store
 
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.index import run as index_run
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.run import Options
@@ -31,7 +31,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Pa
         api.chunk(store, [str(write_jsonl(root / f"{name}.jsonl", rows))], tokenizer=str(tiny_encoder), part_size=8)
         api.embed(store, encoder=str(tiny_encoder), devices="cpu")
         if name == "one":
-            api.index(store, name="lists", options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12)))
+            api.index(store, name="lists", options=Options(IndexOptions(nlist=4, code="sq8", shard_rows=12)))
     return store
 
 
@@ -73,14 +73,14 @@ def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[
         assert code == 0 or (code in (2, 11) and err.startswith("error: ")), err
     assert api.verify(store).problems == []
     name = "new" if "new" in calls[0] else "lists"
-    api.index(store, name=name, options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12)))
+    api.index(store, name=name, options=Options(IndexOptions(nlist=4, code="sq8", shard_rows=12)))
     check(store, name)
 
 
 def test_several_worker_processes_make_what_one_makes(embedded: Path, tmp_path: Path) -> None:
     one, several = (copy_store(embedded, tmp_path / name) for name in ("one", "several"))
     for store, devices in ((one, "cpu"), (several, "cpu,cpu")):
-        api.index(store, name="new", options=Options(IndexWishes(nlist=4, code="sq8", shard_rows=12), devices))
+        api.index(store, name="new", options=Options(IndexOptions(nlist=4, code="sq8", shard_rows=12), devices))
         check(store, "new")
     assert api.verify(one).indexes == api.verify(several).indexes
 

@@ -17,7 +17,7 @@ from stored import copy_store, stored_file
 import retrotool
 from retrotool import api
 from retrotool.ann import lists
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.embed.stage import EmbedStage
 from retrotool.engine.task import Task
 from retrotool.index.run import Options
@@ -120,7 +120,7 @@ def test_neighbours_over_a_mixed_store_are_those_of_brute_force(mixed: Path) -> 
 def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: Path) -> None:
     keys = int(key_column(mixed_copy).sum())
     largest = max(int(part["chunks"]["rows"]) for part in api.info(mixed_copy).parts)
-    options = Options(IndexWishes(nlist=4, code="float16", shard_rows=keys))
+    options = Options(IndexOptions(nlist=4, code="float16", shard_rows=keys))
     assert keys > largest, "all keys fit one shard, and all chunks do not"
     result = api.index(mixed_copy, name="ivf", target_recall=1.0, options=options)
     assert (result.vectors, result.shards) == (keys, 1)
@@ -142,7 +142,7 @@ def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: P
 def test_of_keys_alone_an_index_is_chosen_trained_anew_and_held_against_what_came_later(
     mixed_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
-    options = Options(IndexWishes(nlist=4, code="float16"))
+    options = Options(IndexOptions(nlist=4, code="float16"))
     before = api.index(mixed_copy, name="ivf", options=options)
     keys = np.flatnonzero(key_column(mixed_copy))
     read = read_plain(mixed_copy)

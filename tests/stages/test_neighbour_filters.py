@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import retrotool
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.app import app
 from retrotool.errors import UsageError
 from retrotool.index.run import Options
@@ -147,7 +147,7 @@ FILTERS: list[tuple[FilterOptions, Dropped]] = [
 def test_what_is_kept_is_what_brute_force_keeps(store: Path, how: str, asked: int) -> None:
     filters, dropped = FILTERS[asked]
     if how != "exact":
-        wanted = IndexWishes(nlist=6, code="float16") if how == "lists" else IndexWishes()
+        wanted = IndexOptions(nlist=6, code="float16") if how == "lists" else IndexOptions()
         api.index(store, target_recall=1, options=Options(replace(wanted, shard_rows=100)))
     found = api.neighbours(store, saved=6, filters=filters)
     assert found.filters == filters_in(filters)
@@ -240,7 +240,7 @@ def test_what_cannot_be_compared_is_refused(
 @pytest.mark.parametrize("how", ["exact", "flat", "lists"])
 def test_only_chunks_of_allowed_sources_are_found(store: Path, how: str) -> None:
     if how != "exact":
-        wanted = IndexWishes(nlist=6, code="float16") if how == "lists" else IndexWishes()
+        wanted = IndexOptions(nlist=6, code="float16") if how == "lists" else IndexOptions()
         api.index(store, target_recall=1, options=Options(replace(wanted, shard_rows=100)))
     for name, filters, allowed in (
         ("without", FilterOptions(exclude_sources=("a",)), "bc"),
@@ -279,7 +279,7 @@ def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
     """The source that is left in is one document in twenty, and in few lists."""
     rows = [{**row, "source": "rare" if i % 20 == 0 else "common"} for i, row in enumerate(make_rows(400, words=40))]
     store = grow(tmp_path / "store", tiny_encoder, rows)
-    api.index(store, options=Options(IndexWishes(nlist=32, code="float16")))
+    api.index(store, options=Options(IndexOptions(nlist=32, code="float16")))
     opened = Database(retrotool.open(store)._store)
     probed: list[tuple[int, int]] = []
     search = Database._search
@@ -313,9 +313,9 @@ def test_growth_and_refills_give_what_a_run_from_scratch_gives(
         if how != "exact":
             api.index(store, target_recall=1, options=Options(replace(wanted, shard_rows=100)))
 
-    wanted = IndexWishes(nlist=6, code="float16") if how == "lists" else IndexWishes()
+    wanted = IndexOptions(nlist=6, code="float16") if how == "lists" else IndexOptions()
     build()
-    wanted = IndexWishes()
+    wanted = IndexOptions()
     filters = FilterOptions(0.3, True, ("b",))
     api.neighbours(store, saved=5, name="grown", filters=filters)
     if erase is not None:

@@ -13,7 +13,7 @@ from stored import copy_store
 from test_index_rivals import at_once
 
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.errors import UsageError
 from retrotool.index.run import Options
 from retrotool.index.searching import Database, ExactDatabase, merged
@@ -98,7 +98,7 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
 
     def build() -> None:
         if index is not None:
-            wanted = IndexWishes(nlist=8, code="sq8") if how == "lists" and fresh else IndexWishes()
+            wanted = IndexOptions(nlist=8, code="sq8") if how == "lists" and fresh else IndexOptions()
             api.index(store, name=index, target_recall=1.0, options=Options(replace(wanted, shard_rows=70)))
 
     fresh = True
@@ -147,7 +147,7 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
 
 
 def test_little_memory_gives_the_same(store: Path) -> None:
-    api.index(store, name="lists", target_recall=1.0, options=Options(IndexWishes(nlist=8, code="sq8", shard_rows=70)))
+    api.index(store, name="lists", target_recall=1.0, options=Options(IndexOptions(nlist=8, code="sq8", shard_rows=70)))
     api.neighbours(store, name="much", index="lists")
     api.neighbours(store, name="little", index="lists", search=SearchOptions(memory=1 << 20))
     api.neighbours(store, name="exact", search=SearchOptions(exact=True, memory=1 << 20))
@@ -196,12 +196,12 @@ def test_an_index_that_probes_more_lists_since_gives_what_it_gives_at_once(store
         with writing(opened) as run:
             opened.commit(run, more)
 
-    wanted = Options(IndexWishes(nlist=8, code="sq8", shard_rows=70))
+    wanted = Options(IndexOptions(nlist=8, code="sq8", shard_rows=70))
     api.index(store, options=wanted)
     probe(1)
     api.neighbours(store)
     grow(store, tiny_encoder, 20, 80)
-    api.index(store, options=Options(IndexWishes(shard_rows=70)))
+    api.index(store, options=Options(IndexOptions(shard_rows=70)))
     probe(4)
     database = Database(Store.open(store), thorough=True)
     assert database.point.nprobe == 7

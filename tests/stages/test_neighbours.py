@@ -12,7 +12,7 @@ from stored import copy_store
 
 import retrotool
 from retrotool import api, engine
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.errors import UsageError
 from retrotool.index.run import Options
 from retrotool.index.stage import IndexStage
@@ -47,7 +47,7 @@ def test_neighbours_are_those_of_brute_force_and_of_other_documents(built_store:
 
 def test_an_inverted_file_reaches_the_target_recall(built_store: Path, tmp_path: Path) -> None:
     store = copy_store(built_store, tmp_path / "store")
-    result = api.index(store, name="ivf", options=Options(IndexWishes(nlist=8, code="float16", shard_rows=150)))
+    result = api.index(store, name="ivf", options=Options(IndexOptions(nlist=8, code="float16", shard_rows=150)))
     assert result.nlist == 8
     assert result.shards == 4
     api.neighbours(store, name="ivf", index="ivf")

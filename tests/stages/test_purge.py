@@ -122,10 +122,10 @@ def canary_store(tmp_path: Path, tiny_encoder: Path) -> tuple[Path, list[str]]:
     )  # fmt: skip
     api.embed(store, encoder=str(tiny_encoder))
     api.index(store)
-    from retrotool.ann.choice import IndexWishes
+    from retrotool.ann.choice import IndexOptions
     from retrotool.index.run import Options
 
-    api.index(store, name="ivf", options=Options(IndexWishes(nlist=4, code="float16", shard_rows=100)))
+    api.index(store, name="ivf", options=Options(IndexOptions(nlist=4, code="float16", shard_rows=100)))
     api.neighbours(store)
     return store, names
 

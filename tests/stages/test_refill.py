@@ -17,7 +17,7 @@ from test_index_rivals import at_once
 
 import retrotool
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.index.run import Options
 from retrotool.index.searching import Database, ExactDatabase
 from retrotool.neighbours.filters import FilterOptions
@@ -281,7 +281,7 @@ def test_a_table_that_another_refill_replaces_between_look_up_and_reading_is_pla
 
 
 def test_an_index_of_lists_finds_as_many_as_anew(store: Path) -> None:
-    api.index(store, name="lists", target_recall=1.0, options=Options(IndexWishes(nlist=8, code="sq8", shard_rows=70)))
+    api.index(store, name="lists", target_recall=1.0, options=Options(IndexOptions(nlist=8, code="sq8", shard_rows=70)))
     api.neighbours(store, name="lists", index="lists", k=K, saved=SAVED)
     victims = some(store, 0.4)
     purge(store, victims)

@@ -12,7 +12,7 @@ from oracle import brute_force, read_plain, saved_neighbours
 
 import retrotool
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.embed import search_scope
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.index.run import Options
@@ -26,7 +26,7 @@ def build(root: Path, model: Path, *inputs: list[dict[str, Any]], index: bool = 
         api.chunk(root, [str(source)], tokenizer=str(model), part_size=60, duplicates="keep")
     api.embed(root, encoder=str(model))
     if index:
-        api.index(root, target_recall=1, options=Options(IndexWishes(nlist=4, code="float16", shard_rows=100)))
+        api.index(root, target_recall=1, options=Options(IndexOptions(nlist=4, code="float16", shard_rows=100)))
     return root
 
 

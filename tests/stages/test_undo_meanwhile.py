@@ -17,7 +17,7 @@ from stored import copy_store
 
 import retrotool
 from retrotool import RetroDataset, api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.index.run import Options
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.store.store import Store
@@ -82,9 +82,9 @@ def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Pa
     assert_exact(store_copy, tmp_path / "scratch", "other")
 
 
-@pytest.mark.parametrize("wanted", [IndexWishes(), IndexWishes(nlist=4, code="sq8")], ids=["exact", "lists"])
+@pytest.mark.parametrize("wanted", [IndexOptions(), IndexOptions(nlist=4, code="sq8")], ids=["exact", "lists"])
 def test_an_index_made_meanwhile_has_what_was_purged_and_returns_it_after_the_undo(
-    store_copy: Path, tmp_path: Path, wanted: IndexWishes
+    store_copy: Path, tmp_path: Path, wanted: IndexOptions
 ) -> None:
     purged = purge(store_copy, "doc-7", "doc-100")
     chunks = read_tombstones(Store.open(store_copy), purged.purge).ids
@@ -114,7 +114,7 @@ def test_the_recall_of_an_index_is_that_of_live_chunks_where_half_are_purged(sto
     api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
     purged = read_tombstones(Store.open(store_copy))
     assert len(purged) > 150
-    made = api.index(store_copy, name="half", options=Options(IndexWishes(nlist=8, code="sq8")))
+    made = api.index(store_copy, name="half", options=Options(IndexOptions(nlist=8, code="sq8")))
     assert made.vectors == 366 and made.holds
     api.neighbours(store_copy, name="half", index="half")
     ids, true = saved_neighbours(store_copy, "half")[0], exact(store_copy, tmp_path / "scratch")[0]
@@ -164,7 +164,7 @@ def test_a_document_let_in_meanwhile_is_told_and_is_not_its_own_neighbour(tmp_pa
 def test_another_purge_is_erased_in_between(store_copy: Path) -> None:
     one = purge(store_copy, "doc-7")
     other = purge(store_copy, "doc-8", erase=True)
-    api.index(store_copy, name="lists", options=Options(IndexWishes(nlist=4, code="sq8")))
+    api.index(store_copy, name="lists", options=Options(IndexOptions(nlist=4, code="sq8")))
     assert back(store_copy, one.purge).chunks == one.chunks
     assert purge(store_copy, "doc-9", erase=True).erased
     shown = api.info(store_copy)

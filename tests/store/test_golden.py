@@ -21,7 +21,7 @@ from stored import folder_of, take_in
 
 import retrotool
 from retrotool import api
-from retrotool.ann.choice import IndexWishes
+from retrotool.ann.choice import IndexOptions
 from retrotool.chunk import run as chunk_run
 from retrotool.index.run import Options
 from retrotool.sources import Fields
@@ -46,7 +46,7 @@ def make_golden(store: Path, inputs: Path, encoder: Path) -> None:
     api.chunk(store, [str(pairs_file)], fields=Fields(key="question", value="answer"))
     api.embed(store, encoder=str(encoder), devices="cpu")
     api.index(store)
-    api.index(store, name="lists", options=Options(IndexWishes(nlist=2, code="sq8")))
+    api.index(store, name="lists", options=Options(IndexOptions(nlist=2, code="sq8")))
     api.neighbours(store, saved=4, materialise=True)
     purges = [
         api.purge(store, api.Selectors(where=f"id = 'doc-{i}'"), reason="golden", erase=i == 4).purge for i in (4, 5, 6)
