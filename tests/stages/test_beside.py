@@ -101,7 +101,7 @@ def test_an_index_is_gone_on_with_by_the_encoder_it_was_trained_for(
     with writing(store) as run:
         engine.execute(IndexStage("main", "tiny"), store, run)  # killed before its record was committed
     assert IndexFiles(store.state, "main").encoder == "tiny"
-    with pytest.raises(UsageError, match="is of the encoder 'tiny', not 'other'"):
+    with pytest.raises(UsageError, match="was built for encoder 'tiny', not 'other'"):
         api.index(chunked, encoder="other")
     assert api.index(chunked).encoder == "tiny"
     assert api.index(chunked, name="second", encoder="other").encoder == "other"
