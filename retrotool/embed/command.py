@@ -31,9 +31,13 @@ def command(
     name: Annotated[
         str | None, opt("Name of the encoder in the store.  [default: the name of its directory]", metavar="NAME")
     ] = None,
-    pooling: Annotated[str, opt("auto (from the model's configuration, else mean), mean or cls.")] = "auto",
+    pooling: Annotated[
+        str, opt("auto (from the model's configuration, else mean), mean or cls.", metavar="POOLING")
+    ] = "auto",
     devices: DevicesOption = "auto",
-    dtype: Annotated[str, opt("auto (float16 on a GPU, else float32), float32, float16 or bfloat16.")] = "auto",
+    dtype: Annotated[
+        str, opt("auto (float16 on a GPU, else float32), float32, float16 or bfloat16.", metavar="DTYPE")
+    ] = "auto",
     batch_tokens: Annotated[
         int | None,
         opt("Tokens per batch; more take more memory.  [default: 65536 on a GPU, 2048 on a CPU]", metavar="N", least=1),

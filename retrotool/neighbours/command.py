@@ -38,7 +38,7 @@ def command(
     queries: Annotated[str | None, opt("Store of the query chunks.  [default: STORE]", metavar="STORE2")] = None,
     k: Annotated[int, opt("Neighbours per chunk that readers return by default.", "-k", metavar="K")] = K,
     saved: Annotated[int, opt("Neighbours per chunk to save, a reserve for later purges.", metavar="N")] = SAVED,
-    name: Annotated[str, opt("Name of the table, which is stored in the query store.")] = "main",
+    name: Annotated[str, opt("Name of the table, which is stored in the query store.", metavar="NAME")] = "main",
     index: IndexOption = None,
     database: Annotated[
         list[str] | None,
