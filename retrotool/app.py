@@ -1,6 +1,6 @@
-"""The command line: registers the command of every capability by name.
+"""The command line: finds the command of every capability by name.
 
-A command is imported when it is run or shown, and imports what is heavy when it runs.
+A command is imported when it is run or shown, and imports heavy modules only when it runs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _COMMANDS = {
     "inspect": "retrotool.inspect.command",
     "leakage": "retrotool.leakage.command",
     "purge": "retrotool.purge.command",
-    "undo": "retrotool.purge.undo_command",
-    "erase": "retrotool.purge.erase_command",
+    "undo": "retrotool.purge.command",
+    "erase": "retrotool.purge.command",
     "receipt": "retrotool.receipt.command",
     "affected": "retrotool.purge.affected_command",
     "export": "retrotool.export.command",
@@ -38,38 +38,43 @@ _COMMANDS = {
     "verify": "retrotool.info.verify_command",
     "plan": "retrotool.plan.command",
 }
-"""The module of each command, in the order of ``--help``: it has ``command`` and ``EPILOG``."""
+"""The module of each command, in the order of ``--help``.
+
+It has ``command`` and ``EPILOG``; or, if it has several commands, also ``undo_command`` and ``UNDO_EPILOG``.
+"""
 _WITHOUT_PYARROW = ("info", "log", "plan")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
 class _Group(TyperGroup):
-    """Commands that are imported when they are run or shown. Misuse is reported as JSON where that is asked for."""
+    """Commands, imported when they are run or shown. With ``--json``, misuse is also reported as JSON."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        """Names of all commands that are shown."""
+        """Return the names of all commands."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        """Import a command; None if there is none of this name."""
+        """Import a command; None for an unknown name."""
         if cmd_name not in _COMMANDS:
             return None
         if cmd_name not in self.commands:
             module = importlib.import_module(_COMMANDS[cmd_name])
             single = typer.Typer(add_completion=False, **_SHOWN)
-            single.command(cmd_name, cls=_Command, epilog=module.EPILOG)(module.command)
+            function = getattr(module, f"{cmd_name}_command", module.command)
+            epilog = getattr(module, f"{cmd_name.upper()}_EPILOG", module.EPILOG)
+            single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
         return self.commands[cmd_name]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write each command with the whole first sentence of its help."""
+        """Write each command with the first paragraph of its help, not shortened."""
         help_of = {name: self.get_command(ctx, name).help or "" for name in self.list_commands(ctx)}
         with formatter.section("Commands"):
             formatter.write_dl([(name, " ".join(text.split("\n\n")[0].split())) for name, text in help_of.items()])
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that is named."""
+        """Run a command."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -82,7 +87,7 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command whose help has its options under the headings of their panels, and which runs without pandas."""
+    """A command that groups its options by panel in the help, and runs without importing pandas."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -91,7 +96,7 @@ class _Command(TyperCommand):
         return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, then options panel by panel; those without one, and the common panel, come last."""
+        """Write arguments, then options by panel; those without a panel, and the common panel, come last."""
         panels: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is not None:
@@ -137,16 +142,16 @@ def _root(
 
 
 def give_bars_room() -> None:
-    """Have progress drawn on a terminal that says it has no room, as in some containers: tqdm would draw nothing."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no terminal, closed, or none at all
+    """Set a size for tqdm on a terminal that reports zero columns, as in some containers: it would draw nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is not a terminal, closed or None
         if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
-            # Read when tqdm is imported.
+            # tqdm reads these when it is imported.
             os.environ.setdefault("TQDM_NCOLS", "80")
             os.environ.setdefault("TQDM_NROWS", "24")
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script."""
     interrupts.install()
     give_bars_room()
     app(prog_name="retrotool")

@@ -1,8 +1,11 @@
-"""``retrotool purge``."""
+"""``retrotool purge``, ``retrotool undo`` and ``retrotool erase``."""
 
 from __future__ import annotations
 
+import re
 import shlex
+import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,17 +18,22 @@ from retrotool.cli.options import (
     Device,
     Json,
     StoreArgument,
+    arg,
     at_file,
     at_files,
+    complete_purges,
     first_device,
     opt,
     parse_shard,
 )
 from retrotool.errors import UsageError
-from retrotool.purge.erase_command import confirmed, copies_text, erased_lines, yes_option
 
 if TYPE_CHECKING:
+    from retrotool.neighbours.dependents import Dependent
+    from retrotool.purge.erase import EraseResult
     from retrotool.purge.run import Count, Example, PurgeList, PurgeResult, ScanResult, Touched
+    from retrotool.purge.select import Selectors
+    from retrotool.purge.undo import UndoResult
 
 EPILOG = """\b
 Examples:
@@ -36,10 +44,24 @@ Examples:
   retrotool purge store --like "how to pick a lock" --within 0.9 --dry-run --out ids.txt
   retrotool purge store --pattern "(?i)confidential" --allow-lossy --reason "policy 3" --yes"""
 
+UNDO_EPILOG = """\b
+Examples:
+  retrotool undo store last --reason "the wrong list"
+  retrotool undo store p1a2b3c4d --reason "the wrong list\""""
+
+ERASE_EPILOG = """\b
+Examples:
+  retrotool erase store last --yes
+  retrotool erase store p1a2b3c4d p5e6f7a8b --yes
+  retrotool erase store --older-than 7d --dry-run"""
+
 _AROUND, _SHOWN = 60, 160
 _FIGURES = {"like": "distance", "classifier": "score"}
 """What selectors measure."""
 _by = partial(opt, panel="Selectors (any of them selects a chunk; with --and, all of them)")
+_ASK_ABOVE = 0.01
+_LISTED = 3
+_YesOption = Annotated[bool, opt("Don't ask before more than 1 % of the store is purged or erased.", "--yes")]
 
 
 def command(
@@ -96,7 +118,7 @@ def command(
     erase: Annotated[
         bool, opt("Also rewrite the files that hold the chunks. This can't be undone.", "--erase")
     ] = False,
-    yes: yes_option = False,
+    yes: _YesOption = False,
     devices: Device = "auto",
     shard: Annotated[
         str | None,
@@ -114,26 +136,26 @@ def command(
     """  # fmt: skip
     with output.errors(as_json):
         from retrotool.purge import run as purge_run
-        from retrotool.purge.select import Selectors, kinds_of
+        from retrotool.purge import select
 
-        selectors = Selectors(
+        selectors = select.Selectors(
             chunk=at_files(chunk), document=at_files(document), where=where, pattern=at_files(pattern), terms=terms,
-            pii=kinds_of(pii), near_duplicates_of=at_files(near_duplicates_of), contaminates=contaminates,
+            pii=select.kinds_of(pii), near_duplicates_of=at_files(near_duplicates_of), contaminates=contaminates,
             duplicates=duplicates, every=every, whole_documents=whole_documents, allow_lossy=allow_lossy,
             like=None if like is None else at_file(like), within=within, device=first_device(devices),
             **_classifier(classifier),
         )  # fmt: skip
-        if selectors == Selectors(device=selectors.device) and not (dry_run or erase or shard or reason or out):
-            output.show(purge_run.list_purges(store), as_json, lambda found: list_text(store, found))
+        if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or shard or reason or out):
+            output.show(purge_run.list_purges(store), as_json, lambda found: _list_text(store, found))
         elif shard is not None:
             _check_scan(erase=erase, out=out)
             output.show(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json, _scanned)
         else:
-            confirm = partial(confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
+            confirm = partial(_confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
             result = purge_run.purge(
                 store, selectors, reason=reason, dry_run=dry_run, out=out, erase=erase, confirm=confirm
             )
-            output.show(result, as_json, lambda result: _text(store, result, erase))
+            output.show(result, as_json, lambda result: _text(store, selectors, result, erase))
 
 
 def _classifier(text: str | None) -> dict[str, Any]:
@@ -156,23 +178,24 @@ def _check_scan(**options: object) -> None:
         raise UsageError(f"--shard can't be combined with {', '.join(given)}", "A share of a scan purges nothing.")
 
 
-def list_text(store: str, found: PurgeList) -> str:
-    """Describe the purges of a store."""
+def _list_text(store: str, found: PurgeList) -> str:
     if not found.purges:
         return f"Nothing was purged from {store}."
     rows = [(p.purge, p.time[:19], p.chunks, p.state, output.one_line(p.reason)) for p in found.purges]
     return output.table(rows, ("purge", "time (UTC)", "chunks", "state", "reason"))
 
 
-def _text(store: str, result: PurgeResult, erase: bool) -> str:
+def _text(store: str, selectors: Selectors, result: PurgeResult, erase: bool) -> str:
     documents = output.count(result.documents, "whole document")
     what = f"{output.count(result.chunks, 'chunk')} ({result.share:.2%} of the store), {documents}"
-    before = f"; {result.already_purged:,} more were not live before" if result.already_purged else ""
+    were = "was" if result.already_purged == 1 else "were"
+    before = f"; {result.already_purged:,} more {were} not live before" if result.already_purged else ""
+    near = _nothing_near(store, selectors, result)
     if result.dry_run:
         lines = [f"Would purge {what}{before}. Nothing was changed."]
         if erase:
-            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{copies_text(result)}.")
-        return "\n".join([*lines, *_review(store, result), *_same_text(store, result)])
+            lines.append(f"Would erase {output.count(result.unerased, 'chunk')}{_copies_text(result)}.")
+        return "\n".join([*lines, *_review(store, result), *near, *_same_text(store, result)])
     lines = []
     if not result.purge and not result.erased:
         lines.append(f"Nothing to purge{before}.")
@@ -180,7 +203,16 @@ def _text(store: str, result: PurgeResult, erase: bool) -> str:
         lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
         lines.append(f"Added to the block list: {result.blocked:,} (hashes of ids, texts and tokens).")
-    return "\n".join(lines + erased_lines(store, result) + _same_text(store, result))
+    return "\n".join(lines + near + _erased_lines(store, result) + _same_text(store, result))
+
+
+def _nothing_near(store: str, selectors: Selectors, result: PurgeResult) -> list[str]:
+    """Describe how to find the nearest chunks if --like selected none."""
+    if not any(match.selector == "like" and not match.chunks for match in result.matches):
+        return []
+    query = "TEXT" if isinstance(selectors.like, Path) else shlex.quote(output.one_line(str(selectors.like)))
+    search = f"{shlex.join(['retrotool', 'search', store])} {query}"
+    return [f"No chunk is within {selectors.within:g} of the text. To see the distances of the nearest: {search}"]
 
 
 def _same_text(store: str, result: PurgeResult) -> list[str]:
@@ -222,7 +254,7 @@ def _counts(title: str, counts: Sequence[Count], total: int) -> list[str]:
     return [
         f"  {title}",
         *(f"    {one.chunks:>{width},}  {output.one_line(one.name or '(none)')}" for one in counts),
-        *([f"    and {output.count(more, 'chunk')} more"] if more > 0 else []),
+        *([f"    and {output.count(more, 'chunk')} in others"] if more > 0 else []),
     ]
 
 
@@ -257,3 +289,143 @@ def _scanned(result: ScanResult) -> str:
     else:
         lines.append("When all jobs have ended, run the same command without --shard; it scans what remains.")
     return "\n".join(lines)
+
+
+def undo_command(
+    store: StoreArgument,
+    purge: Annotated[str, arg("Id of the purge; last is the newest one.", metavar="PURGE", complete=complete_purges)],
+    reason: Annotated[str, opt("Why. It stays in the log forever, so it must not name a person.", metavar="TEXT")],
+    as_json: Json = False,
+) -> None:
+    """Undo a purge that has not been erased: its chunks are live again."""
+    with output.errors(as_json):
+        from retrotool.purge.undo import undo
+
+        output.show(undo(store, purge, reason=reason), as_json, _undo_text)
+
+
+def _undo_text(result: UndoResult) -> str:
+    again = "is live again" if result.chunks == 1 else "are live again"
+    lines = [
+        f"Undid purge {result.purge}: {output.count(result.chunks, 'chunk')}, "
+        f"{output.count(result.documents, 'whole document')}, {again} (commit {result.commit})."
+    ]
+    if result.still_purged:
+        by = f": {', '.join(result.named_by)} purged them, too" if result.named_by else ", because they repeat others"
+        lines.append(f"Still purged: {output.count(result.still_purged, 'chunk')} of it{by}.")
+    if result.repeats:
+        has = "document has" if result.repeats == 1 else "documents have"
+        lines.append(f"{result.repeats:,} {has} the id of another that was added since: both are live now.")
+    if result.next:
+        lines.append("Neighbours that were found while it was purged lack its chunks. Update them:")
+        lines += [f"  {command}" for command in result.next]
+    return "\n".join(lines)
+
+
+def erase_command(
+    store: StoreArgument,
+    purges: Annotated[
+        list[str] | None,
+        arg("Ids of purges; last is the newest one.", metavar="[PURGE]...", complete=complete_purges),
+    ] = None,
+    older_than: Annotated[str | None, opt("All purges older than this, such as 7d or 12h.", metavar="AGE")] = None,
+    dry_run: Annotated[bool, opt("Show what would be erased, and change nothing.", "--dry-run")] = False,
+    retrain_index: Annotated[
+        bool, opt("Then train all indexes again, without what was erased.", "--retrain-index")
+    ] = False,
+    yes: _YesOption = False,
+    as_json: Json = False,
+) -> None:
+    """Erase purged chunks: rewrite the files that hold their text, tokens and vectors.
+
+    This can't be undone. An erase that was interrupted is resumed by running it again. Copies of the chunks that
+    chunk rejected as duplicates are erased with them. Check the result with retrotool receipt.
+    """
+    with output.errors(as_json):
+        from retrotool.purge.erase import erase, retrain_indexes
+
+        if not purges and older_than is None:
+            command = shlex.join(["retrotool", "purge", store])
+            raise UsageError("no purge to erase was given", f"Give PURGE or --older-than AGE. List purges: {command}")
+        age = None if older_than is None else _seconds(older_than)
+        confirm = partial(_confirmed, yes=yes, erase=True, stopped="Nothing was erased.", as_json=as_json)
+        result = erase(store, purges or (), older_than=age, dry_run=dry_run, confirm=confirm)
+        output.show(result, as_json, lambda result: _erase_text(store, result, dry_run))
+        if retrain_index and result.purges and not dry_run:
+            for sentence in retrain_indexes(store):
+                output.note(sentence)
+
+
+def _seconds(age: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    advice = "Give for example 7d, 12h or 2w."
+    if re.fullmatch(r"[0-9]+[smhdw]", age) is None:
+        raise UsageError(f"--older-than {age!a} is not an age", advice)
+    seconds = float(age[:-1]) * units[age[-1]]
+    if seconds > time.time():
+        raise UsageError(f"--older-than {age[:40]}: no purge is older than 1970", advice)
+    return seconds
+
+
+def _erase_text(store: str, result: EraseResult, dry_run: bool) -> str:
+    if not result.purges:
+        return "Nothing to erase: no purge is that old."
+    if dry_run:
+        of = f"of {output.count(len(result.purges), 'purge')}: {', '.join(result.purges)}"
+        return f"Would erase {output.count(result.unerased, 'chunk')}{_copies_text(result)}, {of}. Nothing was changed."
+    return "\n".join(_erased_lines(store, result))
+
+
+def _erased_lines(store: str, result: PurgeResult | EraseResult) -> list[str]:
+    lines = []
+    if result.erased:
+        done = f"{output.count(result.files_rewritten, 'file')} rewritten"
+        if not result.files_rewritten:
+            done = "they were erased before"
+        lines.append(f"Erased {output.count(result.erased, 'chunk')}{_copies_text(result)}; {done}.")
+        receipts = [shlex.join(["retrotool", "receipt", store, purge]) for purge in result.purges[:_LISTED]]
+        lines += [f"Check it: {command}" for command in receipts]
+    return lines + [_dependent_text(one) for one in result.dependents]
+
+
+def _copies_text(result: PurgeResult | EraseResult) -> str:
+    if not result.copies:
+        return ""
+    repeating = "rejected document that repeats" if result.copies == 1 else "rejected documents that repeat"
+    return f", including those of {result.copies:,} {repeating} them"
+
+
+def _dependent_text(one: Dependent) -> str:
+    return (
+        f"Not reached: neighbours {one.table!r} of {output.one_line(one.path)}, another store. They may contain ids "
+        f"and text of erased chunks, which readers skip. Remove them: {one.command}"
+    )
+
+
+def _confirmed(planned: PurgeResult | EraseResult, *, yes: bool, erase: bool, stopped: str, as_json: bool) -> bool:
+    """Ask before more than ``_ASK_ABOVE`` of a store is purged or erased; the answer no ends the command.
+
+    ``UsageError`` without a terminal.
+    """
+    if yes or max(getattr(planned, "share", 0.0), planned.unerased_share) <= _ASK_ABOVE:
+        return True
+    warning = _warning(planned, erase)
+    if not sys.stdin.isatty():
+        raise UsageError(warning, "More than 1 % needs --yes. Look at it first with --dry-run.")
+    sys.stderr.write(f"{warning}. Continue? [y/N]: ")
+    sys.stderr.flush()
+    # typer's prompt can't tell Ctrl-C, which ends a command with another exit code, from an answer.
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        output.stop(stopped, as_json)
+    return True
+
+
+def _warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
+    does = []
+    chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
+    if chunks:
+        does.append(f"purges {output.count(chunks, 'chunk')}, {share:.1%} of the store")
+    if erase:
+        share = f"{planned.unerased_share:.1%} of all chunks it ever had"
+        does.append(f"erases {output.count(planned.unerased, 'chunk')} permanently, {share}")
+    return f"This {', and '.join(does)}"

@@ -38,7 +38,7 @@ from retrotool.inspect import command as inspect_command
 from retrotool.leakage import command as leakage_command
 from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import command as plan_command
-from retrotool.purge import affected_command, erase_command, undo_command
+from retrotool.purge import affected_command
 from retrotool.purge import command as purge_command
 from retrotool.receipt import command as receipt_command
 from retrotool.search import command as search_command
@@ -46,7 +46,7 @@ from retrotool.search import command as search_command
 COMMANDS = {
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
     "search": search_command, "inspect": inspect_command, "leakage": leakage_command,
-    "purge": purge_command, "undo": undo_command, "erase": erase_command, "receipt": receipt_command,
+    "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
     "affected": affected_command, "export": export_command, "info": info_command,
     "log": log_command, "verify": verify_command, "plan": plan_command,
 }  # fmt: skip
@@ -67,7 +67,9 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 
 def examples(command: str) -> list[str]:
-    return re.findall(r"^  (retrotool .*)$", COMMANDS[command].EPILOG, re.MULTILINE)
+    module = COMMANDS[command]
+    epilog = getattr(module, f"{command.upper()}_EPILOG", module.EPILOG)
+    return re.findall(r"^  (retrotool .*)$", epilog, re.MULTILINE)
 
 
 def test_version(run):
@@ -306,13 +308,14 @@ def test_text_says_the_same_in_words(store_copy, run, tiny_encoder):
     assert (code, out.partition(" (")[0]) == (0, "Every chunk has its embedding already")
 
 
-def test_a_purge_tells_what_it_does_not_reach(store_copy, run):
+def test_a_purge_reports_what_it_does_not_reach(store_copy, run):
     select = (store_copy, "--where", "id = 'doc-7'", "--reason", "r")
     assert "Would erase" not in run("purge", *select, "--dry-run")[1]
     assert "Would erase" in run("purge", *select, "--dry-run", "--erase")[1]
     code, out, _ = run("purge", *select, "--erase", "--yes")
     assert (code, out.splitlines()[1].partition(";")[0]) == (0, "Erased 5 chunks")
-    assert "other stores" in out.splitlines()[3]
+    assert "Not reached" not in out, "no other store has neighbours in this one"
+    assert "other stores" in json.loads(run("purge", *select, "--erase", "--yes", "--json")[1])["not_reached"][0]
 
 
 @dataclasses.dataclass
