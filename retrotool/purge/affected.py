@@ -1,16 +1,18 @@
-"""``affected``: which training chunks have purged chunks among their neighbours, as tables are stored.
+"""``affected``: find the training chunks that have purged chunks among their stored neighbours.
 
-Tables are read without a mask. Of each neighbour a model is given the chunk and what follows it, so a chunk is also
-affected if a purged chunk only follows a neighbour of it. Places are those in the table, from 1: a reader leaves out
-what is purged, so what is stored after it moves up, and a purged chunk may have been read at an earlier place than its
-own if others had been purged before. A table of a mixture is read by itself.
+Neighbour tables are read without excluding purged chunks. A model gets each neighbour and the chunk after it, so a
+chunk is also affected if a purged chunk only follows one of its neighbours.
 
-Nothing of what was purged is reported: no text, no document, no chunk. A training chunk that is purged itself is
-counted and not named. What tables no longer have is not found: entries that an erase has taken out, which it does
-within a store, and what was in rows that were searched again after the purge.
+Places are those in the table, from 1. Readers skip purged chunks and move later neighbours up, so a purged chunk may
+have been read at an earlier place if others were purged before it. Each table of a mixture is read by itself.
 
-Cost: the ids of all tables, with a binary search for each. Memory: a row group, the affected rows of a part, and some
-30 bytes a purged chunk.
+Purged text, documents and chunks are never reported. A training chunk that is itself purged is counted, not named.
+
+Not found: entries that an erase removed (it does so within a store), and former entries of rows that were searched
+again after the purge.
+
+Cost: reading the ids of all tables, with a binary search for each. Memory: a row group, the affected rows of a part,
+and about 30 bytes per purged chunk.
 """
 
 from __future__ import annotations
@@ -39,15 +41,15 @@ from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_to
 
 EXAMPLES = 10
 NEVER = int(np.iinfo(np.int64).max)
-"""A place among neighbours that there is not."""
+"""The place of a chunk that is not among the neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
 class AskedPurge:
-    """A purge of ``database`` that is asked about, and how many ``chunks`` it has.
+    """A purge of ``database`` to look for, and how many ``chunks`` it has.
 
-    ``erased``: its chunks were taken out of the tables. Of ``parts`` parts that these have ``since`` were made, or rows
-    of them searched again, after the purge.
+    ``erased``: its chunks were removed from the tables. The tables have ``parts`` parts; ``since`` of them were
+    searched, in whole or in part, after the purge.
     """
 
     purge: str
@@ -60,9 +62,9 @@ class AskedPurge:
 
 @dataclass(frozen=True, slots=True)
 class AffectedChunk:
-    """A training chunk, and at which place, from 1, it names a purged chunk, at the nearest (None: it does not).
+    """A training chunk and the first places, from 1, at which it has a purged chunk (None: nowhere).
 
-    ``neighbour``: as a neighbour; ``continuation``: as what follows one. ``used``: among the first k.
+    ``neighbour``: as a neighbour; ``continuation``: as the chunk after one. ``used``: among the first k.
     """
 
     chunk: int
@@ -75,10 +77,11 @@ class AffectedChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AffectedCounts:
-    """Affected chunks, ``in_k``: with a purged chunk among the first k neighbours; ``in_saved``: among all.
+    """Counts of affected chunks among ``rows`` live ones.
 
-    Further ones have one only as what follows such a neighbour: ``following_in_k``, ``following_in_saved``. ``purged``
-    ones are affected, and purged themselves; they are not among the others, nor among the ``rows``.
+    * ``in_k``, ``in_saved``: with a purged chunk among the first k, or among all saved neighbours.
+    * ``following_in_k``, ``following_in_saved``: only with a purged chunk after such a neighbour.
+    * ``purged``: affected, but purged themselves; not in the other counts.
     """
 
     rows: int
@@ -98,9 +101,9 @@ class PartAffected(AffectedCounts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AffectedResult(AffectedCounts):
-    """The chunks with neighbours ``table`` that have chunks of the ``purges`` among them; the counts are of all parts.
+    """Affected chunks of a neighbour ``table``: counts over all parts, and per part.
 
-    ``examples`` are the first of them, and ``out`` is the file that has all ("": none).
+    ``examples`` are the first affected chunks; ``out`` is the file with all of them ("": none).
     """
 
     table: str
@@ -115,7 +118,7 @@ class AffectedResult(AffectedCounts):
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The files of a table by part, the chunks to look for in them, and those that are followed by one of these."""
+    """The files of a table by part, the ``chunks`` to look for, and the chunks ``followed`` by one of these."""
 
     entries: Mapping[int, FileEntry]
     chunks: Tombstones
@@ -125,10 +128,10 @@ class _Table:
 def affected(
     root: str | Path, table: str = "main", purges: Sequence[str] = (), *, out: str | Path | None = None
 ) -> AffectedResult:
-    """Find the chunks of the store ``root`` that name chunks of ``purges`` (default: of all) as neighbours.
+    """Find the chunks of the store ``root`` that have chunks of ``purges`` (default: of all) as neighbours.
 
-    ``out``: a new file for all of them, one JSON object a line (``AffectedChunk``). ``UsageError`` if there is no such
-    purge, or all that is asked about is erased, so that nothing can be found.
+    ``out``: a new file for all of them, one JSON object per line (``AffectedChunk``). ``UsageError`` if a purge does
+    not exist, or all of them are erased, so that nothing can be found.
     """
     if out is not None:
         check_file("--out", out, new=True)
@@ -146,8 +149,8 @@ def affected(
         asked += of
     if purges and asked and all(one.erased for one in asked):
         raise UsageError(
-            f"nothing is left of {', '.join(purges)}: an erase takes out of tables, too, what they had of it",
-            "Whom a purge affected can be found until it is erased.",
+            f"nothing is left of {', '.join(purges)}: the erase removed its chunks from neighbour tables as well",
+            "Affected chunks can be found only until a purge is erased.",
         )
     own, found, examples = read_tombstones(store), list[PartAffected](), list[AffectedChunk]()
     with ExitStack() as stack:
@@ -200,7 +203,7 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
 
 
 def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, Ids]:
-    """The affected rows of a part, ascending, and the nearest places of a purged chunk, and of one that follows."""
+    """Return affected rows of a part, ascending, and the first places of a purged chunk and of one that follows."""
     n = parts.part_entry(store, "chunks", part).rows
     neighbour, following = np.full(n, NEVER), np.full(n, NEVER)
     for table in wanted:
@@ -224,8 +227,8 @@ def _described(store: Store, part: int, rows: Ids, neighbour: Ids, following: Id
     doc = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc"])["doc"].to_numpy()[rows]
     documents = parts.read_documents(store, part, ["id", "source"]).take(pa.array(doc))
     places = (parts.chunk_ids(part, rows).tolist(), neighbour.tolist(), following.tolist())
-    for chunk, near, behind, document in zip(*places, documents.to_pylist(), strict=True):
+    for chunk, near, after, document in zip(*places, documents.to_pylist(), strict=True):
         yield AffectedChunk(
             chunk, document["id"], document["source"],
-            None if near == NEVER else near, None if behind == NEVER else behind, min(near, behind) <= k,
+            None if near == NEVER else near, None if after == NEVER else after, min(near, after) <= k,
         )  # fmt: skip

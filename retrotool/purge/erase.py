@@ -1,26 +1,26 @@
-"""``purge --erase``: rewrite the files that hold purged chunks, so that their bytes are gone; and train indexes again.
+"""``erase``: rewrite the files that hold purged chunks without them, and train indexes again.
 
-A task is one of
+A task rewrites one of:
 
-- a part: its documents and chunks, and every encoder's embeddings;
+- a part: its documents, chunks and the embeddings of every encoder;
 - a shard of an index;
-- a table of neighbours: the rows of erased chunks, and in the rows of others the entries that name one, as enough
-  exact distances to known vectors say what a vector was; and the tokens of neighbours that a table has;
-- a quarantine file that has excerpts. All of them are removed: a row that could not be read may belong to what is
-  erased.
+- a neighbour table: the rows of erased chunks, entries that name one (distances to known vectors reveal a vector), and
+  their tokens;
+- a quarantine file with excerpts. All excerpts are removed: a row that could not be read may belong to an erased
+  document.
 
-Parts come first, and the others when no part holds an erased chunk any more: so a look at the chunks says whether an
-erase was begun, and a purge of which nothing is erased can still be undone. A task reads the tombstones of its chunks,
-so it is void when these are undone concurrently. What was begun on a view that another commit has overtaken is planned
-again.
+Parts come first, other files once no part holds an erased chunk. So the chunks alone show whether an erase was begun;
+until then the purge can be undone. A task reads the tombstones of its chunks, so a concurrent undo invalidates it.
+Work that began on a view overtaken by another commit is planned again.
 
-Slots stay, zeroed, so no id or row ever moves. What is done is read off the data itself, so an interrupted erase is
-resumed. The commit removes the old files from the state, then they are unlinked. Cost: reading what the parts concerned
-hold, every shard that has one of these parts, and every neighbour table against this store; writing those that hold an
-erased chunk. Memory: one part or shard a process, and some 40 bytes a chunk.
+Slots stay, zeroed: no id or row moves. Progress is read from the data, so an interrupted erase is resumed. The commit
+removes the old files from the state, then they are unlinked.
 
-Not reached: bare chunk ids in tombstones, centroids and codebooks, which are means over thousands of vectors
-(``retrain_indexes``), distances in tables of other stores, and anything outside the store.
+Cost: reading the parts concerned, every shard with one of them, and every neighbour table against this store; writing
+those that hold an erased chunk. Memory: one part or shard per process, and about 40 bytes per chunk.
+
+Not erased: chunk ids in tombstones; centroids and codebooks, which are means over thousands of vectors
+(``retrain_indexes``); distances in tables of other stores; anything outside the store.
 """
 
 from __future__ import annotations
@@ -83,71 +83,71 @@ from retrotool.store.vectors import read_vectors, write_vectors
 
 @dataclass(frozen=True, slots=True)
 class EraseStage:
-    """The files that still hold any of ``victims``, the chunks of ``purges``, which are tombstones.
+    """Erases ``targets``: the chunks of ``purges``, which are tombstones.
 
-    ``clean`` remembers paths that were found to hold none. A path always names the same bytes, so planning again reads
-    only what is new.
+    ``clean`` caches the paths that hold none of them. A path always names the same bytes, so planning again reads only
+    new files.
     """
 
-    victims: Tombstones
+    targets: Tombstones
     purges: tuple[str, ...]
     clean: set[str] = field(default_factory=set, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a part that holds a victim; if none does, one a shard, table and quarantine file.
+        """Return a task for each part that holds a target, or if none does, for each shard, table and quarantine file.
 
-        ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file that is to be
-        read was replaced just now.
+        ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file was replaced
+        concurrently.
         """
         return list(self._tasks(store, _parts)) or list(self._tasks(store, _other_files))
 
     def tasks(self, store: Store) -> list[Task]:
-        """All that there is to do, also what has to wait."""
+        """Return all tasks, including those that wait for the parts."""
         return [*self._tasks(store, _parts), *self._tasks(store, _other_files)]
 
     def _tasks(self, store: Store, units: Callable[[Store, Tombstones], Iterator[_Unit]]) -> Iterator[Task]:
-        if not len(self.victims):
+        if not len(self.targets):
             return
-        # Other purges may name all victims, so that they stay tombstones.
+        # Targets may stay tombstones after an undo: another purge may name them.
         check_not_undone(store.state, self.purges)
-        reads = tombstones_naming(store, self.victims)
-        for label, entries, ids, holds in units(store, self.victims):
+        reads = tombstones_naming(store, self.targets)
+        for label, entries, ids, holds in units(store, self.targets):
             paths = [entry.path for entry in entries]
             if self.clean.issuperset(paths):
                 continue
             if holds():
                 digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
-                key = task_key("erase", {"victims": digest}, paths)
+                key = task_key("erase", {"targets": digest}, paths)
                 yield Task(key, label, len(paths), {"paths": paths, "reads": reads})
             else:
                 self.clean.update(paths)
 
     def open(self, store: Store) -> EraseWorker:
-        """Nothing to load."""
-        return EraseWorker(store, self.victims)
+        """Return the worker; it loads nothing."""
+        return EraseWorker(store, self.targets)
 
 
 _Unit = tuple[str, list[FileEntry], Ids, Callable[[], bool]]
-"""A label, files that are rewritten together, the victims that concern them, and whether they hold any."""
+"""A label, files that are rewritten together, their targets, and a function that says whether they hold any."""
 
 
-def _parts(store: Store, victims: Tombstones) -> Iterator[_Unit]:
-    for part in victims.parts():
-        rows = victims.rows(part)
+def _parts(store: Store, targets: Tombstones) -> Iterator[_Unit]:
+    for part in targets.parts():
+        rows = targets.rows(part)
         yield f"part {part}", part_files(store, part), rows, functools.partial(_part_holds, store, part, rows)
 
 
-def _other_files(store: Store, victims: Tombstones) -> Iterator[_Unit]:
+def _other_files(store: Store, targets: Tombstones) -> Iterator[_Unit]:
     several = {"index": _shard_holds, "neighbours": _table_holds, "quarantine": _has_excerpts}
-    for entry in files_of_several_parts(store, victims.parts()):
-        holds = functools.partial(several[entry.kind], store, entry, victims)
-        yield entry.path.rpartition("-")[0], [entry], victims.ids, holds
+    for entry in files_of_several_parts(store, targets.parts()):
+        holds = functools.partial(several[entry.kind], store, entry, targets)
+        yield entry.path.rpartition("-")[0], [entry], targets.ids, holds
 
 
 def files_of_several_parts(store: Store, numbers: Sequence[int]) -> Iterator[FileEntry]:
-    """The files that belong to no part alone, and may hold something of some: shards, tables and quarantine."""
+    """Yield the files that may hold data of some parts, among others: shards, neighbour tables and quarantine."""
     state, wanted = store.state, set(numbers)
     for name in state.names("index"):
         shards = [one for one in state.group("index", name).entries() if one.slot.startswith(SHARD)]
@@ -158,7 +158,7 @@ def files_of_several_parts(store: Store, numbers: Sequence[int]) -> Iterator[Fil
 
 
 def part_files(store: Store, part: int) -> list[FileEntry]:
-    """The files of a part that hold its text, tokens, vectors or ids."""
+    """Return the files of a part that hold its text, tokens, vectors or ids."""
     found = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
     found += [store.state.part_file("embeddings", part, name) for name in store.state.names("embeddings")]
     return [entry for entry in found if entry is not None]
@@ -171,30 +171,30 @@ def _part_holds(store: Store, part: int, rows: Ids) -> bool:
     return any(read_vectors(store, entry)[rows].any() for entry in vectors)
 
 
-def _shard_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
+def _shard_holds(store: Store, entry: FileEntry, targets: Tombstones) -> bool:
     shard = read_shard(store, entry)
-    return any(victims.contains(shard.ids(number)).any() for number in shard.numbers)
+    return any(targets.contains(shard.ids(number)).any() for number in shard.numbers)
 
 
-def _table_holds(store: Store, entry: FileEntry, victims: Tombstones) -> bool:
-    rows = victims.rows(entry.part)
+def _table_holds(store: Store, entry: FileEntry, targets: Tombstones) -> bool:
+    rows = targets.rows(entry.part)
     within = is_within(store, entry, parts.read_schema(store, entry).metadata)
     for group, mine in row_groups(entry, rows):
         if not (within or len(mine)):
             continue
         ids = neighbour_tables.read_ids(store, entry, [group])
-        if (ids[mine] != NO_NEIGHBOUR).any() or (within and victims.contains(ids).any()):
+        if (ids[mine] != NO_NEIGHBOUR).any() or (within and targets.contains(ids).any()):
             return True
         if neighbour_tables.text_size(entry):
             text = neighbour_tables.read_text(store, entry, [group], tokens=False)
-            named, followed = neighbour_tables.text_naming(text, victims.contains)
+            named, followed = neighbour_tables.text_naming(text, targets.contains)
             if (text.ids[mine] != NO_NEIGHBOUR).any() or (within and (named | followed).any()):
                 return True
     return False
 
 
 def row_groups(entry: FileEntry, rows: Ids) -> Iterator[tuple[int, Ids]]:
-    """Yield the numbers of the row groups of a file, and which of ``rows`` (ascending) each has, from its first."""
+    """Yield each row group's number and those of ``rows`` (ascending) that are in it, counted from its first row."""
     for group in range(-(-entry.rows // ROW_GROUP)):
         low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
         yield group, rows[low:high] - group * ROW_GROUP
@@ -206,14 +206,14 @@ def _has_excerpts(store: Store, entry: FileEntry, _: Tombstones) -> bool:
 
 
 class EraseWorker:
-    """Rewrites files without the victims."""
+    """Rewrites files without ``targets``."""
 
-    def __init__(self, store: Store, victims: Tombstones) -> None:
+    def __init__(self, store: Store, targets: Tombstones) -> None:
         self._store = store
-        self._victims = victims
+        self._targets = targets
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Rewrite what a task names; ``ErasedError`` if another process has replaced it meanwhile."""
+        """Rewrite the files of a task; ``ErasedError`` if another process replaced one concurrently."""
         old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
         check_there(self._store, (*old, *tombstones))
         old_name, slot = FileName.parse(old[0]), self._store.state.slot_of(old[0])
@@ -229,7 +229,7 @@ class EraseWorker:
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
 
     def _part(self, part: int, run: str) -> list[FileEntry]:
-        store, rows, slot = self._store, self._victims.rows(part), part_slot(part)
+        store, rows, slot = self._store, self._targets.rows(part), part_slot(part)
         chunks = parts.read_chunks(store, part)
         n_tokens, tokens = chunks.n_tokens.copy(), chunks.tokens.copy()
         n_tokens[rows], tokens[rows] = 0, 0
@@ -250,13 +250,13 @@ class EraseWorker:
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
         check_sum(self._store, name.name, entry)
-        index = lists.without(read_shard(self._store, entry), self._victims.contains)
+        index = lists.without(read_shard(self._store, entry), self._targets.contains)
         return write_index(self._store, index, name, entry.about)
 
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:
-        store, rows = self._store, self._victims.rows(int(name.slot))
+        store, rows = self._store, self._targets.rows(int(name.slot))
         schema = parts.read_schema(store, entry)
-        banned = self._victims.contains if is_within(store, entry, schema.metadata) else None
+        banned = self._targets.contains if is_within(store, entry, schema.metadata) else None
 
         def groups() -> Iterator[pa.Table]:
             for group, mine in row_groups(entry, rows):
@@ -280,10 +280,10 @@ class EraseWorker:
 def erase_documents(
     documents: pa.Table, doc: npt.NDArray[np.int32], n_tokens: npt.NDArray[np.int32], identity: Identity
 ) -> pa.Table:
-    """Documents after an erase: counts of what is left, and nulls for those of which nothing is.
+    """Return documents with the token counts that remain, and nulls for those without tokens.
 
-    Those of which a part is left lose the hash of their text; where that was their id too, they get another id that
-    only the store can make of it, always the same.
+    Partially erased documents have their text hash cleared. If the hash was also the id, the new id is a keyed hash of
+    it: deterministic, and only the store can compute it.
     """
     left = np.bincount(doc, weights=n_tokens, minlength=documents.num_rows).astype(np.int64)
     whole = documents["n_tokens"].to_numpy() == left
@@ -298,7 +298,7 @@ def erase_documents(
         if name == "n_tokens":
             column = pa.array(left)
         elif name == "text_hash":
-            # The hash of a text that is no longer all there would still tell what it was.
+            # The hash of the whole text would still identify it.
             column = pc.if_else(pa.array(whole), column, pa.scalar(None, column.type))
         elif name not in ("first_row", "n_chunks"):
             column = pc.if_else(gone, pa.scalar(None, column.type), column)
@@ -311,20 +311,20 @@ ELSEWHERE = (
     "where other stores have neighbours in this one"
 )
 _ROWS_A_WORKER = 1 << 16
-"""Ids of parts that take some times what it takes to start a process."""
+"""Rows that a worker must have to be worth its start-up time."""
 _WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
-"""Memory of a process: this, and so many times the tokens and vectors of a part."""
+"""Memory of a process: fixed bytes, and a multiple of the tokens and vectors of a part."""
 _Planned = TypeVar("_Planned", bound="EraseResult")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EraseResult:
-    """What an erase of ``purges`` did, or is to do.
+    """What an erase of ``purges`` did or would do.
 
-    ``unerased`` counts the chunks that it has still to take, copies included, and ``unerased_share`` is their share of
-    all chunks that the store ever had. ``erased`` counts the chunks whose bytes are gone; among them are those of
-    ``copies``, documents that a ``chunk`` had rejected because they repeat one that is erased. ``not_reached`` says
-    what an erase never reaches, and ``dependents`` are the stores with neighbours in this one, which it does not reach.
+    * ``unerased``: chunks to erase, copies included. ``unerased_share``: their share of all chunks the store ever had.
+    * ``erased``: chunks that have been erased, copies included.
+    * ``copies``: documents that ``chunk`` rejected as repeats of an erased one.
+    * ``not_reached``: what an erase never reaches. ``dependents``: stores with neighbours in this one, also unreached.
     """
 
     purges: tuple[str, ...] = ()
@@ -346,21 +346,21 @@ def erase(
     dry_run: bool = False,
     confirm: Callable[[EraseResult], bool] = lambda _: True,
 ) -> EraseResult:
-    """Erase the chunks of purges, given by their ids, or of all that are older than so many seconds.
+    """Erase the chunks of the purges with these ids, and of all that are more than ``older_than`` seconds old.
 
-    ``UsageError`` for one that the store has not. What is erased already is no error: an erase that was interrupted
-    is resumed. ``confirm`` is asked before anything is rewritten; False, or ``dry_run``, leaves everything unchanged.
+    An interrupted erase is resumed; erasing a purge again is not an error. ``confirm`` is called before anything is
+    rewritten; if it returns False, or with ``dry_run``, nothing is changed. ``UsageError`` for an unknown purge.
     """
     store = Store.open(root)
     purges = [find_purge(store, purge) for purge in purges]
 
     def attempt() -> EraseResult:
-        # Selected again each time: a purge may have been undone since the last attempt.
+        # A purge may have been undone since the last attempt.
         wanted = tuple(_wanted(store, purges, older_than))
         left = [purge for purge in wanted if not store.state.records[PREFIX + purge]["erased"]]
         copies, copied = purged_chunks.find_copies(store, named_chunks(store, left))
-        victims = np.union1d(named_chunks(store, wanted), copies)
-        n = len(purged_chunks.unerased(store, victims))
+        targets = np.union1d(named_chunks(store, wanted), copies)
+        n = len(purged_chunks.unerased(store, targets))
         planned = EraseResult(
             purges=wanted, unerased=n, unerased_share=n / max(purged_chunks.count_rows(store), 1), copies=copied,
             commit=store.state.number,
@@ -369,7 +369,7 @@ def erase(
             return planned
         with writing(store) as run:
             _name_copies(store, run, left, copies)
-            return carry_out_erase(store, run, victims, planned)
+            return carry_out_erase(store, run, targets, planned)
 
     return retry_overtaken(attempt, store.renew)
 
@@ -393,8 +393,8 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
 def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
     """Add ``copies`` to the tombstones of each purge that erases them and does not name them yet.
 
-    Once their originals are erased nothing else tells copies: so an erase can be resumed after a kill. Cost: if there
-    are any, that of ``find_copies`` for each purge.
+    Copies can't be found once their originals are erased, so an erase that was killed could not be resumed otherwise.
+    Cost: ``find_copies`` for each purge, if there are copies.
     """
     for purge in purges:
         named = read_tombstones(store, purge).ids
@@ -406,7 +406,6 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
 
 
 def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
-    """Add to what a purge names; ``ConflictError`` if it was undone, erased or added to by another process."""
     check_not_undone(store.state, (purge,))
     entry, before = add_tombstones(store, run.id, purge, new)
 
@@ -421,9 +420,9 @@ def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
 
 
 def carry_out_erase(store: Store, run: Run, chunks: Ids, planned: _Planned) -> _Planned:
-    """Erase the chunks of the purges of ``planned``, which are tombstones; return it with what was done."""
+    """Erase ``chunks``, which are tombstones of the purges of ``planned``; return ``planned`` with what was done."""
     done = retry_overtaken(lambda: erase_chunks(store, run, chunks, planned.purges), store.renew)
-    # Staged tasks of others that had read the old files can't be committed any more; their files must not stay.
+    # Staged tasks of other runs that read the old files can't be committed any more; their files must not stay.
     folding.fold(store, run)
     clean(store, run, thorough=True)
     state = store.refresh()
@@ -435,28 +434,28 @@ def carry_out_erase(store: Store, run: Run, chunks: Ids, planned: _Planned) -> _
 
 
 def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> int:
-    """Erase the chunks of ``purges``, which are tombstones; return how many files were rewritten.
+    """Erase ``chunks``, which are tombstones of ``purges``; return the number of files rewritten.
 
-    ``ConflictError`` if one of the purges was undone before all were erased, or has more chunks by then.
+    ``ConflictError`` if one of the purges was undone, or got more chunks, before the erase was done.
     """
-    victims = Tombstones(chunks)
-    workers = _workers(store, victims)
-    stage = EraseStage(victims, tuple(purges))
+    targets = Tombstones(chunks)
+    workers = _workers(store, targets)
+    stage = EraseStage(targets, tuple(purges))
     rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)
 
     def build(state: State) -> Draft | None:
-        done = purged_chunks.erased_purges(store, victims)
+        done = purged_chunks.erased_purges(store, targets)
         if any(not state.records[PREFIX + p]["erased"] and p not in done for p in purges):
             raise ConflictError("a purge has more chunks than when its erase began", "Run the same command again.")
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
-        # What other purges asked for, too, to take some of the victims, may name these.
-        alike = [p for p in standing_purges(state) if purged_chunks.has_any(store, p, victims)]
+        # Selector files of purges that share targets may quote their text.
+        alike = [p for p in standing_purges(state) if purged_chunks.has_any(store, p, targets)]
         gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
-        # What was measured of an index names the sources of documents: the victims' may be among them.
+        # Recall files name the sources of documents.
         measured = (state.file("index", RECALL, name) for name in state.names("index"))
         gone += [entry.path for entry in measured if entry is not None] if done else []
-        # Places in the text of victims, and what was looked for, hashed.
+        # Scan files hold places in the text of targets, and hashes of what was searched for.
         gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
         return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
 
@@ -464,10 +463,10 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     return rewritten
 
 
-def _workers(store: Store, victims: Tombstones) -> int:
-    """Processes for an erase: as many as there are cores, half the memory allows, and starting pays for."""
-    several = [part_files(store, part) for part in victims.parts()]
-    rows = [parts.part_entry(store, "chunks", part).rows for part in victims.parts()]
+def _workers(store: Store, targets: Tombstones) -> int:
+    """Return the number of processes: limited by cores, half the memory, and start-up time."""
+    several = [part_files(store, part) for part in targets.parts()]
+    rows = [parts.part_entry(store, "chunks", part).rows for part in targets.parts()]
     if sum(rows) < 2 * _ROWS_A_WORKER:
         return 1
     vectors = [sum(entry.bytes for entry in files if entry.path.startswith("embeddings/")) for files in several]
@@ -478,18 +477,18 @@ def _workers(store: Store, victims: Tombstones) -> int:
 
 
 _PLAIN = ("Flat", "SQfp16")
-"""Factories of indexes that learn nothing from vectors."""
+"""Factories of indexes without training."""
 
 
 def retrain_indexes(root: str | Path) -> Iterator[str]:
-    """Train every index again that learned from vectors; yield what was done, and what to run next."""
+    """Train every index that has training again; yield what was done and what to run next, in sentences."""
     store = Store.open(root)
     records = {name: index_record(store.state, name) for name in store.state.names("index")}
     trained = [name for name, record in records.items() if record is None or record.factory not in _PLAIN]
     for name in trained:
         try:
             result = index(root, name=name, options=Options(retrain=True))
-        except UsageError as error:  # too few vectors are left for as many lists, perhaps
+        except UsageError as error:  # for example too few vectors are left for the number of lists
             again = shlex.join(["retrotool", "index", str(root), "--name", name, "--retrain"])
             yield f"Index {name!r} is unchanged: {error}. {error.advice} Then run: {again}"
         else:

@@ -1,22 +1,25 @@
-"""Chunks that purges name: which these are, what is left of them in the store, and where the same text is besides.
+"""The chunks that purges name, what is left of them in the store, and other documents with the same text.
 
-A purge takes the chunks that were selected, and no live document besides. Of an equal text, in another document, the
-rule depends on where that document is:
+A purge takes the chunks that were selected and no other live document. What happens to another document with the same
+text depends on its state:
 
-* It is live, as repeats were kept: it stays, as nobody selected it. If the selected one was rejected as its repeat,
-  the purge reports it (``find_same_text``), as nothing else would be taken then.
-* It was rejected as a repeat by a ``chunk`` that is finished, so no reader returns it: the erase takes it, too
-  (``find_copies``, by id or text). The purge names it before anything is rewritten, as nothing tells it afterwards.
-* A ``chunk`` that is not finished has committed it: the purge takes it (``find_in_open_plans``), by what the purge
-  blocks: id, text or tokens. What is purged would not make the ``chunk`` reject it.
-* A ``chunk`` has read it, and not committed it, or reads it later: the block list keeps it out.
+* Live, because repeats were kept: it stays. If the selected document was rejected as its repeat, the purge takes
+  nothing that is live, so it reports the other one (``find_same_text``).
+* Rejected as a repeat by a finished ``chunk``, so no reader returns it: the erase takes it too (``find_copies``, by id
+  or text). The purge names it before anything is rewritten, because it can't be found afterwards.
+* Committed by an unfinished ``chunk``: the purge takes it (``find_in_open_plans``) by what it blocks: id, text or
+  tokens. The ``chunk`` would not reject it as a repeat of a purged document.
+* Not committed yet: the block list keeps it out.
 
-So the tombstones of a purge are all that its erase takes, and its undo and receipt are of; what another purge, or a
-finished ``chunk``, names besides stays a tombstone after an undo.
+So the tombstones of a purge are exactly what its erase, undo and receipt cover. After an undo, chunks that another
+purge or a finished ``chunk`` names stay tombstones.
 
-Cost of ``find_same_text``: nothing, unless a selected chunk was rejected; then one read of the hashes of all documents,
-16 bytes each. Of ``find_copies``: the hashes of ids and texts of all documents of parts with repeats. Of
-``find_in_open_plans``: 3 µs a document of open plans and 1 ns a byte of its tokens.
+Cost:
+
+* ``find_same_text``: nothing unless a selected chunk was rejected; then the text hashes of all documents, 16 bytes
+  each.
+* ``find_copies``: the hashes of ids and texts of all documents of parts with repeats.
+* ``find_in_open_plans``: 3 µs per document of open plans, and 1 ns per byte of its tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ _LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class SameText:
-    """How many documents there are, and the ids of the first few: they name documents, so keep them out of the log."""
+    """The number of ``documents``, and the ids of the ``first`` few; ids must not get into the log."""
 
     documents: int
     first: tuple[str, ...]
@@ -68,13 +71,13 @@ NO_TEXT = SameText(0, ())
 
 
 def find_purge(store: Store, purge: str) -> str:
-    """Return the id of a purge: ``purge`` itself, or if that is "last" the newest one that was not undone."""
+    """Return ``purge``, or for "last" the id of the newest purge that was not undone."""
     standing = standing_purges(store.state)
     return max(standing, key=lambda one: int(standing[one]["commit"]), default=purge) if purge == "last" else purge
 
 
 def check_purge(store: Store, purge: str) -> Record:
-    """Return the record of a purge; ``UsageError`` if the store has none of this id, or it was undone."""
+    """Return the record of a purge; ``UsageError`` if it does not exist or was undone."""
     record: Record | None = store.state.records.get(PREFIX + purge)
     if record is None:
         standing = standing_purges(store.state)
@@ -96,9 +99,9 @@ def _listing(store: Store) -> str:
 
 @contextmanager
 def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
-    """Remove files at once if the commit that is to name them fails: some say what was purged.
+    """Remove the files of ``entries`` at once if their commit fails: some of them quote what was purged.
 
-    If the log can't be read after an error they stay, as the commit may have been made; clean-up decides.
+    They stay if the log can't be read after the error, because the commit may have been made; clean-up decides.
     """
     try:
         yield
@@ -111,17 +114,17 @@ def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
 
 
 def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
-    """Whether a purge has any of ``chunks``; its file is read only if it may."""
+    """Return whether a purge has any of ``chunks``; its file is read only if that is possible."""
     return may_name(store, purge, chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
 
 
 def count_rows(store: Store) -> int:
-    """All chunks that the parts of a store ever had."""
+    """Count all chunks that the parts of a store ever had."""
     return sum(parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts())
 
 
 def unerased(store: Store, chunks: Ids) -> Ids:
-    """Return those of ascending chunks that still have tokens."""
+    """Return the ``chunks`` that still have tokens; both ascending."""
     found = [np.zeros(0, np.int64)]
     for part, rows in rows_by_part(chunks):
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
@@ -131,7 +134,7 @@ def unerased(store: Store, chunks: Ids) -> Ids:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What some chunks add to the totals of a store, or take from them."""
+    """What some chunks add to the totals of a store or take from them."""
 
     chunks: int = 0
     documents: int = 0
@@ -141,7 +144,7 @@ class Weight:
         return Weight(self.chunks + other.chunks, self.documents + other.documents, self.tokens + other.tokens)
 
     def as_counts(self) -> dict[str, int]:
-        """The counts by the names that records give them."""
+        """Return the counts by their names in records."""
         return {"chunks": self.chunks, "documents": self.documents, "tokens": self.tokens}
 
 
@@ -150,14 +153,14 @@ Weights = Mapping[int, Weight]
 
 
 def weight_of(weights: Weights, numbers: Container[int] | None = None) -> Weight:
-    """The sum of weights, of some parts or of all."""
+    """Return the sum of weights of the parts ``numbers``, or of all."""
     return sum((weight for part, weight in weights.items() if numbers is None or part in numbers), Weight())
 
 
 def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, Weights]:
-    """Return those of ascending chunks that are not erased and not among ``others``, tombstones, and their weights.
+    """Return the ascending ``chunks`` that are not erased and not among the tombstones ``others``, and their weights.
 
-    Documents count that live by them alone beside ``others``.
+    A document counts if its only live chunks, besides ``others``, are among them.
     """
     live = [np.zeros(0, np.int64)]
     weights = {}
@@ -168,7 +171,7 @@ def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, We
         alive = n_tokens > 0
         alive[others.rows(part)] = False
         had = np.bincount(doc[alive], minlength=int(doc[-1]) + 1)
-        # A document ends with its last live chunk: all that it had are among these.
+        # All live chunks of a document that ends are among these.
         ended = int(((had > 0) & (np.bincount(doc[mine], minlength=len(had)) == had)).sum())
         weights[part] = Weight(len(mine), ended, int(n_tokens[mine].sum()))
         live.append(parts.chunk_ids(part, mine))
@@ -176,9 +179,9 @@ def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, We
 
 
 def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
-    """The records that change where chunks of these weights leave a store (``sign`` −1), or come back (1).
+    """Return the records to write when chunks of these weights leave a store (``sign`` −1) or come back (1).
 
-    Those of pending parts are not among the totals: the record of their plan says what will not be.
+    Chunks of pending parts do not count in the totals, but in the record of their plan.
     """
     live = weight_of(weights, set(filter(state.is_live, weights))).as_counts()
     totals = {name: n + sign * live.get(name, 0) for name, n in state.records["totals"].items()}
@@ -194,9 +197,9 @@ def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
 
 
 def erased_purges(store: Store, erased: Tombstones) -> list[str]:
-    """Ids of the purges that are not known to be erased and of which nothing is left once ``erased`` chunks are.
+    """Return the ids of purges not yet marked as erased whose chunks all are, once ``erased`` ones are.
 
-    What other purges erased counts.
+    Chunks erased by other purges count.
     """
     records = standing_purges(store.state)
     waiting = {purge: read_tombstones(store, purge).ids for purge, r in records.items() if not r["erased"]}
@@ -207,9 +210,9 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
 
 
 def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
-    """Chunks of documents that are tombstones because they repeat one of ``chunks``, by id or text, and how many.
+    """Return the chunks of rejected documents that repeat one of ``chunks``, by id or text, and how many documents.
 
-    Of these a finished plan has named all chunks that were not erased.
+    Rejected documents are tombstones named by a finished plan.
     """
     repeats = read_rejected(store)
     if not len(repeats) or not len(chunks):
@@ -233,16 +236,16 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
 
 
 def parts_of_open_plans(store: Store) -> list[int]:
-    """Parts of plans that are not finished, and do not let in what was purged."""
+    """Return the parts of unfinished plans that do not admit purged documents."""
     state = store.state
     plans = [plan_id for plan_id, _, plan in open_plans(store) if not plan.allow_purged]
     return [part for plan_id in plans for part in parts_of_plan(state, plan_id)]
 
 
 def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes: Hashes) -> Ids:
-    """Chunks of documents of some parts of open plans that a purge of ``chunks`` blocks by ``hashes``, ascending.
+    """Return the chunks of documents in parts ``numbers`` that a purge of ``chunks`` blocks by ``hashes``, ascending.
 
-    Not of documents of which some chunks are selected or purged, and some are not: these were selected chunk by chunk.
+    Documents with some chunks selected or purged and some not are left out: these were selected chunk by chunk.
     """
     several = Blocked(store.identity.secret, hashes)
     purged = Tombstones(np.union1d(read_tombstones(store).ids, chunks))
@@ -261,7 +264,7 @@ def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes
 
 
 def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
-    """A column of the documents that have any of ``chunks``, without nulls."""
+    """Return a column of the documents that have any of ``chunks``, without nulls."""
     found = [pa.array([], pa.binary())]
     for part, rows in rows_by_part(chunks):
         table = parts.read_documents(store, part, ["first_row", column])
@@ -272,9 +275,8 @@ def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
 
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:
-    """The documents with a live chunk beside ``chunks`` and the text of one of these that was rejected."""
-    aside = np.intersect1d(chunks, read_rejected(store).ids)
-    texts = values_of(store, aside, "text_hash")
+    """Find live documents with the text of a rejected one among ``chunks``."""
+    texts = values_of(store, np.intersect1d(chunks, read_rejected(store).ids), "text_hash")
     if not len(texts):
         return NO_TEXT
     gone = Tombstones(np.union1d(read_tombstones(store).ids, chunks))

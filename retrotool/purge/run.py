@@ -1,14 +1,15 @@
-"""``purge``: select, confirm, commit, erase; a dry run; and ``scan``, one share of the scan of a purge for a job array.
+"""``purge``: select, confirm, commit and erase; a dry run; the list of purges; and ``scan``, for a job array.
 
-Another process may purge or erase at the same time. What was selected, or begun to be erased, on a view that another
-commit has overtaken is selected, or planned, again; ``confirm`` is asked again if that changes what it was asked.
+Other processes may purge or erase concurrently. A selection made on a view overtaken by another commit is made again,
+and ``confirm`` is called again if more is selected.
 
-The commit has tombstones, and the block list that keeps what was purged from coming back with its input. It costs what
-is purged, not what is stored. A dry run costs the documents of the parts concerned, and a row group an example.
+The commit adds tombstones, and block-list hashes that keep purged documents from coming back with their input. It
+costs what is purged, not what is stored. A dry run costs the documents of the parts concerned, and a row group per
+example.
 
-The jobs of an array share the scan of the purge that is to follow, which finds it done as it asks for the same. Each
-job begins with its own share of the parts and continues with what no other has begun, so the others finish the share
-of a job that dies.
+The jobs of an array share the scan of a purge; the purge that follows finds it done. Each job begins with its own
+share of the parts and continues with parts that no other job has begun, so the share of a job that dies is finished
+by the others.
 """
 
 from __future__ import annotations
@@ -45,15 +46,16 @@ from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import PREFIX, named_chunks, tombstone_paths, write_tombstones
+from retrotool.tokenizers import stored_tokenizer
 
 EXAMPLES, LARGEST = 10, 10
 _REWRITTEN = 20e6
-"""Bytes of files that an erase reads and rewrites a second, on a core: ``benchmarks/purging.py``."""
+"""Bytes of files that an erase rewrites per second and core: ``benchmarks/purging.py``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """So many of the chunks are of this source, or document."""
+    """How many chunks belong to a source or document."""
 
     name: str
     chunks: int
@@ -61,9 +63,9 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A chunk that a selector means: its text, and from which to which character the match lies (both 0: nowhere).
+    """A selected chunk: its text, and where in it the match begins and ends, in characters (both 0: no place).
 
-    ``figure``: its distance to what it is like, or its score, where the selector measures one.
+    ``figure``: the distance or score, if the selector measures one. Text with a match is as the selector searched it.
     """
 
     selector: str
@@ -78,9 +80,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """What an erase would rewrite: so many parts, shards, tables of neighbours; and bytes of files.
+    """What an erase would rewrite: parts, index shards and neighbour tables with their ``rows``.
 
-    ``rows`` are those of the tables, and ``seconds`` how long all of it may take, by the rates of one core.
+    ``bytes``: size of the files. ``seconds``: estimated time on one core.
     """
 
     parts: int
@@ -93,7 +95,7 @@ class Touched:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What a selection would take: ``sources`` and ``documents``, those with the most chunks; examples."""
+    """A selection in detail: the ``sources`` and ``documents`` with the most chunks, and examples."""
 
     sources: tuple[Count, ...]
     documents: tuple[Count, ...]
@@ -103,14 +105,16 @@ class Review:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PurgeResult(EraseResult):
-    """What ``purge`` did, or would do.
+    """What ``purge`` did or would do.
 
-    ``purge`` is empty if there was nothing to do; ``purges`` are those that an erase was of: this, or, if it did no
-    more than go on with them, those by the same selectors before, the newest first. ``unerased`` counts the selected
-    chunks, copies included, that an erase has still to take. ``blocked`` counts the hashes of ids, texts and tokens
-    that were not on the block list before. ``same_text``: documents that stay, and have the text of one that was
-    selected and is not live, as a ``chunk`` had rejected it. ``matches`` are how many chunks each selector means. A dry
-    run has a ``review``, and ``out`` is the file that it wrote the ids of the ``chunks`` to ("": none was asked for).
+    * ``purge``: its id, "" if there was nothing to purge.
+    * ``purges``: those that were erased: this one, or earlier ones by the same selectors whose erase was resumed, the
+      newest first.
+    * ``unerased``: selected chunks, copies included, that are not erased yet.
+    * ``blocked``: hashes of ids, texts and tokens that were not on the block list before.
+    * ``same_text``: live documents with the text of a selected one that ``chunk`` had rejected.
+    * ``matches``: how many chunks each selector selects.
+    * ``review``: only of a dry run. ``out``: the file that it wrote the chunk ids to ("": none).
     """
 
     purge: str = ""
@@ -130,9 +134,9 @@ class PurgeResult(EraseResult):
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """What a share of a scan did: ``parts`` scanned by this run, of ``of`` in the store.
+    """What a job scanned: ``parts`` by this run, of ``of`` in the store.
 
-    ``elsewhere`` are parts that other live runs are at. ``done``: all are scanned.
+    ``elsewhere``: parts that other running jobs hold. ``done``: all parts are scanned.
     """
 
     parts: int
@@ -153,24 +157,24 @@ def purge(
     erase: bool = False,
     confirm: Callable[[PurgeResult], bool] = lambda _: True,
 ) -> PurgeResult:
-    """Purge what selectors mean, and erase it if asked to.
+    """Purge the chunks that ``selectors`` select; with ``erase``, also erase them.
 
-    ``reason``, which a dry run does not need, and ``who`` (default: see ``signed``) stay in the log. ``confirm`` is
-    called with what would be done, unless it is a dry run; False leaves everything unchanged. ``out`` is a new file for
-    the ids of the live chunks that a dry run selects, one per line, as ``Selectors.chunk`` reads it.
+    ``reason`` (not needed for a dry run) and ``who`` (default: see ``signed``) stay in the log. ``confirm`` is called
+    with what would be done; if it returns False nothing is changed. ``out``: a new file for the ids of the live chunks
+    that a dry run selects, one per line, as ``Selectors.chunk`` reads them.
     """
     if not dry_run:
         if reason is None:
-            raise UsageError("--reason is missing", "Say why, in words that name no person: it stays in the log.")
+            raise UsageError("--reason is missing", "Say why, without naming a person: it stays in the log.")
         who = signed(reason, who)
     if out is not None:
         if not dry_run:
-            raise UsageError("--out is for the ids that a dry run selects", "Give --dry-run, too.")
+            raise UsageError("--out needs --dry-run")
         check_file("--out", out, new=True)
     store = Store.open(root)
     request = selectors.read(store)
     agreed = (0, 0)
-    """Chunks, and unerased ones, that ``confirm`` has agreed to."""
+    """The numbers of chunks and of unerased ones that ``confirm`` has agreed to."""
 
     def attempt() -> PurgeResult:
         nonlocal agreed
@@ -197,7 +201,7 @@ def purge(
 
 @dataclass(frozen=True, slots=True)
 class PurgeEntry:
-    """A purge in a list: its ``time`` (UTC), and its ``state``: "purged", "erased" or "undone"."""
+    """A purge in a list. ``time`` is UTC; ``state`` is "purged", "erased" or "undone"."""
 
     purge: str
     time: str
@@ -219,7 +223,7 @@ class PurgeList:
 
 
 def list_purges(root: str | Path) -> PurgeList:
-    """List the purges of a store; reads a commit for each."""
+    """List the purges of a store. Reads a commit for each."""
     state = (store := Store.open(root)).state
     found = []
     for purge, record in sorted(state.with_prefix(PREFIX).items(), key=lambda item: int(item[1]["commit"])):
@@ -235,7 +239,6 @@ def list_purges(root: str | Path) -> PurgeList:
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
-    """What a selection would do, if nothing else happened."""
     state = store.state
     chunks, weight = len(selection.live), purged_chunks.weight_of(selection.weights)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
@@ -252,21 +255,21 @@ def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
 def _carry_out(
     store: Store, selection: Selection, planned: PurgeResult, reason: str, who: str, erase: bool
 ) -> PurgeResult:
-    with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to take away
+    with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to remove
         purges = tuple(same_selector(store, selection.request))
-        victims = np.union1d(selection.chunks, selection.copies)
-        # An erase needs a purge that names all its chunks, or it could not be resumed after a kill.
-        uncovered = erase and not np.isin(victims, named_chunks(store, purges)).all()
+        targets = np.union1d(selection.chunks, selection.copies)
+        # A killed erase can be resumed only if a purge names all its chunks.
+        uncovered = erase and not np.isin(targets, named_chunks(store, purges)).all()
         if planned.chunks or planned.blocked or uncovered:
             purge = commit_purge(store, run, selection, reason, who)
             planned, purges = replace(planned, purge=purge), (purge,)
         if erase:
-            return carry_out_erase(store, run, victims, replace(planned, purges=purges if len(victims) else ()))
+            return carry_out_erase(store, run, targets, replace(planned, purges=purges if len(targets) else ()))
         return replace(planned, commit=store.refresh().number)
 
 
 def review(store: Store, selection: Selection) -> Review:
-    """Look at what is live of a selection."""
+    """Describe the live chunks of a selection."""
     sources, documents = Counter[str](), Counter[str]()
     for part, rows in rows_by_part(selection.live):
         table = parts.read_documents(store, part, ["id", "source", "first_row"])
@@ -284,7 +287,7 @@ def _most(counts: Counter[str]) -> tuple[Count, ...]:
 
 
 def _examples(store: Store, selection: Selection) -> list[Example]:
-    """Up to ten of each selector, from all over what it means; in the order of their figures, if they have some."""
+    """Return up to ``EXAMPLES`` chunks per selector, spread over what it selects, in the order of their figures."""
     found = selection.found.filter(pa.array(np.isin(selection.found["chunks"].to_numpy(), selection.live)))
     decoder = Decoder(store)
     examples = []
@@ -302,7 +305,7 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
 def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tuple[int, int]) -> Example:
     part, row = split_id(chunk)
     total = parts.part_entry(store, "chunks", part).rows
-    first, last = max(row - 1, 0), min(row + 1, total - 1)  # beside others its text is as it was when it was scanned
+    first, last = max(row - 1, 0), min(row + 1, total - 1)  # folded text depends on the chunks beside it
     groups = range(first // ROW_GROUP, last // ROW_GROUP + 1)
     chunks = parts.read_chunks(store, part, list(groups))
     low = groups[0] * ROW_GROUP
@@ -315,6 +318,8 @@ def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tu
     begin, end = (len(data[: max(at, 0)].decode(errors="replace")) for at in span)
     documents = parts.read_documents(store, part, ["id", "source"]).slice(int(few.doc[place]), 1)
     text = data.decode(errors="replace")
+    if span == (0, 0):  # no match: the text as search shows it, which keeps words apart
+        text = stored_tokenizer(store).decode_text(few.tokens[place : place + 1], few.n_tokens[place : place + 1])[0]
     name, source = documents["id"][0].as_py(), documents["source"][0].as_py()
     return Example(selector, chunk, name or "", source or "", text, begin, min(end, len(text)))
 
@@ -330,11 +335,11 @@ def _touched(store: Store, selection: Selection) -> Touched:
 
 
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:
-    """Make the chunks of a selection tombstones, also those that other purges had, and block what they were of.
+    """Make all chunks of a selection tombstones and block their documents; return the id of the purge.
 
-    Returns the purge's id. ``ConflictError`` if another purge was committed since the selection was made, or copies of
-    what it has, in a plan that is not finished. Copies are written, too, though they are tombstones already: once their
-    originals are erased nothing else says which they are. The files of the scan are removed.
+    Tombstones include chunks that other purges name, and rejected copies: these can't be found once their originals
+    are erased. The files of the scan are removed. ``ConflictError`` if another purge, or copies in an unfinished plan,
+    were committed since the selection was made.
     """
     request = selection.request
     scan = request.scan.scan(store) if request.scan else None
@@ -344,10 +349,10 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
 
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen:
-            raise ConflictError("another purge was committed while this one selected", "Run the same command again.")
+            raise ConflictError("another purge was committed concurrently", "Run the same command again.")
         new = [part for part in purged_chunks.parts_of_open_plans(store) if part not in selection.open_parts]
         if len(purged_chunks.find_in_open_plans(store, new, selection.chunks, selection.blocked)):
-            raise ConflictError("copies were chunked while this purge selected", "Run the same command again.")
+            raise ConflictError("copies of selected chunks were added concurrently", "Run the same command again.")
         counts = purged_chunks.weight_of(selection.weights).as_counts()
         hashed = store.identity.keyed_hash(request.literal)
         selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
@@ -362,7 +367,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         if len(selection.blocked):
             name = FileName.new(run.id, "blocked", purge, "parquet")
             add.append(blocked.write_blocked(store, name, selection.blocked))
-        # Last: it must not stay if another can't be written.
+        # Last: it quotes the selection, and must not stay if another file can't be written.
         literal = {"kind": request.kind, "literal": request.literal}
         add.append(write_json_file(store, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
         store.commit(run, build)
@@ -370,14 +375,14 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
 
 
 def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> ScanResult:
-    """Scan the parts of job ``shard`` (i, n), i from 0, and then those that no other job has begun."""
+    """Scan the parts of job ``shard`` (i, n), i from 0, then those that no other job has begun."""
     engine.check_shard(shard)
     store = Store.open(root)
     scanned = selectors.read(store).scanned
     if not scanned:
         raise UsageError(
-            "--shard shares the scan that selectors by content need, and none is given",
-            "What is looked up (--ids, --documents, --where, --duplicates) is purged without it.",
+            "--shard needs a selector that scans text, tokens or vectors",
+            "Run --chunk, --document, --where and --duplicates without --shard.",
         )
     stage, done = ScanStage(scanned, shard), list[Staged]()
 

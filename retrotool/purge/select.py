@@ -1,8 +1,8 @@
-"""What a purge selects: the options of a caller, their files read, and the chunks that they mean.
+"""Selectors of a purge, and the chunks that they select.
 
-Chunk ids, document ids and an expression over document columns are looked up (``selectors.lookup``); selectors by
-content are compared with all tokens or all text of the store (``selectors.scan``). The selection is what any selector
-means, or with ``every`` what all of them mean; with ``whole_documents`` all chunks of the documents that it touches.
+Ids, expressions over document columns and repeated chunks are looked up (``selectors.lookup``). Other selectors scan
+all text, tokens or vectors of the store (``selectors.scan``). The selection is the union of all selectors, with
+``every`` their intersection, with ``whole_documents`` widened to all chunks of its documents.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ _ADVICE = "Nothing was purged. See: retrotool purge --help"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selectors:
-    """What to select: the union of all selectors, or with ``every`` their intersection.
+    """Selectors: the union of all given ones, or with ``every`` their intersection.
 
-    A ``Values`` is a value, a ``Path`` (a file with a value a line), or several of these.
+    ``Values`` is a value, a ``Path`` (a file with one value per line), or several of these.
 
-    * ``chunk``, ``document``: ids of chunks and of documents.
+    * ``chunk``, ``document``: ids.
     * ``where``: an expression over document columns.
     * ``pattern``: RE2 patterns over text. ``terms``: a file of words and names. ``pii``: kinds of personal data
       (``selectors.pii.KINDS``).
     * ``near_duplicates_of``: ids of chunks whose copies to select. ``contaminates``: a store of evaluation text.
       ``duplicates``: chunks that repeat an earlier one.
-    * ``like``: a text, or the ``Path`` of a text file; selects chunks whose stored vector is ``within`` that squared L2
+    * ``like``: a text, or the ``Path`` of a text file; selects chunks whose stored vector is ``within`` this squared L2
       distance of it, by the embeddings of ``encoder`` (None: those that are searched by default).
     * ``classifier``: a model directory; selects chunks to which it gives ``label`` with a score of at least ``above``.
     * ``device``: where these two models run.
@@ -84,7 +84,7 @@ class Selectors:
     allow_lossy: bool = False
 
     def read(self, store: Store) -> Request:
-        """Read what is in files; ``UsageError`` if nothing is asked for, or what can't be looked for in this store."""
+        """Read the files; ``UsageError`` if none is given, or one can't be used with this store."""
         for name in ("where", "like", "contaminates", "encoder", "label"):
             if (value := getattr(self, name)) is not None:
                 check_selector_text(f"--{name}", str(value))
@@ -96,15 +96,15 @@ class Selectors:
             lookups.append(Lookup("duplicates"))
         scanned = self._scanned(store)
         if not lookups and not scanned:
-            raise UsageError("nothing says what to purge", "Give --document, --where, --pattern or another.")
+            raise UsageError("no selector was given", "Give --document, --where, --pattern or another.")
         if not self.allow_lossy and not store.identity.tokenizer.lossless:
             for selector in scanned:
                 if selector.reads_text:
                     raise UsageError(
-                        f"--{selector.kind}: the tokenizer of {store.place} loses case or spacing, so text can't be "
-                        "looked at as it was",
-                        "With --allow-lossy it is compared with what is left, in lower case if the tokenizer has only "
-                        "that, with one space between two words and none beside anything else.",
+                        f"--{selector.kind}: the tokenizer of {store.place} loses case or spacing, so the original "
+                        "text can't be searched",
+                        "Give --allow-lossy to search what the tokenizer keeps: perhaps in lower case, with one space "
+                        "between two words and none beside other characters.",
                     )
         return Request(tuple(lookups), tuple(scanned), self.every, self.whole_documents)
 
@@ -137,10 +137,7 @@ class Selectors:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What ``Selectors`` ask of a store, their files read: one selector or more.
-
-    ``every``: what all of them mean; ``whole_documents``: all chunks of the documents.
-    """
+    """``Selectors`` with their files read: at least one, to look up or to scan for."""
 
     lookups: tuple[Lookup, ...] = ()
     scanned: tuple[Selector, ...] = ()
@@ -154,28 +151,24 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """The kinds of its selectors."""
+        """The kinds of the selectors, as one text."""
         return (" and " if self.every else ", ").join(kind for kind, _ in self._selectors)
 
     @property
     def literal(self) -> str:
-        """All that was asked for, as JSON: the same for the same."""
-        asked = {
-            "selectors": self._selectors,
-            "every": self.every,
-            "whole_documents": self.whole_documents,
-        }
-        return orjson.dumps(asked, option=orjson.OPT_SORT_KEYS).decode()
+        """The request as JSON, equal for equal requests."""
+        request = {"selectors": self._selectors, "every": self.every, "whole_documents": self.whole_documents}
+        return orjson.dumps(request, option=orjson.OPT_SORT_KEYS).decode()
 
     @property
     def scan(self) -> ScanStage | None:
-        """The scan that has to be done before; None: there is nothing to scan for."""
+        """The scan that must be done first, if any."""
         return ScanStage(self.scanned) if self.scanned else None
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How many chunks a selector means, by its kind and one of its names ("": it has only one)."""
+    """How many chunks a selector selects by one of its names ("": it has only one)."""
 
     selector: str
     name: str
@@ -184,16 +177,17 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chunks that a ``request`` means in ``state``.
+    """The chunks that a ``request`` selects in ``state``.
 
-    ``matches`` are how many each selector means, and ``found`` is where in text scans found some. ``chunks`` are all
-    ids, ascending, and ``live`` those that were not purged before; ``weights`` are what these take
-    from the totals. ``blocked`` are the hashes that keep what is purged from coming back, and ``newly_blocked`` says
-    how many of them the store does not have yet.
+    * ``matches``: how many each selector selects. ``found``: what scans found (``parts.SCANS_SCHEMA``).
+    * ``chunks``: all ids, ascending. ``live``: those not purged before. ``weights``: what these take from the totals.
+    * ``blocked``: hashes that keep what is purged from coming back. ``newly_blocked``: how many are new to the store.
+    * ``open_parts``: parts of open plans that were searched for copies, which are among ``chunks``.
 
-    For an erase ``copies`` are the chunks, and ``copied`` the number, of documents that repeat one selected and are
-    tombstones for that; ``unerased`` counts the chunks of all that still have tokens. ``open_parts`` are the parts of
-    open plans that were searched for copies, which are among ``chunks``.
+    Only for an erase:
+
+    * ``copies``: chunks of rejected documents that repeat a selected one. ``copied``: the number of these documents.
+    * ``unerased``: how many of all these chunks still have tokens.
     """
 
     request: Request
@@ -212,17 +206,17 @@ class Selection:
 
 
 def same_selector(store: Store, request: Request) -> dict[str, Record]:
-    """Records of the purges that asked for the same before, and were not undone, by their ids; the newest first."""
+    """Return the records, by id, of standing purges by the same selectors, the newest first."""
     wanted = (request.kind, store.identity.keyed_hash(request.literal))
     same = {p: r for p, r in standing_purges(store.state).items() if (r["selector"], r["hash"]) == wanted}
     return dict(sorted(same.items(), key=lambda item: -int(item[1]["commit"])))
 
 
 def select(store: Store, request: Request, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
-    """Select the chunks that a request means; its scan must have been done. ``report`` is called with 1 a part read.
+    """Select the chunks of a request, whose scan must be done; ``report`` is called with 1 per part read.
 
-    A purge by the same selectors may have been interrupted in its erase, so that its documents can't be found any more:
-    then missing ones are no error, and with ``erase`` all that it names is selected, too.
+    The erase of a purge by the same selectors may have been interrupted, so that its documents can't be found any more.
+    Then missing documents are not an error, and with ``erase`` all chunks that it names are selected too.
     """
     earlier = same_selector(store, request)
     found, names = read_scan(store, request.scan) if request.scan else (parts.SCANS_SCHEMA.empty_table(), [])
@@ -265,7 +259,7 @@ def _matches(selector: Selector, names: list[str], labels: Ids) -> list[Match]:
 
 
 def widen(store: Store, chunks: Ids) -> Ids:
-    """All chunks of the documents of which any of some chunks is, ascending."""
+    """Return all chunks of the documents of ``chunks``, ascending."""
     found = [np.zeros(0, np.int64)]
     for part, rows in rows_by_part(chunks):
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
@@ -274,10 +268,10 @@ def widen(store: Store, chunks: Ids) -> Ids:
 
 
 def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
-    """What a purge of ``chunks`` blocks: ids of documents purged as a whole then; texts and tokens of all it touches.
+    """Return the hashes to block: ids of wholly purged documents, and texts and tokens of all documents of ``chunks``.
 
-    Chunks of earlier purges count as purged, those of documents that repeat do not. What is erased can't be hashed.
-    Reads all row groups of chunks that hold a document that it touches.
+    Chunks of earlier purges count as purged, rejected documents do not. Erased documents can't be hashed. Reads all
+    row groups that hold one of these documents.
     """
     purged = Tombstones(np.union1d(chunks, chunks_of_purges(store).ids))
     secret = store.identity.secret
@@ -299,11 +293,11 @@ def signed(reason: str, who: str | None) -> str:
     ``UsageError`` for a ``reason`` or name that can't be stored.
     """
     if not reason.strip():
-        raise UsageError("--reason is empty", "Say why, in words that name no person: it stays in the log for ever.")
+        raise UsageError("--reason is empty", "Say why, without naming a person: it stays in the log.")
     if (who := who or os.environ.get("RETROTOOL_WHO")) is None:
         try:
             who = getpass.getuser()
-        except (KeyError, OSError):  # a container's user may have a number and no name
+        except (KeyError, OSError):  # a container's user may have no name
             who = f"user {os.getuid()}"
     check_selector_text("--reason", reason)
     check_selector_text("RETROTOOL_WHO", who)
@@ -311,7 +305,7 @@ def signed(reason: str, who: str | None) -> str:
 
 
 def kinds_of(text: str | None) -> tuple[str, ...]:
-    """Return the kinds of personal data as ``--pii`` is given them, "all" or some apart by commas."""
+    """Parse ``--pii``: "all", or kinds of personal data separated by commas."""
     if text is None:
         return ()
     return KINDS if text == "all" else tuple(dict.fromkeys(kind.strip() for kind in text.split(",")))

@@ -1,15 +1,15 @@
-"""``undo``: undo a purge, in one commit, as long as nothing of it was erased.
+"""``undo``: undo a purge in one commit, as long as none of its chunks was erased.
 
-The purge's tombstones and its block list leave the state, and so does its selector file. Which chunks it had is kept
-(``undone/``): a reader with a view from before still has its tombstones. What another purge names, or a ``chunk``
-rejected, stays a tombstone.
+The commit removes the purge's tombstones, block list and selector file from the state. A list of its chunks stays in
+``undone/``, because readers on an older view still exclude them. Chunks that another purge names or a ``chunk``
+rejected stay tombstones.
 
-Embeddings and indexes have the chunks, as a purge is masked in a search. Neighbours that were found while the purge
-stood lack them: ``neighbours`` finds these tables by the commits between which it stood (``store.tombstones``), and the
+Embeddings and indexes still have the chunks: a search only skips purged ones. Neighbours found while the purge was in
+effect lack them. ``neighbours`` finds these tables by the commits between which it was (``store.tombstones``); the
 result names the commands.
 
-Cost: the chunks' lengths in the parts that have any, and the ids of all documents, to see whether a document came in
-again since. Memory: one part, and the tombstones.
+Cost: the chunk lengths of the parts concerned, and the ids of all documents, to find documents added again since.
+Memory: one part, and the tombstones.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from retrotool.store.tombstones import (
 
 @dataclass(frozen=True, slots=True)
 class Undoable:
-    """What an undo of a purge gives, on ``state``.
+    """What an undo of a purge would do, on ``state``.
 
-    ``chunks`` are those that the purge has, and ``live`` those that are live again; ``weights`` are what
-    these add to the totals. ``named_by`` are other purges that name some of the rest. ``repeats`` counts the
-    documents whose id another live one has: it was let in while this one was purged.
+    * ``chunks``: all chunks of the purge. ``live``: those that become live. ``weights``: what they add to the totals.
+    * ``named_by``: other purges that name some of the rest.
+    * ``repeats``: documents whose id another live document has, which was added while this one was purged.
     """
 
     purge: str
@@ -70,11 +70,12 @@ class Undoable:
 
 @dataclass(frozen=True, slots=True)
 class UndoResult:
-    """What ``undo`` did: the chunks that are live again, whole ``documents`` and ``tokens`` among them.
+    """What ``undo`` did: ``chunks``, whole ``documents`` and ``tokens`` that are live again.
 
-    ``still_purged`` chunks of the purge are not, as the purges ``named_by`` name them, or they repeat others.
-    ``repeats`` are documents whose id another live document has, which came in since. ``next`` are the commands that
-    bring neighbours up to date which were found while the purge stood, or may have been, in stores that use this one.
+    * ``still_purged``: its other chunks: the purges ``named_by`` name them, or they repeat others.
+    * ``repeats``: documents whose id another live document has, which was added since.
+    * ``next``: commands that update neighbours which may have been found while the purge was in effect, here and in
+      stores that use this one.
     """
 
     purge: str
@@ -89,14 +90,14 @@ class UndoResult:
 
 
 def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -> UndoResult:
-    """Undo the purge ``purge``; ``UsageError`` if there is none, it was undone before, or an erase of it was begun.
+    """Undo a purge. ``UsageError`` if it does not exist, was undone before, or its erase was begun.
 
     ``reason`` and ``who`` (None: the user of this process) stay in the log.
     """
     who = signed(reason, who)
     store = Store.open(root)
     purge = find_purge(store, purge)
-    with writing(store) as run:  # which takes away what one that was killed left of the files
+    with writing(store) as run:  # also removes files that a killed undo left
 
         def attempt() -> UndoResult:
             found = weigh(store, purge)
@@ -114,14 +115,14 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
 
 
 def _refills(store: Store) -> list[str]:
-    """The commands that bring neighbours up to date which lack something that was undone, or may do."""
+    """Return the commands that update neighbours which lack undone chunks, or may."""
     found = []
     for table in store.state.names("neighbours"):
         entries = store.state.group("neighbours", table).entries()
         commits = {int((entry.about or {})["commit"]) for entry in entries}
         record = table_record(store, table)
         if not record["within"]:
-            # Its rows of what was purged may be empty.
+            # Rows of purged chunks may be empty.
             found.append(neighbours_command(record["uri"], store.place, table, record))
         elif any(missed_spans(store.state, commit) for commit in commits):
             found.append(table_command(store, table, store))
@@ -129,14 +130,16 @@ def _refills(store: Store) -> list[str]:
 
 
 def weigh(store: Store, purge: str) -> Undoable:
-    """Find out what an undo of a purge would give; ``UsageError`` if there is none, or an erase of it was begun."""
+    """Determine what an undo would do; ``UsageError`` if the purge does not exist or its erase was begun."""
     record = purged_chunks.check_purge(store, purge)
     if "plan" in record:
-        raise UsageError(f"purge {purge} has what chunk {record['plan']} replaced: this retrotool can't undo that")
+        raise UsageError(f"purge {purge} has documents replaced by chunk {record['plan']}: it can't be undone")
     if record["erased"]:
         raise UsageError(
-            f"purge {purge} is erased: nothing of its chunks is left",
-            f"What its input still has can be chunked again: retrotool chunk {store.place} INPUT... --allow-purged",
+            f"purge {purge} is erased, so it can't be undone",
+            "If you still have the input, add it again: "
+            + shlex.join(["retrotool", "chunk", store.place])
+            + " INPUT... --allow-purged",
         )
     own = read_tombstones(store, purge).ids
     standing = standing_purges(store.state)
@@ -144,7 +147,7 @@ def weigh(store: Store, purge: str) -> Undoable:
     of_purges = named_chunks(store, [slot for slot in others if slot.partition(".")[0] in standing])
     if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
         raise UsageError(
-            f"an erase of purge {purge} was begun, so some of its chunks are gone",
+            f"an erase of purge {purge} was begun, so some of its chunks can't be restored",
             "Finish it: " + shlex.join(["retrotool", "erase", store.place, purge]),
         )
     after = Tombstones(named_chunks(store, others))
@@ -160,9 +163,9 @@ def weigh(store: Store, purge: str) -> Undoable:
 
 
 def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> State:
-    """Undo a purge; return the state that this made.
+    """Commit an undo; return the new state.
 
-    ``ConflictError`` if another purge was committed, erased or undone since it was weighed.
+    ``ConflictError`` if another purge was committed, erased or undone since ``found`` was made.
     """
     purge, record = found.purge, found.state.records[PREFIX + found.purge]
     seen = tombstone_paths(found.state)

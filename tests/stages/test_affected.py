@@ -276,7 +276,7 @@ def test_what_was_erased_or_searched_again_is_no_longer_known(store: Path) -> No
     assert not of_second.purges[0].erased and 0 < of_second.in_saved < both.in_saved
     with pytest.raises(UsageError, match=f"nothing is left of {first}") as error:
         api.affected(store, "main", [first])
-    assert error.value.advice == "Whom a purge affected can be found until it is erased."
+    assert error.value.advice == "Affected chunks can be found only until a purge is erased."
     result = api.affected(store)
     assert {one.purge: one.erased for one in result.purges} == {first: True, second: False}
     assert result.in_saved == of_second.in_saved

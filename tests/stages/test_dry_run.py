@@ -91,11 +91,11 @@ def test_a_file_of_ids_is_refused_where_it_can_not_be(store_copy: Path, tmp_path
     for file, message in ((taken, "exists already"), (tmp_path, "is a folder")):
         with pytest.raises(UsageError, match=message):
             api.purge(store_copy, selectors, reason="r", dry_run=True, out=file)
-    with pytest.raises(UsageError, match="dry run"):
+    with pytest.raises(UsageError, match="--out needs --dry-run"):
         api.purge(store_copy, selectors, reason="r", out=tmp_path / "ids")
     assert taken.read_text() == "mine"
     line = ["purge", store_copy, "--where", "source = 'a'", "--reason", "r", "--out", tmp_path / "ids"]
-    assert "--out is for the ids that a dry run selects" in cli(*line).stderr
+    assert "--out needs --dry-run" in cli(*line).stderr
     shown = cli(*line, "--dry-run")
     assert (
         f"Purge just these chunks: retrotool purge {store_copy} --chunk @{tmp_path / 'ids'} --reason ..."

@@ -137,7 +137,7 @@ def test_what_cannot_be_compared_is_refused(
         api.leakage(built_store, queries=plain)
     assert "retrotool embed" in error.value.advice
     ended = cli("leakage", built_store, "--queries", built_store, "--out", tmp_path / "no" / "r.parquet")
-    assert ended.returncode == 2 and "there is no folder" in ended.stderr
+    assert ended.returncode == 2 and "no does not exist" in ended.stderr
     ended = cli("leakage", built_store, "--queries", built_store, "--out", tmp_path)
     assert ended.returncode == 2 and "is a folder" in ended.stderr
     told = cli("leakage", built_store, "--queries", built_store, "--json")

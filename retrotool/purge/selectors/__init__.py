@@ -1,6 +1,6 @@
-"""Finding chunks by what they hold: patterns, terms, personal data, copies, evaluation text, nearness, labels.
+"""Selectors: patterns, terms, personal data, copies, evaluation text, nearness, labels, and lookups.
 
-A selector is a small frozen dataclass that says what is looked for; ``selector.open(store)`` returns a matcher, which
-is called with blocks of whole documents (``TextBlock``), in any order and from several threads at once, and returns the
-rows that it means (``BlockHits``). ``scan`` reads the blocks, runs matchers side by side and keeps what was found.
+A selector that scans is a small frozen dataclass. ``selector.open(store)`` returns a matcher, which gets blocks of
+whole documents (``TextBlock``), in any order and from several threads, and returns the matching rows (``BlockHits``).
+``scan`` reads the blocks, runs the matchers in parallel and stores what they find.
 """

@@ -1,14 +1,14 @@
-"""``--classifier``: chunks that a sequence classifier gives a label, such as toxic, with a score of ``above`` or more.
+"""``--classifier``: chunks to which a sequence classifier gives a label, such as toxic, with a minimum score.
 
-The classifier is a local directory (``encoder.classifier``, which says what a score is). It reads the text of each
-chunk on its own, decoded from its tokens as ``retrotool search`` shows it. Values of key-value records are looked at as
-keys are; erased chunks have no text.
+The classifier is a local directory (``encoder.classifier`` defines the score). It gets the text of each chunk by
+itself, decoded from its tokens as ``retrotool search`` shows it; keys and values of key-value records alike. Erased
+chunks have no text.
 
-A scan is named by the model's content (weights, configuration, tokenizer), the label and the limit, and not by the
-model's path: the same model elsewhere resumes it. A score that is no number ends the scan with an error that names the
-chunk, and nothing is purged; parts that were scanned before stay scanned.
+A scan is identified by the model's content (weights, configuration, tokenizer), the label and the limit. Its path does
+not count: the same model elsewhere resumes it. A NaN score ends the scan with an error that names the chunk. Nothing is
+purged then; parts scanned before stay scanned.
 
-Cost: the model's forward in float32, on a GPU where there is one. Memory: the model, and a batch a thread.
+Cost: a forward pass in float32, on a GPU if there is one. Memory: the model, and a batch per thread.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Classified(Selector):
     device: str = field(default="auto", compare=False)
 
     def open(self, store: Store) -> ClassifierMatcher:
-        """Load the model; ``UsageError`` if it can't be, or is not what it was."""
+        """Load the model; ``UsageError`` if it can't be loaded or was changed."""
         identity = find_classifier(Path(self.path))
         if identity.sha256 != self.sha256:
-            raise UsageError(f"classifier {self.path!r} was changed just now", "Run the same command again.")
+            raise UsageError(f"classifier {self.path!r} was changed concurrently", "Run the same command again.")
         classifier = Classifier(identity, self.device)
         return ClassifierMatcher(store, classifier, identity.label(self.label), self.above)
 
@@ -55,12 +55,12 @@ class Classified(Selector):
 def classified(path: str | Path, label: str | None, above: float | None, device: str = "auto") -> Classified:
     """Return the selector for ``--classifier``.
 
-    ``UsageError`` for a directory without a classifier, a label that it does not have, and an invalid score.
+    ``UsageError`` for a directory without a classifier, an unknown label and an invalid score.
     """
     identity = find_classifier(Path(path))
     if label is None or above is None:
         raise UsageError(
-            f"--classifier {path} needs a label and the least score",
+            f"--classifier {path} needs a label and a minimum score",
             f"Its labels: {', '.join(identity.labels)}. For example: --classifier "
             + shlex.quote(f"{path}={identity.labels[-1]}:0.9"),
         )
@@ -79,7 +79,7 @@ class ClassifierMatcher:
         self._store, self._classifier, self._label, self._above = store, classifier, label, above
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """Those of the block, with their scores; ``RetrotoolError`` names a chunk whose score is no number."""
+        """Find them in a block, with their scores; ``RetrotoolError`` names a chunk whose score is NaN."""
         chunks = block.chunks
         rows = np.flatnonzero(chunks.n_tokens > 0)
         texts = self._tokenizer.decode_text(chunks.tokens[rows], chunks.n_tokens[rows])
@@ -92,7 +92,7 @@ class ClassifierMatcher:
                 f"classifier {str(self._classifier.identity.path)!r} gives NaN or infinity for chunk "
                 f"{parts.join_id(block.part, block.first + row)} (row {block.first + row} of part {block.part}, "
                 f"document {names[int(chunks.doc[row])].as_py()!r})",
-                "Nothing was purged. Its weights are broken, or it can't read this text: give another model.",
+                "Nothing was purged. Its weights are damaged, or it can't process this text. Give another model.",
             )
         chosen = scores >= np.float32(self._above)
         return BlockHits.whole(rows[chosen], scores[chosen])

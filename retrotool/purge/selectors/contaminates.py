@@ -1,19 +1,19 @@
-"""``--contaminates``: documents that are evaluation text, or nearly, so that no model is tested on what it retrieves.
+"""``--contaminates``: documents that are nearly equal to evaluation text, so that a model can't retrieve test data.
 
-The rule is that of RETRO (arXiv 2112.04426, section 2.5 and appendix A): the different runs of 13 tokens of a document
-and those of an evaluation document are two sets; where these have a Jaccard similarity |A ∩ B| / |A ∪ B| of 0.8 or
-more, the document goes, with all its chunks. Computed exactly, not estimated from sketches. In detail:
+The rule is that of RETRO (arXiv 2112.04426, section 2.5 and appendix A): the distinct 13-grams of tokens of a document
+and of an evaluation document are two sets. If their Jaccard similarity |A ∩ B| / |A ∪ B| is 0.8 or more, all chunks of
+the document are selected. The similarity is computed exactly, not estimated from sketches.
 
-- The evaluation text is a store, chunked with the same tokenizer. Its purged chunks do not count; those of the store
-  that is searched do, as they may still be erased.
-- No run crosses what is purged from the evaluation text, what is erased, or the border of key and value.
-- Of a document without such a run, as it has fewer tokens, a copy is a document of the same tokens.
+- The evaluation text is a store, chunked with the same tokenizer. Its purged chunks do not count. Purged chunks of the
+  searched store do, because they may still be erased.
+- No n-gram crosses purged evaluation text, erased chunks, or the border of key and value.
+- A document too short for an n-gram matches documents with exactly the same tokens.
 
-Not found: an evaluation text that is quoted within a longer document (see ``near-duplicates-of``), or in other words.
+Not found: evaluation text quoted within a longer document (see ``near-duplicates-of``), or paraphrased.
 
-Cost: reading, and 1 to 2 µs a chunk where little is found, 4 µs where a tenth of all runs are those of evaluation
-text; and 0.4 µs a token of longer documents that have 0.8 of an evaluation document's runs. See ``ngrams``, and for
-memory, 100 bytes a token of the evaluation text.
+Cost: reading, and 1 to 2 µs per chunk where little is found, 4 µs where a tenth of all n-grams are evaluation text; and
+0.4 µs per token of longer documents that have 0.8 of an evaluation document's n-grams. See ``ngrams``. Memory: 100
+bytes per token of the evaluation text.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import read_tombstones
 
 GRAM = 13
-"""Tokens of the runs that are compared."""
+"""Tokens of an n-gram."""
 SIMILAR = 0.8
-"""The Jaccard similarity of a document that goes."""
+"""The smallest Jaccard similarity of a selected document."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contaminates(Selector):
-    """Documents that are like one of the store ``evaluation``, as the module says."""
+    """Documents similar to one of the store ``evaluation``, as defined by the module."""
 
     kind: ClassVar[str] = "contaminates"
     evaluation: str
     as_of: str = ""
-    """What tells the evaluation store at this commit from itself at another: what was scanned for it holds for one."""
+    """Identifies the evaluation store and its commit, so that a scan for another commit is not resumed."""
 
     def open(self, store: Store) -> ContaminationMatcher:
-        """Read the evaluation text; ``UsageError`` if it has another tokenizer, or nothing is in it."""
+        """Read the evaluation text; ``UsageError`` if it has another tokenizer or is empty."""
         evaluation = Store.open(Path(self.evaluation))
         advice = f"Chunk the evaluation text again, with --tokenizer {store.where(store.identity.tokenizer.file)}."
         check_compatible(evaluation, store, "their tokens can't be compared", advice, lengths=False)
@@ -69,10 +69,10 @@ class Contaminates(Selector):
 
 @dataclass(frozen=True, slots=True)
 class _Grams:
-    """Where n-grams begin in the tokens of chunks, laid one behind the other with their padding.
+    """Where n-grams begin in the tokens of chunks, concatenated with their padding.
 
-    ``begin`` [r]: at so many places of each row, from its first on. ``of_document`` [d]: in all of each document, whose
-    first rows are ``documents`` [d + 1].
+    ``begin`` [r]: how many begin in each row, at its first tokens. ``of_document`` [d]: how many begin in each
+    document; ``documents`` [d + 1] are the first rows of documents.
     """
 
     flat: Tokens
@@ -84,7 +84,7 @@ class _Grams:
 
     @classmethod
     def of(cls, chunks: Chunks, n_tokens: Ints, documents: Ints, n: int) -> _Grams:
-        """Those of chunks of which ``n_tokens`` [r] count, 0: none."""
+        """Find the n-grams of the first ``n_tokens`` [r] tokens of each chunk."""
         length = chunks.tokens.shape[1]
         row = reach(n_tokens, follows(chunks, n_tokens), length)
         begin = np.clip(row - n + 1, 0, n_tokens)
@@ -93,24 +93,24 @@ class _Grams:
         return cls(flat, length, n_tokens, begin, documents, np.diff(total[documents]))
 
     def places(self, document: int) -> Ints:
-        """Where in ``flat`` those of one document begin."""
+        """Return where in ``flat`` the n-grams of a document begin."""
         rows = np.arange(self.documents[document], self.documents[document + 1])
         return expand_ranges(rows * self.length, self.begin[rows])
 
     def without(self) -> Ints:
-        """The documents that have tokens and no gram."""
+        """Return the documents that have tokens and no n-gram."""
         total = np.append(0, np.cumsum(self.n_tokens))
         return np.flatnonzero((self.of_document == 0) & (np.diff(total[self.documents]) > 0))
 
     def tokens(self, document: int) -> bytes:
-        """All tokens of a document, one behind the other."""
+        """Return all tokens of a document as little-endian uint32."""
         rows = np.arange(self.documents[document], self.documents[document + 1])
         table = self.flat.reshape(-1, self.length)[rows]
         return table[np.arange(self.length) < self.n_tokens[rows, None]].astype("<u4").tobytes()
 
 
 def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMatcher:
-    """What finds documents like those of a store."""
+    """Return the matcher for documents similar to those of a store."""
     tombstones = read_tombstones(evaluation)
     dtype = parts.token_dtype(evaluation.identity.tokenizer.token_bytes)
     grams, owners = [np.zeros((0, n), dtype)], [np.zeros(0, np.int64)]
@@ -128,20 +128,20 @@ def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMat
             owners.append(parts.chunk_ids(part, chunks.doc[row]))
         short.update(text.tokens(document) for document in text.without().tolist())
     if not short and len(grams) == 1:
-        raise UsageError(f"{evaluation.place} has no text (any more): nothing can be like it")
+        raise UsageError(f"{evaluation.place} has no live text to compare with")
     sets = GramSets(np.concatenate(grams), np.unique(np.concatenate(owners), return_inverse=True)[1], share)
     return ContaminationMatcher(sets, short, share)
 
 
 class ContaminationMatcher:
-    """Finds documents like those of ``sets``, or equal to one of ``short`` (tokens as little-endian uint32)."""
+    """Finds documents similar to those of ``sets``, or equal to one of ``short`` (tokens as little-endian uint32)."""
 
     def __init__(self, sets: GramSets, short: set[bytes], share: float) -> None:
         self._sets, self._short = sets, short
         self._up, self._down = Fraction(str(share)).as_integer_ratio()
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """All chunks of such documents."""
+        """Find all chunks of such documents."""
         chunks, documents = block.chunks, block.documents
         text = _Grams.of(chunks, chunks.n_tokens.astype(np.int64), documents, self._sets.n)
         alike = np.zeros(len(documents) - 1, np.bool_)
@@ -153,21 +153,21 @@ class ContaminationMatcher:
         return BlockHits.whole(rows)
 
     def _find(self, text: _Grams, alike: Flags) -> None:
-        """Mark the documents that are similar in ``alike`` [d], which also closes them."""
+        """Mark similar documents in ``alike`` [d], which also excludes them from further comparisons."""
         at, hashes, least = self._sets.likely(text.flat)
         row = at // text.length
         begins = at - row * text.length < text.begin[row]
         at, hashes, least = at[begins], hashes[begins], least[begins]
         document = np.searchsorted(text.documents, at // text.length, side="right") - 1
         there = np.bincount(document, minlength=len(alike))
-        # As |A ∪ B| is |A| at least, which is not known yet, this only leaves out what has too little of B.
+        # |A| is not known yet, so this excludes only documents with too little of B.
         enough = there[document] >= least
         at, gram = self._sets.identify(text.flat, at[enough], hashes[enough])
         document = np.searchsorted(text.documents, at // text.length, side="right") - 1
         entries, _ = self._sets.entries(document, gram)
 
         @functools.cache
-        def size(document: int) -> int:  # different grams: ``of_document`` counts those that come twice, too
+        def size(document: int) -> int:  # distinct n-grams: ``of_document`` counts repeated ones too
             windows = np.lib.stride_tricks.sliding_window_view(text.flat, self._sets.n)
             return len(distinct_rows(windows[text.places(document)])[0])
 
@@ -179,5 +179,4 @@ class ContaminationMatcher:
                     alike[place] = self._is_similar(most, both, theirs) or self._is_similar(size(place), both, theirs)
 
     def _is_similar(self, ours: int, both: int, theirs: int) -> bool:
-        """Whether sets of ``ours`` and ``theirs`` grams, of which ``both`` are the same, have the similarity."""
         return both * self._down >= self._up * (ours + theirs - both)

@@ -1,20 +1,20 @@
-"""``--near-duplicates-of``: the copies of some chunks, so that a takedown takes them too.
+"""``--near-duplicates-of``: copies of given chunks, so that a takedown includes them.
 
-A **place** is a chunk and the one that follows it in its document, or a chunk that none follows. The rule, exactly:
+A **place** is a chunk and the next one of its document, if any. The rule:
 
-1. Of each given chunk (a victim) the different runs of 8 tokens are taken. A place is a copy if it has half of them or
-   more, in any order. Such a run may begin in the place's first chunk and end in its second if the first is full. It
-   lies across no other border: not of documents, of key and value, and not beside what is erased.
-2. Of the place's two chunks those are selected that hold at least 4 of the 8 tokens of one of these runs.
-3. Of a victim with fewer than 8 different runs (as it has fewer than 15 tokens, or repeats itself) a copy is a chunk of
-   the same tokens, no more and no fewer.
+1. A place is a copy of a given chunk if it has at least half of its distinct 8-grams of tokens, in any order. An
+   8-gram may cross from the first chunk of a place to the second if the first is full. It crosses no other border: of
+   documents, of key and value, or to an erased chunk.
+2. A chunk of such a place is selected if it holds at least 4 of the 8 tokens of one of these 8-grams.
+3. For a given chunk with fewer than 8 distinct 8-grams (it has fewer than 15 tokens, or is repetitive), only chunks
+   with exactly the same tokens are copies.
 
-So all of these are found, of a victim of 23 tokens or more whose runs all differ: a copy verbatim, wherever it begins
-in its first chunk; one with any one token exchanged, left out or put in; and one of which a half is there; and the
-victims themselves. Text that was changed in every line, or put into other words, is not found.
+For a given chunk of 23 tokens or more with distinct 8-grams this finds: verbatim copies, wherever they begin in a
+chunk; copies with one token replaced, removed or inserted; half copies; and the chunk itself. Text changed in every
+line, or paraphrased, is not found.
 
-Cost: reading, and 0.2 to 1 µs a chunk, 2 to 4 µs where every tenth chunk is found; see ``ngrams`` for why. Memory:
-``ngrams``, some 12 kB a victim.
+Cost: reading, and 0.2 to 1 µs per chunk, 2 to 4 µs where every tenth chunk is found; see ``ngrams``. Memory: see
+``ngrams``, about 12 kB per given chunk.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 
 GRAM = 8
-"""Tokens of the runs by which a copy is told."""
+"""Tokens of an n-gram."""
 COPIED = 0.5
-"""The share of a chunk's different runs that a copy has."""
+"""The share of a chunk's distinct n-grams that a copy has."""
 FEWEST = 8
-"""Different runs that a chunk must have for less than an equal chunk to be a copy of it."""
+"""Chunks with fewer distinct n-grams are compared for equality."""
 
 _HELD = GRAM // 2
 
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates(Selector):
-    """Copies of the chunks with these ids, as the module says."""
+    """Copies of the chunks with these ids, as defined by the module."""
 
     kind: ClassVar[str] = "near-duplicates-of"
     chunks: tuple[int, ...]
 
     def open(self, store: Store) -> CopyMatcher:
-        """Read the chunks; ``UsageError`` if none has tokens any more."""
+        """Read the chunks; ``UsageError`` if all are erased."""
         ids, own = np.unique(np.array(self.chunks, np.int64)), store.identity
         tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
         n_tokens = np.zeros(len(ids), np.int64)
         for places, read, rows in parts.read_groups_of(store, ids):
             tokens[places], n_tokens[places] = read.tokens[rows], read.n_tokens[rows]
-        if not n_tokens.any():  # erased chunks have none
-            raise UsageError("none of the chunks has any tokens left: nothing tells what a copy of them is")
+        if not n_tokens.any():
+            raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")
         return CopyMatcher(tokens, n_tokens, COPIED, FEWEST)
 
 
 class CopyMatcher:
-    """Finds the copies of ``tokens`` [v, chunk_length], of the store's type, of which ``n_tokens`` [v] count."""
+    """Finds copies of chunks: ``tokens`` [v, chunk_length] in the store's dtype, and ``n_tokens`` [v]."""
 
     def __init__(self, tokens: Tokens, n_tokens: Ints, share: float, fewest: int) -> None:
         self._sets = None
@@ -74,14 +74,14 @@ class CopyMatcher:
             kept, which = distinct_rows(grams)
             different = distinct(row * max(len(kept), 1) + which) // max(len(kept), 1)
             runs = np.bincount(different, minlength=len(tokens))
-            told = runs[row] >= fewest
-            self._sets = GramSets(grams[told], row[told], share) if told.any() else None
+            enough = runs[row] >= fewest
+            self._sets = GramSets(grams[enough], row[enough], share) if enough.any() else None
         whole = (n_tokens > 0) & (runs < max(fewest, 1))
         self._whole = set(_keys(tokens[whole], n_tokens[whole]))
         self._lengths, self._firsts = np.unique(n_tokens[whole]), np.unique(tokens[whole, 0])
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """The chunks of copies."""
+        """Find the chunks of copies."""
         chunks = block.chunks
         selected = np.zeros(len(block), np.bool_)
         if self._sets is not None:
@@ -94,7 +94,7 @@ class CopyMatcher:
 
 
 def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flags]:
-    """The grams of a block: place (its first row), gram, and whether the first or the second row holds it, [e]."""
+    """Return the n-grams of a block, [e] each: place (its first row), n-gram, and whether each of its rows holds it."""
     length = chunks.tokens.shape[1]
     n_tokens = chunks.n_tokens.astype(np.int64)
     follow = follows(chunks, n_tokens)
@@ -113,7 +113,7 @@ def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flag
 
 
 def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int) -> tuple[Ints, Hashes]:
-    """Of grams that may be at ``at`` [h] those that have enough others in their chunk and one beside it."""
+    """Keep the candidates ``at`` [h] with enough others in their chunk and a chunk beside it."""
     row = at // length
     there = np.bincount(row, minlength=int(row[-1]) + 2 if len(at) else 1)
     beside = np.append(there[1:], 0)
@@ -123,7 +123,7 @@ def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int)
 
 
 def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Flags, second: Flags) -> None:
-    """Mark the rows of copies in ``selected`` [n]; the rest [e] is of ``_find_grams``."""
+    """Mark the rows of copies in ``selected`` [n]; the other arguments [e] are the result of ``_find_grams``."""
     if not len(place):
         return
     low = int(place.min())
@@ -136,11 +136,10 @@ def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Fla
     for shared in sets.shared(entries, closed):
         selected[low + shared.place[shared.any_of(held[0])]] = True
         selected[low + shared.place[shared.any_of(held[1])] + 1] = True
-        # Nothing is left to find where every chunk that holds a gram is selected.
+        # Places are done when all their chunks that hold an n-gram are selected.
         closed[:] = (selected[rows] | ~wanted[0]) & (selected[following] | ~wanted[1])
 
 
 def _keys(tokens: Tokens, n_tokens: npt.NDArray[np.integer]) -> list[tuple[int, bytes]]:
-    """What is equal of chunks [r, chunk_length] that are."""
     data, width = tokens.tobytes(), tokens.shape[1] * tokens.itemsize
     return [(n, data[i * width : (i + 1) * width]) for i, n in enumerate(n_tokens.tolist())]

@@ -1,21 +1,21 @@
-"""``--like``: chunks near a text in the space of the embeddings, whatever words they use.
+"""``--like``: chunks near a text in embedding space, whatever words they use.
 
-A chunk is meant if the squared L2 distance of its stored vector to the text's, or to any of the text's, is ``within``
-or less: the number that ``retrotool search`` prints. What the text is embedded as:
+A chunk is selected if the squared L2 distance of its stored vector to a query is at most ``within``. ``retrotool
+search`` prints the same distance. The queries:
 
-- A text that is given as such is one query, as for ``search``. One that is longer than the encoder takes is refused.
-- The text of a file is cut into chunks as a document is, by the store's tokenizer and chunk length, and each is a
-  query, embedded as the store's own chunks are: so a document's own text finds its chunks at a distance of nothing.
+- A text given directly is one query, as for ``search``. A text longer than the encoder's limit is refused.
+- The text of a file is cut into chunks like a document, by the store's tokenizer and chunk length. Each chunk is a
+  query, embedded like the store's chunks, so a document's own text finds its chunks at distance 0.
 
-All stored vectors are gone through, not an index, whose lists that were not probed would be missed. It is no slower:
-reading the vectors once costs less than decoding text does. A part without embeddings is an error, not a part in which
-nothing is near. Values of key-value records have no vector, so they are never meant; ``--whole-documents`` takes them
-with their key. Purged chunks are, as long as they are not erased.
+All stored vectors are compared, without an index: lists that are not probed would be missed, and reading all vectors
+costs less than decoding text. A part without embeddings is an error. Values of key-value records have no vector and
+are never selected; ``--whole-documents`` selects them with their key. Purged chunks are selected unless erased.
 
-A product of float32 rules out what is farther by more than its rounding can be; of the rest the distances are computed
-as ``search`` computes them (``ann.ranking``). Cost: reading tokens, and 2 bytes a dimension and chunk; at 384
-dimensions 0.6 to 1 µs a chunk and core for up to 20 queries, and 15 ns for each further one. Memory: some 20 MB a
-thread, or 64 rows times the queries of a long file.
+A float32 product excludes chunks that are farther by more than its rounding error. The other distances are computed
+as ``search`` does (``ann.ranking``).
+
+Cost: reading tokens, and 2 bytes per dimension and chunk; at 384 dimensions 0.6 to 1 µs per chunk and core for up to
+20 queries, and 15 ns per further query. Memory: about 20 MB per thread, or 64 rows times the queries of a long file.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ Vectors = npt.NDArray[np.float32]
 
 _SLICE_ROWS, _LEAST_ROWS, _SLICE_PAIRS = 1 << 12, 64, 1 << 20
 _PAIRS = 1 << 14
-"""Fewer than what ``ann.ranking`` would share among threads."""
+"""Fewer than what ``ann.ranking`` distributes among threads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Like(Selector):
-    """Chunks within a squared L2 distance of a text; ``cut``: it is cut into chunks first, as a file's is.
+    """Chunks within a squared L2 distance of a text; ``cut``: the text is cut into chunks first.
 
-    ``encoder`` and ``sha256`` say by which embeddings of the store; ``device`` where the text is embedded.
+    ``encoder`` and ``sha256`` identify the embeddings; ``device`` is where the text is embedded.
     """
 
     kind: ClassVar[str] = "like"
@@ -66,17 +66,17 @@ class Like(Selector):
     device: str = field(default="auto", compare=False)
 
     def reads(self, store: Store, part: int) -> list[str]:
-        """The part's embeddings; ``UsageError`` if it has none."""
+        """Return the path of the part's embeddings; ``UsageError`` if it has none."""
         entry = store.state.part_file("embeddings", part, self.encoder)
         if entry is None:
             raise UsageError(
-                f"--like: part {part} has no embeddings of {self.encoder} yet, so what is near in it can't be told",
+                f"--like: part {part} has no embeddings of {self.encoder} yet, so it can't be searched",
                 f"Embed it first: {embed_command(store, self.encoder)}",
             )
         return [entry.path]
 
     def open(self, store: Store) -> LikeMatcher:
-        """Embed the text; ``UsageError`` if the encoder is not to be had, or the text is too long for it."""
+        """Embed the text; ``UsageError`` if the encoder is not available, or the text is too long for it."""
         encoder = load_encoder(store, self.encoder, self.device)
         try:
             queries = _embed_pieces(store, encoder, self.text) if self.cut else _embed_whole(encoder, self.text)
@@ -86,10 +86,10 @@ class Like(Selector):
 
 
 def near(store: Store, given: str | Path, within: float | None, encoder: str | None, device: str = "auto") -> Like:
-    """Return the selector for ``--like`` and ``--within``; ``given`` is a text, or the ``Path`` of a file with one.
+    """Return the selector for ``--like`` and ``--within``; ``given`` is a text or the ``Path`` of a text file.
 
-    ``encoder`` None: that of the index which is searched by default, else the only one. ``UsageError`` for an invalid
-    distance, an empty text, and a store without embeddings.
+    ``encoder`` None: that of the default index, else the only one. ``UsageError`` for an invalid distance, an empty
+    text, and a store without embeddings.
     """
     if within is None:
         raise UsageError(
@@ -113,25 +113,25 @@ def near(store: Store, given: str | Path, within: float | None, encoder: str | N
 
 
 def _embed_whole(encoder: Encoder, text: str) -> Vectors:
-    """The vector of a text, float32 [1, d], as ``search`` has it."""
+    """Embed a text as ``search`` does, float32 [1, d]."""
     rows = encoder.tokenize_query(text)
     limit = encoder.identity.max_tokens
     before, after = encoder.tokenizer.special_tokens()
     room, n = limit - len(before) - len(after), int(rows.lengths[0])
     if n > room:
         raise UsageError(
-            f"--like: the text has {n:,} tokens, and the encoder {encoder.identity.name} takes {room:,}",
-            "Give it as @FILE: the text of a file is cut into chunks, and each is looked for.",
+            f"--like: the text has {n:,} tokens, and the encoder {encoder.identity.name} takes at most {room:,}",
+            "Give it as @FILE: the text of a file is cut into chunks, and each is a query.",
         )
     return encoder.embed(rows).astype(np.float32)
 
 
 def _embed_pieces(store: Store, encoder: Encoder, text: str) -> Vectors:
-    """The vectors of the chunks of a text, float32 [q, d], as ``chunk`` and ``embed`` would make them."""
+    """Embed the chunks of a text as ``chunk`` and ``embed`` do, float32 [q, d]."""
     own = store.identity
     ids, lengths = stored_tokenizer(store).encode_flat([text])
     if not len(ids):
-        raise UsageError("--like: the store's tokenizer finds no token in the text")
+        raise UsageError("--like: the text has no token of the store's tokenizer")
     cut = cut_chunks(ids, lengths, own.chunk_length, parts.token_dtype(own.tokenizer.token_bytes))
     found = encoder.embed(EncoderRows(store, encoder).rows(cut.tokens, cut.n_tokens))
     return np.unique(found.astype(np.float32), axis=0)
@@ -147,12 +147,12 @@ class LikeMatcher:
         self._threads = torch.get_num_threads()
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """Those of the block, with the distance to the nearest query."""
+        """Find them in a block, with the distance to the nearest query."""
         vectors = read_part_vectors(self._store, self._encoder, block.part)[block.first : block.first + len(block)]
         embedded = block.chunks.embedded
         rows, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         size = max(min(_SLICE_ROWS, _SLICE_PAIRS // len(self._queries)), _LEAST_ROWS)
-        with one_thread(self._threads):  # blocks are looked at side by side
+        with one_thread(self._threads):  # blocks are processed in parallel
             for start in range(0, len(block), size):
                 some = np.flatnonzero(embedded[start : start + size])
                 found, apart = self._near(vectors[start : start + size], some)
@@ -163,17 +163,17 @@ class LikeMatcher:
     def _near(
         self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Those of some ``rows`` of vectors [n, d] that are within, and their distances."""
-        # torch widens float16 by the processor's instruction for it, numpy does not
+        """Return those ``rows`` of vectors [n, d] that are near enough, and their distances."""
+        # torch widens float16 with the processor's instruction, numpy does not.
         some = vectors if len(rows) == len(vectors) else vectors[rows]
         wide = torch.from_numpy(np.require(some, requirements=("C", "W"))).float()
         norms = torch.einsum("nd,nd->n", wide, wide).numpy()[:, None]
-        least = norms + self._norms  # |x|² + |q|², by which rounding is bounded
-        # Of d products and sums in float32 each is rounded by 2^-24 of what goes in; this is several times that.
+        least = norms + self._norms  # |x|² + |q|², which bounds the rounding error
+        # Each of d products and sums in float32 is rounded by at most 2^-24; this is several times that.
         slack = wide.shape[1] * 2.0**-21 * least + 1e-12
         least += torch.mm(wide, torch.from_numpy(self._queries).T).mul_(-2).numpy()
         least -= slack
-        # To say how far a row is, a query must be within, and as near as any may be.
+        # Exact distances are needed only to queries that may be near enough and may be the nearest.
         row, query = np.nonzero(least <= np.minimum(self._within, (least + 2 * slack).min(1, keepdims=True)))
         nearest = np.full(len(rows), np.inf, np.float32)
         for q in np.unique(query).tolist():

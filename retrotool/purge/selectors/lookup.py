@@ -1,18 +1,23 @@
-"""Selectors that are looked up, without reading text: chunk ids, document ids, document columns, repeated chunks.
+"""Selectors without a scan of text: chunk ids, document ids, expressions over document columns, repeated chunks.
 
-Cost: chunk ids read nothing, document ids the keys of all documents, an expression the columns of all documents.
+Ids: chunk ids read nothing, document ids the keys of all documents.
 
-An expression is such as ``source = 'news' and (year >= 2020 or license is null)``: comparisons (``= != < <= > >=``),
-``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``, ``or``, ``not``, parentheses.
-A column is compared as text with ``'text'`` and as a number with a number; values that are no number are then null. As
-in SQL, a comparison with a null is neither true nor false, and so is its ``not``: it selects nothing. It is parsed here
-rather than by a database, so that nothing but columns can be reached from it.
+Expressions, such as ``source = 'news' and (year >= 2020 or license is null)``:
 
-Repeated chunks (``--duplicates``) are those with exactly the same tokens as one of a lower id. Purged and erased chunks
-are neither first nor a duplicate, nor are the values of key-value records, nor chunks of fewer than ``shortest``
-tokens: unrelated documents end in the same few tokens. All tokens are read, for BLAKE2b-128 of each chunk's, which
-``chunk.hash_partitions`` compares: 0.6 to 1 µs a chunk, and the sort. Memory: about 80 bytes times ``rows``, 8,192
-chunks, and 8 bytes a duplicate. Scratch: 24 bytes a chunk beyond ``rows`` chunks, in the system's temporary folder.
+- Operators are ``= != < <= > >=``, ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``, ``or``,
+  ``not`` and parentheses.
+- A column is compared as text with ``'text'``, and as a number with a number; other values are then null. As in SQL, a
+  comparison with null, also negated, selects nothing.
+- They are parsed here rather than by a database, so they can reach nothing but columns.
+- Cost: reading the columns of all documents.
+
+Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with a lower id.
+
+- Not compared: purged and erased chunks, values of key-value records, and chunks of fewer than ``shortest`` tokens,
+  because unrelated documents end in the same few tokens.
+- Cost: all tokens are read and hashed (BLAKE2b-128), and ``chunk.hash_partitions`` compares the hashes: 0.6 to 1 µs per
+  chunk, and the sort. Memory: about 80 bytes times ``rows``, 8,192 chunks, and 8 bytes per duplicate. Scratch: 24 bytes
+  per chunk beyond ``rows`` chunks, in the system's temporary folder.
 """
 
 from __future__ import annotations
@@ -56,7 +61,7 @@ _ADVICE = "Write for example: --where \"source = 'news' and (year >= 2020 or lic
 
 
 class Where:
-    """A parsed expression; ``columns`` are the names it uses. ``UsageError`` says where it can't be read."""
+    """A parsed expression; ``columns`` are the names it uses. ``UsageError`` for a syntax error."""
 
     def __init__(self, expression: str) -> None:
         self._expression = expression
@@ -65,20 +70,22 @@ class Where:
         self._place = self._depth = 0
         self.columns = sorted({text for kind, text, _ in self._tokens if kind == "column"})
         if not self._tokens:
-            raise UsageError("the expression is empty", _ADVICE)
+            raise UsageError("--where: the expression is empty", _ADVICE)
         if not self.columns:
-            raise UsageError(f"the expression {expression!r} names no column", _ADVICE)
+            raise UsageError(f"--where: {expression!r} names no column", _ADVICE)
 
     def check(self, names: Sequence[str]) -> None:
-        """``UsageError`` if a column is not among ``names``, or the expression is malformed."""
+        """Raise ``UsageError`` if a column is not among ``names``, or the expression is malformed."""
         known = [name for name in names if name not in _HIDDEN]
         for column in self.columns:
             if column not in known:
-                raise UsageError(f"documents have no column {column!r}; they have: {', '.join(known)}", _ADVICE)
+                raise UsageError(
+                    f"--where: documents have no column {column!r}; they have: {', '.join(known)}", _ADVICE
+                )
         self.mask(pa.table({name: pa.array([], pa.string()) for name in self.columns}))
 
     def mask(self, table: pa.Table) -> pa.Array:
-        """Which rows match: boolean, without nulls."""
+        """Return which rows match: boolean, without nulls."""
         self._table, self._place, self._depth = table, 0, 0
         result = self._either()
         if self._place < len(self._tokens):
@@ -89,7 +96,6 @@ class Where:
         return self._joined("or", pc.or_kleene, lambda: self._joined("and", pc.and_kleene, self._one))
 
     def _joined(self, kind: str, join: Callable[[Any, Any], Any], operand: Callable[[], Any]) -> Any:
-        """What operands between tokens of a kind give."""
         result = operand()
         while self._accept(kind):
             result = join(result, operand())
@@ -140,25 +146,25 @@ class Where:
         return self._tokens[self._place - 1][1]
 
     def _accept(self, kind: str) -> bool:
-        """Whether the next token is of a kind; it is then taken."""
+        """Take the next token if it is of a kind, and return whether it was."""
         accepted = self._place < len(self._tokens) and self._tokens[self._place][0] == kind
         self._place += accepted
         return accepted
 
     def _error(self, wanted: str) -> UsageError:
         at = self._tokens[self._place][2] if self._place < len(self._tokens) else len(self._expression)
-        return UsageError(f"the expression breaks at character {at + 1}: {wanted} was expected", _ADVICE)
+        return UsageError(f"--where: expected {wanted} at character {at + 1}", _ADVICE)
 
 
 def _tokenize(expression: str) -> list[tuple[str, str, int]]:
-    """(kind, text, offset) of each token; keywords and marks are kinds of their own."""
+    """Return (kind, text, offset) of each token; the kind of a keyword or mark is its text."""
     tokens = []
     place = 0
     while rest := expression[place:].lstrip():
         match = _TOKEN.match(expression, place)
         place = len(expression) - len(rest)
         if match is None:
-            raise UsageError(f"the expression can't be read at character {place + 1}", _ADVICE)
+            raise UsageError(f"--where: unexpected character {place + 1}", _ADVICE)
         kind, text = str(match.lastgroup), match[str(match.lastgroup)]
         if kind in ("word", "quoted"):
             kind = text.lower() if kind == "word" and text.lower() in _KEYWORDS else "column"
@@ -178,26 +184,26 @@ def _compare(column: Any, operator: str, value: str | float) -> Any:
 
 
 SHORTEST = 8
-"""Tokens that a chunk has at least to be called a duplicate."""
+"""The least number of tokens of a duplicate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
     """A selector that is looked up.
 
-    ``kind`` is "chunk" or "document", with ids as ``values``; "where", with one expression; or "duplicates", chunks
-    that repeat an earlier one token by token, without values.
+    ``kind`` is "chunk" or "document", with ids as ``values``; "where", with one expression; or "duplicates", without
+    values.
     """
 
     kind: str
     values: tuple[GivenValue, ...] = ()
 
     def literal(self) -> dict[str, Any]:
-        """Return all that it was given, as JSON."""
+        """Return its values, as JSON."""
         return {"values": [value.text for value in self.values]}
 
     def select(self, store: Store, *, missing_ok: bool, report: Report) -> Ids:
-        """Return chunk ids, ascending; ``missing_ok``: documents that the store does not have are no ``UsageError``."""
+        """Return chunk ids, ascending. ``UsageError`` for ids not in the store, except documents if ``missing_ok``."""
         if self.kind == "chunk":
             return select_ids(store, self.values)
         if self.kind == "document":
@@ -208,7 +214,7 @@ class Lookup:
 
 
 def select_ids(store: Store, values: Sequence[GivenValue]) -> Ids:
-    """Return chunk ids from their text; ``UsageError`` names the first that is not a chunk of the store."""
+    """Parse chunk ids; ``UsageError`` names the first that is not a chunk of the store."""
     found = []
     sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts()}
     for value in values:
@@ -225,7 +231,7 @@ def select_ids(store: Store, values: Sequence[GivenValue]) -> Ids:
 def select_documents(
     store: Store, names: Sequence[GivenValue], *, missing_ok: bool = False, report: Report = lambda _: None
 ) -> Ids:
-    """Return chunk ids of documents, given by their ids; ``UsageError`` names the first that is not in the store."""
+    """Return the chunks of documents, given by id; ``UsageError`` names the first that is not in the store."""
     wanted = {name.text: name for name in reversed(names)}
     keys = pa.array(map(id_hash, wanted), pa.binary())
     seen = np.zeros(len(keys), np.bool_)
@@ -241,13 +247,13 @@ def select_documents(
         others = f", nor {more:,} more of these" if more else ""
         raise name.error(
             f"the store has no document {name.text[:100]!r}{others}",
-            "Nothing was purged. Remove them and run it again.",
+            "Nothing was purged. Leave out unknown ids and run the command again.",
         )
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
 def select_where(store: Store, expression: str, report: Report = lambda _: None) -> Ids:
-    """Chunk ids of the documents for which an expression over their columns holds."""
+    """Return the chunks of the documents for which an expression over their columns is true."""
     where = Where(expression)
     found: list[Ids] = []
     files = (parts.part_entry(store, "documents", part) for part in store.state.all_parts())
@@ -256,17 +262,16 @@ def select_where(store: Store, expression: str, report: Report = lambda _: None)
     for part in store.state.all_parts():
         table = parts.read_documents(store, part)
         for column in where.columns:
-            if column not in table.schema.names:  # kept by other parts, not by this one
+            if column not in table.schema.names:  # only in other parts
                 table = table.append_column(column, pa.nulls(table.num_rows, pa.string()))
-        known = table["id"].is_valid()  # the others are erased
-        mask = pc.and_(where.mask(table), known)
+        mask = pc.and_(where.mask(table), table["id"].is_valid())  # erased documents have no id
         found.append(chunks_of(store, part, np.flatnonzero(mask.to_numpy())))
         report(1)
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
-    """Chunk ids of some documents of a part, ascending."""
+    """Return the chunks of some documents of a part, ascending."""
     if not len(docs):
         return np.zeros(0, np.int64)
     table = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(pa.array(np.sort(docs)))
@@ -280,7 +285,7 @@ def select_duplicates(
     shortest: int = SHORTEST,
     rows: int = hash_partitions.ROWS,
 ) -> Ids:
-    """Chunk ids that repeat an earlier one, int64, sorted. ``report`` is told of each part that was read.
+    """Return the chunks that repeat an earlier one, int64, ascending. ``report`` is called with 1 per part read.
 
     ``rows``: how many hashes are held in memory. ``StorageError`` if the scratch file does not fit on the disk.
     """
@@ -303,7 +308,7 @@ def select_duplicates(
 
 
 def token_hashes(chunks: Chunks, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """BLAKE2b-128 of the tokens of some rows [r], without their padding: [r, 2]."""
+    """Hash the tokens of some rows [r], without padding, with BLAKE2b-128: [r, 2]."""
     data = chunks.tokens.tobytes()
     width = chunks.tokens.shape[1] * chunks.tokens.itemsize
     begin = rows * width

@@ -1,17 +1,17 @@
-"""Sets of n-grams of tokens, and where much of one of them occurs: what finds near copies and evaluation text.
+"""Sets of n-grams of tokens, and the places in text that have a large share of one: finds copies and evaluation text.
 
-The sets are few and held in memory; the text goes by. A hash of the ``n`` tokens at each place of the text, made by
-multiplying and adding, is looked up in a table that says which hashes the sets may have; what passes is looked up among
-the sets' own, and compared token by token. So a hash that two grams share costs a comparison, and changes nothing.
+The sets are held in memory and the text is streamed. A hash of the ``n`` tokens at each position of the text is looked
+up in a table of hashes that the sets may have. Candidates are looked up among the sets' hashes and compared token by
+token, so a hash collision costs a comparison and changes nothing.
 
-Which places (pairs of chunks, documents) have enough of which sets is counted as in joins of sets by prefix: a place
-that has ``needed`` of a set's ``size`` grams has at least one of any ``size − needed + 1`` of them, and of those that
-few other sets have these are taken. Sets that are equal are one. What is left is counted in full.
+Places (pairs of chunks, documents) with enough grams of a set are found as in prefix-filtered set joins: a place with
+``needed`` of a set's ``size`` grams has at least one of any ``size − needed + 1`` of them. The rarest ones, those that
+the fewest other sets have, are used as this prefix. Candidates are then counted in full. Equal sets are merged.
 
-Cost: 3 to 10 ns a token where nothing is found; 0.1 µs a gram found; 3 µs a place and set compared (57 grams). A place
-is compared with the sets that have one of their rarest grams there, a few at a time, until the caller closes it; at
-worst, with many sets that are made of the same grams and differ, all are compared with the places that have some of
-these and enough of none. Memory: the table, at most 16 MB, and some 100 bytes a gram of the sets.
+Cost: 3 to 10 ns per token where nothing is found; 0.1 µs per gram found; 3 µs per place and set compared (57 grams). A
+place is compared with the sets that have one of their rarest grams there, a few at a time, until the caller closes it.
+The worst case is many different sets of the same grams: all are compared with each place that has some of these grams
+and not enough. Memory: the table, at most 16 MB, and about 100 bytes per gram of the sets.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _ODD = np.array([0x9E3779B1, 0xD6E8FEB7, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x5
 _TABLE_BITS = (12, 24)
 _PLACES_A_GRAM = 32
 _FIRST_SETS, _MORE_SETS = 1, 4
-"""Of the sets that have a gram so many are compared first, and then so many times more each time."""
+"""How many sets of a gram are compared first, and the factor by which that grows each time."""
 _AT_ONCE = 1 << 18
 _SLICE_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Places that have enough grams of a set: ``place`` and ``owner`` [c]; the set has ``count`` [c] grams there.
+    """Places with enough grams of a set: ``place``, set (``owner``) and ``count`` of its grams there, [c] each.
 
-    ``entry`` [e] are the entries (of those given) that make up the counts, ``of`` [e] says of which.
+    ``entry`` [e]: the given entries that were counted. ``of`` [e]: in which count.
     """
 
     place: Ints
@@ -60,15 +60,15 @@ class Shared:
     of: Ints
 
     def any_of(self, flags: Flags) -> Flags:
-        """Which places have, among the grams they share, one whose entry is flagged: bool [c]."""
+        """Return which places have a counted entry that is flagged: bool [c]."""
         found: Flags = np.bincount(self.of[flags[self.entry]], minlength=len(self.place)) > 0
         return found
 
 
 class GramSets:
-    """Sets of grams of ``n`` tokens, of which places are to have a ``share``.
+    """Sets of grams of ``n`` tokens; finds places with at least a ``share`` of a set.
 
-    ``grams`` [g, n] are tokens, repeated or not, and ``owner`` [g] says to which set each belongs: any numbers.
+    ``grams`` [g, n] are tokens and may repeat; ``owner`` [g] is the set of each, any integers.
     """
 
     def __init__(self, grams: Tokens, owner: Ints, share: float) -> None:
@@ -86,15 +86,15 @@ class GramSets:
         self._shift = np.uint32(HASH_BITS - bits)
         self._first_shift = np.uint32(HASH_BITS - min(bits, len(kept).bit_length() + 1))
         buckets = np.arange(1 << (HASH_BITS - int(self._first_shift)))
-        # A bucket behind all hashes begins with the last one, which is looked at in vain.
+        # A bucket after all hashes points to the last one, which does not match.
         first = np.searchsorted(self._hashes >> self._first_shift, buckets)
         self._first = np.minimum(first, len(self._hashes) - 1).astype(np.int32)
         self._table = np.zeros(1 << bits, np.uint8)
-        order = np.argsort(-self._any_needed)  # of grams of one place the one that needs least is written last
+        order = np.argsort(-self._any_needed)  # of colliding grams, the one that needs least is written last
         self._table[self._hashes[order] >> self._shift] = np.minimum(self._any_needed[order], 255)
 
     def _set_owners(self, owner: Ints, gram: Ints) -> None:
-        """Take (owner, gram) [m], sorted, owners numbered from 0."""
+        """Set (owner, gram) [m], sorted, owners numbered from 0."""
         self.size = np.bincount(owner)
         """How many grams each set has, int64 [o]."""
         self.needed = np.maximum(-(-self.size * self._up // self._down), 1)
@@ -113,16 +113,15 @@ class GramSets:
         np.minimum.at(self._least, gram[rarest], self.needed[self._owners])
 
     def __len__(self) -> int:
-        """How many sets differ."""
         return len(self.size)
 
     def likely(self, tokens: Tokens) -> tuple[Ints, Hashes, npt.NDArray[np.uint8]]:
-        """Where in ``tokens`` [t] a gram of any set may begin, int64 [h] ascending: all places, and some others.
+        """Find where in ``tokens`` [t] a gram of any set may begin, int64 [h] ascending, with some false positives.
 
-        With each comes its hash, and how many of these, at least, a place must have to have enough of a set with it.
+        Also returns its hash [h], and the least number of such grams [h] that a place needs to match a set with it.
         """
         found = []
-        for first in range(0, max(len(tokens), 1), _SLICE_TOKENS):  # whose hashes stay in the cache
+        for first in range(0, max(len(tokens), 1), _SLICE_TOKENS):  # slices whose hashes fit in the CPU cache
             hashes = gram_hashes(tokens[first : first + _SLICE_TOKENS + self.n - 1], self.n)
             least = self._table.take((hashes >> self._shift).astype(np.intp))
             at = np.flatnonzero(least != 0)
@@ -131,9 +130,9 @@ class GramSets:
         return at, hashes, least
 
     def identify(self, tokens: Tokens, at: Ints, hashes: Hashes) -> tuple[Ints, Ints]:
-        """Of the places ``at`` [h] in ``tokens`` those where a gram of any set begins, and which: int64 [g] both.
+        """Return those of ``at`` [h] where a gram of a set begins in ``tokens``, and which: int64 [g] each.
 
-        ``hashes`` [h] are those of ``likely``.
+        ``hashes`` [h] are from ``likely``.
         """
         if not len(at):
             return at, at
@@ -141,7 +140,7 @@ class GramSets:
         place = self._first[hashes >> self._first_shift].astype(np.int64)
         gram = np.full(len(at), -1, np.int64)
         waiting = np.arange(len(at))
-        while len(waiting):  # a few times: there are two places for each gram
+        while len(waiting):  # a few times: there are at least two buckets per gram
             other = self._hashes[place[waiting]]
             equal = waiting[other == hashes[waiting]]
             same = windows[at[equal]] == self._grams[place[equal]]
@@ -153,12 +152,9 @@ class GramSets:
         return at[found], gram[found]
 
     def entries(self, place: Ints, gram: Ints, *flags: Flags) -> tuple[Ints, list[Flags]]:
-        """Which grams are at which places, [h]: the different ones as entries, int64 [m] ascending.
-
-        Of ``flags``, [h] each, those of an entry that are set anywhere.
-        """
+        """Combine place and gram [h] to distinct entries, int64 [m] ascending, and OR their ``flags`` [h] each."""
         keys = place * len(self._hashes) + gram
-        for flag in flags:  # as bits below: numbers are sorted much faster than places
+        for flag in flags:  # as low bits: sorting values is much faster than sorting indexes
             keys = keys << 1 | flag
         keys.sort()
         entries = keys >> len(flags)
@@ -167,9 +163,9 @@ class GramSets:
         return entries[first], [(bits >> low & 1).astype(np.bool_) for low in reversed(range(len(flags)))]
 
     def shared(self, entries: Ints, closed: Flags) -> Iterator[Shared]:
-        """The places among ``entries`` that have enough of a set, a few sets at a time; some may come up again.
+        """Yield the places among ``entries`` with enough grams of a set, a few sets at a time; some repeatedly.
 
-        Places in ``closed``, bool [p], which the caller may fill in meanwhile, are not looked at any more.
+        Places in ``closed``, bool [p], are skipped; the caller may close more between steps.
         """
         place, gram = np.divmod(entries, len(self._hashes))
         there = np.bincount(place, minlength=len(closed))
@@ -190,7 +186,6 @@ class GramSets:
             done, more = done + more, more * _MORE_SETS
 
     def _count(self, entries: Ints, there: Ints, closed: Flags, pairs: Ints) -> Iterator[Shared]:
-        """Those of ``pairs`` (place × sets + set) that have enough."""
         place, owner = np.divmod(pairs, len(self.size))
         likely = there[place] >= self.needed[owner]
         place, owner = place[likely], owner[likely]
@@ -212,13 +207,13 @@ class GramSets:
 
 
 def _as_bytes(rows: Tokens) -> npt.NDArray[np.void]:
-    """Each of rows [g, n] as one thing of so many bytes, [g], which is three times as fast to take and to compare."""
+    """Return each of rows [g, n] as one value, [g], which is three times as fast to take and to compare."""
     things: npt.NDArray[np.void] = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
     return things
 
 
 def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
-    """(owner, gram) [m], sorted, each once: of sets that are equal one is left, and they are numbered from 0."""
+    """Sort (owner, gram) [m], drop duplicates, merge equal sets, and number the sets from 0."""
     owner, gram = np.divmod(distinct(owner * grams + gram), grams)
     bounds = np.append(np.flatnonzero(np.diff(owner, prepend=-1)), len(owner)).tolist()
     sets = {gram[low:high].tobytes(): (low, high) for low, high in itertools.pairwise(bounds)}
@@ -229,7 +224,7 @@ def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
 
 
 def _bounded(cost: Ints) -> Iterator[slice]:
-    """Cut what costs so much each, [n], into slices of some ``_AT_ONCE``, of one at least."""
+    """Yield slices of items with ``cost`` [n], each of at least one item and otherwise at most ``_AT_ONCE``."""
     total = np.cumsum(cost)
     low = 0
     while low < len(cost):
@@ -240,7 +235,7 @@ def _bounded(cost: Ints) -> Iterator[slice]:
 
 
 def gram_hashes(tokens: Tokens, n: int) -> Hashes:
-    """A hash of the ``n`` tokens from each place on, uint32 [t − n + 1] (none if there are fewer)."""
+    """Hash the ``n`` tokens from each position on, uint32 [t − n + 1] (empty if there are fewer)."""
     if len(tokens) < n:
         return np.zeros(0, np.uint32)
     power: Hashes = tokens.astype(np.uint32) * _ODD[0]  # of ``size`` tokens, a power of two
@@ -248,7 +243,7 @@ def gram_hashes(tokens: Tokens, n: int) -> Hashes:
     have, size = 0, 1
     while True:
         if n & size:
-            # Multiplied by another number than in the powers: else a gram of two halves would hash as these swapped.
+            # Another factor than in the powers: else swapping the halves of a gram would not change its hash.
             joined = power if joined is None else _followed(joined, power[have:], _ODD[7])
             have += size
         if 2 * size > n:
@@ -266,9 +261,9 @@ def _followed(one: Hashes, other: Hashes, factor: np.uint32) -> Hashes:
 
 
 def follows(chunks: Chunks, n_tokens: npt.NDArray[np.integer]) -> Flags:
-    """Which rows [n] are followed by more of the same text, both with tokens: bool [n], the last False.
+    """Return which rows [n] continue in the next row, both with tokens: bool [n], the last False.
 
-    A value is not the same text as its key.
+    Keys do not continue in values.
     """
     follow = np.zeros(len(chunks), np.bool_)
     follow[:-1] = (chunks.doc[1:] == chunks.doc[:-1]) & (chunks.key[1:] == chunks.key[:-1])
@@ -277,7 +272,7 @@ def follows(chunks: Chunks, n_tokens: npt.NDArray[np.integer]) -> Flags:
 
 
 def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints:
-    """How many tokens stand in a row from the first of each chunk on, int64 [n]: full chunks go on in the next one."""
+    """Count the consecutive tokens from the first of each chunk on, int64 [n]: full chunks continue in the next."""
     total = np.cumsum(n_tokens, dtype=np.int64)
     ends = np.flatnonzero(~(follow & (n_tokens == length)))
     last = ends[np.searchsorted(ends, np.arange(len(n_tokens)))]
@@ -286,7 +281,7 @@ def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints
 
 
 def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
-    """Each number once, ascending: by sorting, which is several times as fast as ``np.unique``, which hashes."""
+    """Return the distinct numbers, ascending. Sorting is several times as fast as ``np.unique``, which hashes."""
     numbers = np.sort(numbers)
     new = np.ones(len(numbers), np.bool_)
     np.not_equal(numbers[1:], numbers[:-1], out=new[1:])
@@ -294,7 +289,7 @@ def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
 
 
 def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
-    """Of rows [g, n] one of each that differs, and which of these each row equals: places int64 [d] and [g]."""
+    """Return one index per distinct row of [g, n], int64 [d], and which of these each row equals, int64 [g]."""
     padded = np.zeros((len(rows), -(-rows.shape[1] * rows.itemsize // 8) * 8), np.uint8)
     padded[:, : rows.shape[1] * rows.itemsize] = np.ascontiguousarray(rows).view(np.uint8)
     words = padded.view(np.uint64)
@@ -307,6 +302,6 @@ def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
 
 
 def pairs_of_ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
-    """Return the numbers in all of [first, last), [r], one range after another: (range, number), int64 each."""
+    """Return the numbers in all ranges [first, last), [r], as (range, number), int64 each."""
     count = last - first
     return np.repeat(np.arange(len(count)), count), expand_ranges(first, count)

@@ -1,17 +1,16 @@
-"""Patterns in RE2's syntax, searched in the text of documents: in linear time, whatever the pattern and the text.
+"""``--pattern``: RE2 patterns over the text of documents, in linear time for any pattern and text.
 
-Where a pattern matches, the chunks that the match touches are meant, across their borders. Each of many patterns is
-searched in all text, so a thousand of them are slow, and a list of terms is quicker (``terms``).
+A match selects all chunks that it touches. Each pattern is searched in all text, so a thousand of them are slow; a list
+of terms is faster (``terms``). Empty matches are dropped.
 
-A document is searched in windows: matches that begin in ``WINDOW`` bytes, and end at most ``OVERLAP`` bytes behind
-them. A search that finds something may have read all of the window for it, as ``x(.*y)?`` does where there is no y; so
-after ``CROWDED`` matches the rest of the window is searched in narrow windows. RE2 reads no byte more than 2,000 times,
-whatever the pattern and the text, and of ordinary ones once or twice. So what is found is what ``finditer`` finds in
-the whole document, as long as matches have at most ``OVERLAP`` bytes, and where they crowd ``NARROW_OVERLAP`` bytes.
-Some longer ones are missed, and others end too early, as those of ``x.*y`` where the last y is far.
+A document is searched in windows. Matches begin within ``WINDOW`` bytes and end at most ``OVERLAP`` bytes after them. A
+match may read the whole window, like ``x(.*y)?`` without a y, so after ``CROWDED`` matches the rest of the window is
+searched in narrow windows. RE2 reads no byte more than 2,000 times, with ordinary patterns once or twice.
 
-Cost: 0.2 to 1 GB/s a core for what matches nowhere, one or two microseconds a match; RE2 runs without Python's lock.
-Matches of no bytes are dropped.
+So the result equals ``finditer`` over the whole document for matches of at most ``OVERLAP`` bytes, ``NARROW_OVERLAP``
+where matches crowd. Some longer matches are missed or end too early, like ``x.*y`` with a distant last y.
+
+Cost: 0.2 to 1 GB/s per core without matches, 1 to 2 µs per match. RE2 releases the GIL.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from retrotool.store.store import Store
 Pattern = Any
 """A compiled pattern of ``re2``, over bytes."""
 WINDOW, OVERLAP = 56 << 10, 8 << 10
-"""Bytes in which the matches of a window begin, and bytes behind them in which they may end."""
+"""Bytes in which the matches of a window begin, and bytes after them in which they may end."""
 CROWDED = 256
-"""Matches of a window, those of no bytes too, after which it is searched in narrow ones."""
+"""Matches of a window, including empty ones, after which it is searched in narrow windows."""
 NARROW, NARROW_OVERLAP = 512, 1 << 10
-"""The same two as of a window, of a narrow one."""
+"""``WINDOW`` and ``OVERLAP`` of a narrow window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +46,11 @@ class Patterns(Selector):
 
     @property
     def names(self) -> list[str]:
-        """Numbers, as the patterns themselves may be personal data."""
+        """Numbers, because the patterns may be personal data."""
         return [f"pattern {number}" for number in range(1, len(self.patterns) + 1)] if len(self.patterns) > 1 else [""]
 
     def open(self, store: Store) -> Matcher:  # noqa: ARG002
-        """Compile them; ``UsageError`` names one that can't be."""
+        """Compile the patterns; ``UsageError`` names one that can't be compiled."""
         several = [compiled(pattern) for pattern in self.patterns]
 
         def match(block: TextBlock) -> BlockHits:
@@ -62,7 +61,7 @@ class Patterns(Selector):
 
 
 def read_patterns(given: Values) -> tuple[str, ...]:
-    """Return patterns, those of files line by line; ``UsageError`` names one that can't be compiled."""
+    """Read patterns, those of files line by line; ``UsageError`` names one that can't be compiled."""
     patterns = read_values("--pattern", given, "pattern")
     for pattern in patterns:
         try:
@@ -73,7 +72,7 @@ def read_patterns(given: Values) -> tuple[str, ...]:
 
 
 def compiled(pattern: str, *, ignore_case: bool = False) -> Pattern:
-    """An RE2 pattern over UTF-8 without groups, which are slow; ``UsageError`` if it can't be compiled."""
+    """Compile an RE2 pattern over UTF-8, without capturing, which is slow; ``UsageError`` if it is invalid."""
     import re2
 
     options = re2.Options()
@@ -88,9 +87,9 @@ def compiled(pattern: str, *, ignore_case: bool = False) -> Pattern:
 
 
 def find_all(pattern: Pattern, block: TextBlock) -> tuple[Offsets, Offsets]:
-    r"""Return all matches that don't overlap, from the first on: begin and end in ``TextBlock.text``, int64 [h] each.
+    r"""Return all matches that don't overlap: begin and end in ``TextBlock.text``, int64 [h] each.
 
-    Each document is a text of its own: ``^``, ``$`` and ``\b`` see where it begins and ends, and see no window.
+    ``^``, ``$`` and ``\b`` match at the beginning and end of each document, not of windows.
     """
     text = block.text
     found: list[tuple[int, int]] = []
@@ -101,7 +100,7 @@ def find_all(pattern: Pattern, block: TextBlock) -> tuple[Offsets, Offsets]:
 
 
 def find_in(pattern: Pattern, text: memoryview) -> list[tuple[int, int]]:
-    """The same of the text of one document: begin and end of each match."""
+    """Return (begin, end) of each match in the text of a document."""
     found: list[tuple[int, int]] = []
     position = 0
     for until, end in _windows(text, 0, len(text), WINDOW, OVERLAP):
@@ -113,7 +112,7 @@ def find_in(pattern: Pattern, text: memoryview) -> list[tuple[int, int]]:
 
 
 def _windows(text: memoryview, begin: int, end: int, size: int, overlap: int) -> Iterator[tuple[int, int]]:
-    """Where the matches of each window have to begin before, and where they have to end, at borders of characters."""
+    """Yield for each window where matches must begin before, and end by, at borders of characters."""
     for start in range(begin, end, size):
         yield min(_whole(text, start + size), end), _whole(text, start + size + overlap)
 
@@ -121,11 +120,11 @@ def _windows(text: memoryview, begin: int, end: int, size: int, overlap: int) ->
 def _find_from(
     pattern: Pattern, text: memoryview, position: int, until: int, end: int, most: int, found: list[tuple[int, int]]
 ) -> int:
-    """Add the matches that begin from ``position`` and before ``until`` and end by ``end`` to those ``found``.
+    """Append the matches that begin in [``position``, ``until``) and end by ``end`` to ``found``.
 
-    Returns where to go on: before ``until`` if it gave up after so many as ``most``.
+    Returns where to continue: before ``until`` if it stopped after ``most`` matches.
     """
-    if position >= until:  # a match reaches over the window
+    if position >= until:  # a match extends beyond the window
         return position
     for number, match in enumerate(pattern.finditer(text, position, end), 1):
         begin, stop = match.span()
@@ -133,14 +132,14 @@ def _find_from(
             break
         if stop > begin:
             found.append((begin, stop))
-        position = max(stop, begin + 1)  # as finditer does
+        position = max(stop, begin + 1)  # like finditer
         if number == most and position < until:
             return position
     return max(position, until)
 
 
 def _whole(text: memoryview, place: int) -> int:
-    """Where the character begins that has the byte at ``place``, or the text ends."""
+    """Return where the character with the byte at ``place`` begins, or where the text ends."""
     if place >= len(text):
         return len(text)
     for back in range(min(4, place + 1)):

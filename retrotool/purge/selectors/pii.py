@@ -1,24 +1,24 @@
-"""Personal data and keys in text: what can be told by its form alone.
+"""``--pii``: personal data and keys that can be recognised by their form.
 
-Kinds, and what is found:
-
-* ``email``: addresses whose domain ends in a country or a common top-level domain. Not: ``name at example dot org``.
-* ``phone``: international numbers (``+44 20 7946 0958``, ``0044 …``), those behind ``tel``, ``phone``, ``fax`` and the
-  like, of North America (``(202) 555-0143``, ``202-555-0143``), and national ones with a leading zero and groups
-  (``020 7946 0958``, ``01 42 68 53 00``, ``030/123456``). Not: national numbers in one run of digits without a label.
-* ``ip-address``: public ones. Not: private, local and reserved ones, and those of version 4 without two numbers from
-  32 up or behind the word version, release, section and the like, which are rarely addresses.
-* ``iban``: of countries that have them, with good check digits, in one or in groups of four.
-* ``payment-card``: 13 to 19 digits of a known issuer with a good check digit, in one or grouped as on a card.
+* ``email``: addresses whose domain ends in a country or common top-level domain. Not: ``name at example dot org``.
+* ``phone``: international numbers (``+44 20 7946 0958``, ``0044 …``); numbers after ``tel``, ``phone``, ``fax`` and the
+  like; North American ones (``(202) 555-0143``, ``202-555-0143``); national ones with a leading zero and groups
+  (``020 7946 0958``, ``01 42 68 53 00``, ``030/123456``). Not: unlabelled national numbers in one run of digits.
+* ``ip-address``: public ones. Not: private, local and reserved ones; IPv4 addresses without two numbers from 32 up, or
+  after a word such as version, release or section, which are rarely addresses.
+* ``iban``: of countries that have them, with valid check digits, in one run or in groups of four.
+* ``payment-card``: 13 to 19 digits of a known issuer with a valid check digit, in one run or grouped as on a card.
 * ``key``: of AWS (access key ids), GitHub, GitLab, Slack, Google, Stripe, npm, PyPI, Hugging Face, OpenAI, Anthropic;
-  JSON Web Tokens; blocks of private keys, up to 8 KiB. Not: passwords, and keys without a form of their own, such as
-  the secret of an AWS key.
+  JSON Web Tokens; private key blocks up to 8 KiB. Not: passwords, and keys without a distinct form, such as AWS
+  secret keys.
 
-In folded text the same is found without case, keys of the form ``sk-…`` from 40 characters on; not what a tokenizer has
-no tokens for, as WordPiece has not for more than 100 letters in a row.
+Not found: names and postal addresses, which have no distinct form.
 
-How: an RE2 pattern for each kind, a check in Python for each match. Cost: 90 MB/s a core for all kinds, 500 MB/s for
-one, and some 5 µs for each candidate. Not found: names and postal addresses, which have no form of their own.
+In folded text case is ignored, and ``sk-…`` keys need 40 characters. Text without tokens is not found: WordPiece has
+none for more than 100 letters in a row.
+
+Each kind has an RE2 pattern, and a check in Python for each match. Cost: 90 MB/s per core for all kinds, 500 MB/s for
+one, and about 5 µs per candidate.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
 
 AROUND = 40
-"""Bytes before and behind a candidate that its check is given, of the same document; of a private key more behind."""
+"""Bytes of the same document before and after a candidate that its check gets; a private key gets more after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What a pattern matched, what is ``before`` and ``behind`` it, and whether the text is ``folded``.
+    """A match, the text ``before`` and ``after`` it, and whether the text is ``folded``.
 
-    Each byte that is not ASCII is a U+FFFD here, so places are those of bytes.
+    Each byte that is not ASCII is U+FFFD here, so offsets are those of bytes.
     """
 
     text: str
     before: str
-    behind: str
+    after: str
     folded: bool
 
 
 Check = Callable[[Candidate], tuple[int, int] | None]
-"""Where in a candidate what is looked for begins and ends; None: it is none."""
+"""Returns where in a candidate the data begins and ends, or None if it is a false positive."""
 
 
 EMAIL = r"[\pL\pN._%+'-]+@[\pL\pN-]+(?:\.[\pL\pN-]+)+"
@@ -77,16 +77,16 @@ _TOP = frozenset(_COUNTRIES_AND_COMMON.split())
 
 
 def check_email(seen: Candidate) -> tuple[int, int] | None:
-    """A local part of at most 64 bytes at a domain whose last label is a country or a common top-level domain."""
+    """Accept a local part of at most 64 bytes, and a domain that ends in a country or common top-level domain."""
     local, _, domain = seen.text.rpartition("@")
     mine = local.lstrip("'.%-")[-64:]
     labels = domain.split(".")
     while len(labels) > 1 and not (labels[-1].lower() in _TOP or labels[-1].lower().startswith("xn--")):
-        labels.pop()  # where a sentence goes on: john@example.com.then
+        labels.pop()  # a sentence that continues: john@example.com.then
     good = all(label and not label.startswith("-") and not label.endswith("-") for label in labels)
     if len(labels) < 2 or not good or not mine or mine.endswith(".") or ".." in mine:
         return None
-    if seen.behind[:1] == "(" or mine.lower() == "git":  # a call, or whom all log in as
+    if seen.after[:1] == "(" or mine.lower() == "git":  # a function call, or a shared login
         return None
     return len(local) - len(mine), len(local) + 1 + len(".".join(labels))
 
@@ -108,11 +108,11 @@ _NATIONAL = re.compile(r"[2-9][0-8][0-9][2-9][0-9]{6}")
 
 
 def check_phone(seen: Candidate) -> tuple[int, int] | None:
-    """International, labelled, of North America or national: as many digits as those have, in groups like theirs."""
+    """Accept international, labelled, North American and national numbers with a valid length and grouping."""
     text = seen.text
     digits = "".join(filter(str.isdigit, text))
     groups = re.findall(r"\d+", text)
-    if re.match(r"\w|[.,:/-]\d", seen.behind) or re.search(r"\d[-+.,/: ]?\Z|[\w.]-\Z", seen.before):
+    if re.match(r"\w|[.,:/-]\d", seen.after) or re.search(r"\d[-+.,/: ]?\Z|[\w.]-\Z", seen.before):
         return None
     if text[0].isalpha():  # labelled
         start = re.search(r"\d|[(+]", text)
@@ -128,7 +128,7 @@ def check_phone(seen: Candidate) -> tuple[int, int] | None:
         if code[0] == "1" and not (len(digits) == 11 and _NATIONAL.match(digits[1:])):
             return None
         number = int(digits)
-        power = number & (number - 1) == 0 or number & (number + 1) == 0  # the largest integer that a type can hold
+        power = number & (number - 1) == 0 or number & (number + 1) == 0  # such as the largest value of a type
         table = {len(group) for group in groups} == {4}
         if power or table or sum(len(group) == 1 for group in groups[1:]) > 1:
             return None
@@ -137,7 +137,7 @@ def check_phone(seen: Candidate) -> tuple[int, int] | None:
         return None
     if digits[0] != "0":
         return (0, len(text)) if digits[-7:-4] not in ("411", "911") else None
-    if re.match(r" ?[-/.]? ?\d", seen.behind):  # a table
+    if re.match(r" ?[-/.]? ?\d", seen.after):  # a table
         return None
     if not 9 <= len(digits) <= 11 or groups[:3] == ["01", "02", "03"] or [len(group) for group in groups] == [5, 4]:
         return None  # the last is a ZIP code of the United States
@@ -152,13 +152,13 @@ _VERSION = re.compile(r"(?i)(?:versions?|release|revision|ver|rev|since|section|
 
 
 def check_ip(seen: Candidate) -> tuple[int, int] | None:
-    """A public address; of version 4 with two numbers from 32 up, as versions and numbers of sections rarely have."""
+    """Accept public addresses; IPv4 ones need two numbers from 32 up, which version and section numbers rarely have."""
     text = seen.text
     if ":" in text:
         text = text if text.endswith("::") else text.rstrip(":")
         if (
             re.search(r"[\w:]\Z", seen.before)
-            or re.match(r"[\w:]", seen.behind)
+            or re.match(r"[\w:]", seen.after)
             or ("::" not in text and text.count(":") != 7)
             or text.count(":") < 3
         ):
@@ -166,7 +166,7 @@ def check_ip(seen: Candidate) -> tuple[int, int] | None:
     else:
         if re.search(r"[\w.-]\Z", seen.before) and not (seen.folded and seen.before[-1:].isspace()):
             return None
-        if re.match(r"[\w]|[.-][\d]|-[a-z]", seen.behind) or _VERSION.search(seen.before):
+        if re.match(r"[\w]|[.-][\d]|-[a-z]", seen.after) or _VERSION.search(seen.before):
             return None
         if sum(int(number) >= 32 for number in text.split(".")) < 2:
             return None
@@ -188,7 +188,7 @@ IBAN = r"\b[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?"
 
 
 def check_iban(seen: Candidate) -> tuple[int, int] | None:
-    """As long as those of its country, in groups of four or in one, and 1 modulo 97 (ISO 13616)."""
+    """Accept the length of the country, in one run or in groups of four, and 1 modulo 97 (ISO 13616)."""
     length = _LENGTHS.get(seen.text[:2].upper())
     if length is None or re.search(r"[\w+/=-]\Z", seen.before):
         return None
@@ -197,7 +197,7 @@ def check_iban(seen: Candidate) -> tuple[int, int] | None:
         return None
     end = places[-1] + 1
     groups = seen.text[:end].split(" ")
-    following = (seen.text[end:] + seen.behind)[:1]
+    following = (seen.text[end:] + seen.after)[:1]
     if re.match(r"[\w+/=]", following) or (len(groups) > 1 and {len(g) for g in groups[:-1]} != {4}):
         return None
     compact = seen.text[:end].replace(" ", "").upper()
@@ -214,15 +214,15 @@ _ISSUERS = re.compile(
 
 
 def check_card(seen: Candidate) -> tuple[int, int] | None:
-    """Of an issuer's numbers and length, grouped as on a card or not at all, with a good check digit (Luhn)."""
+    """Accept numbers of a known issuer and length, ungrouped or grouped as on a card, with a valid Luhn digit."""
     if re.search(r"[\w+/]\Z|[\w ]-\Z|\d[ .,:/-]\Z", seen.before) or (seen.before[-1:] == "." and not seen.folded):
         return None
-    if re.match(r"[\w+/=]| \d{4}|[-.,:]\d", seen.behind):
+    if re.match(r"[\w+/=]| \d{4}|[-.,:]\d", seen.after):
         return None
     for separator in " -":
         groups = seen.text.split(separator)
         end = len(seen.text)
-        if len(groups) == 5 and len(groups[4]) < 3:  # the month that it ends in
+        if len(groups) == 5 and len(groups[4]) < 3:  # the month of expiry
             end -= len(groups.pop()) + 1
         digits = "".join(groups)
         if digits.isdigit() and (len(groups) == 1 or [len(g) for g in groups] in _GROUPS):
@@ -232,9 +232,9 @@ def check_card(seen: Candidate) -> tuple[int, int] | None:
 
 
 BLOCK = 8 << 10
-"""The longest block of a private key, in bytes."""
+"""Bytes of the longest private key block."""
 _LEAST = 64
-"""Letters and digits that the body of a private key has at least: what has fewer is an example."""
+"""The least number of letters and digits in a private key; shorter ones are examples."""
 
 _SHAPES = (
     r"(?:AKIA|ASIA)[A-Z2-7]{16}",
@@ -255,20 +255,20 @@ _BEGIN = r"-----BEGIN (?:[A-Z0-9]+ ){0,2}PRIVATE KEY(?: BLOCK)?-----"
 
 
 def key_pattern(*, folded: bool) -> str:
-    """All shapes; folded, to be matched whatever the case."""
+    """Return the pattern of all keys; for folded text it is to be matched ignoring case."""
     bare, jwt = (_BARE % 40, _LOST_JWT) if folded else (_BARE % 20, _JWT)
     return "|".join((*_SHAPES, bare, jwt, _BEGIN))
 
 
 def check_key(seen: Candidate) -> tuple[int, int] | None:
-    """Apart from other words, and as mixed as what is drawn by chance; or a block, up to its end."""
+    """Accept keys that look random and are not part of a word, and private key blocks up to their end."""
     text = seen.text
     if text.startswith("-"):
-        end = _block_end(seen.behind)
+        end = _block_end(seen.after)
         return None if end is None else (0, len(text) + end)
     end = len(text.rstrip("-_"))
     secret = re.split(r"[_-]", text[:end].replace("sk-ant-", "sk-"), maxsplit=1)[-1] if text[:4] != "AIza" else text[4:]
-    if re.search(r"[A-Za-z0-9_]\Z", seen.before) or re.match(r"[A-Za-z0-9_]", seen.behind):
+    if re.search(r"[A-Za-z0-9_]\Z", seen.before) or re.match(r"[A-Za-z0-9_]", seen.after):
         return None
     figures = sum(map(str.isdigit, secret))
     runs = max(map(len, re.split(r"[_.-]", secret)))
@@ -280,9 +280,9 @@ _BODY = re.compile(r"[A-Za-z0-9+/=\s:,.-]*", re.ASCII)
 
 
 def _block_end(text: str) -> int | None:
-    """Where a private key ends whose text follows its BEGIN line; None: there is none in it.
+    """Return where a private key ends, given the text after its BEGIN line; None: none is there.
 
-    At its END line, or without one where what can belong to it ends.
+    It ends at its END line, or without one, with the last character that can belong to it.
     """
     end = text.lower().find("-----end")
     if end >= 0:
@@ -308,7 +308,7 @@ KINDS = tuple(_FORMS)
 
 @dataclass(frozen=True, slots=True)
 class PersonalData(Selector):
-    """Finds personal data and keys of some ``kinds``; ``UsageError`` for one that there is not."""
+    """Finds personal data and keys of some ``kinds``; ``UsageError`` for an unknown kind."""
 
     kind: ClassVar[str] = "pii"
     reads_text: ClassVar[bool] = True
@@ -317,7 +317,7 @@ class PersonalData(Selector):
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                raise UsageError(f"--pii: there is no kind {kind!r}", f"Give all, or some of {', '.join(KINDS)}.")
+                raise UsageError(f"--pii: unknown kind {kind!r}", f"Give all, or some of {', '.join(KINDS)}.")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -340,7 +340,7 @@ class PersonalDataMatcher:
         ]
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """The rows with personal data, by its kind."""
+        """Find the rows with personal data, labelled by kind."""
         found = []
         for label, (pattern, check) in enumerate(self._searches):
             spans = np.array(list(self._checked(block, pattern, check)), np.int64).reshape(-1, 2)
@@ -355,13 +355,13 @@ class PersonalDataMatcher:
         over = 0
         for begin, end, first, last in zip(*(place.tolist() for place in places), strict=True):
             if begin < over:
-                continue  # within a block of a private key that was found
+                continue  # within a private key block
             reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
-            before, text, behind = (
+            before, text, after = (
                 bytes(block.text[low:high]).decode("ascii", "replace")
                 for low, high in ((max(first, begin - AROUND), begin), (begin, end), (end, min(last, end + reach)))
             )
-            place = check(Candidate(text, before, behind, self._folded))
+            place = check(Candidate(text, before, after, self._folded))
             if place is not None:
                 over = begin + place[1]
                 yield begin + place[0], over

@@ -1,18 +1,19 @@
-"""Looking for what selectors mean in all text of a store: tasks like those of any stage, one a part.
+"""Scan all text, tokens or vectors of a store for selectors: a stage with one task per part.
 
-What is found goes into files ``scans/<scan>/``, whose name is a keyed hash of what is looked for. So a scan that was
-killed goes on, and several machines share the work; a part that an erase has rewritten is scanned anew. The commit of
-the purge removes the files, and so does any erase; a dry run leaves them to the purge that follows it. They hold chunk
-ids, places in text, and what was measured (a distance, a score), and no text.
+Results are stored in ``scans/<scan>/``, named by a keyed hash of the selectors. So a killed scan is resumed and several
+machines can share it; a part that an erase rewrote is scanned again. The commit of the purge removes the files, and so
+does any erase; a dry run leaves them for the purge after it. They hold chunk ids, places in text, and distances or
+scores, but no text.
 
-What was found is a table of ``parts.SCANS_SCHEMA``, one row a chunk that a selector means by one of its names, in the
-order of the chunks. ``selectors`` count those of the scan, ``labels`` the names of each. ``begin`` and ``end`` count
-bytes from where the chunk's text begins (the first may be negative); both 0 where no place in the text is meant.
-``figures``: what was measured (``selector.BlockHits``), NaN where nothing was.
+A result is a table of ``parts.SCANS_SCHEMA`` with a row per chunk, selector and label, in the order of the chunks:
 
-In a task threads work side by side, at a block of whole documents each: matchers spend their time in numpy, Arrow and
-RE2, which let others run meanwhile. Of a chunk that a selector means several times by one name, the first is kept.
-Memory: a block a thread, and 34 bytes a hit.
+- ``selectors``: index of the selector in the scan. ``labels``: index into its names.
+- ``begin``, ``end``: the first match, in bytes from the beginning of the chunk's text (``begin`` may be negative);
+  both 0 if the whole chunk is selected.
+- ``figures``: a distance or score (``selector.BlockHits``), NaN if not measured.
+
+In a task each thread works on a block of whole documents. Matchers spend their time in numpy, Arrow and RE2, which
+release the GIL. Memory: a block per thread, and 34 bytes per hit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ KIND = "scans"
 
 @dataclass(frozen=True, slots=True)
 class ScanStage:
-    """All parts that were not scanned by ``selectors`` yet. ``shard`` (i, n): this is job i of n."""
+    """Scans all parts with ``selectors``. ``shard`` (i, n): this is job i of n."""
 
     selectors: tuple[Selector, ...]
     shard: tuple[int, int] | None = None
@@ -52,12 +53,12 @@ class ScanStage:
     unit: str = field(default="chunk", init=False)
 
     def scan(self, store: Store) -> str:
-        """The name of this scan: a hash, keyed with the store's secret, of what is looked for."""
+        """Return the name of this scan: a hash of its selectors, keyed with the store's secret."""
         asked = [[selector.kind, selector.literal()] for selector in self.selectors]
         return store.identity.keyed_hash(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS).decode())[:16]
 
     def plan(self, store: Store) -> list[Task]:
-        """One task a part that is not scanned, or was rewritten since; ``UsageError`` if a selector lacks files."""
+        """Return a task per part to scan; ``UsageError`` if a selector lacks files."""
         tasks = []
         for part, reads, old in self._unscanned(store):
             key = task_key(self.name, {"scan": self.scan(store)}, reads)
@@ -67,11 +68,11 @@ class ScanStage:
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def is_done(self, store: Store) -> bool:
-        """Whether what this scan found is committed for every part, as it is now: staged tasks are not, yet."""
+        """Return whether the results of all current parts are committed."""
         return next(self._unscanned(store), None) is None
 
     def _unscanned(self, store: Store) -> Iterator[tuple[int, list[str], FileEntry | None]]:
-        """Parts that are not scanned as they are now, the files that are read of each, and what was found before."""
+        """Yield each part whose current files are not scanned, the files to read, and its outdated result."""
         scan = self.scan(store)
         for part in store.state.all_parts():
             more = {path for selector in self.selectors for path in selector.reads(store, part)}
@@ -81,7 +82,7 @@ class ScanStage:
                 yield part, reads, old
 
     def open(self, store: Store) -> ScanWorker:
-        """Get the matchers ready."""
+        """Return the worker, with all matchers loaded."""
         return ScanWorker(store, self)
 
 
@@ -112,7 +113,7 @@ class ScanWorker:
         return Staged(task.key, "select", run, settings, reads, (entry,), replaced)
 
     def _side_by_side(self, blocks: Iterator[TextBlock]) -> Iterator[tuple[int, pa.Table]]:
-        """Rows and what was found of each block, in order; one block more than there are threads is held."""
+        """Yield the rows and results of each block, in order; holds one block more than there are threads."""
         with ThreadPoolExecutor(self._threads) as pool:
             waiting: deque[Future[tuple[int, pa.Table]]] = deque(
                 pool.submit(_first_hits, self._matchers, block) for block in itertools.islice(blocks, self._threads)
@@ -129,7 +130,7 @@ class ScanWorker:
 
 
 def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Table]:
-    """The rows of a block, and what matchers mean in it: of each row the first of each of their names."""
+    """Return the rows of a block, and the first hit of each row, matcher and label."""
     every = []
     for number, matcher in enumerate(matchers):
         hits = matcher(block)
@@ -148,17 +149,17 @@ def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Tabl
 
 
 def read_scan(store: Store, stage: ScanStage) -> tuple[pa.Table, list[list[str]]]:
-    """What a scan found, in the order of the chunks, and the names of each selector ([]: nothing was scanned).
+    """Read the result of a scan, in the order of the chunks, and the names of each selector ([]: nothing was scanned).
 
-    ``ConflictError`` if a part was not scanned as it is now: what is in it must not be missed.
+    ``ConflictError`` if a part is not scanned, or was rewritten since.
     """
     if not stage.is_done(store):
-        raise ConflictError("a part has come, or was rewritten, since the scan", "Run the same command again.")
+        raise ConflictError("a part was added or rewritten since the scan", "Run the same command again.")
     entries = store.state.group(KIND, stage.scan(store)).entries()
     found = [parts.SCANS_SCHEMA.empty_table(), *(parts.read_parquet(store, entry) for entry in entries)]
     return pa.concat_tables(found), [list(one.names) if entries else [] for one in stage.selectors]
 
 
 def scan_files(state: State, scan: str) -> list[str]:
-    """Paths of the files of a scan."""
+    """Return the paths of the files of a scan."""
     return [entry.path for entry in state.group(KIND, scan).entries()]

@@ -1,15 +1,14 @@
-"""What all selectors by content share: blocks of text that they look at, what they answer, and the files they get.
+"""The interface of selectors that scan: blocks of text, hits, and reading their files of values.
 
-A block is whole documents of a part. Its text is that of its chunks one behind the other, so a match may lie across the
-border of two chunks of a document, and not across two documents: ``documents`` says where each begins. Erased chunks
-have no bytes. Purged ones do, as what is purged may still be erased.
+A block is whole documents of a part. Its text is that of its chunks, concatenated, so a match may cross from one chunk
+to the next; matches that would cross from one document to the next are excluded by ``documents``. Erased chunks have
+no bytes. Purged chunks have their text, because they may still be erased.
 
-With a lossless tokenizer the text is what went in, byte for byte. Otherwise it is **folded**: what the tokenizer
-leaves of it, with a single space between two words, and none beside what is neither a letter nor a digit. So
-``John.Doe+x@Example.com`` is ``john.doe+x@example.com`` for a tokenizer that loses case, and ``Hello , world`` is
-``hello,world``. Patterns are searched in that.
+With a lossless tokenizer the text equals the input, byte for byte. Otherwise it is **folded**: what the tokenizer
+keeps, with one space between two words, and none beside a character that is not a letter or digit. With a tokenizer
+that loses case, ``John.Doe+x@Example.com`` is ``john.doe+x@example.com``, and ``Hello , world`` is ``hello,world``.
 
-Cost: decoding, 70 to 150 MB/s a core. Memory: tokens and text of a block, some 10 MB, or of its one document.
+Cost: decoding, 70 to 150 MB/s per core. Memory: tokens and text of a block, about 10 MB, or of its only document.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from retrotool.tokenizers.fold import Folder
 Offsets = npt.NDArray[np.int64]
 
 BLOCK_ROWS = 1 << 14
-"""Chunks that a block has at least, if its part has as many."""
+"""The least number of chunks in a block, if its part has as many."""
 
 
 class Decoder:
-    """Decodes chunks of a store, folded if its tokenizer is not lossless. Several threads may use it."""
+    """Decodes chunks of a store, folded if its tokenizer is not lossless. Thread-safe."""
 
     def __init__(self, store: Store) -> None:
         self._tokenizer = stored_tokenizer(store)
@@ -47,22 +46,22 @@ class Decoder:
         self._folder = None if self.lossless else Folder(self._tokenizer)
 
     def __call__(self, chunks: Chunks) -> tuple[Offsets, memoryview]:
-        """Where the text of each chunk begins and the last ends, int64 [n + 1], and the bytes of all."""
+        """Return where the text of each chunk begins and the last one ends, int64 [n + 1], and the bytes of all."""
         if self._folder is not None:
             starts, data = self._folder(chunks.tokens, chunks.n_tokens, chunks.index == 0)
         else:
             decoded = self._tokenizer.decode(chunks.tokens, chunks.n_tokens)
             _, offsets, data = decoded.buffers()
             starts = np.frombuffer(offsets, np.int64, len(chunks) + 1, 8 * decoded.offset)
-        # An array of nothing has no buffer of bytes.
+        # An empty array has no data buffer.
         return starts - starts[0], memoryview(data or b"")[int(starts[0]) : int(starts[-1])]
 
 
 @dataclass(frozen=True)
 class TextBlock:
-    """Whole documents of a part: ``chunks``, of which the first is row ``first`` of the part.
+    """Whole documents of a part: ``chunks``, the first of which is row ``first`` of the part.
 
-    ``documents`` are the rows of the block at which a document begins, and the number of rows, int64 [m + 1].
+    ``documents``: the first row of each document in the block, and the number of rows, int64 [m + 1].
     """
 
     chunks: Chunks
@@ -76,7 +75,6 @@ class TextBlock:
         return self.chunks.part
 
     def __len__(self) -> int:
-        """Chunks, erased ones too."""
         return len(self.chunks)
 
     @cached_property
@@ -85,17 +83,17 @@ class TextBlock:
 
     @property
     def starts(self) -> Offsets:
-        """Where in ``text`` each chunk begins, and the last ends, int64 [n + 1]."""
+        """Where in ``text`` each chunk begins and the last one ends, int64 [n + 1]."""
         return self._decoded[0]
 
     @property
     def text(self) -> memoryview:
-        """The text of all chunks, one behind the other, in UTF-8."""
+        """The concatenated text of all chunks, in UTF-8."""
         return self._decoded[1]
 
 
 def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROWS) -> Iterator[TextBlock]:
-    """A part in blocks of whole documents, of at least so many rows each but the last."""
+    """Yield a part in blocks of whole documents, each of at least ``rows`` rows except the last."""
     total = parts.part_entry(store, "chunks", part).rows
     first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy().astype(np.int64)
     start = 0
@@ -117,12 +115,13 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class BlockHits:
-    """Rows of a block that a selector means, all arrays [n]; a row may come up several times.
+    """Rows of a block that a selector selects; all arrays are [n], and rows may repeat.
 
-    ``rows`` count from the first row of the block. ``labels`` say by which of the selector's names. ``begin`` and
-    ``end`` are where in the bytes of ``TextBlock.text`` the match is, the same for all rows that it touches; −1 where a
-    chunk is meant for what it is, not for a place in its text. ``figures`` are how much each is meant, in the
-    selector's unit (a distance, a score), NaN where nothing is measured.
+    * ``rows``: counted from the first row of the block.
+    * ``labels``: indexes into the selector's ``names``.
+    * ``begin``, ``end``: bytes of ``TextBlock.text`` that match, the same for all rows that the match touches; −1 if a
+      chunk is selected as a whole.
+    * ``figures``: a distance or score, NaN if the selector measures none.
     """
 
     rows: Rows
@@ -132,12 +131,11 @@ class BlockHits:
     figures: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
-        """How many."""
         return len(self.rows)
 
     @classmethod
     def whole(cls, rows: Rows, figures: npt.NDArray[np.float32] | None = None) -> BlockHits:
-        """Return hits of whole chunks; ``figures`` [n] if something was measured."""
+        """Return hits of whole chunks, with ``figures`` [n] if given."""
         nowhere = np.full(len(rows), -1, np.int64)
         if figures is None:
             figures = np.full(len(rows), np.nan, np.float32)
@@ -145,72 +143,69 @@ class BlockHits:
 
     @classmethod
     def touched(cls, block: TextBlock, begin: Offsets, end: Offsets, label: int = 0) -> BlockHits:
-        """Return the rows that matches touch, of spans [begin, end), [h], of bytes in the text of a block.
+        """Return the rows that matches touch; [begin, end), [h], are spans of bytes in the text of a block.
 
-        An empty span touches the chunk that has the byte behind it.
+        An empty span touches the chunk with the byte after it.
         """
         low, high = (
             np.minimum(np.searchsorted(block.starts, place, side="right") - 1, len(block) - 1)
             for place in (begin, np.maximum(end - 1, begin))
         )
         span, row = pairs_of_ranges(low, high + 1)
-        full = block.chunks.n_tokens[row] > 0  # what is erased has no bytes, and is touched by none
+        full = block.chunks.n_tokens[row] > 0  # not erased
         span, row = span[full], row[full]
         figures = np.full(len(row), np.nan, np.float32)
         return cls(row, np.full(len(row), label, np.int32), begin[span], end[span], figures)
 
     @classmethod
     def joined(cls, several: Sequence[BlockHits]) -> BlockHits:
-        """Return all of several hits, at least one."""
+        """Concatenate hits, at least one."""
         return cls(*(np.concatenate([getattr(hits, one.name) for hits in several]) for one in fields(cls)))
 
 
 Matcher = Callable[[TextBlock], BlockHits]
-"""Finds the rows of a block that a selector means. Called from several threads at once.
+"""Finds the rows of a block that a selector selects. Called from several threads concurrently.
 
-It may have ``block_rows``, the chunks that a block should have, ``BLOCK_ROWS`` otherwise. Small blocks suit a slow
-matcher: progress shows, and threads share the work.
+It may have ``block_rows``, the number of chunks that blocks should have (default: ``BLOCK_ROWS``). A slow matcher uses
+small blocks, to show progress and to share the work among threads.
 """
 
 
 class Selector:
-    """Says what is looked for. Subclasses are frozen dataclasses, which are sent to worker processes."""
+    """What to search for. Subclasses are frozen dataclasses, which are sent to worker processes."""
 
     __slots__ = ()
     kind: ClassVar[str]
-    """The name of its option, without the dashes."""
+    """The name of its option, without dashes."""
     reads_text: ClassVar[bool] = False
-    """Whether it looks at text; if not, none is decoded for it."""
+    """Whether it reads text; otherwise none is decoded for it."""
 
     @property
     def names(self) -> Sequence[str]:
-        """What labels stand for. None may contain what is looked for, as they are printed and kept."""
+        """The meaning of labels. They are printed and stored, so they must not quote what is searched for."""
         return (self.kind,)
 
     def literal(self) -> dict[str, Any]:
-        """Return what it was given, as JSON: all fields that compare.
-
-        It can be personal data: it is kept in erasable files only.
-        """
+        """Return its fields that compare, as JSON. They can be personal data, so only erasable files store them."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.compare}  # type: ignore[arg-type]
 
     def reads(self, store: Store, part: int) -> list[str]:  # noqa: ARG002
-        """Return paths of the files of a part, besides its chunks, that are read; ``UsageError`` if one is missing."""
+        """Return the paths of the files to read besides chunks; ``UsageError`` if one is missing."""
         return []
 
     def open(self, store: Store) -> Matcher:
-        """Return what finds it; ``UsageError`` if this can't be looked for in this store."""
+        """Return the matcher; ``UsageError`` if the selector can't be used with this store."""
         raise NotImplementedError
 
 
 Value = str | int | Path
-"""A value to select by; a ``Path`` is a file with one value a line, ``Path("-")`` standard input."""
+"""A value to select by; a ``Path`` is a file with one value per line, ``Path("-")`` standard input."""
 Values = Value | Sequence[Value]
 
 
 @dataclass(frozen=True, slots=True)
 class GivenValue:
-    """A value to select by, and the ``place`` in a file that it was read from ("" if it was given itself)."""
+    """A value to select by, and the ``place`` in a file that it was read from ("": no file)."""
 
     text: str
     place: str = field(default="", compare=False)
@@ -221,9 +216,9 @@ class GivenValue:
 
 
 def read_values(option: str, given: Values, what: str) -> tuple[GivenValue, ...]:
-    """Return values, those of files line by line; blank lines are left out.
+    """Read values, those of files line by line; blank lines are skipped.
 
-    ``UsageError`` for a value that is not UTF-8, and a file that can't be read or has no ``what``.
+    ``UsageError`` for a value that is not UTF-8, and for a file that can't be read or has no ``what``.
     """
     several: Sequence[Value] = [given] if isinstance(given, Value) else given
     found: list[GivenValue] = []
@@ -246,7 +241,7 @@ def check_selector_text(option: str, text: str) -> None:
 
 
 def read_selector_file(option: str, path: str | Path) -> str:
-    """Return the text of a file, or of standard input ("-"), in UTF-8 with or without a byte order mark.
+    """Read a file, or standard input ("-"), in UTF-8 with or without a byte order mark.
 
     ``UsageError`` if it can't be read, with the line that is not UTF-8.
     """
@@ -264,11 +259,11 @@ def read_selector_file(option: str, path: str | Path) -> str:
 def read_selector_lines(
     option: str, path: str | Path, what: str, *, says: Callable[[str], object] = str.strip
 ) -> tuple[str, ...]:
-    """Return the lines of a file, without their ends; ``what`` is on each for which ``says`` is true.
+    """Read the lines of a file, without line ends.
 
-    ``UsageError`` if it is on none: a file is given to select by it.
+    ``UsageError`` if no line has a ``what``, that is, ``says`` is false for all of them.
     """
     lines = tuple(line.removesuffix("\r") for line in read_selector_file(option, path).split("\n"))
     if not any(map(says, lines)):
-        raise UsageError(f"{option} {path} has no {what}", f"Give a file with one {what} a line.")
+        raise UsageError(f"{option} {path} has no {what}", f"Give a file with one {what} per line.")
     return lines

@@ -1,22 +1,23 @@
-"""Terms: the words and names of a list, found as whole words, whatever their case, width or spacing.
+"""``--terms``: words and names of a list, found as whole words, ignoring case, width and spacing.
 
-Text and terms are compared normalised: NFKC, without case, a run of white space as a single space. A term may be
-several words, with anything between them, and begin or end with what is no word, as ``C++`` does. What is on both sides
-of a match is neither a letter, a digit nor a mark. Every occurrence counts, overlapping ones too. Where the tokenizer
-loses case, accents or spacing, terms go through it as the text did. So ``Müller`` also finds ``muller`` there, and
-``.NET`` also ``ASP.NET``.
+Text and terms are normalised: NFKC, case-folded, each run of white space as one space. A term may have several words
+with any characters between them, and may begin or end with other characters, like ``C++``. The characters beside a
+match are not letters, digits or marks. All occurrences count, overlapping ones too.
 
-How: ASCII is normalised by a table of bytes. **Islands** of anything else, each with the one ASCII character before it,
-as a mark behind may join it, are normalised in one call and put back; places in one text are found in the other by
-where the islands are in both. Of the words of a term the one that is rarest in the list is its anchor. All words of the
-text are looked up among the anchors, by Arrow's hash table; of terms of several words the words around are compared.
+If the tokenizer loses case, accents or spacing, terms are tokenized like the text. ``Müller`` then also finds
+``muller``, and ``.NET`` also ``ASP.NET``.
 
-Cost: 60 to 140 MB/s a core for ASCII, 7 to 10 MB/s for text in other scripts, nearly the same for a hundred terms and
-a hundred thousand; and 1 to 3 µs for each match. Memory: ten times the text of a block, up to 35 times in other
-scripts, 16 MB, and 0.5 KB a term.
+Not found: inflected forms, misspellings, and words of languages without spaces between words (北京 is found in
+北京大学 in folded text, where each character is a word, but not in other text).
 
-Not found: inflected forms, spelling mistakes, and words of a language that puts no space between them (of 北京大学 it
-finds 北京 in text that is folded, where each is a word, and not in other text).
+Method: ASCII is normalised with a byte table. **Islands** of other characters are normalised in one call and put back,
+each with the ASCII character before it, which a combining mark may join; their positions in both texts map places from
+one to the other. The anchor of a term is its word that is rarest in the list. Arrow's hash table looks up all words of
+the text among the anchors; for terms of several words the surrounding words are then compared.
+
+Cost: 60 to 140 MB/s per core for ASCII, 7 to 10 MB/s for other scripts, nearly independent of the number of terms; and
+1 to 3 µs per match. Memory: ten times the text of a block, up to 35 times for other scripts, 16 MB, and 0.5 KB per
+term.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _IS_WORD = bytes(number > 127 or chr(number).isalnum() for number in range(256))
 
 
 def normalised(text: str) -> str:
-    """NFKC without case, and every white space a space."""
+    """Return a text in NFKC, case-folded, with every white space character as a space."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     for character in _LEFT:  # many times faster than str.translate
         text = text.replace(character, " ")
@@ -58,7 +59,7 @@ def normalised(text: str) -> str:
 
 
 def is_word(text: str) -> npt.NDArray[np.bool_]:
-    """Which characters of a text are letters, digits or marks, bool [characters]."""
+    """Return which characters of a text are letters, digits or marks, bool [characters]."""
     words: npt.NDArray[np.bool_] = kinds()[_code_points(text)] == WORD
     return words
 
@@ -71,8 +72,8 @@ def _code_points(text: str) -> npt.NDArray[np.uint32]:
 class Normal:
     """Normalised text of a block, in UTF-8.
 
-    ``is_word`` [bytes]: 1 for every byte of a letter, digit or mark, else 0. ``begin`` and ``end`` are where islands
-    and the borders of documents lie in it, ``old_begin`` and ``old_end`` where in ``original``, int64 [i].
+    ``is_word`` [bytes]: 1 for every byte of a letter, digit or mark, else 0. ``begin`` and ``end``, int64 [i]: the
+    islands and borders of documents in it; ``old_begin`` and ``old_end``: in ``original``.
     """
 
     text: bytes
@@ -85,12 +86,12 @@ class Normal:
 
     @classmethod
     def of(cls, block: TextBlock) -> Normal:
-        """The text of all documents of a block."""
+        """Normalise the text of a block."""
         lower = bytes(block.text).translate(_LOWER)
         borders = block.starts[block.documents]
         first, last = _islands(lower, borders)
         islands, island_words = _normalise([lower[b:e] for b, e in zip(first.tolist(), last.tolist(), strict=True)])
-        # In the order of their places; what a document begins with is behind its border.
+        # In the order of their places; an island at the beginning of a document comes after its border.
         is_island = np.arange(len(first) + len(borders)) < len(first)
         old_begin, old_end = np.concatenate([first, borders]), np.concatenate([last, borders])
         order = np.lexsort((is_island, old_begin))
@@ -111,16 +112,15 @@ class Normal:
         return cls(text, words, begin, begin + sizes, old_begin, old_end, block.text)
 
     def places(self, begin: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:
-        """Where in the original text spans [h] of the normalised lie, int64 [h] each; none of them may be empty.
+        """Map spans [h] of the normalised text, none empty, to the original text, int64 [h] each.
 
-        Several characters that become one by being normalised, or one that becomes several, are within a span if any
-        part is.
+        Characters that are normalised together are within a span if any part of them is.
         """
         return self._place(begin, at_end=False), self._place(end - 1, at_end=True)
 
     def _place(self, byte: Offsets, at_end: bool) -> Offsets:
-        """Where in the original text the character begins, or ends, that has a byte of the normalised."""
-        # There is a border at 0, so one is always before.
+        """Return where in the original text the character with a normalised byte begins, or ends."""
+        # There is a border at 0, so every byte has an entry before it.
         island = np.searchsorted(self.begin, byte, side="right") - 1
         inside = byte < self.end[island]
         place = byte - self.end[island] + self.old_end[island] + at_end
@@ -133,7 +133,7 @@ class Normal:
 
 
 def _islands(text: bytes, borders: Offsets) -> tuple[Offsets, Offsets]:
-    """Where islands of text that is not ASCII begin and end, none of them across a border."""
+    """Return where islands of text that is not ASCII begin and end; none crosses a border."""
     if text.isascii():
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     data = np.frombuffer(text, np.uint8)
@@ -149,7 +149,7 @@ def _islands(text: bytes, borders: Offsets) -> tuple[Offsets, Offsets]:
 
 
 def _normalise(islands: list[bytes]) -> tuple[list[bytes], npt.NDArray[np.uint8]]:
-    """Normalise texts in which no byte is 0: each, and which bytes of all are of words, uint8 [bytes]."""
+    """Normalise texts without zero bytes; also return which bytes of all belong to words, uint8 [bytes]."""
     if not islands:
         return [], np.zeros(0, np.uint8)
     text = normalised(b"\0".join(islands).decode("utf-8", "surrogateescape"))
@@ -159,15 +159,15 @@ def _normalise(islands: list[bytes]) -> tuple[list[bytes], npt.NDArray[np.uint8]
 
 
 def _sizes(text: str) -> npt.NDArray[np.int64]:
-    """Bytes of each character; a byte that is no UTF-8 came as a surrogate."""
+    """Return the bytes of each character; bytes that are not UTF-8 are surrogates."""
     points = _code_points(text)
     return np.select([points < 0x80, points < 0x800, points >> 11 == 0x1B, points < 0x10000], [1, 2, 1, 3], 4)
 
 
 def _ends(island: bytes) -> tuple[Offsets, Offsets]:
-    """Where the pieces of an island end that can be normalised each by itself: in new bytes [p], in old ones [p + 1].
+    """Split an island into pieces that can be normalised separately; return their ends.
 
-    Before the latter is a 0, where the first piece begins.
+    The ends are in normalised bytes [p], and in original bytes after a 0 [p + 1].
     """
     text = island.decode("utf-8", "surrogateescape")
     if normalised(text) == text:
@@ -191,7 +191,7 @@ _BATCH = 1000
 
 
 def read_terms(path: Path) -> tuple[str, ...]:
-    """The terms of a file in UTF-8, one a line; lines that are blank or begin with ``#`` are none."""
+    """Read the terms of a UTF-8 file, one per line; blank lines and lines that begin with ``#`` are skipped."""
     terms = []
     for number, line in enumerate(read_selector_lines("--terms", path, "term", says=_is_term), 1):
         if not _is_term(line):
@@ -199,7 +199,7 @@ def read_terms(path: Path) -> tuple[str, ...]:
         term = line.strip()
         if not any(map(str.isalnum, term)):
             raise UsageError(
-                f"{path}, line {number}: a term has a letter or a digit", "Take the line out, or begin it with #."
+                f"{path}, line {number}: a term needs a letter or a digit", "Remove the line, or begin it with #."
             )
         terms.append(term)
     return tuple(terms)
@@ -218,7 +218,7 @@ class Terms(Selector):
     terms: tuple[str, ...]
 
     def open(self, store: Store) -> Matcher:
-        """Fold the terms as the text is; ``UsageError`` if the tokenizer leaves nothing of one that can be found."""
+        """Prepare the terms, folded if the text is; ``UsageError`` if the tokenizer can't represent one."""
         tokenizer = stored_tokenizer(store)
         if tokenizer.lossless:
             return TermMatcher(self.terms)
@@ -226,7 +226,7 @@ class Terms(Selector):
 
 
 def folded_terms(tokenizer: Tokenizer, terms: Sequence[str]) -> list[str]:
-    """What is left of terms by a tokenizer, folded."""
+    """Tokenize terms and decode them to folded text; ``UsageError`` for a term with unknown tokens."""
     model = json.loads(tokenizer.backend.to_str())["model"]
     unknown = tokenizer.backend.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
     folder = Folder(tokenizer)
@@ -239,8 +239,8 @@ def folded_terms(tokenizer: Tokenizer, terms: Sequence[str]) -> list[str]:
             tokens[row, : len(ids)] = ids
             if unknown is not None and unknown in ids:
                 raise UsageError(
-                    f"the store's tokenizer can't write term {start + row + 1}, so it can't be found in the store",
-                    "Take it off the list, or look for a part of it.",
+                    f"the store's tokenizer can't represent term {start + row + 1}, so it can't be found in the store",
+                    "Remove it from the list, or search for a part of it.",
                 )
         starts, data = folder(tokens, n_tokens, np.ones(len(encoded), np.bool_))
         text = bytes(data)
@@ -250,7 +250,7 @@ def folded_terms(tokenizer: Tokenizer, terms: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """A term in words: ``lead`` and ``trail`` are what is before the first and behind the last, ``body`` the rest."""
+    """A term and its words; ``lead`` is before the first word, ``trail`` after the last, ``body`` in between."""
 
     lead: bytes
     body: bytes
@@ -259,13 +259,13 @@ class _Term:
 
     @classmethod
     def of(cls, term: str) -> _Term:
-        """Of a term, normalised here."""
+        """Normalise and split a term."""
         text = " ".join(normalised(term).split())
         inside = np.concatenate([[False], is_word(text), [False]])
         edges = np.flatnonzero(inside[1:] != inside[:-1]).tolist()
         words = tuple(text[begin:end].encode() for begin, end in zip(edges[::2], edges[1::2], strict=True))
         if not words:
-            raise UsageError("a term has nothing that is a letter or a digit", "Take it off the list.")
+            raise UsageError("a term has no letter and no digit", "Remove it from the list.")
         return cls(text[: edges[0]].encode(), text[edges[0] : edges[-1]].encode(), text[edges[-1] :].encode(), words)
 
     @property
@@ -275,11 +275,11 @@ class _Term:
 
 
 _Around = dict[tuple[int, int], dict[bytes, list[tuple[bytes, bytes]]]]
-"""By how many words are before the anchor and how many the term has, and then by its body: its leads and trails."""
+"""(words before the anchor, words of the term) to body to leads and trails."""
 
 
 class TermMatcher:
-    """Finds terms in blocks whose text they are written like."""
+    """Finds terms in blocks; if the text is folded, the terms must be too."""
 
     def __init__(self, terms: Sequence[str], *, folded: bool = False) -> None:
         self._folded = folded
@@ -304,9 +304,9 @@ class TermMatcher:
         self._more = np.array([bool(around) for around in self._around], np.bool_)
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """The rows in which terms are."""
+        """Find the rows with terms."""
         normal = Normal.of(block)
-        # Text begins and ends with what is no word.
+        # The text begins and ends with a border, which is not a word.
         edges = np.flatnonzero(normal.is_word[1:] != normal.is_word[:-1]) + 1
         begins, ends = np.ascontiguousarray(edges[::2]), np.ascontiguousarray(edges[1::2])
         which, anchor = self._look_up(normal.text, edges)
@@ -320,9 +320,9 @@ class TermMatcher:
         return BlockHits.touched(block, *normal.places(found[:, 0], found[:, 1]))
 
     def _look_up(self, text: bytes, edges: Offsets) -> tuple[Offsets, Offsets]:
-        """Return which words are anchors, and which anchors these are; words and what is between alternate at edges.
+        """Return which words are anchors, and which anchors; words and gaps alternate at ``edges``.
 
-        Only words of the length, the first and the last byte of an anchor are looked up.
+        Only words with the length and the first and last byte of an anchor are looked up.
         """
         data, begins, ends = np.frombuffer(text, np.uint8), edges[::2], edges[1::2]
         which = np.flatnonzero(
@@ -336,7 +336,7 @@ class TermMatcher:
     def _spans(
         self, normal: Normal, begins: Offsets, ends: Offsets, number: int, around: _Around
     ) -> Iterator[tuple[int, int]]:
-        """Where terms begin and end in normalised text whose anchor is the word of a number."""
+        """Yield (begin, end) in normalised text of terms whose anchor is word ``number``."""
         text = normal.text
         for (before, count), bodies in around.items():
             first, last = number - before, number - before + count - 1
@@ -344,15 +344,15 @@ class TermMatcher:
                 continue
             begin, end = begins.item(first), ends.item(last)
             for lead, trail in bodies.get(re.sub(rb" +", b" ", text[begin:end]), ()):
-                low, high = _before(text, begin, lead), _behind(text, end, trail)
+                low, high = _lead_begin(text, begin, lead), _trail_end(text, end, trail)
                 if low is None or high is None or (normal.is_word[low - 1] and not (lead and self._folded)):
                     continue
                 if not normal.is_word[high] or (trail and self._folded):
                     yield low, high
 
 
-def _before(text: bytes, at: int, lead: bytes) -> int | None:
-    """Where a lead begins that ends at a place, with white space as long as it likes; None if it does not end there."""
+def _lead_begin(text: bytes, at: int, lead: bytes) -> int | None:
+    """Return where a lead that ends at ``at`` begins, with any run of spaces for a space; None: it does not match."""
     for byte in reversed(lead):
         at -= 1
         if text[at] != byte:
@@ -362,8 +362,7 @@ def _before(text: bytes, at: int, lead: bytes) -> int | None:
     return at
 
 
-def _behind(text: bytes, at: int, trail: bytes) -> int | None:
-    """Where a trail ends that begins at a place, likewise."""
+def _trail_end(text: bytes, at: int, trail: bytes) -> int | None:
     for byte in trail:
         if text[at] != byte:
             return None

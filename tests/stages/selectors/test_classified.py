@@ -139,8 +139,8 @@ def test_numbers_that_overflow_in_the_model_are_such_a_failure(store_copy: Path,
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"label": None}, "needs a label and the least score"),
-        ({"above": None}, "needs a label and the least score"),
+        ({"label": None}, "needs a label and a minimum score"),
+        ({"above": None}, "needs a label and a minimum score"),
         ({"label": "nice"}, "has no label 'nice'"),
         ({"above": 1.01}, "--classifier: 1.01 is not a score"),
         ({"above": 0.0}, "--classifier: 0.0 is not a score"),

@@ -184,7 +184,7 @@ def test_a_file_of_terms_is_read(tmp_path: Path) -> None:
     path.write_bytes("\ufeff# names\nMüller\r\n\n  New York \n#x\nC++".encode())
     assert read_terms(path) == ("Müller", "New York", "C++")
     path.write_text("a\n---\n")
-    with pytest.raises(UsageError, match=r"terms\.txt, line 2: a term has a letter or a digit"):
+    with pytest.raises(UsageError, match=r"terms\.txt, line 2: a term needs a letter or a digit"):
         read_terms(path)
     path.write_bytes(b"M\xfcller\n")
     with pytest.raises(UsageError, match="line 1 is not UTF-8"):
@@ -235,5 +235,5 @@ def test_terms_in_stores(stores: dict[str, Path], term: str, whole: list[int], f
 
 def test_what_the_tokenizer_can_not_write_is_refused(stores: dict[str, Path]) -> None:
     assert rows_in(stores["whole"], ("castle", "北京")) == [2]
-    with pytest.raises(UsageError, match="can't write term 2"):
+    with pytest.raises(UsageError, match="can't represent term 2"):
         rows_in(stores["folded"], ("castle", "北京"))
