@@ -54,7 +54,7 @@ def times(few: int, many: int) -> int:
     return many if PROFILE == "nightly" else few
 
 
-INTERRUPTED = "interrupted: what is finished is kept, the part at hand is not; run the same command again to go on.\n"
+INTERRUPTED = "interrupted: finished parts are kept, the current one is not. Run the same command again to resume.\n"
 
 WORDS = (
     "store chunk token vector index query neighbour document part shard commit log page file disk kernel driver "

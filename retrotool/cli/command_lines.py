@@ -1,4 +1,4 @@
-"""Command lines that come next, for results and for the advice of errors."""
+"""Command lines for advice: the next command after a result or an error."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from retrotool.store.store import Store
 
 K = 2
-"""Neighbours that reading a table gives, if nothing else is asked for."""
+"""Default number of neighbours read from a table."""
 SAVED = 20
-"""Neighbours that are saved."""
+"""Default number of neighbours saved."""
 SHOWN = 5
-"""Chunks that a search for a text gives."""
+"""Default number of chunks that ``search`` returns."""
 COMPARED = 10
 """Neighbours that ``leakage`` compares a chunk with."""
 
 
 def command_line(command: str, root: str | Path, **options: object) -> str:
-    """Return a command line, without the options that have their default: an index and tables are called main."""
+    """Return a command line, without options that are unset or name the default index or table, main."""
     called = ("name", "index") if command in ("index", "neighbours") else ()
     given = [
         ("-k" if option == "k" else f"--{option}", str(value))
@@ -31,19 +31,19 @@ def command_line(command: str, root: str | Path, **options: object) -> str:
 
 
 def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:
-    """Return the command that brings tables up to date that were made with ``again``: index, encoder, k and saved."""
-    given = {option: again[option] for option, usual in (("k", K), ("saved", SAVED)) if again[option] != usual}
-    # Named also where it is the usual one: that may have changed.
+    """Return the command that updates a table made with the options ``again``: index, encoder, k and saved."""
+    given = {option: again[option] for option, default in (("k", K), ("saved", SAVED)) if again[option] != default}
+    # Named even if it is the default index: that may have changed since.
     how = ["--index", str(again["index"])] if again["index"] else ["--exact"]
-    if not again["index"] and "encoder" in again:  # records of dependents did not have it before
+    if not again["index"] and "encoder" in again:  # older records of dependents have no encoder
         how += ["--encoder", str(again["encoder"])]
     return f"{command_line('neighbours', root, queries=queries, **given, name=name)} {shlex.join(how)}"
 
 
 def table_command(store: Store, table: str, database: Store | None) -> str:
-    """Return the command that brings a table of ``store`` up to date, with its options: others search all of it again.
+    """Return the command that updates a table of ``store``, with its options: other options search all of it again.
 
-    ``database`` None: the reader of the command has to name it.
+    ``database`` None: the command has a placeholder.
     """
     root = "DATABASE" if database is None else database.place
     queries = None if database is store else store.place
@@ -51,9 +51,9 @@ def table_command(store: Store, table: str, database: Store | None) -> str:
 
 
 def embed_command(store: Store, encoder: str, into: Store | None = None) -> str:
-    """Return the command that embeds what is new in a store with an encoder that it knows.
+    """Return the command that embeds new chunks of a store with one of its encoders.
 
-    ``into``: in this store instead, under the same name, even if it knows the encoder by another one.
+    ``into``: embed this store instead, under the same encoder name.
     """
     from retrotool.encoder import plain_name
     from retrotool.tokenizers import BUNDLED

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from retrotool.store.state import State
 
 WORK = "Execution (common to all commands that have these)"
-"""The panel of options that say where and how the work is done; each has a variable of the environment, too."""
+"""The panel of options for where and how work is done; each can be set by an environment variable."""
 Completion = Callable[..., list[str]]
 
 
@@ -33,11 +33,10 @@ def opt(
     complete: Completion | None = None,
     variable: str | None = None,
 ) -> Any:
-    """Return an option of typer with its help; ``least`` and ``most`` bound a number, ``panel`` heads it in the help.
+    """Return a typer option; its default is shown, unless it is None or False.
 
-    ``names`` are by default "--" and the parameter's name. The default value is shown, unless it is None or False.
-    ``complete`` lists values for the shell; ``variable`` of the environment has the value
-    where the option is not given.
+    ``names``: by default "--" and the parameter's name. ``panel``: its heading in the help. ``least`` and ``most``:
+    bounds of a number. ``complete``: lists values for the shell. ``variable``: an environment variable for the value.
     """
     return typer.Option(
         *names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most, autocompletion=complete,
@@ -46,12 +45,12 @@ def opt(
 
 
 def arg(help: str, *, metavar: str, complete: Completion | None = None) -> Any:  # noqa: A002
-    """Return an argument of typer with its help; ``complete`` lists values for the shell."""
+    """Return a typer argument; ``complete`` lists values for the shell."""
     return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=complete)
 
 
 def complete_stores(incomplete: str) -> list[str]:
-    """Return the stores, and the folders that may have some, which begin with ``incomplete``."""
+    """Return the stores, and the folders that may contain some, that begin with ``incomplete``."""
     from retrotool.store.identity import FILE
 
     folder = Path(os.path.expanduser(incomplete))  # noqa: PTH111  a trailing / counts
@@ -63,7 +62,6 @@ def complete_stores(incomplete: str) -> list[str]:
 
 
 def _complete_names(context: typer.Context, incomplete: str, names: Callable[[State], Iterable[str]]) -> list[str]:
-    """Return names in the state of the command's store; none if it can't be read."""
     from retrotool.errors import RetrotoolError
     from retrotool.store.store import Store
 
@@ -92,7 +90,7 @@ def complete_tables(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def complete_encoders(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the names of the encoders that the store has embeddings of."""
+    """Return the names of the store's encoders."""
     return _complete_names(context, incomplete, lambda state: state.names("embeddings"))
 
 
@@ -178,63 +176,63 @@ ScratchOption = Annotated[
 ]
 
 LEAST_MEMORY = 16 << 20
-"""Bytes that ``--memory`` must leave."""
+"""The smallest ``--memory``, in bytes."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30, "t": 10**12, "ti": 2**40}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
 
 
 def parse_size(option: str, text: str, *, least: int = 1) -> int:
-    """Bytes, not below ``least``, from ``64MiB``, ``10 MB`` or ``4096``."""
+    """Parse a size such as ``64MiB``, ``10 MB`` or ``4096``: bytes, at least ``least``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     size = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2] or ""])
     if not least <= size < 1 << 63:
         at_least = f" of at least {least >> 20} MiB" if least > 1 else ""
-        raise UsageError(f"{option} {text}: it is a size{at_least}, such as 64MiB")
+        raise UsageError(f"{option} {text}: not a size{at_least}", "Give for example 64MiB.")
     return size
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """(i, n) of ``i/n``."""
+    """Parse ``i/n`` to (i, n)."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text)
     if match is None:
-        raise UsageError(f"--shard {text}: it is a job and how many there are, such as 3/16")
+        raise UsageError(f"--shard {text}: not a job number and a number of jobs", "Give for example 3/16.")
     return int(match[1]), int(match[2])
 
 
 def parse_count(option: str, text: str) -> int:
-    """A number from ``1.75T``, ``300B`` (or ``300G``), ``20M``, ``500k``, ``1e9`` or ``4096``."""
+    """Parse a number such as ``1.75T``, ``300B`` (or ``300G``), ``20M``, ``500k``, ``1e9`` or ``4096``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([kmbgt])?", text.strip().lower())
     count = 0 if match is None else int(Fraction(match[1]) * _COUNTS[match[2] or ""])
     if count < 1:
-        raise UsageError(f"{option} {text}: it is a number, such as 1.75T, 20M or 4096")
+        raise UsageError(f"{option} {text}: not a positive number", "Give for example 1.75T, 20M or 4096.")
     return count
 
 
 def first_device(devices: str) -> str:
-    """Return the first of several devices, for a command that uses one: the variable may name more."""
+    """Return the first of several devices: the environment variable may name more than a command uses."""
     return devices.split(",")[0]
 
 
 def at_file(text: str) -> str | Path:
-    """Return the path of ``@FILE``, else the text itself; ``@@`` stands for an @ at its beginning."""
+    """Return the path of ``@FILE``, else the text; ``@@`` escapes an @ at its beginning."""
     return Path(text[1:]) if text.startswith("@") and not text.startswith("@@") else text.removeprefix("@")
 
 
 def at_files(several: Sequence[str] | None) -> tuple[str | Path, ...]:
-    """Return ``at_file`` of each; None is none."""
+    """Return ``at_file`` of each."""
     return tuple(map(at_file, several or ()))
 
 
 def unescape(text: str) -> str:
-    """A text with the usual backslash escapes (of n, t, r, f, 0 and the backslash) made what they stand for."""
+    r"""Replace the backslash escapes ``\n``, ``\t``, ``\r``, ``\f``, ``\0`` and ``\\``."""
     return re.sub(r"\\([ntrf0\\])", lambda match: _ESCAPES[match[1]], text)
 
 
 def check_utf8(option: str, text: str) -> None:
-    """``UsageError`` if a text is not UTF-8: the shell hands any bytes on, and no file of a store can hold them."""
+    """Raise ``UsageError`` for text that is not UTF-8: the shell passes any bytes, and stores hold UTF-8 only."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""One renderer for all commands: a result as JSON on stdout, or as text; errors and progress go to stderr."""
+"""Print results as JSON or text on stdout, and errors and notes on stderr."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F
 _CONTROLS |= {
     number: f"\\u{number:04x}" for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
 }
-"""Characters that move the cursor, colour the terminal, break lines or change the direction of text, and how they are
-shown: documents are hostile."""
+"""Escapes of characters that move the cursor, colour the terminal, break lines or change the text direction.
+
+Documents are hostile.
+"""
 _IN_JSON = {number: f"\\u{number:04x}" for number in _CONTROLS if number >= 0x7F}
-"""The same in JSON, whose strings have no characters below 0x20; a reader gets the characters themselves."""
+"""The same for JSON, where characters below 0x20 are escaped already; readers get the characters themselves."""
 _INSIDE = {number: shown for number, shown in _CONTROLS.items() if chr(number) not in "\t\n"}
 
 
 def show(result: Any, as_json: bool, text: Callable[[Any], str], *, styled: bool = False) -> None:
-    """Print a result (a dataclass): one JSON object on stdout, or ``text`` of it.
+    """Print a result (a dataclass) on stdout: as one JSON object, or as ``text`` of it.
 
-    Controls are escaped, unless the text is ``styled``: then it has no others than its colours.
+    Control characters are escaped, unless the text is ``styled`` and was escaped before.
     """
     if as_json:
         sys.stdout.write(_json(asdict(result)) + "\n")
@@ -42,19 +44,19 @@ def show(result: Any, as_json: bool, text: Callable[[Any], str], *, styled: bool
 
 
 def visible(text: str) -> str:
-    """Return a text with its controls as escapes, but for tabs and line breaks."""
+    """Escape control characters, except tabs and line breaks."""
     return text.translate(_INSIDE)
 
 
 def one_line(text: str) -> str:
-    """Return a text for one line of a terminal: white space is a space, and controls are shown as escapes."""
+    """Return a text as one line: white space becomes a space, control characters are escaped."""
     return re.sub(r"\s+", " ", text).translate(_CONTROLS)
 
 
 def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str]) -> None:
-    """Print results (dataclasses) as they come: one JSON object with a list ``name`` on stdout, or a line of each.
+    """Print results (dataclasses) as they come: one JSON object with a list ``name``, or a line of ``text`` each.
 
-    An error ends the command as always; the object then has the fields of the error, too.
+    An error ends the command as usual; the JSON object then also has the fields of the error.
     """
     if not as_json:
         for result in results:
@@ -75,7 +77,7 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
 
 
 def show_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows below a header as CSV on stdout: RFC 4180 but for its line ends; truth is ``true`` or ``false``."""
+    r"""Print a header and rows as CSV on stdout: RFC 4180 with ``\n`` line ends; booleans are true or false."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
@@ -84,13 +86,13 @@ def show_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def _json(fields: dict[str, Any]) -> str:
     try:
         data = orjson.dumps(fields, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
-    except orjson.JSONEncodeError:  # a path, perhaps, that is not UTF-8
+    except orjson.JSONEncodeError:  # for example a path that is not UTF-8
         data = orjson.dumps(_all_printable(fields), default=str, option=orjson.OPT_SERIALIZE_NUMPY)
     return data.decode().translate(_IN_JSON)
 
 
 def _printable(text: str) -> str:
-    """Escape what is not UTF-8: a path must not keep a result, or an error, from being printed."""
+    """Escape what is not UTF-8, such as in a path."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -103,9 +105,9 @@ def _all_printable(value: Any) -> Any:
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = (), *, right: Collection[int] = ()) -> str:
-    """Return rows as columns of equal width; numbers, and the columns ``right``, are set to the right.
+    """Format rows as a table; numbers and the columns ``right`` are aligned to the right.
 
-    In a pipe it is plain text, whatever its width. In a terminal a line separates the header, and long cells wrap.
+    In a terminal a line separates the header, and long cells wrap. Elsewhere it is plain text of any width.
     """
     cells = [[_cell(value) for value in row] for row in ([header] if header else []) + [list(row) for row in rows]]
     if not cells:
@@ -147,10 +149,10 @@ def _cell(value: object) -> str:
 
 
 class Paragraph:
-    """Text of documents to lay out in lines: white space is a space, and controls are shown as escapes.
+    """Text of documents to lay out in lines; white space becomes a space, control characters are escaped.
 
-    It begins with ``fields`` in one style, two spaces apart. ``indent`` columns are left free before the first line,
-    and ``after`` before the others (default: as many).
+    It begins with ``fields`` in one style, two spaces apart. The first line is indented by ``indent`` columns, the
+    others by ``after`` (default: the same).
     """
 
     def __init__(self, *fields: str, indent: int = 0, after: int | None = None, style: str = "") -> None:
@@ -160,7 +162,7 @@ class Paragraph:
         self.text.append("  ".join(map(one_line, fields)), style)
 
     def append(self, text: str, style: str = "") -> None:
-        """Add some text, in a style of rich such as "bold yellow"."""
+        """Append text in a style of rich, such as "bold yellow"."""
         self.text.append(one_line(text), style)
 
 
@@ -189,7 +191,7 @@ def count(n: int, what: str) -> str:
 
 
 def scaled(n: float, unit: str = "") -> str:
-    """Return a number in three digits: ``1.75T``; before a unit such as `` B/s``, ``21.5 MB/s``."""
+    """Return a number in three digits: ``1.75T``; with a unit such as `` B/s``, ``21.5 MB/s``."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if n < 999.5 or prefix == "P":
             break
@@ -200,7 +202,7 @@ def scaled(n: float, unit: str = "") -> str:
 
 
 def size(n: float) -> str:
-    """Return a number of bytes as text, such as ``12.3 GB``."""
+    """Return bytes as text, such as ``12.3 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
             break
@@ -209,12 +211,12 @@ def size(n: float) -> str:
 
 
 def note(message: str) -> None:
-    """Print a message that is not part of a result, on stderr."""
+    """Print a message on stderr."""
     typer.echo(visible(message), err=True)
 
 
 def stop(message: str, as_json: bool) -> NoReturn:
-    """End a command that a person does not want to go on, with exit code 1."""
+    """End a command that the user declined to continue, with exit code 1."""
     note(message)
     write_json_error(message, "", EXIT_FAILED, as_json)
     raise typer.Exit(EXIT_FAILED)
@@ -222,9 +224,9 @@ def stop(message: str, as_json: bool) -> NoReturn:
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn a ``RetrotoolError`` into a message and an exit code; with ``--json`` also into an object on stdout.
+    """Report a ``RetrotoolError``, or an ``OSError`` that names a file, and exit with its code.
 
-    An ``OSError`` that names a file is reported the same way. Anything else is a bug, and shows its traceback.
+    With ``--json`` the error is also an object on stdout. Any other exception is a bug and shows its traceback.
     """
     try:
         yield
@@ -237,7 +239,7 @@ def errors(as_json: bool) -> Iterator[None]:
         _report(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
         raise typer.Exit(EXIT_FAILED) from None
     except KeyboardInterrupt:
-        note("interrupted: what is finished is kept, the part at hand is not; run the same command again to go on.")
+        note("interrupted: finished parts are kept, the current one is not. Run the same command again to resume.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -249,6 +251,6 @@ def _report(message: str, advice: str, exit_code: int, as_json: bool) -> None:
 
 
 def write_json_error(message: str, advice: str, exit_code: int, as_json: bool) -> None:
-    """Write an error as JSON on stdout, if ``as_json``."""
+    """Print an error as JSON on stdout, if ``as_json``."""
     if as_json:
         sys.stdout.write(_json({"error": message, "advice": advice, "exit_code": exit_code}) + "\n")

@@ -1,11 +1,10 @@
 """Write HTML pages from the Jinja2 templates in ``templates/``.
 
-A page is one file that fetches nothing. Templates extend ``base.html``, which has the head, the common style and a
-policy that lets no script run but that of the template (block ``script``).
+A page is one file that loads nothing else. Templates extend ``base.html``, which has the head, the common style and a
+policy that allows only the template's own script (block ``script``).
 
-Texts of documents are hostile. So every value that a template prints is escaped, and its control characters and those
-that turn the direction of text are shown as escapes, as in a terminal. Templates quote attributes, and never use
-``safe``.
+Texts of documents are hostile: every value that a template prints is escaped, also control characters and those that
+change the text direction, as in a terminal. Templates quote attributes and never use ``safe``.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from retrotool.cli.result_files import written
 
 
 def write_page(file: str | Path, template: str, **context: object) -> None:
-    """Write a template's HTML to ``file``, which stays as it was after an error.
+    """Write a template's HTML to ``file``, which is unchanged after an error.
 
-    Values of ``context`` may be iterators: the page is written piece by piece, and not held in memory.
-    ``StorageError`` if it can't be written; a name that ``context`` lacks raises ``jinja2.UndefinedError``.
+    Values of ``context`` may be iterators: the page is written piece by piece and not held in memory.
+    ``StorageError`` if it can't be written; ``jinja2.UndefinedError`` for a name missing in ``context``.
     """
     with written(file) as scratch, scratch.open("wb") as page:
         for piece in _TEMPLATES.get_template(template).generate(context):

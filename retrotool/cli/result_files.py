@@ -1,8 +1,8 @@
-"""Files and folders outside of a store that commands write: refused before work begins, and there whole or not at all.
+"""Files and folders that commands write outside of stores: checked before work begins, written atomically.
 
-They are written beside their place, under a hidden name, and renamed when they are whole. A folder's hidden name has
-the id of a run: the next run for the same place removes what killed runs left; whether a run is alive is decided as in
-a store (``store.runs``), so two runs at once don't disturb one another.
+They are written beside their destination under a hidden name, and renamed once complete. A folder's hidden name has
+the id of a run, so that the next run for the same destination removes what killed runs left. Runs hold leases as in a
+store (``store.leases``), so concurrent runs don't disturb each other.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from retrotool.store.local_storage import LocalStorage
 
 _RUN = re.compile("[0-9a-f]{8}")
 _SETTLED_SECONDS = 60.0
-"""For how long at most a folder is without a run while it is created, or finished."""
+"""The longest time that a folder is without a run while it is created or finished."""
 
 
 def check_file(option: str, file: str | Path, *, new: bool = False) -> None:
-    """Raise ``UsageError`` if ``file`` can't be written: it has no folder, is something else, or is in a store.
+    """Raise ``UsageError`` unless ``file`` can be written: its folder exists, and it is not in a store.
 
-    ``new``: nor may it exist. In a store it might replace one of its files, and an erase would not reach its text.
+    ``new``: it must not exist. In a store it could replace one of its files, and an erase would not reach its text.
     """
     path = Path(file)
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UsageError(f"{option} {file}: there is no folder {folder}", "Make it first.")
+        raise UsageError(f"{option} {file}: the folder {folder} does not exist", "Create it first.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{option} {file}: you may not write into {folder}", "Name a file in another folder.")
+        raise StorageError(f"{option} {file}: {folder} is not writable", "Name a file in another folder.")
     if path.is_dir():
         raise UsageError(f"{option} {file} is a folder", "Name a file in it.")
     if path.exists() and not path.is_file():
         raise UsageError(f"{option} {file} is a device or a pipe, not a file", "Name a file.")
     if new and path.exists():
-        raise UsageError(f"{option} {file} exists already", "Name a file that does not.")
+        raise UsageError(f"{option} {file} exists already", "Name a new file.")
     check_outside(option, file, "file")
 
 
@@ -57,9 +57,9 @@ def check_outside(option: str, path: str | Path, kind: str) -> None:
 
 @contextmanager
 def written(file: str | Path) -> Iterator[Path]:
-    """Yield a path beside ``file`` to write to, which replaces ``file`` at the end, and is removed after an error.
+    """Yield a path beside ``file`` to write to. It replaces ``file`` at the end, and is removed after an error.
 
-    ``StorageError`` if the disk is full, and the like.
+    ``StorageError`` if the file can't be written, for example because the disk is full.
     """
     path = Path(file)
     scratch, folder = path.with_name(f".{path.name}.{os.getpid()}"), path.absolute().parent
@@ -67,10 +67,10 @@ def written(file: str | Path) -> Iterator[Path]:
         yield scratch
         scratch.replace(path)
     except OSError as error:
-        # Of the scratch file and its folder a user knows nothing.
+        # Errors about the scratch file or its folder are reported for ``file``.
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
         if error.filename is not None and (named is None or named.absolute() not in (scratch.absolute(), folder)):
-            raise  # it is about another file
+            raise
         raise StorageError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
         scratch.unlink(missing_ok=True)
@@ -79,18 +79,18 @@ def written(file: str | Path) -> Iterator[Path]:
 def check_place(option: str, path: str | Path) -> Path:
     """Return the absolute path of a new folder.
 
-    ``UsageError`` if something is there, its parent is missing, or it is in a store, whose erases would not reach it.
+    ``UsageError`` if it exists and is not an empty folder, its parent is missing, or it is in a store.
     """
     target = Path(path).resolve()
     if not target.parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder {target.parent}", "Make it first.")
+        raise UsageError(f"{option} {path}: the folder {target.parent} does not exist", "Create it first.")
     check_outside(option, path, "folder")
     if not target.exists():
         return target
     if not target.is_dir():
-        raise UsageError(f"{option} {path} is a file", "Name a folder that is not there yet.")
+        raise UsageError(f"{option} {path} is a file", "Name a new folder.")
     if any(target.iterdir()):
-        raise UsageError(f"{option} {path} is not empty", "Name a folder that is not there yet, or remove this one.")
+        raise UsageError(f"{option} {path} is not empty", "Name a new folder, or remove this one.")
     if target.is_mount() or target == Path.cwd():
         raise UsageError(f"{option} {path} can't be replaced", "Name a folder in it.")
     return target
@@ -100,9 +100,8 @@ def check_place(option: str, path: str | Path) -> Path:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``target`` at the end, unless there is an error."""
     with tempfile.TemporaryFile(dir=target.parent) as file:
-        now = os.fstat(file.fileno()).st_mtime  # the time by the clock of the file system
+        now = os.fstat(file.fileno()).st_mtime  # the file system's clock
     prefix = f".{target.name}.export-"
-    # What dead runs left goes first.
     for left in target.parent.iterdir():
         run = left.name.removeprefix(prefix)
         if run != left.name and _RUN.fullmatch(run) and left.is_dir() and _is_dead(left, run, now):
@@ -130,7 +129,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             raise StorageError(
                 f"{target}: no space left; nothing of it was kept", "Free some space and run the same command again."
             ) from error
-        if error.filename is None and error.errno is not None:  # a write; else it names what it is of
+        if error.filename is None and error.errno is not None:  # a write
             raise StorageError(
                 f"{target} can't be written: {os.strerror(error.errno)}; nothing of it was kept"
             ) from error
@@ -142,7 +141,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def _is_dead(left: Path, run: str, now: float) -> bool:
     storage = LocalStorage(str(left))
     file = left / leases.run_path(run)
-    # A run that ends removes its file first: where that is missing after the check, it may have been alive.
+    # A run that ends removes its file first: if that is missing after the check, the run may have been alive.
     if file.exists() and not leases.is_alive(storage, run, now=now) and file.exists():
         return True
     return not file.exists() and now - left.stat().st_mtime > _SETTLED_SECONDS

@@ -1,1 +1,1 @@
-"""Checking that a purge holds and that an erase left nothing, and the receipt that says so."""
+"""Checking purges and erases, and writing receipts."""

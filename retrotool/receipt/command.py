@@ -50,8 +50,8 @@ def _text(store: str, result: VerifiedPurge) -> str:
     lines = [f"Purge {receipt.purge} of {output.count(receipt.chunks, 'chunk')}: {STATES[receipt.state]}."]
     kinds = [(one.kind, one.files, one.rows, one.left) for one in receipt.files.kinds if one.files]
     lines.append(output.table(kinds, ("decoded", "files", "rows", "left")))
-    taken = [(path.name, path.rows, path.found) for path in receipt.read_paths]
-    lines.append(output.table(taken, ("read by", "rows", "found")))
+    paths = [(path.name, path.rows, path.found) for path in receipt.read_paths]
+    lines.append(output.table(paths, ("read by", "rows", "found")))
     lines += [f"  {path.name}: {output.one_line(path.note)}" for path in receipt.read_paths if path.note]
     lines += [f"  {line}" for line in _about_files(receipt)]
     if receipt.ok:
@@ -63,7 +63,7 @@ def _text(store: str, result: VerifiedPurge) -> str:
         lines.append(f"To erase it: {shlex.join(['retrotool', 'erase', store, receipt.purge])}")
     lines.append(f"Receipt: {result.json} and {result.page}")
     if result.commit is None:
-        lines.append("The store can't be written to, so its log does not name the receipt.")
+        lines.append("The store is read-only, so its log does not record the receipt.")
     return "\n".join(lines)
 
 
@@ -78,5 +78,5 @@ def _about_files(receipt: Receipt) -> list[str]:
             for one in receipt.files.unknown
         ]
     if receipt.files.in_progress:
-        lines.append(f"not checked: {output.count(receipt.files.in_progress, 'file')} of commands that are running")
+        lines.append(f"not checked: {output.count(receipt.files.in_progress, 'file')} of running commands")
     return lines

@@ -1,13 +1,15 @@
 """Check that purged chunks are not returned by any read path.
 
-Each path is taken as its command or class takes it: chunks, documents, embeddings and continuations by ``Reader``,
-searches by every index and without one, every table of neighbours by the reader that ``inspect`` and ``export`` share,
-by ``RetroDataset``, by an export and by ``inspect``, and every index by ``leakage``.
+Each path is exercised through the same entry point as its command or class:
 
-Queries of searches are the chunks' own vectors as long as they are there, and then those of the nearest rows that have
-one. Exact searches look through the parts of the purged chunks.
+- ``Reader``: chunks, documents, embeddings and continuations;
+- searches with every index, and exact ones over the parts of the purged chunks;
+- every neighbour table: the reader that ``inspect`` and ``export`` share, ``RetroDataset``, an export, ``inspect``;
+- ``leakage`` with every index.
 
-Cost: the chunks of the parts concerned, and three readings of every table of neighbours. Memory: some thousand rows.
+Search queries are the vectors of purged chunks, or once these are erased, those of the nearest rows that have one.
+
+Cost: the chunks of the parts concerned, and reading every neighbour table three times. Memory: some thousand rows.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _ASKED, _INSPECTED = 100, 200
 _SLOTS, _BATCH = 16, 64
 """Chunks of a training sequence, and sequences of a batch."""
 _NONE = -1
-"""Stands for a chunk that was asked for and not returned."""
+"""Stands for a requested chunk that was not returned."""
 
 Returned = Iterator[Ids]
 """Ids [n] or [n, k] that a read path returned for n rows, ``_NONE`` where it returned nothing."""
@@ -51,9 +53,9 @@ Returned = Iterator[Ids]
 
 @dataclass(frozen=True, slots=True)
 class ReadPath:
-    """A way to read a store: ``rows`` were looked at, and a purged chunk was ``found`` among them so many times.
+    """A way to read a store: ``rows`` were read, and purged chunks ``found`` among them.
 
-    ``note``: why the path could not be taken; ``broken``: because a file of the store is not what it should be.
+    ``note``: why the path could not be checked; ``broken``: because a file of the store is damaged.
     """
 
     name: str
@@ -65,7 +67,7 @@ class ReadPath:
 
 @dataclass(frozen=True, slots=True)
 class _Purged:
-    """What is looked for: ``chunks`` of a store, of which ``reader`` has the newest commit."""
+    """Purged ``chunks`` of a store; ``reader`` is on the newest commit."""
 
     store: Store
     reader: Reader
@@ -73,30 +75,29 @@ class _Purged:
 
 
 def read_paths(store: Store, chunks: Ids) -> list[Callable[[], ReadPath]]:
-    """Return what takes each read path of a store; ``chunks`` are purged ids, ascending."""
+    """Return a function per read path of a store that checks it; ``chunks`` are purged ids, ascending."""
     it = _Purged(store, Reader(store), Tombstones(chunks))
-    ways = [("chunks", partial(_chunks, it)), ("documents", partial(_documents, it))]
+    paths = [("chunks", partial(_chunks, it)), ("documents", partial(_documents, it))]
     names = {
         "embeddings": store.state.names("embeddings"),
         "index": store.state.names("index"),
         "neighbours": sorted(store.state.with_prefix("neighbours:")),
     }
-    for kind, several in _WAYS.items():
+    for kind, several in _PATHS.items():
         for name in names[kind]:
-            ways += [(f"{what} {name}", partial(way, it, name)) for what, way in several.items()]
-    return [partial(_take, it.chunks, name, way) for name, way in ways]
+            paths += [(f"{what} {name}", partial(read, it, name)) for what, read in several.items()]
+    return [partial(_check_path, it.chunks, name, read) for name, read in paths]
 
 
-def _take(purged: Tombstones, name: str, way: Callable[[], Returned]) -> ReadPath:
-    """Take a path that may not be there: as the database of a table is elsewhere now, or a file is damaged."""
+def _check_path(purged: Tombstones, name: str, read: Callable[[], Returned]) -> ReadPath:
     rows = found = 0
     try:
-        for ids in way():
+        for ids in read():
             rows, found = rows + len(ids), found + int(purged.contains(ids).sum())
     except (UsageError, StoreNotFoundError) as error:
         return ReadPath(name, 0, 0, str(error))
     except ErasedError:
-        raise  # another process replaced what was to be read: that is no damage
+        raise  # not damage: another process replaced the file
     except (RetrotoolError, FileNotFoundError) as error:
         return ReadPath(name, 0, 0, f"can't be read: {error}", broken=True)
     return ReadPath(name, rows, found)
@@ -107,7 +108,7 @@ def _where(returned: npt.NDArray[np.bool_] | np.bool_, ids: Ids) -> Ids:
 
 
 def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
-    """The chunk if a question about it is answered, and not refused as a wrong one."""
+    """Return the chunk id unless ``ask`` refuses it with ``UsageError``."""
     try:
         ask()
     except UsageError:
@@ -116,7 +117,7 @@ def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
 
 
 def _chunks(it: _Purged) -> Returned:
-    """By their ids, in the lists of their parts, with tokens and text, and as what follows the chunk before."""
+    """Read chunks by id, in lists of their parts, with tokens and text, and as continuation of the chunk before."""
     reader, ids = it.reader, it.chunks.ids
     yield _where(reader.is_live(ids), ids)
     for part in it.chunks.parts():
@@ -130,7 +131,7 @@ def _chunks(it: _Purged) -> Returned:
 
 
 def _documents(it: _Purged) -> Returned:
-    """By the ids of documents that have none but purged chunks, as long as these ids are there."""
+    """Look up wholly purged documents by id, unless their ids are erased."""
     for part in it.chunks.parts():
         names = parts.read_documents(it.store, part, ["id"])["id"]
         whole = documents_within(it.store, part, it.chunks)
@@ -160,7 +161,7 @@ def _exact(it: _Purged, name: str) -> Returned:
 
 
 def _queries(it: _Purged, encoder: str) -> Iterator[Queries]:
-    """Vectors of some purged chunks, or of the rows nearest to them that have one, or of any, if there are any."""
+    """Yield vectors of some purged chunks, else of the nearest rows that have one, else of any rows."""
     found: list[npt.NDArray[np.float16]] = []
     for chunk in it.chunks.ids[spread(len(it.chunks), _QUERIES)].tolist():
         part, row = split_id(chunk)
@@ -180,7 +181,7 @@ def _queries(it: _Purged, encoder: str) -> Iterator[Queries]:
 
 
 def _leakage(it: _Purged, name: str) -> Returned:
-    """The chunks of the store's first parts compared with their nearest neighbours in it."""
+    """Compare the first chunks of the store with their nearest neighbours in it."""
     if it.store.identity.chunk_length > LONGEST:
         raise UsageError(f"chunks of more than {LONGEST} tokens can't be compared")
     blocks = find_leaks(it.store, Database(it.store, name), within=True, report=lambda _: None)
@@ -189,13 +190,13 @@ def _leakage(it: _Purged, name: str) -> Returned:
 
 
 def _own(reader: NeighbourReader, ids: Ids, databases: npt.NDArray[np.integer]) -> Ids:
-    """The neighbours that are chunks of the store itself."""
+    """Return the neighbours that are chunks of the store itself, ``_NONE`` for others."""
     within = [number for number, member in enumerate(reader.members) if member.within]
     return _where(np.isin(databases, within), ids)
 
 
 def _neighbours(it: _Purged, name: str) -> Returned:
-    """All that a table has of each row, as many as were saved; and the neighbours of purged chunks."""
+    """Read all saved neighbours of a table, then the neighbours of purged chunks."""
     table = NeighbourReader(it.store, name)
     for part in table.parts():
         size = parts.part_entry(it.store, "chunks", part).rows
@@ -207,7 +208,7 @@ def _neighbours(it: _Purged, name: str) -> Returned:
 
 
 def _dataset(it: _Purged, name: str) -> Returned:
-    """What a training loop gets in an epoch: chunks, and neighbours."""
+    """Read an epoch as a training loop does: chunks and neighbours."""
     store = it.store
     dataset = RetroDataset(
         store.place, name, _SLOTS * store.identity.chunk_length, batch_size=_BATCH, shuffle=False, rank=0, world_size=1
@@ -227,7 +228,7 @@ def _export(it: _Purged, name: str) -> Returned:
 
 
 def _inspect(it: _Purged, name: str) -> Returned:
-    """Random chunks with their neighbours; and the purged chunks, which it must refuse to show."""
+    """Show purged chunks, which must be refused, then random chunks with their neighbours."""
     store = it.store
     for chunk in it.chunks.ids[spread(len(it.chunks), _ASKED // 10)].tolist():
         yield _answer(chunk, partial(inspect, store.place, Choice(chunk=chunk), table=name))
@@ -238,9 +239,9 @@ def _inspect(it: _Purged, name: str) -> Returned:
         yield np.array([[shown.id, *(near.id for near in shown.neighbours if near.database == store.place)]])
 
 
-_WAYS: dict[str, dict[str, Callable[[_Purged, str], Returned]]] = {
+_PATHS: dict[str, dict[str, Callable[[_Purged, str], Returned]]] = {
     "embeddings": {"embeddings": _embeddings, "exact search": _exact},
     "index": {"search": _search, "leakage": _leakage},
     "neighbours": {"neighbours": _neighbours, "dataset": _dataset, "export": _export, "inspect": _inspect},
 }
-"""The read paths of each encoder, index and table of neighbours."""
+"""The read paths of each encoder, index and neighbour table."""

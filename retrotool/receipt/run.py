@@ -1,12 +1,12 @@
-"""``purge --verify``: check that a purge holds, and that an erase left nothing; write the receipt.
+"""``receipt``: check that purged chunks are not returned and erased ones are removed, and write a receipt.
 
-1. The log is read and checked from its beginning: who purged, when and why, and which files ever left the store.
-2. Every file that can hold something of the purged chunks is decoded, and files that left the store must be absent
-   (``verify_erasure``). Of a purge that is not erased, what is left is counted.
-3. Every read path is taken (``read_paths``).
+1. Read and check the log from the beginning: who purged, when and why, and which files ever left the store.
+2. Decode every file that can hold data of the purged chunks; files that left the store must be absent
+   (``verify_erasure``). For a purge that is not erased, count what is left.
+3. Exercise every read path (``read_paths``).
 
-The log then gets an entry with the SHA-256 of the receipt's JSON, so a receipt can't be changed afterwards; a store
-that can't be written gets none.
+A commit then records the SHA-256 of the receipt's JSON, so a receipt can't be changed unnoticed. A read-only store
+gets no commit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from retrotool.store.verify_log import check_log
 
 _LISTED = 200
 """Rows of a table on the page; the JSON has all."""
-_TAKE_AWAY = "remove it, or run any command that writes to the store"
 LIMITS = (
     "Copies of the store, backups, snapshots, and versions that a file system or a bucket keeps. Erase in them, too.",
     "Blocks of deleted files, until the disk writes over them; solid-state disks keep them longest.",
@@ -46,28 +45,30 @@ LIMITS = (
     "Chunk ids in the tombstones: they say that something was purged, not what. Hashes of ids and texts on the block "
     "list, keyed with the store's secret: they keep what was purged from coming back.",
     "Centroids and codebooks of indexes, which were trained with its vectors among others and hold none of them. "
-    "To train without it: retrotool index STORE --retrain.",
-    "The files that were chunked, exports, pages and search results that were made before.",
+    "To train without them: retrotool index STORE --retrain.",
+    "Neighbour tables of other stores: they may hold ids of its chunks, distances to them, and their text.",
+    "The input files, and exports, pages and search results made before.",
     "Models that were trained on the text: they may still know it.",
 )
-"""What a receipt says nothing about."""
+"""What a receipt does not cover."""
 
 STATES = {
     "erased": "purged and erased",
-    "partly erased": "purged, and erased in part: an erase is not finished, or another purge took some",
-    "purged": "purged, not erased: no command returns it, and its data is still in the files",
+    "partly erased": "purged and partly erased: an erase is not finished, or another purge erased some chunks",
+    "purged": "purged, not erased: no command returns it, but its data is still in the files",
 }
 """The states of a receipt in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What was purged, what was done, and what was found; nothing of the text.
+    """What was purged and erased, and what the check found; no purged text.
 
-    ``state`` is "erased", "partly erased" (an erase is not finished, or another purge took some) or "purged". ``ok``:
-    there are no ``problems``. ``chunks`` counts all that the purge names, ``copies`` those among them that repeat
-    others, and ``newly_purged`` those that no earlier purge had. ``commits`` purged and erased. ``log_head`` is the
-    SHA-256 of commit ``log_commit``, the newest. ``dependents`` were not looked at.
+    * ``state``: a key of ``STATES``. ``ok``: there are no ``problems``.
+    * ``chunks``: all that the purge names. ``copies``: those of rejected repeats. ``newly_purged``: those that no
+      earlier purge had.
+    * ``commits``: those that purged and erased. ``log_head``: SHA-256 of the newest commit, ``log_commit``.
+    * ``dependents``: stores with neighbours in this one, which were not checked.
     """
 
     store: str
@@ -98,13 +99,13 @@ class Receipt:
 
     @property
     def unread(self) -> list[str]:
-        """Names of the read paths that could not be taken, as the database of a table is elsewhere."""
+        """Names of the read paths that could not be exercised, for example because a database has moved."""
         return [path.name for path in self.read_paths if path.note and not path.broken]
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedPurge:
-    """A receipt, its files (JSON and page), and the commit that has the SHA-256 of the JSON (None: none could)."""
+    """A receipt, its files, and the commit that records the ``sha256`` of the JSON (None: the store is read-only)."""
 
     receipt: Receipt
     json: str
@@ -114,38 +115,37 @@ class VerifiedPurge:
 
 
 def verdict(receipt: Receipt) -> str:
-    """Return what was found where there is no problem, in sentences."""
-    said = ["Nothing of it is left in the store." if receipt.state == "erased" else "No command returns any of it."]
-    if receipt.unread:
-        said.append(f"{output.count(len(receipt.unread), 'read path')} could not be taken.")
-    return " ".join(said)
+    """Return what a check without problems found, in sentences."""
+    found = "Nothing of it is left in the store." if receipt.state == "erased" else "No command returns any of it."
+    unread = f" {output.count(len(receipt.unread), 'read path')} could not be checked." if receipt.unread else ""
+    return found + unread
 
 
 def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> VerifiedPurge:
-    """Check a purge, and write the receipt ``receipt-PURGE.json`` and ``.html`` into the folder ``out``.
+    """Check a purge, and write ``receipt-PURGE.json`` and ``.html`` into the folder ``out``, which is made if needed.
 
-    ``purge`` "last" is the newest. ``UsageError`` if there is no such purge, or it was undone.
+    ``purge`` "last" is the newest. ``UsageError`` if it does not exist or was undone.
     """
     store = Store.open(root)
     check_purge(store, purge := find_purge(store, purge))
     result_files.check_outside("--out", out, "folder")
     Path(out).mkdir(parents=True, exist_ok=True)
-    targets = {kind: Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html")}
-    for path in targets.values():
+    json, page = (Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html"))
+    for path in (json, page):
         result_files.check_file("--out", path)
     receipt = retry_overtaken(lambda: _check(store, purge), store.renew)
     data = orjson.dumps(asdict(receipt), option=orjson.OPT_INDENT_2) + b"\n"
     sha256 = hashlib.sha256(data).hexdigest()
-    with result_files.written(targets["json"]) as scratch:
+    with result_files.written(json) as scratch:
         scratch.write_bytes(data)
     commit, draft = None, Draft("verify", {"purge": receipt.purge, "ok": receipt.ok, "receipt": sha256})
-    with contextlib.suppress(StorageError, PermissionError), writing(store) as run:  # which it can't be, perhaps
+    with contextlib.suppress(StorageError, PermissionError), writing(store) as run:  # the store may be read-only
         commit = store.commit(run, lambda _: draft).number
     pages.write_page(
-        targets["html"], "receipt.html", receipt=receipt, state=STATES[receipt.state], verdict=verdict(receipt),
-        digest=sha256, commit=commit, listed=_LISTED,
+        page, "receipt.html", receipt=receipt, place=store.place, state=STATES[receipt.state],
+        verdict=verdict(receipt), digest=sha256, commit=commit, listed=_LISTED,
     )  # fmt: skip
-    return VerifiedPurge(receipt, str(targets["json"]), str(targets["html"]), sha256, commit)
+    return VerifiedPurge(receipt, str(json), str(page), sha256, commit)
 
 
 def _check(store: Store, purge: str) -> Receipt:
@@ -157,11 +157,11 @@ def _check(store: Store, purge: str) -> Receipt:
         report(1)
     with counting("files", "B", store.state.bytes()) as report:
         erasure = check_files(Purged(store, Tombstones(chunks), history), report)
-    ways = read_paths(store, chunks)
-    taken = []
-    with counting("read paths", "path", len(ways)) as report:
-        for take in ways:
-            taken.append(take())
+    checks = read_paths(store, chunks)
+    checked = []
+    with counting("read paths", "path", len(checks)) as report:
+        for check in checks:
+            checked.append(check())
             report(1)
     is_erased = bool(record["erased"])
     left = erasure.left if is_erased else {}
@@ -169,10 +169,10 @@ def _check(store: Store, purge: str) -> Receipt:
         *(f"the log: {problem}" for problem in log.problems),
         *_wrong_tombstones(store, purge),
         *erasure.damaged,
-        *(f"{path}: it left the store, and is still there; {_TAKE_AWAY}" for path in erasure.present),
-        *(f"{path}: something of {rows:,} rows is left; erase the purge again" for path, rows in left.items()),
-        *(f"{path.name}: returned {path.found:,} purged chunks" for path in taken if path.found),
-        *(f"{path.name}: {path.note}" for path in taken if path.broken),
+        *(f"{path}: left the store but still exists; any write to the store removes it" for path in erasure.present),
+        *(f"{path}: data is left in {output.count(rows, 'row')}; erase the purge again" for path, rows in left.items()),
+        *(f"{path.name}: returned {output.count(path.found, 'purged chunk')}" for path in checked if path.found),
+        *(f"{path.name}: {path.note}" for path in checked if path.broken),
     ]
     return Receipt(
         store=store.identity.uuid,
@@ -193,16 +193,15 @@ def _check(store: Store, purge: str) -> Receipt:
         log_head=log.head,
         log_whole=not log.problems,
         files=erasure,
-        read_paths=tuple(taken),
+        read_paths=tuple(checked),
         dependents=tuple(dependents(store)),
         limits=LIMITS,
     )
 
 
 def _wrong_tombstones(store: Store, purge: str) -> Iterator[str]:
-    """Report the files that name the purged chunks where they are not what the log says: others were checked."""
     for entry in store.state.group("tombstones").entries():
         if entry.slot.partition(".")[0] == purge and (
             store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
         ):
-            yield f"{entry.path}: its SHA-256 is not what the log says: other chunks were checked than were purged"
+            yield f"{entry.path}: its SHA-256 does not match the log, so the wrong chunks may have been checked"

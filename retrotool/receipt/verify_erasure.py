@@ -1,15 +1,17 @@
-"""Check that nothing of purged chunks is left in a store, by construction: no bytes are searched.
+"""Check that no data of purged chunks is left in a store, by decoding its files; no bytes are searched.
 
-The format is closed. Every file that can hold something of a chunk is named by the log and has a kind, and each kind
-of ``paths.DATA_KINDS`` has a check in ``CHECKS``: it decodes the file and looks at the rows of the purged chunks,
-which must be zero or null, or at the ids of an index and of tables, which must not name one. Every decoded file must
-also have the SHA-256 that the log has for it. Files that left the state (``PurgeHistory``) must be absent; the
-directories that held them are synced, so that a removed name is not there again after a power cut. What no commit names
-is not decoded but listed, as are symbolic links.
+The format is closed: the log names every file that can hold data of a chunk, and each kind of file
+(``paths.DATA_KINDS``) has a check in ``CHECKS``.
 
-Cost: reading what the parts of the purged chunks hold, the ids of all shards, and all neighbour tables of the store,
-twice (once for SHA-256); one walk over its folders. Memory: one part, or the ids of one list, and 150 bytes a path that
-the log ever named.
+- A check decodes the file. Rows of purged chunks must be zero or null; index lists and neighbour tables must not name
+  them.
+- Every decoded file must have the SHA-256 that the log has for it.
+- Files that left the state (``PurgeHistory``) must be absent. Their folders are synced, so that they do not reappear
+  after a power cut.
+- Files that no commit names, and symbolic links, are listed and not decoded.
+
+Cost: reading the parts of the purged chunks, the ids of all shards and all neighbour tables, twice (once for SHA-256);
+one walk over the folders. Memory: one part or the ids of one list, and 150 bytes per path that the log ever named.
 """
 
 from __future__ import annotations
@@ -47,15 +49,15 @@ _OF_LOG = re.compile(rf"log/\d{{8,}}\.json|{CHECKPOINT_PATH.pattern}")
 Rows = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 _NOTHING = np.zeros(0, np.bool_)
-"""Of a file that can hold nothing of a chunk, so that it is not counted."""
+"""The result for a file that can't hold data of a purged chunk and is not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class KindChecked:
-    """The live files of one kind: ``rows`` of purged chunks were looked at in ``files``; ``left`` still hold something.
+    """The live files of one kind: ``rows`` of purged chunks were checked in ``files``; ``left`` still hold data.
 
-    ``checked`` says what was looked at, or why files of this kind hold nothing of a chunk. Where whole files go with an
-    erase, rows are files.
+    ``checked``: what was checked, or why files of this kind can't hold data of a chunk. Where an erase removes whole
+    files, rows are files.
     """
 
     kind: str
@@ -67,7 +69,7 @@ class KindChecked:
 
 @dataclass(frozen=True, slots=True)
 class UnknownFile:
-    """Something under the store that no commit names: its path relative to the store, and its size.
+    """A file under the store that no commit names; ``path`` is relative to the store.
 
     ``link``: a symbolic link, which was not followed.
     """
@@ -79,12 +81,13 @@ class UnknownFile:
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """What was checked of the files of a store.
+    """The result of checking the files of a store.
 
-    ``left``: file to number of rows that still hold something of purged chunks. ``damaged``: what can't be read, or
-    is not what the log says. ``present``: paths of files that left the state and are still on disk, of ``replaced``
-    in all; ``synced``: their absence is durable. ``unknown`` files were not looked at, nor ``in_progress`` files,
-    which belong to commands that are running or to tasks that wait for their commit.
+    * ``left``: for each file, the number of rows that still hold data of purged chunks.
+    * ``damaged``: problems of files that can't be read or differ from the log.
+    * ``replaced``: how many files left the state. ``present``: paths of those that still exist. ``synced``: the
+      absence of the others is durable.
+    * Not checked: ``unknown`` files, and ``in_progress`` files of running commands and tasks that wait for a commit.
     """
 
     kinds: tuple[KindChecked, ...]
@@ -99,7 +102,7 @@ class Erasure:
 
 @dataclass(frozen=True, slots=True)
 class CommitDigest:
-    """A commit that purged or erased: its ``number``, ``kind``, ``time`` (UTC) and ``sha256``, and counts of files."""
+    """A commit that purged or erased; ``time`` is UTC."""
 
     number: int
     kind: str
@@ -110,7 +113,7 @@ class CommitDigest:
 
 
 class PurgeHistory:
-    """What the log says of ``purge``; ``check_log`` calls ``note`` with each commit, from the first on."""
+    """What the log records about ``purge``; ``check_log`` calls ``note`` with each commit, from the first on."""
 
     def __init__(self, purge: str) -> None:
         self._record = f"purge:{purge}"
@@ -118,7 +121,7 @@ class PurgeHistory:
         self.erased: CommitDigest | None = None
         """The commit after which nothing of the purge was left."""
         self.commits: list[CommitDigest] = []
-        """The commit of the purge, and those of all erases from then until it was erased."""
+        """The commit of the purge, and those of erases until it was erased."""
         self.added: dict[str, int] = {}
         """Number of the commit that added each live file, by path."""
         self.removed: set[str] = set()
@@ -130,11 +133,11 @@ class PurgeHistory:
         return self.erased is not None and self.added.get(path, -1) > self.erased.number
 
     def is_new(self, entry: FileEntry) -> bool:
-        """Return whether a file was added after the erase was done, to a slot that no file had before."""
+        """Return whether a file was added after the erase was done, to a slot that was unused before."""
         return self.is_after(entry.path) and entry.place not in self._places
 
     def note(self, commit: Commit) -> None:
-        """Take in the next commit."""
+        """Record the next commit."""
         record = commit.records.get(self._record)
         digest = CommitDigest(
             commit.number, commit.kind, commit.time, commit.sha256, len(commit.add), len(commit.remove)
@@ -157,7 +160,7 @@ class PurgeHistory:
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """What checks need to know: the ``chunks`` of a purge, and what the log says of it."""
+    """The input of checks: the ``chunks`` of a purge and its history."""
 
     store: Store
     chunks: Tombstones
@@ -169,9 +172,9 @@ class Purged:
 
 
 def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
-    """Check all files of a store; ``report`` is called with the bytes of each live file after it was checked.
+    """Check all files of a store; ``report`` is called with the bytes of each live file after its check.
 
-    ``ErasedError`` if another process replaced a file of the view; nothing is known then.
+    ``ErasedError`` if another process replaced a file of the view, so that the check must be repeated.
     """
     store = purged.store
     kinds = {kind: KindChecked(kind, check.what, 0, 0, 0) for kind, check in CHECKS.items()}
@@ -205,10 +208,10 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """``what`` is checked of files of a kind, and ``holds``, which does it (None: they can hold nothing).
+    """The check of a kind of files: ``what`` in words, and ``holds`` (None: they can't hold data of a chunk).
 
-    ``holds`` says for each row of a file that was looked at whether it still holds something, bool [n].
-    ``by_row``: only the rows of purged chunks can hold something, so a file without any is not read.
+    ``holds`` returns whether each checked row of a file still holds data, bool [n]. ``by_row``: only rows of purged
+    chunks can, so a file without any is not read.
     """
 
     what: str
@@ -274,7 +277,7 @@ def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
 
 
 def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool) -> Flags:
-    """Which rows have tokens of a purged chunk, or any of no neighbour; the rows ``mine`` must be empty."""
+    """Return which rows have tokens of a purged chunk, or tokens without a neighbour; rows ``mine`` must be empty."""
     is_chunk = text.ids >= 0
     holds: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
     empty = ~(holds[:, :, 0] | holds[:, :, 1])
@@ -295,7 +298,7 @@ def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:
 
 
 def _check_selectors(purged: Purged, entry: FileEntry) -> Flags:
-    """A purge that was made after the erase may name the same chunks, and keeps what it selected by."""
+    # A purge made after the erase may name the same chunks, and keeps its selectors.
     named = has_any(purged.store, entry.slot, purged.chunks)
     return np.array([True]) if named and not purged.history.is_new(entry) else _NOTHING
 
@@ -310,23 +313,23 @@ CHECKS: Mapping[str, _Check] = {
     "chunks": _Check("rows: no tokens", _check_chunks, by_row=True),
     "embeddings": _Check("rows: the vector zero", _check_embeddings, by_row=True),
     "index": _Check("no id in lists; no measurements from before the erase", _check_index),
-    "neighbours": _Check("rows empty; no id, distance or token in the others", _check_neighbours),
-    "tombstones": _Check("not decoded: hold ids of chunks alone"),
-    "undone": _Check("not decoded: hold ids of chunks alone"),
-    "blocked": _Check("not decoded: hold hashes that are keyed with the store's secret"),
+    "neighbours": _Check("rows empty; no id, distance or token in other rows", _check_neighbours),
+    "tombstones": _Check("not decoded: only chunk ids"),
+    "undone": _Check("not decoded: only chunk ids"),
+    "blocked": _Check("not decoded: only hashes keyed with the store's secret"),
     "quarantine": _Check("rows: no excerpt of the input", _check_quarantine),
-    "plans": _Check("not decoded: hold names of inputs, and hashes that are keyed with the store's secret"),
-    "inputs": _Check("not decoded: hold names of inputs, and hashes that are keyed with the store's secret"),
-    "selectors": _Check("files that say what was selected by", _check_selectors),
-    "scans": _Check("files that name a chunk, or are from before the erase", _check_scans),
+    "plans": _Check("not decoded: only names of inputs, and hashes keyed with the store's secret"),
+    "inputs": _Check("not decoded: only names of inputs, and hashes keyed with the store's secret"),
+    "selectors": _Check("files that quote the selectors of the purge", _check_selectors),
+    "scans": _Check("files that name a chunk, or are older than the erase", _check_scans),
 }
-"""What is checked of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""
+"""The check of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""
 
 
 def _check_removed(storage: Storage, removed: set[str]) -> tuple[tuple[str, ...], bool, list[str]]:
-    """Which files that left the state are still there; whether the absence of others is durable; and what hides some.
+    """Return the removed files that still exist, whether the absence of others is durable, and problems that hide some.
 
-    Behind the symbolic link of a folder nothing is looked for.
+    Symbolic links of folders are not followed.
     """
     present = removed.intersection(storage.irregular())
     absent = []
@@ -341,15 +344,15 @@ def _check_removed(storage: Storage, removed: set[str]) -> tuple[tuple[str, ...]
             hidden[str(error)] = None
     try:
         storage.delete(absent)
-    except (OSError, StorageError):  # such as of a file system that is mounted read-only
+    except (OSError, StorageError):  # for example a read-only file system
         return tuple(sorted(present)), False, list(hidden)
     return tuple(sorted(present)), True, list(hidden)
 
 
 def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ...], int]:
-    """Find what is under a store and is named by no commit; and count the files of work in progress.
+    """Return the files under a store that no commit names, and the number of files of work in progress.
 
-    Those of ``removed``, which left the state, are not among either. Symbolic links are not followed.
+    Neither includes ``removed`` files. Symbolic links are listed, not followed.
     """
     storage = store.storage
     own = {identity.FILE, store.identity.tokenizer.file}
@@ -357,14 +360,14 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
     waiting = {f"staging/{task}.json" for task in staged}.union(*(task.files() for task in staged.values()))
     unknown: list[UnknownFile] = []
     in_progress = 0
-    # Nothing is removed by it, and nothing written to a store that is only looked at.
+    # ``is_alive`` removes and writes nothing, so a read-only store can be checked.
     is_alive = functools.cache(lambda run: leases.is_alive(storage, run, now=time.time()))
     irregular = list(storage.irregular())
     folders = (path for path in irregular if path.endswith("/"))
     for info in itertools.chain(storage.list(""), *map(storage.list, folders)):
         if info.path in own or info.path in removed or _OF_LOG.fullmatch(info.path):
             continue
-        with contextlib.suppress(CorruptError):  # which it is if it is no path of a store's file
+        with contextlib.suppress(CorruptError):  # raised if the path is not one of a store's files
             if store.state.has(without_sums(info.path)):
                 continue
         owner = gc.owner_of(storage, info.path)

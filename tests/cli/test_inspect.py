@@ -202,7 +202,7 @@ def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) 
         (["--document", "nobody"], "the store has no document 'nobody'"),
         (["--chunk", "0", "--table", "other"], "has no neighbours 'other'; it has: main"),
         (["--chunk", "0", "-k", "21"], "-k 21"),
-        (["--chunk", "0", "--html", "FOLDER/none/page.html"], "there is no folder"),
+        (["--chunk", "0", "--html", "FOLDER/none/page.html"], "none does not exist"),
         (["--chunk", "0", "--html", "FOLDER"], "is a folder"),
         (["--chunk", "0", "--html", "/dev/null"], "is a device"),
         pytest.param(["--chunk", "0", "--html", "STORE/store.json"], "is in the store", marks=pytest.mark.on_disk),

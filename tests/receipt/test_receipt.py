@@ -198,7 +198,7 @@ def test_a_store_that_can_not_be_written_has_a_receipt(store: Path, monkeypatch:
     monkeypatch.setattr(leases.Run, "__enter__", refused)
     found = verified(store, name)
     assert found.receipt.ok and found.commit is None
-    assert "no commit names, as the store could not be written to" in shown_texts(Path(found.page).read_text())
+    assert "not recorded in the log, because the store is read-only" in shown_texts(Path(found.page).read_text())
 
 
 def test_wrong_purges_and_places(store: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_read_path_whose_database_is_elsewhere_is_named(store: Path, tmp_path:
     found = verified(store, purge(store))
     assert found.receipt.ok
     assert found.receipt.unread == ["neighbours far", "dataset far", "export far", "inspect far"]
-    assert "4 read paths could not be taken" in shown_texts(Path(found.page).read_text())
+    assert "4 read paths could not be checked" in shown_texts(Path(found.page).read_text())
 
 
 def test_everything_erased_is_no_problem(store: Path) -> None:
