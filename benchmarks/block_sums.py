@@ -1,8 +1,8 @@
-"""What block sums cost: a sequential read, a warm and a cold look-up of rows, with and without them, in one run.
+"""Measure the cost of block sums: a sequential read, and warm and cold look-ups of rows, with and without them.
 
     python benchmarks/block_sums.py --rows 200000 --dimension 384
 
-Prints a line of JSON for each block size. "floor" is numpy on the same mapped file.
+Prints a line of JSON per block size. "floor" is numpy on the same mapped file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from retrotool.store.store import Store
 
 
 def best_of(rounds: int, work: Callable[[], object]) -> float:
-    """The least seconds of some rounds."""
     found = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -35,7 +34,7 @@ def best_of(rounds: int, work: Callable[[], object]) -> float:
 
 
 def measure(store: Store, entry: FileEntry, rows: int, dimension: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each kind of reading."""
+    """Return the seconds of each kind of read."""
     rng = np.random.default_rng(0)
     plain = np.asarray(np.load(Path(store.place) / entry.path, mmap_mode="r"))
     wanted = [np.sort(rng.choice(rows, 100, replace=False)) for _ in range(500)]
@@ -63,7 +62,6 @@ def measure(store: Store, entry: FileEntry, rows: int, dimension: int, rounds: i
 
 
 def main() -> None:
-    """Measure every block size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=384)

@@ -1,12 +1,12 @@
-"""``chunk`` against the tokenizer's own rate, against each step's floor, and against the script one would write.
+"""Compare ``chunk`` with the tokenizer's own rate, with each step's floor, and with a plain script.
 
     python benchmarks/chunk.py INPUT.jsonl.zst [...] [--tokenizer tokenizer.json] [--slice 8] [--long]
 
-Everything runs in one go on the same texts: the floors of reading, decompressing, JSON, tokenising and writing, each
-alone and in memory; ``retrotool chunk`` as a process, from ``.jsonl.zst`` to committed Parquet; and, on a slice of
-``--slice`` MB, ``datasets.map`` (batched, a process a core) with ``tokenizers`` and pyarrow. Without ``--tokenizer`` a
-byte-level BPE of 50,000 tokens is trained on the input. ``--long`` repeats the run on a corpus four times as long, for
-its memory: the largest sum of proportional set sizes of the command and its workers, sampled twenty times a second.
+All measurements use the same texts: the floors of reading, decompressing, JSON, tokenizing and writing, each alone and
+in memory; ``retrotool chunk`` as a process, from ``.jsonl.zst`` to committed Parquet; and, on a slice of ``--slice``
+MB, ``datasets.map`` (batched, one process per core) with ``tokenizers`` and pyarrow. Without ``--tokenizer`` a
+byte-level BPE of 50,000 tokens is trained on the input. ``--long`` repeats the run on a corpus four times as long and
+reports memory: the largest sum of proportional set sizes of the command and its workers, sampled 20 times a second.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ data = load_dataset("json", data_files=source, split="train", cache_dir=target +
 chunks = data.map(cut, batched=True, num_proc=int(processes), remove_columns=data.column_names)
 pq.write_table(chunks.data.table, target)
 """
-"""The script that a user would write; run as a process of its own."""
+"""The plain script, run as a separate process."""
 
 
 def train(texts: list[str], path: Path) -> None:
@@ -97,7 +97,7 @@ def rows(lines: bytes) -> Iterator[dict[str, Any]]:
 
 
 def floors(inputs: list[Path], tokenizer: Path, scratch: Path) -> tuple[list[tuple[str, float]], float]:
-    """(step, seconds) of each step alone, one after the other in this process; and the megabytes of text."""
+    """Run each step alone in this process; return (step, seconds) of each, and the megabytes of text."""
     import tokie
 
     steps: list[tuple[str, float]] = []
@@ -148,7 +148,7 @@ class Memory:
             self.peak = max(self.peak, sum(map(_proportional, _tree(self._process))))
 
     def stop(self) -> float:
-        """The peak in MiB."""
+        """Return the peak in MiB."""
         self._stop.set()
         self._thread.join()
         return self.peak / 1024
@@ -174,7 +174,7 @@ def _proportional(process: int) -> int:
 
 
 def chunk(inputs: list[Path], tokenizer: Path, store: Path) -> tuple[float, float, dict[str, Any]]:
-    """Seconds, MiB at the peak, and the result of the command as a process."""
+    """Run the command as a process; return seconds, peak MiB and its result."""
     command = [sys.executable, "-m", "retrotool", "chunk", str(store), *map(str, inputs), "--json"]
     start = time.perf_counter()
     with subprocess.Popen([*command, "--tokenizer", str(tokenizer)], stdout=subprocess.PIPE) as process:
@@ -185,7 +185,7 @@ def chunk(inputs: list[Path], tokenizer: Path, store: Path) -> tuple[float, floa
 
 
 def cut_slice(inputs: list[Path], megabytes: float, path: Path) -> float:
-    """Write about so many megabytes of text, spread over the inputs, as JSON lines; return how many there are."""
+    """Write about so many megabytes of text, spread over the inputs, as JSON lines; return the actual number."""
     written = 0.0
     with path.open("wb") as file:
         for source in inputs:
@@ -202,7 +202,7 @@ def cut_slice(inputs: list[Path], megabytes: float, path: Path) -> float:
 
 
 def plain(slice_path: Path, tokenizer: Path, target: Path) -> float:
-    """Seconds that the plain script takes."""
+    """Run the plain script; return its seconds."""
     script = target.with_suffix(".py")
     script.write_text(PLAIN)
     arguments = [str(slice_path), str(tokenizer), str(target), str(os.cpu_count())]
@@ -213,7 +213,7 @@ def plain(slice_path: Path, tokenizer: Path, target: Path) -> float:
 
 
 def four_times(inputs: list[Path], folder: Path) -> list[Path]:
-    """Copies of the inputs with other ids and other texts, so that nothing is a duplicate."""
+    """Copy the inputs with different ids and texts, so that nothing is a duplicate."""
     copies = []
     for number in range(4):
         for source in inputs:

@@ -1,18 +1,18 @@
-"""What a training loop reads: chunks a second from materialised neighbours, from the tables, and the floors.
+"""Measure how fast a training loop reads neighbours: materialised ones, from the tables, and the floors.
 
     python benchmarks/dataset.py INPUT... [--tokenizer minilm] [--k 2] [--sequence-length 2048] [--workers 2]
 
-INPUT is what ``retrotool chunk`` takes. A store is made of it in a temporary folder. Each chunk gets 20 neighbours
-drawn at random from the whole store instead of computed ones: of all tables these are the dearest to read. Then, each
-in a process of its own, with the files out of the page cache, from its start to its end, imports included:
+INPUT is an input of ``retrotool chunk``. A store is made of it in a temporary folder. Each chunk gets 20 neighbours
+drawn at random from the whole store, the most expensive ones to read. Then, each in a separate process with a cold page
+cache, imports included:
 
-* ``bytes``: reading the bytes of the chunks and of the tables with the tokens, nothing else;
-* ``decode``: reading their columns that are needed by pyarrow alone, row group by row group;
-* ``loader``: as many batches of that size that are made of nothing, through a DataLoader with one worker;
+* ``bytes``: read the bytes of the chunks and of the tables with tokens, nothing else;
+* ``decode``: read the columns that are needed with pyarrow alone, row group by row group;
+* ``loader``: pass as many empty batches of that size through a DataLoader with one worker;
 * ``RetroDataset`` over a whole epoch, in batches of 16 sequences: by itself, and through a DataLoader.
 
-Told are the seconds to the first batch, chunks a second from start to end and from the first batch on, core-seconds of
-all processes (which others on the machine change little), and the largest resident memory of the process and a worker.
+Prints the seconds to the first batch, chunks per second in total and from the first batch on, core-seconds of all
+processes (which other load changes little), and the largest resident memory of the process and a worker.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def files_of(store: Path, *kinds: str) -> list[Path]:
 
 
 def evict(store: Path) -> None:
-    """Take the store's files out of the page cache."""
+    """Remove the store's files from the page cache."""
     for path in store.rglob("*.parquet"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -156,7 +156,7 @@ def show(label: str, found: dict[str, Any]) -> None:
 
 
 def write_tables(store: Path, k: int, text: bool = False) -> None:
-    """Tables of random neighbours of other chunks of the store."""
+    """Write tables of random neighbours."""
     from retrotool.neighbours.retrieved import read_text_of
     from retrotool.store import neighbour_tables, parts
     from retrotool.store.leases import Run

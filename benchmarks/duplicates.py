@@ -1,11 +1,11 @@
-"""How long it takes to find the documents that repeat, by id and by text, and in how much memory.
+"""Measure the time and memory to find duplicate documents, by id and by text.
 
     python benchmarks/duplicates.py [--documents 20000000] [--parts 40] [--append 100000]
 
-Makes documents files of random hashes (no chunks: the search reads nothing else), in which one document in a
-hundred repeats an id, one in ten repeats a text, and one in fifty has one text that they all share. Then finds what
-repeats, each time in a fresh process: when all parts are new, and when only the last, smaller part is. The floor
-is to read one of the two columns of hashes with its checksums, and to compare nothing.
+Makes documents files of random hashes, without chunks, which the search does not read. One document in a hundred
+repeats an id, one in ten repeats a text, and one in fifty has the same common text. Then finds the duplicates, each
+time in a fresh process: when all parts are new, and when only the last, smaller part is. The floor is reading one of
+the two columns of hashes, with checksums, without comparing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 
 
 def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: np.random.Generator) -> list[FileEntry]:
-    """A documents file, and an empty file for the chunks: only its name counts."""
+    """Write a documents file, and an empty chunks file: only its name counts."""
     number = np.arange(before, before + rows, dtype=np.uint64)
     key, text = number.copy(), number + np.uint64(1 << 40)
     again = draw.random(rows)
@@ -80,7 +80,7 @@ def write_part(store: Store, run: Run, part: int, before: int, rows: int, draw: 
 
 
 def hashed(numbers: np.ndarray) -> np.ndarray:
-    """[n, 2] random-looking 64-bit numbers, equal where ``numbers`` are (splitmix64)."""
+    """Hash numbers to uint64 [n, 2] (splitmix64)."""
     halves = []
     for salt in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03):
         mixed = numbers * np.uint64(salt) + np.uint64(salt)
@@ -91,7 +91,6 @@ def hashed(numbers: np.ndarray) -> np.ndarray:
 
 
 def fresh(code: str) -> str:
-    """What a fresh process prints."""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return done.stdout.strip()
 

@@ -1,14 +1,14 @@
-"""Rates of embedding, against what a user would write instead, in one run.
+"""Compare rates of embedding with common alternatives.
 
     python benchmarks/embed.py INPUT.jsonl[.zst] [...] [--model minilm] [--chunks 2000] [--device auto]
 
-``--model base`` is a BERT of base size with random weights and the bundled tokenizer; a directory is any model. Every
-way embeds the same texts, in turn, ``--rounds`` times, and its best round counts.
+``--model base`` is a BERT of base size with random weights and the bundled tokenizer; a directory is any model. All
+ways embed the same texts, in turns, ``--rounds`` times, and the best round counts.
 
-On a CPU: ``sentence-transformers`` as it is used, ``transformers`` in batches of 64, and ours in every type. On a GPU:
-the packed forward by itself, ``transformers`` sorted by length in batches of 1,024 (forward only), the whole way from
-Parquet to a committed .npy, and what share of the device's matrix product rate that is. On both: the pipeline with a
-made-up device that needs no computing but takes its time (``--pace``), which shows what does not overlap with it.
+On a CPU: ``sentence-transformers``, ``transformers`` in batches of 64, and retrotool with every dtype. On a GPU: the
+packed forward pass alone, ``transformers`` sorted by length in batches of 1,024 (forward pass only), the whole way from
+Parquet to a committed .npy, and its share of the device's matrix product rate. On both: the pipeline with a simulated
+device that waits instead of computing (``--pace``), which shows what does not overlap with it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def report(what: str, rate: float, unit: str = "chunks/s", more: str = "") -> No
 def best_of(
     rounds: int, ways: Mapping[str, Callable[[], Vectors]], chunks: int
 ) -> tuple[dict[str, float], dict[str, Vectors]]:
-    """Chunks a second and vectors of each way; ways take turns, so that a busy machine is busy for all."""
+    """Measure chunks per second of each way, in turns; also return their vectors."""
     best = dict.fromkeys(ways, 0.0)
     vectors = {}
     for _ in range(rounds):
@@ -60,7 +60,7 @@ def best_of(
 
 
 def make_model(name: str, folder: Path) -> str:
-    """The path, or name, of a model; ``base`` is made here."""
+    """Return the path or name of a model; ``base`` is made here."""
     if name != "base":
         return name
     from transformers import BertConfig, BertModel
@@ -72,7 +72,7 @@ def make_model(name: str, folder: Path) -> str:
 
 
 def flops(encoder: Encoder, rows: Rows) -> float:
-    """Multiplications and additions of the forward of some rows: products with weights, and attention."""
+    """Count the multiplications and additions of the forward pass: products with weights, and attention."""
     from retrotool.encoder.encoder_identity import read_config
 
     config = read_config(encoder._path)
@@ -82,7 +82,7 @@ def flops(encoder: Encoder, rows: Rows) -> float:
 
 
 def peak(device: str, dtype: str) -> float:
-    """Floating-point operations a second of matrix products, the best of some shapes; on a CPU one a core at a time."""
+    """Measure the best rate of matrix products, in FLOP/s; on a CPU one per core."""
     from retrotool.encoder.packed import Dense, OneDnnDense
     from retrotool.machine import has_onednn
 
@@ -119,7 +119,7 @@ def _wait(device: str) -> None:
 
 
 class Paced:
-    """A device that takes ``rate`` tokens a second and gives zeros: what does not overlap with it shows."""
+    """A device that takes ``rate`` tokens per second and returns zeros: shows what does not overlap with it."""
 
     depth, lanes = 3, 1
 
@@ -144,7 +144,7 @@ class Paced:
 
 
 def bench_pipeline(store: Path, model: str, device: str, rate: float | None = None) -> EmbedResult:
-    """``embed`` from Parquet to a committed file, on a copy; with a ``rate`` on a paced device, in a GPU's batches."""
+    """Run ``embed`` to a committed file on a copy; with ``rate``, on a paced device with a GPU's batches."""
     copy = Path(shutil.copytree(store, store.parent / "copy"))
     verify = Encoder.verify
 
@@ -164,7 +164,7 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
 
 
 def without_a_forward(store: Path, model: str, chunk_rates: list[float]) -> None:
-    """How fast the pipeline is by itself, and how much of a device's time it uses."""
+    """Report how fast the pipeline is by itself, and how much of a device's time it uses."""
     for rate in (float("inf"), *chunk_rates):
         result = bench_pipeline(store, model, "cpu", 1e12 if rate == float("inf") else rate * 66)
         what = "any rate" if rate == float("inf") else f"{rate:,.0f} chunks/s"
@@ -183,7 +183,7 @@ def sentence_transformers(model: str, texts: list[str], device: str) -> Callable
 def plain_transformers(
     model: str, texts: list[str], device: str, batch: int, dtype: str, *, ahead: bool
 ) -> Callable[[], Vectors]:
-    """A loop over ``AutoModel``, mean pooling; ``ahead``: sorted and tokenised before the clock starts."""
+    """Return a loop over ``AutoModel`` with mean pooling; ``ahead``: sorted and tokenized before timing."""
     import transformers
 
     path = str(bundled_model()) if model == "minilm" else model

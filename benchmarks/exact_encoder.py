@@ -1,11 +1,11 @@
-"""A small BERT made by code, as a model directory; its vectors are the same on every machine.
+"""Make a small BERT as a model directory; its vectors are the same on every machine.
 
-Every token has a row of +1 and -1, as many of each, drawn from a hash of the token. Positions add nothing, layer norm
-leaves such a row as it is, and the values and the second product of every layer are zero. So attention and feed-forward
-are computed and change nothing, and a vector is the mean of its tokens' rows: whole numbers over the number of tokens,
-which no kernel rounds in another way. Squared distances of such vectors, stored as float16, are exact in float64.
+Every token has a row of as many +1 as -1, drawn from a hash of the token. Positions add nothing, layer norm keeps such
+a row unchanged, and the values and the second product of every layer are zero. So attention and feed-forward are
+computed without effect, and a vector is the mean of its tokens' rows: integers divided by the number of tokens, which
+every kernel rounds alike. Squared distances of such vectors, stored as float16, are exact in float64.
 
-``exact=False`` gives random weights instead, as a model has; their vectors are equal on equal machines only.
+``exact=False`` gives random weights instead; their vectors are equal only on equal machines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADS, INTERMEDIATE, PLACES = 4, 64, 128
 
 
 def common_words(texts: Iterable[str], most: int) -> list[str]:
-    """The most frequent words of some texts in lower case; of equally frequent ones the first in the alphabet."""
+    """Return the most frequent words in lower case, ties in alphabetical order."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(re.findall("[a-z]{2,}", text.lower()))
@@ -68,7 +68,7 @@ def _tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def _signs(token: str, dimension: int) -> npt.NDArray[np.float32]:
-    """A row of +1 and −1, as many of each: +1 where the hash of a token has its smaller bytes."""
+    """Return a row of as many +1 as −1, drawn from the hash of a token."""
     drawn = np.frombuffer(hashlib.blake2b(token.encode(), digest_size=dimension).digest(), np.uint8)
     row = np.full(dimension, -1, np.float32)
     row[np.argsort(drawn, kind="stable")[: dimension // 2]] = 1

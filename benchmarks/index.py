@@ -1,14 +1,14 @@
-"""Building and searching an index of a store's real vectors: recall, memory, time; against faiss and autofaiss.
+"""Build and search an index of a store's real vectors: recall, memory and time, compared with faiss and autofaiss.
 
     python benchmarks/index.py STORE [--encoder minilm] [--autofaiss /path/to/venv/bin/python] [--vectors 48000]
 
-STORE has embeddings; nothing in it is changed. What is shown:
+STORE has embeddings; it is not changed. Prints:
 
 1. ``retrotool index`` with its defaults, as a process: time, memory, and the recall that it prints;
-2. the recall by a brute force that shares no code with it, on other queries;
+2. the recall by an independent brute force, on other queries;
 3. k-means against ``faiss.Kmeans``: the same vectors, lists, iterations and threads, faiss with its fastest kernel;
-4. with ``--autofaiss``, the interpreter of an environment that has it: its default index, and one of the memory that
-   ours takes, on the same vectors. Its queries may find what they like but themselves, and so may ours there.
+4. with ``--autofaiss``, the interpreter of an environment that has it: its default index, and one with the memory of
+   ours, on the same vectors. There both exclude only the query itself from results.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def export(store: Path, encoder: str, folder: Path, limit: int) -> tuple[Floats, npt.NDArray[np.int64], list[Any]]:
-    """Vectors, chunk ids and documents of a store, by pyarrow and numpy alone."""
+    """Read the vectors, chunk ids and documents of a store with pyarrow and numpy only."""
     import pyarrow.parquet as pq
 
     shown = subprocess.run([tool(), "info", str(store), "--json"], capture_output=True, check=True)
@@ -70,7 +70,7 @@ def tool() -> str:
 def brute_force(
     vectors: Floats, queries: npt.NDArray[np.int64], documents: npt.NDArray[np.int64] | None
 ) -> npt.NDArray[np.int64]:
-    """Rows of the K nearest of each query, its document (None: only itself) left out, in float64."""
+    """Return the K nearest rows of each query in float64, without its document (None: without itself)."""
     found = []
     norms = (vectors.astype(np.float64) ** 2).sum(1)
     for row in queries:
@@ -84,7 +84,7 @@ def brute_force(
 def recall_of(
     vectors: Floats, queries: npt.NDArray[np.int64], found: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]
 ) -> float:
-    """Share of ``found`` rows that are as near as the last of the true ones: of copies any will do."""
+    """Return the share of ``found`` rows as near as the last true one: equal distances count."""
     shares = []
     for row, some, true in zip(queries, found, truth, strict=True):
         query = vectors[row].astype(np.float64)
@@ -115,7 +115,7 @@ def bench_build(store: Path, encoder: str, folder: Path) -> Path:
 
 
 def bench_recall(copy: Path, vectors: Floats, ids: npt.NDArray[np.int64], documents: list[Any]) -> None:
-    """Ours by a brute force of its own: with the own document left out, and with only the query itself."""
+    """Measure recall by independent brute force, without the own document and without the query only."""
     from retrotool.ann.excluded import Excluded, Queries
     from retrotool.index.searching import Database
     from retrotool.store.store import Store
@@ -139,7 +139,7 @@ def bench_recall(copy: Path, vectors: Floats, ids: npt.NDArray[np.int64], docume
 
 
 def child(arguments: list[str], python: str = sys.executable, **environment: str) -> dict[str, Any]:
-    """Run this file for one measurement in a process of its own."""
+    """Run this file for one measurement in a separate process."""
     command = [python, __file__, "--child", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
@@ -206,7 +206,7 @@ def autofaiss(vectors: Floats, memory: str) -> dict[str, Any]:
 
 
 def best_kernel(path: Path) -> dict[str, str]:
-    """The OpenBLAS kernel that faiss is fastest with here."""
+    """Return the OpenBLAS kernel with which faiss is fastest here."""
     times = {}
     for kernel in KERNELS:
         try:

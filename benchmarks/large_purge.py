@@ -1,10 +1,10 @@
-"""How long a purge of a million chunks takes in a store of 100 million chunks, and in one of a billion.
+"""Measure a purge of a million chunks in a store of 100 million chunks, and in one of a billion.
 
-    python benchmarks/large_purge.py [--victims 1000000] [--sizes 100000000 1000000000] [--parts 40]
+    python benchmarks/large_purge.py [--purged 1000000] [--sizes 100000000 1000000000] [--parts 40]
 
-The log is made up: parts of 250,000 chunks of which no file but those of the ``--parts`` parts that hold victims is
-there, as nothing else may be read. These are made whole, documents of 100 chunks.
-Both stores are purged of the same chunks, given by ids, by the command, in a fresh process; then opening is timed.
+The log is made up: parts of 250,000 chunks. Only the files of the ``--parts`` parts with chunks to purge exist, because
+no others may be read; their documents have 100 chunks. The command purges the same chunks, given by ids, from both
+stores, in a fresh process; then opening is timed.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ start = time.perf_counter()
 from retrotool.store.leases import Run
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-assert len(read_tombstones(Store.open({root!r}))) == {victims}
+assert len(read_tombstones(Store.open({root!r}))) == {purged}
 print(time.perf_counter() - start)
 """
 
 
 def real_part(store: Store, part: int) -> list[FileEntry]:
-    """The files of a part whose chunks are random tokens."""
+    """Write the files of a part with random tokens."""
     slot, rng = part_slot(part), np.random.default_rng(part)
     row = np.arange(ROWS)
     tokens = np.repeat(rng.integers(1, 30_000, (ROWS // 8, 64), np.uint16), 8, axis=0)
@@ -67,17 +67,14 @@ def real_part(store: Store, part: int) -> list[FileEntry]:
 
 
 def made_up(part: int) -> list[FileEntry]:
-    """The files of a part that nobody will look for."""
-    rows, slot, empty = (
-        {"documents": ROWS // DOCUMENT, "chunks": ROWS},
-        part_slot(part),
-        hashlib.sha256(b"").hexdigest(),
-    )
+    """Return entries of a part whose files are not written, because none is read."""
+    slot, empty = part_slot(part), hashlib.sha256(b"").hexdigest()
+    rows = {"documents": ROWS // DOCUMENT, "chunks": ROWS}
     return [FileEntry(FileName.new(RUN, kind, slot, "parquet").path, slot, n, 1000, empty) for kind, n in rows.items()]
 
 
 def make(root: Path, chunks: int, real: list[int]) -> None:
-    """A store of so many chunks, one commit for 100 parts."""
+    """Make a store of so many chunks, one commit per 100 parts."""
     store = Store.create(root, TokenizerIdentity.of("none", b"{}", 30522, lossless=False), b"{}", 64)
     total = chunks // ROWS
     with Run(store.storage, RUN):
@@ -95,12 +92,12 @@ def make(root: Path, chunks: int, real: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--victims", type=int, default=1_000_000)
+    parser.add_argument("--purged", type=int, default=1_000_000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000_000, 1_000_000_000])
     parser.add_argument("--parts", type=int, default=40)
     arguments = parser.parse_args()
     print(describe())
-    each = arguments.victims // arguments.parts
+    each = arguments.purged // arguments.parts
     for size in arguments.sizes:
         total = size // ROWS
         real = np.unique(np.linspace(0, total - 1, arguments.parts).astype(int)).tolist()
@@ -111,31 +108,17 @@ def main() -> None:
             rows = (documents[:, None] * DOCUMENT + np.arange(DOCUMENT)).ravel()
             ids = np.concatenate([(part << PART_SHIFT) + rows for part in real])
             listed.write_text("\n".join(map(str, ids.tolist())))
-            command = [
-                sys.executable,
-                "-m",
-                "retrotool",
-                "purge",
-                str(root),
-                "--chunk",
-                f"@{listed}",
-                "--yes",
-                "--json",
-            ]
+            purge = ["purge", str(root), "--chunk", f"@{listed}", "--yes", "--json", "--reason", "benchmark"]
             start = time.perf_counter()
-            done = subprocess.run([*command, "--reason", "benchmark"], capture_output=True, check=True)
+            done = subprocess.run([sys.executable, "-m", "retrotool", *purge], capture_output=True, check=True)
             seconds = time.perf_counter() - start
-            told = orjson.loads(done.stdout)
-            assert told["chunks"] == len(ids), told
-            opened = subprocess.run(
-                [sys.executable, "-c", OPEN.format(root=str(root), victims=len(ids))],
-                capture_output=True,
-                check=True,
-                text=True,
-            )
+            result = orjson.loads(done.stdout)
+            assert result["chunks"] == len(ids), result
+            opening = [sys.executable, "-c", OPEN.format(root=str(root), purged=len(ids))]
+            opened = subprocess.run(opening, capture_output=True, check=True, text=True)
         print(
-            f"{size:>13,} chunks in {total:,} parts: {told['chunks']:,} chunks ({told['documents']:,} documents) of "
-            f"{len(real)} parts purged in {seconds:.2f} s; opened with tombstones in {float(opened.stdout):.2f} s"
+            f"{size:>13,} chunks in {total:,} parts: {result['chunks']:,} chunks ({result['documents']:,} documents) "
+            f"of {len(real)} parts purged in {seconds:.2f} s; opened with tombstones in {float(opened.stdout):.2f} s"
         )
 
 

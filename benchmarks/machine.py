@@ -1,4 +1,4 @@
-"""The line about the machine that every benchmark prints first."""
+"""Describe the machine in the first line that every benchmark prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def describe() -> str:
-    """Processor, cores, memory, Python."""
+    """Return processor, cores, memory and Python version."""
     model = "unknown processor"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,11 +1,11 @@
-"""What leaving neighbours out costs, and what is found where only some sources are searched.
+"""Measure the cost of excluding neighbours, and the recall of searches restricted to some sources.
 
     python benchmarks/neighbour_filters.py STORE [--index main] [--rows 4000] [--queries 500]
 
-STORE is embedded and indexed, and has several sources; nothing in it is changed. First random rows of one part are
-given their 20 neighbours with each filter by tokens, by exact search and through the index. Then random chunks are
-searched in each source alone, and in all but that: their recall@10 against exact search in the same, as ``neighbours``
-searches, and if only as many lists were probed as without restriction.
+STORE is embedded and indexed, and has several sources; it is not changed. First, 20 neighbours of random rows of one
+part are found with each token filter, by exact search and through the index. Then random chunks are searched in each
+source alone, and in all but that one: recall@10 against exact search in the same sources, as ``neighbours`` searches,
+and with only as many probes as without restriction.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def some_rows(store: Store, database: AnyDatabase, part: int, n: int) -> Rows:
 
 
 def costs(store: Store, database: AnyDatabase, n: int, truth: dict[str, Rows]) -> dict[str, Rows]:
-    """Neighbours by each filter; with a ``truth``, how much of its nearest ten is among them is told, too."""
+    """Measure each filter; with ``truth``, also print how much of its nearest ten is found."""
     part = database.held()[0]
     ask, rows = asking(store, database, part), some_rows(store, database, part, n)
     Finder(store, part, database, SAVED, Filters(), ask).search(rows[:256])

@@ -1,9 +1,9 @@
-"""Neighbours after a store has grown: what is searched only where it is new, against a search of everything.
+"""Compare updating neighbours after a store has grown with a search of everything.
 
     python benchmarks/neighbour_growth.py FIRST... --then LATER... [--nlist N] [--encoder minilm] [--queries 2000]
 
-Text of FIRST is chunked, embedded and indexed, and all its neighbours are found. Text of LATER comes in, the index
-takes it up, and the table is brought up to date; a second table is found from scratch. Of both: time and recall.
+Text of FIRST is chunked, embedded and indexed, and all its neighbours are found. Text of LATER is added, the index is
+extended, and the table is updated; a second table is computed from scratch. Prints time and recall of both.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the neighbour tables of a store are worth, looked at from outside: by pyarrow, numpy and brute force alone.
+"""Check the neighbour tables of a store independently, with pyarrow, numpy and brute force.
 
     python benchmarks/neighbour_tables.py STORE [--name main] [--encoder minilm] [--queries 2000] [--purge N]
 
-STORE has embeddings, and neighbours in itself. Over all rows: neighbours of the query's own document, and purged ones
-(``--purge`` purges N random documents first, in a copy). On random queries: the share of the true nearest 2 and 10 that
-the table has, by brute force in float32 over all vectors of other documents, and how far its distances are from those.
+STORE has embeddings, and neighbours in itself. Over all rows: neighbours in the query's own document, and purged ones
+(``--purge`` first purges N random documents in a copy). On random queries: the share of the true nearest 2 and 10 in
+the table, by brute force in float32 over all vectors of other documents, and the largest error of its distances.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SAVED_TOGETHER = 1 << 8
 
 
 def table_of(store: Path, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Chunk ids of all rows, their neighbours' ids and distances, as they lie in the files."""
+    """Return the chunk ids of all rows, and their neighbours' ids and distances, as stored."""
     info = json.loads(subprocess.run([tool(), "info", str(store), "--json"], capture_output=True, check=True).stdout)
     chunks, ids, distances = [], [], []
     for part in info["parts"]:
@@ -43,13 +43,13 @@ def table_of(store: Path, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray
 
 
 def member(some: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which ids are among ``ids``, which ascend."""
+    """Return which numbers are in ``ids``, ascending."""
     found: npt.NDArray[np.bool_] = ids[np.minimum(np.searchsorted(ids, some), len(ids) - 1)] == some
     return found
 
 
 def own(rows: npt.NDArray[np.int64], neighbours: npt.NDArray[np.int64], documents: Any, ids: Any) -> int:
-    """How many neighbours are of the query's own document."""
+    """Count neighbours in the query's own document."""
     numbers = {document: i for i, document in enumerate(dict.fromkeys(documents))}
     number = np.array([numbers[document] for document in documents])
     place = np.searchsorted(ids, rows)

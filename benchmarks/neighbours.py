@@ -1,17 +1,17 @@
-"""Neighbours of all chunks of a store through an inverted file: queries a second, against faiss on the same file.
+"""Compare the search for neighbours of all chunks through an inverted file with faiss on the same file.
 
     python benchmarks/neighbours.py STORE [--encoder minilm] [--vectors N] [--nlist 2048] [--nprobe 16] [--queries N]
 
-STORE has embeddings; nothing in it is changed. If it has fewer than ``--vectors``, real ones with noise come in
-between. One index of whole vectors (float32), made here, is searched by
+STORE has embeddings; it is not changed. If it has fewer than ``--vectors``, noisy copies of real ones are added. One
+index of float32 vectors, made here, is searched by
 
-* ``retrotool``: list-major, nothing excluded, some candidates more than neighbours, which are ranked by distances that
-  are computed anew from the vectors, as ``retrotool neighbours`` does it;
+* ``retrotool``: list by list, nothing excluded, with extra candidates that are ranked by distances computed from the
+  vectors, as in ``retrotool neighbours``;
 * ``faiss`` ``search``, query by query;
 * ``faiss.contrib.big_batch_search``, its fastest method here;
 
-with the same lists, probes, queries and threads, faiss with the OpenBLAS kernel that is fastest for it. Recall is the
-share of neighbours that are as near as those that faiss ``search`` finds: all find what the probed lists hold.
+with the same lists, probes, queries and threads, faiss with its fastest OpenBLAS kernel. Recall is the share of
+neighbours at least as near as those that faiss ``search`` finds: all search the same lists exactly.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def filled_up(vectors: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.float32]:
-    """``n`` vectors: the given ones, and behind random ones of them something near, as long as they are."""
+    """Return ``n`` vectors: the given ones, then noisy copies of random ones."""
     rng = np.random.default_rng(0)
     behind = np.sort(rng.choice(len(vectors), n - len(vectors)))
     noise = rng.normal(size=(len(behind), vectors.shape[1]), scale=NOISE / vectors.shape[1] ** 0.5)
@@ -164,7 +164,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def distances(vectors: npt.NDArray[np.float32], found: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Squared distances, [q, k], of the first q vectors to those found [q, k] (−1: inf)."""
+    """Compute squared distances [q, k] of the first q vectors to ``found`` [q, k] (−1: inf)."""
     measured = np.empty(found.shape, np.float32)
     for column in range(found.shape[1]):
         apart = vectors[: len(found)] - vectors[found[:, column]]

@@ -1,11 +1,11 @@
-"""How long opening a store of 30,000 parts takes, in a fresh process.
+"""Measure opening a store of 30,000 parts in a fresh process.
 
     python benchmarks/open_store.py [--parts 30000] [--runs 5]
 
-Makes a log of one commit a part, each naming four files (documents, chunks, embeddings, neighbours) that need not
-exist: opening reads the log only. The head lies half a checkpoint interval past the last checkpoint. Then times, in
-fresh processes, ``Store.open`` alone and the whole process; the floor is to read and parse the checkpoint and the
-commits after it without building a state.
+Makes a log of one commit per part, each naming four files (documents, chunks, embeddings, neighbours) that need not
+exist: opening reads only the log. The head is half a checkpoint interval after the last checkpoint. Times, in fresh
+processes, ``Store.open`` alone and the whole process. The floor reads and parses the checkpoint and the commits after
+it without building a state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SEARCHED = {
     "version": "0" * 16, "index": "main", "encoder": "minilm", "commit": 1, "head": "0" * 16, "purges": "",
     "searched": [[0, 29_999]],
 }  # fmt: skip
-"""What the log says of a neighbour table."""
+"""The log entry of a neighbour table."""
 RUN = "0123abcd"
 OPEN = """
 import time
@@ -70,7 +70,7 @@ print(time.perf_counter() - start)
 
 
 def make_store(root: Path, parts: int) -> None:
-    """A store whose log has ``parts`` commits of four files each; written without fsync, which opening does not see."""
+    """Make a store whose log has ``parts`` commits of four files each, without fsync."""
     tokenizer = TokenizerIdentity.of("none", b"{}", 30522, False)
     store = Store.create(root, tokenizer, b"{}", 64)
     (root / "log").mkdir()
@@ -83,7 +83,7 @@ def make_store(root: Path, parts: int) -> None:
 
 
 def commits(root: Path, head: str, parts: int, first: int = 0) -> Iterator[log.Commit]:
-    """Write one commit a part, as ``log.append`` does but without the ceremony, and give it back as it is read."""
+    """Write one commit per part, like ``log.append`` without its checks, and yield it as it is read."""
     for part in range(first, parts):
         entries = [entry(part, kind, name, ending).as_json() for kind, name, ending in KINDS]
         fields = {
@@ -99,7 +99,7 @@ def commits(root: Path, head: str, parts: int, first: int = 0) -> Iterator[log.C
 
 
 def entry(part: int, kind: str, name: str, ending: str) -> FileEntry:
-    """A file that looks like one of a million chunks."""
+    """Return an entry that looks like a file of a million chunks."""
     slot = part_slot(part)
     path = FileName.new(RUN, kind, slot, ending, name).path
     sha256 = hashlib.sha256(f"{kind}{part}".encode()).hexdigest()
@@ -107,7 +107,7 @@ def entry(part: int, kind: str, name: str, ending: str) -> FileEntry:
 
 
 def seconds(code: str) -> tuple[float, float]:
-    """Seconds that a fresh process says its work took, and of the whole process."""
+    """Run a fresh process; return the seconds that it prints and its total seconds."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout), time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""Longest common runs of tokens: pairs a second, against a suffix automaton's worth of Python (difflib).
+"""Measure longest common runs of tokens in pairs per second, compared with difflib.
 
     python benchmarks/overlap.py STORE [--pairs 200000]
 
-Pairs are chunks of STORE, each with another chunk and its continuation; nothing is changed.
+Pairs are chunks of STORE, each with another chunk and its continuation. STORE is not changed.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
-"""Time two checkouts of retrotool against each other, command by command, in alternating pairs.
+"""Compare the times of two checkouts of retrotool, command by command, in alternating pairs.
 
     python benchmarks/paired.py A B --corpus CORPUS [--rounds 7] [--only chunk,embed] [--json FILE]
 
-A and B are folders of checkouts; CORPUS is made by ``pin.py corpus``. Each checkout prepares its own store of the
-corpus once. A run is one command in a fresh process on a fresh copy of that store, and a round is a run of A and one of
-B for each command, in the other order every other round. CPU seconds are user and system time of the process and its
-children, wall seconds include starting.
+A and B are folders of checkouts; CORPUS is made by ``pin.py corpus``. Each checkout prepares its own store once. A run
+is one command in a fresh process on a fresh copy of that store. A round runs each command with A and with B, in
+alternating order. CPU seconds are user and system time of the process and its children; wall seconds include starting.
 
-The table has medians, the ratio of B's median to A's, and the quartiles of the ratios of pairs: a command counts as
-slower if even the lower quartile is above 1.05. ``info`` and ``search`` are also divided by the same round's
-``python -c 'import typer, orjson'`` and ``python -c 'import torch, faiss, pyarrow'``, which are what they must import.
-The exit code is 1 if a command is slower, by CPU seconds. Other work on the machine widens the quartiles; then raise
-``--rounds``.
+The table has medians, the ratio of B's median to A's, and the quartiles of the ratios of pairs. A command counts as
+slower if even the lower quartile is above 1.05. ``info`` and ``search`` are also compared with their imports in the
+same round: ``python -c 'import typer, orjson'`` and ``python -c 'import torch, faiss, pyarrow'``. The exit code is
+1 if a command is slower by CPU seconds. Other load on the machine widens the quartiles; then raise ``--rounds``.
 """
 
 from __future__ import annotations
@@ -35,12 +33,12 @@ from plain_store import PlainStore
 
 SLOWER = 1.05
 IMPORTS = {"info": "import typer, orjson", "search": "import torch, faiss, pyarrow"}
-"""What a command is also divided by."""
+"""Imports that a command is also compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of a process: ``cpu`` of all cores, with its children."""
+    """Seconds of a process with its children; ``cpu`` of all cores."""
 
     cpu: float
     wall: float
@@ -48,17 +46,17 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A checkout at ``path``; ``prepared`` is the folder of its stores, by what is in them."""
+    """A checkout at ``path``; ``prepared`` is the folder of its stores."""
 
     path: Path
     prepared: Path
 
     def command(self, *arguments: object) -> list[str]:
-        """The command line of its retrotool."""
+        """Return a command line of its retrotool."""
         return [sys.executable, "-P", "-m", "retrotool", *map(str, arguments)]
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run its retrotool without a clock; an error ends everything."""
+        """Run its retrotool; exit on an error."""
         command = self.command(*arguments)
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment(), check=False)
         if done.returncode not in (0, 3):
@@ -66,11 +64,11 @@ class Checkout:
         return done
 
     def environment(self) -> dict[str, str]:
-        """One in which its retrotool is imported, and no other."""
+        """Return an environment that imports only this checkout's retrotool."""
         return {**os.environ, "PYTHONPATH": str(self.path), "HF_HUB_OFFLINE": "1"}
 
     def time(self, command: Sequence[str]) -> Times:
-        """Run a command line with a clock; an error ends everything."""
+        """Time a command line; exit on an error."""
         with tempfile.TemporaryFile() as output:
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=output, stderr=output, env=self.environment())
@@ -85,14 +83,13 @@ class Checkout:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A command that is timed on a copy of the store ``start`` ("": no store). ``arguments`` follow the store."""
+    """A command to time on a copy of the store ``start`` ("": no store). ``arguments`` follow the store."""
 
     name: str
     start: str
     arguments: tuple[object, ...] = ()
 
     def command(self, checkout: Checkout, store: Path) -> list[str]:
-        """Its command line for a checkout."""
         if self.name == "open":
             return [sys.executable, "-P", "-c", "import sys, retrotool; retrotool.open(sys.argv[1])", str(store)]
         if self.name == "erase":
@@ -103,7 +100,7 @@ class Case:
 
 @dataclass(slots=True)
 class Compared:
-    """The runs of a command by both checkouts, pair by pair, and of what it must import."""
+    """The runs of a command by both checkouts, in pairs, and runs of its imports."""
 
     name: str
     a: list[Times] = field(default_factory=list)
@@ -111,17 +108,17 @@ class Compared:
     imports: list[Times] = field(default_factory=list)
 
     def ratios(self, what: str) -> tuple[float, float, float]:
-        """B over A: of the medians, and the quartiles of pairs. ``what``: cpu or wall."""
+        """Return B over A: of the medians, and the quartiles over pairs. ``what``: cpu or wall."""
         a, b = _seconds(self.a, what), _seconds(self.b, what)
         low, high = quartiles([y / x for x, y in zip(a, b, strict=True)])
         return statistics.median(b) / statistics.median(a), low, high
 
     def over_imports(self, runs: Sequence[Times]) -> float:
-        """Median CPU seconds over those of the imports."""
+        """Return median CPU seconds relative to the imports."""
         return statistics.median(_seconds(runs, "cpu")) / statistics.median(_seconds(self.imports, "cpu"))
 
     def is_slower(self) -> bool:
-        """Whether B takes more CPU seconds than A, beyond the spread of pairs."""
+        """Return whether B takes more CPU seconds than A, beyond the spread of pairs."""
         return self.ratios("cpu")[1] > SLOWER
 
 
@@ -130,7 +127,7 @@ def _seconds(runs: Sequence[Times], what: str) -> list[float]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The lower and the upper one; of fewer than four values the extremes."""
+    """Return the lower and upper quartile; of fewer than four values the extremes."""
     if len(values) < 4:
         return min(values), max(values)
     low, _, high = statistics.quantiles(values, method="inclusive")
@@ -138,7 +135,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def cases(corpus: Path, documents: Path) -> list[Case]:
-    """What is timed, in the order in which stores are prepared."""
+    """Return the commands to time, in the order in which stores are prepared."""
     exact = corpus / "exact"
     lists = ("--nlist", 128, "--code", "sq8", "--target-recall", 0.9)
     return [
@@ -155,7 +152,7 @@ def cases(corpus: Path, documents: Path) -> list[Case]:
 
 
 def prepare(checkout: Checkout, corpus: Path, documents: Path) -> None:
-    """The stores that cases start from: each is a copy of the one before, after one command more."""
+    """Make the stores that cases start from, each a copy of the one before after one more command."""
     before = ""
     for case in cases(corpus, documents)[:5]:
         store = checkout.prepared / case.name
@@ -173,7 +170,7 @@ def prepare(checkout: Checkout, corpus: Path, documents: Path) -> None:
 
 
 def compare(case: Case, checkouts: tuple[Checkout, Checkout], rounds: int, folder: Path) -> Compared:
-    """Time a case by both checkouts, alternating which is first."""
+    """Time a case with both checkouts in alternating order."""
     found = Compared(case.name)
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
@@ -189,7 +186,6 @@ def compare(case: Case, checkouts: tuple[Checkout, Checkout], rounds: int, folde
 
 
 def table(found: Sequence[Compared]) -> str:
-    """What is printed: a line a command."""
     columns = "".join(f" {f'A {what}':>8} {f'B {what}':>8} {'B/A':>6}  {'quartiles':<12}" for what in ("cpu", "wall"))
     lines = [f"{'':<11}{columns}"]
     for one in found:

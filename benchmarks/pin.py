@@ -1,25 +1,24 @@
-"""Pin what retrotool does with real text: record one revision, compare another one with the recording.
+"""Record what retrotool does with real text, and compare another revision with the recording.
 
     python benchmarks/pin.py corpus CORPUS INPUT.jsonl[.zst] ... [--megabytes 60]
     PYTHONPATH=CHECKOUT python benchmarks/pin.py record FILE CORPUS
     PYTHONPATH=CHECKOUT python benchmarks/pin.py compare FILE CORPUS [--known PREFIX ...]
 
-``corpus`` draws documents from JSON lines that have ``id``, ``text`` and ``source``. It writes them as files of every
-input format, with documents that repeat by id and by text, and with damaged lines; besides these, smaller texts for
-growth, evaluation, key-value records and searches by pattern, two small encoders and a tokenizer.
+``corpus`` draws documents from JSON lines with ``id``, ``text`` and ``source``, and writes them in every input format,
+with documents that repeat by id and by text, and with damaged lines. It also writes smaller texts for growth,
+evaluation, key-value records and searches by pattern, two small encoders and a tokenizer.
 
-``record`` runs chunk, embed, index, neighbours, search, export, RetroDataset, purge, undo, erase and verify on it,
-through the command line of the retrotool in PYTHONPATH, on one core. It writes digests of the stores, every exit code
-and what was printed. ``plain_store.py`` reads the stores, without retrotool.
+``record`` runs chunk, embed, index, neighbours, search, export, RetroDataset, purge, undo, erase and verify, through
+the command line of the retrotool in PYTHONPATH, on one core. It records digests of the stores (``plain_store.py``
+reads them without retrotool), exit codes and printed text.
 
-``compare`` does the same again, and exits with 1 if a digest, a count or an exit code differs; it names each of them.
-Printed text may change, and columns may come and go: such differences are shown, and do not fail. ``--known`` does this
-for a change that is meant; it takes the beginning of a name, such as ``content/after an erase``. A corpus with other
-bytes is refused.
+``compare`` runs the same and exits with 1 if a digest, count or exit code differs. Other printed text, and new or
+missing columns, are only shown. ``--known`` allows an intended change; it takes the beginning of a name, such as
+``content/after an erase``. A corpus with other bytes is refused.
 
 The vectors of the encoder ``exact`` are the same on every machine. Trained indexes, what is found through them, and the
-vectors of ``random`` are the same on machines with the same kernels, so the recording names its machine.
-A run takes about 20 minutes of CPU time for 60 MB.
+vectors of ``random`` are the same on machines with the same kernels, so the recording names its machine. A run takes
+about 20 minutes of CPU time for 60 MB.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ from plain_store import Digest, PlainStore
 
 LIBRARIES = ("numpy", "torch", "faiss-cpu", "pyarrow", "tokenizers", "tokie", "transformers")
 FREE = ("outputs/", "machine", "revision", "libraries")
-"""Beginnings of names of what may differ."""
+"""Prefixes of names that may differ."""
 OPTIONAL = re.compile(r"columns of documents|verify/(?!content|ids|tombstones)|exported columns")
-"""Names of what may be missing on one side, as a layout has it or not; there on both it must be equal."""
+"""Names that may be missing on one side, depending on the layout, and must otherwise be equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Document:
     source: str
 
     def row(self) -> dict[str, Any]:
-        """Its fields in a file; the year is made up, from the id."""
+        """Return the fields of a document in a file; the year is derived from the id."""
         year = 1990 + int.from_bytes(hashlib.blake2b(self.id.encode(), digest_size=2).digest()) % 35
         return {**asdict(self), "year": str(year)}
 
@@ -73,7 +72,7 @@ class Document:
 
 
 def read_documents(files: Iterable[str], megabytes: float) -> Iterator[Document]:
-    """About so many megabytes of the documents of JSON-lines files, drawn by the hashes of their ids."""
+    """Yield about so many megabytes of documents of JSON-lines files, drawn by the hashes of their ids."""
     rows = [row for file in files for row in _rows(Path(file)) if len(row["text"]) < 1_000_000]
     share = megabytes * 1e6 / max(1, sum(len(row["text"].encode()) for row in rows))
     for row in rows:
@@ -91,7 +90,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _draw(document: str, what: str) -> float:
-    """A number from 0 to 1 that belongs to a document's id."""
+    """Return a number from 0 to 1 derived from a document's id."""
     drawn = hashlib.blake2b(f"{what}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(drawn) / 2**64
 
@@ -103,7 +102,7 @@ def write_corpus(root: Path, documents: Sequence[Document], *, words: int = 8000
     for document in documents:
         drawn = _draw(document.id, "role")
         roles[next(role for role, limit in limits.items() if drawn < limit)].append(document)
-    # Of evaluation texts some are in the corpus, too, but for a line: what --contaminates is for.
+    # Some evaluation texts are in the corpus except for a line, for --contaminates.
     copied = [document for document in roles["evaluation"] if _draw(document.id, "copied") < 0.2]
     roles["extra"] += [Document(f"{one.id}/copy", f"A copy.\n{one.text}", one.source) for one in copied]
     root.mkdir(parents=True)
@@ -118,13 +117,13 @@ def write_corpus(root: Path, documents: Sequence[Document], *, words: int = 8000
 
 
 def _pair(document: Document) -> dict[str, str]:
-    """A document as a question, its first line, and an answer, the rest."""
+    """Return a document as a question, its first line, and an answer, the rest."""
     question, _, answer = document.text.partition("\n")
     return {"id": document.id, "question": question[:300] or "?", "answer": answer, "source": document.source}
 
 
 def write_formats(root: Path, documents: Sequence[Document]) -> None:
-    """Files of every input format. Some documents come again, by id in ``.gz`` and by text in ``.zst``."""
+    """Write files of every input format. Some documents repeat, by id in ``.gz`` and by text in ``.zst``."""
     root.mkdir()
     formats: list[list[Document]] = [[] for _ in range(8)]
     for document in documents:
@@ -139,7 +138,7 @@ def write_formats(root: Path, documents: Sequence[Document]) -> None:
     with (root / "d.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["id", "text", "source", "year"])
         writer.writeheader()
-        # A csv file has one end of line for all; what a text has besides is not what is pinned here.
+        # A csv file has one kind of line end; others in the text are not tested here.
         writer.writerows({**d.row(), "text": d.text.replace("\r", "").replace("\0", "")} for d in table)
     schema = pa.schema([(name, pa.string()) for name in ("id", "text", "source", "year")])
     pq.write_table(pa.Table.from_pylist([d.row() for d in columns], schema), root / "e.parquet", row_group_size=500)
@@ -152,7 +151,7 @@ def write_formats(root: Path, documents: Sequence[Document]) -> None:
 
 
 def _damaged(i: int, document: Document) -> bytes:
-    """A document's line; of every ten one has something else."""
+    """Return a document's line; one of ten is damaged."""
     line = json.dumps(document.row()).encode()
     broken = (
         line[: len(line) // 2],
@@ -175,7 +174,7 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _write_tokenizer(path: Path, texts: list[str]) -> None:
-    """A byte-level BPE of 4,000 tokens, which loses nothing."""
+    """Write a lossless byte-level BPE of 4,000 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -189,7 +188,7 @@ def _write_tokenizer(path: Path, texts: list[str]) -> None:
 
 
 def corpus_digest(root: Path) -> str:
-    """SHA-256 over the names and bytes of all files of a corpus."""
+    """Return a SHA-256 over the names and bytes of all files of a corpus."""
     digest = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(root)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -203,7 +202,7 @@ Runner = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def run_retrotool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the retrotool that PYTHONPATH names in a process of its own, on one core."""
+    """Run the retrotool of PYTHONPATH in a separate process, on one core."""
     one_core = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     command = [sys.executable, "-P", "-m", "retrotool", *map(str, arguments)]  # -P: not that of this folder
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **one_core}, check=False)
@@ -211,7 +210,7 @@ def run_retrotool(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """The one place that knows how revisions spell what has had several names. ``commands`` are those of a revision."""
+    """Maps commands to their spelling in a revision with these ``commands``."""
 
     commands: frozenset[str]
     sample: str
@@ -219,7 +218,7 @@ class Spelling:
 
     @classmethod
     def of(cls, run: Runner) -> Spelling:
-        """That of the revision that ``run`` runs."""
+        """Detect the spelling of the revision that ``run`` runs."""
         commands = set(re.findall(r"^  ([a-z]+) ", run("--help").stdout, re.MULTILINE))
         if "Commands:" in run("export", "--help").stdout:
             commands.add("export neighbours")
@@ -228,19 +227,19 @@ class Spelling:
         return cls(frozenset(commands), "--sample" if "--sample" in run("index", "--help").stdout else "--queries")
 
     def undo(self, store: Path, purge: str) -> list[object]:
-        """Undo a purge."""
+        """Return the arguments to undo a purge."""
         if "undo" in self.commands:
             return ["undo", store, purge, "--reason", "pinned"]
         return ["undo", store, purge, "--reason", "pinned"]
 
     def erase(self, store: Path, *purges: str) -> list[object]:
-        """Erase purges."""
+        """Return the arguments to erase purges."""
         if "erase" in self.commands:
             return ["erase", store, *purges, "--yes"]
         return ["purge", store, *purges, "--erase", "--yes"]
 
     def export(self, store: Path, output: Path, table: str) -> list[object]:
-        """Export chunks with their neighbours as Parquet."""
+        """Return the arguments to export chunks with neighbours as Parquet."""
         if "export neighbours" in self.commands:
             return ["export", "neighbours", store, output, "--format", "parquet", "--name", table]
         return ["export", store, output, self.table, table]
@@ -258,14 +257,14 @@ class Spelling:
 
 @dataclass(slots=True)
 class Recording:
-    """What a run gave: ``content`` of stores by when they were read, ``exits`` and ``outputs`` by step."""
+    """The results of a run: ``content`` of stores by step, ``exits`` and ``outputs`` by command."""
 
     content: dict[str, Any] = field(default_factory=dict)
     exits: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, list[str]] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """All of it by names that ``/`` separates."""
+        """Return everything as a flat mapping with names separated by ``/``."""
         return dict(_flat({"content": self.content, "exits": self.exits, "outputs": self.outputs}))
 
 
@@ -278,7 +277,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class Session:
-    """Runs commands in a work folder, and keeps what they gave. ``folder`` is where stores are made."""
+    """Runs commands on stores in ``folder`` and records the results."""
 
     def __init__(self, run: Runner, corpus: Path, folder: Path) -> None:
         self.corpus, self.folder, self.recording = corpus, folder, Recording()
@@ -286,7 +285,7 @@ class Session:
         self.spelling = Spelling.of(run)
 
     def step(self, name: str, *arguments: object) -> str:
-        """Run a command; ``name`` says which step it is. Gives its stdout."""
+        """Run a command; return its stdout."""
         done = self._run(*arguments)
         print(f"{name}: {done.returncode}", file=sys.stderr, flush=True)
         if done.returncode not in (0, 3):
@@ -296,7 +295,7 @@ class Session:
         return done.stdout
 
     def _plain(self, text: str) -> list[str]:
-        """Lines without what no two runs have in common, and without progress bars."""
+        """Return lines without parts that differ between runs, and without progress bars."""
         text = text.replace(str(self.folder), "WORK").replace(str(self.corpus), "CORPUS")
         for pattern, stands_for in _VOLATILE:
             text = re.sub(pattern, stands_for, text)
@@ -304,16 +303,16 @@ class Session:
         return [line if len(line) < 400 else _short(line) for line in lines if "%|" not in line and line.strip()]
 
     def read(self, name: str, store: Path) -> None:
-        """Keep what a store holds now."""
+        """Record the content of a store."""
         self.recording.content[name] = PlainStore(store).content()
 
     def verify(self, name: str, store: Path) -> None:
-        """Have retrotool verify a store, and keep the digests that it prints."""
+        """Verify a store and record the digests that are printed."""
         found = json.loads(self.step(f"verify {name}", "verify", store, "--json"))
         self.recording.content.setdefault(name, {})["verify"] = _digests(found)
 
     def purge(self, name: str, store: Path, *selectors: object) -> str:
-        """Purge what selectors select, and keep which chunks are purged then. Gives the purge's id, if there is one."""
+        """Purge, record the purged chunks, and return the purge's id, if any."""
         before = purges(store)
         self.step(f"purge {name}", "purge", store, *selectors, "--reason", "pinned", "--yes")
         tombstones = PlainStore(store).content()["tombstones"]
@@ -321,7 +320,7 @@ class Session:
         return next((purge for purge in purges(store) if purge not in before), "")
 
     def export(self, store: Path, output: Path, table: str) -> None:
-        """Export chunks with their neighbours as Parquet, and keep a digest of each column in the order of chunks."""
+        """Export neighbours as Parquet, and record a digest of each column in the order of chunks."""
         self.step("export", *self.spelling.export(store, output, table))
         files = sorted(output.glob("*.parquet"))
         if not files:
@@ -356,13 +355,13 @@ def _short(line: str) -> str:
 
 
 def _digests(found: dict[str, Any]) -> dict[str, Any]:
-    """The digests in what ``verify --json`` prints, wherever they are."""
+    """Return all digests in the output of ``verify --json``."""
     flat = dict(_flat(found))
     return {name.rpartition("/")[2]: value for name, value in flat.items() if re.fullmatch("[0-9a-f]{64}", str(value))}
 
 
 def purges(store: Path) -> list[str]:
-    """Ids of the purges in a store's log, the oldest first."""
+    """Return the ids of the purges in a store's log, the oldest first."""
     found: dict[str, None] = {}
     for commit in sorted((store / "log").glob("*.json")):
         records = json.loads(commit.read_bytes())["records"]
@@ -381,7 +380,7 @@ for shuffle in (False, True):
 
 
 def first_batches(store: Path, table: str) -> list[str]:
-    """Digests of the first batches that ``RetroDataset`` gives, in the order of the store and shuffled."""
+    """Return digests of the first batches of ``RetroDataset``, in order and shuffled."""
     command = [sys.executable, "-P", "-c", _FIRST_BATCHES, str(store), table]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.splitlines() or done.stderr.splitlines()[-1:]
@@ -395,7 +394,7 @@ PART, SAVED = 65536, 10
 
 
 def run_all(session: Session) -> Recording:
-    """Every step on every store."""
+    """Run every step on every store."""
     store, queries = session.folder / "store", session.folder / "queries"
     build(session, store)
     ask(session, store, queries)
@@ -408,7 +407,7 @@ def run_all(session: Session) -> Recording:
 
 
 def build(session: Session, store: Path, *, part: int = PART) -> None:
-    """A store of all formats: chunked, embedded, with an exact index, and with neighbours."""
+    """Make a store of all formats, with embeddings, an exact index and neighbours."""
     corpus, exact = session.corpus, session.corpus / "exact"
     chunk = ("chunk", store, corpus / "input", "--tokenizer", exact, "--keep", "year", "--part-size", part)
     session.step("chunk", *chunk)
@@ -426,13 +425,13 @@ def build(session: Session, store: Path, *, part: int = PART) -> None:
 
 
 def ask(session: Session, store: Path, queries: Path) -> None:
-    """Another store's chunks beside their neighbours in the first; searching, exporting, reading for training."""
+    """Use another store's chunks as queries: neighbours, search, export, training."""
     corpus = session.corpus
     session.step("chunk queries", "chunk", queries, corpus / "evaluation.jsonl", "--tokenizer", corpus / "exact")
     session.step("embed queries", "embed", queries, "--encoder", corpus / "exact")
     for name, how in (("exact", ("--index", "exact")), ("all", ("--exact",))):
-        told = ("--queries", queries, "--name", name, "-k", 5, "--saved", SAVED)
-        session.step(f"neighbours {name}", "neighbours", store, *told, *how)
+        options = ("--queries", queries, "--name", name, "-k", 5, "--saved", SAVED)
+        session.step(f"neighbours {name}", "neighbours", store, *options, *how)
     filtered = ("--queries", queries, "--name", "far", "--index", "exact", "--saved", SAVED)
     session.step("neighbours far", "neighbours", store, *filtered, "--max-overlap", 0.5, "--exclude-near-copies")
     session.step("embed random", "embed", queries, "--encoder", corpus / "random", "--check")
@@ -451,7 +450,7 @@ def ask(session: Session, store: Path, queries: Path) -> None:
 
 
 def grow(session: Session, store: Path) -> None:
-    """More documents, and what is made of them."""
+    """Add documents and update everything."""
     session.step("chunk more", "chunk", store, session.corpus / "extra.jsonl", "--keep", "year", "--part-size", PART)
     session.step("embed more", "embed", store, "--encoder", session.corpus / "exact")
     session.step("index exact more", "index", store, "--name", "exact")
@@ -462,7 +461,7 @@ def grow(session: Session, store: Path) -> None:
 
 
 def records(session: Session) -> None:
-    """Key-value records."""
+    """Run key-value records."""
     store, corpus = session.folder / "records", session.corpus
     fields = ("--key-field", "question", "--value-field", "answer")
     session.step("chunk records", "chunk", store, corpus / "pairs.jsonl", "--tokenizer", corpus / "exact", *fields)
@@ -474,7 +473,7 @@ def records(session: Session) -> None:
 
 
 def by_text(session: Session) -> None:
-    """Purges by what documents say, in a store whose tokenizer loses nothing."""
+    """Purge by text in a store with a lossless tokenizer."""
     store, corpus = session.folder / "bytes", session.corpus
     session.step("chunk bytes", "chunk", store, corpus / "bytes.jsonl", "--tokenizer", corpus / "bytes.json")
     session.step("embed bytes", "embed", store, "--encoder", corpus / "exact")
@@ -492,7 +491,7 @@ def by_text(session: Session) -> None:
 
 
 def take_out(session: Session, store: Path, queries: Path) -> None:
-    """Purges by every other selector; one undone, others erased; and what is made anew then."""
+    """Purge by every other selector, undo one, erase others, and rebuild what depends on them."""
     live = [int(i) for part in PlainStore(store).parts() for i in part.ids[100:4000:1300]]
     documents = sorted({name for part in PlainStore(store).parts() for name in part.documents[::20000]})
     ids, names = session.folder / "ids.txt", session.folder / "documents.txt"
@@ -521,8 +520,8 @@ def take_out(session: Session, store: Path, queries: Path) -> None:
     for name in ("exact", "lists"):
         session.step(f"index {name} after an erase", "index", store, "--name", name)
     session.step("neighbours after an erase", "neighbours", store)
-    session.read("made anew", store)
-    session.verify("made anew", store)
+    session.read("rebuilt", store)
+    session.verify("rebuilt", store)
     session.step("info at the end", "info", store)
     session.step("log", "log", store)
 
@@ -531,7 +530,7 @@ def take_out(session: Session, store: Path, queries: Path) -> None:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], known: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What differs between two recordings' facts: what must not, and what may."""
+    """Return the differences between two recordings: those that fail, and those that may be."""
     wrong: list[str] = []
     allowed: list[str] = []
     for name in dict.fromkeys([*before, *after]):

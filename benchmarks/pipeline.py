@@ -1,10 +1,10 @@
-"""Rates of the commands on real text, each against what a user would write instead, in one run.
+"""Measure the rates of commands on real text, each compared with a common alternative.
 
     python benchmarks/pipeline.py INPUT.jsonl[.zst] [...] [--embed-chunks 2000]
 
-chunk is compared with ``tokenizers`` alone on the same texts (its floor); neighbours against ``faiss`` searching query
-by query in an exact float32 index of the same vectors. Embedding has a benchmark of its own, ``embed.py``; it is slow
-on a CPU, so neighbours use the first ``--embed-chunks`` chunks only unless that is raised.
+chunk is compared with ``tokenizers`` alone on the same texts (its floor); neighbours with ``faiss`` searching query by
+query in an exact float32 index of the same vectors. ``embed.py`` measures embedding, which is slow on a CPU, so
+neighbours use only the first ``--embed-chunks`` chunks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def bench_chunk(inputs: list[str], store: Path) -> None:
 
 
 def embed_some(store: Path, limit: int) -> np.ndarray:
-    """Vectors of the first chunks; ``benchmarks/embed.py`` is what measures that."""
+    """Embed the first chunks; ``benchmarks/embed.py`` measures that."""
     opened, encoder = Store.open(store), Encoder("minilm")
     chunks = read_chunks(opened, 0)
     return encoder.embed(EncoderRows(opened, encoder).rows(chunks.tokens[:limit], chunks.n_tokens[:limit]))

@@ -1,10 +1,10 @@
-"""Read a store with pyarrow, numpy and faiss alone, and compute digests of what it holds.
+"""Read a store with pyarrow, numpy and faiss alone, and compute digests of its content.
 
-Nothing of ``retrotool`` is imported: this reads what ``docs/format.md`` promises to other tools. Digests are over
-values in the order of chunk ids, so they depend on neither file names, nor row groups, nor the layout of the store.
-``live_files`` is the only place that knows how a file's kind, name and slot follow from the log.
+``retrotool`` is not imported: this reads what ``docs/format.md`` promises to other tools. Digests are over values in
+the order of chunk ids, so they are independent of file names, row groups and the layout of the store. Only
+``live_files`` knows how a file's kind, name and slot follow from the log.
 
-A chunk counts if it is live: not erased (it has tokens) and not a tombstone. Cost: one pass over all files.
+A chunk is live if it is not erased (it has tokens) and not a tombstone. Cost: one pass over all files.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 PART_SHIFT = 32
-"""A chunk id is the part's number shifted by this, plus the row."""
+"""A chunk id is the part number shifted by this, plus the row."""
 
 
 @dataclass(frozen=True, slots=True)
 class LiveFile:
-    """A file that the log's last commit has: ``documents``, part 3 has kind "documents", name "" and slot "000003"."""
+    """A current file; ``documents`` of part 3 has kind "documents", name "" and slot "000003"."""
 
     kind: str
     name: str
@@ -38,7 +38,7 @@ class LiveFile:
 
 
 def live_files(store: Path) -> list[LiveFile]:
-    """Fold the log of a store: the files that are added and not removed, but for those of parts that are pending."""
+    """Fold the log of a store to its current files, without those of pending parts."""
     live: dict[str, LiveFile] = {}
     records: dict[str, Any] = {}
     for number in count():
@@ -64,15 +64,15 @@ class Digest:
         self._hash = hashlib.sha256()
 
     def array(self, values: npt.NDArray[Any]) -> None:
-        """Take in an array's values, in C order."""
+        """Add an array's values, in C order."""
         self._hash.update(np.ascontiguousarray(values).tobytes())
 
     def values(self, values: Iterable[object]) -> None:
-        """Take in Python values by their ``repr``."""
+        """Add the ``repr`` of Python values."""
         self._hash.update("".join(f"{value!r}\x1f" for value in values).encode())
 
     def __str__(self) -> str:
-        """The first 32 hexadecimal digits."""
+        """Return the first 32 hexadecimal digits."""
         return self._hash.hexdigest()[:32]
 
 
@@ -94,31 +94,30 @@ class Part:
 
 @dataclass(slots=True)
 class PlainStore:
-    """A store at ``path``, read through its log as it is now."""
+    """A store at ``path``, read through its current log."""
 
     path: Path
     files: list[LiveFile] = field(init=False)
     tombstones: npt.NDArray[np.int64] = field(init=False)
-    """Ids of purged chunks and of documents that repeat, ascending."""
+    """Ids of purged and rejected chunks, ascending."""
 
     def __post_init__(self) -> None:
-        """Fold the log, and read the tombstones."""
         self.files = live_files(self.path)
         ids = [np.zeros(0, np.int64)]
         ids += [pq.read_table(file.path)["chunk"].to_numpy() for file in self.files if file.kind == "tombstones"]
         self.tombstones = np.unique(np.concatenate(ids))
 
     def by_part(self, kind: str, name: str = "") -> dict[int, Path]:
-        """Files of a kind by the number of their part, ascending."""
+        """Return files of a kind by part number, ascending."""
         found = {int(file.slot): file.path for file in self.files if (file.kind, file.name) == (kind, name)}
         return dict(sorted(found.items()))
 
     def names(self, kind: str) -> list[str]:
-        """Names that a kind has: of encoders, indexes, neighbour tables."""
+        """Return the names of encoders, indexes or neighbour tables."""
         return sorted({file.name for file in self.files if file.kind == kind})
 
     def parts(self) -> Iterator[Part]:
-        """The live chunks, part by part."""
+        """Yield the live chunks, part by part."""
         documents = self.by_part("documents")
         for number, path in self.by_part("chunks").items():
             table = pq.read_table(path, page_checksum_verification=True)
@@ -147,7 +146,7 @@ class PlainStore:
             )
 
     def content(self) -> dict[str, Any]:
-        """Digests and counts of everything that is live; equal for stores that say the same of the same chunk ids."""
+        """Return digests and counts of all live data, by what they cover."""
         ids, documents, tokens, keys = Digest(), Digest(), Digest(), Digest()
         chunks = n_tokens = 0
         of_documents: set[str] = set()
@@ -180,7 +179,7 @@ class PlainStore:
         return {"count": len(self.tombstones), "ids": str(digest)}
 
     def _columns(self) -> dict[str, str]:
-        """A digest a column of ``documents``; of inputs the file's name only."""
+        """Return a digest per column of ``documents``; of inputs only the file's name counts."""
         digests: dict[str, Digest] = {}
         for path in self.by_part("documents").values():
             table = pq.read_table(path)
@@ -192,7 +191,7 @@ class PlainStore:
         return {name: str(digest) for name, digest in digests.items()}
 
     def _rejected(self) -> dict[str, Any]:
-        """How many rows of each input were not taken, and a digest of their places."""
+        """Return how many rows of each input were rejected, and a digest of their places."""
         places: list[tuple[str, int, int | None]] = []
         for file in self.files:
             if file.kind == "quarantine":
@@ -203,13 +202,13 @@ class PlainStore:
         return {"places": str(digest), "by input": dict(sorted(Counter(place[0] for place in places).items()))}
 
     def reasons(self) -> dict[str, int]:
-        """Why rows were rejected, in the store's words, with how many."""
+        """Return how many rows were rejected for each reason."""
         files = [file.path for file in self.files if file.kind == "quarantine"]
         found = Counter(reason for path in files for reason in pq.read_table(path)["reason"].to_pylist())
         return dict(sorted(found.items()))
 
     def vectors(self, encoder: str) -> Iterator[tuple[Part, npt.NDArray[np.float16]]]:
-        """Parts with the vectors of their live chunks, float16 [n, d]; those of values are zero."""
+        """Yield parts with the vectors of their live chunks, float16 [n, d]; values have zero vectors."""
         files = self.by_part("embeddings", encoder)
         for part in self.parts():
             number = int(part.ids[0] >> PART_SHIFT) if len(part.ids) else -1
@@ -226,7 +225,7 @@ class PlainStore:
         return {"chunks": chunks, "ids": str(ids), "values": str(values)}
 
     def _index(self, name: str) -> dict[str, Any]:
-        """Ids, lists and codes of all shards in the order of ids."""
+        """Return a digest of the ids, lists and codes of all shards, in the order of ids."""
         shards = [file for file in self.files if file.kind == "index" and file.name == name]
         read = [read_shard(file.path) for file in shards if file.slot.startswith("shard-")]
         if not read:
@@ -239,9 +238,9 @@ class PlainStore:
         return {"vectors": len(ids), **{what: str(digest) for what, digest in digests.items()}}
 
     def neighbours(self, table: str) -> Iterator[tuple[Part, npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
-        """Parts with ids int64 [n, saved] and distances float32 [n, saved] of their live chunks' live neighbours.
+        """Yield parts with ids int64 [n, saved] and distances float32 [n, saved] of live neighbours.
 
-        Tombstones are taken out, the others move up; −1 and +inf follow.
+        Tombstones are removed and later neighbours move up; −1 and +inf fill the end.
         """
         files = self.by_part("neighbours", table)
         for part in self.parts():
@@ -262,7 +261,7 @@ class PlainStore:
             yield part, ids, distances
 
     def _tombstones_of(self, metadata: dict[bytes, bytes]) -> npt.NDArray[np.int64]:
-        """Those of the database that a table is of: this store, or that at the path in the table."""
+        """Return the tombstones of a table's database: this store, or the one at the path in the table."""
         own = json.loads((self.path / "store.json").read_bytes())["uuid"]
         if metadata[b"retrotool.database"].decode() == own:
             return self.tombstones
@@ -279,8 +278,8 @@ class PlainStore:
 
 
 def read_shard(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Ids int64 [n], lists int64 [n] (0 without lists) and codes uint8 [n, bytes] of a plain faiss file."""
-    whole = faiss.read_index(str(path))  # owns what the others only point to
+    """Read ids int64 [n], lists int64 [n] (0 without lists) and codes uint8 [n, bytes] of a plain faiss file."""
+    whole = faiss.read_index(str(path))  # owns the data of the views below
     index: Any = faiss.downcast_index(whole)
     if isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)

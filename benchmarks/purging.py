@@ -1,20 +1,19 @@
-"""A purge of one chunk, of 100 documents and of a tenth of a store: what it costs, and whether anybody still finds it.
+"""Purge one chunk, 100 documents and a tenth of a store: measure the cost, and check that nothing is found any more.
 
     python benchmarks/purging.py STORE [--encoder minilm] [--name main] [--where EXPRESSION] [--queries 2000]
 
-STORE has embeddings, an index and neighbours in itself; it is not changed (each purge is made in a copy of links, as
-no file of a store is ever changed). Each purge is by another selector: ``--chunk``, ``--documents``, and ``--where``,
-which should mean about a tenth of the store. Then
+STORE has embeddings, an index and neighbours in itself. It is not changed: each purge works on a copy of hard links.
+The selectors are ``--chunk``, ``--document``, and ``--where``, which should select about a tenth of the store. Then
 
-* every victim is a query of a search, and the victims among the 10 nearest are counted;
-* every read path is taken, and the victims in what it returns are counted (``retrotool.receipt.read_paths``);
-* neighbours of random live chunks, as they are read, are compared with brute force over the live vectors alone:
-  before the purge, after it, after ``neighbours``, and as they are found from scratch in the store that was purged;
-* it is erased and verified, and the files that were rewritten are counted, and those of the parts that it touched.
+* the vector of every purged chunk is searched, and purged chunks among the 10 nearest are counted;
+* every read path is exercised, and purged chunks that it returns are counted (``retrotool.receipt.read_paths``);
+* neighbours of random live chunks are compared with brute force over live vectors: before the purge, after it, after
+  ``neighbours``, and computed from scratch in the purged store;
+* the purge is erased and verified, and the rewritten files are counted.
 
-At last each of the 100 documents is purged on its own, and all these purges are erased together.
+Finally each of the 100 documents is purged separately, and all these purges are erased together.
 
-Times are those of the commands as whole processes.
+Times are those of commands as whole processes.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ Ids = npt.NDArray[np.int64]
 
 
 def run(*arguments: object) -> tuple[dict[str, Any], float]:
-    """What a command tells as JSON, and its seconds."""
+    """Run a command; return its JSON result and its seconds."""
     start = time.perf_counter()
     done = subprocess.run([tool(), *map(str, arguments), "--json"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), time.perf_counter() - start
 
 
 def embedded(root: Path, encoder: str) -> tuple[Ids, npt.NDArray[np.float16], Ids]:
-    """Ids, vectors and documents (first chunk) of all live chunks that have a vector."""
+    """Return ids, vectors and documents (first chunk) of all live chunks with a vector."""
     reader, store = retrotool.open(root), Store.open(root)
     found = []
     for part in (int(slot) for slot in store.state.group("embeddings", encoder)):
@@ -69,7 +68,7 @@ def embedded(root: Path, encoder: str) -> tuple[Ids, npt.NDArray[np.float16], Id
 
 
 def truth(ids: Ids, vectors: npt.NDArray[Any], documents: Ids, rows: Ids, k: int) -> Ids:
-    """The k true nearest of other documents, of some rows, by brute force in float32."""
+    """Return the k true nearest chunks in other documents of some rows, by brute force in float32."""
     every = vectors.astype(np.float32)
     squares = (every * every).sum(1)
     found = []
@@ -82,31 +81,31 @@ def truth(ids: Ids, vectors: npt.NDArray[Any], documents: Ids, rows: Ids, k: int
 
 
 def recall(root: Path, encoder: str, chunks: Ids, name: str) -> str:
-    """recall@2 and @10 of ``chunks`` in the table ``name`` as it is read, against brute force over what is live."""
+    """Return recall@2 and @10 of ``chunks`` in table ``name`` against brute force over live chunks."""
     ids, vectors, documents = embedded(root, encoder)
     rows = np.searchsorted(ids, chunks)
     reader = retrotool.open(root)
     near = [[i for i, _ in reader.neighbour_ids(chunk, name, 20)] for chunk in ids[rows].tolist()]
-    told = []
+    figures = []
     for k in (2, 10):
         true = truth(ids, vectors, documents, rows, k)
         hits = sum(len(set(a.tolist()) & set(b[:k])) for a, b in zip(true, near, strict=True))
-        told.append(f"recall@{k} {hits / k / len(rows):.4f}")
-    return ", ".join(told)
+        figures.append(f"recall@{k} {hits / k / len(rows):.4f}")
+    return ", ".join(figures)
 
 
-def searched(root: Path, vectors: npt.NDArray[Any], victims: Tombstones) -> int:
-    """How many of the 10 nearest of the victims' own vectors are victims."""
+def searched(root: Path, vectors: npt.NDArray[Any], purged_chunks: Tombstones) -> int:
+    """Count purged chunks among the 10 nearest of their own vectors."""
     database = retrotool.open(root).database()
     found = 0
     for start in range(0, len(vectors), AT_ONCE):
         best = database.search(Queries.plain(vectors[start : start + AT_ONCE].astype(np.float32)), 10)
-        found += int(victims.contains(best.ids).sum())
+        found += int(purged_chunks.contains(best.ids).sum())
     return found
 
 
 def measure(source: Path, folder: Path, selector: list[str], encoder: str, name: str, drawn: Ids) -> None:
-    """One purge, from the selection to the receipt."""
+    """Measure one purge, from the selection to the receipt."""
     root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
     ids, vectors, _ = embedded(root, encoder)
     total = json.loads(subprocess.run([tool(), "info", str(root), "--json"], capture_output=True, check=True).stdout)
@@ -114,18 +113,18 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     purged, seconds = run("purge", root, *selector, "--reason", "benchmark", "--yes")
     store = Store.open(root)
     after = read_tombstones(store)
-    victims = Tombstones(np.setdiff1d(after.ids, before.ids))
-    mine = victims.contains(ids)
+    purged_chunks = Tombstones(np.setdiff1d(after.ids, before.ids))
+    mine = purged_chunks.contains(ids)
     print(
         f"\n{' '.join(selector)[:60]}: {purged['chunks']:,} of {total['chunks']:,} chunks, {purged['documents']:,} "
         f"whole documents; {mine.sum():,} of {len(ids):,} with vectors"
     )
     print(f"  purge               {seconds:7.1f} s")
-    print(f"  in searches by each {searched(root, vectors[mine], victims)} of {10 * int(mine.sum()):,} results")
-    for take in read_paths(store, victims.ids):
-        path = take()
+    print(f"  in searches by each {searched(root, vectors[mine], purged_chunks)} of {10 * int(mine.sum()):,} results")
+    for check in read_paths(store, purged_chunks.ids):
+        path = check()
         print(f"  {path.name:<20}{path.found} in {path.rows:,} rows{'; ' + path.note if path.note else ''}")
-    drawn = drawn[~victims.contains(drawn)]
+    drawn = drawn[~purged_chunks.contains(drawn)]
     print(f"  before the purge    {recall(source, encoder, drawn, name)}, of {len(drawn):,} live chunks")
     print(f"  as they are read    {recall(root, encoder, drawn, name)}")
     filled, seconds = run("neighbours", root, "--name", name)
@@ -134,25 +133,25 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     _, seconds = run("neighbours", root, "--name", "from-scratch", "--saved", 20)
     print(f"  from scratch        {seconds:7.1f} s: {recall(root, encoder, drawn, 'from-scratch')}")
     store = Store.open(root)
-    touched = sum(len(part_files(store, part)) for part in victims.parts())
-    holding = sum(task.weight for task in EraseStage(victims, (purged["purge"],)).tasks(store))
-    erased, seconds = run("purge", root, purged["purge"], "--erase", "--yes")
+    touched = sum(len(part_files(store, part)) for part in purged_chunks.parts())
+    holding = sum(task.weight for task in EraseStage(purged_chunks, (purged["purge"],)).tasks(store))
+    erased, seconds = run("erase", root, purged["purge"], "--yes")
     print(
         f"  erase               {seconds:7.1f} s: {erased['files_rewritten']:,} files rewritten; {holding:,} held "
-        f"some, {touched:,} of them of {len(victims.parts()):,} parts"
+        f"some, {touched:,} of them of {len(purged_chunks.parts()):,} parts"
     )
     verified, seconds = run("receipt", root, purged["purge"], "--out", folder)
     receipt = verified["receipt"]
     files, rows = (sum(one[what] for one in receipt["files"]["kinds"]) for what in ("files", "rows"))
     print(
-        f"  verify              {seconds:7.1f} s: {files:,} files decoded, {rows:,} rows; "
+        f"  receipt             {seconds:7.1f} s: {files:,} files decoded, {rows:,} rows; "
         f"{'nothing of it is left' if receipt['ok'] else 'FAILED'}"
     )
     shutil.rmtree(root)
 
 
 def one_by_one(source: Path, folder: Path, documents: list[str]) -> None:
-    """A purge for each document, and one erase of all."""
+    """Measure a purge per document, and one erase of all."""
     root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
     each = [run("purge", root, "--document", name, "--reason", "benchmark", "--yes")[1] for name in documents]
     erased, seconds = run("erase", root, "--older-than", "0s", "--yes")
@@ -161,7 +160,7 @@ def one_by_one(source: Path, folder: Path, documents: list[str]) -> None:
         f"  erase of all        {seconds:7.1f} s: {erased['erased']:,} chunks, {erased['files_rewritten']:,} files"
     )
     verified, seconds = run("receipt", root, erased["purges"][0], "--out", folder)
-    print(f"  verify of one       {seconds:7.1f} s: {'nothing is left' if verified['receipt']['ok'] else 'FAILED'}")
+    print(f"  receipt of one      {seconds:7.1f} s: {'nothing is left' if verified['receipt']['ok'] else 'FAILED'}")
     shutil.rmtree(root)
 
 

@@ -1,9 +1,9 @@
-"""How fast each input format is read, and in how much memory: megabytes of text a second, one process, warm page cache.
+"""Measure reading each input format: megabytes of text per second, and memory, one process, warm page cache.
 
     python benchmarks/reading.py [--megabytes 100] [FORMAT ...]
 
-Each format is read in a process of its own, three times; printed are the best time and the largest memory beyond that
-of the process before it read. The texts are the docstrings of Python's own library, repeated until there are enough.
+Each format is read three times, each in a separate process. Prints the best time and the largest increase of memory by
+reading. The texts are the docstrings of Python's standard library, repeated.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write(path: Path, kind: str, size: int) -> None:
 
 
 def measure(path: Path) -> tuple[float, int, int, float]:
-    """Seconds, documents, other rows, and MiB of memory for reading a file once."""
+    """Read a file once; return seconds, documents, other rows, and MiB of memory."""
     (file,) = find_inputs([str(path)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()

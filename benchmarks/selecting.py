@@ -1,14 +1,14 @@
-"""How fast a store is searched for copies of chunks, for evaluation text and for duplicates, on one core.
+"""Measure the search of a store for copies of chunks, evaluation text and duplicates, on one core.
 
-    python benchmarks/selecting.py STORE [--victims 1 100 10000] [--evaluation STORE] [--planted 5000]
+    python benchmarks/selecting.py STORE [--given 1 100 10000] [--evaluation STORE] [--planted 5000]
 
-Victims are chunks of STORE, drawn at random, and in a row as those of documents are. Its chunks are read in blocks as
-``purge`` reads them; nothing is changed. Seconds are those of the processor, so others that use the machine count
-little. Text is counted as 250 bytes a chunk, though none is decoded.
+Copies are searched of this many chunks of STORE, drawn at random and consecutive. Blocks are read as ``purge`` reads
+them; STORE is not changed. Seconds are CPU time, so other load on the machine counts little. Text counts as 250 bytes
+per chunk, though none is decoded.
 
-``--planted``: so many full chunks of real text are copied between two others of real text, verbatim, begun 1 to 63
-tokens into a chunk, and with one token in 64 changed; how many of these places, and of the chunks that have 16 or more
-tokens of them, are selected.
+``--planted``: this many full chunks of real text are planted between two other real texts: verbatim, starting 1 to 63
+tokens into a chunk, and with one of 64 tokens changed. Prints the share of these places, and of the chunks with 16 or
+more of their tokens, that are selected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHUNK_BYTES = 250
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
-    parser.add_argument("--victims", type=int, nargs="*", default=[1, 100, 10_000])
+    parser.add_argument("--given", type=int, nargs="*", default=[1, 100, 10_000])
     parser.add_argument("--evaluation", type=Path)
     parser.add_argument("--planted", type=int, default=5000)
     arguments = parser.parse_args()
@@ -46,39 +46,39 @@ def main() -> None:
     print(f"{len(ids):,} chunks in {len(sizes)} parts")
     rng = np.random.default_rng(0)
     scan(store, None, "read only")
-    for number in arguments.victims:
+    for number in arguments.given:
         first = int(rng.integers(max(len(ids) - number, 0) + 1))
         drawn = {"drawn at random": rng.choice(ids, min(number, len(ids)), replace=False)}
         if number > 1:
             drawn["in a row"] = ids[first : first + number]
-        for how, victims in drawn.items():
+        for how, given in drawn.items():
             start = time.process_time()
-            matcher = NearDuplicates(tuple(victims.tolist())).open(store)
+            matcher = NearDuplicates(tuple(given.tolist())).open(store)
             name = f"near duplicates of {number:,} {how}"
-            print(f"{name}: made ready in {time.process_time() - start:.2f} s")
+            print(f"{name}: prepared in {time.process_time() - start:.2f} s")
             found = scan(store, matcher, name)
-            assert np.isin(victims, found).all(), "each is a copy of itself"
+            assert np.isin(given, found).all(), "each is a copy of itself"
     if arguments.evaluation is not None:
         start = time.process_time()
         contaminated = Contaminates(str(arguments.evaluation)).open(store)
-        print(f"evaluation text: made ready in {time.process_time() - start:.2f} s")
+        print(f"evaluation text: prepared in {time.process_time() - start:.2f} s")
         scan(store, contaminated, "evaluation text")
     planted(store, arguments.planted)
     start = time.process_time()
     duplicates = select_duplicates(store)
-    tell("duplicates, with reading", len(ids), time.process_time() - start)
+    report("duplicates, with reading", len(ids), time.process_time() - start)
     print(f"  {len(duplicates):,} chunks selected")
     print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB")
 
 
 def planted(store: Store, number: int) -> None:
-    """Plant copies of chunks, and print how many are found."""
+    """Insert copies of chunks, and print the share found."""
     rng = np.random.default_rng(1)
     part = max(store.state.parts(), key=lambda one: parts.part_entry(store, "chunks", one).rows)
     chunks = parts.read_chunks(store, part)
     length = chunks.tokens.shape[1]
     drawn = rng.choice(np.flatnonzero(chunks.n_tokens == length), 3 * number, replace=False).reshape(3, -1)
-    before, victims, behind = (chunks.tokens[rows] for rows in drawn)
+    before, given, after = (chunks.tokens[rows] for rows in drawn)
     matcher = NearDuplicates(tuple(parts.chunk_ids(part, drawn[1]).tolist())).open(store)
     for name, most, changed in (
         ("verbatim", 1, False),
@@ -86,14 +86,14 @@ def planted(store: Store, number: int) -> None:
         ("shifted, one changed", length, True),
     ):
         shift = rng.integers(0 if most == 1 else 1, most, number)
-        copies = victims.copy()
+        copies = given.copy()
         if changed:
             copies[np.arange(number), rng.integers(0, length, number)] ^= 1
-        # Three chunks a document: the end of one that is real, the copy, and as much of another as is missing.
+        # Three chunks per document: the end of a real one, the copy, and the beginning of another real one.
         table = np.zeros((number, 3 * length), chunks.tokens.dtype)
         for row, by in enumerate(shift.tolist()):
             table[row, :by], table[row, by : by + length] = before[row, :by], copies[row]
-            table[row, by + length : by + 2 * length] = behind[row]
+            table[row, by + length : by + 2 * length] = after[row]
         full = np.full(3 * number, length, np.int32)
         full[2::3] = shift
         doc, index = np.divmod(np.arange(3 * number, dtype=np.int32), np.int32(3))
@@ -107,7 +107,7 @@ def planted(store: Store, number: int) -> None:
 
 
 def scan(store: Store, matcher: Matcher | None, name: str) -> np.ndarray:
-    """Look at all blocks, and print how long reading and matching took; the chunk ids that were found."""
+    """Scan all blocks, print the time of reading and matching, and return the ids found."""
     decoder = Decoder(store)
     chunks, reading, matching = 0, 0.0, 0.0
     found = [np.zeros(0, np.int64)]
@@ -121,15 +121,14 @@ def scan(store: Store, matcher: Matcher | None, name: str) -> np.ndarray:
             reading, matching, chunks = reading + middle - start, matching + end - middle, chunks + len(block)
             start = end
     selected = np.unique(np.concatenate(found))
-    tell(f"{name}, with reading", chunks, reading + matching)
+    report(f"{name}, with reading", chunks, reading + matching)
     if matcher is not None:
-        tell(f"{name}, without", chunks, matching)
+        report(f"{name}, without", chunks, matching)
         print(f"  {len(selected):,} chunks selected")
     return selected
 
 
-def tell(name: str, chunks: int, seconds: float) -> None:
-    """Print a rate."""
+def report(name: str, chunks: int, seconds: float) -> None:
     print(f"  {name}: {chunks / seconds:,.0f} chunks/s, {chunks * CHUNK_BYTES / seconds / 1e6:,.0f} MB/s of text")
 
 

@@ -1,10 +1,10 @@
-"""How fast terms and personal data are found in text: MB a second on one core, beside RE2 alone.
+"""Measure the search for terms and personal data in text: MB per second on one core, compared with RE2 alone.
 
     python benchmarks/text_selectors.py [FILE.jsonl[.zst] ...] [--store STORE]
 
-Text is cut into chunks of 280 bytes, in blocks of 32,768 chunks, without a store: decoding is not measured.
-``--store``: a scan as a purge makes it, on all cores: reading, decoding, RE2, and writing down what was found. The
-store, of which a copy is made of links, is scanned for a pattern that is nowhere.
+Text is cut into chunks of 280 bytes, in blocks of 32,768 chunks, without a store and without decoding. ``--store``: a
+scan as in a purge, on all cores: reading, decoding, RE2 and writing the results. A copy of the store, made of hard
+links, is scanned for patterns without a match.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHUNK, ROWS = 280, 1 << 15
 
 
 class Given:
-    """Stands for a decoder of a lossless tokenizer."""
+    """Replaces the decoder of a lossless tokenizer."""
 
     lossless = True
 
@@ -51,7 +51,7 @@ class Given:
 
 
 def block_of(documents: list[bytes]) -> TextBlock:
-    """Whole documents, cut into chunks."""
+    """Cut whole documents into chunks."""
     sizes = np.array([max(-(-len(text) // CHUNK), 1) for text in documents])
     first = np.concatenate([[0], np.cumsum(sizes)])
     index = np.arange(first[-1]) - np.repeat(first[:-1], sizes)
@@ -64,7 +64,7 @@ def block_of(documents: list[bytes]) -> TextBlock:
 
 
 def documents_in(paths: list[Path]) -> Iterator[bytes]:
-    """The texts of files."""
+    """Yield the texts of files."""
     for path in paths:
         with path.open("rb") as file:
             data = zstandard.ZstdDecompressor().stream_reader(file).read() if path.suffix == ".zst" else file.read()
@@ -73,7 +73,7 @@ def documents_in(paths: list[Path]) -> Iterator[bytes]:
 
 
 def blocks(documents: list[bytes]) -> list[TextBlock]:
-    """All documents in blocks."""
+    """Return all documents in blocks."""
     made: list[TextBlock] = []
     waiting: list[bytes] = []
     size = 0
@@ -87,7 +87,7 @@ def blocks(documents: list[bytes]) -> list[TextBlock]:
 
 
 def measure(name: str, find: Callable[[TextBlock], Any], some: list[TextBlock]) -> None:
-    """One line."""
+    """Measure a search and print a line."""
     size = sum(len(block.text) for block in some)
     began = time.process_time()
     found = [find(block) for block in some]
@@ -96,7 +96,7 @@ def measure(name: str, find: Callable[[TextBlock], Any], some: list[TextBlock]) 
 
 
 def terms_of(documents: list[bytes], count: int, rare: bool) -> list[str]:
-    """Terms of one to three words that are in the text: of rare words, or of any."""
+    """Return terms of one to three words of the text, rare ones or any."""
     words = Counter(itertools.chain.from_iterable(text.split() for text in documents))
     known = [w for w, n in words.items() if w.isalpha() and w.isascii() and (n < 3 or not rare)]
     rng = np.random.default_rng(1)
@@ -104,7 +104,6 @@ def terms_of(documents: list[bytes], count: int, rare: bool) -> list[str]:
 
 
 def by_pattern(pattern: str) -> Callable[[TextBlock], BlockHits]:
-    """Find one pattern."""
     one = compiled(pattern)
     return lambda block: BlockHits.touched(block, *find_all(one, block))
 
