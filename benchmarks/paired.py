@@ -216,10 +216,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, corpus = Path(temporary), arguments.corpus.absolute()
         documents = folder / "documents.txt"
-        checkouts = (
-            Checkout(arguments.a.absolute(), folder / "a"),
-            Checkout(arguments.b.absolute(), folder / "b"),
-        )
+        checkouts = (Checkout(arguments.a.absolute(), folder / "a"), Checkout(arguments.b.absolute(), folder / "b"))
         for checkout in checkouts:
             prepare(checkout, corpus, documents)
         found = []

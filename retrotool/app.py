@@ -50,11 +50,9 @@ class _Group(TyperGroup):
     """Commands, imported when they are run or shown. With ``--json``, misuse is also reported as JSON."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
-        """Return the names of all commands."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
-        """Import a command; None for an unknown name."""
         if cmd_name not in _COMMANDS:
             return None
         if cmd_name not in self.commands:
@@ -74,7 +72,6 @@ class _Group(TyperGroup):
             formatter.write_dl([(name, " ".join(text.split("\n\n")[0].split())) for name, text in help_of.items()])
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -90,7 +87,6 @@ class _Command(TyperCommand):
     """A command that groups its options by panel in the help, and runs without importing pandas."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
         if self.name not in _WITHOUT_PYARROW:
             leave_pandas_out()
         return super().invoke(ctx)

@@ -98,81 +98,31 @@ StoreArgument = Annotated[str, arg("Directory of the store.", metavar="STORE", c
 Json = Annotated[bool, opt("Print one JSON object on stdout.", "--json")]
 EncoderOption = Annotated[
     str | None,
-    opt(
-        "Encoder whose embeddings to use, if the store has several.",
-        "--encoder",
-        metavar="NAME",
-        complete=complete_encoders,
-    ),
+    opt("Encoder whose embeddings to use, if the store has several.", metavar="NAME", complete=complete_encoders),
 ]
 IndexOption = Annotated[
     str | None,
-    opt(
-        "Index to search.  [default: the default index, else main]",
-        "--index",
-        metavar="NAME",
-        complete=complete_indexes,
-    ),
+    opt("Index to search.  [default: the default index, else main]", metavar="NAME", complete=complete_indexes),
 ]
+
+
+def _work(text: str, name: str, metavar: str) -> Any:
+    return opt(text, f"--{name}", metavar=metavar, panel=WORK, variable=f"RETROTOOL_{name.upper()}")
+
+
 DevicesOption = Annotated[
     str,
-    opt(
-        "auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.",
-        "--devices",
-        metavar="D,...",
-        panel=WORK,
-        variable="RETROTOOL_DEVICES",
+    _work(
+        "auto (every GPU, else the CPU), cpu, cuda, cuda:N; several with commas, one process each.", "devices", "D,..."
     ),
 ]
 TableOption = Annotated[
     str | None,
-    opt(
-        "Neighbour table to read.  [default: main, or the only one]",
-        "--table",
-        metavar="NAME",
-        complete=complete_tables,
-    ),
+    opt("Neighbour table to read.  [default: main, or the only one]", "--table", metavar="NAME", complete=complete_tables),
 ]
+Device = Annotated[str, _work("auto (a GPU if there is one), cpu, cuda or cuda:N.", "devices", "D")]
 ShardOption = Annotated[
-    str | None,
-    opt(
-        "This is job I of N on the store, from 0: begin with that share of the work.",
-        "--shard",
-        metavar="I/N",
-        panel=WORK,
-        variable="RETROTOOL_SHARD",
-    ),
-]
-Device = Annotated[
-    str,
-    opt(
-        "auto (a GPU if there is one), cpu, cuda or cuda:N.",
-        "--devices",
-        metavar="D",
-        panel=WORK,
-        variable="RETROTOOL_DEVICES",
-    ),
-]
-WorkersOption = Annotated[
-    int | None,
-    opt(
-        "Worker processes.  [default: one per core]",
-        "--workers",
-        metavar="N",
-        least=1,
-        panel=WORK,
-        variable="RETROTOOL_WORKERS",
-    ),
-]
-ScratchOption = Annotated[
-    str | None,
-    opt(
-        "Folder for scratch files.  [default: the system's]",
-        "--scratch",
-        metavar="DIR",
-        panel=WORK,
-        variable="RETROTOOL_SCRATCH",
-    ),
+    str | None, _work("This is job I of N on the store, from 0: begin with that share of the work.", "shard", "I/N")
 ]
 
 LEAST_MEMORY = 16 << 20

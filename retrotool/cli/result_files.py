@@ -122,8 +122,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         renamed = error.filename2 is not None
         if renamed and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise UsageError(
-                f"{target} was made by another process",
-                "Remove it, or name another folder, and run the command again.",
+                f"{target} was made by another process", "Remove it, or name another folder, and run the command again."
             ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(

@@ -80,8 +80,7 @@ def command(
     ] = None,
     terms: Annotated[Path | None, _by("Words and names, one per line, matched as whole words.", metavar="FILE")] = None,
     pii: Annotated[
-        str | None,
-        _by("Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.", metavar="KINDS"),
+        str | None, _by("Personal data: all, or some of email,phone,ip-address,iban,payment-card,key.", metavar="KINDS")
     ] = None,
     near_duplicates_of: Annotated[
         list[str] | None, _by("Copies of this chunk, also shifted or slightly changed; repeatable.", metavar="ID|@FILE")
@@ -207,7 +206,6 @@ def _text(store: str, selectors: Selectors, result: PurgeResult, erase: bool) ->
 
 
 def _nothing_near(store: str, selectors: Selectors, result: PurgeResult) -> list[str]:
-    """Describe how to find the nearest chunks if --like selected none."""
     if not any(match.selector == "like" and not match.chunks for match in result.matches):
         return []
     query = "TEXT" if isinstance(selectors.like, Path) else shlex.quote(output.one_line(str(selectors.like)))
@@ -228,7 +226,6 @@ def _same_text(store: str, result: PurgeResult) -> list[str]:
 
 
 def _review(store: str, result: PurgeResult) -> list[str]:
-    """Describe a selection by selector, source and document, with examples, and what an erase would rewrite."""
     lines = [
         f"  --{', '.join(filter(None, (match.selector, match.name)))}: {output.count(match.chunks, 'chunk')}"
         for match in result.matches
@@ -325,8 +322,7 @@ def _undo_text(result: UndoResult) -> str:
 def erase_command(
     store: StoreArgument,
     purges: Annotated[
-        list[str] | None,
-        arg("Ids of purges; last is the newest one.", metavar="[PURGE]...", complete=complete_purges),
+        list[str] | None, arg("Ids of purges; last is the newest one.", metavar="[PURGE]...", complete=complete_purges)
     ] = None,
     older_than: Annotated[str | None, opt("All purges older than this, such as 7d or 12h.", metavar="AGE")] = None,
     dry_run: Annotated[bool, opt("Show what would be erased, and change nothing.", "--dry-run")] = False,

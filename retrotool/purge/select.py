@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
+from retrotool.cli.options import check_utf8
 from retrotool.encoder.devices import check_device
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
@@ -31,7 +32,7 @@ from retrotool.purge.selectors.lookup import Lookup, chunks_of, select_ids
 from retrotool.purge.selectors.patterns import Patterns, read_patterns
 from retrotool.purge.selectors.pii import KINDS, PersonalData
 from retrotool.purge.selectors.scan import ScanStage, read_scan
-from retrotool.purge.selectors.selector import GivenValue, Selector, Values, check_selector_text, read_values
+from retrotool.purge.selectors.selector import GivenValue, Selector, Values, read_values
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
 from retrotool.store.blocked import Hashes, read_blocked
@@ -87,7 +88,7 @@ class Selectors:
         """Read the files; ``UsageError`` if none is given, or one can't be used with this store."""
         for name in ("where", "like", "contaminates", "encoder", "label"):
             if (value := getattr(self, name)) is not None:
-                check_selector_text(f"--{name}", str(value))
+                check_utf8(f"--{name}", str(value))
         ids = (("chunk", self.chunk), ("document", self.document))
         lookups = [Lookup(kind, values) for kind, given in ids if (values := read_values(f"--{kind}", given, "id"))]
         if self.where is not None:
@@ -299,8 +300,8 @@ def signed(reason: str, who: str | None) -> str:
             who = getpass.getuser()
         except (KeyError, OSError):  # a container's user may have no name
             who = f"user {os.getuid()}"
-    check_selector_text("--reason", reason)
-    check_selector_text("RETROTOOL_WHO", who)
+    check_utf8("--reason", reason)
+    check_utf8("RETROTOOL_WHO", who)
     return who
 
 

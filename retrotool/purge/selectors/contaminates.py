@@ -84,7 +84,6 @@ class _Grams:
 
     @classmethod
     def of(cls, chunks: Chunks, n_tokens: Ints, documents: Ints, n: int) -> _Grams:
-        """Find the n-grams of the first ``n_tokens`` [r] tokens of each chunk."""
         length = chunks.tokens.shape[1]
         row = reach(n_tokens, follows(chunks, n_tokens), length)
         begin = np.clip(row - n + 1, 0, n_tokens)
@@ -93,12 +92,10 @@ class _Grams:
         return cls(flat, length, n_tokens, begin, documents, np.diff(total[documents]))
 
     def places(self, document: int) -> Ints:
-        """Return where in ``flat`` the n-grams of a document begin."""
         rows = np.arange(self.documents[document], self.documents[document + 1])
         return expand_ranges(rows * self.length, self.begin[rows])
 
     def without(self) -> Ints:
-        """Return the documents that have tokens and no n-gram."""
         total = np.append(0, np.cumsum(self.n_tokens))
         return np.flatnonzero((self.of_document == 0) & (np.diff(total[self.documents]) > 0))
 
@@ -141,7 +138,7 @@ class ContaminationMatcher:
         self._up, self._down = Fraction(str(share)).as_integer_ratio()
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """Find all chunks of such documents."""
+        """Find matching rows of a block."""
         chunks, documents = block.chunks, block.documents
         text = _Grams.of(chunks, chunks.n_tokens.astype(np.int64), documents, self._sets.n)
         alike = np.zeros(len(documents) - 1, np.bool_)

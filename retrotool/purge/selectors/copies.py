@@ -81,7 +81,7 @@ class CopyMatcher:
         self._lengths, self._firsts = np.unique(n_tokens[whole]), np.unique(tokens[whole, 0])
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """Find the chunks of copies."""
+        """Find matching rows of a block."""
         chunks = block.chunks
         selected = np.zeros(len(block), np.bool_)
         if self._sets is not None:

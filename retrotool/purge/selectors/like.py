@@ -147,7 +147,7 @@ class LikeMatcher:
         self._threads = torch.get_num_threads()
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """Find them in a block, with the distance to the nearest query."""
+        """Find matching rows of a block, with the distance to the nearest query."""
         vectors = read_part_vectors(self._store, self._encoder, block.part)[block.first : block.first + len(block)]
         embedded = block.chunks.embedded
         rows, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]

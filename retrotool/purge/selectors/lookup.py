@@ -140,7 +140,6 @@ class Where:
         return text[1:-1].replace("''", "'") if text[0] == "'" else float(text)
 
     def _next(self, wanted: str, *kinds: str) -> str:
-        """Take the next token, which must be of one of ``kinds``."""
         if not any(map(self._accept, kinds)):
             raise self._error(wanted)
         return self._tokens[self._place - 1][1]
@@ -279,11 +278,7 @@ def chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
 
 
 def select_duplicates(
-    store: Store,
-    report: Report = lambda _: None,
-    *,
-    shortest: int = SHORTEST,
-    rows: int = hash_partitions.ROWS,
+    store: Store, report: Report = lambda _: None, *, shortest: int = SHORTEST, rows: int = hash_partitions.ROWS
 ) -> Ids:
     """Return the chunks that repeat an earlier one, int64, ascending. ``report`` is called with 1 per part read.
 

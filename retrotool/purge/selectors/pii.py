@@ -330,7 +330,7 @@ class PersonalData(Selector):
 
 
 class PersonalDataMatcher:
-    """Finds personal data in blocks."""
+    """Finds the rows of blocks with personal data, labelled by kind."""
 
     def __init__(self, kinds: tuple[str, ...], *, folded: bool = False) -> None:
         known = {**_FORMS, "key": (key_pattern(folded=folded), check_key)}
@@ -340,7 +340,7 @@ class PersonalDataMatcher:
         ]
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """Find the rows with personal data, labelled by kind."""
+        """Find matching rows of a block."""
         found = []
         for label, (pattern, check) in enumerate(self._searches):
             spans = np.array(list(self._checked(block, pattern, check)), np.int64).reshape(-1, 2)

@@ -98,7 +98,7 @@ class ScanWorker:
         self._threads = cores()
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Scan one part."""
+        """Scan a part."""
         store, part = self._store, int(task.inputs["part"])
         store.refresh()
         found = [parts.SCANS_SCHEMA.empty_table()]

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.cli.options import check_utf8
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.ngrams import pairs_of_ranges
 from retrotool.store import parts
@@ -227,17 +228,9 @@ def read_values(option: str, given: Values, what: str) -> tuple[GivenValue, ...]
             lines = enumerate(read_selector_lines(option, one, what), 1)
             found += (GivenValue(line, f"{one}, line {number:,}") for number, line in lines if line.strip())
         else:
-            check_selector_text(option, str(one))
+            check_utf8(option, str(one))
             found.append(GivenValue(str(one)))
     return tuple(found)
-
-
-def check_selector_text(option: str, text: str) -> None:
-    """Raise ``UsageError`` for text that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"{option} {text!a} is not UTF-8", "Nothing was purged.") from None
 
 
 def read_selector_file(option: str, path: str | Path) -> str:

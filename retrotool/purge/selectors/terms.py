@@ -259,7 +259,6 @@ class _Term:
 
     @classmethod
     def of(cls, term: str) -> _Term:
-        """Normalise and split a term."""
         text = " ".join(normalised(term).split())
         inside = np.concatenate([[False], is_word(text), [False]])
         edges = np.flatnonzero(inside[1:] != inside[:-1]).tolist()
@@ -270,7 +269,6 @@ class _Term:
 
     @property
     def is_word(self) -> bool:
-        """Whether it is one word and nothing else."""
         return self.words == (self.lead + self.body + self.trail,)
 
 
@@ -304,7 +302,7 @@ class TermMatcher:
         self._more = np.array([bool(around) for around in self._around], np.bool_)
 
     def __call__(self, block: TextBlock) -> BlockHits:
-        """Find the rows with terms."""
+        """Find matching rows of a block."""
         normal = Normal.of(block)
         # The text begins and ends with a border, which is not a word.
         edges = np.flatnonzero(normal.is_word[1:] != normal.is_word[:-1]) + 1
