@@ -106,8 +106,8 @@ IndexOption = Annotated[
 ]
 
 
-def _work(text: str, name: str, metavar: str) -> Any:
-    return opt(text, f"--{name}", metavar=metavar, panel=WORK, variable=f"RETROTOOL_{name.upper()}")
+def _work(text: str, name: str, metavar: str, least: int | None = None) -> Any:
+    return opt(text, f"--{name}", metavar=metavar, panel=WORK, variable=f"RETROTOOL_{name.upper()}", least=least)
 
 
 DevicesOption = Annotated[
@@ -123,6 +123,12 @@ TableOption = Annotated[
 Device = Annotated[str, _work("auto (a GPU if there is one), cpu, cuda or cuda:N.", "devices", "D")]
 ShardOption = Annotated[
     str | None, _work("This is job I of N on the store, from 0: begin with that share of the work.", "shard", "I/N")
+]
+WorkersOption = Annotated[
+    int | None, _work("Worker processes.  [default: one per core]", "workers", "N", least=1)
+]
+ScratchOption = Annotated[
+    str | None, _work("Folder for scratch files.  [default: the system's]", "scratch", "DIR")
 ]
 
 LEAST_MEMORY = 16 << 20

@@ -298,12 +298,12 @@ def test_json_numbers_agree_with_one_another(results):
 
 
 def test_text_says_the_same_in_words(store_copy, run, tiny_encoder):
-    told = {command: run(command, store_copy)[1] for command in ("info", "verify", "index", "neighbours")}
+    printed = {command: run(command, store_copy)[1] for command in ("info", "verify", "index", "neighbours")}
     facts = api.info(store_copy)
-    assert f"{facts.documents} documents, {facts.chunks} chunks of 64 tokens" in told["info"]
-    assert ": OK" in told["verify"]
-    assert "True recall@10: 1.0000" in told["index"]
-    assert "All embedded chunks have their neighbours" in told["neighbours"]
+    assert f"{facts.documents} documents, {facts.chunks} chunks of 64 tokens" in printed["info"]
+    assert ": OK" in printed["verify"]
+    assert "True recall@10: 1.0000" in printed["index"]
+    assert "All embedded chunks have their neighbours" in printed["neighbours"]
     code, out, _ = run("embed", store_copy, "--encoder", tiny_encoder)
     assert (code, out.partition(" (")[0]) == (0, "Every chunk has its embedding already")
 
@@ -324,7 +324,7 @@ class Named:
     paths: tuple[str, ...]
 
 
-def test_a_name_that_is_not_utf_8_keeps_no_result_from_being_told(capsys):
+def test_a_name_that_is_not_utf_8_keeps_no_result_from_being_printed(capsys):
     named = Named("caf\udce9", ("x", "caf\udce9"))
     output.show(named, False, lambda found: found.path)
     output.show(named, True, str)
@@ -338,12 +338,12 @@ def test_search_tells_of_what_is_not_in_the_index_and_how_it_gets_there(store_co
     source = write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": "a document that came later"}])
     api.chunk(store_copy, [str(source)])
     code, out, err = run(*command, "--json")
-    told = json.loads(out)
-    assert (code, told["not_indexed"], len(told["next"])) == (0, 1, 2)
-    lines = ["Not searched: 1 chunk that is not in the index. Next:", *(f"  {line}" for line in told["next"])]
+    printed = json.loads(out)
+    assert (code, printed["not_indexed"], len(printed["next"])) == (0, 1, 2)
+    lines = ["Not searched: 1 chunk that is not in the index. Next:", *(f"  {line}" for line in printed["next"])]
     assert err == "".join(f"{line}\n" for line in lines)
-    assert [shlex.split(line)[1] for line in told["next"]] == ["embed", "index"]
-    for line in told["next"]:
+    assert [shlex.split(line)[1] for line in printed["next"]] == ["embed", "index"]
+    for line in printed["next"]:
         assert run(*shlex.split(line)[1:])[0] == 0
     code, out, err = run(*command, "--json")
     assert (code, json.loads(out)["not_indexed"], err) == (0, 0, "")

@@ -110,10 +110,10 @@ def raising(error):
 
 def test_an_error_is_also_an_object_with_json(tmp_path):
     code, out, err = run("info", tmp_path / "store", "--json")
-    told = json.loads(out)
-    assert set(told) == {"error", "advice", "exit_code"}
-    assert (told["exit_code"], code) == (10, 10)
-    assert err == f"error: {told['error']}\n{told['advice']}\n"
+    printed = json.loads(out)
+    assert set(printed) == {"error", "advice", "exit_code"}
+    assert (printed["exit_code"], code) == (10, 10)
+    assert err == f"error: {printed['error']}\n{printed['advice']}\n"
 
 
 WORDED_BY_TYPER = {
@@ -139,7 +139,7 @@ WRONG = [
     "embed STORE --encoder ./gone",
     "embed STORE --devices abacus",
     "embed STORE --dtype int8",
-    "index STORE --encoder nobody",
+    "index STORE --encoder missing",
     "index STORE --name ../up",
     "index STORE --target-recall 1.5",
     "neighbours STORE --index nothing",
@@ -195,9 +195,9 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, built_store, 
 def test_wrong_usage_is_also_an_object_with_json(arguments, built_store):
     words = {"STORE": str(built_store), "_": " "}
     code, out, err = run(*(words.get(word, word) for word in arguments.split()), "--json")
-    told = json.loads(out)
-    assert (code, told["exit_code"], set(told)) == (2, 2, {"error", "advice", "exit_code"})
-    assert err.startswith(f"error: {told['error']}\n")
+    printed = json.loads(out)
+    assert (code, printed["exit_code"], set(printed)) == (2, 2, {"error", "advice", "exit_code"})
+    assert err.startswith(f"error: {printed['error']}\n")
 
 
 @pytest.mark.parametrize(
@@ -213,9 +213,9 @@ def test_what_is_not_utf_8_is_wrong_usage(arguments, message, built_store, cli):
     words = arguments.replace("STORE", str(built_store)).encode().replace(b"BYTES", b"'\xff'").split()
     command = [sys.executable, "-m", "retrotool", *words]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["exit_code"], "Traceback" in done.stderr) == (2, 2, False)
-    assert told["error"].startswith(message) and told["error"].endswith("is not UTF-8")
+    printed = json.loads(done.stdout)
+    assert (done.returncode, printed["exit_code"], "Traceback" in done.stderr) == (2, 2, False)
+    assert printed["error"].startswith(message) and printed["error"].endswith("is not UTF-8")
 
 
 def test_rows_set_aside_end_with_3(tmp_path):
@@ -232,9 +232,9 @@ def test_corruption_ends_with_12_and_names_the_file(store_copy):
     data[len(data) // 2] ^= 1
     broken.write_bytes(data)
     code, out, err = run("verify", store_copy, "--json")
-    told = json.loads(out)
-    assert (code, err, told["ok"]) == (12, "", False)
-    assert any(broken.name in problem for problem in told["problems"])
+    printed = json.loads(out)
+    assert (code, err, printed["ok"]) == (12, "", False)
+    assert any(broken.name in problem for problem in printed["problems"])
     broken.unlink()
     code, out, err = run("purge", store_copy, "--pattern", "x", "--allow-lossy", "--reason", "r", "--yes")
     assert (code, out) == (12, "")
@@ -251,7 +251,7 @@ def test_help_and_version_load_nothing_heavy():
 
 
 def test_a_bug_shows_its_traceback(tmp_path, monkeypatch):
-    """What is no error of ours must not be told as one."""
+    """What is no error of ours must not be reported as one."""
 
     def fail(*_, **__):
         raise ZeroDivisionError("a bug")
@@ -312,7 +312,7 @@ PURGE = ("--where", "source = 'a'", "--reason", "r")
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "told"),
+    ("line", "code", "printed"),
     [
         ("n\n", 1, "Nothing was purged.\n"),
         ("\n", 1, "Nothing was purged.\n"),
@@ -321,13 +321,13 @@ PURGE = ("--where", "source = 'a'", "--reason", "r")
         ("yes\n", 0, ""),
     ],
 )
-def test_a_large_purge_asks(line, code, told, store_copy, asked):
+def test_a_large_purge_asks(line, code, printed, store_copy, asked):
     before = api.info(store_copy)
     found, out, err = asked(line, "purge", store_copy, *PURGE)
     assert found == code
     question, _, rest = err.partition(" Continue? [y/N]: ")
     assert re.fullmatch(r"This purges [\d,]+ chunks, \d\d\.\d% of the store\.", question)
-    assert rest.startswith(told) and bool(rest) == bool(told)
+    assert rest.startswith(printed) and bool(rest) == bool(printed)
     assert ("Purged" in out) == (code == 0)
     assert (api.info(store_copy).commit > before.commit) == (code == 0)
 
@@ -340,7 +340,7 @@ def test_an_erase_of_much_asks_too(store_copy, asked):
     assert (code, json.loads(out)["error"]) == (1, "Nothing was purged.")
     assert re.match(r"This erases \d+ chunks permanently, \d\d\.\d% of all chunks it ever had\. Continue\?", err)
     code, out, err = run("purge", store_copy, *PURGE, "--erase")
-    assert (code, out, "needs --yes" in err) == (2, "", True), "nobody is there to be asked"
+    assert (code, out, "needs --yes" in err) == (2, "", True), "there is no terminal"
     assert api.info(store_copy).commit == before
     code, out, _ = asked("y\n", "purge", store_copy, *PURGE, "--erase")
     assert (code, out.partition(" ")[0]) == (0, "Erased")

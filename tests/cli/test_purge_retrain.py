@@ -28,7 +28,7 @@ def run(*arguments: object) -> int:
     return int(end.value.code or 0)
 
 
-def test_indexes_that_learn_are_trained_anew_after_an_erase(
+def test_indexes_that_learn_are_trained_again_after_an_erase(
     store_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.index(store_copy, name="lists", options=Options(IndexOptions(factory="IVF4,SQ8")))

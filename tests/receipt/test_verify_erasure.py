@@ -149,7 +149,7 @@ def text_again(now: Store, entry: FileEntry, then: FileEntry, before: Store, row
     return new
 
 
-def tokens_of_nobody(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
+def tokens_without_an_id(now: Store, entry: FileEntry, then: FileEntry, before: Store, row: int) -> pa.Table:
     """The table of neighbours with these tokens alone."""
     new, old = pq.read_table(now.storage.local(entry.path)), row_again(now, entry, then, before, row)
     at = new.schema.get_field_index("text_tokens")
@@ -177,7 +177,7 @@ FORGED = {
     "neighbours to it": ("neighbours", "main", neighbour_again),
     "distances": ("neighbours", "main", distance_again),
     "text of its neighbours": ("neighbours", "main", text_again),
-    "tokens without an id": ("neighbours", "main", tokens_of_nobody),
+    "tokens without an id": ("neighbours", "main", tokens_without_an_id),
 }
 
 
@@ -335,7 +335,7 @@ def test_a_folder_that_is_a_link_is_listed_and_refused(erased: tuple[Path, str, 
 
 @pytest.mark.on_disk
 def test_a_folder_of_removed_files_that_is_a_link_is_refused(erased: tuple[Path, str, Store], tmp_path: Path) -> None:
-    """Nothing is looked for behind it: so nobody can say that these files are gone."""
+    """Links are not followed, so the absence of these files is not proved."""
     store, name, _ = erased
     assert not list((store / "selectors").iterdir()), "it was removed"
     (store / "selectors").rename(tmp_path / "elsewhere")

@@ -87,7 +87,7 @@ class Timeline:
         return found
 
 
-def told(file: Path) -> Ranks:
+def written(file: Path) -> Ranks:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [one["chunk"] for one in lines] == sorted({one["chunk"] for one in lines})
     for one in lines:
@@ -123,12 +123,12 @@ def some(store: Path, n: int, seed: int) -> list[int]:
 def test_each_affected_chunk_is_told_with_its_places(store: Path, tmp_path: Path) -> None:
     raw = saved_neighbours(store)[0]
     time = Timeline(store)
-    victims = some(store, 12, 0)
-    time.purge(victims)
-    queries = read_plain(store, purged=frozenset(victims))
+    targets = some(store, 12, 0)
+    time.purge(targets)
+    queries = read_plain(store, purged=frozenset(targets))
     ranks = time.ranks(raw, queries)
     result = api.affected(store, out=tmp_path / "out.jsonl")
-    assert told(tmp_path / "out.jsonl") == ranks
+    assert written(tmp_path / "out.jsonl") == ranks
     assert_counts(result, ranks)
     assert 10 < result.in_k < result.in_saved < result.rows and result.following_in_k > 5
     assert result.rows == queries.live.sum() and (result.k, result.saved) == (K, SAVED)
@@ -150,11 +150,11 @@ def test_tables_of_several_row_groups_are_read_whole(
     assert all(pq.read_metadata(file).num_row_groups >= 4 for file in files[:-1])
     raw = saved_neighbours(store, "small")[0]
     time = Timeline(store)
-    victims = some(store, 12, 0)
-    time.purge(victims)
-    ranks = time.ranks(raw, read_plain(store, purged=frozenset(victims)))
+    targets = some(store, 12, 0)
+    time.purge(targets)
+    ranks = time.ranks(raw, read_plain(store, purged=frozenset(targets)))
     assert_counts(api.affected(store, "small", out=tmp_path / "out.jsonl"), ranks)
-    assert told(tmp_path / "out.jsonl") == ranks
+    assert written(tmp_path / "out.jsonl") == ranks
 
 
 def test_of_several_purges_each_can_be_asked_about(store: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_of_several_purges_each_can_be_asked_about(store: Path, tmp_path: Path) 
         out = tmp_path / f"{number}.jsonl"
         ranks = time.ranks(raw, queries, asked)
         assert_counts(api.affected(store, "main", asked, out=out), ranks)
-        assert told(out) == ranks
+        assert written(out) == ranks
 
 
 def test_a_purge_that_was_undone_is_not_looked_for(store: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_purge_that_was_undone_is_not_looked_for(store: Path, tmp_path: Path) 
     time.undo(first)
     queries = read_plain(store, purged=frozenset(time.purged[second]))
     result = api.affected(store, out=tmp_path / "out.jsonl")
-    assert told(tmp_path / "out.jsonl") == time.ranks(raw, queries, [second])
+    assert written(tmp_path / "out.jsonl") == time.ranks(raw, queries, [second])
     assert [one.purge for one in result.purges] == [second]
     with pytest.raises(UsageError, match=r"was undone by commit \d+: its chunks"):
         api.affected(store, "main", [first])
@@ -186,18 +186,18 @@ def test_a_purge_that_was_undone_is_not_looked_for(store: Path, tmp_path: Path) 
 def test_chunks_that_are_purged_themselves_are_counted_and_not_told(store: Path, tmp_path: Path) -> None:
     raw, plain = saved_neighbours(store)[0], read_plain(store)
     names = np.unique(plain.documents.astype(str))[::3]
-    victims = plain.ids[np.isin(plain.documents.astype(str), names)].tolist()
-    Timeline(store).purge(victims)
+    targets = plain.ids[np.isin(plain.documents.astype(str), names)].tolist()
+    Timeline(store).purge(targets)
     result = api.affected(store, out=tmp_path / "out.jsonl")
-    hit = np.isin(raw, victims).any(axis=1)
-    gone = np.isin(plain.ids, victims)
+    hit = np.isin(raw, targets).any(axis=1)
+    gone = np.isin(plain.ids, targets)
     assert result.purged == (hit & gone).sum() > 10
     assert result.in_saved == (hit & ~gone).sum() and result.rows == (~gone).sum()
     text = (tmp_path / "out.jsonl").read_text() + run("affected", store).stdout
     assert text.count("doc-") > 20
     for name in names:
         assert f'"{name}"' not in text and f"{name}," not in text
-    assert not {json.loads(line)["chunk"] for line in (tmp_path / "out.jsonl").read_text().splitlines()} & set(victims)
+    assert not {json.loads(line)["chunk"] for line in (tmp_path / "out.jsonl").read_text().splitlines()} & set(targets)
 
 
 def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_tables_of_another_store_are_asked_there(made: Path, store: Path, tmp_pa
     purged = time.purge(some(store, 30, 0))
     ranks = time.ranks(raw, queries)
     result = api.affected(training, "t", out=tmp_path / "out.jsonl")
-    assert told(tmp_path / "out.jsonl") == ranks and len(ranks) > 10
+    assert written(tmp_path / "out.jsonl") == ranks and len(ranks) > 10
     assert_counts(result, ranks)
     assert result.purges[0].database == str(store)
     api.erase(store, [purged])
@@ -239,9 +239,9 @@ def test_of_a_mixture_each_table_is_read(store: Path, tmp_path: Path, tiny_encod
         pairs = zip(*(one.get(chunk, (None, None)) for one in both), strict=True)
         best[chunk] = tuple(min((rank for rank in pair if rank is not None), default=None) for pair in pairs)
     api.affected(store, "mix", out=tmp_path / "both.jsonl")
-    assert told(tmp_path / "both.jsonl") == best
+    assert written(tmp_path / "both.jsonl") == best
     api.affected(store, "mix", [purges[1]], out=tmp_path / "books.jsonl")
-    assert told(tmp_path / "books.jsonl") == both[1]
+    assert written(tmp_path / "books.jsonl") == both[1]
 
 
 def test_a_value_that_is_purged_was_read_behind_its_key(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_value_that_is_purged_was_read_behind_its_key(tmp_path: Path, tiny_enc
     time.purge(values)
     ranks = time.ranks(raw, plain)
     result = api.affected(store, out=tmp_path / "out.jsonl")
-    assert told(tmp_path / "out.jsonl") == ranks and len(ranks) > 20
+    assert written(tmp_path / "out.jsonl") == ranks and len(ranks) > 20
     assert result.in_saved == 0 and result.following_in_saved == len(ranks)
 
 
@@ -302,13 +302,13 @@ def test_the_command(store: Path, tmp_path: Path) -> None:
     ended = run("affected", store, "--out", out)
     assert ended.exit_code == 2 and f"--out {out} exists already" in ended.stderr
     assert out.read_text().splitlines() == lines
-    told = run("affected", store).stdout.splitlines()
-    assert told[0].startswith(
+    printed = run("affected", store).stdout.splitlines()
+    assert printed[0].startswith(
         f"{result.in_k + result.following_in_k} chunks of {result.rows} have a purged chunk among"
     )
-    first = told.index("The first of them (--out FILE writes all):") + 1
-    assert len(told[first:]) == 10
-    assert [parse_id(line.split()[0]) for line in told[first:]] == [json.loads(line)["chunk"] for line in lines[:10]]
+    first = printed.index("The first of them (--out FILE writes all):") + 1
+    assert len(printed[first:]) == 10
+    assert [parse_id(line.split()[0]) for line in printed[first:]] == [json.loads(line)["chunk"] for line in lines[:10]]
     as_json = json.loads(run("affected", store, "--json").stdout)
     assert as_json["in_k"] == result.in_k and len(as_json["examples"]) == 10 and as_json["out"] == ""
     assert run("affected", store, "--table", "other").exit_code == 2

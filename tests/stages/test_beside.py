@@ -35,7 +35,7 @@ from retrotool.store.store import Store
 
 
 def nothing(_: int) -> None:
-    """Reports to nobody."""
+    """Ignores reports."""
 
 
 def one_by_one(stage: EmbedStage | IndexStage, store: Store, run: Run, task: Task) -> folding.Folded:
@@ -67,7 +67,7 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
         for task in early:
             one_by_one(stage, one, run, task)
         refused = [reason for task in late for reason in one_by_one(stage, other, rival, task).refused.values()]
-    assert len(refused) == 2, "what nobody else did is kept"
+    assert len(refused) == 2, "what no other process did is kept"
     api.embed(chunked, encoder=str(tiny_encoder))
     api.index(chunked, options=Options(IndexOptions(shard_rows=40)))
     assert IndexFiles(Store.open(chunked).state, "main").parts == [0, 1, 2, 3]
@@ -152,7 +152,7 @@ def test_patterns_see_characters_not_bytes(tmp_path: Path, byte_level_tokenizer:
 
 def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_copy: Path, tmp_path: Path) -> None:
     """Killed when its parts are erased and its shard is not: the documents can't be found any more, the vectors can."""
-    victims = retrotool.open(store_copy).document("doc-3")
+    targets = retrotool.open(store_copy).document("doc-3")
     (tmp_path / "names").write_text("doc-3\n")
     api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="by another selector")
     child = os.fork()
@@ -169,7 +169,7 @@ def test_an_erase_of_chunks_that_others_had_purged_goes_on_after_a_kill(store_co
         lists.read_lists(store.storage.local(entry.path)) for entry in IndexFiles(store.state, "main").shards.values()
     ]
     ids = np.concatenate([shard.ids(number) for shard in found for number in shard.numbers])
-    assert not np.isin(victims, ids).any()
+    assert not np.isin(targets, ids).any()
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
     assert api.verify(store_copy).ok
 

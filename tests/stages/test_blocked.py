@@ -29,7 +29,7 @@ def text_hash(text: str) -> bytes:
 
 
 TEXTS = {row["id"]: text_hash(row["text"]) for row in ROWS}
-STRANGER = text_hash("nobody wrote this")
+STRANGER = text_hash("never written")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_whole_documents_are_blocked_by_id_and_touched_ones_by_text(
     for _ in range(data.draw(st.integers(1, 3))):
         some = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=8))
         whole = data.draw(st.lists(st.sampled_from(sorted(of)), max_size=2))
-        victims = {*some, *(chunk for name in whole for chunk in of[name])}
-        purge(store, sorted(victims), erase=data.draw(st.booleans()))
-        purged |= victims
+        targets = {*some, *(chunk for name in whole for chunk in of[name])}
+        purge(store, sorted(targets), erase=data.draw(st.booleans()))
+        purged |= targets
     assert blocked_ids(store) == {name for name, chunks in of.items() if purged.issuperset(chunks)}
     assert blocked_texts(store) == {name for name, chunks in of.items() if not purged.isdisjoint(chunks)}
     assert verify(store).problems == []
@@ -125,18 +125,18 @@ def test_documents_that_repeat_are_not_blocked(byte_level_tokenizer: Path, tmp_p
 
 def test_an_older_store_is_made_good_by_the_same_purge(chunked: Path, tmp_path: Path, monkeypatch) -> None:
     store = copy_store(chunked, tmp_path / "store")
-    victims = chunks_of(store)["doc-3"]
+    targets = chunks_of(store)["doc-3"]
     with monkeypatch.context() as patch:
         patch.setattr("retrotool.purge.select.hashes_to_block", lambda *_: np.zeros(0, HASH))
-        purge(store, victims)
+        purge(store, targets)
     assert not stored_files(store, "blocked/*")
     assert blocked_ids(store) == blocked_texts(store) == set()
     assert verify(store).problems == []
-    again = purge(store, victims)
-    assert (again.chunks, again.blocked, again.already_purged) == (0, 3, len(victims))
+    again = purge(store, targets)
+    assert (again.chunks, again.blocked, again.already_purged) == (0, 3, len(targets))
     assert blocked_ids(store) == blocked_texts(store) == {"doc-3"}
     assert verify(store).problems == []
-    assert purge(store, victims).purge == ""
+    assert purge(store, targets).purge == ""
 
 
 def test_files_are_listed_and_kept_after_an_erase(chunked: Path, tmp_path: Path) -> None:

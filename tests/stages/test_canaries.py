@@ -32,7 +32,7 @@ from retrotool.store.sums import with_sums
 
 CANARIES, BROKEN, LEFT_OVER = 1000, 10, 10
 HEAD = 8
-Needles = dict[str, dict[bytes, int]]
+Fingerprints = dict[str, dict[bytes, int]]
 """By what they are: bytes, and which canary has them."""
 
 
@@ -67,12 +67,12 @@ def hashed(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def needles_of(tokenizer: Path, vectors: list[np.ndarray]) -> Needles:
+def fingerprints_of(tokenizer: Path, vectors: list[np.ndarray]) -> Fingerprints:
     """Of each canary a word, its id and kept column, hashes of id and text, 8 tokens, and 8 numbers of its vector."""
     encode = Tokenizer.from_file(str(tokenizer))
     encode.no_padding()
     encode.no_truncation()
-    found: Needles = defaultdict(dict)
+    found: Fingerprints = defaultdict(dict)
     for number in range(CANARIES):
         text = text_of(number)
         found["text"][text.split()[2].encode()] = number
@@ -112,12 +112,12 @@ def listed(path: Path) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *every])
 
 
-def find(data: bytes, needles: Needles) -> Iterator[tuple[str, int]]:
-    """Which needles are in some bytes, at any place: by their first 8 bytes at each alignment, and then by all."""
+def find(data: bytes, fingerprints: Fingerprints) -> Iterator[tuple[str, int]]:
+    """Which fingerprints are in some bytes, at any place: by their first 8 bytes at each alignment, and then by all."""
     by_head: dict[int, list[tuple[str, bytes, int]]] = defaultdict(list)
-    for kind, some in needles.items():
-        for needle, number in some.items():
-            by_head[int.from_bytes(needle[:HEAD], "little")].append((kind, needle, number))
+    for kind, some in fingerprints.items():
+        for fingerprint, number in some.items():
+            by_head[int.from_bytes(fingerprint[:HEAD], "little")].append((kind, fingerprint, number))
     heads = np.array(sorted(by_head), np.uint64)
     may_begin = np.zeros(1 << 16, np.bool_)
     may_begin[heads & 0xFFFF] = True
@@ -127,12 +127,12 @@ def find(data: bytes, needles: Needles) -> Iterator[tuple[str, int]]:
         places = np.flatnonzero(may_begin[words & 0xFFFF])
         known = heads[np.minimum(np.searchsorted(heads, words[places]), len(heads) - 1)] == words[places]
         for place in places[known].tolist():
-            for kind, needle, number in by_head[int(words[place])]:
-                if data.startswith(needle, offset + HEAD * place):
+            for kind, fingerprint, number in by_head[int(words[place])]:
+                if data.startswith(fingerprint, offset + HEAD * place):
                     yield kind, number
 
 
-def scan(store: Path, needles: Needles, chunks: list[int]) -> dict[tuple[str, str], set[int]]:
+def scan(store: Path, fingerprints: Fingerprints, chunks: list[int]) -> dict[tuple[str, str], set[int]]:
     """Which canaries are in each kind of file: by folder, and by what was found of them."""
     found: dict[tuple[str, str], set[int]] = defaultdict(set)
     for path in sorted(store.rglob("*")):
@@ -140,7 +140,7 @@ def scan(store: Path, needles: Needles, chunks: list[int]) -> dict[tuple[str, st
             continue
         folder = path.relative_to(store).parts[0]
         for data in contents(path):
-            for kind, number in find(data, needles):
+            for kind, number in find(data, fingerprints):
                 found[folder, kind].add(number)
         if path.name.startswith("shard-") and path.suffix == ".faiss":
             found[folder, "chunk"].update(np.flatnonzero(np.isin(chunks, listed(path))).tolist())
@@ -182,13 +182,13 @@ def test_a_thousand_canaries(
     chunks = [reader.document(id_of(number))[-1] for number in range(CANARIES)]
     embeddings = {} if records else {part: reader.embeddings(part) for part in reader.parts()}
     vectors = [] if records else [embeddings[chunk >> 32][chunk & 0xFFFFFFFF] for chunk in chunks]
-    needles = needles_of(tokenizer, vectors)
+    fingerprints = fingerprints_of(tokenizer, vectors)
     named = write_ids(tmp_path)
     purge = api.purge(store, api.Selectors(document=Path(named)), reason="canaries")
     assert purge.documents == CANARIES
     for number in range(LEFT_OVER):
         leave_behind(store, number)
-    before = scan(store, needles, chunks)
+    before = scan(store, fingerprints, chunks)
     everyone = set(range(CANARIES))
     whole = {("documents", "id"), ("documents", "kept"), ("documents", "hash of id"), ("documents", "hash of text")}
     whole |= {("chunks", "tokens"), ("selectors", "id")}
@@ -202,7 +202,7 @@ def test_a_thousand_canaries(
     assert len(before["documents", "text"]) == LEFT_OVER
     assert list((store / "checkpoints").iterdir())
     api.erase(store, [purge.purge])
-    assert scan(store, needles, chunks) == {}
+    assert scan(store, fingerprints, chunks) == {}
     assert api.verify(store).ok
     receipt = api.verify_purge(store, purge.purge, out=tmp_path).receipt
     assert receipt.ok, receipt.problems

@@ -49,9 +49,9 @@ def test_what_is_advised_brings_a_table_up_to_date_as_it_was_made(
     advice.append(error.value.advice)
     assert len(set(advice)) == 1
     words = shlex.split(advice[0].removeprefix("Compute them: "))
-    told = json.loads(CliRunner().invoke(app, [*words[1:], "--json"]).stdout)
-    assert (told["k"], told["saved"], told["index"]) == (3, 7, "" if exact else "main")
-    assert told["queries"] == len(late)
+    printed = json.loads(CliRunner().invoke(app, [*words[1:], "--json"]).stdout)
+    assert (printed["k"], printed["saved"], printed["index"]) == (3, 7, "" if exact else "main")
+    assert printed["queries"] == len(late)
     assert len(list(RetroDataset(training, name, 64))) == before + len(late)
 
 

@@ -107,7 +107,7 @@ def test_a_dry_run_without_a_scan_commits_nothing(store_copy: Path, tmp_path: Pa
     before = Store.open(store_copy).state.number
     assert api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="r", dry_run=True).chunks
     planned = api.purge(
-        store_copy, api.Selectors(where="source = 'nobody'"), reason="r", dry_run=True, out=tmp_path / "ids"
+        store_copy, api.Selectors(where="source = 'missing'"), reason="r", dry_run=True, out=tmp_path / "ids"
     )
     assert (ids_in(tmp_path / "ids"), planned.chunks) == ([], 0)
     assert Store.open(store_copy).state.number == before

@@ -135,8 +135,8 @@ def test_a_document_purged_in_part_holds_its_id_and_not_its_text(byte_level_toke
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     add(store, tmp_path / "a.jsonl", [("whole", "purged as a whole"), ("partly", "purged but for its first chunk")])
     reader = retrotool.open(store.place)
-    victims = [*reader.document("whole"), *reader.document("partly")[1:]]
-    (tmp_path / "ids").write_text("".join(f"{chunk}\n" for chunk in victims))
+    targets = [*reader.document("whole"), *reader.document("partly")[1:]]
+    (tmp_path / "ids").write_text("".join(f"{chunk}\n" for chunk in targets))
     api.purge(store.place, api.Selectors(chunk=tmp_path / "ids"), reason="test")
     again = [("whole", "x"), ("partly", "y"), ("a", "purged as a whole"), ("b", "purged but for its first chunk")]
     (counts,) = add(store, tmp_path / "b.jsonl", again)
@@ -181,7 +181,7 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
     assert "--duplicates skip" in error.value.advice
     assert error.value.exit_code == 1
     assert isinstance(error.value, RetrotoolError)
-    assert (info(store.place).unfinished, live(store)) == (1, ROWS[:2]), "nobody sees it before it is finished"
+    assert (info(store.place).unfinished, live(store)) == (1, ROWS[:2]), "it is not visible before it is finished"
     assert verify(store.place).problems == []
     with writing(store) as run:
         (counts,) = finish_plans(store, run).values()
@@ -230,7 +230,7 @@ def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch:
     assert (counts.by_id, counts.by_text) == (200, 200)
 
 
-def test_a_plan_is_finished_however_often_others_commit_meanwhile(tmp_path: Path, byte_level_tokenizer: Path) -> None:
+def test_a_plan_is_finished_however_often_others_commit(tmp_path: Path, byte_level_tokenizer: Path) -> None:
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     find, left = deduplicate.find_duplicates, [50]
 

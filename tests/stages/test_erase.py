@@ -35,10 +35,10 @@ def repeating(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> P
     """A store with a document, another version of it under its id, and its text under another id, in three parts."""
     folder = tmp_path_factory.mktemp("repeating")
     rows = make_rows(12)
-    told = [(FIRST, SECRET, rows[:4]), (FIRST, VERSION, rows[4:8]), (SAME_TEXT, SECRET, rows[8:])]
+    cases = [(FIRST, SECRET, rows[:4]), (FIRST, VERSION, rows[4:8]), (SAME_TEXT, SECRET, rows[8:])]
     inputs = []
-    for number, (name, text, others) in enumerate(told):
-        rows_of = [*others, {"id": name, "text": text, "source": "victims"}]
+    for number, (name, text, others) in enumerate(cases):
+        rows_of = [*others, {"id": name, "text": text, "source": "targets"}]
         inputs.append(str(write_jsonl(folder / f"{number}.jsonl", rows_of)))
     for path in inputs:
         api.chunk(folder / "store", [path], tokenizer=str(tiny_encoder))
@@ -172,19 +172,19 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     """A large one commits every half a minute: first parts, then shards, then tables."""
     purge = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test").purge
     opened = Store.open(store_copy)
-    victims = tombstones.read_tombstones(opened)
-    stage = erase.EraseStage(victims, (purge,))
+    targets = tombstones.read_tombstones(opened)
+    stage = erase.EraseStage(targets, (purge,))
     with writing(opened) as run:
         for task in stage.tasks(opened):
             engine.perform(stage.open(opened), opened.storage, task, run.id, lambda _: None)
             folding.fold(opened, run)
             if "part" in task.inputs:
-                assert np.isin(victims.ids, shard_ids(opened)).all()
+                assert np.isin(targets.ids, shard_ids(opened)).all()
                 assert api.verify(store_copy).problems == []
                 record = opened.state.records[f"purge:{purge}"]
                 opened.commit(run, lambda _: Draft("erase", records={f"purge:{purge}": {**record, "erased": True}}))  # noqa: B023
                 assert any("chunks that are erased" in problem for problem in api.verify(store_copy).problems)
-    assert not np.isin(victims.ids, shard_ids(opened)).any()
+    assert not np.isin(targets.ids, shard_ids(opened)).any()
     assert api.verify(store_copy).problems == []
 
 
@@ -193,18 +193,18 @@ def shard_ids(store: Store) -> np.ndarray:
 
 
 def test_tables_keep_no_distance_to_what_is_erased(store_copy: Path, tmp_path: Path) -> None:
-    victims = np.array(retrotool.open(store_copy).document("doc-9") + retrotool.open(store_copy).document("doc-30"))
+    targets = np.array(retrotool.open(store_copy).document("doc-9") + retrotool.open(store_copy).document("doc-30"))
     before, distances_before = saved_neighbours(store_copy)
-    assert np.isin(before, victims).any()
+    assert np.isin(before, targets).any()
     state = Store.open(store_copy).state
     rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
-    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", victims.tolist())), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", targets.tolist())), reason="test", erase=True)
     ids, distances = saved_neighbours(store_copy)
-    gone = np.isin(rows, victims)
+    gone = np.isin(rows, targets)
     assert (ids[gone] == -1).all()
     assert np.isinf(distances[gone]).all()
     for row in np.flatnonzero(~gone):
-        stay = ~np.isin(before[row], victims)
+        stay = ~np.isin(before[row], targets)
         left = int(stay.sum())
         assert ids[row].tolist() == [*before[row][stay].tolist(), *[-1] * (20 - left)]
         assert distances[row][:left].tolist() == distances_before[row][stay].tolist()
@@ -222,33 +222,33 @@ def test_ids_of_another_store_are_not_taken_for_ones_own(
     api.embed(queries, encoder=str(tiny_encoder))
     api.neighbours(store_copy, queries=queries)
     before, _ = saved_neighbours(queries)
-    victim = int(before[before < 1 << 32][0])  # the id of a chunk here and there
-    result = api.purge(queries, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    target = int(before[before < 1 << 32][0])  # the id of a chunk here and there
+    result = api.purge(queries, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test", erase=True)
     after, distances = saved_neighbours(queries)
-    rows = np.arange(len(after)) == victim
+    rows = np.arange(len(after)) == target
     assert (after[~rows] == before[~rows]).all()
     assert (after[rows] == -1).all() and np.isinf(distances[rows]).all()
     assert result.not_reached == (), "without an index nothing was searched for here"
     assert api.verify(queries).problems == []
-    (told,) = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True).not_reached
-    assert "other stores" in told
+    (sentence,) = api.purge(store_copy, api.Selectors(where="id = 'doc-3'"), reason="test", erase=True).not_reached
+    assert "other stores" in sentence
     assert (saved_neighbours(queries)[0] == after).all()
 
 
 def test_ids_of_the_store_that_it_was_copied_from_are_not_its_own(store_copy: Path, built_store: Path) -> None:
     """A copy has the same uuid, and goes its own way from then on."""
     api.neighbours(built_store, queries=store_copy, name="copied")
-    victims = retrotool.open(store_copy).document("doc-9")
+    targets = retrotool.open(store_copy).document("doc-9")
     before, _ = saved_neighbours(store_copy, "copied")
-    assert np.isin(before, victims).any()
+    assert np.isin(before, targets).any()
     state = Store.open(store_copy).state
     rows = np.concatenate([part << 32 | np.arange(state.part_file("chunks", part).rows) for part in state.parts()])
     api.purge(store_copy, api.Selectors(where="id = 'doc-9'"), reason="test", erase=True)
     after, _ = saved_neighbours(store_copy, "copied")
-    gone = np.isin(rows, victims)
+    gone = np.isin(rows, targets)
     assert (after[~gone] == before[~gone]).all()
     assert (after[gone] == -1).all()
-    assert not np.isin(saved_neighbours(store_copy)[0], victims).any()
+    assert not np.isin(saved_neighbours(store_copy)[0], targets).any()
     assert api.verify(store_copy).problems == []
 
 
@@ -267,7 +267,7 @@ def test_excerpts_of_what_could_not_be_read_go(tmp_path: Path, tiny_encoder: Pat
     api.purge(tmp_path / "store", api.Selectors(where="id = 'doc-4'"), reason="test")
     assert quarantine() == before
     api.purge(tmp_path / "store", api.Selectors(where="id = 'doc-4'"), reason="test", erase=True)
-    assert quarantine() == [{**row, "excerpt": None} for row in before], "all, as nobody knows whose they are"
+    assert quarantine() == [{**row, "excerpt": None} for row in before], "all, because their documents are not known"
     assert b"broken off" not in everything(tmp_path / "store")
     assert api.verify(tmp_path / "store").problems == []
 

@@ -21,7 +21,7 @@ def purged(store: Path, chunk: int) -> str:
     return api.purge(store, api.Selectors(chunk=(str(chunk),)), reason="test", erase=True).purge
 
 
-def test_a_document_named_by_its_text_is_named_anew(tmp_path: Path, tiny_encoder: Path) -> None:
+def test_a_document_named_by_its_text_gets_another_name(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
     source = str(write_jsonl(tmp_path / "c.jsonl", [*make_rows(5), {"text": TEXT}, {"text": make_text(78, 200)}]))
     api.chunk(store, [source], tokenizer=str(tiny_encoder))

@@ -50,46 +50,46 @@ def returned(reader: Reader) -> Iterator[int]:
 
 def test_a_purged_document_is_never_returned_again(store_copy: Path, tmp_path: Path) -> None:
     before = retrotool.open(store_copy)
-    victims = set(before.document("doc-7") + before.document("doc-30"))
-    texts = [before.chunk(chunk).text for chunk in sorted(victims)]
-    assert victims <= set(returned(before)), "they were there"
+    targets = set(before.document("doc-7") + before.document("doc-30"))
+    texts = [before.chunk(chunk).text for chunk in sorted(targets)]
+    assert targets <= set(returned(before)), "they were there"
     result = api.purge(store_copy, api.Selectors(document=lines(tmp_path / "ids", ["doc-7", "doc-30"])), reason="test")
-    assert (result.chunks, result.documents, result.erased) == (len(victims), 2, 0)
+    assert (result.chunks, result.documents, result.erased) == (len(targets), 2, 0)
     after = retrotool.open(store_copy)
-    assert victims.isdisjoint(returned(after))
+    assert targets.isdisjoint(returned(after))
     encoder = after.load_encoder()
     for text in texts:
-        assert victims.isdisjoint(n.id for n in after.search(text, 20, encoder=encoder))
+        assert targets.isdisjoint(n.id for n in after.search(text, 20, encoder=encoder))
     for part in after.parts():
         vectors = after.embeddings(part)
-        assert not vectors[[v & 0xFFFFFFFF for v in victims if v >> 32 == part]].any()
+        assert not vectors[[v & 0xFFFFFFFF for v in targets if v >> 32 == part]].any()
     with pytest.raises(UsageError, match="purged"):
-        after.chunk(min(victims))
+        after.chunk(min(targets))
     with pytest.raises(UsageError, match="purged"):
         after.document("doc-7")
-    assert not after.tokens(sorted(victims)).any()
+    assert not after.tokens(sorted(targets)).any()
     shown = api.info(store_copy)
-    assert (shown.documents, shown.chunks) == (118, 366 - len(victims))
+    assert (shown.documents, shown.chunks) == (118, 366 - len(targets))
     assert api.verify(store_copy).ok
 
 
 def test_a_reader_that_was_open_keeps_its_view_until_it_refreshes(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
-    victim = reader.document("doc-7")[0]
-    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test")
-    assert reader.chunk(victim).document == "doc-7"
+    target = reader.document("doc-7")[0]
+    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test")
+    assert reader.chunk(target).document == "doc-7"
     reader.refresh()
     with pytest.raises(UsageError):
-        reader.chunk(victim)
+        reader.chunk(target)
 
 
 def test_a_reader_whose_files_are_erased_says_so(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
-    victim = reader.document("doc-7")[0]
+    target = reader.document("doc-7")[0]
     view = retrotool.open(store_copy)
-    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test", erase=True)
     with pytest.raises(ErasedError, match="erased") as error:
-        view.chunk(victim)
+        view.chunk(target)
     assert "open the store again" in error.value.advice
 
 
@@ -175,30 +175,30 @@ def test_after_an_erase_no_byte_is_left(canary_store: tuple[Path, list[str]], tm
 def test_ids_stay_what_they_are_when_others_are_erased(canary_store: tuple[Path, list[str]], tmp_path: Path) -> None:
     store, names = canary_store
     reader = retrotool.open(store)
-    victims = {chunk for name in names for chunk in reader.document(name)}
+    targets = {chunk for name in names for chunk in reader.document(name)}
     before = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
     api.purge(store, api.Selectors(document=lines(tmp_path / "ids", names)), reason="test", erase=True)
     reader = retrotool.open(store)
     after = {int(i): reader.chunk(int(i)).text for part in reader.parts() for i in reader.chunk_ids(part)}
-    assert after == {i: text for i, text in before.items() if i not in victims}
-    assert victims.isdisjoint(returned(reader))
+    assert after == {i: text for i, text in before.items() if i not in targets}
+    assert targets.isdisjoint(returned(reader))
 
 
-def test_an_erase_rewrites_only_what_holds_victims(store_copy: Path, tmp_path: Path) -> None:
+def test_an_erase_rewrites_only_what_holds_targets(store_copy: Path, tmp_path: Path) -> None:
     state = Store.open(store_copy).state
-    victim = retrotool.open(store_copy).document("doc-1")[0]
+    target = retrotool.open(store_copy).document("doc-1")[0]
     tables = {
         entry.path
         for entry in state.files()
         if entry.path.startswith("neighbours/")
-        and victim in pq.read_table(stored_file(store_copy, entry.path))["ids"].combine_chunks().flatten().to_pylist()
+        and target in pq.read_table(stored_file(store_copy, entry.path))["ids"].combine_chunks().flatten().to_pylist()
     }
-    part = {entry.path for entry in state.files() if entry.slot == f"{victim >> 32:06d}"}
+    part = {entry.path for entry in state.files() if entry.slot == f"{target >> 32:06d}"}
     shards = {entry.path for entry in state.files() if entry.path.startswith("index/main/shard")}
     assert (len(part), len(shards)) == (4, 1), "documents, chunks, embeddings and neighbours"
     measured = {entry.path for entry in state.files() if entry.path.startswith("index/main/recall")}
     assert len(measured) == 1, "the curve, which names sources"
-    result = api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    result = api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test", erase=True)
     left = {entry.path for entry in Store.open(store_copy).state.files()}
     assert {entry.path for entry in state.files()} - left == part | shards | tables | measured
     assert result.files_rewritten == len(part | shards | tables)
@@ -213,20 +213,20 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
     api.chunk(store_path, [str(corpus)], tokenizer=str(tiny_encoder))
     store = Store.open(store_path)
     stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1], ("cpu",))
-    victim = retrotool.open(store_path).document("doc-9")[0]
+    target = retrotool.open(store_path).document("doc-9")[0]
     with writing(store) as run:
         (task,) = stage.plan(store)
         late = stage.open(store)(task, run.id, lambda _: None)  # finished, not yet committed
-        vector = np.load(stored_file(store_path, late.add[0].path))[victim & 0xFFFFFFFF].tobytes()
+        vector = np.load(stored_file(store_path, late.add[0].path))[target & 0xFFFFFFFF].tobytes()
         assert vector in everything(store_path)
-        api.purge(store_path, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+        api.purge(store_path, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test", erase=True)
         assert staging.stage(store.storage, late)
         folded = folding.fold(store, run)
         assert list(folded.refused) == [task.key]
     assert vector not in everything(store_path)
     api.embed(store_path, encoder=str(tiny_encoder))
     assert vector not in everything(store_path)
-    assert not retrotool.open(store_path).embeddings(0)[victim & 0xFFFFFFFF].any()
+    assert not retrotool.open(store_path).embeddings(0)[target & 0xFFFFFFFF].any()
     assert api.verify(store_path).ok
 
 
@@ -265,7 +265,7 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
         ("chunk", "9" * 5000, "is not a chunk id"),
         ("where", "source = '\udcff'", "--where \"source = '\\udcff'\" is not UTF-8"),
         ("pattern", "\udcff", "--pattern '\\udcff' is not UTF-8"),
-        ("document", "doc-1\nnobody", "line 2: the store has no document 'nobody'"),
+        ("document", "doc-1\nmissing", "line 2: the store has no document 'missing'"),
         ("where", "nothing = 'x'", "no column 'nothing'"),
         ("pattern", "(", "can't be compiled"),
     ],
@@ -365,8 +365,8 @@ def test_what_is_declined_is_not_done(store_copy: Path) -> None:
 def test_a_purge_of_a_part_of_a_document_leaves_the_rest(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     name = next(f"doc-{i}" for i in range(120) if len(reader.document(f"doc-{i}")) >= 3)
-    first, victim, last = reader.document(name)[:3]
-    result = api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [victim])), reason="test", erase=True)
+    first, target, last = reader.document(name)[:3]
+    result = api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test", erase=True)
     assert (result.chunks, result.documents) == (1, 0)
     reader = retrotool.open(store_copy)
     assert reader.document(name)[:2] == [first, last]
@@ -385,11 +385,11 @@ def test_no_text_stands_in_the_log(store_copy: Path, tmp_path: Path) -> None:
 def test_who_purges_stays_in_the_log_also_where_a_user_has_no_name(
     store_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nobody() -> str:
+    def without_a_name() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 
     named = api.purge(store_copy, api.Selectors(document=("doc-1",)), reason="r", who="the legal team").purge
-    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.setattr("getpass.getuser", without_a_name)
     nameless = api.purge(store_copy, api.Selectors(document=("doc-2",)), reason="r").purge
     records = Store.open(store_copy).state.records
     assert records[f"purge:{named}"]["who"] == "the legal team"

@@ -10,7 +10,7 @@ from stored import stored_files
 
 from retrotool import api
 from retrotool.errors import RetrotoolError
-from retrotool.purge import purge_text, purged_chunks
+from retrotool.purge import command, purged_chunks
 
 TEXT = "said by several, and by none of them first"
 
@@ -31,33 +31,36 @@ def purge(store: Path, *names: str, **options: bool) -> api.PurgeResult:
     return api.purge(store, api.Selectors(document=names), reason="test", **options)
 
 
+def last_line(store: Path, result: api.PurgeResult) -> str:
+    return command._text(str(store), api.Selectors(), result, False).splitlines()[-1]
+
+
 @pytest.mark.parametrize("erase", [False, True])
-def test_it_is_told_by_a_dry_run_and_by_the_purge(store: Path, erase: bool) -> None:
+def test_it_is_reported_by_a_dry_run_and_by_the_purge(store: Path, erase: bool) -> None:
     planned = purge(store, "y", dry_run=True, erase=erase)
     done = purge(store, "y", erase=erase)
     for result in (planned, done):
         assert (result.chunks, result.same_text) == (0, purged_chunks.SameText(4, ("x", "x2", "x3")))
-        told = purge_text.purged(store, result, erase).splitlines()[-1]
-        assert told == (
-            f"The same text is live in 4 documents: x, x2, x3, …. To take it there: retrotool purge {store} "
+        assert last_line(store, result) == (
+            f"The same text is still live in x, x2, x3 and 1 more. To purge it there: retrotool purge {store} "
             "--document x --document x2 --document x3 --reason ..."
         )
     log = b"".join(file.read_bytes() for file in stored_files(store, "log/*"))
     assert b"x2" not in log
 
 
-def test_what_is_selected_too_or_purged_is_not_told(store: Path) -> None:
+def test_what_is_selected_too_or_purged_is_not_reported(store: Path) -> None:
     purge(store, "x", "x2")
     result = purge(store, "y", "x3", dry_run=True)
     assert result.same_text == purged_chunks.SameText(1, ("it's x4",))
-    told = purge_text.purged(store, result, erase=False).splitlines()[-1]
-    assert told.startswith("The same text is live as it's x4. ")
-    assert told.endswith("""--document 'it'"'"'s x4' --reason ...""")
+    line = last_line(store, result)
+    assert line.startswith("The same text is still live in it's x4. ")
+    assert line.endswith("""--document 'it'"'"'s x4' --reason ...""")
     purge(store, "it's x4", "x3")
     assert purge(store, "y", dry_run=True).same_text.documents == 0
 
 
-def test_keys_are_read_only_if_something_set_aside_is_selected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_read_only_if_something_rejected_is_selected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RetrotoolError("looks at parts")
 

@@ -276,7 +276,7 @@ def test_an_erase_of_several_purges_one_of_which_is_undone_erases_none(store_cop
     assert api.erase(store_copy, [two]).erased > 0
 
 
-def test_an_erase_by_age_leaves_a_purge_that_is_undone_meanwhile(store_copy: Path) -> None:
+def test_an_erase_by_age_leaves_a_purge_that_is_undone_concurrently(store_copy: Path) -> None:
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8")
     with once_before("finish", store_copy / "documents", lambda: back(store_copy, one)):
         result = api.erase(store_copy, older_than=0)
@@ -284,7 +284,7 @@ def test_an_erase_by_age_leaves_a_purge_that_is_undone_meanwhile(store_copy: Pat
     assert verified(store_copy)
 
 
-def test_the_same_purge_with_an_erase_is_made_again_if_it_is_undone_meanwhile(store_copy: Path) -> None:
+def test_the_same_purge_with_an_erase_is_made_again_if_it_is_undone_concurrently(store_copy: Path) -> None:
     """All its chunks are named by another purge, so they stay tombstones."""
     purged = purge(store_copy, "doc-7").purge
     purge(store_copy, "doc-7", "doc-8")

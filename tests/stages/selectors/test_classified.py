@@ -80,7 +80,7 @@ def test_purged_and_erased_chunks(store_copy: Path, model: Path, scores: dict[in
     assert done.chunks == sum(score >= ABOVE for score in scores.values()) - 2
 
 
-def test_a_scan_goes_on_with_the_same_model_elsewhere_and_begins_anew_with_another(
+def test_a_scan_goes_on_with_the_same_model_elsewhere_and_starts_over_with_another(
     store_copy: Path, model: Path, tmp_path: Path
 ) -> None:
     store, asked = scan(store_copy, asked_for(model))
@@ -101,26 +101,26 @@ def test_a_chunk_that_the_classifier_fails_on_is_named_and_nothing_is_purged(
     store_copy: Path, model: Path, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(classified._BLOCK_ROWS, "cpu", 16)
-    victim = sorted(scores)[len(scores) // 2]
-    assert victim & 0xFFFFFFFF > 32, "in no first block"
+    target = sorted(scores)[len(scores) // 2]
+    assert target & 0xFFFFFFFF > 32, "in no first block"
     reader = retrotool.open(store_copy)
-    text = reader.chunk(victim).text
+    text = reader.chunk(target).text
     plain = Classifier.scores
 
     def failing(self: Classifier, texts: list[str], label: int) -> np.ndarray:
         return np.where([one == text for one in texts], np.float32(np.nan), plain(self, texts, label))
 
     monkeypatch.setattr(Classifier, "scores", failing)
-    with pytest.raises(RetrotoolError, match=f"NaN or infinity for chunk {victim} ") as error:
+    with pytest.raises(RetrotoolError, match=f"NaN or infinity for chunk {target} ") as error:
         api.purge(store_copy, asked_for(model), reason="test")
-    assert reader.chunk(victim).document in str(error.value)
+    assert reader.chunk(target).document in str(error.value)
     assert "Nothing was purged" in error.value.advice
     assert api.info(store_copy).purges == {}
     monkeypatch.setattr(Classifier, "scores", plain)
     store = Store.open(store_copy)
     stage = asked_for(model).read(store).scan
     assert stage is not None
-    assert [task.label for task in stage.plan(store)] == [f"part {victim >> 32}"], "the other parts stay scanned"
+    assert [task.label for task in stage.plan(store)] == [f"part {target >> 32}"], "the other parts stay scanned"
     done = api.purge(store_copy, asked_for(model), reason="test")
     assert done.chunks == sum(score >= ABOVE for score in scores.values())
 

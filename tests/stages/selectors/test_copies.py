@@ -23,11 +23,11 @@ from retrotool.purge.selectors.selector import TextBlock
 LENGTH = 64
 
 
-def matcher_of(victims: list[list[int]], length: int = LENGTH, share: float = 0.5, fewest: int = 1) -> CopyMatcher:
-    tokens = np.zeros((len(victims), length), np.uint16)
-    for row, victim in enumerate(victims):
-        tokens[row, : len(victim)] = victim
-    return CopyMatcher(tokens, np.array([len(v) for v in victims]), share, fewest)
+def matcher_of(originals: list[list[int]], length: int = LENGTH, share: float = 0.5, fewest: int = 1) -> CopyMatcher:
+    tokens = np.zeros((len(originals), length), np.uint16)
+    for row, original in enumerate(originals):
+        tokens[row, : len(original)] = original
+    return CopyMatcher(tokens, np.array([len(v) for v in originals]), share, fewest)
 
 
 def selected(matcher: CopyMatcher, block: TextBlock) -> list[int]:
@@ -36,7 +36,7 @@ def selected(matcher: CopyMatcher, block: TextBlock) -> list[int]:
     return sorted(set(hits.rows.tolist()))
 
 
-def by_rule(victims: list[list[int]], block: TextBlock, share: float, fewest: int = 1) -> list[int]:
+def by_rule(originals: list[list[int]], block: TextBlock, share: float, fewest: int = 1) -> list[int]:
     """The rule of the module, with sets."""
     chunks, length = block.chunks, block.chunks.tokens.shape[1]
     rows = [row[:n].tolist() for row, n in zip(chunks.tokens, chunks.n_tokens, strict=True)]
@@ -52,10 +52,10 @@ def by_rule(victims: list[list[int]], block: TextBlock, share: float, fewest: in
             for start in range(len(piece) - GRAM + 1):
                 inside = min(max(len(tokens) - offset - start, 0), GRAM)
                 held.append((tuple(piece[start : start + GRAM]), inside))
-        for victim in victims:
-            wanted = {tuple(victim[s : s + GRAM]) for s in range(len(victim) - GRAM + 1)}
+        for original in originals:
+            wanted = {tuple(original[s : s + GRAM]) for s in range(len(original) - GRAM + 1)}
             if len(wanted) < fewest:
-                if tokens and tokens == victim:
+                if tokens and tokens == original:
                     found.add(i)
                 continue
             if len({gram for gram, _ in held} & wanted) < Fraction(str(share)) * len(wanted):
@@ -77,11 +77,11 @@ def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, lis
     length = draw(st.sampled_from([5, 8, 11, 16]))
     kinds = draw(st.sampled_from([1, 2, 5]))
     token = st.integers(0, kinds)
-    victims = draw(st.lists(st.lists(token, max_size=length), min_size=1, max_size=5))
-    piece = st.one_of(st.sampled_from(victims), st.lists(token, max_size=6))
+    originals = draw(st.lists(st.lists(token, max_size=length), min_size=1, max_size=5))
+    piece = st.one_of(st.sampled_from(originals), st.lists(token, max_size=6))
     documents = draw(st.lists(st.lists(piece, max_size=5).map(_joined).filter(bool), min_size=1, max_size=5))
     erased = draw(st.lists(st.integers(0, 12), max_size=2))
-    return victims, documents, length, erased
+    return originals, documents, length, erased
 
 
 @given(
@@ -92,14 +92,14 @@ def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, lis
     st.sampled_from([1, 2, 4]),
 )
 def test_it_selects_what_the_rule_selects(corpus: tuple, share: float, slices: int, weak: bool, fewest: int) -> None:
-    victims, documents, length, erased = corpus
+    originals, documents, length, erased = corpus
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "_SLICE_TOKENS", slices)
         patch.setattr(ngrams, "_AT_ONCE", slices)
         patch.setattr(ngrams, "gram_hashes", weak_hashes if weak else GRAM_HASHES)
         block = block_of(documents, length, erased)
-        matcher = matcher_of(victims, length, share, fewest)
-        assert selected(matcher, block) == by_rule(victims, block, share, fewest)
+        matcher = matcher_of(originals, length, share, fewest)
+        assert selected(matcher, block) == by_rule(originals, block, share, fewest)
 
 
 @pytest.mark.parametrize("hashes", [GRAM_HASHES, weak_hashes])
@@ -109,9 +109,9 @@ def test_chunks_of_64_of_text_like_tokens_too(hashes: object, monkeypatch: pytes
     documents = [(rng.zipf(1.5, rng.integers(1, 700)) % 50).tolist() for _ in range(40)]
     documents += [d[rng.integers(0, 30) :] for d in documents[:20]]
     block = block_of([d for d in documents if d], LENGTH, [3, 50])
-    victims = [block.chunks.tokens[r, : block.chunks.n_tokens[r]].tolist() for r in rng.choice(len(block), 40)]
-    found = selected(matcher_of(victims), block)
-    assert found == by_rule(victims, block, 0.5) and 40 < len(found) < len(block)
+    originals = [block.chunks.tokens[r, : block.chunks.n_tokens[r]].tolist() for r in rng.choice(len(block), 40)]
+    found = selected(matcher_of(originals), block)
+    assert found == by_rule(originals, block, 0.5) and 40 < len(found) < len(block)
 
 
 VICTIM = random_tokens(0, LENGTH)
@@ -156,7 +156,7 @@ def test_a_half_is_enough_and_less_is_not() -> None:
 
 
 def test_of_two_copies_of_which_each_lies_in_two_chunks_all_are_found() -> None:
-    """Two victims, one behind the other, shifted by 40: the chunk between holds some of both."""
+    """Two originals in a row, shifted by 40: the chunk between holds some of both."""
     one, two = random_tokens(10, 64), random_tokens(11, 64)
     block = block_of([BEFORE[:40] + one + two + BEHIND], LENGTH)
     assert selected(matcher_of([one]), block) == [0, 1]
@@ -190,7 +190,7 @@ def test_what_repeats_itself_selects_all_that_do_unless_more_runs_are_asked_for(
 
 
 def test_text_that_is_everywhere_costs_no_more_than_it_occurs() -> None:
-    """2,000 victims of licence text at all offsets, tables of few tokens, in a block that is made of nothing else."""
+    """2,000 originals of licence text at all offsets, tables of few tokens, in a block that is made of nothing else."""
     rng = np.random.default_rng(0)
     licence = random_tokens(20, 2000)
     documents = []
@@ -201,13 +201,15 @@ def test_text_that_is_everywhere_costs_no_more_than_it_occurs() -> None:
             random_tokens(100 + i, int(rng.integers(1, 64))) + licence[start : start + 400] + table.tolist()
         )
     block = block_of(documents, LENGTH)
-    victims = [block.chunks.tokens[r, : block.chunks.n_tokens[r]].tolist() for r in rng.choice(len(block), 2000, False)]
-    matcher = matcher_of(victims)
+    originals = [
+        block.chunks.tokens[r, : block.chunks.n_tokens[r]].tolist() for r in rng.choice(len(block), 2000, False)
+    ]
+    matcher = matcher_of(originals)
     start_time = time.process_time()
     found = selected(matcher, block)
     seconds = time.process_time() - start_time
     assert len(found) > len(block) * 0.8
-    assert seconds < len(block) * 2e-4, "0.2 ms a chunk at the very most; all pairs of victims would take 20"
+    assert seconds < len(block) * 2e-4, "0.2 ms a chunk at the very most; all pairs of originals would take 20"
 
 
 def test_it_answers_several_threads_at_once() -> None:
@@ -233,7 +235,7 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
     assert found == scanned(store, selector.open(store)) and found[0] == 0 and len(found) >= 64
     store = purge(store, found[3])
     assert found == scanned(store, selector.open(store)), "what is purged may still be erased"
-    # The victim is erased: its copies can be found by another of them only.
+    # The original is erased: its copies can be found by another of them only.
     store = purge(store, 0, erase=True)
     with pytest.raises(UsageError, match="any tokens left"):
         selector.open(store)

@@ -72,7 +72,7 @@ def test_all_chunks_within_the_distance_are_selected_and_no_other(store_copy: Pa
     assert len(expected) > 0
     assert selected(store_copy, like=TEXT, within=within) == expected
     assert stored_files(store_copy, "scans/*")
-    assert api.verify(store_copy).ok, "what was found is told as the format says"
+    assert api.verify(store_copy).ok, "the results are stored as the format says"
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -246,10 +246,10 @@ def test_the_text_stands_in_no_file_but_the_selectors_and_goes_with_the_erase(st
 
 def test_examples_tell_their_distances(store_copy: Path, cli: Cli) -> None:
     asked = api.Selectors(like=TEXT, within=60, device="cpu")
-    told = api.purge(store_copy, asked, reason="r", dry_run=True).review
-    assert told is not None
-    assert len(told.examples) == 10
+    review = api.purge(store_copy, asked, reason="r", dry_run=True).review
+    assert review is not None
+    assert len(review.examples) == 10
     shown = cli("purge", store_copy, "--like", TEXT, "--within", 60, "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    for example in told.examples:
+    for example in review.examples:
         assert f"{example.chunk} of {example.document}, distance {example.figure:.4f}: " in shown.stdout

@@ -102,8 +102,8 @@ def test_matches_are_counted_by_selector_and_nothing_is_told_of_what_was_looked_
 ) -> None:
     (tmp_path / "patterns").write_text(f"{SECRET}\nnowhere\n")
     done = api.purge(store, api.Selectors(pattern=tmp_path / "patterns", document=("doc-4",)), reason="r")
-    told = {(match.selector, match.name): match.chunks for match in done.matches}
-    assert set(told) == {("document", ""), ("pattern", "pattern 1")}
+    counts = {(match.selector, match.name): match.chunks for match in done.matches}
+    assert set(counts) == {("document", ""), ("pattern", "pattern 1")}
     assert all(SECRET.encode() not in file.read_bytes() for file in stored_files(store, "log/*"))
     assert api.verify(store).ok
 
@@ -124,8 +124,8 @@ def test_a_part_is_scanned_once_until_it_is_rewritten(store: Path, texts: dict[s
     opened.refresh()
     assert stage.plan(opened) == []
     found = touched(store, texts, SECRET)
-    victim = retrotool.open(store).document("doc-1")[0]
-    api.purge(store, api.Selectors(chunk=(victim,)), reason="test")
+    target = retrotool.open(store).document("doc-1")[0]
+    api.purge(store, api.Selectors(chunk=(target,)), reason="test")
     opened.refresh()
     assert stage.plan(opened) == [], "a purge rewrites nothing"
     done = api.purge(store, api.Selectors(pattern=SECRET), reason="test", erase=True)

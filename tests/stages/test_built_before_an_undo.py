@@ -1,4 +1,4 @@
-"""What was made while chunks were purged that are undone is known, told, and made good."""
+"""What was built while a purge was in effect that is undone is known, reported and repaired."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_exports_and_training_give_what_they_gave(store_copy: Path, tmp_path: Pa
     assert api.neighbours(store_copy).commit == before, "what is materialised is as it was"
 
 
-def test_what_was_materialised_meanwhile_is_not_read(store_copy: Path) -> None:
+def test_what_was_materialised_before_an_undo_is_not_read(store_copy: Path) -> None:
     api.neighbours(store_copy, materialise=True)
     dataset = RetroDataset(store_copy, sequence_length=256, shuffle=False)
     before = [item["neighbours"].tolist() for item in dataset]
@@ -60,7 +60,7 @@ def test_what_was_materialised_meanwhile_is_not_read(store_copy: Path) -> None:
     assert verified(store_copy)
 
 
-def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Path) -> None:
+def test_tables_made_before_an_undo_are_searched_again(store_copy: Path, tmp_path: Path) -> None:
     found, before = near(store_copy), verified(store_copy)
     purged = purge(store_copy, "doc-7", "doc-30").purge
     api.neighbours(store_copy, name="other")
@@ -83,7 +83,7 @@ def test_tables_made_meanwhile_are_searched_again(store_copy: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("wanted", [IndexOptions(), IndexOptions(nlist=4, code="sq8")], ids=["exact", "lists"])
-def test_an_index_made_meanwhile_has_what_was_purged_and_returns_it_after_the_undo(
+def test_an_index_made_before_an_undo_has_what_was_purged_and_returns_it_after_the_undo(
     store_copy: Path, tmp_path: Path, wanted: IndexOptions
 ) -> None:
     purged = purge(store_copy, "doc-7", "doc-100")
@@ -140,7 +140,9 @@ def test_what_was_set_aside_is_not_indexed_and_what_is_erased_leaves_the_index(
     assert verified(store)
 
 
-def test_a_document_let_in_meanwhile_is_told_and_is_not_its_own_neighbour(tmp_path: Path, tiny_encoder: Path) -> None:
+def test_a_document_added_before_an_undo_is_reported_and_is_not_its_own_neighbour(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
     rows = make_rows(12, words=200)
     one = write_jsonl(tmp_path / "one.jsonl", rows)
     two = write_jsonl(tmp_path / "two.jsonl", [{**rows[3], "text": rows[3]["text"] + " and more"}])
@@ -173,7 +175,7 @@ def test_another_purge_is_erased_in_between(store_copy: Path) -> None:
     assert verified(store_copy)
 
 
-def test_an_epoch_begun_meanwhile_goes_on_as_it_was(store_copy: Path) -> None:
+def test_an_epoch_begun_before_an_undo_goes_on_as_it_was(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7", "doc-30").purge
     dataset = RetroDataset(store_copy, sequence_length=256, seed=3)
     items = [item["chunk_ids"].tolist() for item in dataset]
@@ -208,8 +210,8 @@ def test_rows_of_queries_alone_are_filled_again(store_copy: Path, tmp_path: Path
     api.neighbours(store_copy, queries=queries, name="theirs")
     back(queries, ours.purge)
     assert api.neighbours(store_copy, queries=queries, name="theirs").queries == ours.chunks
-    api.neighbours(store_copy, queries=queries, name="anew")
-    assert near(queries, "theirs") == near(queries, "anew")
+    api.neighbours(store_copy, queries=queries, name="again")
+    assert near(queries, "theirs") == near(queries, "again")
 
 
 def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path, tiny_encoder: Path) -> None:
