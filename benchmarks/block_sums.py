@@ -1,4 +1,4 @@
-"""Measure the cost of block sums: a sequential read, and warm and cold look-ups of rows, with and without them.
+"""Measure the cost of block sums: sequential reads, and warm and cold look-ups of rows.
 
     python benchmarks/block_sums.py --rows 200000 --dimension 384
 

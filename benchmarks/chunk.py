@@ -2,11 +2,12 @@
 
     python benchmarks/chunk.py INPUT.jsonl.zst [...] [--tokenizer tokenizer.json] [--slice 8] [--long]
 
-All measurements use the same texts: the floors of reading, decompressing, JSON, tokenizing and writing, each alone and
-in memory; ``retrotool chunk`` as a process, from ``.jsonl.zst`` to committed Parquet; and, on a slice of ``--slice``
-MB, ``datasets.map`` (batched, one process per core) with ``tokenizers`` and pyarrow. Without ``--tokenizer`` a
-byte-level BPE of 50,000 tokens is trained on the input. ``--long`` repeats the run on a corpus four times as long and
-reports memory: the largest sum of proportional set sizes of the command and its workers, sampled 20 times a second.
+All measurements use the same texts: the floors of reading, decompressing, JSON, tokenizing and writing, each
+alone and in memory; ``retrotool chunk`` as a process, from ``.jsonl.zst`` to committed Parquet; and, on a
+slice of ``--slice`` MB, ``datasets.map`` (batched, one process per core) with ``tokenizers`` and pyarrow.
+Without ``--tokenizer`` a byte-level BPE of 50,000 tokens is trained on the input. ``--long`` repeats the run
+on a corpus four times as long and reports memory: the largest sum of proportional set sizes of the command
+and its workers, sampled 20 times a second.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def chunk(inputs: list[Path], tokenizer: Path, store: Path) -> tuple[float, floa
 
 
 def cut_slice(inputs: list[Path], megabytes: float, path: Path) -> float:
-    """Write about so many megabytes of text, spread over the inputs, as JSON lines; return the actual number."""
+    """Write about so many megabytes of text, from all inputs, as JSON lines; return the actual number."""
     written = 0.0
     with path.open("wb") as file:
         for source in inputs:

@@ -2,17 +2,17 @@
 
     python benchmarks/dataset.py INPUT... [--tokenizer minilm] [--k 2] [--sequence-length 2048] [--workers 2]
 
-INPUT is an input of ``retrotool chunk``. A store is made of it in a temporary folder. Each chunk gets 20 neighbours
-drawn at random from the whole store, the most expensive ones to read. Then, each in a separate process with a cold page
-cache, imports included:
+INPUT is an input of ``retrotool chunk``. A store is made of it in a temporary folder. Each chunk gets 20
+neighbours drawn at random from the whole store, the most expensive ones to read. Then, each in a separate
+process with a cold page cache, imports included:
 
 * ``bytes``: read the bytes of the chunks and of the tables with tokens, nothing else;
 * ``decode``: read the columns that are needed with pyarrow alone, row group by row group;
 * ``loader``: pass as many empty batches of that size through a DataLoader with one worker;
 * ``RetroDataset`` over a whole epoch, in batches of 16 sequences: by itself, and through a DataLoader.
 
-Prints the seconds to the first batch, chunks per second in total and from the first batch on, core-seconds of all
-processes (which other load changes little), and the largest resident memory of the process and a worker.
+Prints the seconds to the first batch, chunks per second in total and from the first batch on, core-seconds of
+all processes (which other load changes little), and the largest resident memory of the process and a worker.
 """
 
 from __future__ import annotations

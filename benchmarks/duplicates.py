@@ -2,10 +2,10 @@
 
     python benchmarks/duplicates.py [--documents 20000000] [--parts 40] [--append 100000]
 
-Makes documents files of random hashes, without chunks, which the search does not read. One document in a hundred
-repeats an id, one in ten repeats a text, and one in fifty has the same common text. Then finds the duplicates, each
-time in a fresh process: when all parts are new, and when only the last, smaller part is. The floor is reading one of
-the two columns of hashes, with checksums, without comparing.
+Makes documents files of random hashes, without chunks, which the search does not read. One document in a
+hundred repeats an id, one in ten repeats a text, and one in fifty has the same common text. Then finds the
+duplicates, each time in a fresh process: when all parts are new, and when only the last, smaller part is. The
+floor is reading one of the two columns of hashes, with checksums, without comparing.
 """
 
 from __future__ import annotations

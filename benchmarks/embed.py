@@ -2,13 +2,14 @@
 
     python benchmarks/embed.py INPUT.jsonl[.zst] [...] [--model minilm] [--chunks 2000] [--device auto]
 
-``--model base`` is a BERT of base size with random weights and the bundled tokenizer; a directory is any model. All
-ways embed the same texts, in turns, ``--rounds`` times, and the best round counts.
+``--model base`` is a BERT of base size with random weights and the bundled tokenizer; a directory is any
+model. All ways embed the same texts, in turns, ``--rounds`` times, and the best round counts.
 
-On a CPU: ``sentence-transformers``, ``transformers`` in batches of 64, and retrotool with every dtype. On a GPU: the
-packed forward pass alone, ``transformers`` sorted by length in batches of 1,024 (forward pass only), the whole way from
-Parquet to a committed .npy, and its share of the device's matrix product rate. On both: the pipeline with a simulated
-device that waits instead of computing (``--pace``), which shows what does not overlap with it.
+On a CPU: ``sentence-transformers``, ``transformers`` in batches of 64, and retrotool with every dtype. On a
+GPU: the packed forward pass alone, ``transformers`` sorted by length in batches of 1,024 (forward pass only),
+the whole way from Parquet to a committed .npy, and its share of the device's matrix product rate. On both:
+the pipeline with a simulated device that waits instead of computing (``--pace``), which shows what does not
+overlap with it.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _wait(device: str) -> None:
 
 
 class Paced:
-    """A device that takes ``rate`` tokens per second and returns zeros: shows what does not overlap with it."""
+    """A device that takes ``rate`` tokens per second and returns zeros, to show what does not overlap."""
 
     depth, lanes = 3, 1
 

@@ -1,9 +1,10 @@
 """Make a small BERT as a model directory; its vectors are the same on every machine.
 
-Every token has a row of as many +1 as -1, drawn from a hash of the token. Positions add nothing, layer norm keeps such
-a row unchanged, and the values and the second product of every layer are zero. So attention and feed-forward are
-computed without effect, and a vector is the mean of its tokens' rows: integers divided by the number of tokens, which
-every kernel rounds alike. Squared distances of such vectors, stored as float16, are exact in float64.
+Every token has a row of as many +1 as -1, drawn from a hash of the token. Positions add nothing, layer norm
+keeps such a row unchanged, and the values and the second product of every layer are zero. So attention and
+feed-forward are computed without effect, and a vector is the mean of its tokens' rows: integers divided by
+the number of tokens, which every kernel rounds alike. Squared distances of such vectors, stored as float16,
+are exact in float64.
 
 ``exact=False`` gives random weights instead; their vectors are equal only on equal machines.
 """
@@ -37,7 +38,7 @@ def common_words(texts: Iterable[str], most: int) -> list[str]:
 def make_encoder(
     path: Path, words: Iterable[str], *, dimension: int = 32, layers: int = 1, seed: int = 0, exact: bool = True
 ) -> Path:
-    """Write config.json, tokenizer.json (WordPiece, lower case) and model.safetensors into a new directory."""
+    """Write config.json, tokenizer.json (WordPiece, lower case) and model.safetensors."""
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}

@@ -1,4 +1,4 @@
-"""Build and search an index of a store's real vectors: recall, memory and time, compared with faiss and autofaiss.
+"""Build and search an index of a store's real vectors: recall, memory, time, and those of faiss.
 
     python benchmarks/index.py STORE [--encoder minilm] [--autofaiss /path/to/venv/bin/python] [--vectors 48000]
 
@@ -6,9 +6,10 @@ STORE has embeddings; it is not changed. Prints:
 
 1. ``retrotool index`` with its defaults, as a process: time, memory, and the recall that it prints;
 2. the recall by an independent brute force, on other queries;
-3. k-means against ``faiss.Kmeans``: the same vectors, lists, iterations and threads, faiss with its fastest kernel;
-4. with ``--autofaiss``, the interpreter of an environment that has it: its default index, and one with the memory of
-   ours, on the same vectors. There both exclude only the query itself from results.
+3. k-means against ``faiss.Kmeans``: the same vectors, lists, iterations and threads, faiss with its fastest
+   kernel;
+4. with ``--autofaiss``, the interpreter of an environment that has it: its default index, and one with the
+   memory of ours, on the same vectors. There both exclude only the query itself from results.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/large_purge.py [--purged 1000000] [--sizes 100000000 1000000000] [--parts 40]
 
-The log is made up: parts of 250,000 chunks. Only the files of the ``--parts`` parts with chunks to purge exist, because
-no others may be read; their documents have 100 chunks. The command purges the same chunks, given by ids, from both
-stores, in a fresh process; then opening is timed.
+The log is made up: parts of 250,000 chunks. Only the files of the ``--parts`` parts with chunks to purge
+exist, because no others may be read; their documents have 100 chunks. The command purges the same chunks,
+given by ids, from both stores, in a fresh process; then opening is timed.
 """
 
 from __future__ import annotations

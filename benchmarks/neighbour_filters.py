@@ -2,10 +2,10 @@
 
     python benchmarks/neighbour_filters.py STORE [--index main] [--rows 4000] [--queries 500]
 
-STORE is embedded and indexed, and has several sources; it is not changed. First, 20 neighbours of random rows of one
-part are found with each token filter, by exact search and through the index. Then random chunks are searched in each
-source alone, and in all but that one: recall@10 against exact search in the same sources, as ``neighbours`` searches,
-and with only as many probes as without restriction.
+STORE is embedded and indexed, and has several sources; it is not changed. First, 20 neighbours of random rows
+of one part are found with each token filter, by exact search and through the index. Then random chunks are
+searched in each source alone, and in all but that one: recall@10 against exact search in the same sources, as
+``neighbours`` searches, and with only as many probes as without restriction.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/neighbour_growth.py FIRST... --then LATER... [--nlist N] [--encoder minilm] [--queries 2000]
 
-Text of FIRST is chunked, embedded and indexed, and all its neighbours are found. Text of LATER is added, the index is
-extended, and the table is updated; a second table is computed from scratch. Prints time and recall of both.
+Text of FIRST is chunked, embedded and indexed, and all its neighbours are found. Text of LATER is added, the
+index is extended, and the table is updated; a second table is computed from scratch. Prints time and recall
+of both.
 """
 
 from __future__ import annotations

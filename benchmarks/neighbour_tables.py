@@ -2,9 +2,10 @@
 
     python benchmarks/neighbour_tables.py STORE [--name main] [--encoder minilm] [--queries 2000] [--purge N]
 
-STORE has embeddings, and neighbours in itself. Over all rows: neighbours in the query's own document, and purged ones
-(``--purge`` first purges N random documents in a copy). On random queries: the share of the true nearest 2 and 10 in
-the table, by brute force in float32 over all vectors of other documents, and the largest error of its distances.
+STORE has embeddings, and neighbours in itself. Over all rows: neighbours in the query's own document, and
+purged ones (``--purge`` first purges N random documents in a copy). On random queries: the share of the true
+nearest 2 and 10 in the table, by brute force in float32 over all vectors of other documents, and the largest
+error of its distances.
 """
 
 from __future__ import annotations

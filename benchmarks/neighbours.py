@@ -2,16 +2,16 @@
 
     python benchmarks/neighbours.py STORE [--encoder minilm] [--vectors N] [--nlist 2048] [--nprobe 16] [--queries N]
 
-STORE has embeddings; it is not changed. If it has fewer than ``--vectors``, noisy copies of real ones are added. One
-index of float32 vectors, made here, is searched by
+STORE has embeddings; it is not changed. If it has fewer than ``--vectors``, noisy copies of real ones are
+added. One index of float32 vectors, made here, is searched by
 
-* ``retrotool``: list by list, nothing excluded, with extra candidates that are ranked by distances computed from the
-  vectors, as in ``retrotool neighbours``;
+* ``retrotool``: list by list, nothing excluded, with extra candidates that are ranked by distances computed
+  from the vectors, as in ``retrotool neighbours``;
 * ``faiss`` ``search``, query by query;
 * ``faiss.contrib.big_batch_search``, its fastest method here;
 
-with the same lists, probes, queries and threads, faiss with its fastest OpenBLAS kernel. Recall is the share of
-neighbours at least as near as those that faiss ``search`` finds: all search the same lists exactly.
+with the same lists, probes, queries and threads, faiss with its fastest OpenBLAS kernel. Recall is the share
+of neighbours at least as near as those that faiss ``search`` finds: all search the same lists exactly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ K = 10
 TIE = 1e-5
 BLOCK = 1 << 19
 NOISE = 0.6
-"""Length of the noise, of vectors of length 1: as far as the nearest chunks of real text are from one another."""
+"""Length of the noise, for vectors of length 1: the distance between the nearest chunks of real text."""
 OURS = "retrotool"
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/open_store.py [--parts 30000] [--runs 5]
 
-Makes a log of one commit per part, each naming four files (documents, chunks, embeddings, neighbours) that need not
-exist: opening reads only the log. The head is half a checkpoint interval after the last checkpoint. Times, in fresh
-processes, ``Store.open`` alone and the whole process. The floor reads and parses the checkpoint and the commits after
-it without building a state.
+Makes a log of one commit per part, each naming four files (documents, chunks, embeddings, neighbours) that
+need not exist: opening reads only the log. The head is half a checkpoint interval after the last checkpoint.
+Times, in fresh processes, ``Store.open`` alone and the whole process. The floor reads and parses the
+checkpoint and the commits after it without building a state.
 """
 
 from __future__ import annotations

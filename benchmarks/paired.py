@@ -2,14 +2,16 @@
 
     python benchmarks/paired.py A B --corpus CORPUS [--rounds 7] [--only chunk,embed] [--json FILE]
 
-A and B are folders of checkouts; CORPUS is made by ``pin.py corpus``. Each checkout prepares its own store once. A run
-is one command in a fresh process on a fresh copy of that store. A round runs each command with A and with B, in
-alternating order. CPU seconds are user and system time of the process and its children; wall seconds include starting.
+A and B are folders of checkouts; CORPUS is made by ``pin.py corpus``. Each checkout prepares its own store
+once. A run is one command in a fresh process on a fresh copy of that store. A round runs each command with A
+and with B, in alternating order. CPU seconds are user and system time of the process and its children; wall
+seconds include starting.
 
-The table has medians, the ratio of B's median to A's, and the quartiles of the ratios of pairs. A command counts as
-slower if even the lower quartile is above 1.05. ``info`` and ``search`` are also compared with their imports in the
-same round: ``python -c 'import typer, orjson'`` and ``python -c 'import torch, faiss, pyarrow'``. The exit code is
-1 if a command is slower by CPU seconds. Other load on the machine widens the quartiles; then raise ``--rounds``.
+The table has medians, the ratio of B's median to A's, and the quartiles of the ratios of pairs. A command
+counts as slower if even the lower quartile is above 1.05. ``info`` and ``search`` are also compared with
+their imports in the same round: ``python -c 'import typer, orjson'`` and ``python -c 'import torch, faiss,
+pyarrow'``. The exit code is 1 if a command is slower by CPU seconds. Other load on the machine widens the
+quartiles; then raise ``--rounds``.
 """
 
 from __future__ import annotations

@@ -4,21 +4,21 @@
     PYTHONPATH=CHECKOUT python benchmarks/pin.py record FILE CORPUS
     PYTHONPATH=CHECKOUT python benchmarks/pin.py compare FILE CORPUS [--known PREFIX ...]
 
-``corpus`` draws documents from JSON lines with ``id``, ``text`` and ``source``, and writes them in every input format,
-with documents that repeat by id and by text, and with damaged lines. It also writes smaller texts for growth,
-evaluation, key-value records and searches by pattern, two small encoders and a tokenizer.
+``corpus`` draws documents from JSON lines with ``id``, ``text`` and ``source``, and writes them in every
+input format, with documents that repeat by id and by text, and with damaged lines. It also writes smaller
+texts for growth, evaluation, key-value records and searches by pattern, two small encoders and a tokenizer.
 
-``record`` runs chunk, embed, index, neighbours, search, export, RetroDataset, purge, undo, erase and verify, through
-the command line of the retrotool in PYTHONPATH, on one core. It records digests of the stores (``plain_store.py``
-reads them without retrotool), exit codes and printed text.
+``record`` runs chunk, embed, index, neighbours, search, export, RetroDataset, purge, undo, erase and verify,
+through the command line of the retrotool in PYTHONPATH, on one core. It records digests of the stores
+(``plain_store.py`` reads them without retrotool), exit codes and printed text.
 
-``compare`` runs the same and exits with 1 if a digest, count or exit code differs. Other printed text, and new or
-missing columns, are only shown. ``--known`` allows an intended change; it takes the beginning of a name, such as
-``content/after an erase``. A corpus with other bytes is refused.
+``compare`` runs the same and exits with 1 if a digest, count or exit code differs. Other printed text, and
+new or missing columns, are only shown. ``--known`` allows an intended change; it takes the beginning of a
+name, such as ``content/after an erase``. A corpus with other bytes is refused.
 
-The vectors of the encoder ``exact`` are the same on every machine. Trained indexes, what is found through them, and the
-vectors of ``random`` are the same on machines with the same kernels, so the recording names its machine. A run takes
-about 20 minutes of CPU time for 60 MB.
+The vectors of the encoder ``exact`` are the same on every machine. Trained indexes, what is found through
+them, and the vectors of ``random`` are the same on machines with the same kernels, so the recording names its
+machine. A run takes about 20 minutes of CPU time for 60 MB.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/pipeline.py INPUT.jsonl[.zst] [...] [--embed-chunks 2000]
 
-chunk is compared with ``tokenizers`` alone on the same texts (its floor); neighbours with ``faiss`` searching query by
-query in an exact float32 index of the same vectors. ``embed.py`` measures embedding, which is slow on a CPU, so
-neighbours use only the first ``--embed-chunks`` chunks.
+chunk is compared with ``tokenizers`` alone on the same texts (its floor); neighbours with ``faiss`` searching
+query by query in an exact float32 index of the same vectors. ``embed.py`` measures embedding, which is slow
+on a CPU, so neighbours use only the first ``--embed-chunks`` chunks.
 """
 
 from __future__ import annotations

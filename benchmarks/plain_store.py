@@ -1,8 +1,8 @@
 """Read a store with pyarrow, numpy and faiss alone, and compute digests of its content.
 
-``retrotool`` is not imported: this reads what ``docs/format.md`` promises to other tools. Digests are over values in
-the order of chunk ids, so they are independent of file names, row groups and the layout of the store. Only
-``live_files`` knows how a file's kind, name and slot follow from the log.
+``retrotool`` is not imported: this reads what ``docs/format.md`` promises to other tools. Digests are over
+values in the order of chunk ids, so they are independent of file names, row groups and the layout of the
+store. Only ``live_files`` knows how a file's kind, name and slot follow from the log.
 
 A chunk is live if it is not erased (it has tokens) and not a tombstone. Cost: one pass over all files.
 """
@@ -78,9 +78,10 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The live chunks of one part, ascending: ``ids`` int64 [n], ``rows`` int64 [n], ``tokens`` [n, bytes] uint8.
+    """The live chunks of one part: ``ids`` int64 [n], ``rows`` int64 [n], ``tokens`` uint8 [n, bytes].
 
-    ``index`` and ``n_tokens`` int32 [n]; ``documents`` are the ids of their documents. ``keys`` bool [n]: not a value.
+    ``index`` and ``n_tokens`` int32 [n]; ``documents`` are the ids of their documents. ``keys`` bool [n]: not
+    a value.
     """
 
     ids: npt.NDArray[np.int64]
@@ -278,7 +279,7 @@ class PlainStore:
 
 
 def read_shard(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Read ids int64 [n], lists int64 [n] (0 without lists) and codes uint8 [n, bytes] of a plain faiss file."""
+    """Read ids int64 [n], lists int64 [n] (0 without lists) and codes uint8 [n, bytes] of a faiss file."""
     whole = faiss.read_index(str(path))  # owns the data of the views below
     index: Any = faiss.downcast_index(whole)
     if isinstance(index, faiss.IndexPreTransform):

@@ -1,14 +1,16 @@
-"""Purge one chunk, 100 documents and a tenth of a store: measure the cost, and check that nothing is found any more.
+"""Purge one chunk, 100 documents and a tenth of a store: measure the cost and what is still found.
 
     python benchmarks/purging.py STORE [--encoder minilm] [--name main] [--where EXPRESSION] [--queries 2000]
 
-STORE has embeddings, an index and neighbours in itself. It is not changed: each purge works on a copy of hard links.
-The selectors are ``--chunk``, ``--document``, and ``--where``, which should select about a tenth of the store. Then
+STORE has embeddings, an index and neighbours in itself. It is not changed: each purge works on a copy of hard
+links. The selectors are ``--chunk``, ``--document``, and ``--where``, which should select about a tenth of
+the store. Then
 
 * the vector of every purged chunk is searched, and purged chunks among the 10 nearest are counted;
-* every read path is exercised, and purged chunks that it returns are counted (``retrotool.receipt.read_paths``);
-* neighbours of random live chunks are compared with brute force over live vectors: before the purge, after it, after
-  ``neighbours``, and computed from scratch in the purged store;
+* every read path is exercised, and purged chunks that it returns are counted
+  (``retrotool.receipt.read_paths``);
+* neighbours of random live chunks are compared with brute force over live vectors: before the purge, after
+  it, after ``neighbours``, and computed from scratch in the purged store;
 * the purge is erased and verified, and the rewritten files are counted.
 
 Finally each of the 100 documents is purged separately, and all these purges are erased together.

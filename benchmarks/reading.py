@@ -2,8 +2,8 @@
 
     python benchmarks/reading.py [--megabytes 100] [FORMAT ...]
 
-Each format is read three times, each in a separate process. Prints the best time and the largest increase of memory by
-reading. The texts are the docstrings of Python's standard library, repeated.
+Each format is read three times, each in a separate process. Prints the best time and the largest increase of
+memory by reading. The texts are the docstrings of Python's standard library, repeated.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
     python benchmarks/selecting.py STORE [--given 1 100 10000] [--evaluation STORE] [--planted 5000]
 
-Copies are searched of this many chunks of STORE, drawn at random and consecutive. Blocks are read as ``purge`` reads
-them; STORE is not changed. Seconds are CPU time, so other load on the machine counts little. Text counts as 250 bytes
-per chunk, though none is decoded.
+Copies are searched of this many chunks of STORE, drawn at random and consecutive. Blocks are read as
+``purge`` reads them; STORE is not changed. Seconds are CPU time, so other load on the machine counts little.
+Text counts as 250 bytes per chunk, though none is decoded.
 
-``--planted``: this many full chunks of real text are planted between two other real texts: verbatim, starting 1 to 63
-tokens into a chunk, and with one of 64 tokens changed. Prints the share of these places, and of the chunks with 16 or
-more of their tokens, that are selected.
+``--planted``: this many full chunks of real text are planted between two other real texts: verbatim, starting
+1 to 63 tokens into a chunk, and with one of 64 tokens changed. Prints the share of these places, and of the
+chunks with 16 or more of their tokens, that are selected.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/text_selectors.py [FILE.jsonl[.zst] ...] [--store STORE]
 
-Text is cut into chunks of 280 bytes, in blocks of 32,768 chunks, without a store and without decoding. ``--store``: a
-scan as in a purge, on all cores: reading, decoding, RE2 and writing the results. A copy of the store, made of hard
-links, is scanned for patterns without a match.
+Text is cut into chunks of 280 bytes, in blocks of 32,768 chunks, without a store and without decoding.
+``--store``: a scan as in a purge, on all cores: reading, decoding, RE2 and writing the results. A copy of the
+store, made of hard links, is scanned for patterns without a match.
 """
 
 from __future__ import annotations

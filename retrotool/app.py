@@ -138,7 +138,7 @@ def _root(
 
 
 def give_bars_room() -> None:
-    """Set a size for tqdm on a terminal that reports zero columns, as in some containers: it would draw nothing."""
+    """Set a size for tqdm, which draws nothing on terminals that report zero columns."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is not a terminal, closed or None
         if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
             # tqdm reads these when it is imported.

@@ -31,7 +31,7 @@ def command_line(command: str, root: str | Path, **options: object) -> str:
 
 
 def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:
-    """Return the command that updates a table made with the options ``again``: index, encoder, k and saved."""
+    """Return the command that updates a table with the options ``again``: index, encoder, k and saved."""
     given = {option: again[option] for option, default in (("k", K), ("saved", SAVED)) if again[option] != default}
     # Named even if it is the default index: that may have changed since.
     how = ["--index", str(again["index"])] if again["index"] else ["--exact"]
@@ -41,7 +41,7 @@ def neighbours_command(root: str | Path, queries: str | Path | None, name: str, 
 
 
 def table_command(store: Store, table: str, database: Store | None) -> str:
-    """Return the command that updates a table of ``store``, with its options: other options search all of it again.
+    """Return the command that updates a table of ``store`` with its own options: others search all of it.
 
     ``database`` None: the command has a placeholder.
     """

@@ -35,8 +35,9 @@ def opt(
 ) -> Any:
     """Return a typer option; its default is shown, unless it is None or False.
 
-    ``names``: by default "--" and the parameter's name. ``panel``: its heading in the help. ``least`` and ``most``:
-    bounds of a number. ``complete``: lists values for the shell. ``variable``: an environment variable for the value.
+    ``names``: by default "--" and the parameter's name. ``panel``: its heading in the help. ``least`` and
+    ``most``: bounds of a number. ``complete``: lists values for the shell. ``variable``: an environment
+    variable for the value.
     """
     return typer.Option(
         *names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most, autocompletion=complete,
@@ -188,7 +189,7 @@ def unescape(text: str) -> str:
 
 
 def check_utf8(option: str, text: str) -> None:
-    """Raise ``UsageError`` for text that is not UTF-8: the shell passes any bytes, and stores hold UTF-8 only."""
+    """Raise ``UsageError`` for text that is not UTF-8: the shell passes any bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:

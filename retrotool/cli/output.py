@@ -27,7 +27,7 @@ _CONTROLS |= {
 Documents are hostile.
 """
 _IN_JSON = {number: f"\\u{number:04x}" for number in _CONTROLS if number >= 0x7F}
-"""The same for JSON, where characters below 0x20 are escaped already; readers get the characters themselves."""
+"""The same for JSON, where characters below 0x20 are escaped already; readers get the characters."""
 _INSIDE = {number: shown for number, shown in _CONTROLS.items() if chr(number) not in "\t\n"}
 
 
@@ -54,7 +54,7 @@ def one_line(text: str) -> str:
 
 
 def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str]) -> None:
-    """Print results (dataclasses) as they come: one JSON object with a list ``name``, or a line of ``text`` each.
+    """Print results (dataclasses) as they come: one JSON object with a list ``name``, or lines of ``text``.
 
     An error ends the command as usual; the JSON object then also has the fields of the error.
     """
@@ -77,7 +77,7 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
 
 
 def show_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    r"""Print a header and rows as CSV on stdout: RFC 4180 with ``\n`` line ends; booleans are true or false."""
+    r"""Print CSV on stdout: RFC 4180 with ``\n`` line ends; booleans are true or false."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
@@ -151,8 +151,8 @@ def _cell(value: object) -> str:
 class Paragraph:
     """Text of documents to lay out in lines; white space becomes a space, control characters are escaped.
 
-    It begins with ``fields`` in one style, two spaces apart. The first line is indented by ``indent`` columns, the
-    others by ``after`` (default: the same).
+    It begins with ``fields`` in one style, two spaces apart. The first line is indented by ``indent``
+    columns, the others by ``after`` (default: the same).
     """
 
     def __init__(self, *fields: str, indent: int = 0, after: int | None = None, style: str = "") -> None:
@@ -226,7 +226,8 @@ def stop(message: str, as_json: bool) -> NoReturn:
 def errors(as_json: bool) -> Iterator[None]:
     """Report a ``RetrotoolError``, or an ``OSError`` that names a file, and exit with its code.
 
-    With ``--json`` the error is also an object on stdout. Any other exception is a bug and shows its traceback.
+    With ``--json`` the error is also an object on stdout. Any other exception is a bug and shows its
+    traceback.
     """
     try:
         yield

@@ -1,10 +1,10 @@
 """Write HTML pages from the Jinja2 templates in ``templates/``.
 
-A page is one file that loads nothing else. Templates extend ``base.html``, which has the head, the common style and a
-policy that allows only the template's own script (block ``script``).
+A page is one file that loads nothing else. Templates extend ``base.html``, which has the head, the common
+style and a policy that allows only the template's own script (block ``script``).
 
-Texts of documents are hostile: every value that a template prints is escaped, also control characters and those that
-change the text direction, as in a terminal. Templates quote attributes and never use ``safe``.
+Texts of documents are hostile: every value that a template prints is escaped, also control characters and
+those that change the text direction, as in a terminal. Templates quote attributes and never use ``safe``.
 """
 
 from __future__ import annotations

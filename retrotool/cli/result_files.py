@@ -1,8 +1,8 @@
 """Files and folders that commands write outside of stores: checked before work begins, written atomically.
 
-They are written beside their destination under a hidden name, and renamed once complete. A folder's hidden name has
-the id of a run, so that the next run for the same destination removes what killed runs left. Runs hold leases as in a
-store (``store.leases``), so concurrent runs don't disturb each other.
+They are written beside their destination under a hidden name, and renamed once complete. A folder's hidden
+name has the id of a run, so that the next run for the same destination removes what killed runs left. Runs
+hold leases as in a store (``store.leases``), so concurrent runs don't disturb each other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _SETTLED_SECONDS = 60.0
 def check_file(option: str, file: str | Path, *, new: bool = False) -> None:
     """Raise ``UsageError`` unless ``file`` can be written: its folder exists, and it is not in a store.
 
-    ``new``: it must not exist. In a store it could replace one of its files, and an erase would not reach its text.
+    ``new``: it must not exist. In a store it could replace one of its files, and an erase would not reach its
+    text.
     """
     path = Path(file)
     folder = path.absolute().parent
@@ -57,7 +58,7 @@ def check_outside(option: str, path: str | Path, kind: str) -> None:
 
 @contextmanager
 def written(file: str | Path) -> Iterator[Path]:
-    """Yield a path beside ``file`` to write to. It replaces ``file`` at the end, and is removed after an error.
+    """Yield a path beside ``file`` to write to; it replaces ``file`` at the end, unless there is an error.
 
     ``StorageError`` if the file can't be written, for example because the disk is full.
     """

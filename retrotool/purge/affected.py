@@ -1,18 +1,20 @@
 """``affected``: find the training chunks that have purged chunks among their stored neighbours.
 
-Neighbour tables are read without excluding purged chunks. A model gets each neighbour and the chunk after it, so a
-chunk is also affected if a purged chunk only follows one of its neighbours.
+Neighbour tables are read without excluding purged chunks. A model gets each neighbour and the chunk after it,
+so a chunk is also affected if a purged chunk only follows one of its neighbours.
 
-Places are those in the table, from 1. Readers skip purged chunks and move later neighbours up, so a purged chunk may
-have been read at an earlier place if others were purged before it. Each table of a mixture is read by itself.
+Places are those in the table, from 1. Readers skip purged chunks and move later neighbours up, so a purged
+chunk may have been read at an earlier place if others were purged before it. Each table of a mixture is read
+by itself.
 
-Purged text, documents and chunks are never reported. A training chunk that is itself purged is counted, not named.
+Purged text, documents and chunks are never reported. A training chunk that is itself purged is counted, not
+named.
 
-Not found: entries that an erase removed (it does so within a store), and former entries of rows that were searched
-again after the purge.
+Not found: entries that an erase removed (it does so within a store), and former entries of rows that were
+searched again after the purge.
 
-Cost: reading the ids of all tables, with a binary search for each. Memory: a row group, the affected rows of a part,
-and about 30 bytes per purged chunk.
+Cost: reading the ids of all tables, with a binary search for each. Memory: a row group, the affected rows of
+a part, and about 30 bytes per purged chunk.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ NEVER = int(np.iinfo(np.int64).max)
 class AskedPurge:
     """A purge of ``database`` to look for, and how many ``chunks`` it has.
 
-    ``erased``: its chunks were removed from the tables. The tables have ``parts`` parts; ``since`` of them were
-    searched, in whole or in part, after the purge.
+    ``erased``: its chunks were removed from the tables. The tables have ``parts`` parts; ``since`` of them
+    were searched, in whole or in part, after the purge.
     """
 
     purge: str
@@ -118,7 +120,7 @@ class AffectedResult(AffectedCounts):
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """The files of a table by part, the ``chunks`` to look for, and the chunks ``followed`` by one of these."""
+    """The files of a table by part, the ``chunks`` to find, and the chunks ``followed`` by one of these."""
 
     entries: Mapping[int, FileEntry]
     chunks: Tombstones
@@ -130,8 +132,8 @@ def affected(
 ) -> AffectedResult:
     """Find the chunks of the store ``root`` that have chunks of ``purges`` (default: of all) as neighbours.
 
-    ``out``: a new file for all of them, one JSON object per line (``AffectedChunk``). ``UsageError`` if a purge does
-    not exist, or all of them are erased, so that nothing can be found.
+    ``out``: a new file for all of them, one JSON object per line (``AffectedChunk``). ``UsageError`` if a
+    purge does not exist, or all of them are erased, so that nothing can be found.
     """
     if out is not None:
         check_file("--out", out, new=True)
@@ -203,7 +205,7 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
 
 
 def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, Ids]:
-    """Return affected rows of a part, ascending, and the first places of a purged chunk and of one that follows."""
+    """Return affected rows, ascending, and the first places of a purged chunk and of one that follows."""
     n = parts.part_entry(store, "chunks", part).rows
     neighbour, following = np.full(n, NEVER), np.full(n, NEVER)
     for table in wanted:

@@ -31,8 +31,8 @@ def command(
 ) -> None:
     """List the training chunks that have purged chunks among their neighbours.
 
-    STORE is the query store, which has the tables. Text of a purged chunk may have reached a model through these
-    training chunks. Nothing of the purged chunks is shown.
+    STORE is the query store, which has the tables. Text of a purged chunk may have reached a model through
+    these training chunks. Nothing of the purged chunks is shown.
     """
     with output.errors(as_json):
         from retrotool.purge.affected import affected

@@ -127,11 +127,13 @@ def command(
 ) -> None:
     """Purge chunks: no command returns them any more. Without a selector, list purges.
 
-    Purged chunks are excluded from search, neighbours (those computed before, too), continuations and training. With
-    --erase their text, tokens and vectors are removed from the files as well; only chunk ids remain.
+    Purged chunks are excluded from search, neighbours (those computed before, too), continuations and
+    training. With --erase their text, tokens and vectors are removed from the files as well; only chunk ids
+    remain.
 
-    With --shard only that share of the parts is scanned, and nothing is purged: run the same command without it
-    afterwards. @FILE is a file with a value per line, @- is standard input, @@x is a value that begins with @.
+    With --shard only that share of the parts is scanned, and nothing is purged: run the same command without
+    it afterwards. @FILE is a file with a value per line, @- is standard input, @@x is a value that begins
+    with @.
     """  # fmt: skip
     with output.errors(as_json):
         from retrotool.purge import run as purge_run
@@ -334,8 +336,8 @@ def erase_command(
 ) -> None:
     """Erase purged chunks: rewrite the files that hold their text, tokens and vectors.
 
-    This can't be undone. An erase that was interrupted is resumed by running it again. Copies of the chunks that
-    chunk rejected as duplicates are erased with them. Check the result with retrotool receipt.
+    This can't be undone. An erase that was interrupted is resumed by running it again. Copies of the chunks
+    that chunk rejected as duplicates are erased with them. Check the result with retrotool receipt.
     """
     with output.errors(as_json):
         from retrotool.purge.erase import erase, retrain_indexes

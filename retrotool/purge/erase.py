@@ -4,20 +4,20 @@ A task rewrites one of:
 
 - a part: its documents, chunks and the embeddings of every encoder;
 - a shard of an index;
-- a neighbour table: the rows of erased chunks, entries that name one (distances to known vectors reveal a vector), and
-  their tokens;
-- a quarantine file with excerpts. All excerpts are removed: a row that could not be read may belong to an erased
-  document.
+- a neighbour table: the rows of erased chunks, entries that name one (distances to known vectors reveal a
+  vector), and their tokens;
+- a quarantine file with excerpts. All excerpts are removed: a row that could not be read may belong to an
+  erased document.
 
-Parts come first, other files once no part holds an erased chunk. So the chunks alone show whether an erase was begun;
-until then the purge can be undone. A task reads the tombstones of its chunks, so a concurrent undo invalidates it.
-Work that began on a view overtaken by another commit is planned again.
+Parts come first, other files once no part holds an erased chunk. So the chunks alone show whether an erase
+was begun; until then the purge can be undone. A task reads the tombstones of its chunks, so a concurrent undo
+invalidates it. Work that began on a view overtaken by another commit is planned again.
 
-Slots stay, zeroed: no id or row moves. Progress is read from the data, so an interrupted erase is resumed. The commit
-removes the old files from the state, then they are unlinked.
+Slots stay, zeroed: no id or row moves. Progress is read from the data, so an interrupted erase is resumed.
+The commit removes the old files from the state, then they are unlinked.
 
-Cost: reading the parts concerned, every shard with one of them, and every neighbour table against this store; writing
-those that hold an erased chunk. Memory: one part or shard per process, and about 40 bytes per chunk.
+Cost: reading the parts concerned, every shard with one of them, and every neighbour table against this store;
+writing those that hold an erased chunk. Memory: one part or shard per process, and about 40 bytes per chunk.
 
 Not erased: chunk ids in tombstones; centroids and codebooks, which are means over thousands of vectors
 (``retrain_indexes``); distances in tables of other stores; anything outside the store.
@@ -85,8 +85,8 @@ from retrotool.store.vectors import read_vectors, write_vectors
 class EraseStage:
     """Erases ``targets``: the chunks of ``purges``, which are tombstones.
 
-    ``clean`` caches the paths that hold none of them. A path always names the same bytes, so planning again reads only
-    new files.
+    ``clean`` caches the paths that hold none of them. A path always names the same bytes, so planning again
+    reads only new files.
     """
 
     targets: Tombstones
@@ -96,10 +96,10 @@ class EraseStage:
     unit: str = field(default="file", init=False)
 
     def plan(self, store: Store) -> list[Task]:
-        """Return a task for each part that holds a target, or if none does, for each shard, table and quarantine file.
+        """Return a task per part that holds a target; if none does, per shard, table and quarantine file.
 
-        ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file was replaced
-        concurrently.
+        ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file was
+        replaced concurrently.
         """
         return list(self._tasks(store, _parts)) or list(self._tasks(store, _other_files))
 
@@ -130,7 +130,7 @@ class EraseStage:
 
 
 _Unit = tuple[str, list[FileEntry], Ids, Callable[[], bool]]
-"""A label, files that are rewritten together, their targets, and a function that says whether they hold any."""
+"""A label, files to rewrite together, their targets, and a function that checks whether they hold any."""
 
 
 def _parts(store: Store, targets: Tombstones) -> Iterator[_Unit]:
@@ -147,7 +147,7 @@ def _other_files(store: Store, targets: Tombstones) -> Iterator[_Unit]:
 
 
 def files_of_several_parts(store: Store, numbers: Sequence[int]) -> Iterator[FileEntry]:
-    """Yield the files that may hold data of some parts, among others: shards, neighbour tables and quarantine."""
+    """Yield the files that may hold data of several parts: shards, neighbour tables and quarantine."""
     state, wanted = store.state, set(numbers)
     for name in state.names("index"):
         shards = [one for one in state.group("index", name).entries() if one.slot.startswith(SHARD)]
@@ -194,7 +194,7 @@ def _table_holds(store: Store, entry: FileEntry, targets: Tombstones) -> bool:
 
 
 def row_groups(entry: FileEntry, rows: Ids) -> Iterator[tuple[int, Ids]]:
-    """Yield each row group's number and those of ``rows`` (ascending) that are in it, counted from its first row."""
+    """Yield each row group's number, and its ``rows`` (ascending) counted from its first row."""
     for group in range(-(-entry.rows // ROW_GROUP)):
         low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
         yield group, rows[low:high] - group * ROW_GROUP
@@ -282,8 +282,8 @@ def erase_documents(
 ) -> pa.Table:
     """Return documents with the token counts that remain, and nulls for those without tokens.
 
-    Partially erased documents have their text hash cleared. If the hash was also the id, the new id is a keyed hash of
-    it: deterministic, and only the store can compute it.
+    Partially erased documents have their text hash cleared. If the hash was also the id, the new id is a
+    keyed hash of it: deterministic, and only the store can compute it.
     """
     left = np.bincount(doc, weights=n_tokens, minlength=documents.num_rows).astype(np.int64)
     whole = documents["n_tokens"].to_numpy() == left
@@ -321,10 +321,12 @@ _Planned = TypeVar("_Planned", bound="EraseResult")
 class EraseResult:
     """What an erase of ``purges`` did or would do.
 
-    * ``unerased``: chunks to erase, copies included. ``unerased_share``: their share of all chunks the store ever had.
+    * ``unerased``: chunks to erase, copies included. ``unerased_share``: their share of all chunks the store
+      ever had.
     * ``erased``: chunks that have been erased, copies included.
     * ``copies``: documents that ``chunk`` rejected as repeats of an erased one.
-    * ``not_reached``: what an erase never reaches. ``dependents``: stores with neighbours in this one, also unreached.
+    * ``not_reached``: what an erase never reaches. ``dependents``: stores with neighbours in this one, also
+      unreached.
     """
 
     purges: tuple[str, ...] = ()
@@ -346,10 +348,11 @@ def erase(
     dry_run: bool = False,
     confirm: Callable[[EraseResult], bool] = lambda _: True,
 ) -> EraseResult:
-    """Erase the chunks of the purges with these ids, and of all that are more than ``older_than`` seconds old.
+    """Erase the chunks of these purges, and of all that are more than ``older_than`` seconds old.
 
-    An interrupted erase is resumed; erasing a purge again is not an error. ``confirm`` is called before anything is
-    rewritten; if it returns False, or with ``dry_run``, nothing is changed. ``UsageError`` for an unknown purge.
+    An interrupted erase is resumed; erasing a purge again is not an error. ``confirm`` is called before
+    anything is rewritten; if it returns False, or with ``dry_run``, nothing is changed. ``UsageError`` for an
+    unknown purge.
     """
     store = Store.open(root)
     purges = [find_purge(store, purge) for purge in purges]
@@ -393,8 +396,8 @@ def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> li
 def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
     """Add ``copies`` to the tombstones of each purge that erases them and does not name them yet.
 
-    Copies can't be found once their originals are erased, so an erase that was killed could not be resumed otherwise.
-    Cost: ``find_copies`` for each purge, if there are copies.
+    Copies can't be found once their originals are erased, so an erase that was killed could not be resumed
+    otherwise. Cost: ``find_copies`` for each purge, if there are copies.
     """
     for purge in purges:
         named = read_tombstones(store, purge).ids
@@ -420,9 +423,9 @@ def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
 
 
 def carry_out_erase(store: Store, run: Run, chunks: Ids, planned: _Planned) -> _Planned:
-    """Erase ``chunks``, which are tombstones of the purges of ``planned``; return ``planned`` with what was done."""
+    """Erase ``chunks``, tombstones of the purges of ``planned``; return ``planned`` with what was done."""
     done = retry_overtaken(lambda: erase_chunks(store, run, chunks, planned.purges), store.renew)
-    # Staged tasks of other runs that read the old files can't be committed any more; their files must not stay.
+    # Staged tasks of other runs that read the old files can't be committed any more: remove their files.
     folding.fold(store, run)
     clean(store, run, thorough=True)
     state = store.refresh()

@@ -1,23 +1,24 @@
 """The chunks that purges name, what is left of them in the store, and other documents with the same text.
 
-A purge takes the chunks that were selected and no other live document. What happens to another document with the same
-text depends on its state:
+A purge takes the chunks that were selected and no other live document. What happens to another document with
+the same text depends on its state:
 
-* Live, because repeats were kept: it stays. If the selected document was rejected as its repeat, the purge takes
-  nothing that is live, so it reports the other one (``find_same_text``).
-* Rejected as a repeat by a finished ``chunk``, so no reader returns it: the erase takes it too (``find_copies``, by id
-  or text). The purge names it before anything is rewritten, because it can't be found afterwards.
-* Committed by an unfinished ``chunk``: the purge takes it (``find_in_open_plans``) by what it blocks: id, text or
-  tokens. The ``chunk`` would not reject it as a repeat of a purged document.
+* Live, because repeats were kept: it stays. If the selected document was rejected as its repeat, the purge
+  takes nothing that is live, so it reports the other one (``find_same_text``).
+* Rejected as a repeat by a finished ``chunk``, so no reader returns it: the erase takes it too
+  (``find_copies``, by id or text). The purge names it before anything is rewritten, because it can't be found
+  afterwards.
+* Committed by an unfinished ``chunk``: the purge takes it (``find_in_open_plans``) by what it blocks: id,
+  text or tokens. The ``chunk`` would not reject it as a repeat of a purged document.
 * Not committed yet: the block list keeps it out.
 
-So the tombstones of a purge are exactly what its erase, undo and receipt cover. After an undo, chunks that another
-purge or a finished ``chunk`` names stay tombstones.
+So the tombstones of a purge are exactly what its erase, undo and receipt cover. After an undo, chunks that
+another purge or a finished ``chunk`` names stay tombstones.
 
 Cost:
 
-* ``find_same_text``: nothing unless a selected chunk was rejected; then the text hashes of all documents, 16 bytes
-  each.
+* ``find_same_text``: nothing unless a selected chunk was rejected; then the text hashes of all documents, 16
+  bytes each.
 * ``find_copies``: the hashes of ids and texts of all documents of parts with repeats.
 * ``find_in_open_plans``: 3 µs per document of open plans, and 1 ns per byte of its tokens.
 """
@@ -101,7 +102,8 @@ def _listing(store: Store) -> str:
 def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
     """Remove the files of ``entries`` at once if their commit fails: some of them quote what was purged.
 
-    They stay if the log can't be read after the error, because the commit may have been made; clean-up decides.
+    They stay if the log can't be read after the error, because the commit may have been made; clean-up
+    decides.
     """
     try:
         yield
@@ -158,7 +160,7 @@ def weight_of(weights: Weights, numbers: Container[int] | None = None) -> Weight
 
 
 def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, Weights]:
-    """Return the ascending ``chunks`` that are not erased and not among the tombstones ``others``, and their weights.
+    """Return the ``chunks`` that are neither erased nor in ``others``, ascending, and their weights.
 
     A document counts if its only live chunks, besides ``others``, are among them.
     """
@@ -210,7 +212,7 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
 
 
 def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
-    """Return the chunks of rejected documents that repeat one of ``chunks``, by id or text, and how many documents.
+    """Return the chunks, and the number, of rejected documents that repeat one of ``chunks`` by id or text.
 
     Rejected documents are tombstones named by a finished plan.
     """
@@ -243,9 +245,10 @@ def parts_of_open_plans(store: Store) -> list[int]:
 
 
 def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes: Hashes) -> Ids:
-    """Return the chunks of documents in parts ``numbers`` that a purge of ``chunks`` blocks by ``hashes``, ascending.
+    """Return the chunks in parts ``numbers`` that a purge of ``chunks`` blocks by ``hashes``, ascending.
 
-    Documents with some chunks selected or purged and some not are left out: these were selected chunk by chunk.
+    Documents with some chunks selected or purged and some not are left out: these were selected chunk by
+    chunk.
     """
     several = Blocked(store.identity.secret, hashes)
     purged = Tombstones(np.union1d(read_tombstones(store).ids, chunks))

@@ -1,15 +1,15 @@
 """``purge``: select, confirm, commit and erase; a dry run; the list of purges; and ``scan``, for a job array.
 
-Other processes may purge or erase concurrently. A selection made on a view overtaken by another commit is made again,
-and ``confirm`` is called again if more is selected.
+Other processes may purge or erase concurrently. A selection made on a view overtaken by another commit is
+made again, and ``confirm`` is called again if more is selected.
 
-The commit adds tombstones, and block-list hashes that keep purged documents from coming back with their input. It
-costs what is purged, not what is stored. A dry run costs the documents of the parts concerned, and a row group per
-example.
+The commit adds tombstones, and block-list hashes that keep purged documents from coming back with their
+input. It costs what is purged, not what is stored. A dry run costs the documents of the parts concerned, and
+a row group per example.
 
-The jobs of an array share the scan of a purge; the purge that follows finds it done. Each job begins with its own
-share of the parts and continues with parts that no other job has begun, so the share of a job that dies is finished
-by the others.
+The jobs of an array share the scan of a purge; the purge that follows finds it done. Each job begins with its
+own share of the parts and continues with parts that no other job has begun, so the share of a job that dies
+is finished by the others.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A selected chunk: its text, and where in it the match begins and ends, in characters (both 0: no place).
+    """A selected chunk: its text, and where the match begins and ends, in characters (both 0: no match).
 
-    ``figure``: the distance or score, if the selector measures one. Text with a match is as the selector searched it.
+    ``figure``: the distance or score, if the selector measures one. Text with a match is as the selector
+    searched it.
     """
 
     selector: str
@@ -108,8 +109,8 @@ class PurgeResult(EraseResult):
     """What ``purge`` did or would do.
 
     * ``purge``: its id, "" if there was nothing to purge.
-    * ``purges``: those that were erased: this one, or earlier ones by the same selectors whose erase was resumed, the
-      newest first.
+    * ``purges``: those that were erased: this one, or earlier ones by the same selectors whose erase was
+      resumed, the newest first.
     * ``unerased``: selected chunks, copies included, that are not erased yet.
     * ``blocked``: hashes of ids, texts and tokens that were not on the block list before.
     * ``same_text``: live documents with the text of a selected one that ``chunk`` had rejected.
@@ -159,9 +160,9 @@ def purge(
 ) -> PurgeResult:
     """Purge the chunks that ``selectors`` select; with ``erase``, also erase them.
 
-    ``reason`` (not needed for a dry run) and ``who`` (default: see ``signed``) stay in the log. ``confirm`` is called
-    with what would be done; if it returns False nothing is changed. ``out``: a new file for the ids of the live chunks
-    that a dry run selects, one per line, as ``Selectors.chunk`` reads them.
+    ``reason`` (not needed for a dry run) and ``who`` (default: see ``signed``) stay in the log. ``confirm``
+    is called with what would be done; if it returns False nothing is changed. ``out``: a new file for the ids
+    of the live chunks that a dry run selects, one per line, as ``Selectors.chunk`` reads them.
     """
     if not dry_run:
         if reason is None:
@@ -287,7 +288,7 @@ def _most(counts: Counter[str]) -> tuple[Count, ...]:
 
 
 def _examples(store: Store, selection: Selection) -> list[Example]:
-    """Return up to ``EXAMPLES`` chunks per selector, spread over what it selects, in the order of their figures."""
+    """Return up to ``EXAMPLES`` chunks per selector, evenly spread, in the order of their figures."""
     found = selection.found.filter(pa.array(np.isin(selection.found["chunks"].to_numpy(), selection.live)))
     decoder = Decoder(store)
     examples = []
@@ -337,9 +338,9 @@ def _touched(store: Store, selection: Selection) -> Touched:
 def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who: str) -> str:
     """Make all chunks of a selection tombstones and block their documents; return the id of the purge.
 
-    Tombstones include chunks that other purges name, and rejected copies: these can't be found once their originals
-    are erased. The files of the scan are removed. ``ConflictError`` if another purge, or copies in an unfinished plan,
-    were committed since the selection was made.
+    Tombstones include chunks that other purges name, and rejected copies: these can't be found once their
+    originals are erased. The files of the scan are removed. ``ConflictError`` if another purge, or copies in
+    an unfinished plan, were committed since the selection was made.
     """
     request = selection.request
     scan = request.scan.scan(store) if request.scan else None

@@ -1,8 +1,9 @@
 """Selectors of a purge, and the chunks that they select.
 
-Ids, expressions over document columns and repeated chunks are looked up (``selectors.lookup``). Other selectors scan
-all text, tokens or vectors of the store (``selectors.scan``). The selection is the union of all selectors, with
-``every`` their intersection, with ``whole_documents`` widened to all chunks of its documents.
+Ids, expressions over document columns and repeated chunks are looked up (``selectors.lookup``). Other
+selectors scan all text, tokens or vectors of the store (``selectors.scan``). The selection is the union of
+all selectors, with ``every`` their intersection, with ``whole_documents`` widened to all chunks of its
+documents.
 """
 
 from __future__ import annotations
@@ -52,13 +53,15 @@ class Selectors:
 
     * ``chunk``, ``document``: ids.
     * ``where``: an expression over document columns.
-    * ``pattern``: RE2 patterns over text. ``terms``: a file of words and names. ``pii``: kinds of personal data
-      (``selectors.pii.KINDS``).
-    * ``near_duplicates_of``: ids of chunks whose copies to select. ``contaminates``: a store of evaluation text.
+    * ``pattern``: RE2 patterns over text. ``terms``: a file of words and names. ``pii``: kinds of personal
+      data (``selectors.pii.KINDS``).
+    * ``near_duplicates_of``: ids of chunks whose copies to select. ``contaminates``: a store of evaluation
+      text.
       ``duplicates``: chunks that repeat an earlier one.
-    * ``like``: a text, or the ``Path`` of a text file; selects chunks whose stored vector is ``within`` this squared L2
-      distance of it, by the embeddings of ``encoder`` (None: those that are searched by default).
-    * ``classifier``: a model directory; selects chunks to which it gives ``label`` with a score of at least ``above``.
+    * ``like``: a text, or the ``Path`` of a text file; selects chunks whose stored vector is ``within`` this
+      squared L2 distance of it, by the embeddings of ``encoder`` (None: those that are searched by default).
+    * ``classifier``: a model directory; selects chunks to which it gives ``label`` with a score of at least
+      ``above``.
     * ``device``: where these two models run.
     * ``whole_documents``: extend the selection to all chunks of its documents.
     * ``allow_lossy``: search folded text (``selectors.selector``) if the tokenizer loses case or spacing.
@@ -181,13 +184,16 @@ class Selection:
     """The chunks that a ``request`` selects in ``state``.
 
     * ``matches``: how many each selector selects. ``found``: what scans found (``parts.SCANS_SCHEMA``).
-    * ``chunks``: all ids, ascending. ``live``: those not purged before. ``weights``: what these take from the totals.
-    * ``blocked``: hashes that keep what is purged from coming back. ``newly_blocked``: how many are new to the store.
+    * ``chunks``: all ids, ascending. ``live``: those not purged before. ``weights``: what these take from the
+      totals.
+    * ``blocked``: hashes that keep what is purged from coming back. ``newly_blocked``: how many are new to
+      the store.
     * ``open_parts``: parts of open plans that were searched for copies, which are among ``chunks``.
 
     Only for an erase:
 
-    * ``copies``: chunks of rejected documents that repeat a selected one. ``copied``: the number of these documents.
+    * ``copies``: chunks of rejected documents that repeat a selected one. ``copied``: the number of these
+      documents.
     * ``unerased``: how many of all these chunks still have tokens.
     """
 
@@ -216,8 +222,9 @@ def same_selector(store: Store, request: Request) -> dict[str, Record]:
 def select(store: Store, request: Request, *, erase: bool = False, report: Report = lambda _: None) -> Selection:
     """Select the chunks of a request, whose scan must be done; ``report`` is called with 1 per part read.
 
-    The erase of a purge by the same selectors may have been interrupted, so that its documents can't be found any more.
-    Then missing documents are not an error, and with ``erase`` all chunks that it names are selected too.
+    The erase of a purge by the same selectors may have been interrupted, so that its documents can't be found
+    any more. Then missing documents are not an error, and with ``erase`` all chunks that it names are
+    selected too.
     """
     earlier = same_selector(store, request)
     found, names = read_scan(store, request.scan) if request.scan else (parts.SCANS_SCHEMA.empty_table(), [])
@@ -269,10 +276,10 @@ def widen(store: Store, chunks: Ids) -> Ids:
 
 
 def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
-    """Return the hashes to block: ids of wholly purged documents, and texts and tokens of all documents of ``chunks``.
+    """Return the hashes to block: ids of wholly purged documents; texts and tokens of all concerned.
 
-    Chunks of earlier purges count as purged, rejected documents do not. Erased documents can't be hashed. Reads all
-    row groups that hold one of these documents.
+    Chunks of earlier purges count as purged, rejected documents do not. Erased documents can't be hashed.
+    Reads all row groups that hold one of these documents.
     """
     purged = Tombstones(np.union1d(chunks, chunks_of_purges(store).ids))
     secret = store.identity.secret

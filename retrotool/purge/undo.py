@@ -1,15 +1,15 @@
 """``undo``: undo a purge in one commit, as long as none of its chunks was erased.
 
-The commit removes the purge's tombstones, block list and selector file from the state. A list of its chunks stays in
-``undone/``, because readers on an older view still exclude them. Chunks that another purge names or a ``chunk``
-rejected stay tombstones.
+The commit removes the purge's tombstones, block list and selector file from the state. A list of its chunks
+stays in ``undone/``, because readers on an older view still exclude them. Chunks that another purge names or
+a ``chunk`` rejected stay tombstones.
 
-Embeddings and indexes still have the chunks: a search only skips purged ones. Neighbours found while the purge was in
-effect lack them. ``neighbours`` finds these tables by the commits between which it was (``store.tombstones``); the
-result names the commands.
+Embeddings and indexes still have the chunks: a search only skips purged ones. Neighbours found while the
+purge was in effect lack them. ``neighbours`` finds these tables by the commits between which it was
+(``store.tombstones``); the result names the commands.
 
-Cost: the chunk lengths of the parts concerned, and the ids of all documents, to find documents added again since.
-Memory: one part, and the tombstones.
+Cost: the chunk lengths of the parts concerned, and the ids of all documents, to find documents added again
+since. Memory: one part, and the tombstones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ from retrotool.store.tombstones import (
 class Undoable:
     """What an undo of a purge would do, on ``state``.
 
-    * ``chunks``: all chunks of the purge. ``live``: those that become live. ``weights``: what they add to the totals.
+    * ``chunks``: all chunks of the purge. ``live``: those that become live. ``weights``: what they add to the
+      totals.
     * ``named_by``: other purges that name some of the rest.
     * ``repeats``: documents whose id another live document has, which was added while this one was purged.
     """
@@ -74,8 +75,8 @@ class UndoResult:
 
     * ``still_purged``: its other chunks: the purges ``named_by`` name them, or they repeat others.
     * ``repeats``: documents whose id another live document has, which was added since.
-    * ``next``: commands that update neighbours which may have been found while the purge was in effect, here and in
-      stores that use this one.
+    * ``next``: commands that update neighbours which may have been found while the purge was in effect, here
+      and in stores that use this one.
     """
 
     purge: str

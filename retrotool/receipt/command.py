@@ -31,8 +31,8 @@ def command(
 ) -> None:
     """Check that nothing of a purge is left, and write a receipt.
 
-    Every file of the store that can hold something of an erased purge is decoded, and every read path is exercised.
-    The receipt is a JSON file, receipt-PURGE.json, and a page to print, receipt-PURGE.html.
+    Every file of the store that can hold something of an erased purge is decoded, and every read path is
+    exercised. The receipt is a JSON file, receipt-PURGE.json, and a page to print, receipt-PURGE.html.
     """
     with output.errors(as_json):
         from retrotool.receipt import run as receipt_run

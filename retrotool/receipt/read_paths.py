@@ -4,12 +4,15 @@ Each path is exercised through the same entry point as its command or class:
 
 - ``Reader``: chunks, documents, embeddings and continuations;
 - searches with every index, and exact ones over the parts of the purged chunks;
-- every neighbour table: the reader that ``inspect`` and ``export`` share, ``RetroDataset``, an export, ``inspect``;
+- every neighbour table: the reader that ``inspect`` and ``export`` share, ``RetroDataset``, an export,
+  ``inspect``;
 - ``leakage`` with every index.
 
-Search queries are the vectors of purged chunks, or once these are erased, those of the nearest rows that have one.
+Search queries are the vectors of purged chunks, or once these are erased, those of the nearest rows that have
+one.
 
-Cost: the chunks of the parts concerned, and reading every neighbour table three times. Memory: some thousand rows.
+Cost: the chunks of the parts concerned, and reading every neighbour table three times. Memory: some thousand
+rows.
 """
 
 from __future__ import annotations
@@ -117,7 +120,7 @@ def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
 
 
 def _chunks(it: _Purged) -> Returned:
-    """Read chunks by id, in lists of their parts, with tokens and text, and as continuation of the chunk before."""
+    """Read chunks by id, in lists of parts, with tokens and text, and as continuations."""
     reader, ids = it.reader, it.chunks.ids
     yield _where(reader.is_live(ids), ids)
     for part in it.chunks.parts():

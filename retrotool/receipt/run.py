@@ -5,8 +5,8 @@
    (``verify_erasure``). For a purge that is not erased, count what is left.
 3. Exercise every read path (``read_paths``).
 
-A commit then records the SHA-256 of the receipt's JSON, so a receipt can't be changed unnoticed. A read-only store
-gets no commit.
+A commit then records the SHA-256 of the receipt's JSON, so a receipt can't be changed unnoticed. A read-only
+store gets no commit.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Receipt:
     """What was purged and erased, and what the check found; no purged text.
 
     * ``state``: a key of ``STATES``. ``ok``: there are no ``problems``.
-    * ``chunks``: all that the purge names. ``copies``: those of rejected repeats. ``newly_purged``: those that no
-      earlier purge had.
+    * ``chunks``: all that the purge names. ``copies``: those of rejected repeats. ``newly_purged``: those
+      that no earlier purge had.
     * ``commits``: those that purged and erased. ``log_head``: SHA-256 of the newest commit, ``log_commit``.
     * ``dependents``: stores with neighbours in this one, which were not checked.
     """
@@ -105,7 +105,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedPurge:
-    """A receipt, its files, and the commit that records the ``sha256`` of the JSON (None: the store is read-only)."""
+    """A receipt, its files, and the commit with the ``sha256`` of the JSON (None: the store is read-only)."""
 
     receipt: Receipt
     json: str
@@ -122,7 +122,7 @@ def verdict(receipt: Receipt) -> str:
 
 
 def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> VerifiedPurge:
-    """Check a purge, and write ``receipt-PURGE.json`` and ``.html`` into the folder ``out``, which is made if needed.
+    """Check a purge; write ``receipt-PURGE.json`` and ``.html`` into the folder ``out``, made if needed.
 
     ``purge`` "last" is the newest. ``UsageError`` if it does not exist or was undone.
     """

@@ -3,15 +3,16 @@
 The format is closed: the log names every file that can hold data of a chunk, and each kind of file
 (``paths.DATA_KINDS``) has a check in ``CHECKS``.
 
-- A check decodes the file. Rows of purged chunks must be zero or null; index lists and neighbour tables must not name
-  them.
+- A check decodes the file. Rows of purged chunks must be zero or null; index lists and neighbour tables must
+  not name them.
 - Every decoded file must have the SHA-256 that the log has for it.
-- Files that left the state (``PurgeHistory``) must be absent. Their folders are synced, so that they do not reappear
-  after a power cut.
+- Files that left the state (``PurgeHistory``) must be absent. Their folders are synced, so that they do not
+  reappear after a power cut.
 - Files that no commit names, and symbolic links, are listed and not decoded.
 
-Cost: reading the parts of the purged chunks, the ids of all shards and all neighbour tables, twice (once for SHA-256);
-one walk over the folders. Memory: one part or the ids of one list, and 150 bytes per path that the log ever named.
+Cost: reading the parts of the purged chunks, the ids of all shards and all neighbour tables, twice (once for
+SHA-256); one walk over the folders. Memory: one part or the ids of one list, and 150 bytes per path that the
+log ever named.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ _NOTHING = np.zeros(0, np.bool_)
 
 @dataclass(frozen=True, slots=True)
 class KindChecked:
-    """The live files of one kind: ``rows`` of purged chunks were checked in ``files``; ``left`` still hold data.
+    """The live files of one kind: in ``files``, ``rows`` were checked and ``left`` still hold data.
 
-    ``checked``: what was checked, or why files of this kind can't hold data of a chunk. Where an erase removes whole
-    files, rows are files.
+    ``checked``: what was checked, or why files of this kind can't hold data of a chunk. Where an erase
+    removes whole files, rows are files.
     """
 
     kind: str
@@ -85,9 +86,10 @@ class Erasure:
 
     * ``left``: for each file, the number of rows that still hold data of purged chunks.
     * ``damaged``: problems of files that can't be read or differ from the log.
-    * ``replaced``: how many files left the state. ``present``: paths of those that still exist. ``synced``: the
-      absence of the others is durable.
-    * Not checked: ``unknown`` files, and ``in_progress`` files of running commands and tasks that wait for a commit.
+    * ``replaced``: how many files left the state. ``present``: paths of those that still exist. ``synced``:
+      the absence of the others is durable.
+    * Not checked: ``unknown`` files, and ``in_progress`` files of running commands and tasks that wait for a
+      commit.
     """
 
     kinds: tuple[KindChecked, ...]
@@ -113,7 +115,7 @@ class CommitDigest:
 
 
 class PurgeHistory:
-    """What the log records about ``purge``; ``check_log`` calls ``note`` with each commit, from the first on."""
+    """What the log records about a purge; ``check_log`` calls ``note`` with each commit in order."""
 
     def __init__(self, purge: str) -> None:
         self._record = f"purge:{purge}"
@@ -210,8 +212,8 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
 class _Check:
     """The check of a kind of files: ``what`` in words, and ``holds`` (None: they can't hold data of a chunk).
 
-    ``holds`` returns whether each checked row of a file still holds data, bool [n]. ``by_row``: only rows of purged
-    chunks can, so a file without any is not read.
+    ``holds`` returns whether each checked row of a file still holds data, bool [n]. ``by_row``: only rows of
+    purged chunks can, so a file without any is not read.
     """
 
     what: str
@@ -277,7 +279,7 @@ def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
 
 
 def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool) -> Flags:
-    """Return which rows have tokens of a purged chunk, or tokens without a neighbour; rows ``mine`` must be empty."""
+    """Return which rows have tokens of purged chunks or of no neighbour; rows ``mine`` must be empty."""
     is_chunk = text.ids >= 0
     holds: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
     empty = ~(holds[:, :, 0] | holds[:, :, 1])
@@ -327,7 +329,7 @@ CHECKS: Mapping[str, _Check] = {
 
 
 def _check_removed(storage: Storage, removed: set[str]) -> tuple[tuple[str, ...], bool, list[str]]:
-    """Return the removed files that still exist, whether the absence of others is durable, and problems that hide some.
+    """Return removed files that still exist, whether others are durably absent, and problems.
 
     Symbolic links of folders are not followed.
     """

@@ -1,12 +1,12 @@
 """``--classifier``: chunks to which a sequence classifier gives a label, such as toxic, with a minimum score.
 
-The classifier is a local directory (``encoder.classifier`` defines the score). It gets the text of each chunk by
-itself, decoded from its tokens as ``retrotool search`` shows it; keys and values of key-value records alike. Erased
-chunks have no text.
+The classifier is a local directory (``encoder.classifier`` defines the score). It gets the text of each chunk
+by itself, decoded from its tokens as ``retrotool search`` shows it; keys and values of key-value records
+alike. Erased chunks have no text.
 
-A scan is identified by the model's content (weights, configuration, tokenizer), the label and the limit. Its path does
-not count: the same model elsewhere resumes it. A NaN score ends the scan with an error that names the chunk. Nothing is
-purged then; parts scanned before stay scanned.
+A scan is identified by the model's content (weights, configuration, tokenizer), the label and the limit. Its
+path does not count: the same model elsewhere resumes it. A NaN score ends the scan with an error that names
+the chunk. Nothing is purged then; parts scanned before stay scanned.
 
 Cost: a forward pass in float32, on a GPU if there is one. Memory: the model, and a batch per thread.
 """

@@ -1,19 +1,20 @@
-"""``--contaminates``: documents that are nearly equal to evaluation text, so that a model can't retrieve test data.
+"""``--contaminates``: documents nearly equal to evaluation text, so that no test data is retrieved.
 
-The rule is that of RETRO (arXiv 2112.04426, section 2.5 and appendix A): the distinct 13-grams of tokens of a document
-and of an evaluation document are two sets. If their Jaccard similarity |A ∩ B| / |A ∪ B| is 0.8 or more, all chunks of
-the document are selected. The similarity is computed exactly, not estimated from sketches.
+The rule is that of RETRO (arXiv 2112.04426, section 2.5 and appendix A): the distinct 13-grams of tokens of a
+document and of an evaluation document are two sets. If their Jaccard similarity |A ∩ B| / |A ∪ B| is 0.8 or
+more, all chunks of the document are selected. The similarity is computed exactly, not estimated from
+sketches.
 
-- The evaluation text is a store, chunked with the same tokenizer. Its purged chunks do not count. Purged chunks of the
-  searched store do, because they may still be erased.
+- The evaluation text is a store, chunked with the same tokenizer. Its purged chunks do not count. Purged
+  chunks of the searched store do, because they may still be erased.
 - No n-gram crosses purged evaluation text, erased chunks, or the border of key and value.
 - A document too short for an n-gram matches documents with exactly the same tokens.
 
 Not found: evaluation text quoted within a longer document (see ``near-duplicates-of``), or paraphrased.
 
-Cost: reading, and 1 to 2 µs per chunk where little is found, 4 µs where a tenth of all n-grams are evaluation text; and
-0.4 µs per token of longer documents that have 0.8 of an evaluation document's n-grams. See ``ngrams``. Memory: 100
-bytes per token of the evaluation text.
+Cost: reading, and 1 to 2 µs per chunk where little is found, 4 µs where a tenth of all n-grams are evaluation
+text; and 0.4 µs per token of longer documents that have 0.8 of an evaluation document's n-grams. See
+``ngrams``. Memory: 100 bytes per token of the evaluation text.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Contaminates(Selector):
 class _Grams:
     """Where n-grams begin in the tokens of chunks, concatenated with their padding.
 
-    ``begin`` [r]: how many begin in each row, at its first tokens. ``of_document`` [d]: how many begin in each
-    document; ``documents`` [d + 1] are the first rows of documents.
+    ``begin`` [r]: how many begin in each row, at its first tokens. ``of_document`` [d]: how many begin in
+    each document; ``documents`` [d + 1] are the first rows of documents.
     """
 
     flat: Tokens
@@ -131,7 +132,7 @@ def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMat
 
 
 class ContaminationMatcher:
-    """Finds documents similar to those of ``sets``, or equal to one of ``short`` (tokens as little-endian uint32)."""
+    """Finds documents similar to those of ``sets``, or equal to one of ``short`` (tokens as uint32)."""
 
     def __init__(self, sets: GramSets, short: set[bytes], share: float) -> None:
         self._sets, self._short = sets, short

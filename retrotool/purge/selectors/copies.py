@@ -2,19 +2,19 @@
 
 A **place** is a chunk and the next one of its document, if any. The rule:
 
-1. A place is a copy of a given chunk if it has at least half of its distinct 8-grams of tokens, in any order. An
-   8-gram may cross from the first chunk of a place to the second if the first is full. It crosses no other border: of
-   documents, of key and value, or to an erased chunk.
+1. A place is a copy of a given chunk if it has at least half of its distinct 8-grams of tokens, in any order.
+   An 8-gram may cross from the first chunk of a place to the second if the first is full. It crosses no other
+   border: of documents, of key and value, or to an erased chunk.
 2. A chunk of such a place is selected if it holds at least 4 of the 8 tokens of one of these 8-grams.
-3. For a given chunk with fewer than 8 distinct 8-grams (it has fewer than 15 tokens, or is repetitive), only chunks
-   with exactly the same tokens are copies.
+3. For a given chunk with fewer than 8 distinct 8-grams (it has fewer than 15 tokens, or is repetitive), only
+   chunks with exactly the same tokens are copies.
 
-For a given chunk of 23 tokens or more with distinct 8-grams this finds: verbatim copies, wherever they begin in a
-chunk; copies with one token replaced, removed or inserted; half copies; and the chunk itself. Text changed in every
-line, or paraphrased, is not found.
+For a given chunk of 23 tokens or more with distinct 8-grams this finds: verbatim copies, wherever they begin
+in a chunk; copies with one token replaced, removed or inserted; half copies; and the chunk itself. Text
+changed in every line, or paraphrased, is not found.
 
-Cost: reading, and 0.2 to 1 µs per chunk, 2 to 4 µs where every tenth chunk is found; see ``ngrams``. Memory: see
-``ngrams``, about 12 kB per given chunk.
+Cost: reading, and 0.2 to 1 µs per chunk, 2 to 4 µs where every tenth chunk is found; see ``ngrams``. Memory:
+see ``ngrams``, about 12 kB per given chunk.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class CopyMatcher:
 
 
 def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flags]:
-    """Return the n-grams of a block, [e] each: place (its first row), n-gram, and whether each of its rows holds it."""
+    """Return the n-grams of a block, [e]: place (first row), n-gram, and which of its rows hold it."""
     length = chunks.tokens.shape[1]
     n_tokens = chunks.n_tokens.astype(np.int64)
     follow = follows(chunks, n_tokens)
@@ -123,7 +123,7 @@ def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int)
 
 
 def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Flags, second: Flags) -> None:
-    """Mark the rows of copies in ``selected`` [n]; the other arguments [e] are the result of ``_find_grams``."""
+    """Mark the rows of copies in ``selected`` [n]; the other arguments [e] are from ``_find_grams``."""
     if not len(place):
         return
     low = int(place.min())

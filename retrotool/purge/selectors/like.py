@@ -1,21 +1,23 @@
 """``--like``: chunks near a text in embedding space, whatever words they use.
 
-A chunk is selected if the squared L2 distance of its stored vector to a query is at most ``within``. ``retrotool
-search`` prints the same distance. The queries:
+A chunk is selected if the squared L2 distance of its stored vector to a query is at most ``within``.
+``retrotool search`` prints the same distance. The queries:
 
 - A text given directly is one query, as for ``search``. A text longer than the encoder's limit is refused.
-- The text of a file is cut into chunks like a document, by the store's tokenizer and chunk length. Each chunk is a
-  query, embedded like the store's chunks, so a document's own text finds its chunks at distance 0.
+- The text of a file is cut into chunks like a document, by the store's tokenizer and chunk length. Each chunk
+  is a query, embedded like the store's chunks, so a document's own text finds its chunks at distance 0.
 
-All stored vectors are compared, without an index: lists that are not probed would be missed, and reading all vectors
-costs less than decoding text. A part without embeddings is an error. Values of key-value records have no vector and
-are never selected; ``--whole-documents`` selects them with their key. Purged chunks are selected unless erased.
+All stored vectors are compared, without an index: lists that are not probed would be missed, and reading all
+vectors costs less than decoding text. A part without embeddings is an error. Values of key-value records have
+no vector and are never selected; ``--whole-documents`` selects them with their key. Purged chunks are
+selected unless erased.
 
-A float32 product excludes chunks that are farther by more than its rounding error. The other distances are computed
-as ``search`` does (``ann.ranking``).
+A float32 product excludes chunks that are farther by more than its rounding error. The other distances are
+computed as ``search`` does (``ann.ranking``).
 
-Cost: reading tokens, and 2 bytes per dimension and chunk; at 384 dimensions 0.6 to 1 µs per chunk and core for up to
-20 queries, and 15 ns per further query. Memory: about 20 MB per thread, or 64 rows times the queries of a long file.
+Cost: reading tokens, and 2 bytes per dimension and chunk; at 384 dimensions 0.6 to 1 µs per chunk and core
+for up to 20 queries, and 15 ns per further query. Memory: about 20 MB per thread, or 64 rows times the
+queries of a long file.
 """
 
 from __future__ import annotations
@@ -86,10 +88,10 @@ class Like(Selector):
 
 
 def near(store: Store, given: str | Path, within: float | None, encoder: str | None, device: str = "auto") -> Like:
-    """Return the selector for ``--like`` and ``--within``; ``given`` is a text or the ``Path`` of a text file.
+    """Return the selector for ``--like``; ``given`` is a text or the ``Path`` of a text file.
 
-    ``encoder`` None: that of the default index, else the only one. ``UsageError`` for an invalid distance, an empty
-    text, and a store without embeddings.
+    ``encoder`` None: that of the default index, else the only one. ``UsageError`` for an invalid distance, an
+    empty text, and a store without embeddings.
     """
     if within is None:
         raise UsageError(

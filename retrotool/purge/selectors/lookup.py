@@ -1,23 +1,23 @@
-"""Selectors without a scan of text: chunk ids, document ids, expressions over document columns, repeated chunks.
+"""Selectors without a scan of text: ids, expressions over document columns, repeated chunks.
 
 Ids: chunk ids read nothing, document ids the keys of all documents.
 
 Expressions, such as ``source = 'news' and (year >= 2020 or license is null)``:
 
-- Operators are ``= != < <= > >=``, ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``, ``or``,
-  ``not`` and parentheses.
-- A column is compared as text with ``'text'``, and as a number with a number; other values are then null. As in SQL, a
-  comparison with null, also negated, selects nothing.
+- Operators are ``= != < <= > >=``, ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``,
+  ``or``, ``not`` and parentheses.
+- A column is compared as text with ``'text'``, and as a number with a number; other values are then null. As
+  in SQL, a comparison with null, also negated, selects nothing.
 - They are parsed here rather than by a database, so they can reach nothing but columns.
 - Cost: reading the columns of all documents.
 
 Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with a lower id.
 
-- Not compared: purged and erased chunks, values of key-value records, and chunks of fewer than ``shortest`` tokens,
-  because unrelated documents end in the same few tokens.
-- Cost: all tokens are read and hashed (BLAKE2b-128), and ``chunk.hash_partitions`` compares the hashes: 0.6 to 1 µs per
-  chunk, and the sort. Memory: about 80 bytes times ``rows``, 8,192 chunks, and 8 bytes per duplicate. Scratch: 24 bytes
-  per chunk beyond ``rows`` chunks, in the system's temporary folder.
+- Not compared: purged and erased chunks, values of key-value records, and chunks of fewer than ``shortest``
+  tokens, because unrelated documents end in the same few tokens.
+- Cost: all tokens are read and hashed (BLAKE2b-128), and ``chunk.hash_partitions`` compares the hashes: 0.6
+  to 1 µs per chunk, and the sort. Memory: about 80 bytes times ``rows``, 8,192 chunks, and 8 bytes per
+  duplicate. Scratch: 24 bytes per chunk beyond ``rows`` chunks, in the system's temporary folder.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ SHORTEST = 8
 class Lookup:
     """A selector that is looked up.
 
-    ``kind`` is "chunk" or "document", with ids as ``values``; "where", with one expression; or "duplicates", without
-    values.
+    ``kind`` is "chunk" or "document", with ids as ``values``; "where", with one expression; or "duplicates",
+    without values.
     """
 
     kind: str
@@ -202,7 +202,7 @@ class Lookup:
         return {"values": [value.text for value in self.values]}
 
     def select(self, store: Store, *, missing_ok: bool, report: Report) -> Ids:
-        """Return chunk ids, ascending. ``UsageError`` for ids not in the store, except documents if ``missing_ok``."""
+        """Return chunk ids, ascending; ``UsageError`` for unknown ids, but of documents if ``missing_ok``."""
         if self.kind == "chunk":
             return select_ids(store, self.values)
         if self.kind == "document":
@@ -230,7 +230,7 @@ def select_ids(store: Store, values: Sequence[GivenValue]) -> Ids:
 def select_documents(
     store: Store, names: Sequence[GivenValue], *, missing_ok: bool = False, report: Report = lambda _: None
 ) -> Ids:
-    """Return the chunks of documents, given by id; ``UsageError`` names the first that is not in the store."""
+    """Return the chunks of documents, given by id; ``UsageError`` names the first unknown one."""
     wanted = {name.text: name for name in reversed(names)}
     keys = pa.array(map(id_hash, wanted), pa.binary())
     seen = np.zeros(len(keys), np.bool_)
@@ -280,9 +280,10 @@ def chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
 def select_duplicates(
     store: Store, report: Report = lambda _: None, *, shortest: int = SHORTEST, rows: int = hash_partitions.ROWS
 ) -> Ids:
-    """Return the chunks that repeat an earlier one, int64, ascending. ``report`` is called with 1 per part read.
+    """Return the chunks that repeat an earlier one, int64, ascending; calls ``report`` with 1 per part.
 
-    ``rows``: how many hashes are held in memory. ``StorageError`` if the scratch file does not fit on the disk.
+    ``rows``: how many hashes are held in memory. ``StorageError`` if the scratch file does not fit on the
+    disk.
     """
     tombstones = read_tombstones(store)
     sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts()}

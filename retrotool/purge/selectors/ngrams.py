@@ -1,17 +1,19 @@
-"""Sets of n-grams of tokens, and the places in text that have a large share of one: finds copies and evaluation text.
+"""Find places in text that have a large share of a set of n-grams: copies and evaluation text.
 
-The sets are held in memory and the text is streamed. A hash of the ``n`` tokens at each position of the text is looked
-up in a table of hashes that the sets may have. Candidates are looked up among the sets' hashes and compared token by
-token, so a hash collision costs a comparison and changes nothing.
+The sets are held in memory and the text is streamed. A hash of the ``n`` tokens at each position of the text
+is looked up in a table of hashes that the sets may have. Candidates are looked up among the sets' hashes and
+compared token by token, so a hash collision costs a comparison and changes nothing.
 
-Places (pairs of chunks, documents) with enough grams of a set are found as in prefix-filtered set joins: a place with
-``needed`` of a set's ``size`` grams has at least one of any ``size − needed + 1`` of them. The rarest ones, those that
-the fewest other sets have, are used as this prefix. Candidates are then counted in full. Equal sets are merged.
+Places (pairs of chunks, documents) with enough grams of a set are found as in prefix-filtered set joins: a
+place with ``needed`` of a set's ``size`` grams has at least one of any ``size − needed + 1`` of them. The
+rarest ones, those that the fewest other sets have, are used as this prefix. Candidates are then counted in
+full. Equal sets are merged.
 
-Cost: 3 to 10 ns per token where nothing is found; 0.1 µs per gram found; 3 µs per place and set compared (57 grams). A
-place is compared with the sets that have one of their rarest grams there, a few at a time, until the caller closes it.
-The worst case is many different sets of the same grams: all are compared with each place that has some of these grams
-and not enough. Memory: the table, at most 16 MB, and about 100 bytes per gram of the sets.
+Cost: 3 to 10 ns per token where nothing is found; 0.1 µs per gram found; 3 µs per place and set compared (57
+grams). A place is compared with the sets that have one of their rarest grams there, a few at a time, until
+the caller closes it. The worst case is many different sets of the same grams: all are compared with each
+place that has some of these grams and not enough. Memory: the table, at most 16 MB, and about 100 bytes per
+gram of the sets.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ _SLICE_TOKENS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Places with enough grams of a set: ``place``, set (``owner``) and ``count`` of its grams there, [c] each.
+    """Places with enough grams of a set: ``place``, set (``owner``), and ``count`` of its grams, [c] each.
 
     ``entry`` [e]: the given entries that were counted. ``of`` [e]: in which count.
     """
@@ -116,9 +118,10 @@ class GramSets:
         return len(self.size)
 
     def likely(self, tokens: Tokens) -> tuple[Ints, Hashes, npt.NDArray[np.uint8]]:
-        """Find where in ``tokens`` [t] a gram of any set may begin, int64 [h] ascending, with some false positives.
+        """Find where in ``tokens`` [t] grams may begin, int64 [h] ascending, with some false positives.
 
-        Also returns its hash [h], and the least number of such grams [h] that a place needs to match a set with it.
+        Also returns its hash [h], and the least number of such grams [h] that a place needs to match a set
+        with it.
         """
         found = []
         for first in range(0, max(len(tokens), 1), _SLICE_TOKENS):  # slices whose hashes fit in the CPU cache
@@ -152,7 +155,7 @@ class GramSets:
         return at[found], gram[found]
 
     def entries(self, place: Ints, gram: Ints, *flags: Flags) -> tuple[Ints, list[Flags]]:
-        """Combine place and gram [h] to distinct entries, int64 [m] ascending, and OR their ``flags`` [h] each."""
+        """Combine place and gram [h] to distinct entries, int64 [m] ascending; OR their ``flags`` [h]."""
         keys = place * len(self._hashes) + gram
         for flag in flags:  # as low bits: sorting values is much faster than sorting indexes
             keys = keys << 1 | flag
@@ -163,7 +166,7 @@ class GramSets:
         return entries[first], [(bits >> low & 1).astype(np.bool_) for low in reversed(range(len(flags)))]
 
     def shared(self, entries: Ints, closed: Flags) -> Iterator[Shared]:
-        """Yield the places among ``entries`` with enough grams of a set, a few sets at a time; some repeatedly.
+        """Yield places among ``entries`` with enough grams of a set, a few sets at a time, some repeatedly.
 
         Places in ``closed``, bool [p], are skipped; the caller may close more between steps.
         """
@@ -224,7 +227,7 @@ def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
 
 
 def _bounded(cost: Ints) -> Iterator[slice]:
-    """Yield slices of items with ``cost`` [n], each of at least one item and otherwise at most ``_AT_ONCE``."""
+    """Yield slices of items with ``cost`` [n], of at most ``_AT_ONCE`` or of one item."""
     total = np.cumsum(cost)
     low = 0
     while low < len(cost):
@@ -272,7 +275,7 @@ def follows(chunks: Chunks, n_tokens: npt.NDArray[np.integer]) -> Flags:
 
 
 def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints:
-    """Count the consecutive tokens from the first of each chunk on, int64 [n]: full chunks continue in the next."""
+    """Count the tokens from each chunk's first on, int64 [n]: full chunks continue in the next."""
     total = np.cumsum(n_tokens, dtype=np.int64)
     ends = np.flatnonzero(~(follow & (n_tokens == length)))
     last = ends[np.searchsorted(ends, np.arange(len(n_tokens)))]
@@ -281,7 +284,7 @@ def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints
 
 
 def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
-    """Return the distinct numbers, ascending. Sorting is several times as fast as ``np.unique``, which hashes."""
+    """Return the distinct numbers, ascending, several times as fast as ``np.unique``, which hashes."""
     numbers = np.sort(numbers)
     new = np.ones(len(numbers), np.bool_)
     np.not_equal(numbers[1:], numbers[:-1], out=new[1:])
@@ -289,7 +292,7 @@ def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
 
 
 def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
-    """Return one index per distinct row of [g, n], int64 [d], and which of these each row equals, int64 [g]."""
+    """Return an index per distinct row of [g, n], int64 [d], and which of these each equals, int64 [g]."""
     padded = np.zeros((len(rows), -(-rows.shape[1] * rows.itemsize // 8) * 8), np.uint8)
     padded[:, : rows.shape[1] * rows.itemsize] = np.ascontiguousarray(rows).view(np.uint8)
     words = padded.view(np.uint64)

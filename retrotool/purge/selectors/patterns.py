@@ -1,14 +1,16 @@
 """``--pattern``: RE2 patterns over the text of documents, in linear time for any pattern and text.
 
-A match selects all chunks that it touches. Each pattern is searched in all text, so a thousand of them are slow; a list
-of terms is faster (``terms``). Empty matches are dropped.
+A match selects all chunks that it touches. Each pattern is searched in all text, so a thousand of them are
+slow; a list of terms is faster (``terms``). Empty matches are dropped.
 
-A document is searched in windows. Matches begin within ``WINDOW`` bytes and end at most ``OVERLAP`` bytes after them. A
-match may read the whole window, like ``x(.*y)?`` without a y, so after ``CROWDED`` matches the rest of the window is
-searched in narrow windows. RE2 reads no byte more than 2,000 times, with ordinary patterns once or twice.
+A document is searched in windows. Matches begin within ``WINDOW`` bytes and end at most ``OVERLAP`` bytes
+after them. A match may read the whole window, like ``x(.*y)?`` without a y, so after ``CROWDED`` matches the
+rest of the window is searched in narrow windows. RE2 reads no byte more than 2,000 times, with ordinary
+patterns once or twice.
 
-So the result equals ``finditer`` over the whole document for matches of at most ``OVERLAP`` bytes, ``NARROW_OVERLAP``
-where matches crowd. Some longer matches are missed or end too early, like ``x.*y`` with a distant last y.
+So the result equals ``finditer`` over the whole document for matches of at most ``OVERLAP`` bytes,
+``NARROW_OVERLAP`` where matches crowd. Some longer matches are missed or end too early, like ``x.*y`` with a
+distant last y.
 
 Cost: 0.2 to 1 GB/s per core without matches, 1 to 2 µs per match. RE2 releases the GIL.
 """
@@ -72,7 +74,7 @@ def read_patterns(given: Values) -> tuple[str, ...]:
 
 
 def compiled(pattern: str, *, ignore_case: bool = False) -> Pattern:
-    """Compile an RE2 pattern over UTF-8, without capturing, which is slow; ``UsageError`` if it is invalid."""
+    """Compile an RE2 pattern over UTF-8, without captures, which are slow; ``UsageError`` if invalid."""
     import re2
 
     options = re2.Options()

@@ -1,24 +1,27 @@
 """``--pii``: personal data and keys that can be recognised by their form.
 
-* ``email``: addresses whose domain ends in a country or common top-level domain. Not: ``name at example dot org``.
-* ``phone``: international numbers (``+44 20 7946 0958``, ``0044 …``); numbers after ``tel``, ``phone``, ``fax`` and the
-  like; North American ones (``(202) 555-0143``, ``202-555-0143``); national ones with a leading zero and groups
-  (``020 7946 0958``, ``01 42 68 53 00``, ``030/123456``). Not: unlabelled national numbers in one run of digits.
-* ``ip-address``: public ones. Not: private, local and reserved ones; IPv4 addresses without two numbers from 32 up, or
-  after a word such as version, release or section, which are rarely addresses.
+* ``email``: addresses whose domain ends in a country or common top-level domain. Not: ``name at example dot
+  org``.
+* ``phone``: international numbers (``+44 20 7946 0958``, ``0044 …``); numbers after ``tel``, ``phone``,
+  ``fax`` and the like; North American ones (``(202) 555-0143``, ``202-555-0143``); national ones with a
+  leading zero and groups (``020 7946 0958``, ``01 42 68 53 00``, ``030/123456``). Not: unlabelled national
+  numbers in one run of digits.
+* ``ip-address``: public ones. Not: private, local and reserved ones; IPv4 addresses without two numbers from
+  32 up, or after a word such as version, release or section, which are rarely addresses.
 * ``iban``: of countries that have them, with valid check digits, in one run or in groups of four.
-* ``payment-card``: 13 to 19 digits of a known issuer with a valid check digit, in one run or grouped as on a card.
-* ``key``: of AWS (access key ids), GitHub, GitLab, Slack, Google, Stripe, npm, PyPI, Hugging Face, OpenAI, Anthropic;
-  JSON Web Tokens; private key blocks up to 8 KiB. Not: passwords, and keys without a distinct form, such as AWS
-  secret keys.
+* ``payment-card``: 13 to 19 digits of a known issuer with a valid check digit, in one run or grouped as on a
+  card.
+* ``key``: of AWS (access key ids), GitHub, GitLab, Slack, Google, Stripe, npm, PyPI, Hugging Face, OpenAI,
+  Anthropic; JSON Web Tokens; private key blocks up to 8 KiB. Not: passwords, and keys without a distinct
+  form, such as AWS secret keys.
 
 Not found: names and postal addresses, which have no distinct form.
 
-In folded text case is ignored, and ``sk-…`` keys need 40 characters. Text without tokens is not found: WordPiece has
-none for more than 100 letters in a row.
+In folded text case is ignored, and ``sk-…`` keys need 40 characters. Text without tokens is not found:
+WordPiece has none for more than 100 letters in a row.
 
-Each kind has an RE2 pattern, and a check in Python for each match. Cost: 90 MB/s per core for all kinds, 500 MB/s for
-one, and about 5 µs per candidate.
+Each kind has an RE2 pattern, and a check in Python for each match. Cost: 90 MB/s per core for all kinds, 500
+MB/s for one, and about 5 µs per candidate.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
 
 AROUND = 40
-"""Bytes of the same document before and after a candidate that its check gets; a private key gets more after it."""
+"""Bytes of the document before and after a candidate that its check gets; more after a private key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ _TOP = frozenset(_COUNTRIES_AND_COMMON.split())
 
 
 def check_email(seen: Candidate) -> tuple[int, int] | None:
-    """Accept a local part of at most 64 bytes, and a domain that ends in a country or common top-level domain."""
+    """Accept local parts of up to 64 bytes, and domains under country or common top-level domains."""
     local, _, domain = seen.text.rpartition("@")
     mine = local.lstrip("'.%-")[-64:]
     labels = domain.split(".")
@@ -108,7 +111,7 @@ _NATIONAL = re.compile(r"[2-9][0-8][0-9][2-9][0-9]{6}")
 
 
 def check_phone(seen: Candidate) -> tuple[int, int] | None:
-    """Accept international, labelled, North American and national numbers with a valid length and grouping."""
+    """Accept international, labelled, North American and national numbers of valid length and grouping."""
     text = seen.text
     digits = "".join(filter(str.isdigit, text))
     groups = re.findall(r"\d+", text)
@@ -152,7 +155,7 @@ _VERSION = re.compile(r"(?i)(?:versions?|release|revision|ver|rev|since|section|
 
 
 def check_ip(seen: Candidate) -> tuple[int, int] | None:
-    """Accept public addresses; IPv4 ones need two numbers from 32 up, which version and section numbers rarely have."""
+    """Accept public addresses; IPv4 ones need two numbers from 32 up, which versions rarely have."""
     text = seen.text
     if ":" in text:
         text = text if text.endswith("::") else text.rstrip(":")
@@ -214,7 +217,7 @@ _ISSUERS = re.compile(
 
 
 def check_card(seen: Candidate) -> tuple[int, int] | None:
-    """Accept numbers of a known issuer and length, ungrouped or grouped as on a card, with a valid Luhn digit."""
+    """Accept numbers of known issuers, ungrouped or grouped as on a card, with a valid Luhn digit."""
     if re.search(r"[\w+/]\Z|[\w ]-\Z|\d[ .,:/-]\Z", seen.before) or (seen.before[-1:] == "." and not seen.folded):
         return None
     if re.match(r"[\w+/=]| \d{4}|[-.,:]\d", seen.after):

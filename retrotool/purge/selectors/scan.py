@@ -1,19 +1,20 @@
 """Scan all text, tokens or vectors of a store for selectors: a stage with one task per part.
 
-Results are stored in ``scans/<scan>/``, named by a keyed hash of the selectors. So a killed scan is resumed and several
-machines can share it; a part that an erase rewrote is scanned again. The commit of the purge removes the files, and so
-does any erase; a dry run leaves them for the purge after it. They hold chunk ids, places in text, and distances or
-scores, but no text.
+Results are stored in ``scans/<scan>/``, named by a keyed hash of the selectors. So a killed scan is resumed
+and several machines can share it; a part that an erase rewrote is scanned again. The commit of the purge
+removes the files, and so does any erase; a dry run leaves them for the purge after it. They hold chunk ids,
+places in text, and distances or scores, but no text.
 
-A result is a table of ``parts.SCANS_SCHEMA`` with a row per chunk, selector and label, in the order of the chunks:
+A result is a table of ``parts.SCANS_SCHEMA`` with a row per chunk, selector and label, in the order of the
+chunks:
 
 - ``selectors``: index of the selector in the scan. ``labels``: index into its names.
-- ``begin``, ``end``: the first match, in bytes from the beginning of the chunk's text (``begin`` may be negative);
-  both 0 if the whole chunk is selected.
+- ``begin``, ``end``: the first match, in bytes from the beginning of the chunk's text (``begin`` may be
+  negative); both 0 if the whole chunk is selected.
 - ``figures``: a distance or score (``selector.BlockHits``), NaN if not measured.
 
-In a task each thread works on a block of whole documents. Matchers spend their time in numpy, Arrow and RE2, which
-release the GIL. Memory: a block per thread, and 34 bytes per hit.
+In a task each thread works on a block of whole documents. Matchers spend their time in numpy, Arrow and RE2,
+which release the GIL. Memory: a block per thread, and 34 bytes per hit.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Tabl
 
 
 def read_scan(store: Store, stage: ScanStage) -> tuple[pa.Table, list[list[str]]]:
-    """Read the result of a scan, in the order of the chunks, and the names of each selector ([]: nothing was scanned).
+    """Return the result of a scan, in the order of the chunks, and each selector's names ([]: no parts).
 
     ``ConflictError`` if a part is not scanned, or was rewritten since.
     """

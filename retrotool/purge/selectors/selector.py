@@ -1,14 +1,16 @@
 """The interface of selectors that scan: blocks of text, hits, and reading their files of values.
 
-A block is whole documents of a part. Its text is that of its chunks, concatenated, so a match may cross from one chunk
-to the next; matches that would cross from one document to the next are excluded by ``documents``. Erased chunks have
-no bytes. Purged chunks have their text, because they may still be erased.
+A block is whole documents of a part. Its text is that of its chunks, concatenated, so a match may cross from
+one chunk to the next; matches that would cross from one document to the next are excluded by ``documents``.
+Erased chunks have no bytes. Purged chunks have their text, because they may still be erased.
 
-With a lossless tokenizer the text equals the input, byte for byte. Otherwise it is **folded**: what the tokenizer
-keeps, with one space between two words, and none beside a character that is not a letter or digit. With a tokenizer
-that loses case, ``John.Doe+x@Example.com`` is ``john.doe+x@example.com``, and ``Hello , world`` is ``hello,world``.
+With a lossless tokenizer the text equals the input, byte for byte. Otherwise it is **folded**: what the
+tokenizer keeps, with one space between two words, and none beside a character that is not a letter or digit.
+With a tokenizer that loses case, ``John.Doe+x@Example.com`` is ``john.doe+x@example.com``, and ``Hello ,
+world`` is ``hello,world``.
 
-Cost: decoding, 70 to 150 MB/s per core. Memory: tokens and text of a block, about 10 MB, or of its only document.
+Cost: decoding, 70 to 150 MB/s per core. Memory: tokens and text of a block, about 10 MB, or of its only
+document.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Decoder:
         self._folder = None if self.lossless else Folder(self._tokenizer)
 
     def __call__(self, chunks: Chunks) -> tuple[Offsets, memoryview]:
-        """Return where the text of each chunk begins and the last one ends, int64 [n + 1], and the bytes of all."""
+        """Return where each chunk's text begins and the last one ends, int64 [n + 1], and all bytes."""
         if self._folder is not None:
             starts, data = self._folder(chunks.tokens, chunks.n_tokens, chunks.index == 0)
         else:
@@ -120,8 +122,8 @@ class BlockHits:
 
     * ``rows``: counted from the first row of the block.
     * ``labels``: indexes into the selector's ``names``.
-    * ``begin``, ``end``: bytes of ``TextBlock.text`` that match, the same for all rows that the match touches; −1 if a
-      chunk is selected as a whole.
+    * ``begin``, ``end``: bytes of ``TextBlock.text`` that match, the same for all rows that the match
+      touches; −1 if a chunk is selected as a whole.
     * ``figures``: a distance or score, NaN if the selector measures none.
     """
 
@@ -167,8 +169,8 @@ class BlockHits:
 Matcher = Callable[[TextBlock], BlockHits]
 """Finds the rows of a block that a selector selects. Called from several threads concurrently.
 
-It may have ``block_rows``, the number of chunks that blocks should have (default: ``BLOCK_ROWS``). A slow matcher uses
-small blocks, to show progress and to share the work among threads.
+It may have ``block_rows``, the number of chunks that blocks should have (default: ``BLOCK_ROWS``). A slow
+matcher uses small blocks, to show progress and to share the work among threads.
 """
 
 
@@ -187,7 +189,7 @@ class Selector:
         return (self.kind,)
 
     def literal(self) -> dict[str, Any]:
-        """Return its fields that compare, as JSON. They can be personal data, so only erasable files store them."""
+        """Return its compared fields as JSON. They can be personal data: only erasable files store them."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.compare}  # type: ignore[arg-type]
 
     def reads(self, store: Store, part: int) -> list[str]:  # noqa: ARG002

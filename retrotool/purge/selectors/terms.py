@@ -1,23 +1,24 @@
 """``--terms``: words and names of a list, found as whole words, ignoring case, width and spacing.
 
-Text and terms are normalised: NFKC, case-folded, each run of white space as one space. A term may have several words
-with any characters between them, and may begin or end with other characters, like ``C++``. The characters beside a
-match are not letters, digits or marks. All occurrences count, overlapping ones too.
+Text and terms are normalised: NFKC, case-folded, each run of white space as one space. A term may have
+several words with any characters between them, and may begin or end with other characters, like ``C++``. The
+characters beside a match are not letters, digits or marks. All occurrences count, overlapping ones too.
 
 If the tokenizer loses case, accents or spacing, terms are tokenized like the text. ``Müller`` then also finds
 ``muller``, and ``.NET`` also ``ASP.NET``.
 
-Not found: inflected forms, misspellings, and words of languages without spaces between words (北京 is found in
-北京大学 in folded text, where each character is a word, but not in other text).
+Not found: inflected forms, misspellings, and words of languages without spaces between words (北京 is found
+in 北京大学 in folded text, where each character is a word, but not in other text).
 
-Method: ASCII is normalised with a byte table. **Islands** of other characters are normalised in one call and put back,
-each with the ASCII character before it, which a combining mark may join; their positions in both texts map places from
-one to the other. The anchor of a term is its word that is rarest in the list. Arrow's hash table looks up all words of
-the text among the anchors; for terms of several words the surrounding words are then compared.
+Method: ASCII is normalised with a byte table. **Islands** of other characters are normalised in one call and
+put back, each with the ASCII character before it, which a combining mark may join; their positions in both
+texts map places from one to the other. The anchor of a term is its word that is rarest in the list. Arrow's
+hash table looks up all words of the text among the anchors; for terms of several words the surrounding words
+are then compared.
 
-Cost: 60 to 140 MB/s per core for ASCII, 7 to 10 MB/s for other scripts, nearly independent of the number of terms; and
-1 to 3 µs per match. Memory: ten times the text of a block, up to 35 times for other scripts, 16 MB, and 0.5 KB per
-term.
+Cost: 60 to 140 MB/s per core for ASCII, 7 to 10 MB/s for other scripts, nearly independent of the number of
+terms; and 1 to 3 µs per match. Memory: ten times the text of a block, up to 35 times for other scripts, 16
+MB, and 0.5 KB per term.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def _code_points(text: str) -> npt.NDArray[np.uint32]:
 class Normal:
     """Normalised text of a block, in UTF-8.
 
-    ``is_word`` [bytes]: 1 for every byte of a letter, digit or mark, else 0. ``begin`` and ``end``, int64 [i]: the
-    islands and borders of documents in it; ``old_begin`` and ``old_end``: in ``original``.
+    ``is_word`` [bytes]: 1 for every byte of a letter, digit or mark, else 0. ``begin`` and ``end``, int64
+    [i]: the islands and borders of documents in it; ``old_begin`` and ``old_end``: in ``original``.
     """
 
     text: bytes
@@ -191,7 +192,7 @@ _BATCH = 1000
 
 
 def read_terms(path: Path) -> tuple[str, ...]:
-    """Read the terms of a UTF-8 file, one per line; blank lines and lines that begin with ``#`` are skipped."""
+    """Read terms from a UTF-8 file, one per line; blank lines and lines with ``#`` first are skipped."""
     terms = []
     for number, line in enumerate(read_selector_lines("--terms", path, "term", says=_is_term), 1):
         if not _is_term(line):
@@ -250,7 +251,7 @@ def folded_terms(tokenizer: Tokenizer, terms: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """A term and its words; ``lead`` is before the first word, ``trail`` after the last, ``body`` in between."""
+    """A term: ``lead`` is before its first word, ``trail`` after the last, ``body`` in between."""
 
     lead: bytes
     body: bytes
@@ -350,7 +351,7 @@ class TermMatcher:
 
 
 def _lead_begin(text: bytes, at: int, lead: bytes) -> int | None:
-    """Return where a lead that ends at ``at`` begins, with any run of spaces for a space; None: it does not match."""
+    """Return where a lead that ends at ``at`` begins, a space matching any run; None: no match."""
     for byte in reversed(lead):
         at -= 1
         if text[at] != byte:
