@@ -31,7 +31,7 @@ _COMMANDS = {
     "undo": "retrotool.purge.command",
     "erase": "retrotool.purge.command",
     "receipt": "retrotool.receipt.command",
-    "affected": "retrotool.purge.affected_command",
+    "affected": "retrotool.purge.command",
     "export": "retrotool.export.command",
     "info": "retrotool.info.command",
     "log": "retrotool.info.log_command",

@@ -1,4 +1,4 @@
-"""``retrotool purge``, ``retrotool undo`` and ``retrotool erase``."""
+"""``retrotool purge``, ``undo``, ``erase`` and ``affected``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from retrotool.cli.options import (
     at_file,
     at_files,
     complete_purges,
+    complete_tables,
     first_device,
     opt,
     parse_shard,
@@ -30,6 +31,7 @@ from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
     from retrotool.neighbours.dependents import Dependent
+    from retrotool.purge.affected import AffectedChunk, AffectedCounts, AffectedResult, AskedPurge
     from retrotool.purge.erase import EraseResult
     from retrotool.purge.run import Count, Example, PurgeList, PurgeResult, ScanResult, Touched
     from retrotool.purge.select import Selectors
@@ -55,12 +57,17 @@ Examples:
   retrotool erase store p1a2b3c4d p5e6f7a8b --yes
   retrotool erase store --older-than 7d --dry-run"""
 
+AFFECTED_EPILOG = """\b
+Examples:
+  retrotool affected store
+  retrotool affected training --table wiki --out affected.jsonl"""
+
 _AROUND, _SHOWN = 60, 160
 _FIGURES = {"like": "distance", "classifier": "score"}
 """What selectors measure."""
 _by = partial(opt, panel="Selectors (any of them selects a chunk; with --and, all of them)")
 _ASK_ABOVE = 0.01
-_LISTED = 3
+_LISTED, _PARTS = 3, 20
 _YesOption = Annotated[bool, opt("Don't ask before more than 1 % of the store is purged or erased.", "--yes")]
 
 
@@ -427,3 +434,64 @@ def _warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
         share = f"{planned.unerased_share:.1%} of all chunks it ever had"
         does.append(f"erases {output.count(planned.unerased, 'chunk')} permanently, {share}")
     return f"This {', and '.join(does)}"
+
+
+def affected_command(
+    store: StoreArgument,
+    purges: Annotated[
+        list[str] | None, arg("Ids of purges of the database; last is the newest. Default: all.", metavar="[PURGE]...")
+    ] = None,
+    table: Annotated[str, opt("Neighbour tables of the store.", metavar="NAME", complete=complete_tables)] = "main",
+    out: Annotated[Path | None, opt("Write all affected chunks here, as JSON lines.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the training chunks that have purged chunks among their neighbours.
+
+    STORE is the query store, which has the tables. Text of a purged chunk may have reached a model through
+    these training chunks. Nothing of the purged chunks is shown.
+    """
+    with output.errors(as_json):
+        from retrotool.purge.affected import affected
+
+        output.show(affected(store, table, purges or (), out=out), as_json, _affected_text)
+
+
+def _affected_text(result: AffectedResult) -> str:
+    if not result.purges:
+        return "Nothing was purged, so no chunk is affected."
+    first, saved = f"first {result.k}", f"{result.saved} saved"
+    lines = [
+        f"{output.count(result.in_k + result.following_in_k, 'chunk')} of {result.rows:,} have a purged chunk among "
+        f"the {first} neighbours {result.table!r}, or following one; "
+        f"{result.in_saved + result.following_in_saved:,} among the {saved}."
+    ]
+    every: list[tuple[object, AffectedCounts]] = [(part.part, part) for part in result.parts[:_PARTS]]
+    every += [("all", result)] if len(result.parts) > 1 else []
+    rows = [(part, n.rows, n.in_k, n.following_in_k, n.in_saved, n.following_in_saved) for part, n in every]
+    lines.append(output.table(rows, ("part", "chunks", first, "following", saved, "following")))
+    if len(result.parts) > _PARTS:
+        lines.append(f"  and {output.count(len(result.parts) - _PARTS, 'more part')}, see --json")
+    if result.purged:
+        lines.append(f"Not counted: {output.count(result.purged, 'chunk')}, purged as well.")
+    if result.out:
+        lines.append(f"All of them: {result.out}")
+    elif result.examples:
+        lines += ["The first of them (--out FILE writes all):", *map(_affected_line, result.examples)]
+    return "\n".join([*lines, *(line for one in result.purges for line in _not_known(one))])
+
+
+def _affected_line(one: AffectedChunk) -> str:
+    places = [(one.neighbour, "neighbour {}"), (one.continuation, "following neighbour {}")]
+    named = ", ".join(text.format(place) for place, text in places if place is not None)
+    return f"  {format_id(one.chunk)} of {output.one_line(one.document)}, {output.one_line(one.source)}: {named}"
+
+
+def _not_known(one: AskedPurge) -> list[str]:
+    if one.erased:
+        return [f"Purge {one.purge} is erased, from these tables as well: which chunks it affected is not known."]
+    if one.since:
+        return [
+            f"Purge {one.purge}: {one.since:,} of {output.count(one.parts, 'part')} were searched after it; what their "
+            "rows contained before is not known."
+        ]
+    return []

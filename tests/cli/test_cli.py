@@ -38,7 +38,6 @@ from retrotool.inspect import command as inspect_command
 from retrotool.leakage import command as leakage_command
 from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import command as plan_command
-from retrotool.purge import affected_command
 from retrotool.purge import command as purge_command
 from retrotool.receipt import command as receipt_command
 from retrotool.search import command as search_command
@@ -47,7 +46,7 @@ COMMANDS = {
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
     "search": search_command, "inspect": inspect_command, "leakage": leakage_command,
     "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
-    "affected": affected_command, "export": export_command, "info": info_command,
+    "affected": purge_command, "export": export_command, "info": info_command,
     "log": log_command, "verify": verify_command, "plan": plan_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
