@@ -34,7 +34,6 @@ def best_of(rounds: int, work: Callable[[], object]) -> float:
 
 
 def measure(store: Store, entry: FileEntry, rows: int, dimension: int, rounds: int) -> dict[str, Any]:
-    """Return the seconds of each kind of read."""
     rng = np.random.default_rng(0)
     plain = np.asarray(np.load(Path(store.place) / entry.path, mmap_mode="r"))
     wanted = [np.sort(rng.choice(rows, 100, replace=False)) for _ in range(500)]

@@ -149,7 +149,6 @@ class Memory:
             self.peak = max(self.peak, sum(map(_proportional, _tree(self._process))))
 
     def stop(self) -> float:
-        """Return the peak in MiB."""
         self._stop.set()
         self._thread.join()
         return self.peak / 1024
@@ -203,7 +202,6 @@ def cut_slice(inputs: list[Path], megabytes: float, path: Path) -> float:
 
 
 def plain(slice_path: Path, tokenizer: Path, target: Path) -> float:
-    """Run the plain script; return its seconds."""
     script = target.with_suffix(".py")
     script.write_text(PLAIN)
     arguments = [str(slice_path), str(tokenizer), str(target), str(os.cpu_count())]

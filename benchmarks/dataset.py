@@ -43,7 +43,6 @@ def files_of(store: Path, *kinds: str) -> list[Path]:
 
 
 def evict(store: Path) -> None:
-    """Remove the store's files from the page cache."""
     for path in store.rglob("*.parquet"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -156,7 +155,6 @@ def show(label: str, found: dict[str, Any]) -> None:
 
 
 def write_tables(store: Path, k: int, text: bool = False) -> None:
-    """Write tables of random neighbours."""
     from retrotool.neighbours.retrieved import read_text_of
     from retrotool.store import neighbour_tables, parts
     from retrotool.store.leases import Run

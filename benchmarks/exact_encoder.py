@@ -38,7 +38,6 @@ def common_words(texts: Iterable[str], most: int) -> list[str]:
 def make_encoder(
     path: Path, words: Iterable[str], *, dimension: int = 32, layers: int = 1, seed: int = 0, exact: bool = True
 ) -> Path:
-    """Write config.json, tokenizer.json (WordPiece, lower case) and model.safetensors."""
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}

@@ -37,7 +37,6 @@ Floats = npt.NDArray[np.float32]
 
 
 def export(store: Path, encoder: str, folder: Path, limit: int) -> tuple[Floats, npt.NDArray[np.int64], list[Any]]:
-    """Read the vectors, chunk ids and documents of a store with pyarrow and numpy only."""
     import pyarrow.parquet as pq
 
     shown = subprocess.run([tool(), "info", str(store), "--json"], capture_output=True, check=True)
@@ -140,7 +139,6 @@ def bench_recall(copy: Path, vectors: Floats, ids: npt.NDArray[np.int64], docume
 
 
 def child(arguments: list[str], python: str = sys.executable, **environment: str) -> dict[str, Any]:
-    """Run this file for one measurement in a separate process."""
     command = [python, __file__, "--child", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:

@@ -44,7 +44,6 @@ print(time.perf_counter() - start)
 
 
 def real_part(store: Store, part: int) -> list[FileEntry]:
-    """Write the files of a part with random tokens."""
     slot, rng = part_slot(part), np.random.default_rng(part)
     row = np.arange(ROWS)
     tokens = np.repeat(rng.integers(1, 30_000, (ROWS // 8, 64), np.uint16), 8, axis=0)
@@ -74,7 +73,6 @@ def made_up(part: int) -> list[FileEntry]:
 
 
 def make(root: Path, chunks: int, real: list[int]) -> None:
-    """Make a store of so many chunks, one commit per 100 parts."""
     store = Store.create(root, TokenizerIdentity.of("none", b"{}", 30522, lossless=False), b"{}", 64)
     total = chunks // ROWS
     with Run(store.storage, RUN):

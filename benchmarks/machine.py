@@ -8,7 +8,6 @@ from pathlib import Path
 
 
 def describe() -> str:
-    """Return processor, cores, memory and Python version."""
     model = "unknown processor"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

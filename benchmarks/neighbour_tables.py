@@ -30,7 +30,6 @@ SAVED_TOGETHER = 1 << 8
 
 
 def table_of(store: Path, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return the chunk ids of all rows, and their neighbours' ids and distances, as stored."""
     info = json.loads(subprocess.run([tool(), "info", str(store), "--json"], capture_output=True, check=True).stdout)
     chunks, ids, distances = [], [], []
     for part in info["parts"]:
@@ -50,7 +49,6 @@ def member(some: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> npt.NDArr
 
 
 def own(rows: npt.NDArray[np.int64], neighbours: npt.NDArray[np.int64], documents: Any, ids: Any) -> int:
-    """Count neighbours in the query's own document."""
     numbers = {document: i for i, document in enumerate(dict.fromkeys(documents))}
     number = np.array([numbers[document] for document in documents])
     place = np.searchsorted(ids, rows)

@@ -99,7 +99,6 @@ def commits(root: Path, head: str, parts: int, first: int = 0) -> Iterator[log.C
 
 
 def entry(part: int, kind: str, name: str, ending: str) -> FileEntry:
-    """Return an entry that looks like a file of a million chunks."""
     slot = part_slot(part)
     path = FileName.new(RUN, kind, slot, ending, name).path
     sha256 = hashlib.sha256(f"{kind}{part}".encode()).hexdigest()

@@ -54,11 +54,9 @@ class Checkout:
     prepared: Path
 
     def command(self, *arguments: object) -> list[str]:
-        """Return a command line of its retrotool."""
         return [sys.executable, "-P", "-m", "retrotool", *map(str, arguments)]
 
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run its retrotool; exit on an error."""
         command = self.command(*arguments)
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment(), check=False)
         if done.returncode not in (0, 3):
@@ -70,7 +68,6 @@ class Checkout:
         return {**os.environ, "PYTHONPATH": str(self.path), "HF_HUB_OFFLINE": "1"}
 
     def time(self, command: Sequence[str]) -> Times:
-        """Time a command line; exit on an error."""
         with tempfile.TemporaryFile() as output:
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=output, stderr=output, env=self.environment())
@@ -129,7 +126,6 @@ def _seconds(runs: Sequence[Times], what: str) -> list[float]:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Return the lower and upper quartile; of fewer than four values the extremes."""
     if len(values) < 4:
         return min(values), max(values)
     low, _, high = statistics.quantiles(values, method="inclusive")
@@ -172,7 +168,6 @@ def prepare(checkout: Checkout, corpus: Path, documents: Path) -> None:
 
 
 def compare(case: Case, checkouts: tuple[Checkout, Checkout], rounds: int, folder: Path) -> Compared:
-    """Time a case with both checkouts in alternating order."""
     found = Compared(case.name)
     for number in range(rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):

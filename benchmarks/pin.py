@@ -63,7 +63,6 @@ class Document:
     source: str
 
     def row(self) -> dict[str, Any]:
-        """Return the fields of a document in a file; the year is derived from the id."""
         year = 1990 + int.from_bytes(hashlib.blake2b(self.id.encode(), digest_size=2).digest()) % 35
         return {**asdict(self), "year": str(year)}
 
@@ -117,7 +116,6 @@ def write_corpus(root: Path, documents: Sequence[Document], *, words: int = 8000
 
 
 def _pair(document: Document) -> dict[str, str]:
-    """Return a document as a question, its first line, and an answer, the rest."""
     question, _, answer = document.text.partition("\n")
     return {"id": document.id, "question": question[:300] or "?", "answer": answer, "source": document.source}
 
@@ -188,7 +186,6 @@ def _write_tokenizer(path: Path, texts: list[str]) -> None:
 
 
 def corpus_digest(root: Path) -> str:
-    """Return a SHA-256 over the names and bytes of all files of a corpus."""
     digest = hashlib.sha256()
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(root)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -227,19 +224,16 @@ class Spelling:
         return cls(frozenset(commands), "--sample" if "--sample" in run("index", "--help").stdout else "--queries")
 
     def undo(self, store: Path, purge: str) -> list[object]:
-        """Return the arguments to undo a purge."""
         if "undo" in self.commands:
             return ["undo", store, purge, "--reason", "pinned"]
         return ["undo", store, purge, "--reason", "pinned"]
 
     def erase(self, store: Path, *purges: str) -> list[object]:
-        """Return the arguments to erase purges."""
         if "erase" in self.commands:
             return ["erase", store, *purges, "--yes"]
         return ["purge", store, *purges, "--erase", "--yes"]
 
     def export(self, store: Path, output: Path, table: str) -> list[object]:
-        """Return the arguments to export chunks with neighbours as Parquet."""
         if "export neighbours" in self.commands:
             return ["export", "neighbours", store, output, "--format", "parquet", "--name", table]
         return ["export", store, output, self.table, table]
@@ -285,7 +279,6 @@ class Session:
         self.spelling = Spelling.of(run)
 
     def step(self, name: str, *arguments: object) -> str:
-        """Run a command; return its stdout."""
         done = self._run(*arguments)
         print(f"{name}: {done.returncode}", file=sys.stderr, flush=True)
         if done.returncode not in (0, 3):
@@ -303,11 +296,9 @@ class Session:
         return [line if len(line) < 400 else _short(line) for line in lines if "%|" not in line and line.strip()]
 
     def read(self, name: str, store: Path) -> None:
-        """Record the content of a store."""
         self.recording.content[name] = PlainStore(store).content()
 
     def verify(self, name: str, store: Path) -> None:
-        """Verify a store and record the digests that are printed."""
         found = json.loads(self.step(f"verify {name}", "verify", store, "--json"))
         self.recording.content.setdefault(name, {})["verify"] = _digests(found)
 
@@ -355,13 +346,11 @@ def _short(line: str) -> str:
 
 
 def _digests(found: dict[str, Any]) -> dict[str, Any]:
-    """Return all digests in the output of ``verify --json``."""
     flat = dict(_flat(found))
     return {name.rpartition("/")[2]: value for name, value in flat.items() if re.fullmatch("[0-9a-f]{64}", str(value))}
 
 
 def purges(store: Path) -> list[str]:
-    """Return the ids of the purges in a store's log, the oldest first."""
     found: dict[str, None] = {}
     for commit in sorted((store / "log").glob("*.json")):
         records = json.loads(commit.read_bytes())["records"]
@@ -394,7 +383,6 @@ PART, SAVED = 65536, 10
 
 
 def run_all(session: Session) -> Recording:
-    """Run every step on every store."""
     store, queries = session.folder / "store", session.folder / "queries"
     build(session, store)
     ask(session, store, queries)
@@ -450,7 +438,6 @@ def ask(session: Session, store: Path, queries: Path) -> None:
 
 
 def grow(session: Session, store: Path) -> None:
-    """Add documents and update everything."""
     session.step("chunk more", "chunk", store, session.corpus / "extra.jsonl", "--keep", "year", "--part-size", PART)
     session.step("embed more", "embed", store, "--encoder", session.corpus / "exact")
     session.step("index exact more", "index", store, "--name", "exact")
@@ -461,7 +448,6 @@ def grow(session: Session, store: Path) -> None:
 
 
 def records(session: Session) -> None:
-    """Run key-value records."""
     store, corpus = session.folder / "records", session.corpus
     fields = ("--key-field", "question", "--value-field", "answer")
     session.step("chunk records", "chunk", store, corpus / "pairs.jsonl", "--tokenizer", corpus / "exact", *fields)

@@ -64,15 +64,12 @@ class Digest:
         self._hash = hashlib.sha256()
 
     def array(self, values: npt.NDArray[Any]) -> None:
-        """Add an array's values, in C order."""
         self._hash.update(np.ascontiguousarray(values).tobytes())
 
     def values(self, values: Iterable[object]) -> None:
-        """Add the ``repr`` of Python values."""
         self._hash.update("".join(f"{value!r}\x1f" for value in values).encode())
 
     def __str__(self) -> str:
-        """Return the first 32 hexadecimal digits."""
         return self._hash.hexdigest()[:32]
 
 
@@ -109,16 +106,13 @@ class PlainStore:
         self.tombstones = np.unique(np.concatenate(ids))
 
     def by_part(self, kind: str, name: str = "") -> dict[int, Path]:
-        """Return files of a kind by part number, ascending."""
         found = {int(file.slot): file.path for file in self.files if (file.kind, file.name) == (kind, name)}
         return dict(sorted(found.items()))
 
     def names(self, kind: str) -> list[str]:
-        """Return the names of encoders, indexes or neighbour tables."""
         return sorted({file.name for file in self.files if file.kind == kind})
 
     def parts(self) -> Iterator[Part]:
-        """Yield the live chunks, part by part."""
         documents = self.by_part("documents")
         for number, path in self.by_part("chunks").items():
             table = pq.read_table(path, page_checksum_verification=True)
@@ -192,7 +186,6 @@ class PlainStore:
         return {name: str(digest) for name, digest in digests.items()}
 
     def _rejected(self) -> dict[str, Any]:
-        """Return how many rows of each input were rejected, and a digest of their places."""
         places: list[tuple[str, int, int | None]] = []
         for file in self.files:
             if file.kind == "quarantine":
@@ -203,7 +196,6 @@ class PlainStore:
         return {"places": str(digest), "by input": dict(sorted(Counter(place[0] for place in places).items()))}
 
     def reasons(self) -> dict[str, int]:
-        """Return how many rows were rejected for each reason."""
         files = [file.path for file in self.files if file.kind == "quarantine"]
         found = Counter(reason for path in files for reason in pq.read_table(path)["reason"].to_pylist())
         return dict(sorted(found.items()))
@@ -226,7 +218,6 @@ class PlainStore:
         return {"chunks": chunks, "ids": str(ids), "values": str(values)}
 
     def _index(self, name: str) -> dict[str, Any]:
-        """Return a digest of the ids, lists and codes of all shards, in the order of ids."""
         shards = [file for file in self.files if file.kind == "index" and file.name == name]
         read = [read_shard(file.path) for file in shards if file.slot.startswith("shard-")]
         if not read:

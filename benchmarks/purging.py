@@ -49,7 +49,6 @@ Ids = npt.NDArray[np.int64]
 
 
 def run(*arguments: object) -> tuple[dict[str, Any], float]:
-    """Run a command; return its JSON result and its seconds."""
     start = time.perf_counter()
     done = subprocess.run([tool(), *map(str, arguments), "--json"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), time.perf_counter() - start
@@ -97,7 +96,6 @@ def recall(root: Path, encoder: str, chunks: Ids, name: str) -> str:
 
 
 def searched(root: Path, vectors: npt.NDArray[Any], purged_chunks: Tombstones) -> int:
-    """Count purged chunks among the 10 nearest of their own vectors."""
     database = retrotool.open(root).database()
     found = 0
     for start in range(0, len(vectors), AT_ONCE):
@@ -107,7 +105,6 @@ def searched(root: Path, vectors: npt.NDArray[Any], purged_chunks: Tombstones) -
 
 
 def measure(source: Path, folder: Path, selector: list[str], encoder: str, name: str, drawn: Ids) -> None:
-    """Measure one purge, from the selection to the receipt."""
     root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
     ids, vectors, _ = embedded(root, encoder)
     total = json.loads(subprocess.run([tool(), "info", str(root), "--json"], capture_output=True, check=True).stdout)
@@ -153,7 +150,6 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
 
 
 def one_by_one(source: Path, folder: Path, documents: list[str]) -> None:
-    """Measure a purge per document, and one erase of all."""
     root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
     each = [run("purge", root, "--document", name, "--reason", "benchmark", "--yes")[1] for name in documents]
     erased, seconds = run("erase", root, "--older-than", "0s", "--yes")

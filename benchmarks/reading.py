@@ -72,7 +72,6 @@ def write(path: Path, kind: str, size: int) -> None:
 
 
 def measure(path: Path) -> tuple[float, int, int, float]:
-    """Read a file once; return seconds, documents, other rows, and MiB of memory."""
     (file,) = find_inputs([str(path)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()

@@ -72,7 +72,6 @@ def main() -> None:
 
 
 def planted(store: Store, number: int) -> None:
-    """Insert copies of chunks, and print the share found."""
     rng = np.random.default_rng(1)
     part = max(store.state.parts(), key=lambda one: parts.part_entry(store, "chunks", one).rows)
     chunks = parts.read_chunks(store, part)

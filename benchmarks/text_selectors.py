@@ -51,7 +51,6 @@ class Given:
 
 
 def block_of(documents: list[bytes]) -> TextBlock:
-    """Cut whole documents into chunks."""
     sizes = np.array([max(-(-len(text) // CHUNK), 1) for text in documents])
     first = np.concatenate([[0], np.cumsum(sizes)])
     index = np.arange(first[-1]) - np.repeat(first[:-1], sizes)
@@ -64,7 +63,6 @@ def block_of(documents: list[bytes]) -> TextBlock:
 
 
 def documents_in(paths: list[Path]) -> Iterator[bytes]:
-    """Yield the texts of files."""
     for path in paths:
         with path.open("rb") as file:
             data = zstandard.ZstdDecompressor().stream_reader(file).read() if path.suffix == ".zst" else file.read()
@@ -73,7 +71,6 @@ def documents_in(paths: list[Path]) -> Iterator[bytes]:
 
 
 def blocks(documents: list[bytes]) -> list[TextBlock]:
-    """Return all documents in blocks."""
     made: list[TextBlock] = []
     waiting: list[bytes] = []
     size = 0
@@ -87,7 +84,6 @@ def blocks(documents: list[bytes]) -> list[TextBlock]:
 
 
 def measure(name: str, find: Callable[[TextBlock], Any], some: list[TextBlock]) -> None:
-    """Measure a search and print a line."""
     size = sum(len(block.text) for block in some)
     began = time.process_time()
     found = [find(block) for block in some]

@@ -1,17 +1,12 @@
 """``affected``: find the training chunks that have purged chunks among their stored neighbours.
 
-Neighbour tables are read without excluding purged chunks. A model gets each neighbour and the chunk after it,
-so a chunk is also affected if a purged chunk only follows one of its neighbours.
+Tables are read without excluding purged chunks. A model gets each neighbour and the chunk after it, so a
+chunk is also affected if a purged chunk only follows one of its neighbours. Places are those in the table,
+from 1; a purged chunk may have been read at an earlier place if others were purged before it. Tables of a
+mixture are read separately.
 
-Places are those in the table, from 1. Readers skip purged chunks and move later neighbours up, so a purged
-chunk may have been read at an earlier place if others were purged before it. Each table of a mixture is read
-by itself.
-
-Purged text, documents and chunks are never reported. A training chunk that is itself purged is counted, not
-named.
-
-Not found: entries that an erase removed (it does so within a store), and former entries of rows that were
-searched again after the purge.
+Purged text, documents and chunks are never reported. Not found: entries that an erase removed (it does so
+within a store), and former entries of rows that were searched again after the purge.
 
 Cost: reading the ids of all tables, with a binary search for each. Memory: a row group, the affected rows of
 a part, and about 30 bytes per purged chunk.

@@ -64,7 +64,6 @@ Examples:
 
 _AROUND, _SHOWN = 60, 160
 _FIGURES = {"like": "distance", "classifier": "score"}
-"""What selectors measure."""
 _by = partial(opt, panel="Selectors (any of them selects a chunk; with --and, all of them)")
 _ASK_ABOVE = 0.01
 _LISTED, _PARTS = 3, 20

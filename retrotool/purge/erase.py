@@ -4,22 +4,19 @@ A task rewrites one of:
 
 - a part: its documents, chunks and the embeddings of every encoder;
 - a shard of an index;
-- a neighbour table: the rows of erased chunks, entries that name one (distances to known vectors reveal a
+- a neighbour table: rows of erased chunks, entries that name one (distances to known vectors reveal a
   vector), and their tokens;
-- a quarantine file with excerpts. All excerpts are removed: a row that could not be read may belong to an
-  erased document.
+- a quarantine file: all its excerpts are removed, because an unreadable row may belong to an erased document.
 
 Parts come first, other files once no part holds an erased chunk. So the chunks alone show whether an erase
-was begun; until then the purge can be undone. A task reads the tombstones of its chunks, so a concurrent undo
-invalidates it. Work that began on a view overtaken by another commit is planned again.
-
-Slots stay, zeroed: no id or row moves. Progress is read from the data, so an interrupted erase is resumed.
-The commit removes the old files from the state, then they are unlinked.
+was begun; until then the purge can be undone. Slots stay, zeroed: no id or row moves. Progress is read from
+the data, so an interrupted erase is resumed; work on a view overtaken by another commit is planned again, and
+an undo invalidates tasks.
 
 Cost: reading the parts concerned, every shard with one of them, and every neighbour table against this store;
 writing those that hold an erased chunk. Memory: one part or shard per process, and about 40 bytes per chunk.
 
-Not erased: chunk ids in tombstones; centroids and codebooks, which are means over thousands of vectors
+Not erased: chunk ids in tombstones; centroids and codebooks, means over thousands of vectors
 (``retrain_indexes``); distances in tables of other stores; anything outside the store.
 """
 

@@ -150,8 +150,7 @@ class Weight:
         return {"chunks": self.chunks, "documents": self.documents, "tokens": self.tokens}
 
 
-Weights = Mapping[int, Weight]
-"""Weights by part."""
+Weights = Mapping[int, Weight]  # by part
 
 
 def weight_of(weights: Weights, numbers: Container[int] | None = None) -> Weight:

@@ -247,4 +247,3 @@ _PATHS: dict[str, dict[str, Callable[[_Purged, str], Returned]]] = {
     "index": {"search": _search, "leakage": _leakage},
     "neighbours": {"neighbours": _neighbours, "dataset": _dataset, "export": _export, "inspect": _inspect},
 }
-"""The read paths of each encoder, index and neighbour table."""

@@ -50,14 +50,12 @@ LIMITS = (
     "The input files, and exports, pages and search results made before.",
     "Models that were trained on the text: they may still know it.",
 )
-"""What a receipt does not cover."""
 
 STATES = {
     "erased": "purged and erased",
     "partly erased": "purged and partly erased: an erase is not finished, or another purge erased some chunks",
     "purged": "purged, not erased: no command returns it, but its data is still in the files",
 }
-"""The states of a receipt in words."""
 
 
 @dataclass(frozen=True, slots=True)

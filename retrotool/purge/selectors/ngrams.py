@@ -39,7 +39,6 @@ Number = TypeVar("Number", bound=np.integer[Any])
 
 HASH_BITS = 32
 _ODD = np.array([0x9E3779B1, 0xD6E8FEB7, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD, 0x1D8E4E27, 0xEB44ACCB], "<u4")
-"""Random odd numbers to multiply by."""
 _TABLE_BITS = (12, 24)
 _PLACES_A_GRAM = 32
 _FIRST_SETS, _MORE_SETS = 1, 4

@@ -29,7 +29,6 @@ from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Sele
 from retrotool.store.store import Store
 
 Pattern = Any
-"""A compiled pattern of ``re2``, over bytes."""
 WINDOW, OVERLAP = 56 << 10, 8 << 10
 """Bytes in which the matches of a window begin, and bytes after them in which they may end."""
 CROWDED = 256

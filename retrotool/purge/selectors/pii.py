@@ -305,7 +305,6 @@ _FORMS: dict[str, tuple[str, Check]] = {
     "payment-card": (CARD, check_card),
     "key": (key_pattern(folded=False), check_key),
 }
-"""Pattern and check of each kind."""
 KINDS = tuple(_FORMS)
 
 
