@@ -153,5 +153,5 @@ def test_what_can_not_be_compared_is_refused(tmp_path: Path, tiny_encoder: Path,
     with pytest.raises(StoreNotFoundError):
         Contaminates(str(tmp_path / "none")).open(store)
     empty = purge(store_of(tmp_path / "empty", tiny_encoder, [[7, 8]]), 0)
-    with pytest.raises(UsageError, match="no text"):
+    with pytest.raises(UsageError, match="no live text"):
         Contaminates(empty.place).open(store)

@@ -237,7 +237,7 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
     assert found == scanned(store, selector.open(store)), "what is purged may still be erased"
     # The original is erased: its copies can be found by another of them only.
     store = purge(store, 0, erase=True)
-    with pytest.raises(UsageError, match="any tokens left"):
+    with pytest.raises(UsageError, match="all of these chunks are erased"):
         selector.open(store)
     assert scanned(store, NearDuplicates((0, found[5])).open(store))
 

@@ -210,7 +210,7 @@ def test_files_that_hold_no_text_are_told(built_store: Path, tmp_path: Path) -> 
 def test_a_text_that_the_encoder_can_not_take_whole_is_refused(store_copy: Path, tmp_path: Path) -> None:
     words = " ".join(["harbour"] * 126)
     assert selected(store_copy, like=words, within=0.0) == set()
-    with pytest.raises(UsageError, match="the text has 127 tokens, and the encoder tiny takes 126") as error:
+    with pytest.raises(UsageError, match="the text has 127 tokens, and the encoder tiny takes at most 126") as error:
         selected(store_copy, like=f"{words} x", within=0.0)
     assert "file" in error.value.advice
     (tmp_path / "file").write_text(f"{words} x")
