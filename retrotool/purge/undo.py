@@ -134,7 +134,7 @@ def weigh(store: Store, purge: str) -> Undoable:
     """Determine what an undo would do; ``UsageError`` if the purge does not exist or its erase was begun."""
     record = purged_chunks.check_purge(store, purge)
     if "plan" in record:
-        raise UsageError(f"purge {purge} has documents replaced by chunk {record['plan']}: it can't be undone")
+        raise UsageError(f"purge {purge} has documents replaced by chunk {record['plan']}: this version can't undo it")
     if record["erased"]:
         raise UsageError(
             f"purge {purge} is erased, so it can't be undone",

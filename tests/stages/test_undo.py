@@ -124,7 +124,7 @@ def test_a_purge_of_what_was_replaced_is_left_to_a_later_version(store_copy: Pat
     record = {**store.state.records[f"purge:{purged}"], "plan": "0123abcd"}
     with writing(store) as run:
         number = store.commit(run, lambda _: Draft("purge", records={f"purge:{purged}": record})).number
-    with pytest.raises(UsageError, match="has what chunk 0123abcd replaced"):
+    with pytest.raises(UsageError, match="has documents replaced by chunk 0123abcd"):
         back(store_copy, purged)
     assert Store.open(store_copy).state.number == number
     assert verified(store_copy)
