@@ -119,18 +119,19 @@ DevicesOption = Annotated[
 ]
 TableOption = Annotated[
     str | None,
-    opt("Neighbour table to read.  [default: main, or the only one]", "--table", metavar="NAME", complete=complete_tables),
+    opt(
+        "Neighbour table to read.  [default: main, or the only one]",
+        "--table",
+        metavar="NAME",
+        complete=complete_tables,
+    ),
 ]
 Device = Annotated[str, _work("auto (a GPU if there is one), cpu, cuda or cuda:N.", "devices", "D")]
 ShardOption = Annotated[
     str | None, _work("This is job I of N on the store, from 0: begin with that share of the work.", "shard", "I/N")
 ]
-WorkersOption = Annotated[
-    int | None, _work("Worker processes.  [default: one per core]", "workers", "N", least=1)
-]
-ScratchOption = Annotated[
-    str | None, _work("Folder for scratch files.  [default: the system's]", "scratch", "DIR")
-]
+WorkersOption = Annotated[int | None, _work("Worker processes.  [default: one per core]", "workers", "N", least=1)]
+ScratchOption = Annotated[str | None, _work("Folder for scratch files.  [default: the system's]", "scratch", "DIR")]
 
 LEAST_MEMORY = 16 << 20
 """The smallest ``--memory``, in bytes."""
