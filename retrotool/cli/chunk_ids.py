@@ -1,6 +1,6 @@
-"""Chunk ids as text. People read and write ``part:row``; JSON, files and Python have ``part << 32 | row``.
+"""Chunk ids as text: ``part:row`` for people, ``part << 32 | row`` in JSON, files and Python.
 
-``store.parts`` has the same arithmetic for arrays; importing it takes longer than most commands should to print help.
+``store.parts`` has the same arithmetic for arrays, but importing it would make ``--help`` slow.
 """
 
 from __future__ import annotations

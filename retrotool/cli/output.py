@@ -167,12 +167,12 @@ class Paragraph:
 
 
 def line_width() -> int:
-    """Return the columns of a line of text: those of the terminal (COLUMNS overrides them), 100 without one."""
+    """Return the width of a line: that of the terminal (COLUMNS overrides it), 100 without one."""
     return max(20, shutil.get_terminal_size((100, 24)).columns)
 
 
 def laid_out(paragraphs: Iterable[Paragraph]) -> str:
-    """Return paragraphs in lines of the terminal's width, with styles if stdout is a terminal with colours."""
+    """Return paragraphs in lines of the terminal's width, styled if it has colours."""
     from rich.console import Console
 
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -240,7 +240,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         ("inspect", [store, "--random", 3]),
         ("export", [store, tmp_path / "exported"]),
         ("search", [store, "store index table", "--devices", "cpu"]),
-        ("leakage", [store, "--evaluation", store]),
+        ("leakage", [store, "--queries", store]),
         ("purge", [store, "--document", "doc-8", "--reason", "test", "--yes"]),
         ("affected", [store]),
         ("undo", [store, "last", "--reason", "test"]),
