@@ -5,7 +5,7 @@
 Makes the folder, writes the text into it as JSON lines, makes a store of it by ``retrotool chunk``, ``embed``,
 ``index`` and ``neighbours``, shows what a few questions find and what lies near their answers, then purges and erases
 one document and shows that it is gone, from the answers and from the bytes of the files. Takes a few minutes on two
-cores; the store stays, to play with. Run again on the same folder, it begins anew; a folder that it did not make it
+cores; the store stays, to play with. Run again on the same folder, it begins again; a folder that it did not make it
 leaves alone.
 """
 
@@ -147,10 +147,10 @@ def show_bytes(store: Path, wanted: dict[str, bytes], when: str) -> int:
     found = dict.fromkeys(wanted, 0)
     for file in files:
         inside = list(contents(file))
-        for what, needle in wanted.items():
-            found[what] += any(needle in data for data in inside)
-    told = ", ".join(f"its {what} in {n}" for what, n in found.items())
-    print(f"  {when:<15} {told} of {len(files)} files")
+        for what, data in wanted.items():
+            found[what] += any(data in piece for piece in inside)
+    line = ", ".join(f"its {what} in {n}" for what, n in found.items())
+    print(f"  {when:<15} {line} of {len(files)} files")
     return sum(found.values())
 
 
@@ -159,13 +159,13 @@ def show_purge(store: Path, takedown: Path) -> None:
     import retrotool as library
 
     before = answer("search", store, QUESTIONS[0])["results"]
-    victim, chunk = before[0]["document"], before[0]["id"]
-    asked = next(result["id"] for result in before if result["document"] != victim)
-    print(f"\nNow say that {victim} must be taken out.")
+    purged, chunk = before[0]["document"], before[0]["id"]
+    asked = next(result["id"] for result in before if result["document"] != purged)
+    print(f"\nNow say that {purged} must be removed.")
     print(f"Looking for the bytes of its chunk {chunk} in every file of {store}, Parquet decoded:")
     wanted = traces(library.open(store), chunk)
     assert show_bytes(store, wanted, "before:")
-    takedown.write_text(victim + "\n")
+    takedown.write_text(purged + "\n")
     retrotool("purge", store, "--document", f"@{takedown}", "--reason", "demo", "--erase", "--yes")
 
     after = answer("search", store, QUESTIONS[0])["results"]
@@ -174,13 +174,13 @@ def show_purge(store: Path, takedown: Path) -> None:
     print(f"{'after:':>{len(QUESTIONS[0]) + 17}} {', '.join(result['document'] for result in after)}")
     reader = library.open(store)
     found = sum(
-        n.chunk.document == victim
+        n.chunk.document == purged
         for part in reader.parts()
         for i in reader.chunk_ids(part)
         for n in reader.neighbours(int(i))
     )
-    print(f"Neighbours, computed before the purge, that are of {victim} when read now: {found}.")
-    assert found == 0 and victim not in {result["document"] for result in after}
+    print(f"Neighbours, computed before the purge, that are of {purged} when read now: {found}.")
+    assert found == 0 and purged not in {result["document"] for result in after}
     print(f"The bytes of chunk {chunk} in the files of {store}, looked for as before:")
     assert not show_bytes(store, wanted, "after the erase:")
     print("\nAnd all of it, in every file that can hold it and by every read path, with a receipt to send back:")
@@ -236,5 +236,5 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]))
     except KeyboardInterrupt:
-        print("The demo was interrupted. Run it again: it begins anew.", file=sys.stderr)
+        print("The demo was interrupted. Run it again: it begins again.", file=sys.stderr)
         sys.exit(INTERRUPTED)

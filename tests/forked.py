@@ -114,7 +114,7 @@ def _give(pipe: int, data: bytes) -> None:
 
 
 def _become(arguments: list[str], descriptors: list[int], preexec_fn: Callable[[], object] | None) -> int:
-    """Be the command line, as far as it can be told; return its exit code."""
+    """Be the command line, as far as it can be reported; return its exit code."""
     import faiss
     import torch
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SCHEME = "memory://"
 _TICK = 0.001
 _PAGE = 100
-"""Files that a listing gives at once: what is written or deleted meanwhile may be in the next page, or not."""
+"""Files that a listing gives at once: what is written or deleted concurrently may be in the next page, or not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ _MOST_LEARNT = 8  # substrings learnt from trial texts
 _LONG_TOKEN = 250  # bytes
 _NEAR = 60  # tokens of a kind that a pair of characters is tried with
 _UNKNOWN, _SAFE, _UNSAFE, _QUOTABLE = 0, 1, 2, 3
-_SUBSTRINGS = "needles"  # name in a store's record
+_SUBSTRINGS = "substrings"  # name in a store's record
 _PAIR_FRAMES = (" {}s ", "\n{}re x", "a{}a ", "1{}1 ", ".{}. ", "  {} x ")
 _CHARACTER_FRAMES = (
     "{0} ", "{0}'s ", "a{0}b ", " {0}a ", "x{0} ", ".{0}. ", " {0} ", "  {0}1 ", "{0}{0} ", "1{0}1 ", "\n{0}\n",

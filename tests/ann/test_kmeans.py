@@ -114,9 +114,9 @@ def test_two_levels_are_nearly_as_good_as_one_and_give_all_clusters() -> None:
     assert two.shape == (200, 16) and torch.isfinite(two).all()
     assert assign(vectors, two)[0].mean() <= 1.15 * assign(vectors, one)[0].mean()
     assert torch.equal(two, kmeans(vectors, 200, two_levels=100)), "from the seed"
-    told: list[float] = []
-    kmeans(vectors, 200, two_levels=100, report=told.append)
-    assert sum(told) == pytest.approx(1)
+    reported: list[float] = []
+    kmeans(vectors, 200, two_levels=100, report=reported.append)
+    assert sum(reported) == pytest.approx(1)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(any), st.data())

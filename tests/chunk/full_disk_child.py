@@ -1,4 +1,4 @@
-"""Run by test_full_disk.py in a process of its own: ``chunk`` on a disk that is full, told as JSON on stdout."""
+"""Run by test_full_disk.py in a process of its own: ``chunk`` on a disk that is full, reported as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 def _attempt(store: Path, source: Path, part_size: int) -> dict[str, Any]:
     result = run_chunk(store, source, "--part-size", part_size)
     found = api.verify(store)
-    told = {"exit_code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr}
-    return {**told, "problems": found.problems, "content": found.content}
+    reported = {"exit_code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr}
+    return {**reported, "problems": found.problems, "content": found.content}
 
 
 def inject(base: Path, source: Path) -> list[dict[str, Any]]:

@@ -131,7 +131,7 @@ def test_a_part_closes_at_the_first_document_end_after_its_size(part_size, tmp_p
         assert sum(counts) >= part_size or part == store.state.parts()[-1]
 
 
-def test_the_same_command_again_is_told_to_be_nothing(tmp_path, plain):
+def test_the_same_command_again_is_reported_to_be_nothing(tmp_path, plain):
     first = run_chunk(tmp_path / "store", plain)
     assert first.stdout.startswith("120 documents, ")
     before = verified(tmp_path / "store")

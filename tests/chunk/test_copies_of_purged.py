@@ -17,7 +17,7 @@ from retrotool.store.blocked import read_blocked
 from retrotool.store.parts import join_id
 from retrotool.store.store import Store
 
-TEXT = "Jane Doe lives in a house by the lake, and has told nobody who lives there with her, nor for how long she will."
+TEXT = "Jane Doe lives in a house by the lake, and has seen nobody who lives there with her, nor for how long she will."
 X, Y = {"id": "x", "text": TEXT}, {"id": "y", "text": TEXT}
 OTHERS = make_rows(4, words=30)
 

@@ -97,6 +97,6 @@ def test_token_ids_that_the_tokenizer_has_not_are_set_aside():
 
 
 @pytest.mark.parametrize(("one", "other"), [(("ab", "c"), ("a", "bc")), (("a", ""), ("", "a"))])
-def test_records_are_told_apart_by_where_the_key_ends(one, other):
+def test_records_are_reported_apart_by_where_the_key_ends(one, other):
     hashes = {content_hash(key, value) for key, value in (one, other)}
     assert len(hashes) == 2

@@ -137,7 +137,7 @@ def test_units_that_were_committed_before_a_difference_stay(tmp_path, source, ex
     assert (found.content, found.ids) == (exact.content, exact.ids)
 
 
-def test_a_store_can_be_told_to_use_tokenizers_alone(tmp_path, source, exact, byte_level_tokenizer):
+def test_a_store_can_be_reported_to_use_tokenizers_alone(tmp_path, source, exact, byte_level_tokenizer):
     store = tmp_path / "store"
     result = run_chunk(store, source, "--tokenizer", byte_level_tokenizer, "--exact-tokenizer", "--json")
     assert json.loads(result.stdout)["compared"] == 0

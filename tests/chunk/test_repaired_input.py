@@ -55,8 +55,8 @@ def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_read_again_whe
     path.write_bytes(packed(name))
     result = run_chunk(store, path, later, "--changed", "add", "--json")
     assert result.exit_code == 0, result.stdout
-    told = json.loads(result.stdout)
-    assert (told["rejected"], told["damaged"], told["known_documents"]) == (0, 0, good - 5)
+    reported = json.loads(result.stdout)
+    assert (reported["rejected"], reported["damaged"], reported["known_documents"]) == (0, 0, good - 5)
     assert [reason[:10] for _, _, reason in quarantine(store)] == ["broken off"], "what each run rejected stays"
     assert sorted(ids(store)) == sorted([row["id"] for row in ROWS] + [f"doc-{i}" for i in range(500, 505)])
     found = api.info(store)
@@ -173,7 +173,7 @@ def test_of_a_damaged_file_the_rest_is_rejected_and_everything_else_is_read(tmp_
     assert api.info(store).unfinished == 0
 
 
-def test_a_run_that_stopped_stops_again_until_it_is_told_otherwise(tmp_path):
+def test_a_run_that_stopped_stops_again_until_it_is_reported_otherwise(tmp_path):
     store = tmp_path / "store"
     big = [{"id": f"big-{i}", "text": "word " * 20_000} for i in range(180)]  # 18 MB: units of their own
     path = truncated(tmp_path / "rows.jsonl.zst")

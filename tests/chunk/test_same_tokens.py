@@ -17,7 +17,7 @@ from retrotool.store import parts
 from retrotool.store.blocked import keyed_tokens, read_blocked, stored_tokens
 from retrotool.store.store import Store
 
-TEXT = "Jane Doe lives in a house by the lake, and has told nobody who lives there with her, nor for how long she will."
+TEXT = "Jane Doe lives in a house by the lake, and has seen nobody who lives there with her, nor for how long she will."
 LOUD = TEXT.upper().replace(" ", "  ")
 JANE, COPY = {"id": "jane", "text": TEXT}, {"id": "copy", "text": LOUD}
 OTHERS = make_rows(6, words=30)

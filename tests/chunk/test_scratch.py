@@ -14,7 +14,7 @@ from retrotool.scratch import VARIABLE, scratch_file, scratch_folder, use_scratc
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "")  # what a test sets is taken back
+    monkeypatch.setenv(VARIABLE, "")  # what a test sets is undone
 
 
 def test_what_is_named_comes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

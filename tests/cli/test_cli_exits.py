@@ -261,7 +261,7 @@ def test_a_bug_shows_its_traceback(tmp_path, monkeypatch):
         run("info", tmp_path)
 
 
-def test_what_the_system_says_of_a_file_is_told(tmp_path, monkeypatch):
+def test_what_the_system_says_of_a_file_is_reported(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path / "store" / "chunks"))
 

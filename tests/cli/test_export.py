@@ -37,7 +37,7 @@ EXACT = SearchOptions(exact=True)
 
 @dataclass(frozen=True)
 class Near:
-    """A neighbour as the API tells it: which database, its id and distance, its tokens and those that follow."""
+    """A neighbour as the API gives it: which database, its id and distance, its tokens and those that follow."""
 
     database: int
     id: int
@@ -139,13 +139,13 @@ def records(tmp_path_factory, tiny_encoder) -> Case:
     api.embed(store, encoder=str(tiny_encoder))
     api.neighbours(store, search=EXACT, saved=4)
     reader = retrotool.open(store)
-    victims = [
+    targets = [
         reader.document("r8")[0],
         reader.document("d112")[3],
         reader.document("d128")[-1],
         *reader.document("d33"),
     ]
-    (store.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
+    (store.parent / "ids").write_text("".join(f"{i}\n" for i in targets))
     api.purge(store, api.Selectors(chunk=store.parent / "ids"), reason="test")
     return Case(store, "main", 2, (("main", 1.0),))
 
@@ -180,12 +180,12 @@ def check_counts(case: Case, result: ExportResult, output: Path) -> None:
     assert result.documents == len({chunk.document for chunk in chunks.values()})
     assert result.tokens == sum(chunk.n_tokens for chunk in chunks.values())
     assert (result.neighbours, result.alone) == (sum(near), near.count(0))
-    told = json.loads((output / "export.json").read_text())
-    assert {file["name"]: file["bytes"] for file in told["files"]} == {
+    reported = json.loads((output / "export.json").read_text())
+    assert {file["name"]: file["bytes"] for file in reported["files"]} == {
         path.name: path.stat().st_size for path in output.iterdir() if path.name != "export.json"
     }
-    assert (told["store"], told["commit"]) == (api.info(case.store).uuid, api.info(case.store).commit)
-    for database, (table, weight) in zip(told["databases"], case.tables, strict=True):
+    assert (reported["store"], reported["commit"]) == (api.info(case.store).uuid, api.info(case.store).commit)
+    for database, (table, weight) in zip(reported["databases"], case.tables, strict=True):
         other = Store.open(Store.open(case.store).state.records[f"neighbours:{table}"]["uri"])
         assert database == {
             "number": database["number"], "table": table, "weight": weight, "uuid": other.identity.uuid,
@@ -255,8 +255,8 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> 
             database=uuid, commit=number, uri=str(root), about=about,
         )  # fmt: skip
         store.commit(run, lambda _: Draft("neighbours", add=(entry,), records={"neighbours:main": record}))
-    victims = {*rng.integers(0, rows, 500).tolist(), 8189, 16384} - {8190, 8191, 8192}
-    (root.parent / "ids").write_text("".join(f"{i}\n" for i in victims))
+    targets = {*rng.integers(0, rows, 500).tolist(), 8189, 16384} - {8190, 8191, 8192}
+    (root.parent / "ids").write_text("".join(f"{i}\n" for i in targets))
     api.purge(root, api.Selectors(chunk=root.parent / "ids"), reason="test")
     return Case(root, "main", 2, (("main", 1.0),))
 

@@ -162,7 +162,7 @@ def test_a_file_system_without_hard_links_will_do(
         (errno.EFBIG, "{} can't be written: File too large; nothing of it was kept"),
     ],
 )
-def test_a_full_disk_is_told_and_leaves_nothing(
+def test_a_full_disk_is_reported_and_leaves_nothing(
     built_store: Path, tmp_path: Path, number: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = disk.announce
@@ -274,7 +274,7 @@ def test_an_erase_meanwhile_ends_it(store_copy: Path, tmp_path: Path, monkeypatc
 
 
 def test_what_is_exported_is_one_view(store_copy: Path, tmp_path: Path) -> None:
-    """A purge that comes later is told by the commit."""
+    """A purge that comes later is reported by the commit."""
     before = api.export(store_copy, tmp_path / "before")
     api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test")
     after = api.export(store_copy, tmp_path / "after")

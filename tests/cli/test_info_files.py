@@ -35,10 +35,10 @@ def listed(store: Path) -> list[dict[str, Any]]:
     """What the command lists, as JSON."""
     code, out, err = run("info", store, "--files", "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)
-    told = json.loads(out)
-    assert set(told) == {"path", "commit", "files"}
-    assert (told["path"], told["commit"]) == (str(store), retrotool.open(store).commit)
-    files: list[dict[str, Any]] = told["files"]
+    reported = json.loads(out)
+    assert set(reported) == {"path", "commit", "files"}
+    assert (reported["path"], reported["commit"]) == (str(store), retrotool.open(store).commit)
+    files: list[dict[str, Any]] = reported["files"]
     return files
 
 

@@ -81,8 +81,8 @@ def test_text_shows_chunks_neighbours_and_what_they_have_in_common(built_store: 
             )
             assert unwrapped(near.chunk.text) in unwrapped(block.replace("[[", "").replace("]]", ""))
             common = result[chunk]["neighbours"][rank - 1]["common"]
-            told = f"{common['tokens']} tokens in common, r {common['r']:.3f}: tokens {common['start']} to "
-            assert (told in block) == common["marked"]
+            reported = f"{common['tokens']} tokens in common, r {common['r']:.3f}: tokens {common['start']} to "
+            assert (reported in block) == common["marked"]
             if common["marked"]:
                 marked += 1
                 assert unwrapped(f"[[{common['chunk']['run']}]]")[:12] in unwrapped(block)
@@ -92,12 +92,12 @@ def test_text_shows_chunks_neighbours_and_what_they_have_in_common(built_store: 
 
 def test_json_is_one_object_with_everything(built_store: Path) -> None:
     code, out, err = run(built_store, "--random", 5, "--seed", 3, "--json")
-    told = json.loads(out)
+    reported = json.loads(out)
     assert (code, err, out.count("\n")) == (0, "", 1)
-    assert (told["store"], told["name"], told["shown"], told["k"]) == (str(built_store), "main", 5, 2)
-    assert told["chosen"].endswith("seed 3")
+    assert (reported["store"], reported["name"], reported["shown"], reported["k"]) == (str(built_store), "main", 5, 2)
+    assert reported["chosen"].endswith("seed 3")
     assert ": 1 random chunk of " in run(built_store, "--random", 1)[1]
-    for chunk in told["chunks"]:
+    for chunk in reported["chunks"]:
         for near in chunk["neighbours"]:
             common = near["common"]
             for field, text in (
@@ -173,7 +173,7 @@ def test_a_terminal_gets_colours_unless_it_says_no(hostile: Path) -> None:
     assert in_terminal("inspect", hostile, "--chunk", 0, "-k", 2, TERM="dumb") == plain
 
 
-def test_a_value_and_a_chunk_alone_are_told(tmp_path: Path, tiny_encoder: Path) -> None:
+def test_a_value_and_a_chunk_alone_are_reported(tmp_path: Path, tiny_encoder: Path) -> None:
     from key_values import Written, make_store
 
     rows = [Written("r", make_text(0, 12), make_text(1, 40)), Written("s", make_text(2, 12), make_text(3, 40))]
@@ -224,9 +224,9 @@ def test_wrong_usage_ends_with_2_and_says_so(
 
 def test_the_table_that_is_missing_is_named_with_its_command(built_store: Path) -> None:
     code, out, err = run(built_store, "--chunk", 0, "--table", "other", "--json")
-    told = json.loads(out)
-    assert (code, told["exit_code"]) == (2, 2)
-    assert f"retrotool neighbours {built_store} --name other" in told["advice"] and told["advice"] in err
+    reported = json.loads(out)
+    assert (code, reported["exit_code"]) == (2, 2)
+    assert f"retrotool neighbours {built_store} --name other" in reported["advice"] and reported["advice"] in err
     assert run("nowhere", "--chunk", 0)[0] == 10
 
 
@@ -235,8 +235,8 @@ def test_with_a_page_text_has_the_figures_alone_and_json_has_all(built_store: Pa
     code, out, err = run(built_store, "--random", 30, "--html", page)
     assert (code, err) == (0, "") and page.is_file()
     assert "30 chunks with 60 neighbours; " in out and f"Page: {page}" in out and "distance" not in out
-    told = json.loads(run(built_store, "--random", 30, "--html", page, "--json")[1])
-    assert (told["page"], len(told["chunks"])) == (str(page), 30)
+    reported = json.loads(run(built_store, "--random", 30, "--html", page, "--json")[1])
+    assert (reported["page"], len(reported["chunks"])) == (str(page), 30)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 

@@ -134,8 +134,8 @@ def test_a_page_without_an_end_is_no_page(built_store: Path, tmp_path: Path, cli
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
 
     ended = cli("inspect", built_store, "--random", 100, "--html", page, "--json", preexec_fn=small)
-    told = json.loads(ended.stdout)
-    assert (ended.returncode, told["error"]) == (1, f"{page} can't be written: File too large")
+    reported = json.loads(ended.stdout)
+    assert (ended.returncode, reported["error"]) == (1, f"{page} can't be written: File too large")
     assert "Traceback" not in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"] and page.read_text() == "old"
 

@@ -1,4 +1,4 @@
-"""``log`` and ``verify --log``: what was done is told, and what was done to the log is found and named."""
+"""``log`` and ``verify --log``: what was done is reported, and what was done to the log is found and named."""
 
 from __future__ import annotations
 
@@ -80,19 +80,19 @@ def forge_all(root: Path, number: int, **fields: object) -> None:
         forge(root, later, parent=parent)
 
 
-def test_every_commit_is_told_with_the_hash_that_the_next_names(store: Path) -> None:
+def test_every_commit_is_reported_with_the_hash_that_the_next_names(store: Path) -> None:
     entries = list(api.log_entries(store))
     assert [entry.number for entry in entries] == list(range(Store.open(store).state.number + 1))
     assert [entry.parent for entry in entries[1:]] == [entry.sha256 for entry in entries[:-1]]
     files = [hashlib.sha256(commit_file(store, n).read_bytes()).hexdigest() for n in range(len(entries))]
     assert [entry.sha256 for entry in entries] == files
-    told = json.loads(run("log", store, "--json")[1])
-    assert [entry["sha256"] for entry in told["commits"]] == files
+    reported = json.loads(run("log", store, "--json")[1])
+    assert [entry["sha256"] for entry in reported["commits"]] == files
     assert [entry.number for entry in api.log_entries(store, 2)] == [len(entries) - 2, len(entries) - 1]
     assert len(list(api.log_entries(store, 10**6))) == len(entries)
 
 
-def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
+def test_what_was_done_is_reported_in_a_few_words(store: Path) -> None:
     code, out, err = run("log", store)
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -110,7 +110,7 @@ def test_what_was_done_is_told_in_a_few_words(store: Path) -> None:
     assert len(lines) == len(list(api.log_entries(store)))
 
 
-def test_what_was_taken_back_is_told_with_who_and_why(built_store: Path, tmp_path: Path) -> None:
+def test_what_was_taken_back_is_reported_with_who_and_why(built_store: Path, tmp_path: Path) -> None:
     copy = copy_store(built_store, tmp_path / "copy")
     name = api.purge(copy, api.Selectors(document=("doc-3",)), reason="wrong", who="one").purge
     api.undo(copy, name, reason="it was right", who="another\n")
@@ -119,20 +119,20 @@ def test_what_was_taken_back_is_told_with_who_and_why(built_store: Path, tmp_pat
     assert lines[-1].endswith(f"; undid {name} by another : it was right")
 
 
-def test_no_purged_text_is_told(store: Path) -> None:
+def test_no_purged_text_is_reported(store: Path) -> None:
     for more in ([], ["--json"]):
         assert SECRET not in run("log", store, *more)[1]
 
 
-def test_a_broken_log_is_told_as_far_as_it_goes(store: Path) -> None:
+def test_a_broken_log_is_reported_as_far_as_it_goes(store: Path) -> None:
     commit_file(store, 3).unlink()
     code, out, err = run("log", store)
     assert (code, len(out.splitlines())) == (12, 3)
     assert err.startswith("error: ") and "00000003.json is missing" in err and "verify" in err
     code, out, again = run("log", store, "--json")
-    told = json.loads(out)
-    assert (code, len(told["commits"]), told["exit_code"], again) == (12, 3, 12, err)
-    assert set(told) == {"commits", "error", "advice", "exit_code"}
+    reported = json.loads(out)
+    assert (code, len(reported["commits"]), reported["exit_code"], again) == (12, 3, 12, err)
+    assert set(reported) == {"commits", "error", "advice", "exit_code"}
     with pytest.raises(UsageError, match="--last 0"):
         api.log_entries(store, 0)
 
@@ -208,7 +208,7 @@ def test_an_invalid_commit_and_another_identity_are_named(store: Path) -> None:
     assert "store.json: wrong checksum" in api.verify_log(store).problems[0]
 
 
-def test_only_a_hash_that_was_kept_finds_a_log_that_was_written_anew(store: Path) -> None:
+def test_only_a_hash_that_was_kept_finds_a_log_that_was_written_again(store: Path) -> None:
     early = [entry.sha256 for entry in api.log_entries(store)]
     kept = early[-1]
     assert api.verify_log(store, kept.upper()).kept == len(early) - 1
@@ -217,7 +217,7 @@ def test_only_a_hash_that_was_kept_finds_a_log_that_was_written_anew(store: Path
     assert code == 0 and "kept  is commit 2" in out
     remove_stored(store, "checkpoints/*")
     forge_all(store, 2, tool="another")
-    assert api.verify_log(store).ok, "nothing in the store tells"
+    assert api.verify_log(store).ok, "nothing in the store shows it"
     assert api.verify_log(store, early[1]).kept == 1, "up to there it is the same"
     code, out, _ = run("verify", store, "--log", "--head", kept)
     assert code == 12 and "rewritten or cut off" in out

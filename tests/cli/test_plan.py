@@ -138,8 +138,8 @@ def test_arithmetic_of_a_chunk_is_that_of_the_docs():
     def gigaflops(name: str) -> float:
         return 64 * find_shape(name).flops_per_token(64) / 1e9
 
-    told = {"minilm": 1.4, "12x384": 2.9, "bert-base": 11.3, "bert-large": 40}
-    assert {name: gigaflops(name) for name in told} == pytest.approx(told, rel=0.05)
+    reported = {"minilm": 1.4, "12x384": 2.9, "bert-base": 11.3, "bert-large": 40}
+    assert {name: gigaflops(name) for name in reported} == pytest.approx(reported, rel=0.05)
 
 
 def test_a_model_directory_says_its_own_sizes(tiny_encoder, tmp_path):
@@ -194,8 +194,8 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message):
     assert (code, out) == (2, "")
     assert message in err
     code, out, _ = run(*arguments, "--json")
-    told = json.loads(out)
-    assert (code, told["exit_code"], message in told["error"]) == (2, 2, True)
+    reported = json.loads(out)
+    assert (code, reported["exit_code"], message in reported["error"]) == (2, 2, True)
 
 
 def test_a_plan_is_of_so_many_tokens():
@@ -203,7 +203,7 @@ def test_a_plan_is_of_so_many_tokens():
     assert (code, out) == (2, "") and "Missing option '--tokens'" in err
 
 
-def test_an_encoder_that_is_not_known_is_told_those_that_are():
+def test_an_encoder_that_is_not_known_is_reported_those_that_are():
     advice = run("--tokens", "1T", "--encoder", "gpt-7")[2]
     assert all(name in advice for name in ("minilm", "bert-base", "bert-large", "12x768"))
     assert "directory" in advice
@@ -229,7 +229,7 @@ def test_every_rate_that_is_used_is_shown_and_no_other():
             assert differs == (stage in shown)
 
 
-def test_the_embed_rate_is_the_one_that_it_is_told_as():
+def test_the_embed_rate_is_the_one_that_it_is_reported_as():
     plan = made(64 * 31_600 * 3600, encoder="bert-base", gpus=1, tokens_per_document=10**9)
     assert plan.stages[1].gpu_hours == pytest.approx(1, rel=0.01)
 
@@ -237,20 +237,20 @@ def test_the_embed_rate_is_the_one_that_it_is_told_as():
 def test_json_has_the_keys_that_scripts_rely_on():
     code, out, err = run(*(word for pair in MOST.items() for word in pair), "--json")
     assert (code, err) == (0, "")
-    told = json.loads(out)
-    assert set(told) == {field.name for field in dataclasses.fields(Plan)}
-    assert set(told["files"][0]) == {"kind", "bytes", "each"}
-    assert set(told["stages"][0]) == {
+    reported = json.loads(out)
+    assert set(reported) == {field.name for field in dataclasses.fields(Plan)}
+    assert set(reported["files"][0]) == {"kind", "bytes", "each"}
+    assert set(reported["stages"][0]) == {
         "name", "gpu_hours", "core_hours", "wall_hours", "read_bytes", "written_bytes", "limit",
     }  # fmt: skip
-    assert set(told["index"]) == {
+    assert set(reported["index"]) == {
         "factory", "kind", "why", "nlist", "bytes_per_vector", "trained_bytes", "sample", "sample_bytes", "shards",
         "memory", "hosts",
     }  # fmt: skip
-    assert set(told["rates"][0]) == {"stage", "value", "unit", "per", "source"}
-    assert set(told["machines"]) == {"gpus", "hosts", "cores", "memory"}
-    assert set(told["encoder"]) == {"name", "layers", "hidden", "intermediate"}
-    assert [stage["name"] for stage in told["stages"]] == [
+    assert set(reported["rates"][0]) == {"stage", "value", "unit", "per", "source"}
+    assert set(reported["machines"]) == {"gpus", "hosts", "cores", "memory"}
+    assert set(reported["encoder"]) == {"name", "layers", "hidden", "intermediate"}
+    assert [stage["name"] for stage in reported["stages"]] == [
         "chunk", "embed", "index: train", "index: encode", "neighbours",
     ]  # fmt: skip
 
@@ -270,10 +270,10 @@ def test_the_largest_plan_is_json_too(tmp_path):
     rates = [word for stage in STAGES for word in ("--rate", f"{stage}=1")]
     slow = ("--tokens-per-document", 1, *rates, "--target-recall", 1.0, "--json")
     code, out, _ = run(*(word for pair in arguments.items() for word in pair), *slow)
-    told = json.loads(out)
+    reported = json.loads(out)
     assert code == 0
-    assert told["bytes"] == sum(one["bytes"] for one in told["files"])
-    assert all(isinstance(stage["wall_hours"], float) for stage in told["stages"])
+    assert reported["bytes"] == sum(one["bytes"] for one in reported["files"])
+    assert all(isinstance(stage["wall_hours"], float) for stage in reported["stages"])
 
 
 def test_text_says_the_same():

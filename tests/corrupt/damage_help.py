@@ -142,9 +142,9 @@ def run_command(*arguments: object) -> str:
 def exported(store: Path, folder: Path) -> object:
     """The rows of an export, and what it says of itself."""
     try:
-        told = run_command("export", store, folder / "exported", "--table", "text", "--json")
+        reported = run_command("export", store, folder / "exported", "--table", "text", "--json")
         files = sorted((folder / "exported").glob("**/*.parquet"))
-        return told, [pq.read_table(file).to_pylist() for file in files]
+        return reported, [pq.read_table(file).to_pylist() for file in files]
     finally:
         shutil.rmtree(folder / "exported", ignore_errors=True)
 

@@ -19,11 +19,11 @@ from retrotool.store.store import Store
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+def reported(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     """Part 1: the record of rows 0 (key) and 1 (value), and others like it."""
     content = [Written(f"record-{i}", f"key {i}", "a value") for i in range(5)]
     store = make_store(
-        tmp_path_factory.mktemp("told") / "store", tiny_encoder, [Written("plain", "one chunk")], content
+        tmp_path_factory.mktemp("reported") / "store", tiny_encoder, [Written("plain", "one chunk")], content
     )
     api.embed(store, encoder=str(tiny_encoder))
     api.index(store)
@@ -82,9 +82,9 @@ LIES: dict[str, tuple[Callable[[Liar], None], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lie_about_keys_is_found(told: Path, tmp_path: Path, lie: str) -> None:
+def test_a_lie_about_keys_is_found(reported: Path, tmp_path: Path, lie: str) -> None:
     tell, expected = LIES[lie]
-    copy = copy_store(told, tmp_path / "store")
+    copy = copy_store(reported, tmp_path / "store")
     store = Store.open(copy)
     with Run(store.storage) as run:
         tell(Liar(store, run))

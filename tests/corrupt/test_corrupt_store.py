@@ -84,7 +84,7 @@ def problems(store: Path) -> list[str]:
 
 
 def assert_found(store: Path, path: Path) -> None:
-    """A problem names the file; for an entry of the log, any problem will do: it tells of files, and of its parent."""
+    """A problem names the file; for an entry of the log, any problem will do: it names files, and its parent."""
     found = problems(store)
     name = path_in_store(store, path)
     assert any(name.startswith("log/") or name in problem for problem in found), found
@@ -268,9 +268,9 @@ def test_a_store_that_can_not_be_opened_is_not_well(store: Path, kind: str, cli:
     found = api.verify(store)
     assert (found.ok, found.content, len(found.problems)) == (False, "", 1)
     done = cli("verify", store, "--json")
-    told = json.loads(done.stdout)
+    reported = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (12, "")
-    assert (told["ok"], told["content"], told["problems"]) == (False, "", found.problems)
+    assert (reported["ok"], reported["content"], reported["problems"]) == (False, "", found.problems)
     assert "FAILED: " in cli("verify", store).stdout
 
 

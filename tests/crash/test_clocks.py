@@ -22,7 +22,7 @@ from conftest import make_rows, write_jsonl
 from memory_storage import MemoryStorage, memory_server
 from test_faults import listening
 from test_kills import SEED, begin_child, in_child
-from test_races import RACES, VICTIMS, Work, at_once, stages  # noqa: F401 - one is a fixture
+from test_races import RACES, TARGETS, Work, at_once, stages  # noqa: F401 - one is a fixture
 
 from retrotool import api
 from retrotool.store import gc, leases, log
@@ -46,7 +46,7 @@ def commands(encoder: Path, inputs: Path) -> dict[str, Work]:
         "chunk": chunk("first.jsonl"),
         "chunk another": chunk("second.jsonl"),
         "embed": lambda store: api.embed(store, encoder=str(encoder), devices="cpu", name="again"),
-        "purge --erase": lambda store: api.purge(store, api.Selectors(document=VICTIMS), reason="test", erase=True),
+        "purge --erase": lambda store: api.purge(store, api.Selectors(document=TARGETS), reason="test", erase=True),
     }
 
 
@@ -132,7 +132,8 @@ class Jump:
     def check(self) -> None:
         """Whether all that the command which stands still has written is there yet, but for what a commit removed.
 
-        What it has only begun to write is not looked at: a thread of it may end that meanwhile. If it were removed, the
+        What it has only begun to write is not looked at: a thread of it may end that.
+        If it were removed, the
         command would end with an error.
         """
         commits = (log.read(self.storage, number) for number in range(Store.open(self.storage).state.number + 1))

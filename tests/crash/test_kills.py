@@ -150,7 +150,7 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
     rows = make_rows(24, words=60)
     write_jsonl(root / "one.jsonl", [*rows[:14], rows[3]])
     write_jsonl(root / "two.jsonl", rows[14:])
-    (root / "victims.txt").write_text("doc-3\ndoc-20\n")
+    (root / "targets.txt").write_text("doc-3\ndoc-20\n")
     stores = {"inputs": root, "chunk": root / "empty"}
     steps: list[tuple[str, Callable[[Path], object]]] = [
         (
@@ -181,7 +181,7 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
         step(stores[name])
         before = stores[name]
     stores["undo"] = copy_store(stores["purge"], root / "undo")
-    api.purge(stores["undo"], api.Selectors(document=root / "victims.txt"), reason="test")
+    api.purge(stores["undo"], api.Selectors(document=root / "targets.txt"), reason="test")
     lists_index(stores["undo"])
     stores["earlier"] = stores["undo"]
     stores["refill"] = copy_store(stores["neighbours"], root / "refill")
@@ -222,13 +222,13 @@ def erase_earlier(store: Path) -> None:
 
 def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
     inputs = [str(stages["inputs"] / name) for name in ("one.jsonl", "two.jsonl")]
-    victims = str(stages["inputs"] / "victims.txt")
+    targets = str(stages["inputs"] / "targets.txt")
 
     def purge(store: Path) -> object:
-        return api.purge(store, api.Selectors(document=Path(victims)), reason="test")
+        return api.purge(store, api.Selectors(document=Path(targets)), reason="test")
 
     def erase(store: Path) -> object:
-        return api.purge(store, api.Selectors(document=Path(victims)), reason="test", erase=True)
+        return api.purge(store, api.Selectors(document=Path(targets)), reason="test", erase=True)
 
     logical: tuple[str, ...] = ("content", "ids", "tombstones", "embeddings", "neighbours", "materialised")
     logical = (*logical, "documents", "chunks", "tokens")
@@ -357,9 +357,9 @@ def test_a_command_after_a_kill_does_not_wait_for_the_dead(
             shutil.copytree(before, store)
         assert in_child(lambda store=store: case.work(store), draw.randint(calls // 4, calls))[0]  # type: ignore[misc]
         left += len(list((store / "leases").glob("*-*")))
-        killed, told = begin_child(lambda store=store: waiting_for_nothing(lambda: case.work(store))).end()  # type: ignore[misc]
+        killed, reported = begin_child(lambda store=store: waiting_for_nothing(lambda: case.work(store))).end()  # type: ignore[misc]
         assert not killed
-        found = json.loads(told)
+        found = json.loads(reported)
         assert found["refused"] == []
         assert list((store / "leases").iterdir()) == []
         after += [found["after"]] if found["after"] is not None else []

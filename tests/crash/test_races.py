@@ -46,10 +46,10 @@ pytestmark = pytest.mark.slow
 
 RACES = KILLS if "RETROTOOL_KILLS" in os.environ else times(1, 5)
 WAIT_SECONDS = 20.0
-"""How long a command may wait for the other, which stands still meanwhile, before that goes on."""
+"""How long a command may wait for the other, which waits, before that goes on."""
 Work = Callable[[Path], object]
 Action = Callable[[], object]
-VICTIMS = ("doc-3", "doc-20")
+TARGETS = ("doc-3", "doc-20")
 COPY = "again-3"
 """A document with the text of one of them."""
 
@@ -80,7 +80,7 @@ class Gate:
             os.close(descriptor)
 
 
-def told(work: Callable[[], object]) -> Callable[[], object]:
+def reported(work: Callable[[], object]) -> Callable[[], object]:
     """``work``; an error of ours is what it returns, as a command line prints it and ends."""
 
     def done() -> object:
@@ -109,7 +109,7 @@ def at_once(
     children = []
     try:
         for work, gate in zip((first, second), gates, strict=True):
-            children.append(begin_child(listening(told(lambda work=work: work(store)), gate)))  # type: ignore[misc]
+            children.append(begin_child(listening(reported(lambda work=work: work(store)), gate)))  # type: ignore[misc]
             gate.wait(children[-1], WAIT_SECONDS)
             (begins if len(children) == 1 else stands)()
         gates[0].open()
@@ -155,10 +155,10 @@ def races(encoder: Path, inputs: Path) -> dict[str, Race]:
         api.erase(store, list(api.info(store).purges))
 
     def purge(store: Path) -> None:
-        api.purge(store, api.Selectors(document=VICTIMS), reason="test")
+        api.purge(store, api.Selectors(document=TARGETS), reason="test")
 
     def purge_and_erase(store: Path) -> None:
-        api.purge(store, api.Selectors(document=VICTIMS), reason="test", erase=True)
+        api.purge(store, api.Selectors(document=TARGETS), reason="test", erase=True)
 
     def embed(store: Path) -> None:
         api.embed(store, encoder=str(encoder), devices="cpu", name="again")
@@ -202,28 +202,28 @@ def races(encoder: Path, inputs: Path) -> dict[str, Race]:
     return {
         "erase, undo": Race("undo", erase, undo, (UsageError,)),
         "undo, erase": Race("undo", undo, erase, (UsageError,)),
-        "erase, erase": Race("undo", erase, erase, (UsageError,), VICTIMS),
+        "erase, erase": Race("undo", erase, erase, (UsageError,), TARGETS),
         "embed, clean": Race("purge", embed, clean),
-        "purge, clean elsewhere": Race("purge", purge, clean_elsewhere(2 * 3600), (), VICTIMS),
+        "purge, clean elsewhere": Race("purge", purge, clean_elsewhere(2 * 3600), (), TARGETS),
         "embed, clean elsewhere": Race("purge", embed, clean_elsewhere(2 * 3600)),
         "purge, clean a day later": Race("purge", purge, clean_elsewhere(leases.DEAD_SECONDS + 60), lost),
         "embed, clean a day later": Race("purge", embed, clean_elsewhere(leases.DEAD_SECONDS + 60), lost),
         "undo, clean a day later": Race("undo", undo, clean_elsewhere(leases.DEAD_SECONDS + 60), lost),
         "chunk, chunk": Race("purge", chunk, chunk),
-        "chunk, purge": Race("purge", chunk, purge, (), VICTIMS),
+        "chunk, purge": Race("purge", chunk, purge, (), TARGETS),
         "fold, fold": Race("staged", fold_all, fold_all),
-        "fold, erase": Race("staged", fold_all, purge_and_erase, (), VICTIMS),
-        "finish, purge": Race("pending", finish, purge, (), (*VICTIMS, COPY)),
-        "purge, finish": Race("pending", purge, finish, (), (*VICTIMS, COPY)),
-        "finish, erase": Race("pending", finish, purge_and_erase, (), (*VICTIMS, COPY)),
+        "fold, erase": Race("staged", fold_all, purge_and_erase, (), TARGETS),
+        "finish, purge": Race("pending", finish, purge, (), (*TARGETS, COPY)),
+        "purge, finish": Race("pending", purge, finish, (), (*TARGETS, COPY)),
+        "finish, erase": Race("pending", finish, purge_and_erase, (), (*TARGETS, COPY)),
         "finish, finish": Race("pending", finish, finish, (UsageError,)),  # there may be nothing left to finish
-        "embed, erase": Race("purge", embed, purge_and_erase, (), VICTIMS),
-        "erase, embed": Race("purge", purge_and_erase, embed, (), VICTIMS),
-        "index, erase": Race("purge", index, purge_and_erase, (), VICTIMS),
-        "erase, index": Race("purge", purge_and_erase, index, (), VICTIMS),
-        "neighbours, erase": Race("purge", neighbours, purge_and_erase, (), VICTIMS),
-        "erase, neighbours": Race("purge", purge_and_erase, neighbours, (), VICTIMS),
-        "purge, neighbours": Race("purge", purge, neighbours, (), VICTIMS),
+        "embed, erase": Race("purge", embed, purge_and_erase, (), TARGETS),
+        "erase, embed": Race("purge", purge_and_erase, embed, (), TARGETS),
+        "index, erase": Race("purge", index, purge_and_erase, (), TARGETS),
+        "erase, index": Race("purge", purge_and_erase, index, (), TARGETS),
+        "neighbours, erase": Race("purge", neighbours, purge_and_erase, (), TARGETS),
+        "erase, neighbours": Race("purge", purge_and_erase, neighbours, (), TARGETS),
+        "purge, neighbours": Race("purge", purge, neighbours, (), TARGETS),
     }
 
 
@@ -250,7 +250,7 @@ def stop(*_: object, **__: object) -> None:
 def make_more(root: Path, whole: Path, encoder: Path) -> dict[str, Path]:
     """A store with an embedding of every part staged, and one with a plan that is all but finished.
 
-    The plan has a document of ``VICTIMS`` once more, by its text; and one that repeats another by its id.
+    The plan has a document of ``TARGETS`` once more, by its text; and one that repeats another by its id.
     """
     staged = Path(shutil.copytree(whole, root / "staged"))
     with mock.patch("retrotool.store.log.append", stop), pytest.raises(Stopped):
@@ -287,7 +287,7 @@ def test_of_two_commands_at_once_neither_breaks_what_the_other_does(
 
 
 def check(store: Path, race: Race, places: tuple[int, int], *, receipts: bool) -> None:
-    """What holds after every race, whoever won; ``receipts`` are for what was erased, and take longest."""
+    """What holds after every race, whichever won; ``receipts`` are for what was erased, and take longest."""
     found = api.verify(store)
     assert found.problems == [], places
     reader, opened = retrotool.open(store), Store.open(store)
@@ -302,7 +302,7 @@ def check(store: Path, race: Race, places: tuple[int, int], *, receipts: bool) -
             receipt = api.verify_purge(store, purge, out=store.parent).receipt
             assert receipt.ok, (places, receipt.problems)
         if race.before == "undo":
-            assert all((name in documents) == ("undone" in record) for name in VICTIMS), places
+            assert all((name in documents) == ("undone" in record) for name in TARGETS), places
     assert documents.isdisjoint(race.gone), places
     for table in opened.state.names("neighbours"):
         parts = {entry.part for _, entry in opened.state.group("neighbours", table).items()}

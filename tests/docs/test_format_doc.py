@@ -134,7 +134,7 @@ def test_duckdb_reads_columns_that_some_parts_have(grown_store: Path, tmp_path: 
 
 
 @pytest.mark.on_disk
-def test_duckdb_is_told_of_a_file_that_was_erased_since(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
+def test_duckdb_is_reported_of_a_file_that_was_erased_since(grown_store: Path, tmp_path: Path, cli: Cli) -> None:
     found = all_parts(grown_store, tmp_path, cli)["duckdb"]
     api.purge(grown_store, api.Selectors(document=("doc-5",)), reason="test", erase=True)
     with pytest.raises(found.IOException, match="No files found"):

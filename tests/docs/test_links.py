@@ -158,11 +158,11 @@ def test_python_blocks_import_what_exists(page: Path) -> None:
                     assert is_there(f"{node.module}.{alias.name}"), f"{page}: {node.module}.{alias.name}"
 
 
-def test_nobody_is_told_to_install_the_package_that_has_the_name_on_pypi() -> None:
-    told = re.compile(r"(?:pip3?|uv|pipx|pipenv|poetry) (?:pip )?(?:install|add) [^\n]*\bretrotool\b")
+def test_nobody_is_reported_to_install_the_package_that_has_the_name_on_pypi() -> None:
+    reported = re.compile(r"(?:pip3?|uv|pipx|pipenv|poetry) (?:pip )?(?:install|add) [^\n]*\bretrotool\b")
     texts = [ROOT / "Makefile", ROOT / "pyproject.toml", *PAGES]
     texts += [path for folder in ("retrotool", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    assert [path for path in texts if told.search(path.read_text("utf-8"))] == []
+    assert [path for path in texts if reported.search(path.read_text("utf-8"))] == []
 
 
 def test_blocks_are_of_known_languages() -> None:

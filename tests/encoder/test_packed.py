@@ -155,7 +155,7 @@ def test_another_model_goes_through_transformers_and_says_so(tiny_encoder: Path,
         ({"model_type": None}, "None"),
     ],
 )
-def test_what_is_computed_otherwise_is_told_by_the_configuration(
+def test_what_is_computed_otherwise_is_reported_by_the_configuration(
     changes: dict[str, Any], reason: str, tiny_encoder: Path
 ) -> None:
     config = json.loads((tiny_encoder / "config.json").read_text())

@@ -48,10 +48,10 @@ def test_blocks_come_one_by_one_as_if_they_were_embedded_alone(model: Path, forw
     encoder = Encoder(str(model), "cpu", forward=forward, batch_tokens=500)
     rows = rows_of_all_lengths(n=90)
     blocks = [rows[:1], rows[1:40], [], rows[40:]]
-    told: list[int] = []
-    found = list(encoder.vectors(map(Rows.of, blocks), told.append))
+    reported: list[int] = []
+    found = list(encoder.vectors(map(Rows.of, blocks), reported.append))
     assert [len(vectors) for vectors in found] == [1, 39, 0, 50]
-    assert sum(told) == 90
+    assert sum(reported) == 90
     assert encoder.work.rows == 90
     assert np.allclose(np.concatenate(found), encoder.embed(rows), atol=2e-3)
 

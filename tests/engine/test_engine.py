@@ -35,7 +35,7 @@ from retrotool.store.store import Store
 
 @dataclass(frozen=True)
 class TouchStage:
-    """Writes one selector file a task; misbehaves as told, leaving a mark for every attempt."""
+    """Writes one selector file a task; misbehaves as reported, leaving a mark for every attempt."""
 
     marks: str
     tasks: int = 6
@@ -299,8 +299,8 @@ def test_on_a_terminal_there_is_a_bar_after_two_seconds_while_a_worker_gets_read
         for _ in range(2):
             time.sleep(0.2)
             progress.update(20, 0, "400 tokens/s")
-        told = file.getvalue().split("\r")[-1]
-    assert re.search(r"embed:  20%.* 40.0/200 \[00:0\d<00:\d\d, [\d.]+chunk/s, 400 tokens/s", told), told
+        reported = file.getvalue().split("\r")[-1]
+    assert re.search(r"embed:  20%.* 40.0/200 \[00:0\d<00:\d\d, [\d.]+chunk/s, 400 tokens/s", reported), reported
 
 
 def test_in_a_log_there_is_a_line_a_minute(monkeypatch):

@@ -140,7 +140,7 @@ def test_a_damaged_file_never_crashes_and_loses_no_row_in_silence(tmp_path_facto
     damage = [row for row in found if isinstance(row, Rejected) and row.damage]
     rows = [row for row in found if row not in damage]
     if not damage:
-        # Without a checksum, a length that was changed to a possible one can't be told from a true one.
+        # Without a checksum, a length that was changed to a possible one can't be reported from a true one.
         reader = pa.ipc.open_stream(path) if kind == "stream" else pa.ipc.open_file(path)
         with reader:
             assert len(rows) == reader.read_all().num_rows
@@ -191,7 +191,7 @@ def test_slices_of_a_file_have_the_rows_that_were_counted(tmp_path, compression,
     assert [row.position for row in together] == list(range(1, 96))
 
 
-def test_a_stream_without_its_end_mark_is_told(tmp_path):
+def test_a_stream_without_its_end_mark_is_reported(tmp_path):
     path = write_stream(tmp_path / "open.arrow")
     path.write_bytes(path.read_bytes()[:-8])
     *found, last = read_input(input_of(path), Fields())
@@ -201,7 +201,7 @@ def test_a_stream_without_its_end_mark_is_told(tmp_path):
     )
 
 
-def test_what_follows_the_end_of_a_stream_is_told(tmp_path):
+def test_what_follows_the_end_of_a_stream_is_reported(tmp_path):
     path = write_stream(tmp_path / "two.arrow")
     path.write_bytes(path.read_bytes() * 2)
     *found, last = read_input(input_of(path), Fields())

@@ -122,15 +122,15 @@ def test_whatever_a_library_raises_of_a_file_is_damage_of_it(tmp_path, error):
 
 
 NAMED = {
-    "a.warc": b"victim said so\r\n",
-    "length.warc": b"WARC/1.0\r\nContent-Length: victim\r\n\r\n",
-    "type.warc": response(b"x", "victim/x"),
-    "coding.warc": response(b"x", Content_Encoding="victim"),
-    "header.csv": b"victim,1\nother,2\n",
-    "columns.parquet": parquet(TABLE.rename_columns(["victim", "ids"])),
-    "header.npy": b"\x93NUMPY\1\0\x26\0{'descr': '<u2', 'victim': 'victim' }   \n",
-    "array.npy": numpy([("victim", "<u2")]),
-    "text.npy": b"victim 'descr': ",
+    "a.warc": b"target said so\r\n",
+    "length.warc": b"WARC/1.0\r\nContent-Length: target\r\n\r\n",
+    "type.warc": response(b"x", "target/x"),
+    "coding.warc": response(b"x", Content_Encoding="target"),
+    "header.csv": b"target,1\nother,2\n",
+    "columns.parquet": parquet(TABLE.rename_columns(["target", "ids"])),
+    "header.npy": b"\x93NUMPY\1\0\x26\0{'descr': '<u2', 'target': 'target' }   \n",
+    "array.npy": numpy([("target", "<u2")]),
+    "text.npy": b"target 'descr': ",
 }
 """Files in whose place of a name or a number stands what nobody should read in a reason."""
 
@@ -143,7 +143,7 @@ def test_reasons_say_nothing_of_what_the_input_says(tmp_path, name):
     assert not any("vict" in row.reason for row in rows), rows
 
 
-@pytest.mark.parametrize("text", ["it's 'victim' here", 'of "vic\'tim"', "b'victim", "name: `victim`, `victim`"])
+@pytest.mark.parametrize("text", ["it's 'target' here", 'of "vic\'tim"', "b'target", "name: `target`, `target`"])
 def test_what_a_library_quotes_is_left_out(text):
     assert "vic" not in reason_of(ValueError(text))
     assert "tim" not in reason_of(ValueError(text))

@@ -101,7 +101,7 @@ def test_names_do_not_depend_on_what_else_is_given(here):
     assert [row.id for file in find_inputs(["a/n.txt"]) for row in read_input(file, Fields())] == ["a/n.txt"]
 
 
-def test_inputs_of_one_name_are_told_apart_by_the_folders_around_them(here):
+def test_inputs_of_one_name_are_reported_apart_by_the_folders_around_them(here):
     make("one/x/n.txt", "two/x/n.txt", "other.txt")
     assert names_of("one/x", "two/x", "other.txt") == ["one/x/n.txt", "two/x/n.txt", "other.txt"]
 
@@ -182,7 +182,7 @@ def test_a_folder_that_may_not_be_listed_is_refused(here):
 # What is left out
 
 
-def test_what_is_left_out_in_folders_is_told(here):
+def test_what_is_left_out_in_folders_is_reported(here):
     make("c/a.jsonl", "c/b.jsonl.lz4", "c/sub/c.docx", "c/w.bin", "c/v.npy", "c/.hidden.docx", "c/.git/config")
     make("c/t.bin", "c/t.idx", "c/p.u16", "c/p.offsets.npy")
     found = survey(["c", "c/a.jsonl"])

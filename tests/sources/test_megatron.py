@@ -192,7 +192,7 @@ def test_of_a_cut_off_file_the_documents_before_come_out(tmp_path, kept):
     assert f"is beyond the end of the file, {kept} bytes" in last.reason
 
 
-def test_what_belongs_to_no_document_is_told(tmp_path):
+def test_what_belongs_to_no_document_is_reported(tmp_path):
     write_megatron(tmp_path / "c", CORPUS, "<u2")
     index = bytearray((tmp_path / "c.idx").read_bytes())
     index[EDGES : EDGES + 32] = np.array([1, 2, 3, 3], "<i8").tobytes()

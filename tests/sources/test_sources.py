@@ -168,7 +168,7 @@ READ_ALIKE = {
 
 
 @pytest.mark.parametrize("base", READ_OTHERWISE)
-def test_settings_that_make_other_documents_of_rows_are_told_apart(base):
+def test_settings_that_make_other_documents_of_rows_are_reported_apart(base):
     readings = [Fields(**settings).reading(base) for settings in ({}, *READ_OTHERWISE[base])]
     assert len(set(readings)) == len(readings)
 

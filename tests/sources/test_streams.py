@@ -118,7 +118,7 @@ def test_members_and_the_zeros_between_and_after_them_are_read_as_one(folder, ki
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("junk", [b"x", b"\0\0junk", b"\xff" * 70_000, b'{"text": "not packed"}\n'])
-def test_junk_after_the_last_member_is_told_after_all_lines(folder, kind, junk):
+def test_junk_after_the_last_member_is_reported_after_all_lines(folder, kind, junk):
     file = input_of(folder / f"junk.jsonl.{kind}", PACK[kind](PLAIN) + junk)
     *rows, last = read_input(file, Fields())
     assert len(rows) == len(LINES)

@@ -1,4 +1,4 @@
-"""Plain token files: documents are what stands between marks or offsets, whole or in slices; damage is told once."""
+"""Plain token files: documents are what stands between marks or offsets, whole or in slices; damage is named once."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ def test_a_file_cut_off_anywhere_is_damage_however_it_is_sliced(folder, corpus, 
     ends = begin + np.cumsum([len(document) for document in corpus]) * 2
     before = sum(1 for end in ends if end <= file.size)
     assert ids_of(whole[:before]) == corpus[:before]
-    told = [row.damage for row in whole[before:]]
-    assert told == [True] * (file.size < len(data))
+    reported = [row.damage for row in whole[before:]]
+    assert reported == [True] * (file.size < len(data))
 
 
 def test_each_slice_rejects_the_documents_that_it_lost(tmp_path):

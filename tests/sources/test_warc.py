@@ -108,7 +108,7 @@ ENCODED = {
     "not encoded by name": response(PAGE.encode(), Content_Encoding="identity"),
     "xhtml": response(PAGE.encode(), "application/xhtml+xml"),
     "resource": record("resource", PAGE.encode(), "text/html", WARC_Target_URI="http://a.example/"),
-    "type told by the crawler": record("response", http(PAGE.encode(), ""), WARC_Target_URI="http://a.example/",
+    "type reported by the crawler": record("response", http(PAGE.encode(), ""), WARC_Target_URI="http://a.example/",
         WARC_Identified_Payload_Type="text/html"),
 }  # fmt: skip
 

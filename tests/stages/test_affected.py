@@ -120,7 +120,7 @@ def some(store: Path, n: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(read_plain(store).ids, n, replace=False).tolist())
 
 
-def test_each_affected_chunk_is_told_with_its_places(store: Path, tmp_path: Path) -> None:
+def test_each_affected_chunk_is_reported_with_its_places(store: Path, tmp_path: Path) -> None:
     raw = saved_neighbours(store)[0]
     time = Timeline(store)
     targets = some(store, 12, 0)
@@ -183,7 +183,7 @@ def test_a_purge_that_was_undone_is_not_looked_for(store: Path, tmp_path: Path) 
         api.affected(store, "main", [first])
 
 
-def test_chunks_that_are_purged_themselves_are_counted_and_not_told(store: Path, tmp_path: Path) -> None:
+def test_chunks_that_are_purged_themselves_are_counted_and_not_reported(store: Path, tmp_path: Path) -> None:
     raw, plain = saved_neighbours(store)[0], read_plain(store)
     names = np.unique(plain.documents.astype(str))[::3]
     targets = plain.ids[np.isin(plain.documents.astype(str), names)].tolist()

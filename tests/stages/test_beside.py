@@ -253,7 +253,7 @@ def test_a_duplicate_that_was_partly_purged_is_counted_by_what_was_left(tmp_path
     assert api.verify(store).problems == []
 
 
-def test_neighbours_are_told_though_an_erase_takes_what_is_read_for_that(
+def test_neighbours_are_reported_though_an_erase_takes_what_is_read_for_that(
     store_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then all of them are committed."""

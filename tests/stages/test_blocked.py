@@ -162,7 +162,7 @@ def test_a_set_is_what_a_set_is(names: list[str], data: st.DataObject) -> None:
 
 
 @given(st.sets(st.binary(min_size=16, max_size=16) | st.integers(0, 255).map(lambda i: bytes([i]) + bytes(15))))
-def test_hashes_that_end_in_zeros_are_told_apart(values: set[bytes]) -> None:
+def test_hashes_that_end_in_zeros_are_reported_apart(values: set[bytes]) -> None:
     hashes = np.frombuffer(b"".join(sorted(values)), HASH)
     assert len(np.unique(hashes)) == len(values)
     assert np.unique(hashes).tobytes() == hashes.tobytes(), "NumPy's order is that of bytes"

@@ -189,7 +189,7 @@ def test_an_epoch_begun_before_an_undo_goes_on_as_it_was(store_copy: Path) -> No
     assert begun + [item["chunk_ids"].tolist() for item in resumed] == items
 
 
-def test_neighbours_in_another_store_are_told_and_found_again(store_copy: Path, tmp_path: Path) -> None:
+def test_neighbours_in_another_store_are_reported_and_found_again(store_copy: Path, tmp_path: Path) -> None:
     queries = copy_store(store_copy, tmp_path / "queries")
     api.neighbours(store_copy, queries=queries, name="theirs")
     whole = near(queries, "theirs")
@@ -217,7 +217,7 @@ def test_rows_of_queries_alone_are_filled_again(store_copy: Path, tmp_path: Path
 def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path, tiny_encoder: Path) -> None:
     """A neighbour whose continuation has the query word for word, and that was purged when it was judged."""
     query, likewise = " ".join(WORDS[:40]), " ".join((WORDS[:40][::-1] * 2)[:64])
-    rows = [{"id": "asks", "text": query}, {"id": "tells", "text": f"{likewise} {query}"}]
+    rows = [{"id": "asks", "text": query}, {"id": "reports", "text": f"{likewise} {query}"}]
     store = tmp_path / "store"
     for number, some in enumerate((make_rows(6, words=150), make_rows(5, first=20, words=150), rows)):
         path = write_jsonl(tmp_path / f"{number}.jsonl", some)
@@ -225,7 +225,7 @@ def test_what_follows_a_neighbour_is_judged_again_when_it_is_back(tmp_path: Path
     api.embed(store, encoder=str(tiny_encoder))
     filters = FilterOptions(max_overlap=0.3)
     reader = retrotool.open(store)
-    (asking, *_), (before, *following) = reader.document("asks"), reader.document("tells")
+    (asking, *_), (before, *following) = reader.document("asks"), reader.document("reports")
     api.neighbours(store, filters=filters, saved=12, name="never")
     whole = near(store, "never")
     assert before not in next(row for row in whole if row[0] == asking)

@@ -194,8 +194,8 @@ def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) ->
     low = api.index(built_copy, target_recall=0.7, options=Options(sample=FEW))
     again = api.index(built_copy, options=Options(sample=FEW))
     assert (again.target, again.commit) == (0.7, low.commit)
-    anew = api.index(built_copy, options=Options(IndexOptions(memory=10**9), retrain=True, sample=FEW))
-    assert (anew.target, anew.factory) == (0.7, CODED.factory)
+    again = api.index(built_copy, options=Options(IndexOptions(memory=10**9), retrain=True, sample=FEW))
+    assert (again.target, again.factory) == (0.7, CODED.factory)
     other = api.index(built_copy, options=Options(IndexOptions(nlist=8, code="sq8"), retrain=True, sample=FEW))
     assert other.factory == "IVF8,SQ8"
     third = api.index(built_copy, options=Options(retrain=True, sample=FEW))
@@ -220,8 +220,8 @@ def test_options_that_would_be_ignored_are_refused(
     with pytest.raises(SystemExit) as end:
         command_line.app(["index", str(built), *given], prog_name="retrotool")
     assert end.value.code == 2
-    told = capfd.readouterr().err
-    assert all(option in told for option in given if option in ("--evaluate", "--retrain", "--drop"))
+    reported = capfd.readouterr().err
+    assert all(option in reported for option in given if option in ("--evaluate", "--retrain", "--drop"))
     assert Store.open(built).state.number == before
 
 
@@ -260,11 +260,11 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     fresh = api.index(built_copy, name="fresh", options=Options(CODED, sample=SOME))
     assert fresh.due == ""
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
-    victims = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
-    (tmp_path / "ids").write_text("\n".join(victims))
+    targets = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
+    (tmp_path / "ids").write_text("\n".join(targets))
     api.purge(built_copy, api.Selectors(document=tmp_path / "ids"), reason="test")
     purged = set(Database(Store.open(built_copy)).tombstones.ids.tolist())
-    assert len(purged) == len(victims)
+    assert len(purged) == len(targets)
     assert true_recall(built_copy, "main") >= 0.94
     api.purge(built_copy, api.Selectors(document=tmp_path / "ids"), reason="test", erase=True)
     assert not any(
@@ -273,18 +273,18 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
         for number in range(64)
     )
     assert api.verify(built_copy).problems == []
-    left = 3 * PER_SOURCE + 2500 - len(victims)
+    left = 3 * PER_SOURCE + 2500 - len(targets)
     assert api.index(built_copy, name="main", options=Options(sample=SOME)).vectors == left
-    refreshed = api.index(built_copy, name="anew", options=Options(CODED, sample=SOME))
-    assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "anew")) <= 0.02
+    refreshed = api.index(built_copy, name="again", options=Options(CODED, sample=SOME))
+    assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "again")) <= 0.02
     assert refreshed.vectors == left
 
 
 def test_purged_vectors_that_a_training_left_out_are_no_growth_of_the_index(
     copy: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    victims = [f"{s}-{i}" for s in SOURCES for i in range(PER_SOURCE) if i % 6]
-    (tmp_path / "ids").write_text("\n".join(victims))
+    targets = [f"{s}-{i}" for s in SOURCES for i in range(PER_SOURCE) if i % 6]
+    (tmp_path / "ids").write_text("\n".join(targets))
     api.purge(copy, api.Selectors(document=tmp_path / "ids"), reason="test")
     made = api.index(copy, options=Options(PLAIN, sample=FEW))
     assert made.vectors == 3 * PER_SOURCE, "a purge can be undone"
@@ -339,8 +339,8 @@ def test_small_shards_are_joined_and_give_the_same(built_copy: Path, made: dict[
     after = Database(Store.open(built_copy)).search(queries, 10)
     assert joined.shards == result.shards - len(further) and joined.vectors == result.vectors
     assert joined.drift is not None and result.drift is not None
-    told, before_it = (dataclasses.replace(drift, imbalance=0) for drift in (joined.drift, result.drift))
-    assert told == before_it and told.new == 600, "parts are told apart in a joined shard, too"
+    reported, before_it = (dataclasses.replace(drift, imbalance=0) for drift in (joined.drift, result.drift))
+    assert reported == before_it and reported.new == 600, "parts are reported apart in a joined shard, too"
     assert np.array_equal(before.ids, after.ids)
     assert api.verify(built_copy).problems == []
     assert api.index(built_copy, options=Options(merge=True, sample=FEW)).commit == joined.commit
@@ -397,9 +397,9 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     code, out, err = run("search", built_copy, "word", "--allow-missing-shards")
     share = Store.open(built_copy).state.file("index", "shard-0001", "main").rows / before["vectors"]  # type: ignore[union-attr]
     assert code == 0 and out and f"{100 * share:.2f} % of the index" in err and "--repair" in err
-    told = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
-    assert told["missing"]["shards"] == [path_in_store(built_copy, path)]
-    assert told["missing"]["share"] == pytest.approx(share)
+    reported = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
+    assert reported["missing"]["shards"] == [path_in_store(built_copy, path)]
+    assert reported["missing"]["share"] == pytest.approx(share)
     result = api.index(built_copy, options=Options(repair=True, sample=FEW))
     assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
     assert api.verify(built_copy).problems == []

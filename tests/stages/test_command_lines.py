@@ -67,7 +67,7 @@ def test_an_exact_table_is_brought_up_to_date_with_its_encoder_though_the_databa
     assert (done.exit_code, json.loads(done.stdout)["encoder"], json.loads(done.stdout)["queries"]) == (0, "tiny", 0)
 
 
-def test_queries_that_have_the_encoder_under_another_name_are_told_how_to_get_this_one(
+def test_queries_that_have_the_encoder_under_another_name_are_reported_how_to_get_this_one(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
     training = tmp_path / "training"

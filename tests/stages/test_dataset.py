@@ -36,7 +36,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tupl
 def copies(stores: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     """The same, to be changed."""
     database, training = (copy_store(store, tmp_path / store.name) for store in stores)
-    api.neighbours(database, queries=training)  # tells the training store where the database is now
+    api.neighbours(database, queries=training)  # records in the training store where the database is now
     return database, training
 
 
@@ -76,8 +76,8 @@ def test_materialised_and_not_is_the_same_bit_for_bit(copies: tuple[Path, Path],
         for batch, other in zip(made[k], plain[3], strict=True):
             for key, value in batch.items():
                 assert torch.equal(value, other[key][:, :, :k] if key.startswith("neighbour") else other[key]), key
-    victim = retrotool.open(training)
-    near = [n.chunk.document for i in victim.chunk_ids(0)[:8].tolist() for n in victim.neighbours(i)]
+    target = retrotool.open(training)
+    near = [n.chunk.document for i in target.chunk_ids(0)[:8].tolist() for n in target.neighbours(i)]
     purge(database, *near[:3])
     after = read(2)
     assert not same(flat(after), flat(made[2]))
@@ -138,7 +138,7 @@ def test_what_is_purged_before_an_epoch_is_left_out_and_what_is_purged_in_it_is_
     dataset = RetroDataset(training, sequence_length=256, shuffle=False)
     before = list(dataset)
     assert [list(ids) for ids in slots(before)] == laid_out(training, 4, packed=True)
-    victims = retrotool.open(training).document("doc-71")
+    targets = retrotool.open(training).document("doc-71")
     state = dataset.state_dict(before[3])
     purge(training, "doc-71", erase=True)
     again = list(dataset_of(training, state))
@@ -146,7 +146,7 @@ def test_what_is_purged_before_an_epoch_is_left_out_and_what_is_purged_in_it_is_
     check_items(training, again)
     hit = 0
     for old, new in zip(before[4:], again, strict=True):
-        gone = [i in victims for i in old["chunk_ids"].tolist()]
+        gone = [i in targets for i in old["chunk_ids"].tolist()]
         hit += sum(gone)
         assert [-1 if g else i for g, i in zip(gone, old["chunk_ids"].tolist(), strict=True)] == new[
             "chunk_ids"
@@ -155,7 +155,7 @@ def test_what_is_purged_before_an_epoch_is_left_out_and_what_is_purged_in_it_is_
             assert not new["tokens"][64 * slot : 64 * slot + 64].any()
             assert not new["loss_mask"][64 * slot : 64 * slot + 64].any()
             assert not new["neighbour_mask"][slot].any() and (new["neighbour_ids"][slot] == -1).all()
-    assert hit == len(victims)
+    assert hit == len(targets)
     dataset.set_epoch(1)
     assert [list(ids) for ids in slots(dataset)] == laid_out(training, 4, packed=True), "the next epoch closes up"
 
@@ -192,13 +192,13 @@ def test_an_erase_after_an_epoch_began_moves_no_slot_of_documents_that_are_not_p
     purge(store, "0-3", "0-50", erase=True)
     again = RetroDataset(store, **options)
     again.load_state_dict(state)
-    victims = {i for item in before for i in item["chunk_ids"].tolist()} - set(
+    targets = {i for item in before for i in item["chunk_ids"].tolist()} - set(
         retrotool.open(store).chunk_ids(0).tolist()
     )
-    assert victims >= {-1} and len(victims) > 2
+    assert targets >= {-1} and len(targets) > 2
     after = list(again)
     for old, new in zip(before[10:], after, strict=True):
-        assert [-1 if i in victims else i for i in old["chunk_ids"].tolist()] == new["chunk_ids"].tolist()
+        assert [-1 if i in targets else i for i in old["chunk_ids"].tolist()] == new["chunk_ids"].tolist()
 
 
 def test_blocks_follow_one_another_over_borders_of_row_groups_and_parts(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -326,7 +326,7 @@ def test_parts_without_a_table_are_an_error_that_names_the_command(
 
 def test_arguments_that_can_not_be(stores: tuple[Path, Path], tmp_path: Path, byte_level_tokenizer: Path) -> None:
     training = stores[1]
-    for options, told in (
+    for options, reported in (
         ({"sequence_length": 100}, "not a multiple of the chunk length, 64"),
         ({"sequence_length": 64 * 8193}, "more than a block has, 524,288"),
         ({"k": 21}, "between 1 and the 20"),
@@ -338,7 +338,7 @@ def test_arguments_that_can_not_be(stores: tuple[Path, Path], tmp_path: Path, by
         ({"rank": 2, "world_size": 2}, "rank 2"),
         ({"name": "other"}, "has no neighbours 'other'"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=reported):
             RetroDataset(training, **options)
     with pytest.raises(UsageError, match="less than 0"):
         RetroDataset(training).set_epoch(-1)

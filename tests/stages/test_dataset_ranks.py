@@ -243,14 +243,14 @@ def test_positions_are_those_of_the_commit_that_the_epoch_began_on(
     whole = slots(flat(dataset))
     first = next(iter(dataset_of(mine, batch_size=2)))
     state = dataset.state_dict(first)
-    victims = whole[20]
-    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims if i >= 0))
+    targets = whole[20]
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in targets if i >= 0))
     api.purge(mine, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
     new = dataset_of(mine, batch_size=2)
     assert new.sequences == dataset.sequences - 1
     new.load_state_dict(state)
     assert new.sequences == dataset.sequences
-    masked = [tuple(-1 if i in victims else i for i in ids) for ids in whole]
+    masked = [tuple(-1 if i in targets else i for i in ids) for ids in whole]
     assert slots(flat(new)) == masked[2:]
 
 

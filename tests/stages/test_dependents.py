@@ -99,13 +99,13 @@ def test_an_erase_lists_dependents_and_the_command_takes_ids_out(here: Path) -> 
     used(name="exact", saved=8, k=1, search=EXACT)
     before = saved_neighbours(Path("training"), "t")[0]
     files = contents_of("training")
-    victims = retrotool.open("database").document("doc-7")
-    assert np.isin(before, victims).any()
+    targets = retrotool.open("database").document("doc-7")
+    assert np.isin(before, targets).any()
     found = erase("doc-7")
     assert [(one.path, one.table) for one in found.dependents] == [(str(here / "training"), t) for t in ("exact", "t")]
     assert contents_of("training") == files
     reader = retrotool.open("training")
-    assert not any(i in victims for chunk in reader.chunk_ids(0) for i, _ in reader.neighbour_ids(int(chunk), "t", 8))
+    assert not any(i in targets for chunk in reader.chunk_ids(0) for i, _ in reader.neighbour_ids(int(chunk), "t", 8))
     shown = run("purge", "database", "--document", "@names", "--reason", "test", "--erase", "--yes").stdout
     lines = [line for line in shown.splitlines() if "another store" in line]
     assert len(lines) == 2 and "They may contain ids and text of erased chunks, which readers skip." in lines[1]
@@ -118,9 +118,9 @@ def test_an_erase_lists_dependents_and_the_command_takes_ids_out(here: Path) -> 
         assert done.exit_code == 0 and ("exact search" if "'exact'" in line else "index 'main'") in done.stdout
     for table in ("t", "exact"):
         ids, distances = saved_neighbours(Path("training"), table)
-        assert not np.isin(ids, victims).any() and np.array_equal(ids < 0, np.isinf(distances))
+        assert not np.isin(ids, targets).any() and np.array_equal(ids < 0, np.isinf(distances))
         assert (np.diff(np.where(np.isinf(distances), 1e9, distances), axis=1) >= 0).all()
-        kept = np.isin(before, victims)
+        kept = np.isin(before, targets)
         assert (ids[~kept.any(axis=1)] >= 0).sum() == (before[~kept.any(axis=1)] >= 0).sum()
     assert used(saved=8).queries == 0
     assert api.verify("training").problems == []
@@ -131,7 +131,7 @@ def test_rows_that_lost_too_many_are_filled_up_when_ids_are_taken_out(here: Path
     reader = retrotool.open("training")
     near = reader.neighbours(int(reader.chunk_ids(0)[0]), "t")
     documents = {neighbour.chunk.document for neighbour in near}
-    victims = [i for document in documents for i in retrotool.open("database").document(document)]
+    targets = [i for document in documents for i in retrotool.open("database").document(document)]
     # Purged first, and filled up; erased only then.
     Path("names").write_text("".join(f"{name}\n" for name in documents))
     api.purge("database", api.Selectors(document=Path("names")), reason="test")
@@ -139,7 +139,7 @@ def test_rows_that_lost_too_many_are_filled_up_when_ids_are_taken_out(here: Path
     assert len(erase(*documents).dependents) == 1
     used(saved=2)
     ids, distances = saved_neighbours(Path("training"), "t")
-    assert not np.isin(ids, victims).any()
+    assert not np.isin(ids, targets).any()
     truth = oracle(Path("training"), Path("database"), 2, nothing_dropped)
     assert np.allclose(distances, truth[1], atol=1e-3)
 
@@ -215,10 +215,12 @@ def test_a_database_that_cannot_be_written_is_used_all_the_same(here: Path, monk
         return enter(self)
 
     monkeypatch.setattr(Run, "__enter__", refuse)
-    told = run("neighbours", "database", "--queries", "training", "--name", "t", "--json")
-    fields = json.loads(told.stdout)
+    reported = run("neighbours", "database", "--queries", "training", "--name", "t", "--json")
+    fields = json.loads(reported.stdout)
     assert fields["queries"] == len(read_plain(Path("training")).ids) and fields["unaware"] == ["database"]
-    assert told.stderr == ("database is not writable, so it can't record this store: an erase there won't list it.\n")
+    assert reported.stderr == (
+        "database is not writable, so it can't record this store: an erase there won't list it.\n"
+    )
     assert noted() == []
 
     def broken(self: Run) -> Run:

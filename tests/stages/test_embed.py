@@ -69,11 +69,11 @@ def test_the_order_and_the_lengths_of_other_rows_do_not_matter(tiny_encoder: Pat
 def test_a_row_that_is_too_long_is_cut_and_one_without_tokens_reported_too(tiny_encoder: Path) -> None:
     encoder = Encoder(str(tiny_encoder), device="cpu")
     row = list(range(10, 200))
-    told: list[int] = []
-    empty, long, cut = encoder.embed([[], row, row[:126]], told.append)
+    reported: list[int] = []
+    empty, long, cut = encoder.embed([[], row, row[:126]], reported.append)
     assert np.isfinite(empty).all() and empty.any()
     assert np.array_equal(long, cut)
-    assert sum(told) == 3
+    assert sum(reported) == 3
 
 
 def test_a_chunk_in_which_the_encoder_sees_nothing_has_a_vector(

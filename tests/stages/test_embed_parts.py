@@ -80,15 +80,15 @@ def test_what_is_erased_has_no_vector_and_is_no_work(
     chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embed_stage, "_BLOCK_ROWS", (16, 16))
-    victims = retrotool.open(chunked).document("doc-9") + retrotool.open(chunked).document("doc-10")
-    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
+    targets = retrotool.open(chunked).document("doc-9") + retrotool.open(chunked).document("doc-10")
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in targets))
     before = api.info(chunked).chunks
     api.purge(chunked, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
     result = api.embed(chunked, encoder=str(tiny_encoder))
-    assert result.chunks == before - len(victims)
+    assert result.chunks == before - len(targets)
     reader = retrotool.open(chunked)
-    rows = np.array(victims) & 0xFFFFFFFF
-    part = victims[0] >> 32
+    rows = np.array(targets) & 0xFFFFFFFF
+    part = targets[0] >> 32
     matrix = reader.embeddings(part)
     assert not matrix[rows].any()
     assert matrix[np.setdiff1d(np.arange(len(matrix)), rows)].any(axis=1).all()
@@ -98,25 +98,25 @@ def test_what_is_erased_has_no_vector_and_is_no_work(
 def test_an_erase_that_commits_while_a_part_is_embedded_wins(
     chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    victims = retrotool.open(chunked).document("doc-9")
-    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
+    targets = retrotool.open(chunked).document("doc-9")
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in targets))
     write = embed_stage.EmbedWorker._write
     erased = 0
 
     def interrupted(self: embed_stage.EmbedWorker, part: int, *arguments: object) -> object:
         nonlocal erased
         entry = write(self, part, *arguments)  # type: ignore[arg-type]
-        if part == victims[0] >> 32 and not erased:
+        if part == targets[0] >> 32 and not erased:
             erased += 1
-            assert np.load(self._store.storage.local(entry.path))[victims[0] & 0xFFFFFFFF].any()
+            assert np.load(self._store.storage.local(entry.path))[targets[0] & 0xFFFFFFFF].any()
             api.purge(chunked, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=True)
         return entry
 
     monkeypatch.setattr(embed_stage.EmbedWorker, "_write", interrupted)
     result = api.embed(chunked, encoder=str(tiny_encoder))
     assert erased == 1
-    matrix = retrotool.open(chunked).embeddings(victims[0] >> 32)
-    assert not matrix[np.array(victims) & 0xFFFFFFFF].any()
+    matrix = retrotool.open(chunked).embeddings(targets[0] >> 32)
+    assert not matrix[np.array(targets) & 0xFFFFFFFF].any()
     assert result.embedded == api.info(chunked).chunks
     assert api.verify(chunked).ok
 
@@ -124,8 +124,8 @@ def test_an_erase_that_commits_while_a_part_is_embedded_wins(
 def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
     chunked: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    victims = retrotool.open(chunked).document("doc-110")
-    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
+    targets = retrotool.open(chunked).document("doc-110")
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in targets))
     write = embed_stage.EmbedWorker._write
     begun: list[int] = []
 
@@ -137,7 +137,7 @@ def test_a_part_that_was_erased_since_it_was_planned_is_not_embedded_in_vain(
 
     monkeypatch.setattr(embed_stage.EmbedWorker, "_write", noted)
     result = api.embed(chunked, encoder=str(tiny_encoder))
-    assert victims[0] >> 32 > 0, "a later part than the first"
+    assert targets[0] >> 32 > 0, "a later part than the first"
     assert sorted(begun) == Store.open(chunked).state.parts(), "each once"
     assert result.chunks == result.embedded == api.info(chunked).chunks
     assert result.parts == len(begun)
@@ -162,10 +162,10 @@ def test_a_vector_that_is_no_number_names_the_chunk_and_its_document(
     from safetensors.torch import load_file, save_file
 
     reader = retrotool.open(chunked)
-    victim = reader.chunk((1 << 32) + 5)
+    target = reader.chunk((1 << 32) + 5)
     path = Path(shutil.copytree(tiny_encoder, tmp_path / "models" / "tiny"))
     weights = load_file(path / "model.safetensors")
-    weights["embeddings.word_embeddings.weight"][int(victim.tokens[3])] = float("inf")
+    weights["embeddings.word_embeddings.weight"][int(target.tokens[3])] = float("inf")
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         NotFiniteError, match=r"returned NaN or infinity for chunk \d+ \(row \d+ of part \d+, document 'doc-"

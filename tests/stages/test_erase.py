@@ -141,7 +141,7 @@ def test_without_an_erase_copies_stay_as_they_are(store: Path, tmp_path: Path) -
 def test_an_erase_that_was_interrupted_still_knows_the_copies(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purged_before: bool
 ) -> None:
-    """The first document's id and hash are gone by then, so nothing in the files tells what repeated it."""
+    """The first document's id and hash are gone by then, so nothing in the files shows what repeated it."""
     bits = [trace for part in range(3) for trace in rows_of(store, part)[1]]
     given = lines(tmp_path / "ids", rows_of(store, 0)[0])
     if purged_before:

@@ -105,7 +105,7 @@ def test_what_was_measured_is_mended_by_measuring(lists: Path, how: str) -> None
     assert api.verify(lists).problems == []
 
 
-def test_a_training_that_is_gone_is_made_anew(lists: Path) -> None:
+def test_a_training_that_is_gone_is_made_again(lists: Path) -> None:
     stored_file(lists, api.info(lists).indexes["lists"]["trained"]).unlink()
     with pytest.raises(CorruptError, match="missing") as error:
         api.index(lists, name="lists", options=Options(tune=True))
@@ -139,8 +139,8 @@ def test_the_size_of_shards_is_kept_and_not_changed_in_silence(lists: Path) -> N
 def test_values_that_make_no_sense_are_refused(built_store: Path, cli: Cli, arguments: tuple[str, ...]) -> None:
     ended = cli(*(str(a).format(built_store) for a in arguments), "--json")
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    told = json.loads(ended.stdout)
-    assert told["exit_code"] == 2 and told["error"]
+    reported = json.loads(ended.stdout)
+    assert reported["exit_code"] == 2 and reported["error"]
 
 
 def test_deep_searches_take_no_more_than_there_is(lists: Path) -> None:
@@ -179,8 +179,8 @@ def test_nothing_is_said_of_recall_where_there_is_nothing_to_find(tmp_path: Path
     api.chunk(one, [str(write_jsonl(tmp_path / "one.jsonl", make_rows(1)))], tokenizer=str(tiny_encoder))
     api.embed(one, encoder=str(tiny_encoder))
     api.purge(one, api.Selectors(where="id = 'doc-0'"), reason="test", erase=True)
-    told = cli("index", one)
-    assert told.returncode == 0 and "Recall was not measured" in told.stdout
+    reported = cli("index", one)
+    assert reported.returncode == 0 and "Recall was not measured" in reported.stdout
 
 
 def test_a_copy_of_a_store_is_evaluated_where_it_lies(lists: Path, tmp_path: Path) -> None:

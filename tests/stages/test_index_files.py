@@ -119,7 +119,7 @@ def test_what_stops_the_writing_is_raised_and_nothing_is_left(store: Store, erro
 
 
 @pytest.mark.on_disk
-def test_a_disk_that_is_full_is_told_and_the_command_goes_on_when_it_is_not(embedded: Path) -> None:
+def test_a_disk_that_is_full_is_reported_and_the_command_goes_on_when_it_is_not(embedded: Path) -> None:
     probe = copy_store(embedded, embedded.with_name("probe"))
     api.index(probe)
     size = stored_file(probe, api.info(probe).indexes["main"]["shards"][0]).stat().st_size

@@ -69,7 +69,7 @@ def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[
     store = copy_store(embedded, tmp_path / "store")
     for code, err in at_once(store, *calls):
         assert "Traceback" not in err
-        # What was to be worked on was dropped, or trained anew.
+        # What was to be worked on was dropped, or trained again.
         assert code == 0 or (code in (2, 11) and err.startswith("error: ")), err
     assert api.verify(store).problems == []
     name = "new" if "new" in calls[0] else "lists"

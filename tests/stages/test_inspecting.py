@@ -92,9 +92,9 @@ def test_marks_in_a_chunk_are_the_runs_of_its_neighbours(built_store: Path) -> N
     several = 0
     for chunk in api.inspect(built_store, EVERYTHING, k=5).chunks:
         for rank, near in enumerate(chunk.neighbours, 1):
-            told = "".join(piece for piece, ranks in chunk.segments() if rank in ranks)
+            reported = "".join(piece for piece, ranks in chunk.segments() if rank in ranks)
             assert near.common is not None
-            assert told == (near.common.chunk.run.strip() if near.common.marked else "")
+            assert reported == (near.common.chunk.run.strip() if near.common.marked else "")
         several += any(len(ranks) > 1 for _, ranks in chunk.segments())
     assert several
 
@@ -131,17 +131,17 @@ def test_random_chunks_are_drawn_by_seed_from_all_parts(store_copy: Path, tmp_pa
 @pytest.mark.parametrize("erase", [False, True])
 def test_what_is_purged_is_not_shown(store_copy: Path, tmp_path: Path, erase: bool) -> None:
     before = api.inspect(store_copy, EVERYTHING, k=6)
-    victims = [i for i in read_plain(store_copy).ids.tolist() if i % 3 == 1]
-    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in victims))
+    targets = [i for i in read_plain(store_copy).ids.tolist() if i % 3 == 1]
+    (tmp_path / "ids").write_text("".join(f"{i}\n" for i in targets))
     api.purge(store_copy, api.Selectors(chunk=tmp_path / "ids"), reason="test", erase=erase)
     after = api.inspect(store_copy, EVERYTHING, k=6)
     check(store_copy, after)
-    assert {chunk.id for chunk in before.chunks} - {chunk.id for chunk in after.chunks} == set(victims)
+    assert {chunk.id for chunk in before.chunks} - {chunk.id for chunk in after.chunks} == set(targets)
     shown = [near for chunk in after.chunks for near in chunk.neighbours]
-    assert not set(victims) & {near.id for near in shown}
-    assert all(near.continuation is None for near in shown if near.id + 1 in victims)
-    with pytest.raises(UsageError, match=f"chunk {format_id(victims[0])} was purged"):
-        api.inspect(store_copy, Choice(chunk=victims[0]))
+    assert not set(targets) & {near.id for near in shown}
+    assert all(near.continuation is None for near in shown if near.id + 1 in targets)
+    with pytest.raises(UsageError, match=f"chunk {format_id(targets[0])} was purged"):
+        api.inspect(store_copy, Choice(chunk=targets[0]))
 
 
 def test_a_chunk_without_neighbours_has_none(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -272,7 +272,7 @@ def test_what_is_not_there_is_said(built_store: Path, choice: Choice, k: int | N
         api.inspect(built_store, choice, k=k)
 
 
-def test_when_files_are_erased_meanwhile_it_begins_anew(built_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_files_are_erased_meanwhile_it_begins_again(built_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin, left = inspect_run._inspect, [2]
 
     def erased(*arguments: object) -> InspectResult:

@@ -139,7 +139,7 @@ def test_an_inverted_file_is_trained_cut_and_measured_on_keys_only(mixed_copy: P
     assert api.verify(mixed_copy).problems == []
 
 
-def test_of_keys_alone_an_index_is_chosen_trained_anew_and_held_against_what_came_later(
+def test_of_keys_alone_an_index_is_chosen_trained_again_and_held_against_what_came_later(
     mixed_copy: Path, tmp_path: Path, tiny_encoder: Path
 ) -> None:
     options = Options(IndexOptions(nlist=4, code="float16"))
@@ -154,9 +154,9 @@ def test_of_keys_alone_an_index_is_chosen_trained_anew_and_held_against_what_cam
     live = api.info(mixed_copy).keys
     assert grown.vectors == live and grown.drift is not None
     assert (grown.drift.new, grown.drift.vectors) == (live - (before.vectors - 10), live)
-    anew = api.index(mixed_copy, name="ivf", options=Options(retrain=True))
-    assert (anew.vectors, anew.factory, anew.due) == (live, before.factory, "")
-    assert anew.drift is not None and anew.drift.new == 0
+    again = api.index(mixed_copy, name="ivf", options=Options(retrain=True))
+    assert (again.vectors, again.factory, again.due) == (live, before.factory, "")
+    assert again.drift is not None and again.drift.new == 0
 
 
 @pytest.mark.parametrize(("queries", "database"), [(plain(100, 20), records(0, 40)), (records(100, 20), plain(0, 40))])
@@ -278,10 +278,10 @@ def test_progress_of_embedding_ends_at_the_weight_also_where_chunks_are_erased(
     worker = stage.open(store)
 
     def progress(task: Task) -> int:
-        told: list[int] = []
+        reported: list[int] = []
         with Run(store.storage) as run:
-            worker(task, run.id, told.append)
-        return sum(told)
+            worker(task, run.id, reported.append)
+        return sum(reported)
 
     assert [progress(task) for task in tasks] == [task.weight for task in tasks]
     counts = [parts.n_keys(parts.part_entry(store, "chunks", part)) for part in store.state.parts()]

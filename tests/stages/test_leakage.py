@@ -140,5 +140,5 @@ def test_what_cannot_be_compared_is_refused(
     assert ended.returncode == 2 and "no does not exist" in ended.stderr
     ended = cli("leakage", built_store, "--queries", built_store, "--out", tmp_path)
     assert ended.returncode == 2 and "is a folder" in ended.stderr
-    told = cli("leakage", built_store, "--queries", built_store, "--json")
-    assert json.loads(told.stdout)["chunks"] == api.info(built_store).chunks
+    reported = cli("leakage", built_store, "--queries", built_store, "--json")
+    assert json.loads(reported.stdout)["chunks"] == api.info(built_store).chunks

@@ -36,32 +36,32 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[st
     return json.loads(shown.out), shown.err
 
 
-def test_parts_that_are_not_embedded_or_not_indexed_are_told_with_the_next_commands(
+def test_parts_that_are_not_embedded_or_not_indexed_are_reported_with_the_next_commands(
     store_copy: Path, tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = store_copy
     api.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(20, first=100_000)))])
     purge(store, "doc-100003")
     new = sum(len(ids) for ids in map(retrotool.open(store).chunk_ids, retrotool.open(store).parts()[4:]))
-    result, told = run(capsys, "index", store)
+    result, reported = run(capsys, "index", store)
     embedding, indexing = (shlex.join(["retrotool", *words]) for words in (
         ["embed", str(store), "--encoder", str(tiny_encoder)], ["index", str(store)]
     ))  # fmt: skip
     assert (result["not_embedded"], result["next"]) == (new, [embedding, indexing])
-    assert f"{new} chunks" in told and embedding in told and indexing in told
+    assert f"{new} chunks" in reported and embedding in reported and indexing in reported
     finding = shlex.join(["retrotool", "neighbours", str(store)])
-    result, told = run(capsys, "neighbours", store)
+    result, reported = run(capsys, "neighbours", store)
     assert (result["not_embedded"], result["not_indexed"]) == (new, new)
     assert result["next"] == [embedding, indexing, finding]
-    assert all(command in told for command in result["next"])
+    assert all(command in reported for command in result["next"])
     run(capsys, "embed", store, "--encoder", tiny_encoder)
-    result, told = run(capsys, "neighbours", store)
+    result, reported = run(capsys, "neighbours", store)
     assert (result["not_embedded"], result["not_indexed"]) == (0, new)
     assert result["next"] == [indexing, finding]
     for command in result["next"]:
-        result, told = run(capsys, *shlex.split(command)[1:])
+        result, reported = run(capsys, *shlex.split(command)[1:])
     assert (result["not_embedded"], result["not_indexed"], result["next"]) == (0, 0, [])
-    assert "Next" not in told
+    assert "Next" not in reported
     reader = retrotool.open(store)
     ids = [j for part in reader.parts() for i in reader.chunk_ids(part) for j, _ in reader.neighbour_ids(int(i), k=20)]
     assert any(j >> 32 >= 4 for j in ids)

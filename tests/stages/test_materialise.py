@@ -180,12 +180,12 @@ def test_only_tables_that_have_what_was_purged_are_written_again(copies: tuple[P
     purge_ids(database, unused)
     api.neighbours(database, queries=training)
     assert entries(training) == before, "it changed nothing that matters"
-    victim = next(i for i in ids["000000"] if not {i, i - 1} & ids["000001"])
-    purge_ids(database, victim)
+    target = next(i for i in ids["000000"] if not {i, i - 1} & ids["000001"])
+    purge_ids(database, target)
     assert api.neighbours(database, queries=training).queries == 0
     after = entries(training)
     assert after["000001"] == before["000001"] and after["000000"] != before["000000"]
-    assert victim not in held_ids(training, after["000000"])
+    assert target not in held_ids(training, after["000000"])
     check_all(training)
     api.neighbours(database, queries=training)
     assert entries(training) == after
@@ -195,12 +195,12 @@ def test_a_purge_of_a_continuation_alone_is_seen(copies: tuple[Path, Path]) -> N
     database, training = copies
     everything = set().union(*(held_ids(training, entry) for entry in entries(training).values()))
     reader = retrotool.open(database)
-    victim = next(
+    target = next(
         c.id for i in sorted(everything) if (c := reader.continuation(i)) is not None and c.id not in everything
     )
-    trace = tokens_of(database, [victim])[0]
+    trace = tokens_of(database, [target])[0]
     assert trace in text_bytes(training)
-    purge_ids(database, victim)
+    purge_ids(database, target)
     api.neighbours(database, queries=training)
     assert trace not in text_bytes(training)
     check_all(training)
@@ -210,8 +210,8 @@ def test_tokens_that_the_table_before_has_are_copied(
     copies: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database, training = copies
-    victim = min(held_ids(training, entries(training)["000000"]))
-    purge_ids(database, victim)
+    target = min(held_ids(training, entries(training)["000000"]))
+    purge_ids(database, target)
     asked = []
     read = retrieved.read_pieces
 
@@ -249,15 +249,15 @@ def test_blocks_of_several_row_groups_and_of_one_give_the_same(
 def test_an_erase_in_the_same_store_zeroes_slots(own: Path) -> None:
     options = {"sequence_length": 256, "batch_size": 8}
     reader = retrotool.open(own)
-    victims = reader.document("doc-9") + reader.document("doc-30")
-    traces = tokens_of(own, victims)
+    targets = reader.document("doc-9") + reader.document("doc-30")
+    traces = tokens_of(own, targets)
     assert all(trace in text_bytes(own) for trace in traces[:2])
-    purge_ids(own, *victims)
+    purge_ids(own, *targets)
     masked = list(RetroDataset(own, **options))
     result = api.purge(own, api.Selectors(chunk=own.parent / "ids"), reason="test", erase=True)
     haystack = everything_of(own)
     assert [trace for trace in traces if trace in haystack] == []
-    assert not any(held_ids(own, entry) & set(victims) for entry in entries(own).values())
+    assert not any(held_ids(own, entry) & set(targets) for entry in entries(own).values())
     assert any(-2 in held_ids(own, entry) for entry in entries(own).values())
     assert result.files_rewritten >= len(entries(own))
     dataset = RetroDataset(own, **options)
@@ -265,7 +265,7 @@ def test_an_erase_in_the_same_store_zeroes_slots(own: Path) -> None:
     assert same(masked, list(dataset), but=())
     assert api.verify(own).problems == []
     for slot, entry in entries(own).items():
-        rows = [i & 0xFFFFFFFF for i in victims if i >> 32 == int(slot)]
+        rows = [i & 0xFFFFFFFF for i in targets if i >> 32 == int(slot)]
         text = text_of(own, entry)
         assert (text.ids[rows] == -1).all() and not text.tokens[rows].any() and not text.n_tokens[rows].any()
     api.neighbours(own)
@@ -276,10 +276,10 @@ def test_an_erase_in_the_same_store_zeroes_slots(own: Path) -> None:
 def test_an_erase_of_a_continuation_leaves_the_neighbour(own: Path) -> None:
     held = set().union(*(held_ids(own, entry) for entry in entries(own).values()))
     reader = retrotool.open(own)
-    n, victim = next((i, c.id) for i in sorted(held) if (c := reader.continuation(i)) is not None)
-    others = held - {victim}
-    trace = tokens_of(own, [victim])[0]
-    purge_ids(own, victim, erase=True)
+    n, target = next((i, c.id) for i in sorted(held) if (c := reader.continuation(i)) is not None)
+    others = held - {target}
+    trace = tokens_of(own, [target])[0]
+    purge_ids(own, target, erase=True)
     assert trace not in everything_of(own)
     assert n in set().union(*(held_ids(own, entry) for entry in entries(own).values())) <= others | {-1, -2}
     assert api.verify(own).problems == []
@@ -304,10 +304,10 @@ def test_each_table_of_a_mixture_has_the_tokens(copies: tuple[Path, Path], tiny_
     before = {table: entries(training, table) for table in ("both.database", "both.books")}
     api.neighbours(database, databases=[(books, 0.5)], **options)
     assert {table: entries(training, table) for table in before} == before, "weights change no file"
-    victim = int(given.ids[given.databases == 1][0])
-    trace = tokens_of(books, [victim])[0]
+    target = int(given.ids[given.databases == 1][0])
+    trace = tokens_of(books, [target])[0]
     assert trace in text_bytes(training)
-    (one,) = purge_ids(books, victim, erase=True).dependents
+    (one,) = purge_ids(books, target, erase=True).dependents
     assert one.table == "both.books"
     api.neighbours(database, **options)
     assert trace not in text_bytes(training)
@@ -316,11 +316,11 @@ def test_each_table_of_a_mixture_has_the_tokens(copies: tuple[Path, Path], tiny_
 
 def test_an_erase_of_the_training_text_empties_its_rows(copies: tuple[Path, Path]) -> None:
     training = copies[1]
-    victims = retrotool.open(training).document("doc-55")
-    purge_ids(training, *victims, erase=True)
+    targets = retrotool.open(training).document("doc-55")
+    purge_ids(training, *targets, erase=True)
     for slot, entry in entries(training).items():
         stored = text_of(training, entry)
-        rows = [i & 0xFFFFFFFF for i in victims if i >> 32 == int(slot)]
+        rows = [i & 0xFFFFFFFF for i in targets if i >> 32 == int(slot)]
         assert (stored.ids[rows] == -1).all() and not stored.tokens[rows].any() and not stored.n_tokens[rows].any()
         others = np.delete(np.arange(len(stored.ids)), rows)
         assert (stored.ids[others] >= 0).all()
@@ -348,9 +348,9 @@ def test_tokens_that_were_read_before_an_erase_are_not_committed_after_it(store_
         n.id for part in reader.parts() for i in reader.chunk_ids(part).tolist() for n in reader.neighbours(i, "few")
     }
     near = {n.id for i in reader.chunk_ids(0).tolist() for n in reader.neighbours(i, "few")}
-    victim = next(c.id for i in sorted(near) if (c := reader.continuation(i)) is not None and c.id not in named)
-    trace = tokens_of(store_copy, [victim])[0]
-    folded = perform_late(Store.open(store_copy), "few", lambda: purge_ids(store_copy, victim, erase=True))
+    target = next(c.id for i in sorted(near) if (c := reader.continuation(i)) is not None and c.id not in named)
+    trace = tokens_of(store_copy, [target])[0]
+    folded = perform_late(Store.open(store_copy), "few", lambda: purge_ids(store_copy, target, erase=True))
     assert folded.refused and not folded.committed
     assert trace not in everything_of(store_copy)
     check_all(store_copy, "few")

@@ -125,11 +125,11 @@ def test_of_several_databases_the_nearest_by_distance_over_weight(monkeypatch: p
     assert all(api.verify(name).problems == [] for name in NAMES)
     asked = searched(monkeypatch)
     files = stored_files("training", "neighbours/*")
-    told = run(
+    reported = run(
         "neighbours", "wiki", "--queries", "training", "--name", "m", "--exact", "--database", "training=1",
         "--database", "books=3", "--database", "wiki=0.25",
     )  # fmt: skip
-    assert told.stdout.startswith(
+    assert reported.stdout.startswith(
         "All embedded chunks have their neighbours ('m': 20 saved, 2 used, a mixture of 3 databases"
     )
     assert asked == [] and stored_files("training", "neighbours/*") == files
@@ -223,8 +223,8 @@ def test_a_mixture_whose_database_moved(here: Path) -> None:
         retrotool.errors.StoreNotFoundError, match=r"the database of the neighbours 'm\.wiki' of .*training is missing"
     ) as error:
         reader.neighbours(0, "m")
-    told = error.value.advice.split(": ")[-1].replace("DATABASE", "moved").split()
-    assert run(*told[1:]).stdout.startswith("All embedded chunks have their neighbours")
+    reported = error.value.advice.split(": ")[-1].replace("DATABASE", "moved").split()
+    assert run(*reported[1:]).stdout.startswith("All embedded chunks have their neighbours")
     check({"moved": 1.0, "books": 2.0})
     found = mix(first="moved")
     assert found.queries == 0 and [Path(one.database).name for one in found.mix] == ["moved", "books"]
@@ -308,9 +308,9 @@ def test_folders_of_one_name_get_tables_of_different_ones(here: Path) -> None:
         move_store(here / name, here / folder / "my store=2!")
     found = mix(("two/my store=2!", None), first="one/my store=2!")
     assert [one.table for one in found.mix] == ["m.my-store-2", "m.my-store-2-2"]
-    told = run("neighbours", "one/my store=2!", "--queries", "training", "--name", "m", "--exact",
+    reported = run("neighbours", "one/my store=2!", "--queries", "training", "--name", "m", "--exact",
                "--database", "two/my store=2!=0.5")  # fmt: skip
-    assert told.exit_code == 0 and [member["weight"] for member in record()["mix"]] == [1.0, 0.5]
+    assert reported.exit_code == 0 and [member["weight"] for member in record()["mix"]] == [1.0, 0.5]
 
 
 def test_verify_notes_a_mixture_that_is_not_one(here: Path) -> None:
@@ -330,5 +330,5 @@ def test_verify_notes_a_mixture_that_is_not_one(here: Path) -> None:
 def test_an_index_can_be_dropped_where_there_are_mixtures(here: Path) -> None:
     mix(("books", None))
     api.index("training")
-    told = run("index", "training", "--drop", "--name", "main")
-    assert told.exit_code == 0 and "are kept" not in told.stdout
+    reported = run("index", "training", "--drop", "--name", "main")
+    assert reported.exit_code == 0 and "are kept" not in reported.stdout

@@ -346,12 +346,12 @@ def run(*arguments: object) -> Result:
 
 
 def test_a_plain_run_keeps_what_was_asked_for_until_it_is_dropped(store: Path) -> None:
-    told = run("neighbours", store, "--max-overlap", 0.4, "--exclude-source", "a", "--saved", 5).stdout
-    assert told.endswith("Excluded: more than 0.4 of a chunk in common; the source a.\n")
+    reported = run("neighbours", store, "--max-overlap", 0.4, "--exclude-source", "a", "--saved", 5).stdout
+    assert reported.endswith("Excluded: more than 0.4 of a chunk in common; the source a.\n")
     first = saved_neighbours(store)
-    told = run("neighbours", store, "--saved", 5).stdout
-    assert told.startswith("All embedded chunks have their neighbours")
-    assert "the source a (as before; --no-filters drops this)." in told
+    reported = run("neighbours", store, "--saved", 5).stdout
+    assert reported.startswith("All embedded chunks have their neighbours")
+    assert "the source a (as before; --no-filters drops this)." in reported
     found = api.neighbours(store, saved=5, filters=FilterOptions(near_copies=True))
     assert found.queries == found.rows and not found.filters_kept
     assert found.filters == {"max_overlap": 0.4, "near_copies": True, "exclude_sources": ["a"]}

@@ -106,9 +106,9 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
     build()
     first = api.neighbours(store, name="grown", index=index, search=options)
     before = read_plain(store).ids
-    victims = [] if purged == "nothing" else before[::9].tolist()
-    if victims:
-        purge(store, victims, erase=purged == "erased")
+    targets = [] if purged == "nothing" else before[::9].tolist()
+    if targets:
+        purge(store, targets, erase=purged == "erased")
     grow(store, tiny_encoder, 20, 500)
     fresh = False
     if index is not None:
@@ -127,7 +127,7 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
     assert len(new) >= 2 and all(only == new[0] and min(only) > int(before[-1] >> 32) for only in new)
     whole = sum(n for n, only in asked if only is None)
     assert whole < grown.rows, "old rows are not searched again in old parts, but where they were left with too few"
-    assert grown.rows > first.rows - len(victims)
+    assert grown.rows > first.rows - len(targets)
     at_once_ = api.neighbours(store, name="at-once", index=index, search=options)
     assert at_once_.queries == at_once_.rows
     ids, distances = saved_neighbours(store, "grown")
@@ -139,7 +139,7 @@ def test_what_is_computed_bit_by_bit_is_what_is_computed_at_once(
     else:
         assert np.abs(distances[there] - other[there]).max() <= 1e-4
         assert (ids == other_ids)[there].mean() > 0.99, "ties aside"
-    if not victims:
+    if not targets:
         assert np.array_equal(ids >= 0, other_ids >= 0), "all that are saved; after a purge, as far as it is known"
         if how != "lists":
             assert_true(store, "grown")

@@ -61,7 +61,7 @@ def test_two_runs_with_one_name_and_two_databases_do_not_mix(tmp_path: Path, tin
         late_file = stored_file(queries, f"staging/{planned.key}.json")
         finished = late_file.read_bytes()
         late_file.unlink()
-        engine.execute(early, theirs, rival)  # committed meanwhile
+        engine.execute(early, theirs, rival)  # committed concurrently
         late_file.write_bytes(finished)
         assert list(folding.fold(ours, run).refused) == [planned.key]
         with pytest.raises(UsageError, match="from another database"):
@@ -167,8 +167,8 @@ def test_rows_with_too_few_neighbours_left_are_filled_up(tmp_path: Path, tiny_en
     api.neighbours(store, saved=2)
     reader = retrotool.open(store)
     chunks = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
-    victims = {n.chunk.document for n in reader.neighbours(chunks[0])}
-    purge(store, *victims, erase=erase)
+    targets = {n.chunk.document for n in reader.neighbours(chunks[0])}
+    purge(store, *targets, erase=erase)
     reader.refresh()
     live = [i for i in chunks if reader.is_live([i])[0]]
     short = [i for i in live if len(reader.neighbours(i)) < 2]
@@ -204,17 +204,17 @@ def test_across_stores_rows_are_filled_up_after_a_purge_in_the_database(
 def test_what_was_found_before_an_erase_is_not_committed_after_it(store_copy: Path) -> None:
     store = Store.open(store_copy)
     stage = NeighboursStage(str(store_copy), "main", "late", 20, 2)
-    victims = [i for i in retrotool.open(store_copy).document("doc-115") if i >> 32]
-    assert victims
+    targets = [i for i in retrotool.open(store_copy).document("doc-115") if i >> 32]
+    assert targets
     with writing(store) as run:
         (task,) = (task for task in stage.plan(store) if task.inputs["part"] == 0)
         late = stage.open(store)(task, run.id, nothing)
-        assert np.isin(victims, neighbour_tables.read_table(store, late.add[0]).ids).any()
+        assert np.isin(targets, neighbour_tables.read_table(store, late.add[0]).ids).any()
         purge(store_copy, "doc-115", erase=True)
         staging.stage(store.storage, late)
         assert folding.fold(store, run).refused
         engine.execute(stage, store, run)
-    assert not np.isin(saved_neighbours(store_copy, "late")[0], victims).any()
+    assert not np.isin(saved_neighbours(store_copy, "late")[0], targets).any()
 
 
 def test_nothing_is_read_to_find_that_nothing_is_to_be_done(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

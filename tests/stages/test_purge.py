@@ -308,7 +308,7 @@ def test_everything_can_be_purged(store_copy: Path, tmp_path: Path) -> None:
     assert api.verify(store_copy).ok
 
 
-def test_of_two_purges_at_once_the_later_is_told(store_copy: Path) -> None:
+def test_of_two_purges_at_once_the_later_is_reported(store_copy: Path) -> None:
     store = Store.open(store_copy)
     chosen = select(store, api.Selectors(where="source = 'a'").read(store))
     api.purge(store_copy, api.Selectors(where="source = 'b'"), reason="test")

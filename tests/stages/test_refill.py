@@ -1,4 +1,4 @@
-"""Refilling tables after purges: as if computed anew, and no row searched that had enough left."""
+"""Refilling tables after purges: as if computed again, and no row searched that had enough left."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
     yield seen
 
 
-def assert_as_anew(store: Path, purged: list[int], name: str = "main", k: int = K) -> None:
+def assert_as_again(store: Path, purged: list[int], name: str = "main", k: int = K) -> None:
     """What is read is what brute force finds of what is left: the same distances, and ids but for ties."""
     plain = read_plain(store, purged=frozenset(purged))
     true_ids, true = brute_force(plain, plain, k)
@@ -107,19 +107,19 @@ def assert_as_anew(store: Path, purged: list[int], name: str = "main", k: int = 
 
 @pytest.mark.parametrize("how", ["index", "exact"])
 @pytest.mark.parametrize("erased", ["purged", "erased", "erased later"])
-def test_refilled_is_as_computed_anew_and_only_short_rows_are_searched(
+def test_refilled_is_as_computed_again_and_only_short_rows_are_searched(
     store: Path, how: str, erased: str, asked: list[np.ndarray]
 ) -> None:
     options = {"index": {}, "exact": {"name": "exact", "search": EXACT}}[how]
     name = options.get("name", "main")
     refill(store, **options)
     before, vectors = saved_neighbours(store, name), read_plain(store).vectors
-    victims = some(store, 0.4)
-    purged = purge(store, victims, erase=erased == "erased")
+    targets = some(store, 0.4)
+    purged = purge(store, targets, erase=erased == "erased")
     if erased == "erased later":
         api.erase(store, [purged])
-    plain = read_plain(store, purged=frozenset(victims))
-    short = short_rows(before[0], plain, victims)
+    plain = read_plain(store, purged=frozenset(targets))
+    short = short_rows(before[0], plain, targets)
     assert short.sum() > 10
     asked.clear()
     done = refill(store, **options)
@@ -130,7 +130,7 @@ def test_refilled_is_as_computed_anew_and_only_short_rows_are_searched(
     after = saved_neighbours(store, name)
     if erased == "purged":
         assert np.array_equal(after[0][~short], before[0][~short]), "what an undo would want is there still"
-    assert_as_anew(store, victims, name)
+    assert_as_again(store, targets, name)
     assert api.verify(store).problems == []
     again = refill(store, **options)
     assert (again.queries, again.commit) == (0, done.commit)
@@ -140,10 +140,10 @@ def test_tables_of_several_row_groups_are_looked_through_whole(store: Path, monk
     in_groups_of(16, monkeypatch)
     refill(store, name="small")
     before = saved_neighbours(store, "small")[0]
-    victims = some(store, 0.4)
-    purge(store, victims)
+    targets = some(store, 0.4)
+    purge(store, targets)
     done = refill(store, name="small")
-    assert done.queries == short_rows(before, read_plain(store, purged=frozenset(victims)), victims).sum() > 0
+    assert done.queries == short_rows(before, read_plain(store, purged=frozenset(targets)), targets).sum() > 0
 
 
 def test_tables_that_know_of_all_purges_are_not_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +158,8 @@ def test_rows_stay_short_where_there_is_no_more(store: Path) -> None:
     plain = read_plain(store)
     names = plain.documents.astype(str)
     left = ["doc-1", "doc-4"]
-    victims = plain.ids[~np.isin(names, left)].tolist()
-    purge(store, victims)
+    targets = plain.ids[~np.isin(names, left)].tolist()
+    purge(store, targets)
     sizes = {name: int((names == name).sum()) for name in left}
     due = sum(n for name, n in sizes.items() if sum(sizes.values()) - n < K)
     done = refill(store)
@@ -173,8 +173,8 @@ def test_rows_stay_short_where_there_is_no_more(store: Path) -> None:
 def test_a_refill_that_is_interrupted_goes_on_and_repeats_no_part(
     store: Path, asked: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    victims = some(store, 0.4)
-    purge(store, victims)
+    targets = some(store, 0.4)
+    purge(store, targets)
     whole = copy_store(store, store.parent / "whole")
     refill(whole)
     due = sum(map(len, asked))
@@ -203,13 +203,13 @@ def test_tables_of_another_store_lose_what_was_erased(store: Path, tmp_path: Pat
     for name, options in by_name.items():
         refill(store, queries=training, name=name, **options)
     before = saved_neighbours(training, "t")[0]
-    victims = some(store, 0.4)
-    api.erase(store, [purge(store, victims)])
+    targets = some(store, 0.4)
+    api.erase(store, [purge(store, targets)])
     plain = read_plain(training)
     for name, options in by_name.items():
         done = refill(store, queries=training, name=name, **options)
-        assert done.queries == short_rows(before, plain, victims).sum()
-        assert not np.isin(saved_neighbours(training, name)[0], victims).any()
+        assert done.queries == short_rows(before, plain, targets).sum()
+        assert not np.isin(saved_neighbours(training, name)[0], targets).any()
         true_ids, true = brute_force(plain, read_plain(store), K)
         ids, distances = saved_neighbours(training, name)
         np.testing.assert_allclose(distances[:, :K], true, rtol=1e-4, atol=1e-3)
@@ -228,8 +228,8 @@ def test_all_tables_of_a_mixture_are_refilled(store: Path, tmp_path: Path, tiny_
 
 def test_a_table_keeps_its_filters(store: Path) -> None:
     api.neighbours(store, name="apart", k=K, saved=SAVED, filters=FilterOptions(exclude_sources=("a",)))
-    victims = some(store, 0.4)
-    purge(store, victims)
+    targets = some(store, 0.4)
+    purge(store, targets)
     record = Store.open(store).state.records["neighbours:apart"]
     assert refill(store, name="apart").queries > 10
     assert Store.open(store).state.records["neighbours:apart"] == record
@@ -244,25 +244,25 @@ def test_a_table_keeps_its_filters(store: Path) -> None:
 def test_more_neighbours_may_be_used_after_a_refill(store: Path) -> None:
     """A row that had enough left for a smaller k was not searched: with a larger one it has not."""
     api.neighbours(store, k=1, saved=SAVED)
-    victims = some(store, 0.6)
-    purge(store, victims)
+    targets = some(store, 0.6)
+    purge(store, targets)
     assert api.neighbours(store, k=1, saved=SAVED).queries > 0
     before = saved_neighbours(store)[0]
     done = refill(store)
-    assert_as_anew(store, victims)
-    plain = read_plain(store, purged=frozenset(victims))
-    assert done.queries == short_rows(before, plain, victims).sum() > 0
+    assert_as_again(store, targets)
+    plain = read_plain(store, purged=frozenset(targets))
+    assert done.queries == short_rows(before, plain, targets).sum() > 0
     assert refill(store).queries == 0
 
 
 def test_two_refills_at_once_share_the_parts(store: Path) -> None:
-    victims = some(store, 0.4)
-    purge(store, victims)
+    targets = some(store, 0.4)
+    purge(store, targets)
     again = ("neighbours", "-k", str(K), "--saved", str(SAVED))
     for code, err in at_once(store, again, again):
         assert code == 0 and "Traceback" not in err, err
     assert refill(store).queries == 0
-    assert_as_anew(store, victims)
+    assert_as_again(store, targets)
     assert api.verify(store).problems == []
 
 
@@ -270,24 +270,24 @@ def test_two_refills_at_once_share_the_parts(store: Path) -> None:
 def test_a_table_that_another_refill_replaces_between_look_up_and_reading_is_planned_again(
     store: Path, table: int
 ) -> None:
-    victims = some(store, 0.4)
-    purge(store, victims)
+    targets = some(store, 0.4)
+    purge(store, targets)
     folder = store / "neighbours" / "main"
     slots = [file.name.partition("-")[0] for file in stored_files(store, "neighbours/main/*")]
     with once_before("read", folder, lambda: refill(store), slot=slots[table]):
         assert refill(store).queries == 0
-    assert_as_anew(store, victims)
+    assert_as_again(store, targets)
     assert api.verify(store).problems == []
 
 
-def test_an_index_of_lists_finds_as_many_as_anew(store: Path) -> None:
+def test_an_index_of_lists_finds_as_many_as_again(store: Path) -> None:
     api.index(store, name="lists", target_recall=1.0, options=Options(IndexOptions(nlist=8, code="sq8", shard_rows=70)))
     api.neighbours(store, name="lists", index="lists", k=K, saved=SAVED)
-    victims = some(store, 0.4)
-    purge(store, victims)
+    targets = some(store, 0.4)
+    purge(store, targets)
     assert refill(store, name="lists", index="lists").queries > 10
-    api.neighbours(store, name="anew", index="lists", k=K, saved=SAVED)
+    api.neighbours(store, name="again", index="lists", k=K, saved=SAVED)
     reader = retrotool.open(store)
     chunks = [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)]
-    pairs = [(reader.neighbour_ids(chunk, "lists"), reader.neighbour_ids(chunk, "anew")) for chunk in chunks]
+    pairs = [(reader.neighbour_ids(chunk, "lists"), reader.neighbour_ids(chunk, "again")) for chunk in chunks]
     assert np.mean([one == other for one, other in pairs]) > 0.95

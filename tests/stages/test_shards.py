@@ -1,4 +1,4 @@
-"""Several jobs, devices and runs on one store: every part once, whoever dies."""
+"""Several jobs, devices and runs on one store: every part once, whichever dies."""
 
 from __future__ import annotations
 

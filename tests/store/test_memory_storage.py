@@ -1,4 +1,4 @@
-"""The process behind the storage in memory: it is shared, forgets what is over, and ends with whoever began it."""
+"""The process behind the storage in memory: it is shared, forgets what is over, and ends with its starter."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def test_who_finds_a_claim_that_is_given_back_just_now_looks_again(
 
 
 def test_of_claims_that_are_given_back_the_newest_is_the_last(store: Store, runs: tuple[str, str]) -> None:
-    """Else another that looks meanwhile would find the older one, of a dead run, and make that epoch's claim."""
+    """Else another that looks concurrently would find the older one, of a dead run, and make that epoch's claim."""
     one, two = runs
     taken: list[bool] = []
     steps = 1 if isinstance(store.storage, MemoryStorage) else 3  # there, all of them go at once

@@ -271,7 +271,7 @@ def test_deleting_on_a_full_disk_or_killed_goes_on_where_it_stopped(store: Store
 
 
 @pytest.mark.parametrize("error", [30, 13, 1], ids=["read-only", "no rights", "not permitted"])
-def test_a_disk_that_refuses_is_told_with_advice(store: Store, error: int) -> None:
+def test_a_disk_that_refuses_is_reported_with_advice(store: Store, error: int) -> None:
     def refuse() -> None:
         raise OSError(error, os.strerror(error))
 

@@ -183,7 +183,7 @@ def test_a_build_that_finds_nothing_left_to_do_commits_nothing(store: Store) -> 
 
 
 @pytest.mark.on_disk
-def test_a_writer_told_that_its_own_entry_exists_knows_that_it_won(
+def test_a_writer_reported_that_its_own_entry_exists_knows_that_it_won(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = disk.link

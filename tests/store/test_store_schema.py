@@ -1,6 +1,6 @@
 """What is read of a store is as its schema says, or an error names the file and the field: right sums prove nothing.
 
-Here an attacker can write JSON, with the right sums, and chain the log anew.
+Here an attacker can write JSON, with the right sums, and chain the log again.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Forger:
                 path.write_bytes(data)
 
     def put(self, first: int, fields: Any, parent: str | None = None) -> Path:
-        """Put something in the place of a commit, and chain all after it anew.
+        """Put something in the place of a commit, and chain all after it again.
 
         Tables of neighbours name the commits that they are of, so these names are changed, too.
         """

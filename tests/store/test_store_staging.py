@@ -1,4 +1,4 @@
-"""Folding: finished tasks become commits, once each and in order, whoever folds and whatever befalls it."""
+"""Folding: finished tasks become commits, once each and in order, whichever process folds."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_numbers_that_overflow_in_the_model_are_such_a_failure(store_copy: Path,
         ({"allow_lossy": False}, "--classifier: the tokenizer of .* loses case or spacing"),
     ],
 )
-def test_what_makes_no_sense_is_told(built_store: Path, model: Path, changed: dict[str, Any], reason: str) -> None:
+def test_what_makes_no_sense_is_reported(built_store: Path, model: Path, changed: dict[str, Any], reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as error:
         asked_for(model, **changed).read(Store.open(built_store))
     assert error.value.advice

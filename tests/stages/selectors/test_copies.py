@@ -73,7 +73,7 @@ def _joined(pieces: list[list[int]]) -> list[int]:
 
 @st.composite
 def corpora(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int, list[int]]:
-    """Victims, documents made of pieces of them and of few other tokens, the chunk length, erased rows."""
+    """Targets, documents made of pieces of them and of few other tokens, the chunk length, erased rows."""
     length = draw(st.sampled_from([5, 8, 11, 16]))
     kinds = draw(st.sampled_from([1, 2, 5]))
     token = st.integers(0, kinds)
@@ -114,7 +114,7 @@ def test_chunks_of_64_of_text_like_tokens_too(hashes: object, monkeypatch: pytes
     assert found == by_rule(originals, block, 0.5) and 40 < len(found) < len(block)
 
 
-VICTIM = random_tokens(0, LENGTH)
+TARGET = random_tokens(0, LENGTH)
 BEFORE, BEHIND = random_tokens(1, 200), random_tokens(2, 200)
 
 
@@ -129,16 +129,16 @@ def planted(shift: int, copy: list[int]) -> tuple[TextBlock, set[int]]:
 
 @pytest.mark.parametrize("shift", range(64))
 def test_a_copy_is_found_wherever_it_begins(shift: int) -> None:
-    block, rows = planted(shift, VICTIM)
-    assert set(selected(matcher_of([random_tokens(5, 64), VICTIM]), block)) == rows
+    block, rows = planted(shift, TARGET)
+    assert set(selected(matcher_of([random_tokens(5, 64), TARGET]), block)) == rows
 
 
 def test_a_copy_with_one_token_changed_left_out_or_put_in_is_found() -> None:
-    matcher = matcher_of([VICTIM])
+    matcher = matcher_of([TARGET])
     for place in range(64):
         for shift in (0, 1, 31, 63):
-            changes = [[*VICTIM[:place], 1999, *VICTIM[place + 1 :]], VICTIM[:place] + VICTIM[place + 1 :]]
-            changes.append([*VICTIM[:place], 1999, *VICTIM[place:]])
+            changes = [[*TARGET[:place], 1999, *TARGET[place + 1 :]], TARGET[:place] + TARGET[place + 1 :]]
+            changes.append([*TARGET[:place], 1999, *TARGET[place:]])
             for copy in changes:
                 block, rows = planted(shift, copy)
                 found = set(selected(matcher, block))
@@ -148,11 +148,11 @@ def test_a_copy_with_one_token_changed_left_out_or_put_in_is_found() -> None:
 
 
 def test_a_half_is_enough_and_less_is_not() -> None:
-    matcher = matcher_of([VICTIM])  # 57 grams, of which 29 are needed: 36 tokens in a row
-    assert selected(matcher, block_of([VICTIM[:36]], LENGTH)) == [0]
-    assert selected(matcher, block_of([VICTIM[:35]], LENGTH)) == []
-    assert selected(matcher, block_of([[*VICTIM[20:35], 3, *VICTIM[:35]]], LENGTH)) == []
-    assert selected(matcher, block_of([[*VICTIM[35:64], 3, *VICTIM[:35]]], LENGTH)) == [0]
+    matcher = matcher_of([TARGET])  # 57 grams, of which 29 are needed: 36 tokens in a row
+    assert selected(matcher, block_of([TARGET[:36]], LENGTH)) == [0]
+    assert selected(matcher, block_of([TARGET[:35]], LENGTH)) == []
+    assert selected(matcher, block_of([[*TARGET[20:35], 3, *TARGET[:35]]], LENGTH)) == []
+    assert selected(matcher, block_of([[*TARGET[35:64], 3, *TARGET[:35]]], LENGTH)) == [0]
 
 
 def test_of_two_copies_of_which_each_lies_in_two_chunks_all_are_found() -> None:
@@ -165,12 +165,12 @@ def test_of_two_copies_of_which_each_lies_in_two_chunks_all_are_found() -> None:
 
 
 def test_two_halves_in_two_documents_or_beside_an_erased_chunk_are_no_copy() -> None:
-    matcher = matcher_of([VICTIM])
-    half = block_of([BEFORE[:32] + VICTIM[:32], VICTIM[32:] + BEHIND], LENGTH)
+    matcher = matcher_of([TARGET])
+    half = block_of([BEFORE[:32] + TARGET[:32], TARGET[32:] + BEHIND], LENGTH)
     assert selected(matcher, half) == []
-    gap = [BEFORE[:64] + BEFORE[:32] + VICTIM[:32] + BEHIND[:64] + VICTIM[32:]]
+    gap = [BEFORE[:64] + BEFORE[:32] + TARGET[:32] + BEHIND[:64] + TARGET[32:]]
     assert selected(matcher, block_of(gap, LENGTH, [2])) == []
-    assert selected(matcher, block_of([BEFORE[:32] + VICTIM[:32] + VICTIM[32:]], LENGTH)) == [0, 1]
+    assert selected(matcher, block_of([BEFORE[:32] + TARGET[:32] + TARGET[32:]], LENGTH)) == [0, 1]
 
 
 def test_short_chunks_are_held_against_whole_chunks_only() -> None:
@@ -184,9 +184,9 @@ def test_what_repeats_itself_selects_all_that_do_unless_more_runs_are_asked_for(
     block = block_of([dashes, BEFORE[:50] + [5] * 14, BEHIND, [5] * 63], LENGTH)
     assert selected(matcher_of([dashes]), block) == [0, 1, 6]
     assert selected(matcher_of([dashes], fewest=2), block) == [0]
-    copied, rows = planted(11, VICTIM)
-    assert set(selected(matcher_of([dashes, VICTIM], fewest=57), copied)) == rows
-    assert set(selected(matcher_of([dashes, VICTIM], fewest=58), copied)) == set()
+    copied, rows = planted(11, TARGET)
+    assert set(selected(matcher_of([dashes, TARGET], fewest=57), copied)) == rows
+    assert set(selected(matcher_of([dashes, TARGET], fewest=58), copied)) == set()
 
 
 def test_text_that_is_everywhere_costs_no_more_than_it_occurs() -> None:
@@ -213,8 +213,8 @@ def test_text_that_is_everywhere_costs_no_more_than_it_occurs() -> None:
 
 
 def test_it_answers_several_threads_at_once() -> None:
-    block, rows = planted(17, VICTIM)
-    matcher = matcher_of([VICTIM])
+    block, rows = planted(17, TARGET)
+    matcher = matcher_of([TARGET])
     with ThreadPoolExecutor(4) as pool:
         assert all(set(found) == rows for found in pool.map(lambda _: selected(matcher, block), range(40)))
 
@@ -222,8 +222,8 @@ def test_it_answers_several_threads_at_once() -> None:
 @pytest.fixture(scope="module")
 def documents() -> list[list[int]]:
     plain = [random_tokens(1000 + i, 30 + 37 * i % 400) for i in range(60)]
-    copied = [random_tokens(3, shift) + VICTIM + random_tokens(4, 90) for shift in range(64)]
-    return [VICTIM + random_tokens(6, 30), *plain, *copied]
+    copied = [random_tokens(3, shift) + TARGET + random_tokens(4, 90) for shift in range(64)]
+    return [TARGET + random_tokens(6, 30), *plain, *copied]
 
 
 def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: Path, documents: list) -> None:

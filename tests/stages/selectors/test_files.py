@@ -37,14 +37,14 @@ def test_a_byte_order_mark_says_nothing(name: str, built_store: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf \r\n\n"])
-def test_a_file_with_nothing_in_it_is_told(name: str, content: bytes, built_store: Path, tmp_path: Path) -> None:
+def test_a_file_with_nothing_in_it_is_reported(name: str, content: bytes, built_store: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(content)
     with pytest.raises(UsageError, match="empty has no "):
         asked(built_store, name, tmp_path / "empty")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_in_another_encoding_is_told_with_the_line(name: str, built_store: Path, tmp_path: Path) -> None:
+def test_a_file_in_another_encoding_is_reported_with_the_line(name: str, built_store: Path, tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"5\nM\xfcller\n")
     with pytest.raises(UsageError, match=r"latin can't be read: line 2 is not UTF-8"):
         asked(built_store, name, tmp_path / "latin")

@@ -193,13 +193,13 @@ def test_of_several_embeddings_those_are_used_that_search_uses(store_copy: Path,
         ({"like": TEXT, "within": 1.0, "device": "tpu"}, "'tpu' is unknown"),
     ],
 )
-def test_what_makes_no_sense_is_told(built_store: Path, selectors: dict[str, object], reason: str) -> None:
+def test_what_makes_no_sense_is_reported(built_store: Path, selectors: dict[str, object], reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as error:
         api.Selectors(**selectors).read(Store.open(built_store))  # type: ignore[arg-type]
     assert error.value.advice or "UTF-8" in reason or "empty" in reason
 
 
-def test_files_that_hold_no_text_are_told(built_store: Path, tmp_path: Path) -> None:
+def test_files_that_hold_no_text_are_reported(built_store: Path, tmp_path: Path) -> None:
     store = Store.open(built_store)
     for content, reason in ((b" \n", "has no text"), (b"\xff\xfe", "can't be read")):
         (tmp_path / "file").write_bytes(content)
@@ -217,7 +217,7 @@ def test_a_text_that_the_encoder_can_not_take_whole_is_refused(store_copy: Path,
     selected(store_copy, like=tmp_path / "file", within=0.0)
 
 
-def test_a_store_without_embeddings_is_told_what_to_do(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> None:
+def test_a_store_without_embeddings_is_reported_what_to_do(tmp_path: Path, corpus: Path, tiny_encoder: Path) -> None:
     api.chunk(tmp_path / "store", [str(corpus)], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="has no embeddings") as error:
         api.Selectors(like=TEXT, within=1.0).read(Store.open(tmp_path / "store"))

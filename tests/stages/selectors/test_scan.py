@@ -97,7 +97,7 @@ def test_selectors_are_joined_or_all_must_mean_a_chunk(store: Path, tmp_path: Pa
     assert selected(store, chunk=(first,), document=("doc-4",)) == {first, *reader.document("doc-4")}
 
 
-def test_matches_are_counted_by_selector_and_nothing_is_told_of_what_was_looked_for(
+def test_matches_are_counted_by_selector_and_nothing_is_reported_of_what_was_looked_for(
     store: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "patterns").write_text(f"{SECRET}\nnowhere\n")

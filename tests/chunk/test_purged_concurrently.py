@@ -44,13 +44,13 @@ def purge(store: Path, folder: Path, *ids: str, erase: bool = False) -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("victim", [{"id": "mirror", "text": JANE["text"]}, {"id": "jane", "text": "Another version."}])
-def test_a_unit_that_was_staged_before_a_purge_is_read_again_without_the_purged(victim, tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", [{"id": "mirror", "text": JANE["text"]}, {"id": "jane", "text": "Another version."}])
+def test_a_unit_that_was_staged_before_a_purge_is_read_again_without_the_purged(target, tmp_path, monkeypatch):
     store = tmp_path / "store"
     run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]))
     paths = [
         write_rows(tmp_path / "a.jsonl", make_rows(5)),
-        write_rows(tmp_path / "b.jsonl", [victim, *make_rows(3, first=9)]),
+        write_rows(tmp_path / "b.jsonl", [target, *make_rows(3, first=9)]),
     ]
     stage_units(store, paths, [1], monkeypatch)
     purge(store, tmp_path, "jane")
@@ -91,7 +91,7 @@ def test_the_log_has_no_text_of_the_document_that_showed_the_difference(tmp_path
     rows = write_rows(tmp_path / "rows.jsonl", make_rows(5))
     result = run_chunk(store, rows, "--tokenizer", byte_level_tokenizer)
     assert result.exit_code == 1
-    assert "Elm Street" in result.stderr, "a person is told"
+    assert "Elm Street" in result.stderr, "a person is reported"
     assert EXACT in Store.open(store).state.records
     assert not [file for file in stored_files(store, "log/*") if b"Elm Street" in file.read_bytes()]
 

@@ -1,4 +1,4 @@
-"""Fields that were asked for and are not there are told of."""
+"""Fields that were asked for and are not there are reported of."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_of_many_fields_the_first_are_named(store, tmp_path):
     assert "field 11, ..." in stdout
 
 
-def test_fields_to_keep_that_no_row_has_are_told_of(store, tmp_path):
+def test_fields_to_keep_that_no_row_has_are_reported_of(store, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"id": "undated", "text": "text of no year"}])
     again = write_rows(tmp_path / "again.jsonl", [{"id": "dated", "text": "text of a year", "year": 1999}])
     empty = "--keep yaer: no row has this field, so its column is empty.\n"
@@ -51,7 +51,7 @@ def test_fields_to_keep_that_no_row_has_are_told_of(store, tmp_path):
     assert run_chunk(store, again, "--keep", "year").stderr == ""
 
 
-def test_fields_to_keep_of_inputs_that_the_store_has_are_told_of(store, tmp_path):
+def test_fields_to_keep_of_inputs_that_the_store_has_are_reported_of(store, tmp_path):
     first = tmp_path / "first.jsonl"
     result = run_chunk(store, first, "--keep", "year")
     assert result.stdout == "1 input skipped: already in the store.\n"
