@@ -2,7 +2,7 @@
 
     python docs/make_cli.py
 
-The width is fixed, so that the page does not depend on the terminal. A test holds the page against ``page()``.
+The width is fixed, so that the page does not depend on the terminal. A test compares it with ``page()``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Results go to stdout, as text or with `--json` as one JSON object; errors, advic
 
 
 def command_names() -> list[str]:
-    """The commands that ``--help`` lists, in its order; a group is followed by its members."""
+    """Return the commands that ``--help`` lists, in its order; a group is followed by its members."""
     return list(_names(typer.main.get_command(app)))
 
 
@@ -55,7 +55,7 @@ def _names(group: Any, before: str = "") -> Iterator[str]:
 
 
 def help_text(*command: str) -> str:
-    """What ``retrotool COMMAND --help`` prints in a terminal of the fixed width."""
+    """Return what ``retrotool COMMAND --help`` prints in a terminal of the fixed width."""
     environment = {"COLUMNS": str(WIDTH), "TERMINAL_WIDTH": str(WIDTH), "NO_COLOR": "1"}
     result = CliRunner().invoke(
         app, [*command, "--help"], prog_name="retrotool", env=environment, terminal_width=WIDTH, color=False
@@ -66,7 +66,7 @@ def help_text(*command: str) -> str:
 
 
 def page() -> str:
-    """The page as it should be."""
+    """Return the page as it should be."""
     sections = [HEAD, f"## retrotool\n\n```text\n{help_text()}\n```\n"]
     sections += [f"## retrotool {name}\n\n```text\n{help_text(*name.split())}\n```\n" for name in command_names()]
     return "\n".join(sections)

@@ -2,11 +2,13 @@
 
     python examples/demo.py FOLDER
 
-Makes the folder, writes the text into it as JSON lines, makes a store of it by ``retrotool chunk``, ``embed``,
-``index`` and ``neighbours``, shows what a few questions find and what lies near their answers, then purges and erases
-one document and shows that it is gone, from the answers and from the bytes of the files. Takes a few minutes on two
-cores; the store stays, to play with. Run again on the same folder, it begins again; a folder that it did not make it
-leaves alone.
+1. Write the text to FOLDER as JSON lines, and make a store of it with ``chunk``, ``embed``, ``index`` and
+   ``neighbours``.
+2. Show what a few questions find, and the neighbours of their answers.
+3. Purge and erase one document, and show that neither answers nor the bytes of files contain it.
+
+Takes a few minutes on two cores. The store is kept. A second run begins again; it does not touch a folder that
+it did not make.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydo
 
 
 def documents() -> Iterator[dict[str, str]]:
-    """The language reference (pydoc's topics), then the docstrings of the standard library, one document a module."""
+    """Yield the language reference (pydoc's topics), then the docstrings of each module of the standard library."""
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
@@ -78,7 +80,7 @@ def write_corpus(path: Path) -> None:
 
 
 def run(*arguments: object) -> str:
-    """What a command prints if it is to be JSON, else it is shown; a command that fails ends the demo."""
+    """Run a command and show its output, or return it if it is JSON; end the demo if it fails."""
     as_json = "--json" in arguments
     command = [sys.executable, "-m", "retrotool", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE if as_json else None, text=True) as process:
@@ -102,7 +104,7 @@ def retrotool(*arguments: object) -> None:
 
 
 def answer(*arguments: object) -> Any:
-    """The JSON object that a command prints."""
+    """Return the JSON object that a command prints."""
     return json.loads(run(*arguments, "--json"))
 
 
@@ -124,14 +126,14 @@ def show_neighbours(store: Path, chunk: int) -> None:
 
 
 def traces(reader: Reader, chunk: int) -> dict[str, bytes]:
-    """Bytes by which a chunk is found in a file: its tokens, which are how a store has its text, and its vector."""
+    """Return bytes by which a chunk is found in a file: its tokens, which are its text, and its vector."""
     tokens = reader.tokens([chunk])[0][: reader.chunk(chunk).n_tokens]
     part, row = chunk >> 32, chunk & 0xFFFFFFFF
     return {"text": tokens.tobytes(), "vector": reader.embeddings(part)[row].tobytes()}
 
 
 def contents(file: Path) -> Iterator[bytes]:
-    """The bytes of a file; of Parquet, which is compressed, also those of its decoded columns."""
+    """Yield the bytes of a file; of Parquet, which is compressed, also those of its decoded columns."""
     import pyarrow.parquet as pq
 
     yield file.read_bytes()
@@ -191,7 +193,7 @@ def show_purge(store: Path, takedown: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """An empty folder to work in; nothing is removed but what an earlier demo made."""
+    """Return an empty folder to work in; remove only what an earlier demo made."""
     if folder.exists() and not (folder / MARKER).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         sys.exit(f"{folder} is there, and this demo did not make it. Name a folder that is not there.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +203,7 @@ def make_folder(folder: Path) -> None:
 
 
 def to_paste(*arguments: str) -> str:
-    """A command line for the retrotool that belongs to this Python."""
+    """Return a command line for the retrotool that belongs to this Python."""
     program = Path(sys.executable).with_name("retrotool")
     if not program.is_file():
         return shlex.join([sys.executable, "-m", "retrotool", *arguments])

@@ -2,8 +2,8 @@
 
     python examples/read_store.py STORE [TABLE]
 
-TABLE is the name of the neighbour tables, ``main`` if it is left out. No encoder is needed for this: the neighbours
-were computed before, by ``retrotool neighbours``.
+TABLE is the name of the neighbour tables, by default ``main``. No encoder is needed, because ``retrotool
+neighbours`` has computed the neighbours before.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from retrotool.reader import Chunk, Reader
 
 
 def paragraph(label: str, chunk: Chunk | None) -> str:
-    """A chunk's text, wrapped, behind a label; ``(end of the document)`` for no chunk."""
+    """Return a chunk's text, wrapped, after a label; ``(end of the document)`` for no chunk."""
     text = "(end of the document)" if chunk is None else " ".join(chunk.text.split())
     return textwrap.fill(f"{label:<14}{text}", 100, subsequent_indent=" " * 14)
 
 
 def first_chunk(reader: Reader) -> int | None:
-    """The lowest live chunk id of the store; None if everything is purged."""
+    """Return the lowest live chunk id of the store; None if everything is purged."""
     for part in reader.parts():
         ids = reader.chunk_ids(part)
         if len(ids):

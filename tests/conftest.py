@@ -32,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests say what a machine without a GPU does; those that want one are run by: make gpu-test
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["COLUMNS"] = "100"  # whatever the terminal that tests are run in
 
 HERE = Path(__file__).parent
 MEMORY = Path("/dev/shm")

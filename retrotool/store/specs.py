@@ -33,7 +33,8 @@ _PLAN = {
     **dict.fromkeys(("duplicates_by_id?", "duplicates_by_text?"), _AMOUNT),
 }  # fmt: skip
 _FINDINGS = {
-    "versions": str, "substrings": [str], "runs?": [(str, str, range(1, 1 << 16), str)], "frames": (str, str), "why": str,
+    "versions": str, "substrings": [str], "runs?": [(str, str, range(1, 1 << 16), str)], "frames": (str, str),
+    "why": str,
 }  # fmt: skip
 _ENCODER = {
     "origin": PLACE, "sha256": str, "pooling": str, "dimension": _DIMENSION, "tokenizer?": str,

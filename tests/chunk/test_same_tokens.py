@@ -9,7 +9,7 @@ import pytest
 from chunk_helpers import run_chunk, run_cli, verified, write_rows
 from conftest import make_rows, make_text
 from test_copies_of_purged import names
-from test_purged_meanwhile import stage_units
+from test_purged_concurrently import stage_units
 
 import retrotool
 from retrotool import api
