@@ -7,8 +7,8 @@
 2. Show what a few questions find, and the neighbours of their answers.
 3. Purge and erase one document, and show that neither answers nor the bytes of files contain it.
 
-Takes a few minutes on two cores. The store is kept. A second run begins again; it does not touch a folder that
-it did not make.
+Takes a few minutes on two cores. The store is kept. A second run begins again; it does not touch a folder
+that it did not make.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydo
 
 
 def documents() -> Iterator[dict[str, str]]:
-    """Yield the language reference (pydoc's topics), then the docstrings of each module of the standard library."""
+    """Yield the language reference (pydoc's topics), then docstrings of the standard library."""
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):

@@ -313,7 +313,7 @@ def test_a_purge_reports_what_it_does_not_reach(store_copy, run):
     assert "Would erase" in run("purge", *select, "--dry-run", "--erase")[1]
     code, out, _ = run("purge", *select, "--erase", "--yes")
     assert (code, out.splitlines()[1].partition(";")[0]) == (0, "Erased 5 chunks")
-    assert "Not reached" not in out, "no other store has neighbours in this one"
+    assert "Not reached: ids" not in out, "only stores that are known to use this one are named"
     other = ("--where", "id = 'doc-8'", "--reason", "r", "--erase", "--yes", "--json")
     assert "other stores" in json.loads(run("purge", store_copy, *other)[1])["not_reached"][0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_rows, write_jsonl
@@ -15,9 +16,12 @@ from retrotool.index.index_records import as_about
 from retrotool.neighbours import run as neighbours_run
 from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.run import SearchOptions
+from retrotool.store.log import FileEntry
+from retrotool.store.paths import FileName
+from retrotool.store.store import Store
 
 
-def without(name: str, fields: dict[str, object]) -> dict[str, object]:
+def without(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     assert name in fields
     return {key: value for key, value in fields.items() if key != name}
 
@@ -53,10 +57,15 @@ def test_a_dependent_without_its_encoder(
 
 
 def test_a_plan_without_its_owner(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = chunk_plan.write_json_file
-    monkeypatch.setattr(
-        chunk_plan, "write_json_file",
-        lambda store, name, content, rows: written(store, name, without("owner", content), rows),
-    )  # fmt: skip
+    written, plans = chunk_plan.write_json_file, []
+
+    def write(store: Store, name: FileName, content: dict[str, Any], rows: int) -> FileEntry:
+        if name.kind == "plans":
+            content = without("owner", content)
+            plans.append(content)
+        return written(store, name, content, rows)
+
+    monkeypatch.setattr(chunk_plan, "write_json_file", write)
     rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(3))
     assert api.chunk(tmp_path / "store", [str(rows)], tokenizer=str(tiny_encoder)).documents == 3
+    assert len(plans) == 1

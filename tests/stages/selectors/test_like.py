@@ -252,4 +252,7 @@ def test_examples_tell_their_distances(store_copy: Path, cli: Cli) -> None:
     shown = cli("purge", store_copy, "--like", TEXT, "--within", 60, "--dry-run")
     assert shown.returncode == 0, shown.stderr
     for example in review.examples:
-        assert f"{example.chunk} of {example.document}, distance {example.figure:.4f}: " in shown.stdout
+        assert (
+            f"{example.chunk >> 32}:{example.chunk & 0xFFFFFFFF} of {example.document}, distance {example.figure:.4f}: "
+            in shown.stdout
+        )
