@@ -16,8 +16,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from retrotool.cli import output
-from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.result_files import written
+from retrotool.store.parts import format_id
 
 
 def write_page(file: str | Path, template: str, **context: object) -> None:

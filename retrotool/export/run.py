@@ -25,7 +25,6 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.cli.output import count
 from retrotool.cli.result_files import check_place, new_folder
@@ -38,7 +37,7 @@ from retrotool.neighbours.stage import pick_table
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.parts import ROW_GROUP, Ids
+from retrotool.store.parts import ROW_GROUP, Ids, format_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, stored_tokenizer

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
-from retrotool.cli.chunk_ids import format_id, parse_id
 from retrotool.cli.options import Json, StoreArgument, TableOption, check_utf8, opt
 from retrotool.errors import UsageError
 
@@ -44,6 +43,7 @@ def command(
     with output.errors(as_json):
         from retrotool.inspect import run as inspect_run
         from retrotool.inspect.run import Choice
+        from retrotool.store.parts import parse_id
 
         if seed is not None and random is None:
             raise UsageError("--seed needs --random", "Give --random N, or leave --seed out.")
@@ -89,8 +89,7 @@ def _table(table: TableRead, several: bool) -> str:
 
 
 def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
-    fields = [f"chunk {format_id(chunk.id)}", *_from(chunk), output.count(chunk.n_tokens, "token")]
-    yield output.Paragraph(*fields, after=6, style="bold")
+    yield output.Paragraph(*_from(chunk), output.count(chunk.n_tokens, "token"), after=6, style="bold")
     runs = groupby(chunk.segments(), lambda segment: bool(segment[1]))
     yield _marked([("".join(text for text, _ in some), marked) for marked, some in runs], 3)
     for rank, near in enumerate(chunk.neighbours, 1):
@@ -100,10 +99,8 @@ def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
 
 
 def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[output.Paragraph]:
-    fields = [f"{rank}. distance {near.distance:.4f}", f"chunk {format_id(near.id)}", *_from(near)]
-    if several:
-        fields.append(f"database {near.database}")
-    yield output.Paragraph(*fields, after=6)
+    database = [f"database {near.database}"] if several else []
+    yield output.Paragraph(f"{rank}. distance {near.distance:.4f}", *_from(near), *database, after=6)
     if (common := near.common) is not None and common.marked:
         last, there = common.start + common.tokens - 1, common.start_in_neighbour + common.tokens - 1
         yield output.Paragraph(
@@ -117,8 +114,10 @@ def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[o
 
 
 def _from(one: InspectedChunk | InspectedNeighbour) -> list[str]:
+    from retrotool.store.parts import format_id
+
     source = [f"source {one.source}"] if one.source else []
-    return [f"document {one.document}", *source, f"{one.index + 1:,} of {one.of:,}"]
+    return [f"chunk {format_id(one.id)}", f"document {one.document}", *source, f"{one.index + 1:,} of {one.of:,}"]
 
 
 def _cut(split: Split, indent: int, before: str = "") -> output.Paragraph:

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.cli import pages
-from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.command_lines import command_line
 from retrotool.cli.output import count
 from retrotool.cli.result_files import check_file
@@ -36,7 +35,7 @@ from retrotool.neighbours.token_overlap import LONGEST, longest_common
 from retrotool.reader import Reader
 from retrotool.store import parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.parts import ROW_GROUP, Ids, join_id, rows_by_part, split_id
+from retrotool.store.parts import ROW_GROUP, Ids, format_id, join_id, rows_by_part, split_id
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import stored_tokenizer

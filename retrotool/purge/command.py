@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
-from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.options import (
     WORK,
     Device,
@@ -265,6 +264,8 @@ def _counts(title: str, counts: Sequence[Count], total: int) -> list[str]:
 
 def _marked(example: Example) -> str:
     """Describe a chunk, with [[ ]] around the match in its text."""
+    from retrotool.store.parts import format_id
+
     text, begin, end = example.text, example.begin, example.end
     if end > begin:
         low, high = max(begin - _AROUND, 0), min(end + _AROUND, len(text))
@@ -480,6 +481,8 @@ def _affected_text(result: AffectedResult) -> str:
 
 
 def _affected_line(one: AffectedChunk) -> str:
+    from retrotool.store.parts import format_id
+
     places = [(one.neighbour, "neighbour {}"), (one.continuation, "following neighbour {}")]
     named = ", ".join(text.format(place) for place, text in places if place is not None)
     return f"  {format_id(one.chunk)} of {output.one_line(one.document)}, {output.one_line(one.source)}: {named}"

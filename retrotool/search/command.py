@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
-from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.command_lines import SHOWN
 from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, arg, check_utf8, opt
 from retrotool.errors import StoreNotFoundError, UsageError
@@ -127,6 +126,8 @@ def command(
 def _text(found: Results) -> str:
     if not found.results:
         return "Nothing found: the index has no live chunks."
+    from retrotool.store.parts import format_id
+
     blocks = []
     for place, result in enumerate(found.results, 1):
         document = output.one_line(result.document)

@@ -12,6 +12,7 @@ column that only files with such chunks have: at most 0.1 MB per million chunks.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,6 +87,22 @@ def join_id(part: int, row: int) -> int:
 def split_id(chunk: int) -> tuple[int, int]:
     """Return the part and the row of a chunk id."""
     return chunk >> PART_SHIFT, chunk & _ROW_MASK
+
+
+def format_id(chunk: int) -> str:
+    """Return a chunk id as ``part:row``, for people; a negative number, which is not an id, unchanged."""
+    return "{}:{}".format(*split_id(chunk)) if chunk >= 0 else str(chunk)
+
+
+def parse_id(text: str) -> int | None:
+    """Return the chunk id that ``part:row`` or a plain number stands for, None for any other text."""
+    match = re.fullmatch(r"(?:([0-9]{1,10}):)?([0-9]{1,19})", text.strip())
+    if match is None:
+        return None
+    number = int(match[2])
+    if match[1] is not None:
+        number = join_id(int(match[1]), number) if number <= _ROW_MASK else -1
+    return number if 0 <= number < 1 << 63 else None
 
 
 def part_of(ids: Ids) -> Ids:

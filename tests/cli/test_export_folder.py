@@ -23,7 +23,6 @@ import retrotool
 from retrotool import api
 from retrotool.app import app
 from retrotool.cli import result_files
-from retrotool.cli.chunk_ids import format_id
 from retrotool.cli.result_files import check_place, new_folder
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.export import run as export_run
@@ -31,6 +30,7 @@ from retrotool.export.run import ExportedTables
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store import disk, leases, neighbour_tables
 from retrotool.store.neighbour_tables import NeighbourTable
+from retrotool.store.parts import format_id
 from retrotool.store.store import Store
 
 EXACT = SearchOptions(exact=True)

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import retrotool
 from retrotool import api
 from retrotool.app import app
-from retrotool.cli.chunk_ids import format_id
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
+from retrotool.store.parts import format_id
 from retrotool.store.store import Store
 
 LONG = "The harbour master hangs out a black ball to say that the port is closed until the storm is over."

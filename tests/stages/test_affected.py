@@ -16,11 +16,11 @@ from test_key_values import build, key_column, records
 from test_neighbour_filters import run
 
 from retrotool import api
-from retrotool.cli.chunk_ids import parse_id
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.neighbours.run import SearchOptions
 from retrotool.purge.affected import AffectedResult
 from retrotool.store import parts
+from retrotool.store.parts import parse_id
 
 EXACT = SearchOptions(exact=True)
 K, SAVED = 2, 8

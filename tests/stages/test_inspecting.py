@@ -12,12 +12,12 @@ from test_overlap import by_table
 
 import retrotool
 from retrotool import api
-from retrotool.cli.chunk_ids import format_id
 from retrotool.errors import ErasedError, UsageError
 from retrotool.inspect import run as inspect_run
 from retrotool.inspect.run import MARKED_FROM, Choice, InspectResult
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
+from retrotool.store.parts import format_id
 from retrotool.store.store import Store
 from retrotool.tokenizers.tokenizer import Split
 

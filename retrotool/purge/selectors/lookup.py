@@ -36,13 +36,12 @@ import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunker import id_hash
-from retrotool.cli.chunk_ids import parse_id
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.selector import GivenValue
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
-from retrotool.store.parts import Chunks, Ids, split_id
+from retrotool.store.parts import Chunks, Ids, parse_id, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
