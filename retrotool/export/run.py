@@ -44,8 +44,7 @@ from retrotool.tokenizers import Tokenizer, stored_tokenizer
 
 MANIFEST, TOKENIZER = "export.json", "tokenizer.json"
 
-HELD_BYTES = 128 << 20
-"""Bytes of neighbour tokens that are looked up at once."""
+HELD_BYTES = 128 << 20  # bytes of neighbour tokens that are looked up at once
 _PARQUET = {
     "compression": "zstd",
     "use_dictionary": ["document", "source"],

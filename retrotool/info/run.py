@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 READ_DOCUMENTS = 20_000_000
 """With more documents, lengths and sources are counted in evenly spread parts only, and scaled."""
 LARGEST_SOURCES = 1000
-_SAMPLED_PARTS = 64
-"""Parts of a database that are searched for the names of sources."""
+_SAMPLED_PARTS = 64  # parts of a database that are searched for the names of sources
 
 
 @dataclass(frozen=True, slots=True)

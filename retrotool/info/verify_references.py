@@ -35,10 +35,8 @@ from retrotool.store.vectors import read_vectors
 _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
 _SAMPLED_ROWS = 16
-_ROUNDING = 5e-4
-"""Allowed error of a distance computed in float32, as a share of the two squared norms."""
-_INFINITE = 0x7C00
-"""Smallest bits of a float16, without its sign, that are infinite or NaN."""
+_ROUNDING = 5e-4  # allowed error of a distance computed in float32, as a share of the two squared norms
+_INFINITE = 0x7C00  # smallest bits of a float16, without its sign, that are infinite or NaN
 
 
 class Checked:

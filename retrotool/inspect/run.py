@@ -44,8 +44,7 @@ from retrotool.tokenizers.tokenizer import Split, split_texts
 MARKED_FROM = 5
 """Shortest common run that is marked. Of pairs of unrelated chunks from manuals, a third share 2 tokens in a
 row, 5 % share 3, 1.2 % share 4 ("on the command line") and 0.6 % share 5."""
-_BLOCK = 1 << 13
-"""Neighbours per block."""
+_BLOCK = 1 << 13  # neighbours per block
 _BINS = 8
 
 

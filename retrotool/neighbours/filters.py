@@ -40,8 +40,7 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Rows = npt.NDArray[np.int64]
 
-MOST = 1 << 12
-"""Most candidates of a row that are compared, or four times the saved neighbours if that is more."""
+MOST = 1 << 12  # most candidates of a row that are compared, or four times the saved neighbours if that is more
 _QUERY_BLOCK = 1 << 20
 _SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6
 """A block of queries gets this fraction (1/n) of the machine's memory, or of ``--memory``."""

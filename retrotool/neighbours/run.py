@@ -236,8 +236,7 @@ def _choose_index(store: Store, index: str | None, search: SearchOptions) -> str
 
 
 MOST_DATABASES = 255
-LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
-"""Beyond these weights, distances (float32) become 0 or infinite."""
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30  # beyond these weights, distances (float32) become 0 or infinite
 _RENAME = "Give one of them another --name."
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 

@@ -63,8 +63,7 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_spans, read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
-_SAME = ("index", "encoder")
-"""Fields that tables share with the record of their name, besides the filters."""
+_SAME = ("index", "encoder")  # fields that tables share with the record of their name, besides the filters
 _WHOLE, FEW, _MORE = "whole", "few", "more"
 """Modes of a task: search all rows in all parts, rows with few neighbours, or all rows in new parts."""
 
@@ -329,8 +328,7 @@ class NeighboursWorker:
         self._database = stage.open_database(store)
         self._commit = self._database.store.state.number
         self._within = is_same_store(store, self._database.store)
-        self._probed = 0
-        """Lists that were probed for the table that is updated; 0: unknown."""
+        self._probed = 0  # lists that were probed for the table that is updated; 0: unknown
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Make or update the table of one part."""
@@ -455,8 +453,7 @@ class Gaps:
     text_is_stale: bool = False
 
 
-_found: dict[tuple[str, str, str, str, str, int], Gaps] = {}
-"""By path of the table, ``GapFinder.taken`` and k."""
+_found: dict[tuple[str, str, str, str, str, int], Gaps] = {}  # by path of the table, ``GapFinder.taken`` and k
 _FOUND = 1 << 17
 
 

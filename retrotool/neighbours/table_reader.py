@@ -28,8 +28,7 @@ from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
-Block = tuple[int, int]
-"""A part, and the number of one of its row groups."""
+Block = tuple[int, int]  # a part, and the number of one of its row groups
 _NO_ROWS = np.zeros(0, np.int64)
 
 
@@ -74,14 +73,11 @@ class NeighbourReader:
         for table, weight in members_of(store, name):
             database = database_of(store, table)[0]
             found.append(Member(table, weight, database, read_tombstones(database), within=database is store))
-        self.members: tuple[Member, ...] = tuple(found)
-        """The tables, in the order of ``Found.databases``."""
+        self.members: tuple[Member, ...] = tuple(found)  # the tables, in the order of ``Found.databases``
         self.databases = tuple(member.store for member in self.members)
         records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
-        self.k = int(records[0]["k"])
-        """Neighbours per chunk by default."""
-        self.saved = min(int(record["saved"]) for record in records)
-        """Most neighbours per chunk."""
+        self.k = int(records[0]["k"])  # neighbours per chunk by default
+        self.saved = min(int(record["saved"]) for record in records)  # most neighbours per chunk
 
     def choose_k(self, k: int | None) -> int:
         """Return ``k``, by default the table's. Raises ``UsageError`` if it is not from 1 to ``saved``."""

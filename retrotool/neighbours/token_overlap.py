@@ -24,17 +24,13 @@ Tokens = npt.NDArray[np.integer]
 Lengths = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-GRAM = 8
-"""Tokens of the short runs by which near copies are detected."""
-COPIED = 0.5
-"""Share of a chunk's distinct short runs that a near copy has at least."""
+GRAM = 8  # tokens of the short runs by which near copies are detected
+COPIED = 0.5  # share of a chunk's distinct short runs that a near copy has at least
 
-LONGEST = 64
-"""Tokens of the longest chunks that can be compared: one bit of a word each."""
+LONGEST = 64  # tokens of the longest chunks that can be compared: one bit of a word each
 _BLOCK = 256
 _STEPS = (32, 16, 8, 4, 2, 1)
-_NO_TOKEN, _NO_OTHER = -1, -2
-"""Padding, which is equal to no token, and not to each other."""
+_NO_TOKEN, _NO_OTHER = -1, -2  # padding, which is equal to no token, and not to each other
 _HASH_BITS = 12
 _ODD = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB)
 """Random odd numbers to multiply by."""

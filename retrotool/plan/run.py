@@ -51,10 +51,8 @@ from retrotool.machine import cores as own_cores
 from retrotool.machine import memory_of_machine
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
-ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105
-"""Bytes per chunk without its tokens, and hundredths of a byte per token."""
-TEXT_BYTES = 4
-"""Bytes of text per token."""
+ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105  # bytes per chunk without its tokens, and hundredths of a byte per token
+TEXT_BYTES = 4  # bytes of text per token
 LIST_BYTES = 8
 SPECIAL_TOKENS = 2
 SCANNED_LISTS = 3

@@ -47,10 +47,8 @@ _STATE = (
 )  # fmt: skip
 """Keys of a state, besides its version and the settings that decide the order."""
 _HEAD_DIGITS = 16
-_GATHERED = 16
-"""Sequences that are gathered at once without a batch size."""
-_IN_ORDER = 4
-"""Blocks that are read at once without shuffling."""
+_GATHERED = 16  # sequences that are gathered at once without a batch size
+_IN_ORDER = 4  # blocks that are read at once without shuffling
 _READ = 4
 """Index, in the tensor shared by all processes, of the last change that a worker process has read under.
 Before it are the epoch, its commit, the number of changes, and whether the last change loaded a state."""

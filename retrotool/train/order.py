@@ -31,10 +31,8 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Slots = npt.NDArray[np.int32]
-Span = tuple[int, int]
-"""[start, stop) of places in the order."""
-EMPTY = -1
-"""Stands for the row or id of an empty slot."""
+Span = tuple[int, int]  # [start, stop) of places in the order
+EMPTY = -1  # stands for the row or id of an empty slot
 
 
 def slots_of(live: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, packed: bool) -> Slots:
@@ -71,8 +69,7 @@ class SequenceLayout:
     group: npt.NDArray[np.int32]
     counts: npt.NDArray[np.int64]
     tombstones: Tombstones
-    tokens: int
-    """Tokens of all live chunks."""
+    tokens: int  # tokens of all live chunks
 
     @classmethod
     def of(cls, store: Store, commit: int, size: int, *, packed: bool) -> SequenceLayout:
