@@ -40,7 +40,7 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Rows = npt.NDArray[np.int64]
 
-MOST = 1 << 12  # most candidates of a row that are compared, or four times the saved neighbours if that is more
+MOST = 1 << 12  # candidates of a row that are compared at most, or four times the saved neighbours if that is more
 _QUERY_BLOCK = 1 << 20
 _SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6
 """A block of queries gets this fraction (1/n) of the machine's memory, or of ``--memory``."""
@@ -73,9 +73,8 @@ class Filters:
 
     def as_record(self) -> dict[str, Any]:
         """Return the filters that are set, as a dictionary that is equal for equal filters."""
-        record = {"max_overlap": self.max_overlap, "near_copies": self.near_copies}
-        sources = {"exclude_sources": self.exclude_sources, "only_sources": self.only_sources}
-        fields = {**record, **{name: sorted(set(hashes)) for name, hashes in sources.items()}}
+        sources = {"exclude_sources": sorted(set(self.exclude_sources)), "only_sources": sorted(set(self.only_sources))}
+        fields = {"max_overlap": self.max_overlap, "near_copies": self.near_copies, **sources}
         return {name: value for name, value in fields.items() if value}
 
     @property
@@ -118,14 +117,11 @@ class FilterOptions(Filters):
         wanted = self.sources
         if both := sorted(set(self.exclude_sources) & set(self.only_sources)):
             raise UsageError(f"the source {both[0]!r} is given to --exclude-source and --only-source")
-        if not wanted:
-            return
-        have: set[str] = set()
-        for database in databases:
-            for names in source_names(database):
-                if wanted <= have:
-                    return
-                have |= names
+        have = set[str]()
+        for names in chain.from_iterable(map(source_names, databases)) if wanted else ():
+            if wanted <= have:
+                return
+            have |= names
         if missing := sorted(wanted - have):
             more = f" and {len(have) - _LISTED} more" if len(have) > _LISTED else ""
             where = " and ".join(database.place for database in databases)
@@ -134,11 +130,10 @@ class FilterOptions(Filters):
 
     def applied(self, record: Mapping[str, Any] | None, queries: Store) -> Filters:
         """Apply the options to the filters in ``record``, the table's record or None."""
-        exclude, only = (
-            tuple(map(queries.identity.keyed_hash, sources)) for sources in (self.exclude_sources, self.only_sources)
-        )
-        kept = {} if self.drop else Filters.of(record).as_record()
-        asked = Filters(self.max_overlap, self.near_copies, exclude, only).as_record()
+        kept, asked = {} if self.drop else Filters.of(record).as_record(), self.as_record()
+        for option in ("exclude_sources", "only_sources"):
+            if option in asked:
+                asked[option] = sorted(map(queries.identity.keyed_hash, asked[option]))
         return Filters.of({"filters": {**kept, **asked}})
 
 
@@ -183,33 +178,30 @@ def in_words(filters: Mapping[str, Any]) -> str:
     return "; ".join(found)
 
 
+@dataclass
 class Finder:
     """Finds the neighbours of rows of one part that pass the filters.
 
     ``ask`` returns the queries of some rows. ``memory`` limits a search, in bytes; None: whatever is fastest.
     """
 
-    def __init__(
-        self,
-        queries: Store,
-        part: int,
-        database: AnyDatabase,
-        saved: int,
-        filters: Filters,
-        ask: Callable[[Rows], Queries],
-        memory: int | None = None,
-    ) -> None:
-        self._queries, self._part, self._database, self._filters = queries, part, database, filters
-        self._saved, self._ask, self._memory = saved, ask, memory
-        self._tombstones = read_tombstones(queries) if filters.by_tokens else None
-        self._wanted, self._most = saved + -(-saved // 2), max(MOST, 4 * saved)
+    queries: Store
+    part: int
+    database: AnyDatabase
+    saved: int
+    filters: Filters
+    ask: Callable[[Rows], Queries]
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        self._tombstones = read_tombstones(self.queries) if self.filters.by_tokens else None
+        self._wanted, self._most = self.saved + -(-self.saved // 2), max(MOST, 4 * self.saved)
 
     def blocks(self, rows: Rows) -> Iterator[Rows]:
-        """Yield the rows in blocks for ``search``."""
+        """Return the rows in blocks for ``search``."""
         if self._tombstones is None:
-            yield from self._search_blocks(rows, self._saved)
-        else:
-            yield from _in_steps(rows, max(1, self._judged // self._wanted))
+            return self._search_blocks(rows, self.saved)
+        return _in_steps(rows, max(1, self._judged // self._wanted))
 
     def search(self, rows: Rows, only: Collection[int] | None = None, beyond: int = 0) -> Best:
         """Return the nearest neighbours of rows of a block.
@@ -217,15 +209,15 @@ class Finder:
         ``only``: search only these parts of the database. ``beyond``: skip the nearest ``beyond`` lists.
         """
         if self._tombstones is None:
-            return self._database.search(self._ask(rows), self._saved, only=only, beyond=beyond)
-        best = Best.nothing(len(rows), self._saved)
+            return self.database.search(self.ask(rows), self.saved, only=only, beyond=beyond)
+        best = Best.nothing(len(rows), self.saved)
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
         while len(left):
             short = []
             for some in _in_steps(left, max(1, self._judged // wanted)):
                 found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
-                kept = _without(found, self._dropped(self._tombstones, rows[some], found.ids), self._saved)
+                kept = _without(found, self._dropped(self._tombstones, rows[some], found.ids), self.saved)
                 best.put(some, kept)
                 short.append(some[whole & (kept.ids[:, -1] == NO_NEIGHBOUR)])
             if wanted >= self._most:
@@ -236,31 +228,31 @@ class Finder:
     @property
     def _judged(self) -> int:
         """Candidates to compare at a time: more for a large database, whose tokens are read each time."""
-        state = self._database.store.state
-        rows = sum(entry.rows for part in self._database.held() if (entry := state.part_file("chunks", part)))
+        state = self.database.store.state
+        rows = sum(entry.rows for part in self.database.held() if (entry := state.part_file("chunks", part)))
         judged = min(max(rows // 16, _FEWEST_JUDGED), _MOST_JUDGED)
-        return judged if self._memory is None else min(judged, self._memory // 10 // _BYTES_A_CANDIDATE)
+        return judged if self.memory is None else min(judged, self.memory // 10 // _BYTES_A_CANDIDATE)
 
     def _candidates(self, rows: Rows, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
         best = Best.nothing(len(rows), k)
         start = 0
         for some in self._search_blocks(rows, k):
             interrupts.check()
-            found = self._database.search(self._ask(some), k, only=only, wider=wider, beyond=beyond)
+            found = self.database.search(self.ask(some), k, only=only, wider=wider, beyond=beyond)
             best.put(slice(start, start + len(some)), found)
             start += len(some)
         return best
 
     def _search_blocks(self, rows: Rows, k: int) -> Iterator[Rows]:
-        share = memory_of_machine() // _SHARE_OF_MACHINE if self._memory is None else self._memory // _SHARE_OF_MEMORY
-        d = self._ask(rows[:1]).vectors.shape[1]
-        yield from _in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self._database.candidates_for(k), d)))
+        share = memory_of_machine() // _SHARE_OF_MACHINE if self.memory is None else self.memory // _SHARE_OF_MEMORY
+        d = self.ask(rows[:1]).vectors.shape[1]
+        yield from _in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self.database.candidates_for(k), d)))
 
     def _dropped(self, own: Tombstones, rows: Rows, ids: Rows) -> npt.NDArray[np.bool_]:
         """Return which candidates [n, c] of rows [n] are excluded; never a −1."""
-        asked = read_pieces(self._queries, own, parts.chunk_ids(self._part, rows))
+        asked = read_pieces(self.queries, own, parts.chunk_ids(self.part, rows))
         tokens, n_tokens = asked.tokens[:, 0], asked.n_tokens[:, 0]
-        distinct = distinct_grams(tokens, n_tokens) if self._filters.near_copies else np.zeros(len(rows), np.uint64)
+        distinct = distinct_grams(tokens, n_tokens) if self.filters.near_copies else np.zeros(len(rows), np.uint64)
         flat = ids.ravel()
         dropped = np.zeros(len(flat), np.bool_)
         order = np.flatnonzero(flat != NO_NEIGHBOUR)
@@ -279,14 +271,14 @@ class Finder:
         self, tokens: npt.NDArray[Any], n_tokens: Rows, distinct: npt.NDArray[np.uint64], ids: Rows
     ) -> npt.NDArray[np.bool_]:
         """Return which candidates, one per query, are excluded, bool [n]."""
-        pieces = read_pieces(self._database.store, self._database.tombstones, ids)
+        pieces = read_pieces(self.database.store, self.database.tombstones, ids)
         others, n_others = pieces.joined()
         dropped = np.zeros(len(ids), np.bool_)
-        if self._filters.max_overlap is not None:
-            length = self._queries.identity.chunk_length
-            run = max(n for n in range(length + 1) if n / length <= self._filters.max_overlap)
+        if self.filters.max_overlap is not None:
+            length = self.queries.identity.chunk_length
+            run = max(n for n in range(length + 1) if n / length <= self.filters.max_overlap)
             dropped |= has_longer_run(tokens, n_tokens, others, n_others, run)
-        if self._filters.near_copies:
+        if self.filters.near_copies:
             rest = np.flatnonzero(~dropped)
             of = (tokens[rest], n_tokens[rest], distinct[rest])
             dropped[rest] = are_near_copies(*of, others[rest], n_others[rest])

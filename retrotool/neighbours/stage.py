@@ -147,10 +147,11 @@ class NeighboursStage:
 
     def record(self, store: Store, database: AnyDatabase) -> dict[str, Any]:
         """Build the record ``neighbours:<table>``."""
+        optional = {"filters": self.filters.as_record(), "text": self.text}
         return {
             "database": database.store.identity.uuid, "uri": database.store.uri,
             "within": is_same_store(store, database.store), "index": self.index, "encoder": database.encoder,
-            "saved": self.saved, "k": self.k, **with_filters(self.filters), **({"text": True} if self.text else {}),
+            "saved": self.saved, "k": self.k, **{name: value for name, value in optional.items() if value},
         }  # fmt: skip
 
     def _check_database(self, state: State, record: Mapping[str, Any]) -> None:
@@ -158,8 +159,8 @@ class NeighboursStage:
         if "mix" in known:
             raise UsageError(f"the neighbours {self.table!r} are a mixture", "Give another --name.")
         if known["database"] != record["database"]:
-            of = f"from another database, {known['uri']}"
-            raise UsageError(f"the neighbours {self.table!r} are {of}", "Give another --name.")
+            of = f"the neighbours {self.table!r} are from another database, {known['uri']}"
+            raise UsageError(of, "Give another --name.")
 
     def claim(self, state: State, record: dict[str, Any]) -> Draft | None:
         """Build the commit that sets the record and removes tables of another index or filters."""
@@ -168,8 +169,7 @@ class NeighboursStage:
         others = tuple(entry.path for entry in entries if not _is_of(entry, record))
         if state.records.get(self.key) == record and not others:
             return None
-        settings = {"name": self.table, "index": self.index}
-        return Draft("neighbours", settings, remove=others, records={self.key: record})
+        return Draft("neighbours", {"name": self.table, "index": self.index}, remove=others, records={self.key: record})
 
     def open(self, store: Store) -> Worker:
         """Open the database."""
@@ -193,9 +193,8 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
 
 
 def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
-    fields = [record["database"], *database.settings, record["saved"]]
-    if "filters" in record:
-        fields.append(record["filters"])
+    filters = [record["filters"]] if "filters" in record else []
+    fields = [record["database"], *database.settings, record["saved"], *filters]
     return hashlib.blake2b(repr(fields).encode(), digest_size=8).hexdigest()
 
 
@@ -219,12 +218,6 @@ def _to_search(entry: FileEntry, database: State, held: list[int]) -> tuple[str,
     return (_WHOLE if set(new) == now else _MORE if new else FEW), new
 
 
-def with_filters(filters: Filters) -> dict[str, Any]:
-    """Return the fields that filters add to a table's record and to the log's entries of its files."""
-    found = filters.as_record()
-    return {"filters": found} if found else {}
-
-
 def _is_of(entry: FileEntry, record: Mapping[str, Any]) -> bool:
     about = entry.about or {}
     return all(about[name] == record[name] for name in _SAME) and Filters.of(about) == Filters.of(record)
@@ -246,11 +239,10 @@ def check_neighbour_ids(entry: FileEntry, table: str, database: Store) -> None:
 def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> None:
     """Raise ``UsageError`` if a table does not match its record, or its ids are not valid in ``database``."""
     record = store.state.records[f"neighbours:{table}"]
-    part = entry.part
     if not _is_of(entry, record):
         how = "exact search" if record["index"] == NO_INDEX else f"the index {record['index']!r}"
         raise UsageError(
-            f"part {part} has no neighbours {table!r} of {how} yet: its table has another index or other filters",
+            f"part {entry.part} has no neighbours {table!r} of {how} yet: its table has another index or other filters",
             f"Compute them: {table_command(store, table, database)}",
         )
     check_neighbour_ids(entry, table, database)
@@ -361,10 +353,10 @@ class NeighboursWorker:
         record = stage.record(store, database)
         commit, head = last_change(database.store)
         about = {
-            "version": task.inputs["version"], **{name: record[name] for name in _SAME},
+            "version": task.inputs["version"],
+            **{name: record[name] for name in (*_SAME, "filters") if name in record},
             "commit": commit, "head": head[:_HEAD_DIGITS], "purges": stands_for(database.store.state),
-            "searched": consecutive_ranges(database.held()),
-            "probed": probed_by(database), **with_filters(stage.filters),
+            "searched": consecutive_ranges(database.held()), "probed": probed_by(database),
         }  # fmt: skip
         if task.inputs["mode"] != _WHOLE:
             about["k"] = stage.k  # rows with so many live neighbours were not searched again
@@ -430,13 +422,15 @@ class NeighboursWorker:
         store, stage, mode = self._store, self._stage, task.inputs["mode"]
         known = old is not None and old.path == task.inputs["replaces"]
         table = neighbour_tables.read_table(store, old) if old is not None and known else None
+        searchable = searchable_rows(store, part, read_tombstones(store))
         if mode == FEW and table is not None:
-            table = NeighbourTable(np.array(table.ids), np.array(table.distances))
-            return table, few_rows(store, database, part, table.ids, stage.k), None
+            live = (table.ids != NO_NEIGHBOUR) & ~database.tombstones.contains(table.ids)
+            few = searchable[live[searchable].sum(axis=1) < stage.k]
+            return NeighbourTable(np.array(table.ids), np.array(table.distances)), few, None
         fresh = NeighbourTable(
             np.full((rows, stage.saved), NO_NEIGHBOUR, np.int64), np.full((rows, stage.saved), np.inf, np.float32)
         )
-        return fresh, searchable_rows(store, part, read_tombstones(store)), table if mode == _MORE else None
+        return fresh, searchable, table if mode == _MORE else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,10 +519,3 @@ def erased_of(store: Store, database: AnyDatabase) -> str:
     if is_same_store(store, database.store) or not (erased := purges_erased(database.store)):
         return ""
     return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()
-
-
-def few_rows(store: Store, database: AnyDatabase, part: int, ids: Ids, k: int) -> Ids:
-    """Return the searchable rows with fewer than k live neighbours in ``ids`` [n, saved], ascending."""
-    live = (ids != NO_NEIGHBOUR) & ~database.tombstones.contains(ids)
-    few = np.flatnonzero(live.sum(axis=1) < k)
-    return np.intersect1d(few, searchable_rows(store, part, read_tombstones(store))) if len(few) else few

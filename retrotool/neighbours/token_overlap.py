@@ -29,7 +29,6 @@ COPIED = 0.5  # share of a chunk's distinct short runs that a near copy has at l
 
 LONGEST = 64  # tokens of the longest chunks that can be compared: one bit of a word each
 _BLOCK = 256
-_STEPS = (32, 16, 8, 4, 2, 1)
 _NO_TOKEN, _NO_OTHER = -1, -2  # padding, which is equal to no token, and not to each other
 _HASH_BITS = 12
 _ODD = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB)
@@ -175,21 +174,14 @@ def _longest_run(words: Words) -> tuple[Lengths, Lengths, Lengths]:
     runs = {1: words}  # bit i of runs[k]: k ones begin at i
     for step in (1, 2, 4, 8, 16):
         runs[2 * step] = runs[step] & (runs[step] >> np.uint64(step))
-    whole = runs[32] & (runs[32] >> np.uint64(32))
     length = np.zeros(len(words), np.int64)
     current = np.full_like(words, ~np.uint64(0))
-    for step in _STEPS:
+    for step in (32, 16, 8, 4, 2, 1, 1):  # together the bits of a word
         # A bit in current starts ``length`` ones; keep those that are followed by ``step`` more.
-        shift = length.astype(np.uint64)[:, None]
-        longer = current & np.where(
-            shift < LONGEST, runs[step] >> np.minimum(shift, np.uint64(LONGEST - 1)), np.uint64(0)
-        )
+        longer = current & (runs[step] >> length.astype(np.uint64)[:, None])
         some: npt.NDArray[np.bool_] = np.any(longer, axis=1)
         current = np.where(some[:, None], longer, current)
         length += step * some
-    full: npt.NDArray[np.bool_] = np.any(whole, axis=1)
-    current = np.where(full[:, None], whole, current)
-    length = np.where(full, LONGEST, length)
     word = (current != 0).argmax(axis=1)
     chosen = current[np.arange(len(words)), word]
     first = np.log2((chosen & (~chosen + np.uint64(1))).astype(np.float64), where=length > 0, out=np.zeros(len(words)))
