@@ -42,15 +42,8 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, stored_tokenizer
 
-MANIFEST, TOKENIZER = "export.json", "tokenizer.json"
-
 HELD_BYTES = 128 << 20  # bytes of neighbour tokens that are looked up at once
-_PARQUET = {
-    "compression": "zstd",
-    "use_dictionary": ["document", "source"],
-    "write_page_checksum": True,
-    "write_page_index": True,
-}
+_SETTINGS = {"use_dictionary": ["document", "source"], "write_page_checksum": True, "write_page_index": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +222,7 @@ def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[s
             if block.part != part:
                 files.close()
                 part, last = block.part, -1
-                writer = files.enter_context(pq.ParquetWriter(path, columns, **_PARQUET))
+                writer = files.enter_context(pq.ParquetWriter(path, columns, compression="zstd", **_SETTINGS))
             there = block.found.ids != NO_NEIGHBOUR
             counts["chunks"] += len(block.ids)
             counts["documents"] += int((np.diff(block.doc, prepend=last) != 0).sum())  # the first may be counted
@@ -257,10 +250,7 @@ class ExportedDatabase:
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What ``export`` wrote: live chunks, their documents and tokens, and pairs of a chunk and a neighbour.
-
-    ``alone`` counts chunks without neighbours.
-    """
+    """What ``export`` wrote, see ``docs/json.md``."""
 
     output: str
     store: str
@@ -293,7 +283,7 @@ def export(root: str | Path, output: str | Path, *, table: str | None = None, k:
     with new_folder(target) as folder:
         with counting("export", "chunk", total) as report:
             counts = write_export(opened, folder, report)
-        disk.write(folder / TOKENIZER, store.tokenizer_json())
+        disk.write(folder / "tokenizer.json", store.tokenizer_json())
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         databases = tuple(
             ExportedDatabase(number, member.table, member.weight, member.store.identity.uuid, member.store.state.number)
@@ -310,7 +300,7 @@ def export(root: str | Path, output: str | Path, *, table: str | None = None, k:
             "files": [{"name": name, "bytes": size} for name, size in files.items()],
         }  # fmt: skip
         shown = {key: value for key, value in asdict(result).items() if key not in ("output", "bytes")}
-        disk.write(folder / MANIFEST, orjson.dumps({**shown, **about}, option=orjson.OPT_INDENT_2))
+        disk.write(folder / "export.json", orjson.dumps({**shown, **about}, option=orjson.OPT_INDENT_2))
     return result
 
 

@@ -16,22 +16,16 @@ from retrotool.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class ListedFile:
-    """A live file.
-
-    ``path`` is relative to the store. ``kind`` is the type of content, such as ``chunks``. ``name`` is the
-    encoder, index, table or scan it belongs to, empty for other kinds. ``slot`` identifies it among the files
-    of that kind and name. ``part`` is None for kinds without a file per part. ``rows`` counts its items, such
-    as chunks. ``pending``: its part belongs to an unfinished ``chunk``, and no reader returns it.
-    """
+    """A live file; its ``path`` is relative to the store."""
 
     path: str
-    kind: str
-    name: str
-    slot: str
-    part: int | None
-    rows: int
+    kind: str  # of content, such as chunks
+    name: str  # encoder, index, table or scan it belongs to, empty for other kinds
+    slot: str  # identifies it among the files of that kind and name
+    part: int | None  # None for kinds without a file per part
+    rows: int  # its items, such as chunks
     bytes: int
-    pending: bool
+    pending: bool  # its part belongs to an unfinished ``chunk``, and no reader returns it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +40,10 @@ class FileList:
 def list_files(root: str | Path) -> FileList:
     """List the live files of a store without opening them."""
     state = Store.open(root).state
-    entries = (
-        entry for kind in DATA_KINDS for name in state.names(kind) for entry in state.group(kind, name).entries()
-    )
     listed = []
-    for entry in entries:
-        part = entry.part if entry.kind in PART_KINDS else None
-        pending = part is not None and part >= state.live
-        found = (entry.path, entry.kind, entry.name, entry.slot, part, entry.rows, entry.bytes, pending)
-        listed.append(ListedFile(*found))
+    for group in (state.group(kind, name) for kind in DATA_KINDS for name in state.names(kind)):
+        for one in group.entries():
+            part = one.part if one.kind in PART_KINDS else None
+            pending = part is not None and part >= state.live
+            listed.append(ListedFile(one.path, one.kind, one.name, one.slot, part, one.rows, one.bytes, pending))
     return FileList(str(root), state.number, tuple(listed))

@@ -28,13 +28,10 @@ _ABOUT = {"purge": ("reason", "who"), "erase": ("reason", "who"), "undo": ("undo
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """Summary of a commit.
+    """Summary of a commit, see ``docs/json.md``.
 
-    ``added`` maps kinds of files (some with a name, ``embeddings/minilm``) to numbers of ``files`` and
-    ``rows``; ``removed`` maps them to numbers of files. ``records`` are the keys that were set. ``purges``
-    are those that the commit made, undid or finished erasing, each with its reason and who gave it (for an
-    erase, those of the purge). ``sha256`` is the hash of the entry, which the next entry names as its
-    ``parent``.
+    Some kinds of files have a name (``embeddings/minilm``). ``purges`` are those that the commit made, undid
+    or finished erasing, each with its reason and who gave it (for an erase, those of the purge).
     """
 
     number: int
@@ -51,11 +48,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class LogVerification:
-    """Result of ``verify --log``.
-
-    ``commits`` is the number of entries. ``head`` is the SHA-256 of the last one, empty if that is broken.
-    ``kept`` is the number of the commit with the hash that the caller gave, None if no commit has it.
-    """
+    """Result of ``verify --log``, see ``docs/json.md``; ``head`` is empty if the last entry is broken."""
 
     ok: bool
     commits: int

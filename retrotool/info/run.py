@@ -35,25 +35,16 @@ _SAMPLED_PARTS = 64  # parts of a database that are searched for the names of so
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Live documents by length and by source. ``share`` of them was read; the counts are scaled to all.
+    """Live documents by length and by source. ``share`` of them was read; the counts are scaled to all."""
 
-    ``lengths`` are rows {tokens, documents}: the number of documents with ``tokens`` to 2 · ``tokens`` - 1
-    tokens. ``sources`` are at most a thousand rows {source, documents, chunks, tokens}, the most tokens
-    first.
-    """
-
-    lengths: tuple[dict[str, int], ...] = ()
-    sources: tuple[dict[str, Any], ...] = ()
+    lengths: tuple[dict[str, int], ...] = ()  # {tokens, documents}: those with ``tokens`` to 2 · ``tokens`` - 1
+    sources: tuple[dict[str, Any], ...] = ()  # {source, documents, chunks, tokens}, the most tokens first
     share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """Description of a store; the paths of its live files are relative to it.
-
-    ``keys`` counts the chunks that are searched by and for: all but the values of key-value records.
-    ``dependents`` are stores with neighbours in this one. ``shape`` is None unless it was requested.
-    """
+    """Description of a store, see ``docs/json.md``; ``shape`` is None unless it was requested."""
 
     path: str
     uuid: str

@@ -40,11 +40,7 @@ from retrotool.store.verify_log import check_log, same_state
 
 @dataclass(slots=True)
 class Verification:
-    """Result of ``verify``. Digests (see ``docs/format.md``) are empty where a problem prevents them.
-
-    ``foreign`` are files in the store's folders that retrotool did not make; they are not checked.
-    ``unnamed`` counts files that no commit names, from commands that are running or were interrupted.
-    """
+    """Result of ``verify``, see ``docs/json.md``; digests (see ``docs/format.md``) are empty after a problem."""
 
     ok: bool
     commit: int
@@ -100,8 +96,8 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
         references.check_index(checked, name)
     if not checked.broken:
         result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
-        result.documents, result.chunks, result.tokens = total.documents, total.chunks, total.tokens
-        for name, found in (("documents", total.documents), ("chunks", total.chunks), ("tokens", total.tokens)):
+        for name in ("documents", "chunks", "tokens"):
+            setattr(result, name, found := getattr(total, name))
             logged = store.state.records.get("totals", {}).get(name, 0)
             if found != logged:
                 result.problems.append(f"found {found:,} live {name}, but the log says {logged:,}")

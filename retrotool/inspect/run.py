@@ -41,21 +41,18 @@ from retrotool.store.tombstones import read_tombstones
 from retrotool.tokenizers import stored_tokenizer
 from retrotool.tokenizers.tokenizer import Split, split_texts
 
+# Shortest common run that is marked. Of pairs of unrelated chunks from manuals, a third share 2 tokens in a
+# row, 5 % share 3, 1.2 % share 4 ("on the command line") and 0.6 % share 5.
 MARKED_FROM = 5
-"""Shortest common run that is marked. Of pairs of unrelated chunks from manuals, a third share 2 tokens in a
-row, 5 % share 3, 1.2 % share 4 ("on the command line") and 0.6 % share 5."""
 _BLOCK = 1 << 13  # neighbours per block
 _BINS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CommonRun:
-    """The longest run of tokens that a chunk shares with a neighbour and its continuation.
+    """The longest run of tokens that a chunk shares with a neighbour and its continuation, joined.
 
-    It begins at token ``start`` of the chunk and at token ``start_in_neighbour`` of the joined neighbour and
-    continuation. ``r`` is ``tokens`` divided by the length of a full chunk. ``chunk``, ``text`` (the
-    neighbour) and ``continuation`` (None if it has none) are cut around the run. ``marked``: it has
-    ``MARKED_FROM`` tokens or more.
+    ``chunk``, ``text`` (the neighbour) and ``continuation`` (None if it has none) are cut around the run.
     """
 
     tokens: int
@@ -70,11 +67,7 @@ class CommonRun:
 
 @dataclass(frozen=True, slots=True)
 class InspectedNeighbour:
-    """A neighbour.
-
-    ``distance`` is squared L2. ``index`` is its position, from 0, among the ``of`` chunks of its document.
-    ``database`` is the directory of its store. ``common`` is None if the tokens can't be compared.
-    """
+    """A neighbour, see ``docs/json.md``; ``common`` is None if the tokens can't be compared."""
 
     id: int
     distance: float
@@ -139,8 +132,7 @@ class InspectedChunk:
                 yield rank, len(split.before), len(split.before) + len(split.run)
 
 
-_Place = tuple[str, str, int, int]
-"""Id and source of a chunk's document, position of the chunk in it, and the document's number of chunks."""
+_Place = tuple[str, str, int, int]  # id and source of a chunk's document, position in it, chunks of the document
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +247,10 @@ def _same_tokenizer(one: Store, other: Store) -> bool:
 
 
 def _trimmed(split: Split) -> Split:
-    run = split.run.strip()
-    if not run or run == split.run:
+    if not (run := split.run.strip()):
         return split
-    low = len(split.run) - len(split.run.lstrip())
-    return Split(split.before + split.run[:low], run, split.run[low + len(run) :] + split.after)
+    before, _, after = split.run.partition(run)
+    return Split(split.before + before, run, after + split.after)
 
 
 def _row_groups(rows: Ids) -> tuple[list[int], Ids]:
@@ -293,19 +284,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TableRead:
-    """A neighbour table that was read, and its database.
-
-    ``index`` is "" for exact search. ``recall_at_10`` is None if it was not measured. ``comparable``: the
-    tokens of the database can be compared with those of the query store.
-    """
+    """A neighbour table that was read, and its database."""
 
     name: str
     database: str
     weight: float
-    index: str
+    index: str  # "": exact search
     encoder: str
-    recall_at_10: float | None
-    comparable: bool
+    recall_at_10: float | None  # None: not measured
+    comparable: bool  # whether the tokens of the database can be compared with those of the query store
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,8 +350,7 @@ def inspect(
     """Show chunks of the query store ``root`` with their ``k`` nearest neighbours (default: the table's k).
 
     ``table`` is by default main, or the only one. ``page``: also write them as HTML to this file. ``keep``
-    False: the result has the figures only, so that memory does not grow with the number of chunks. The store
-    is not changed.
+    False: the result has the figures only, so that memory does not grow with the number of chunks.
     """
     if page is not None:
         check_file("--html", page)

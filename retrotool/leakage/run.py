@@ -23,14 +23,7 @@ import pyarrow.parquet as pq
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.cli.command_lines import COMPARED
 from retrotool.cli.result_files import check_file, written
-from retrotool.embed.search_scope import (
-    count_keys_of,
-    embedded_parts,
-    is_same_store,
-    own_documents,
-    read_part_vectors,
-    searchable_rows,
-)
+from retrotool.embed import search_scope
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.index.searching import Database
@@ -62,12 +55,16 @@ class Leaks:
 def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPARED, report: Report) -> Iterator[Leaks]:
     """Yield the leaks of all embedded keys of ``store`` in ``database``, block by block, by ascending id."""
     tombstones = read_tombstones(store)
-    for part in embedded_parts(store, database.encoder):
-        rows = searchable_rows(store, part, tombstones)
-        vectors = read_part_vectors(store, database.encoder, part)
+    for part in search_scope.embedded_parts(store, database.encoder):
+        rows = search_scope.searchable_rows(store, part, tombstones)
+        vectors = search_scope.read_part_vectors(store, database.encoder, part)
         chunks = parts.read_chunks(store, part)
         sources = parts.read_documents(store, part, ["source"])["source"].to_pylist()
-        own = own_documents(store, part, database.store, database.tombstones, within=True) if within else None
+        own = (
+            search_scope.own_documents(store, part, database.store, database.tombstones, within=True)
+            if within
+            else None
+        )
         for start in range(0, len(rows), _BLOCK):
             some = rows[start : start + _BLOCK]
             excluded = Excluded.nothing(len(some)) if own is None else own.take(some)
@@ -136,8 +133,8 @@ def leakage(
     database, store = Database(Store.open(root), index), Store.open(queries)
     check_comparable(store, database.store, "Chunk the evaluation text again, with the tokenizer of the database.")
     check_encoders(store, database)
-    total = count_keys_of(store, embedded_parts(store, database.encoder))
-    within = is_same_store(store, database.store)
+    total = search_scope.count_keys_of(store, search_scope.embedded_parts(store, database.encoder))
+    within = search_scope.is_same_store(store, database.store)
     with counting("leakage", "chunk", total) as report:
         found = list(find_leaks(store, database, within=within, k=k, report=report))
     if out is not None:

@@ -4,9 +4,6 @@ A mixture is a record that names plain tables, one per database (``main.wiki``, 
 made and updated like any other. ``neighbours.table_reader`` merges them on reading, by distance divided by
 weight, so weights are stored in the record only. A table that a mixture no longer names is kept as a plain
 table.
-
-Results count live keys. They also count keys that are not embedded or indexed yet, with the commands to run
-next.
 """
 
 from __future__ import annotations
@@ -39,10 +36,7 @@ from retrotool.store.tombstones import read_tombstones
 
 @dataclass(frozen=True, slots=True)
 class DatabaseResult:
-    """Result for one database of a mixture; see ``NeighboursResult``.
-
-    ``aware``: the database has a record of this dependent store.
-    """
+    """Result for one database of a mixture; ``aware``: it has a record of this dependent store."""
 
     database: str
     table: str
@@ -60,11 +54,8 @@ class DatabaseResult:
 
 @dataclass(frozen=True, slots=True)
 class NeighboursResult:
-    """Result of ``neighbours``: keys that were searched for (``queries``) and keys in the table (``rows``).
+    """Result of ``neighbours``, see ``docs/json.md``; it counts live keys.
 
-    * ``not_embedded`` keys of the query store have no embeddings, so no neighbours. ``not_indexed`` keys of
-      the database are not in the index, so never found. ``next``: the commands that change that.
-    * ``index`` is "" for exact search. ``elsewhere``: parts that are left to other runs.
     * ``filters``: with names of sources. ``filters_kept``: they are from an earlier run.
     * ``mix``: the databases of a mixture. Other fields are then those of the first one, and counts are sums.
     * ``left_out``: former tables of the mixture. ``unaware``: databases that could not record this store.

@@ -33,18 +33,7 @@ from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.cli.command_lines import command_line, embed_command, table_command
-from retrotool.embed.search_scope import (
-    count_keys,
-    embedded_parts,
-    erased_chunks,
-    has_commit,
-    is_same_store,
-    last_change,
-    own_documents,
-    purges_erased,
-    read_part_vectors,
-    searchable_rows,
-)
+from retrotool.embed import search_scope
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, merged
@@ -116,14 +105,14 @@ class NeighboursStage:
         version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)
         held, checked = database.held(), set[tuple[int, str]]()
         tasks = []
-        for part in embedded_parts(store, database.encoder):
+        for part in search_scope.embedded_parts(store, database.encoder):
             old, mode, new = store.state.part_file("neighbours", part, self.table), _WHOLE, held
             if old is not None and _commit(old) not in checked:
                 check_neighbour_ids(old, self.table, database.store)
                 checked.add(_commit(old))
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
             settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
-            weight = count_keys(store, part)
+            weight = search_scope.count_keys(store, part)
             if old is not None and _is_of(old, record) and (old.about or {}).get("version") == version:
                 mode, new = _to_search(old, database.store.state, held)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
@@ -150,8 +139,9 @@ class NeighboursStage:
         optional = {"filters": self.filters.as_record(), "text": self.text}
         return {
             "database": database.store.identity.uuid, "uri": database.store.uri,
-            "within": is_same_store(store, database.store), "index": self.index, "encoder": database.encoder,
-            "saved": self.saved, "k": self.k, **{name: value for name, value in optional.items() if value},
+            "within": search_scope.is_same_store(store, database.store),
+            "index": self.index, "encoder": database.encoder, "saved": self.saved, "k": self.k,
+            **{name: value for name, value in optional.items() if value},
         }  # fmt: skip
 
     def _check_database(self, state: State, record: Mapping[str, Any]) -> None:
@@ -231,21 +221,22 @@ def _commit(entry: FileEntry) -> tuple[int, str]:
 
 def check_neighbour_ids(entry: FileEntry, table: str, database: Store) -> None:
     """Raise ``UsageError`` if the database lacks the commit that a table is from, so that ids may differ."""
-    if not has_commit(database, *_commit(entry)):
+    if not search_scope.has_commit(database, *_commit(entry)):
         advice = "Put that copy back, or compute them again under another --name."
         raise UsageError(f"the neighbours {table!r} are from a diverged copy of {database.place}", advice)
 
 
-def check_table(store: Store, entry: FileEntry, table: str, database: Store) -> None:
-    """Raise ``UsageError`` if a table does not match its record, or its ids are not valid in ``database``."""
-    record = store.state.records[f"neighbours:{table}"]
+def check_table(store: Store, part: int, table: str, database: Store) -> FileEntry:
+    """Return a part's table. Raises ``UsageError`` if it differs from its record or from ``database``."""
+    entry, record = parts.part_entry(store, "neighbours", part, table), store.state.records[f"neighbours:{table}"]
     if not _is_of(entry, record):
         how = "exact search" if record["index"] == NO_INDEX else f"the index {record['index']!r}"
         raise UsageError(
-            f"part {entry.part} has no neighbours {table!r} of {how} yet: its table has another index or other filters",
+            f"part {part} has no neighbours {table!r} of {how} yet: its table has another index or other filters",
             f"Compute them: {table_command(store, table, database)}",
         )
     check_neighbour_ids(entry, table, database)
+    return entry
 
 
 def pick_table(store: Store, table: str | None) -> str:
@@ -319,7 +310,7 @@ class NeighboursWorker:
         self._stage = stage
         self._database = stage.open_database(store)
         self._commit = self._database.store.state.number
-        self._within = is_same_store(store, self._database.store)
+        self._within = search_scope.is_same_store(store, self._database.store)
         self._probed = 0  # lists that were probed for the table that is updated; 0: unknown
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
@@ -331,10 +322,10 @@ class NeighboursWorker:
             self._commit = self._database.store.state.number
         database = self._database
         part = int(task.inputs["part"])
-        vectors = read_part_vectors(store, database.encoder, part)
+        vectors = search_scope.read_part_vectors(store, database.encoder, part)
         replaced = store.state.part_file("neighbours", part, stage.table)
         table, asking, before = self._begin(task, database, part, replaced, len(vectors))
-        own = own_documents(store, part, database.store, database.tombstones, within=self._within)
+        own = search_scope.own_documents(store, part, database.store, database.tombstones, within=self._within)
 
         def ask(rows: Ids) -> Queries:
             return Queries(vectors[rows].astype(np.float32), own.take(rows))
@@ -349,9 +340,10 @@ class NeighboursWorker:
                 give_memory_back()
         report(task.weight - len(asking))
         if task.inputs["mode"] == FEW and not self._within:
-            table = neighbour_tables.erase_neighbours(table, asking[:0], erased_chunks(database.store).contains)
+            is_erased = search_scope.erased_chunks(database.store).contains
+            table = neighbour_tables.erase_neighbours(table, asking[:0], is_erased)
         record = stage.record(store, database)
-        commit, head = last_change(database.store)
+        commit, head = search_scope.last_change(database.store)
         about = {
             "version": task.inputs["version"],
             **{name: record[name] for name in (*_SAME, "filters") if name in record},
@@ -422,7 +414,7 @@ class NeighboursWorker:
         store, stage, mode = self._store, self._stage, task.inputs["mode"]
         known = old is not None and old.path == task.inputs["replaces"]
         table = neighbour_tables.read_table(store, old) if old is not None and known else None
-        searchable = searchable_rows(store, part, read_tombstones(store))
+        searchable = search_scope.searchable_rows(store, part, read_tombstones(store))
         if mode == FEW and table is not None:
             live = (table.ids != NO_NEIGHBOUR) & ~database.tombstones.contains(table.ids)
             few = searchable[live[searchable].sum(axis=1) < stage.k]
@@ -484,7 +476,7 @@ class GapFinder:
 
     def _read(self, part: int, entry: FileEntry) -> Gaps:
         searched = np.zeros(entry.rows, np.bool_)
-        searched[searchable_rows(self._store, part, self._own)] = True
+        searched[search_scope.searchable_rows(self._store, part, self._own)] = True
         few, holds_erased, stale = 0, False, False
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
@@ -505,7 +497,7 @@ class GapFinder:
 
     @cached_property
     def _erased(self) -> Tombstones | None:
-        return erased_chunks(self._database.store) if self.taken[2] else None
+        return search_scope.erased_chunks(self._database.store) if self.taken[2] else None
 
 
 def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
@@ -516,6 +508,6 @@ def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:
 
 def erased_of(store: Store, database: AnyDatabase) -> str:
     """Return a digest of another database's erased purges; "" within a store, whose erase does its tables."""
-    if is_same_store(store, database.store) or not (erased := purges_erased(database.store)):
+    if search_scope.is_same_store(store, database.store) or not (erased := search_scope.purges_erased(database.store)):
         return ""
     return hashlib.blake2b(" ".join(erased).encode(), digest_size=8).hexdigest()

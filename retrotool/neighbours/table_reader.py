@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -64,16 +65,15 @@ class NeighbourReader:
     """Reads a table or mixture of a query store through the newest commits of its databases.
 
     Raises ``UsageError`` if the table or a database is missing, as tombstones can't be applied without the
-    database.
+    database. ``members`` are the tables, in the order of ``Found.databases``.
     """
 
     def __init__(self, store: Store, name: str = "main") -> None:
         self.store, self.name = store, name
-        found = []
+        self.members: tuple[Member, ...] = ()
         for table, weight in members_of(store, name):
             database = database_of(store, table)[0]
-            found.append(Member(table, weight, database, read_tombstones(database), within=database is store))
-        self.members: tuple[Member, ...] = tuple(found)  # the tables, in the order of ``Found.databases``
+            self.members += (Member(table, weight, database, read_tombstones(database), within=database is store),)
         self.databases = tuple(member.store for member in self.members)
         records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
         self.k = int(records[0]["k"])  # neighbours per chunk by default
@@ -91,12 +91,7 @@ class NeighbourReader:
 
     def entries(self, part: int) -> tuple[FileEntry, ...]:
         """Return a part's table of each member. Raises ``UsageError`` for one that is not valid."""
-        found = []
-        for member in self.members:
-            entry = parts.part_entry(self.store, "neighbours", part, member.table)
-            check_table(self.store, entry, member.table, member.store)
-            found.append(entry)
-        return tuple(found)
+        return tuple(check_table(self.store, part, member.table, member.store) for member in self.members)
 
     def parts(self) -> list[int]:
         """Return the parts that have tables of all members, ascending."""
@@ -185,7 +180,7 @@ class TextReader:
         """Return the part's tables of all members if all have the tokens, else an empty tuple."""
         if part not in self._entries:
             entries = self.reader.entries(part)
-            current = map(text_is_current, entries, self.reader.databases, [self.k] * len(entries))
+            current = map(text_is_current, entries, self.reader.databases, repeat(self.k))
             self._entries[part] = entries if all(current) else ()
         return self._entries[part]
 

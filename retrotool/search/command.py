@@ -48,11 +48,7 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Result of a search.
-
-    ``missing``: broken shards that were not searched, None without any. ``not_indexed`` chunks are not in the
-    index yet; ``next`` are the commands that add them.
-    """
+    """Result of a search, see ``docs/json.md``."""
 
     results: list[FoundChunk]
     missing: Missing | None = None
