@@ -48,17 +48,13 @@ _SETTINGS = {"use_dictionary": ["document", "source"], "write_page_checksum": Tr
 
 @dataclass(frozen=True, slots=True)
 class ExportedTables:
-    """What is exported: the live chunks of ``store`` and, through ``reader``, k neighbours of each.
-
-    ``tombstones`` are those of ``store``. ``tabled`` are the parts that have tables; other chunks have no
-    neighbours.
-    """
+    """What is exported: the live chunks of ``store`` and, through ``reader``, k neighbours of each."""
 
     store: Store
     reader: NeighbourReader
     tokenizer: Tokenizer
-    tombstones: Tombstones
-    tabled: frozenset[int]
+    tombstones: Tombstones  # of the store
+    tabled: frozenset[int]  # parts that have tables; other chunks have no neighbours
     k: int
 
     def found(self, part: int, group: int, rows: int) -> Found:
@@ -91,23 +87,18 @@ def open_tables(store: Store, table: str | None = None, k: int | None = None) ->
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The n live chunks of a row group.
-
-    ``documents`` and ``sources`` are those of their documents, ``index`` [n] the positions in them.
-    ``tokens`` [n, chunk_length] is zero-padded, with ``n_tokens`` [n] tokens in use. ``found`` has the
-    neighbours [n, k], ``pieces`` their tokens and continuations [n · k].
-    """
+    """The n live chunks of a row group, with the ids and sources of their documents."""
 
     part: int
     ids: Ids
     doc: npt.NDArray[np.int32]
     documents: pa.ChunkedArray
     sources: pa.ChunkedArray
-    index: npt.NDArray[np.int32]
-    tokens: npt.NDArray[Any]
-    n_tokens: npt.NDArray[np.int32]
-    found: Found
-    pieces: Pieces
+    index: npt.NDArray[np.int32]  # [n], positions in the documents
+    tokens: npt.NDArray[Any]  # [n, chunk_length], zero-padded
+    n_tokens: npt.NDArray[np.int32]  # [n]
+    found: Found  # neighbours [n, k]
+    pieces: Pieces  # their tokens and continuations [n · k]
 
 
 def read_blocks(opened: ExportedTables) -> Iterator[Block]:

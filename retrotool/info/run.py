@@ -88,7 +88,7 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
     return Info(
         path=str(root), uuid=own.uuid, commit=state.number, bytes=sizes, **{name: totals[name] for name in COUNTS},
         keys=keys.count, chunk_length=own.chunk_length,
-        purged=sum(entry.rows for part, entry in _chunk_files(state) if state.is_live(part)) - totals["chunks"],
+        purged=sum(entry.rows for entry in _live_chunks(state)) - totals["chunks"],
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         parts=[_part(store, part) for part in state.all_parts()], encoders=encoders,
         indexes={name: _index(store, name) for name in state.names("index")},
@@ -115,8 +115,7 @@ class _Keys:
     @cached_property
     def count(self) -> int:
         """Number of live keys."""
-        entries = [entry for part, entry in _chunk_files(self._store.state) if self._store.state.is_live(part)]
-        if not any("keys" in (entry.about or {}) for entry in entries):  # all chunks are keys
+        if not any("keys" in (entry.about or {}) for entry in _live_chunks(self._store.state)):  # all are keys
             return int(self._store.state.records.get("totals", {}).get("chunks", 0))
         return self._count(self._store.state.parts())
 
@@ -170,8 +169,8 @@ def shape_of(store: Store, read_documents: int = READ_DOCUMENTS) -> Shape:
     )
 
 
-def _chunk_files(state: State) -> list[tuple[int, FileEntry]]:
-    return [(entry.part, entry) for entry in state.group("chunks").entries()]
+def _live_chunks(state: State) -> list[FileEntry]:
+    return [entry for entry in state.group("chunks").entries() if state.is_live(entry.part)]
 
 
 def _part(store: Store, part: int) -> dict[str, Any]:

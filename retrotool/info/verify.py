@@ -40,7 +40,7 @@ from retrotool.store.verify_log import check_log, same_state
 
 @dataclass(slots=True)
 class Verification:
-    """Result of ``verify``, see ``docs/json.md``; digests (see ``docs/format.md``) are empty after a problem."""
+    """Result of ``verify``, see ``docs/json.md``; digests (``docs/format.md``) are empty after a problem."""
 
     ok: bool
     commit: int
@@ -149,26 +149,22 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
     if count.sum() != n or (count < 0).any() or not ((chunks.doc >= 0) & (chunks.doc < docs)).all():
         checked.problems.append(f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
         return PartDigest()
-    row = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["row"])["row"].to_numpy()
+    entry = parts.part_entry(store, "chunks", part)
+    row = parts.read_parquet(store, entry, ["row"])["row"].to_numpy()
+    doc, index = np.repeat(np.arange(docs), count), np.arange(n) - np.repeat(first, count)
+    tokens = np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64)
     keys = [None if name is None else id_hash(name) for name in documents["id"].to_pylist()]
     padding = np.arange(chunks.tokens.shape[1]) >= chunks.n_tokens[:, None]
     wrong = {
         "rows are not numbered from 0": (row != np.arange(n)).any(),
         "documents are not contiguous": (first != np.cumsum(count) - count).any(),
-        "documents and chunks disagree about which belong together": (
-            chunks.doc != np.repeat(np.arange(docs), count)
-        ).any(),
-        "chunks have wrong positions in their documents": (
-            chunks.index != np.arange(n) - np.repeat(first, count)
-        ).any(),
-        "documents and chunks have different numbers of tokens": (
-            np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64) != n_tokens
-        ).any(),
+        "documents and chunks disagree about which belong together": (chunks.doc != doc).any(),
+        "chunks have wrong positions in their documents": (chunks.index != index).any(),
+        "documents and chunks have different numbers of tokens": (tokens != n_tokens).any(),
         "padding is not zero": (chunks.tokens * padding).any(),
         "keys are not the hashes of the documents' ids": documents["key"].to_pylist() != keys,
         "the first chunk of a document is not a key": not chunks.key[chunks.index == 0].all(),
-        "the log has a different number of keys": chunks.key.sum()
-        != parts.n_keys(parts.part_entry(store, "chunks", part)),
+        "the log has a different number of keys": chunks.key.sum() != parts.n_keys(entry),
     }
     checked.note(f"part {part}", wrong)
     references.check_embeddings(checked, part, chunks.embedded)

@@ -40,17 +40,13 @@ _INFINITE = 0x7C00  # smallest bits of a float16, without its sign, that are inf
 
 
 class Checked:
-    """A store that is being checked, its problems, and what the checks share.
-
-    ``recorded`` are the keys of all records that were ever set. ``broken`` are the paths of damaged files.
-    ``zeros`` maps paths of embeddings to the rows of live or purged keys whose vector is zero.
-    """
+    """A store that is being checked, its problems, and what the checks share."""
 
     def __init__(self, store: Store, problems: list[str]) -> None:
         self.store, self.problems = store, problems
-        self.recorded, self.broken = set[str](), set[str]()
+        self.recorded, self.broken = set[str](), set[str]()  # keys of all records ever set, paths of damaged files
         self.tombstones = Tombstones(np.zeros(0, np.int64))
-        self.zeros: dict[str, Ids] = {}
+        self.zeros: dict[str, Ids] = {}  # by path of embeddings, the rows of live or purged keys with a zero vector
         self._keys: dict[int, npt.NDArray[np.uint8]] = {}
         entries = {entry.part: entry for entry in store.state.group("chunks").entries()}
         self._parts = np.array([-1, *entries])
@@ -127,11 +123,7 @@ def check_chunk_ids(checked: Checked, ids: Ids, what: str) -> bool:
 
 
 def check_records(checked: Checked) -> None:
-    """Check that files have their records, and check mixtures.
-
-    Indexes and tables get their records once they are finished, so a record that was never set is not a
-    problem.
-    """
+    """Check mixtures, and that files have their records; an unfinished index or table may have none yet."""
     state = checked.store.state
     for kind, prefix in (("embeddings", "encoder:"), ("index", "index:"), ("neighbours", "neighbours:")):
         for name in state.names(kind):
@@ -139,11 +131,7 @@ def check_records(checked: Checked) -> None:
             measured = kind == "index" and state.file(kind, RECALL, name) is not None
             if key not in state.records and (kind == "embeddings" or measured or key in checked.recorded):
                 checked.problems.append(f"{kind} {name}: it has files, but the record {key!r} is missing")
-    _check_mixtures(checked)
-
-
-def _check_mixtures(checked: Checked) -> None:
-    records = checked.store.state.with_prefix("neighbours:")
+    records = state.with_prefix("neighbours:")
     for name, record in records.items():
         if "mix" not in record:
             continue
@@ -317,13 +305,12 @@ def check_neighbours(checked: Checked) -> tuple[str, str]:
                 table = neighbour_tables.read_table(checked.store, entry)
                 digest = hashlib.blake2b(np.ascontiguousarray(table.ids, "<i8").data, digest_size=32)
                 digest.update(np.ascontiguousarray(table.distances, "<f4").data)
-                lines.append(f"neighbours/{name}/{slot} {digest.hexdigest()}")
+                file = f"neighbours/{name}/{slot}"
+                lines.append(f"{file} {digest.hexdigest()}")
                 _check_table(checked, entry, name, table)
                 if neighbour_tables.text_size(entry):
                     within = is_within(checked.store, entry, parts.read_schema(checked.store, entry).metadata)
-                    texts.append(
-                        f"neighbours/{name}/{slot} {check_neighbour_text(checked, entry, table, within=within)}"
-                    )
+                    texts.append(f"{file} {check_neighbour_text(checked, entry, table, within=within)}")
     return lines_digest(lines) if lines else "", lines_digest(texts) if texts else ""
 
 

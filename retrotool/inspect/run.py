@@ -297,11 +297,7 @@ class TableRead:
 
 @dataclass(frozen=True, slots=True)
 class InspectResult:
-    """What ``inspect`` shows: ``shown`` chunks, of which ``without`` have none of the ``neighbours``.
-
-    ``marked`` chunks share a run of ``marked_from`` tokens or more with a neighbour. ``histogram`` counts
-    chunks by the r of their longest run, in eighths; r = 1 is in the last.
-    """
+    """What ``inspect`` shows: ``shown`` chunks, of which ``without`` have none of the ``neighbours``."""
 
     store: str
     commit: int
@@ -314,9 +310,9 @@ class InspectResult:
     shown: int = 0
     neighbours: int = 0
     without: int = 0
-    marked: int = 0
+    marked: int = 0  # chunks that share a run of ``marked_from`` tokens or more with a neighbour
     farthest: float = 0.0
-    histogram: tuple[int, ...] = (0,) * _BINS
+    histogram: tuple[int, ...] = (0,) * _BINS  # chunks by the r of their longest run, in eighths; the last has r = 1
     chunks: tuple[InspectedChunk, ...] = ()
     page: str = ""
 

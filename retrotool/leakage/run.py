@@ -39,17 +39,13 @@ _BLOCK = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Evaluation chunks [n], with the longest run of tokens each has in ``common`` with a neighbour.
-
-    ``neighbours`` is the id of that neighbour (−1: none found), ``distances`` the squared distance of the
-    nearest one (inf: none found).
-    """
+    """Evaluation chunks [n], each with the neighbour that it shares the longest run of tokens with."""
 
     ids: npt.NDArray[np.int64]
     sources: list[str]
-    common: npt.NDArray[np.int64]
-    neighbours: npt.NDArray[np.int64]
-    distances: npt.NDArray[np.float32]
+    common: npt.NDArray[np.int64]  # tokens of the run
+    neighbours: npt.NDArray[np.int64]  # id of that neighbour; −1: none found
+    distances: npt.NDArray[np.float32]  # squared distance of the nearest neighbour; inf: none found
 
 
 def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPARED, report: Report) -> Iterator[Leaks]:

@@ -30,16 +30,13 @@ _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @dataclass(frozen=True, slots=True)
 class Dependent:
-    """A store with neighbours in the database, at its last known ``path``.
-
-    ``since`` is the UTC time of the first record. ``command`` updates the tables.
-    """
+    """A store with neighbours in the database, at its last known ``path``."""
 
     path: str
     uuid: str
     table: str
-    since: str
-    command: str
+    since: str  # UTC time of the first record
+    command: str  # updates the tables
 
 
 def dependents(database: Store) -> list[Dependent]:

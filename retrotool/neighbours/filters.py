@@ -42,8 +42,7 @@ Rows = npt.NDArray[np.int64]
 
 MOST = 1 << 12  # candidates of a row that are compared at most, or four times the saved neighbours if that is more
 _QUERY_BLOCK = 1 << 20
-_SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6
-"""A block of queries gets this fraction (1/n) of the machine's memory, or of ``--memory``."""
+_SHARE_OF_MACHINE, _SHARE_OF_MEMORY = 8, 6  # 1/n of the machine's memory, or of --memory, for a block of queries
 _PAIRS = 1 << 13
 _LISTED = 20
 _FEWEST_JUDGED, _MOST_JUDGED, _BYTES_A_CANDIDATE = 1 << 21, 1 << 24, 32
@@ -53,16 +52,13 @@ _FEWEST_JUDGED, _MOST_JUDGED, _BYTES_A_CANDIDATE = 1 << 21, 1 << 24, 32
 class Filters:
     """What is excluded from a table.
 
-    ``max_overlap``: neighbours that share a run of more than this share of a chunk's tokens with the query
-    chunk. ``near_copies``: neighbours with half or more of its runs of 8 tokens. Sources are hashes keyed
-    with the query store's secret, which keeps their names out of the log. An empty ``only_sources`` allows
-    all sources.
+    Sources are hashes keyed with the query store's secret, which keeps their names out of the log.
     """
 
-    max_overlap: float | None = None
-    near_copies: bool = False
+    max_overlap: float | None = None  # largest share of the query chunk's tokens in a common run
+    near_copies: bool = False  # neighbours with half or more of its runs of 8 tokens
     exclude_sources: tuple[str, ...] = ()
-    only_sources: tuple[str, ...] = ()
+    only_sources: tuple[str, ...] = ()  # empty: all sources are allowed
 
     @classmethod
     def of(cls, record: Mapping[str, Any] | None) -> Filters:
@@ -103,12 +99,9 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class FilterOptions(Filters):
-    """Filters as options of a run: sources by name; None, False or empty keeps what the table has.
+    """Filters as options of a run: sources by name; None, False or empty keeps what the table has."""
 
-    ``drop``: ignore what the table has.
-    """
-
-    drop: bool = False
+    drop: bool = False  # ignore what the table has
 
     def check(self, databases: Sequence[Store]) -> None:
         """Raise ``UsageError`` for impossible values, and for sources that are in none of the databases."""

@@ -231,8 +231,7 @@ LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30  # beyond these weights, distances (floa
 _RENAME = "Give one of them another --name."
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 
-Given = Sequence[tuple[str | Path, float | None]]
-"""Databases besides the first, each with its weight; None: unchanged, 1 for a new one."""
+Given = Sequence[tuple[str | Path, float | None]]  # more databases with weights; None: unchanged, 1 for a new one
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,15 +245,12 @@ class WeightedTable:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What to make under a name: a plain table, or, if ``mixed``, a mixture of ``tables``.
-
-    ``left_out`` are the tables that the present mixture of this name loses.
-    """
+    """What to make under a name: a plain table, or, if ``mixed``, a mixture of ``tables``."""
 
     name: str
     tables: tuple[WeightedTable, ...]
     mixed: bool = False
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # tables that the present mixture of this name loses
 
     def commit(self, state: State) -> Draft | None:
         """Build the commit that makes the name this mixture; None if it is already."""

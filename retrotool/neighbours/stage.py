@@ -53,30 +53,24 @@ from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_span
 
 _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")  # fields that tables share with the record of their name, besides the filters
-_WHOLE, FEW, _MORE = "whole", "few", "more"
-"""Modes of a task: search all rows in all parts, rows with few neighbours, or all rows in new parts."""
+_WHOLE, FEW, _MORE = "whole", "few", "more"  # all rows in all parts, rows with few neighbours, all in new ones
 
 
 @dataclass(frozen=True, slots=True)
 class NeighboursStage:
-    """Makes or updates the table ``table`` of neighbours in ``database``, for all parts of the query store.
-
-    ``index`` "" (``NO_INDEX``): exact search among the vectors of ``encoder``. ``memory`` limits a search, in
-    bytes. ``devices``: one per worker process. ``shard`` (i, n): this is job i of n. ``text``: also store the
-    tokens of the first k neighbours of each row.
-    """
+    """Makes or updates the table ``table`` of neighbours in ``database``, for all parts of the query store."""
 
     database: str
-    index: str
+    index: str  # ``NO_INDEX``: exact search among the vectors of ``encoder``
     table: str
     saved: int
     k: int
     encoder: str | None = None
-    memory: int | None = None
-    devices: tuple[str, ...] = ("cpu",)
-    shard: tuple[int, int] | None = None
+    memory: int | None = None  # limits a search, in bytes
+    devices: tuple[str, ...] = ("cpu",)  # one per worker process
+    shard: tuple[int, int] | None = None  # (i, n): this is job i of n
     filters: Filters = field(default_factory=Filters)
-    text: bool = False
+    text: bool = False  # also store the tokens of the first k neighbours of each row
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -390,8 +384,7 @@ class NeighboursWorker:
         kept = Best(np.where(gone, np.float32(np.inf), distances), np.where(gone, NO_NEIGHBOUR, ids))
         best = merged(kept, finder.search(rows, only=new), self._stage.saved)
         if self._probed and self._probed < probed_by(database):
-            # The index has grown, and is tuned to probe more lists: those were not searched for the old
-            # parts.
+            # The index has grown and is tuned to probe more lists, which were not searched for old parts.
             old = sorted(set(database.held()) - set(new))
             more = finder.search(rows, only=old, beyond=self._probed)
             best = merged(best, more, self._stage.saved)
@@ -427,16 +420,11 @@ class NeighboursWorker:
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """What purges have left to do in a table.
+    """What purges have left to do in a table."""
 
-    ``few``: number of searchable rows with fewer than k live neighbours. ``holds_erased``: a row, purged or
-    not, has a neighbour that another store has erased. ``text_is_stale``: tokens of neighbours are missing or
-    out of date.
-    """
-
-    few: int = 0
-    holds_erased: bool = False
-    text_is_stale: bool = False
+    few: int = 0  # searchable rows with fewer than k live neighbours
+    holds_erased: bool = False  # a row, purged or not, has a neighbour that another store has erased
+    text_is_stale: bool = False  # tokens of neighbours are missing or out of date
 
 
 _found: dict[tuple[str, str, str, str, str, int], Gaps] = {}  # by path of the table, ``GapFinder.taken`` and k
@@ -448,13 +436,10 @@ class GapFinder:
 
     def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
         self._store, self._database, self._k, self._text = store, database, k, text
-        self.taken = (
-            stands_for(database.store.state),
-            stands_for(store.state),
-            erased_of(store, database),
-            digest_of_undone(store.state),  # rows of undone purges are empty in tables made during these
-        )
-        """Digests: purges of database and queries, erases of the database, undone purges of queries."""
+        # Digests: purges of database and queries, erases of the database, undone purges of queries (rows of these
+        # are empty in tables made before).
+        purges, undone = stands_for(database.store.state), digest_of_undone(store.state)
+        self.taken = (purges, stands_for(store.state), erased_of(store, database), undone)
 
     def find(self, part: int, entry: FileEntry) -> Gaps:
         """Return the gaps of a part's table, which is not read if nothing was purged since it was made."""

@@ -35,15 +35,11 @@ _NO_ROWS = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The neighbours of n chunks, nearest first, all [n, k].
+    """The neighbours of n chunks, nearest first, all [n, k]."""
 
-    ``ids`` int64 (−1: none); ``distances`` float32, squared L2 (+inf: none); ``databases`` uint8, the number
-    of the database in the reader's ``databases`` (0 without a neighbour).
-    """
-
-    ids: Ids
-    distances: npt.NDArray[np.float32]
-    databases: npt.NDArray[np.uint8]
+    ids: Ids  # −1: none
+    distances: npt.NDArray[np.float32]  # squared L2; +inf: none
+    databases: npt.NDArray[np.uint8]  # index of the database in the reader's ``databases``; 0 without a neighbour
 
     def take(self, rows: Ids) -> Found:
         """Return the neighbours of some of the chunks."""
@@ -141,16 +137,12 @@ class NeighbourReader:
 
 @dataclass(frozen=True, slots=True)
 class NeighbourTokens:
-    """The k neighbours of n chunks with their continuations, [N, F].
+    """The k neighbours of n chunks with their continuations, [N, F]; see also ``Found``."""
 
-    ``ids`` int64 [n, k] and ``databases`` uint8 [n, k] as in ``Found``; ``n_tokens`` int32 [n, k, 2];
-    zero-padded ``tokens`` [n, k, 2, chunk_length].
-    """
-
-    ids: Ids
-    databases: npt.NDArray[np.uint8]
-    n_tokens: npt.NDArray[np.int32]
-    tokens: npt.NDArray[Any]
+    ids: Ids  # [n, k]
+    databases: npt.NDArray[np.uint8]  # [n, k]
+    n_tokens: npt.NDArray[np.int32]  # [n, k, 2]
+    tokens: npt.NDArray[Any]  # [n, k, 2, chunk_length], zero-padded
 
     def rows(self, some: slice) -> NeighbourTokens:
         """Return a view of some of the rows."""

@@ -64,8 +64,7 @@ _HOUR = 3600.0
 _MOST_TOKENS = 10**14
 _MOST_BYTES = 10**15
 _MOST = 10**9
-WIDE = 768
-"""Encoders with fewer hidden dimensions have a separate rate: small matrices don't keep a device busy."""
+WIDE = 768  # encoders with fewer dimensions have a separate rate: small matrices don't keep a device busy
 _EPYC = "an EPYC with AVX-512 BF16"
 _SSD = "assumed: a local SSD"
 _MOST_SIZE = 1 << 14
@@ -97,8 +96,7 @@ TABLE = (
     Rate("read", 2.0e9, "B/s", "host", _SSD),
     Rate("write", 1.0e9, "B/s", "host", _SSD),
 )
-STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write")
-"""Stages whose rate the caller can give."""
+STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write")  # whose rate the caller can give
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +109,7 @@ class EncoderShape:
     intermediate: int
 
     def flops_per_token(self, length: float) -> float:
-        """Return the floating-point operations per token of a forward over texts of ``length`` tokens.
-
-        A layer multiplies each token with four hidden × hidden matrices (query, key, value, output) and two
-        hidden × intermediate ones, and twice with ``length`` tokens.
-        """
+        """Return the floating-point operations per token of a forward over texts of ``length`` tokens."""
         products = 4 * self.hidden**2 + 2 * self.hidden * self.intermediate
         return self.layers * (2.0 * products + 4.0 * length * self.hidden)
 
@@ -141,16 +135,13 @@ class Files:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexPlan(IndexShape):
-    """The index that would be chosen. It takes ``memory`` bytes, which fit in the memory of ``hosts``.
+    """The index that would be chosen."""
 
-    It is trained on ``sample`` vectors, which take ``sample_bytes`` on one host.
-    """
-
-    sample: int
+    sample: int  # vectors that it is trained on, by one host
     sample_bytes: int
     shards: int
-    memory: int
-    hosts: int
+    memory: int  # bytes
+    hosts: int  # whose memory holds it
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +198,9 @@ def plan(
     ``cores`` and ``memory_per_host`` (bytes) are by default those of this machine, ``hosts`` one per 8 GPUs.
     ``rates`` (by stage, in the units of the plan) replace those of ``TABLE``.
     """
-    machines = Machines(
-        gpus=gpus,
-        hosts=max(1, -(-gpus // GPUS_A_HOST)) if hosts is None else hosts,
-        cores=own_cores() if cores is None else cores,
-        memory=memory_of_machine() if memory_per_host is None else memory_per_host,
-    )
+    hosts = max(1, -(-gpus // GPUS_A_HOST)) if hosts is None else hosts
+    memory = memory_of_machine() if memory_per_host is None else memory_per_host
+    machines = Machines(gpus, hosts, own_cores() if cores is None else cores, memory)
     work = _Work(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
     )
@@ -268,19 +256,17 @@ class _Work:
         choice = self._choice = choose_index(self.n, self.encoder.hidden, IndexOptions(target=self.target_recall))
         self._shards = -(-self.n // default_shard_rows(choice, None))
         self._sample = sample_size(self.n, choice, None) if choice.nlist else 0
-        self._index_bytes = (
-            self.n * choice.bytes_per_vector + choice.trained_bytes + LIST_BYTES * choice.nlist * self._shards
-        )
-        n, vector, saved = self.n, 2 * self._choice.d, NEIGHBOUR_BYTES * self.saved
+        lists = LIST_BYTES * choice.nlist * self._shards
+        self._index_bytes = self.n * choice.bytes_per_vector + choice.trained_bytes + lists
+        n, vector, saved = self.n, 2 * choice.d, NEIGHBOUR_BYTES * self.saved
         tokens = TOKEN_HUNDREDTHS * self.tokens // 100
-        each = f"{self._choice.bytes_per_vector:,} bytes per chunk, lists, training"
+        of_chunks = f"{ROW_BYTES} bytes per chunk and {TOKEN_HUNDREDTHS / 100} per token"
+        of_index = f"{choice.bytes_per_vector:,} bytes per chunk, lists, training"
         self.files = (
             Files("documents", DOCUMENT_BYTES * self.documents, f"{DOCUMENT_BYTES} bytes per document"),
-            Files(
-                "chunks", ROW_BYTES * n + tokens, f"{ROW_BYTES} bytes per chunk and {TOKEN_HUNDREDTHS / 100} per token"
-            ),
+            Files("chunks", ROW_BYTES * n + tokens, of_chunks),
             Files("embeddings", vector * n, f"{vector:,} bytes per chunk"),
-            Files("index", self._index_bytes, each),
+            Files("index", self._index_bytes, of_index),
             Files("neighbours", saved * n, f"{saved:,} bytes per chunk, {self.saved} saved"),
         )
         self._bytes = {one.kind: one.bytes for one in self.files}
@@ -298,15 +284,13 @@ class _Work:
         )
 
     def chunk(self) -> StagePlan:
-        """Split text on every core; reading the input is not counted."""
         machines = self.machines
         seconds = TEXT_BYTES * self.tokens / self._rate("chunk", "core")
-        written = sum(self._bytes[kind] for kind in ("documents", "chunks"))
+        written = self._bytes["documents"] + self._bytes["chunks"]
         wall = seconds * self._share(machines.hosts * machines.cores)
         return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))
 
     def embed(self) -> StagePlan:
-        """Run a forward per chunk, which cores prepare for GPUs."""
         length, encoder = self.tokens / self.n + SPECIAL_TOKENS, self.encoder
         known = _of_table("embed" if encoder.hidden >= WIDE else "embed narrow", self._device)
         chunks = known.value / (length * encoder.flops_per_token(length))
@@ -315,7 +299,6 @@ class _Work:
         return self._spread("embed", seconds, self._bytes["chunks"], self._bytes["embeddings"], feed)
 
     def train(self) -> StagePlan:
-        """Run k-means on a sample, in one process."""
         choice, sample = self._choice, self._sample
         lists = choice.nlist if choice.nlist <= TWO_LEVELS else 2 * choice.nlist**0.5
         flops = sample * lists * 2.0 * choice.coded * ITERATIONS
@@ -323,7 +306,6 @@ class _Work:
         return self._spread("index: train", self._products("index", flops), read, written, alone=True)
 
     def encode(self) -> StagePlan:
-        """Find the nearest list and compute the code of every vector."""
         choice = self._choice
         centroids = choice.nlist + (_CENTROIDS if choice.pieces else 0) + (choice.d if choice.rotated else 0)
         flops = self.n * centroids * 2.0 * choice.coded
@@ -331,7 +313,6 @@ class _Work:
         return self._spread("index: encode", self._products("index", flops), read, written)
 
     def neighbours(self) -> StagePlan:
-        """Search all chunks list by list, and compute the true distances of the candidates."""
         choice, n = self._choice, self.n
         coded = choice.code not in ("float16", "float32")
         scanned = min(n, SCANNED_LISTS * choice.nlist) if choice.nlist else n
@@ -377,7 +358,6 @@ class _Work:
         return min(1.0, -(-self.parts // workers) * PART_SIZE / self.n)
 
     def assumptions(self) -> tuple[str, ...]:
-        """Return what was assumed, in phrases."""
         choice = self._choice
         found = [
             f"{self.tokens_per_document:,} tokens per document, with a half-full last chunk",

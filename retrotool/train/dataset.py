@@ -56,15 +56,11 @@ Before it are the epoch, its commit, the number of changes, and whether the last
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A position in an epoch.
+    """A position in an epoch."""
 
-    ``spans`` of the order are left for all ranks (None: all of it). This rank has read ``consumed`` sequences
-    of its share. The turns of workers are counted from sequence ``first``.
-    """
-
-    spans: tuple[Span, ...] | None = None
-    first: int = 0
-    consumed: int = 0
+    spans: tuple[Span, ...] | None = None  # of the order, left for all ranks; None: all of it
+    first: int = 0  # sequence from which the turns of workers are counted
+    consumed: int = 0  # sequences of its share that this rank has read
 
 
 class RetroDataset(IterableDataset[Item]):
@@ -122,11 +118,8 @@ class RetroDataset(IterableDataset[Item]):
         super().__init__()
         if (rank is None) != (world_size is None):
             raise UsageError("only one of rank and world_size is given", "Give both or neither.")
-        for what, value, least in (
-            ("batch_size", batch_size, 1),
-            ("shuffle_blocks", shuffle_blocks, 1),
-            ("seed", seed, 0),
-        ):
+        given = {"batch_size": (batch_size, 1), "shuffle_blocks": (shuffle_blocks, 1), "seed": (seed, 0)}
+        for what, (value, least) in given.items():
             if value is not None and value < least:
                 raise UsageError(f"{what}={value} is less than {least}")
         self._distributed = rank is None and _is_distributed()
@@ -391,17 +384,13 @@ def _number(variable: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRows:
-    """n chunks, followed by an empty row for empty slots.
+    """n chunks, followed by an empty row for empty slots."""
 
-    ``ids`` int64 [n + 1] (−1: empty or purged); ``documents`` int64 [n + 1], also of purged rows;
-    ``n_tokens`` uint16 [n + 1]; ``tokens`` [n + 1, chunk_length]; ``neighbours`` with n + 1 rows.
-    """
-
-    ids: Ids
-    documents: Ids
-    n_tokens: npt.NDArray[np.uint16]
-    tokens: npt.NDArray[Any]
-    neighbours: NeighbourTokens
+    ids: Ids  # [n + 1]; −1: empty or purged
+    documents: Ids  # [n + 1], also of purged rows
+    n_tokens: npt.NDArray[np.uint16]  # [n + 1]
+    tokens: npt.NDArray[Any]  # [n + 1, chunk_length]
+    neighbours: NeighbourTokens  # n + 1 rows
 
     def gathered(self, rows: Ids) -> dict[str, npt.NDArray[Any]]:
         """Gather the sequences of ``rows`` [b, slots] (−1: empty slot) in the layout of ``RetroDataset``."""
@@ -467,40 +456,29 @@ class TrainingReader:
         return retry_overtaken(lambda: self._read(layout, block, sequence), renew)
 
     def _read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
-        wanted = np.unique(block)
+        store, own, wanted = self.store, self.store.identity, np.unique(block).tolist()
         blocks = [(int(layout.part[i]), int(layout.group[i])) for i in wanted]
-        rows = self.read_blocks(blocks)
-        slots = np.full((len(block), layout.size), EMPTY, np.int64)
-        start = 0
-        for number, of in zip(wanted.tolist(), blocks, strict=True):
-            n = block_rows(self.store, of)
-            found = layout.slots(number, rows.documents[start : start + n])
-            mine = np.flatnonzero(block == number)
-            some = found[sequence[mine]]
-            slots[mine] = np.where(some == EMPTY, EMPTY, some + start)
-            start += n
-        return rows, slots
-
-    def read_blocks(self, blocks: list[tuple[int, int]]) -> TrainingRows:
-        """Read all rows of some blocks (part, number of the row group), in order."""
-        store, own = self.store, self.store.identity
-        starts = np.cumsum([0, *(block_rows(store, block) for block in blocks)]).tolist()
+        starts = np.cumsum([0, *(block_rows(store, one) for one in blocks)]).tolist()
         n = starts[-1] + 1
         near = self.rows.read(blocks, spare=1)
         rows = TrainingRows(
             np.full(n, EMPTY, np.int64), np.full(n, EMPTY, np.int64), np.zeros(n, np.uint16),
             np.zeros((n, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)), near,
         )  # fmt: skip
-        for (part, group), start, stop in zip(blocks, starts[:-1], starts[1:], strict=True):
+        slots = np.full((len(block), layout.size), EMPTY, np.int64)
+        for number, (part, group), start, stop in zip(wanted, blocks, starts[:-1], starts[1:], strict=True):
             chunks = parts.read_chunks(store, part, [group])
             some = slice(start, stop)
             rows.documents[some] = parts.chunk_ids(part, chunks.doc)
             rows.n_tokens[some], rows.tokens[some] = chunks.n_tokens, chunks.tokens
             rows.ids[some] = parts.chunk_ids(part, group * ROW_GROUP + np.arange(stop - start))
+            mine = np.flatnonzero(block == number)
+            found = layout.slots(number, rows.documents[some])[sequence[mine]]
+            slots[mine] = np.where(found == EMPTY, EMPTY, found + start)
         purged = np.flatnonzero(self.tombstones.contains(rows.ids) | (rows.n_tokens == 0))
         rows.ids[purged], rows.n_tokens[purged], rows.tokens[purged] = EMPTY, 0, 0
         near.clear(purged)
-        return rows
+        return rows, slots
 
 
 @dataclass(frozen=True, slots=True)

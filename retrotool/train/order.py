@@ -55,19 +55,15 @@ def slots_of(live: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, p
 
 @dataclass(frozen=True, slots=True)
 class SequenceLayout:
-    """The sequences of a store at one commit, in blocks; ``size`` is in slots.
-
-    For each block, by ascending ids: its ``part``, its number in the part (``group``), and its number of
-    sequences (``counts``).
-    """
+    """The sequences of a store at one commit, in blocks by ascending ids."""
 
     commit: int
     head: str
-    size: int
+    size: int  # slots per sequence
     packed: bool
-    part: npt.NDArray[np.int32]
-    group: npt.NDArray[np.int32]
-    counts: npt.NDArray[np.int64]
+    part: npt.NDArray[np.int32]  # of each block
+    group: npt.NDArray[np.int32]  # number of each block in its part
+    counts: npt.NDArray[np.int64]  # sequences of each block
     tombstones: Tombstones
     tokens: int  # tokens of all live chunks
 
