@@ -53,12 +53,12 @@ from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_span
 
 _HEAD_DIGITS = 16
 _SAME = ("index", "encoder")  # fields that tables share with the record of their name, besides the filters
-_WHOLE, FEW, _MORE = "whole", "few", "more"  # all rows in all parts, rows with few neighbours, all in new ones
+_WHOLE, FEW, _MORE = "whole", "few", "more"  # all rows in all parts, rows with gaps, all rows in new parts
 
 
 @dataclass(frozen=True, slots=True)
 class NeighboursStage:
-    """Makes or updates the table ``table`` of neighbours in ``database``, for all parts of the query store."""
+    """Makes or updates a table of neighbours in ``database``, for all parts of the query store."""
 
     database: str
     index: str  # ``NO_INDEX``: exact search among the vectors of ``encoder``
@@ -436,8 +436,8 @@ class GapFinder:
 
     def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
         self._store, self._database, self._k, self._text = store, database, k, text
-        # Digests: purges of database and queries, erases of the database, undone purges of queries (rows of these
-        # are empty in tables made before).
+        # Digests: purges of database and queries, erases of the database, and undone purges of queries, whose
+        # rows are empty in tables made during these.
         purges, undone = stands_for(database.store.state), digest_of_undone(store.state)
         self.taken = (purges, stands_for(store.state), erased_of(store, database), undone)
 
