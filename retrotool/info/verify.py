@@ -40,7 +40,7 @@ from retrotool.store.verify_log import check_log, same_state
 
 @dataclass(slots=True)
 class Verification:
-    """Result of ``verify``, see ``docs/json.md``; digests (``docs/format.md``) are empty after a problem."""
+    """Result of ``verify``, see ``docs/json.md``. Digests are empty where a problem prevents them."""
 
     ok: bool
     commit: int

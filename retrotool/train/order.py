@@ -124,10 +124,6 @@ def permutation(n: int, *seed: int) -> Ids:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(n), kind="stable")
 
 
-WindowPart = tuple[int, Ids, Ids]
-"""Sequences that are read together: place of the first one in the rank, blocks [n], numbers in them [n]."""
-
-
 class Order:
     """The order of an epoch's sequences. ``counts``: sequences per block; ``seed`` None: as stored."""
 
@@ -141,8 +137,11 @@ class Order:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def pieces(self, spans: Sequence[Span], skip: int = 0) -> Iterator[WindowPart]:
-        """Yield the sequences in ``spans``, without the first ``skip``, window by window."""
+    def pieces(self, spans: Sequence[Span], skip: int = 0) -> Iterator[tuple[int, Ids, Ids]]:
+        """Yield the sequences in ``spans``, without the first ``skip``, window by window.
+
+        Of a window: the place of its first one in the rank, the block [n] of each, its number in it [n].
+        """
         done = 0
         for start, stop in spans:
             place = start + min(max(skip - done, 0), stop - start)
