@@ -27,8 +27,7 @@ from retrotool.store.store import Store
 if TYPE_CHECKING:
     from retrotool.store.tombstones import Tombstones
 
-READ_DOCUMENTS = 20_000_000
-"""With more documents, lengths and sources are counted in evenly spread parts only, and scaled."""
+READ_DOCUMENTS = 20_000_000  # of more documents, those in evenly spread parts are counted, and scaled to all
 LARGEST_SOURCES = 1000
 _SAMPLED_PARTS = 64  # parts of a database that are searched for the names of sources
 

@@ -78,8 +78,7 @@ def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPA
             report(len(some))
 
 
-SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-"""Thresholds α for which the share of chunks with r ≤ α is reported; RETRO uses 12.5 % to 100 %."""
+SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # α of the shares of chunks with r ≤ α; RETRO has 0.125 to 1
 HALF = 0.5
 _BINS = 8
 _SCHEMA = pa.schema([
