@@ -219,27 +219,24 @@ def _parse_code(text: str, d: int) -> IndexChoice:
 
 
 def _check(n: int, choice: IndexChoice) -> IndexChoice:
-    name = choice.factory
+    name, d, pieces = choice.factory, choice.coded, choice.pieces
     if not choice.nlist and choice.code not in ("float16", "float32"):
         raise UsageError(f"{name}: codes need lists", f"Use for example IVF{count_lists(n)},{name}.")
     if choice.nlist > n or choice.nlist < 0:
+        advice = f"Try --nlist {count_lists(n)}, without --factory."
         raise UsageError(
             f"{_lists_of(choice.nlist)} need at least as many vectors; there are {n:,}",
-            f"Try --nlist {count_lists(n)}, without --factory."
-            if n
-            else "There is nothing to train on: drop the index.",
+            advice if n else "There is nothing to train on: drop the index.",
         )
-    if choice.pieces and (choice.pieces > choice.coded or choice.coded % choice.pieces):
-        good = [str(m) for m in range(2 * choice.pieces, 0, -1) if choice.coded % m == 0]
+    if pieces and d % pieces:
+        good = [str(m) for m in range(2 * pieces, 0, -1) if d % m == 0]
         raise UsageError(
-            f"{name}: {choice.coded} dimensions can't be cut into {choice.pieces} equal pieces",
+            f"{name}: {d} dimensions can't be cut into {pieces} equal pieces",
             f"Possible numbers of pieces: {', '.join(good[:6])}.",
         )
-    if choice.rotated > choice.d:
-        raise UsageError(
-            f"{name}: the rotation can't have more dimensions ({choice.rotated}) than the vectors ({choice.d})"
-        )
-    if choice.pieces and n < MIN_FOR_PRODUCT:
+    if d > choice.d:
+        raise UsageError(f"{name}: the rotation can't have more dimensions ({d}) than the vectors ({choice.d})")
+    if pieces and n < MIN_FOR_PRODUCT:
         raise UsageError(
             f"{name}: product codes need {MIN_FOR_PRODUCT:,} vectors to train on; there are {n:,}",
             "Omit the option, or use --code sq8.",

@@ -1,11 +1,10 @@
 """Encode vectors byte for byte as faiss does: whole vectors, one byte per dimension, or product quantisation.
 
-A codec turns float32 rows, vectors or residuals, into rows of bytes and back. ``encode`` runs on its input's
-device; ``decode`` uses host memory. Product quantisation (Jégou et al. 2011) stores the nearest of 256
-centroids for each of M pieces of a vector; encoding, and each training iteration, costs 256·d multiply-adds
-per vector. The rotation before it (OPQ, non-parametric, Ge et al. 2013) alternates between encoding a sample
-and solving for the best rotation, at d³. Results are deterministic for a seed and device. Sums are ordered
-differently from faiss, which may break ties.
+Codecs turn float32 rows, vectors or residuals, into bytes on the rows' device, and back in host memory.
+Product quantisation (Jégou et al. 2011) stores the nearest of 256 centroids for each of M pieces of a vector;
+encoding, and each training iteration, costs 256·d multiply-adds per vector. The rotation before it (OPQ,
+non-parametric, Ge et al. 2013) alternates between encoding a sample and solving for the best rotation, at d³.
+Results are deterministic for a seed and device; ties may differ from faiss, as sums are ordered differently.
 """
 
 from __future__ import annotations
@@ -60,13 +59,10 @@ class Scalar:
 
     @property
     def d(self) -> int:
-        """Dimensions."""
+        """Dimensions, and bytes of a code."""
         return len(self.least)
 
-    @property
-    def size(self) -> int:
-        """Bytes of a code."""
-        return len(self.least)
+    size = d
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Encode float32 [n, d] as uint8 [n, d]."""
@@ -140,9 +136,8 @@ def is_same_codec(one: Codec, other: Codec) -> bool:
 def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Tensor:
     """Return centroids, float32 [pieces, 256, d / pieces], trained on float32 [n, d], n ≥ 1.
 
-    Centroids are rounded to bfloat16, and those of cells with a single vector are moved: otherwise such a
-    centroid and its list's would reveal the vector, and the table stays in the store after the chunk is
-    erased.
+    Centroids are rounded to bfloat16, and those of single vectors are moved: the table stays in the store
+    after a chunk is erased, and such a centroid and its list's would reveal the vector.
     """
     table = _improve(rows, _first(rows, pieces, seed), _ITERATIONS)
     place = encode_pieces(rows, table).int() + _firsts(table)
@@ -185,15 +180,13 @@ def _start(rows: torch.Tensor, pieces: int, d: int, seed: int) -> torch.Tensor:
         return turned[:d].float().to(rows.device)
     mean = rows.mean(0, dtype=torch.float64)
     variances, directions = torch.linalg.eigh(_cross(rows, rows) / len(rows) - torch.outer(mean, mean))
-    order = torch.argsort(variances, descending=True)[:d].tolist()
-    room = [d // pieces] * pieces
     weight = [0.0] * pieces
     dealt: list[list[int]] = [[] for _ in range(pieces)]
-    for direction in order:  # the paper's greedy allocation, by sums instead of products
-        piece = min((p for p in range(pieces) if room[p]), key=lambda p: weight[p])
+    # The paper's greedy allocation, by sums instead of products.
+    for direction in torch.argsort(variances, descending=True)[:d].tolist():
+        piece = min((p for p in range(pieces) if len(dealt[p]) < d // pieces), key=weight.__getitem__)
         dealt[piece].append(direction)
         weight[piece] += float(variances[direction])
-        room[piece] -= 1
     chosen = torch.tensor([direction for some in dealt for direction in some], device=rows.device)
     basis: torch.Tensor = directions
     return basis.T[chosen].float().contiguous()

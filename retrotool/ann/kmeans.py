@@ -1,10 +1,9 @@
 """k-means (Lloyd's iterations) in torch: blocked assignment by one matrix product, empty clusters re-seeded.
 
 No centroid equals a vector to the bit, as centroids stay in a store when a chunk is erased (``_blur``).
-Vectors, float32 or float16, are shifted by a mean before products and sums, which are float32; products that
-only choose a cluster are rough (``ann.matmul``). An iteration costs 2·n·k·d multiply-adds. Above
-``TWO_LEVELS`` clusters, √k clusters are split in proportion to their vectors: √k times cheaper, slightly
-worse. Deterministic for a seed and device up to rounding.
+Vectors, float32 or float16, are shifted by a mean before float32 sums and rough products (``ann.matmul``). An
+iteration costs 2·n·k·d multiply-adds. Above ``TWO_LEVELS`` clusters, √k clusters are split in proportion to
+their vectors: √k times cheaper, slightly worse. Deterministic for a seed and device up to rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from retrotool.ann.matmul import Table
 from retrotool.lazy import torch
 
+Report = Callable[[float], object]  # takes the share of the work just done
 TWO_LEVELS = 250_000
 _BLOCK_ROWS = 1 << 12
 _SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
@@ -49,13 +49,9 @@ def kmeans(
     iterations: int = 10,
     seed: int = 0,
     two_levels: int = TWO_LEVELS,
-    report: Callable[[float], object] = lambda _: None,
+    report: Report = lambda _: None,
 ) -> torch.Tensor:
-    """Return centroids, float32 [k, d], of ``vectors`` [n, d], n ≥ k; report shares of the work done.
-
-    Starts from random vectors. Empty clusters split those with the largest errors: a vector would attract
-    only itself.
-    """
+    """Return centroids, float32 [k, d], of ``vectors`` [n, d], n ≥ k, starting from random vectors."""
     n = len(vectors)
     if not 1 <= k <= n:
         raise ValueError(f"k-means of {n} vectors into {k} clusters")
@@ -65,16 +61,14 @@ def kmeans(
     centroids = vectors[torch.randperm(n, generator=generator)[:k].to(vectors.device)].float()
     for _ in range(iterations):
         centroids, index, counts = _step(vectors, centroids)
-        if not counts.all():
+        if not counts.all():  # a vector as centroid would attract only itself
             _fill_empty(centroids, counts, _errors(vectors, centroids, index), generator)
         report(1 / iterations)
     _blur(centroids, vectors, generator)
     return centroids
 
 
-def _two_levels(
-    vectors: torch.Tensor, k: int, iterations: int, seed: int, report: Callable[[float], object]
-) -> torch.Tensor:
+def _two_levels(vectors: torch.Tensor, k: int, iterations: int, seed: int, report: Report) -> torch.Tensor:
     upper = kmeans(vectors, round(k**0.5), iterations=iterations, seed=seed, report=lambda share: report(share / 2))
     index = assign(vectors, upper)[1]
     order = torch.argsort(index, stable=True)
@@ -124,13 +118,10 @@ def _errors(vectors: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor)
     return errors
 
 
-def _fill_empty(
-    centroids: torch.Tensor, counts: torch.Tensor, errors: torch.Tensor, generator: torch.Generator
-) -> None:
-    """Move centroids of empty clusters next to those of clusters with the largest ``errors`` [k], in place.
+def _fill_empty(centroids: torch.Tensor, counts: torch.Tensor, errors: torch.Tensor, rng: torch.Generator) -> None:
+    """Move centroids of empty clusters, in place: they split the clusters with the largest ``errors`` [k].
 
-    If only copies of vectors are left, which can't be split, centroids are moved far away, so that none is
-    probed.
+    If only copies of vectors are left, which can't be split, they move far away, so that none is probed.
     """
     empty = torch.nonzero(counts == 0).flatten()
     least = (_NO_ERROR * counts * centroids.square().sum(1)).tolist()
@@ -139,42 +130,38 @@ def _fill_empty(
     heapq.heapify(heap)
     donors: list[int] = []
     while heap and len(donors) < len(empty):
-        error, cluster = heap[0]
+        error, cluster = heapq.heappop(heap)
         donors.append(cluster)
         if -error / 2 > least[cluster]:
-            heapq.heapreplace(heap, (error / 2, cluster))
-        else:
-            heapq.heappop(heap)
+            heapq.heappush(heap, (error / 2, cluster))
     to, donor = empty[: len(donors)], torch.tensor(donors, dtype=torch.int64, device=centroids.device)
-    centroids[to] = centroids[donor] + _SPLIT * _signs(centroids[donor], generator)
+    centroids[to] = centroids[donor] + _SPLIT * _signs(centroids[donor], rng)
     away = empty[len(donors) :]
     if len(away):
         full = centroids[counts > 0]
-        radius = full.abs().max()
-        radius = torch.where(radius > 0, radius, torch.ones_like(radius))
-        centroids[away] = full.mean(0) + _AWAY * _signs(radius.expand(len(away), full.shape[1]), generator)
+        radius = full.new_full((len(away), full.shape[1]), float(full.abs().max()) or 1.0)
+        centroids[away] = full.mean(0) + _AWAY * _signs(radius, rng)
 
 
-def _blur(centroids: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> None:
+def _blur(centroids: torch.Tensor, vectors: torch.Tensor, rng: torch.Generator) -> None:
     """Move centroids that equal a vector as float16 (single vectors, or copies), in place.
 
-    The move does not change which centroid is nearest, and is rounded, so that the seed does not suffice to
-    revert it.
+    The move keeps the nearest centroids, and is rounded, so that the seed does not suffice to revert it.
     """
     for attempt in range(1, _ATTEMPTS):
         same = torch.from_numpy(_same_rows(centroids, vectors)).to(centroids.device)
         if not len(same):
             return
-        moved = centroids[same] + attempt * _BLUR * _signs(centroids[same], generator)
+        moved = centroids[same] + attempt * _BLUR * _signs(centroids[same], rng)
         centroids[same] = moved.to(torch.bfloat16).float()
     raise ValueError(f"{len(same)} centroids can't be distinguished from vectors")
 
 
-def _signs(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _signs(rows: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Return random signs times the size of each number, or times the row's RMS if that is larger."""
     usual = rows.square().mean(1, keepdim=True).sqrt()
     usual[usual == 0] = 1
-    signs = 2 * torch.randint(0, 2, rows.shape, generator=generator).to(rows.device) - 1
+    signs = 2 * torch.randint(0, 2, rows.shape, generator=rng).to(rows.device) - 1
     return torch.maximum(rows.abs(), usual) * signs
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,8 +176,7 @@ class InvertedLists:
     def may_stand_for(self, number: int, rows: Ids, vectors: npt.NDArray[np.float16]) -> bool:
         """Check whether rows [n] of a list code ``vectors`` [n, d], up to float32 ties."""
         trained = self.trained
-        some = trained.rotate(torch.from_numpy(vectors.astype(np.float32)))
-        codes = self.codes(number)[rows]
+        some, codes = trained.rotate(torch.from_numpy(vectors.astype(np.float32))), self.codes(number)[rows]
         scale = _TIE * some.square().sum(1)  # accuracy of float32 products
         if trained.centroids is not None and len(trained.centroids):
             table = torch.from_numpy(trained.centroids)
@@ -217,12 +217,11 @@ def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
         return
     inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     order = np.argsort(numbers, kind="stable")
-    sorted_numbers = numbers[order]
-    starts = np.flatnonzero(np.diff(sorted_numbers, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    for start, stop in pairwise([*starts, len(order)]):
         rows = order[start:stop]
         some_ids, some_codes = np.ascontiguousarray(ids[rows]), np.ascontiguousarray(codes[rows])
-        number = int(sorted_numbers[start])
+        number = int(numbers[rows[0]])
         inner.invlists.add_entries(number, len(rows), faiss.swig_ptr(some_ids), faiss.swig_ptr(some_codes))
     inner.ntotal += len(ids)
     index.ntotal = inner.ntotal

@@ -1,8 +1,7 @@
 """Products of many rows with one table, for k-means and for choosing lists.
 
-They run in oneDNN on a CPU (2.4 times as fast as torch's library on AMD), otherwise in torch. ``rough``
-products round their inputs to bfloat16 where the processor supports it, or to TF32 on a GPU: enough to choose
-the nearest centroids.
+They run in oneDNN on a CPU (2.4 times as fast as torch's library on AMD), otherwise in torch. ``rough`` ones
+round to bfloat16 where the processor supports it, or to TF32 on a GPU: enough to choose among centroids.
 """
 
 from __future__ import annotations

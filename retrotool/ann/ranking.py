@@ -1,9 +1,8 @@
 """Select the nearest vectors: the running k best of all products, and exact distances of candidates.
 
 Selecting the k best of every product would take longer than the product, so only scores (larger is nearer)
-that beat a query's k-th best are considered. ``Heaps`` uses faiss, for float32 on a CPU: 12 bytes per entry
-and query. ``Nearest`` uses torch, for GPUs and float64: 12 bytes for each of about 1.5·k columns per query,
-40 per passing score.
+that beat a query's k-th best are considered. ``Heaps``, for float32 on a CPU, uses faiss: 12 bytes per entry
+and query. ``Nearest``, otherwise, uses torch: 12 bytes for each of 1.5·k columns, 40 per passing score.
 
 ``rerank`` computes Σ(q − x)² in float32, in order of id, so that each vector is read once: about 2.5 million
 pairs per second and core at 384 dimensions. Memory: 40 bytes per candidate and some megabytes per thread.
@@ -60,8 +59,7 @@ def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: i
 
     def rank(rows: slice) -> None:
         found = Best(_distances(queries[rows], candidates[rows], fetch), candidates[rows]).nearest(k)
-        width = found.ids.shape[1]
-        best.distances[rows, :width], best.ids[rows, :width] = found.distances, found.ids
+        best.put((rows, slice(found.ids.shape[1])), found)
 
     _side_by_side(rank, candidates)
     return best

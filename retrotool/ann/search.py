@@ -1,13 +1,11 @@
 """List-major search: group queries by the lists they probe, with one matrix product per list.
 
 ``Search`` selects candidates by codes, or by the vectors themselves, over the joined lists of all shards;
-``ranking.rerank`` ranks them. Both sides of a product are shifted by a mean, so that products lose fewer
-digits. Excluded ids are masked before the best are selected (``ann.excluded``). On a CPU every core takes a
-share of large searches.
+``ranking.rerank`` ranks them. Both sides of a product are shifted by a mean, to lose fewer digits. Excluded
+ids are masked before the best are selected. On a CPU every core takes a share of large searches.
 
 Cost: 2·d operations per query and vector in its lists, and as much again for choosing lists, gathering and
-heaps. Memory: queries twice, candidates, and ``room`` bytes for distances and vectors; larger searches take
-more steps.
+heaps. Memory: queries twice, candidates, and ``room`` bytes for distances and vectors.
 """
 
 from __future__ import annotations
@@ -86,11 +84,9 @@ class Search:
 
     def add(self, *shards: Lists) -> None:
         """Search shards with joined lists; shards without lists are wide already and searched in turn."""
-        if len(shards) > 1 and self._trained.centroids is not None:
-            self._add(JoinedLists(shards))
-        else:
-            for shard in shards:
-                self._add(shard)
+        are_joined = len(shards) > 1 and self._trained.centroids is not None
+        for shard in [JoinedLists(shards)] if are_joined else shards:
+            self._add(shard)
 
     def _add(self, shard: Lists) -> None:
         if self._shift is None:
@@ -176,10 +172,10 @@ class Search:
 
     def _mean(self, shard: Lists) -> torch.Tensor:
         """Estimate the mean vector of a shard, float32 [d]; any fixed shift would be correct."""
+        sample = self._asked
         if self._vectors is None:
-            sample = shard.codes(0)[:: max(1, len(shard) // _COLUMNS)]
-            return self._trained.codec.decode(sample).mean(0) if len(sample) else torch.zeros(self._asked.shape[1])
-        return self._asked.mean(0).cpu() if self._q else torch.zeros(self._asked.shape[1])
+            sample = self._trained.codec.decode(shard.codes(0)[:: max(1, len(shard) // _COLUMNS)])
+        return sample.mean(0).cpu() if len(sample) else torch.zeros(sample.shape[1])
 
     def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
         tile, table, asking = job

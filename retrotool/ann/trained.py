@@ -1,9 +1,6 @@
 """A trained index without vectors (centroids, rotation, codec), converted to faiss objects and back.
 
-With lists these are ``IndexIVFFlat`` (float32), ``IndexIVFScalarQuantizer`` (float16, or residuals as bytes)
-or ``IndexIVFPQ`` (residuals), under an ``IndexPreTransform`` if there is a rotation; otherwise
-``IndexIDMap2`` over ``IndexFlatL2`` or ``IndexScalarQuantizer``. The metric is L2. Readers supply a coarse
-quantiser that is omitted.
+The kinds of faiss index are listed in ``docs/format.md``. Readers supply a coarse quantiser that is omitted.
 """
 
 from __future__ import annotations
