@@ -91,7 +91,7 @@ def restricted(store: Store, index: str, allows: Callable[[str], bool], find: Ca
 
     def near(queries: Queries) -> Best:
         nprobe, depth = database.point.nprobe, database.point.depth_for(K, database.trained)
-        return database._search_further(queries, K, nprobe, depth, lists, all_parts=True)
+        return database._search_further(queries, K, nprobe, depth, lists)
 
     truth = find(lambda some: exact.search(some, K))[0]
     share = sum(map(len, lists)) / database.vectors_in_log

@@ -1,8 +1,7 @@
 """The log's entries for an index: its record, training and shards. Opens no file, builds no array.
 
-An index has a *generation*, the number of its training. Files of generation 0 use the slots ``trained`` and
-``shard-…``, later ones ``trained.g1`` and so on. Readers use the generation named by the record; a new one is
-built beside it, and the commit that switches removes the old files.
+An index has a *generation*, the number of its training (``docs/format.md``). A new one is built beside the
+one that readers use, and the commit that switches removes the old files.
 """
 
 from __future__ import annotations
@@ -28,12 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexRecord(IndexShape):
-    """An index and its measured recall: the record ``index:<name>``, see ``docs/format.md``.
-
-    ``recall_error``: half the 95 % interval of recall@10. ``share``: part of the vectors searched for the
-    truth. ``rate``: queries per second. ``files``: digest of the measured shards. ``due``: why to retrain, or
-    "".
-    """
+    """An index and its measured recall: the record ``index:<name>``, see ``docs/format.md``."""
 
     encoder: str
     generation: int = 0
@@ -56,11 +50,9 @@ class IndexRecord(IndexShape):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRecord:
-    """The log's entry of a training with the options ``asked``.
+    """The log's entry of a training with the options ``asked``, see ``docs/format.md``.
 
-    ``held`` also counts purged vectors, ``vectors`` does not. The ``sample`` was drawn from parts [first,
-    last]. Errors are its mean squared distances to centroids and, for residuals, codes; ``imbalance`` is 1 if
-    all lists are equally long.
+    Errors are mean squared distances of the ``sample`` to centroids and, for residuals, codes.
     """
 
     encoder: str
@@ -68,15 +60,15 @@ class TrainingRecord:
     why: str
     dimension: int
     vectors: int
-    held: int
-    trained_parts: list[list[int]]
+    held: int  # like ``vectors``, but purged ones too
+    trained_parts: list[list[int]]  # ranges [first, last] of the parts sampled
     shard_rows: int
     asked: IndexOptions
     sample: int
     seed: int
     error: float
     code_error: float
-    imbalance: float
+    imbalance: float  # 1: all lists are equally long
 
     def sampled(self, numbers: Iterable[int]) -> set[int]:
         """Return which of the parts ``numbers`` the sample was drawn from."""

@@ -1,7 +1,7 @@
 """Measure an index and commit the result: operating point, recall, and whether retraining is recommended.
 
-Each shard's log entry records the mean distances of each part's vectors to centroids and codes, and how
-uneven its lists are. Parts that the training sampled are compared with the others.
+Whether to retrain follows from the distances and lists in the ``ShardRecord``s: parts that the training
+sampled are compared with the others.
 """
 
 from __future__ import annotations
@@ -17,15 +17,7 @@ from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import counting
 from retrotool.errors import ConflictError
 from retrotool.index.index_files import read_shards, read_trained
-from retrotool.index.index_records import (
-    RECALL,
-    RECALL_SAMPLE,
-    IndexFiles,
-    IndexRecord,
-    ShardRecord,
-    TrainingRecord,
-    index_key,
-)
+from retrotool.index.index_records import RECALL, IndexFiles, IndexRecord, ShardRecord, TrainingRecord, index_key
 from retrotool.index.recall import Measurement, Searched, find_truth, measure_recall
 from retrotool.index.searching import Point, Vectors, room_in
 from retrotool.index.stage import superseded
@@ -52,7 +44,7 @@ def measure_until_committed(
     generation: int,
     target: float,
     *,
-    sample: int = RECALL_SAMPLE,
+    sample: int,
     keep: bool = False,
     device: str = "cpu",
     memory: int | None = None,
@@ -76,14 +68,12 @@ def measure_until_committed(
             truth = find_truth(store, encoder, numbers, report, sample=sample, device=device, room=room)
         give_memory_back()
         with counting("recall", "point") as report:
-            searched = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains)
+            index = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains)
             seen = np.array(sorted(training.sampled(distinct_parts(truth.ids))), np.int64)
             trained_on = np.isin(part_of(truth.ids), seen)
             new_or_not = np.where(trained_on, "trained on", "added since").astype(object)
             groups = {"source": truth.sources, "part": new_or_not}
-            found = measure_recall(
-                truth, searched, target, at=at, groups=groups, report=report, device=device, room=room
-            )
+            found = measure_recall(truth, index, target, at=at, groups=groups, report=report, device=device, room=room)
         record = asdict(_record(files, training, found, target))
         path = FileName.new(run.id, "index", RECALL, "json", name)
         file = write_json_file(store, path, {**record, **asdict(found)}, len(found.curve))

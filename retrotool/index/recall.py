@@ -1,9 +1,8 @@
 """Measure the true recall of an index over operating points, and choose the cheapest that reaches a target.
 
-The truth for random chunks comes from exact search with float64 products, leaving out each chunk's own
-document: queries × vectors distances. Above a budget only a random share of the vectors is searched, and only
-true neighbours in that share are looked for; the most thorough search of the index decides which of them are
-among the k nearest of all.
+The truth for random chunks comes from exact search in float64 without each chunk's own document: queries ×
+vectors distances. Above a budget only a random share of the vectors is searched for true neighbours; the most
+thorough search of the index decides which of them are among the k nearest of all.
 
 Recall@k is the mean share of the true k nearest found; ties count. Points are a grid of ``nprobe`` and, for
 codes, re-rank depths; one search serves all depths. A point costs the codes scanned plus ``_RERANK`` per
@@ -146,10 +145,10 @@ class _Curve:
         self._device, self._room = device, room
         # Exact indexes, and queries that are all vectors, have no sampling error.
         self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
+        # By ``nprobe``, depth and k: number found [q] or, for a sampled truth, which were found [q, t].
         self._found: dict[tuple[int, int, int], npt.NDArray[Any]] = {}
-        """By ``nprobe``, depth and k: number found [q] or, for a sampled truth, which were found [q, t]."""
+        # Per true neighbour, the number found nearer by the latest and so most thorough search.
         self._nearer = np.zeros(truth.best.ids.shape, np.int64)
-        """Per true neighbour, the number found nearer by the latest and so most thorough search."""
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
     def at(self, nprobe: int) -> list[Recall]:
@@ -175,15 +174,11 @@ class _Curve:
             first += len(queries)
             # As in ``Point.depth_for``, k = 100 takes ten times the candidates, here up to the deepest.
             enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in judged}
-            best = {
-                depth: Best(distances[:, :depth], candidates[:, :depth]).nearest(DEPTH) for depth in {*enough.values()}
-            }
+            best = {n: Best(distances[:, :n], candidates[:, :n]).nearest(DEPTH) for n in {*enough.values()}}
+            is_sample = self._truth.share < 1
             for (depth, k), blocks in judged.items():
                 found = best[enough[depth, k]]
-                some = (
-                    are_among(truth.ids, found.ids[:, :k]) if self._truth.share < 1 else _count_found(truth, found, k)
-                )
-                blocks.append(some)
+                blocks.append(are_among(truth.ids, found.ids[:, :k]) if is_sample else _count_found(truth, found, k))
             pairs = zip(best[deepest].distances, truth.distances * (1 - _TIE), strict=True)
             nearer.append(np.array([np.searchsorted(row, own) for row, own in pairs], np.int64))
         if first:
@@ -199,12 +194,9 @@ class _Curve:
 
         If it ends early, too many neighbours may count as true: recall is rather under- than overestimated.
         """
-        deepest = max(self._depths)
-        while nprobe < self._database.trained.nlist:
-            if 2 * self._cost[nprobe, deepest][0] * len(self._truth) > budget:
-                break
-            before = nprobe
-            nprobe = min(2 * nprobe, self._database.trained.nlist)
+        deepest, nlist = max(self._depths), self._database.trained.nlist
+        while nprobe < nlist and 2 * self._cost[nprobe, deepest][0] * len(self._truth) <= budget:
+            before, nprobe = nprobe, min(2 * nprobe, nlist)
             self.at(nprobe)
             if self.recall(before, deepest).recall_at_10 >= _THOROUGH:
                 break
@@ -280,7 +272,6 @@ def find_truth(
     report: Report = lambda _: None,
     *,
     sample: int = RECALL_SAMPLE,
-    budget: int | None = None,
     device: str = "cpu",
     room: int = ROOM,
 ) -> Truth:
@@ -294,8 +285,7 @@ def find_truth(
         no_queries = Queries.plain(np.zeros((0, 1), np.float32))
         return Truth(ids, no_queries, np.zeros(0, object), Best.nothing(0, DEPTH), n)
     asked = _queries(store, encoder, ids, tombstones)
-    most = _budget_on(device) if budget is None else budget
-    share = min(1.0, max(most / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
+    share = min(1.0, max(_budget_on(device) / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
     for part, searchable in rows.items():

@@ -55,18 +55,13 @@ _MEASURED = {"curve?": [_POINT], "groups?": {_SOURCE: {_SOURCE: (float, float, C
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexResult(IndexRecord):
-    """The index after ``index``, see ``IndexRecord``, and its measured ``curve`` and ``groups``.
-
-    ``added``: vectors of this run. ``embedding_bytes``: read for re-ranking. ``elsewhere``: shards being
-    built by other runs. ``retrain``: the command for it. ``next``: the commands to index ``not_embedded``
-    chunks.
-    """
+    """The index after ``index``; ``docs/json.md`` explains the fields."""
 
     name: str
-    added: int
+    added: int  # vectors indexed by this run
     shards: int
     index_bytes: int
-    embedding_bytes: int
+    embedding_bytes: int  # read for re-ranking
     commit: int
     retrain: str
     drift: Drift
@@ -139,9 +134,13 @@ def index(
             found = IndexFiles(store.state, name).shards.values()
             stage = replace(stage, broken=tuple(entry.path for entry in found if not is_unchanged(store, entry)))
         _check_training(store, stage, wanted)
-        if stage.broken:
-            _check_embeddings(store, stage)
-        _execute(stage, store, run)
+        _check_embeddings(store, stage)
+        engine.execute(stage, store, run, workers=len(devices))
+        with counting(f"waiting for another run to train {name!r}", "s") as waited:
+            while stage.files(store.refresh()).trained is None:
+                time.sleep(_POLL_SECONDS)
+                waited(1)
+                engine.execute(stage, store, run, workers=len(devices))
         _check_training(store, stage, wanted)  # another run may have trained it
         elsewhere = engine.count_elsewhere(stage, store, run)
         if not elsewhere and (
@@ -155,7 +154,7 @@ def index(
             )  # fmt: skip
         if options.default and store.refresh().records.get(DEFAULT) != name and index_record(store.state, name):
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
-    return retry_overtaken(lambda: describe(store, root, name, before=before, elsewhere=elsewhere))
+    return retry_overtaken(lambda: describe(store, name, before=before, elsewhere=elsewhere))
 
 
 def evaluate(
@@ -172,11 +171,11 @@ def evaluate(
     record = index_record(store.state, name)
     assert record is not None, "pick_index found it"
     with writing(store) as run:
+        generation, device = IndexFiles(store.state, name).generation, find_devices(devices)[0]
         measure_until_committed(
-            store, run, name, IndexFiles(store.state, name).generation, record.target, sample=sample, keep=True,
-            device=find_devices(devices)[0], memory=memory,
-        )  # fmt: skip
-    return retry_overtaken(lambda: describe(store, root, name))
+            store, run, name, generation, record.target, sample=sample, keep=True, device=device, memory=memory
+        )
+    return retry_overtaken(lambda: describe(store, name))
 
 
 def drop(root: str | Path, *, name: str) -> Dropped:
@@ -201,9 +200,7 @@ def drop(root: str | Path, *, name: str) -> Dropped:
     return Dropped(name, len(removed), sum(entry.bytes for entry in removed), store.state.number, tuple(tables))
 
 
-def describe(
-    store: Store, root: str | Path, name: str, *, before: int | None = None, elsewhere: int = 0
-) -> IndexResult:
+def describe(store: Store, name: str, *, before: int | None = None, elsewhere: int = 0) -> IndexResult:
     """Return the result for the current index; ``before``: previous number of vectors (None: same)."""
     state = store.refresh()
     files = IndexFiles(state, name)
@@ -223,7 +220,7 @@ def describe(
         **{**asdict(record), "vectors": vectors}, name=name, added=0 if before is None else vectors - before,
         shards=len(entries), index_bytes=sum(entry.bytes for entry in entries),
         embedding_bytes=sum(entry.bytes for entry in vector_files), commit=state.number,
-        retrain=f"{command_line('index', root, name=name)} --retrain", drift=drift(files),
+        retrain=f"{command_line('index', store.place, name=name)} --retrain", drift=drift(files),
         curve=tuple(Recall(**{one: point[one] for one in _POINT}) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
         elsewhere=elsewhere, not_embedded=left,
@@ -269,9 +266,8 @@ def _check_embeddings(store: Store, stage: IndexStage) -> None:
     broken = [entry for entry in stage.files(store.state).shards.values() if entry.path in stage.broken]
     held = {part for entry in broken for part in ShardRecord.of(entry).parts}
     for part in sorted(held & set(embedded_parts(store, stage.encoder))):
-        entry = parts.part_entry(store, "embeddings", part, stage.encoder)
         try:
-            store.check_sum(entry)
+            store.check_sum(parts.part_entry(store, "embeddings", part, stage.encoder))
         except CorruptError as error:
             raise store.corrupt(f"{error}, so the index can't be repaired from it") from error
 
@@ -312,10 +308,10 @@ def _check_training(store: Store, stage: IndexStage, wanted: IndexOptions) -> No
 def _delete_unfinished(store: Store, run: Run, stage: IndexStage) -> None:
     """Delete an interrupted ``--retrain`` that used other settings or a smaller store."""
     unfinished = stage.files(store.state).training
-    if unfinished is None:
-        return
-    same = unfinished.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
-    if same and unfinished.trained_parts == consecutive_ranges(embedded_parts(store, stage.encoder)):
+    if unfinished is None or (
+        unfinished.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
+        and unfinished.trained_parts == consecutive_ranges(embedded_parts(store, stage.encoder))
+    ):
         return
 
     def build(state: State) -> Draft:
@@ -324,13 +320,3 @@ def _delete_unfinished(store: Store, run: Run, stage: IndexStage) -> None:
         return Draft("index", {"name": stage.index, "retrain": "restarted"}, remove=paths)
 
     store.commit(run, build)
-
-
-def _execute(stage: IndexStage, store: Store, run: Run) -> None:
-    """Run the stage's tasks; while another run trains the index, wait for it."""
-    engine.execute(stage, store, run, workers=len(stage.devices))
-    with counting(f"waiting for another run to train {stage.index!r}", "s") as waited:
-        while stage.files(store.refresh()).trained is None:
-            time.sleep(_POLL_SECONDS)
-            waited(1)
-            engine.execute(stage, store, run, workers=len(stage.devices))

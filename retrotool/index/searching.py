@@ -2,9 +2,8 @@
 
 Shards and embeddings are memory-mapped; only the probed lists and the candidates' vectors are read. The
 operating point, ``nprobe`` lists and ``depth`` candidates per 10 neighbours, comes from the index's record
-unless given. Exact search reads all vectors, part by part: a matrix product of all queries with all vectors,
-in blocks of distances. For few vectors it is faster than building an index, and it is the truth that indexes
-are compared with.
+unless given. Exact search multiplies all queries with all vectors, part by part. For few vectors that is
+faster than building an index, and it is the truth that indexes are compared with.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from retrotool.embed.search_scope import count_left, embedded_parts, pick_encode
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import IndexFiles, IndexRecord, ShardRecord, default_index, index_key, index_record
-from retrotool.index.source_filter import AllowedChunks, probes_by_query
+from retrotool.index.source_filter import AllowedChunks, Allows, probes_by_query
 from retrotool.machine import memory_of_machine
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
@@ -100,13 +100,11 @@ class Vectors:
         """Return vectors, float16 [n, d], of ascending chunk ids; raise ``CorruptError`` for unknown ids."""
         found = []
         numbers = part_of(ids)
-        starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
-            part = int(numbers[start])
+        for start, stop in pairwise([*np.flatnonzero(np.diff(numbers, prepend=-1)), len(ids)]):
+            part, rows = int(numbers[start]), row_of(ids[start:stop])
             if part < 0 or self._store.state.part_file("chunks", part) is None:
                 raise self._unknown(int(ids[start]))
             vectors = self._part(part)
-            rows = row_of(ids[start:stop])
             if rows[-1] >= len(vectors):
                 raise self._unknown(int(ids[stop - 1]))
             found.append(vectors[rows])
@@ -119,9 +117,7 @@ class Vectors:
 class _Open:
     """A store opened for search on a device, in ``room`` bytes per buffer, for sources that ``allows``."""
 
-    def __init__(
-        self, store: Store, encoder: str, device: str, memory: int | None, allows: Callable[[str], bool] | None
-    ) -> None:
+    def __init__(self, store: Store, encoder: str, device: str, memory: int | None, allows: Allows | None) -> None:
         self.store, self.encoder = store, encoder
         self.tombstones = read_tombstones(store)
         self.room = room_in(memory)
@@ -150,7 +146,7 @@ class Database(_Open):
         device: str = "cpu",
         memory: int | None = None,
         thorough: bool = False,
-        allows: Callable[[str], bool] | None = None,
+        allows: Allows | None = None,
     ) -> None:
         self.name = pick_index(store, name)
         record = index_record(store.state, self.name)
@@ -214,33 +210,29 @@ class Database(_Open):
         """
         point = point or self.point
         shards: Sequence[InvertedLists] = self.shards
+        search: Callable[[Queries, int, int, int, Sequence[Lists]], Best] = self._search_further
         if only is not None:
             records = map(ShardRecord.of, self._files.shards.values())
             shards = [shard for shard, one in zip(shards, records, strict=True) if not set(one.parts).isdisjoint(only)]
+            search = self._search
         nprobe, depth = point.nprobe * wider, self._depth_for(k, point)
         if self._allows is None:
             if beyond:
                 return self._search(queries, k, nprobe, depth, shards, beyond * wider)
-            return self._search_further(queries, k, nprobe, depth, shards, all_parts=only is None)
+            return search(queries, k, nprobe, depth, shards)
         best = Best.nothing(len(queries), k)
         some = [self._allowed_in(shard) for shard in shards]
         for probed, rows in probes_by_query(self.trained, queries.vectors, nprobe, some):
-            found = self._search_further(queries.take(rows), k, probed, depth, some, all_parts=only is None)
-            best.put(rows, found)
+            best.put(rows, search(queries.take(rows), k, probed, depth, some))
         return best
 
-    def _search_further(
-        self, queries: Queries, k: int, nprobe: int, depth: int, shards: Sequence[Lists], *, all_parts: bool
-    ) -> Best:
-        if not all_parts:
-            return self._search(queries, k, nprobe, depth, shards)
+    def _search_further(self, queries: Queries, k: int, nprobe: int, depth: int, shards: Sequence[Lists]) -> Best:
         held = sum(map(len, shards))
         depth = min(depth, max(held, 1))
         best = self._search(queries, k, nprobe, depth, shards)
         while nprobe < self.trained.nlist and len(short := np.flatnonzero((best.ids[:, :k] < 0).any(axis=1))):
             nprobe = min(2 * nprobe, self.trained.nlist) if k < held else self.trained.nlist
-            more = self._search(queries.take(short), k, nprobe, depth, shards)
-            best.put(short, more)
+            best.put(short, self._search(queries.take(short), k, nprobe, depth, shards))
         return best
 
     def _search(
@@ -302,7 +294,7 @@ class ExactDatabase(_Open):
         *,
         device: str = "cpu",
         memory: int | None = None,
-        allows: Callable[[str], bool] | None = None,
+        allows: Allows | None = None,
     ) -> None:
         super().__init__(store, pick_encoder(store, encoder), device, memory, allows)
         self._rows = lru_cache(_KEPT_ROWS)(self._read_rows)
@@ -328,16 +320,8 @@ class ExactDatabase(_Open):
         """Return the candidates that each query takes for k neighbours."""
         return k + SPARE
 
-    def search(
-        self,
-        queries: Queries,
-        k: int,
-        *,
-        only: Collection[int] | None = None,
-        wider: int = 1,  # noqa: ARG002
-        beyond: int = 0,  # noqa: ARG002
-    ) -> Best:
-        """Return the k nearest live keys of each query; ``only``: in these parts. Ignores ``wider``."""
+    def search(self, queries: Queries, k: int, *, only: Collection[int] | None = None, **_: int) -> Best:
+        """Return the k nearest live keys of each query; ``only``: in these parts. Ignores other options."""
         best: Best | None = None
         for part in self.held():
             rows = self._rows(part)
@@ -349,14 +333,7 @@ class ExactDatabase(_Open):
 
 
 def nearest_of(
-    queries: Queries,
-    some: OneList,
-    k: int,
-    before: Best | None,
-    *,
-    precise: bool = False,
-    device: str = "cpu",
-    room: int = ROOM,
+    queries: Queries, some: OneList, k: int, before: Best | None, *, device: str, room: int, precise: bool = False
 ) -> Best:
     """Return the k nearest of ``some`` and ``before``; ``precise``: select by products in float64."""
     blocks = []

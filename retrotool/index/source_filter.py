@@ -2,15 +2,15 @@
 
 The documents' ``source`` is read at the first search and kept as one bit per chunk: 125 MB for a billion.
 Only allowed vectors of a list are decoded. A query's nearest lists may contain hardly any, so it probes until
-its lists contain as many allowed vectors as those of the operating point contain in all, and with codes
-re-ranks twice as many candidates. This raises recall@10 within one of five sources from 0.515–0.956 to
-0.967–1.000 (``benchmarks/neighbour_filters.py``).
+its lists contain as many allowed vectors as those of the operating point contain in all, and re-ranks twice
+as many: recall@10 within one of five sources rises from 0.515–0.956 to 0.967–1.000
+(``benchmarks/neighbour_filters.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,13 @@ from retrotool.store.parts import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
+Allows = Callable[[str], bool]  # checks whether a source may be searched
+
 
 class AllowedChunks:
     """The chunks whose document's source ``allows``, which is called once per source and part."""
 
-    def __init__(self, store: Store, allows: Callable[[str], bool]) -> None:
+    def __init__(self, store: Store, allows: Allows) -> None:
         numbers = store.state.parts()
         self._first = np.zeros(max(numbers, default=-1) + 1, np.int64)  # first bit of each part
         sizes = [-(-parts.part_entry(store, "chunks", part).rows // 8) for part in numbers]
@@ -75,13 +77,10 @@ def find_sources(
 ) -> dict[str, str]:
     """Return source names by their keyed hashes, looking in up to ``parts_of_each`` parts per store."""
     found: dict[str, str] = {}
-    if not hashes:
-        return found
-    for database in databases:
-        for names in islice(source_names(database), parts_of_each):
-            found |= {hashed: name for name in names if (hashed := keyed(name)) in hashes}
-            if set(hashes) <= set(found):
-                return found
+    for names in chain.from_iterable(islice(source_names(one), parts_of_each) for one in databases if hashes):
+        found |= {hashed: name for name in names if (hashed := keyed(name)) in hashes}
+        if set(hashes) <= set(found):
+            break
     return found
 
 

@@ -4,8 +4,7 @@ Only keys are indexed, trained on and counted. The first task trains; then each 
 assign lists, encode, write a faiss file. A window has up to ``shard_rows`` keys in the order of parts,
 embedded or not, so two runs that index a part concurrently use the same slot, and the second is refused.
 Parts embedded later go into further shards, ``shard-0003.1``; ``merge`` joins those of a window. Purged
-vectors are indexed until erased; searches mask them. Shards contain the coarse quantiser if that is at most
-``QUANTIZER_SHARE`` of them; otherwise only the training does.
+vectors are indexed until erased; searches mask them. Shards contain a coarse quantiser that is small enough.
 
 Memory: the training sample; then the codes of one shard, twice, plus 32 bytes per vector while it is written.
 """
@@ -43,7 +42,7 @@ from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstone
 
 SHARD_ROWS = 1 << 20
 _MIN_PER_LIST = 16  # vectors per list and shard: with fewer, opening a list costs more than scanning it
-QUANTIZER_SHARE = 0.05
+QUANTIZER_SHARE = 0.05  # of a shard, up to which the shard contains the coarse quantiser
 _BLOCK_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
 
 
@@ -51,19 +50,17 @@ _BLOCK_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
 class IndexStage:
     """Index all embedded parts that a generation of ``index`` does not contain yet.
 
-    ``trained``: the training existed at the start, so this run must not train. ``devices``: one per worker.
-    ``shard`` (i, n): this is job i of n. ``merge``: join shards. ``broken``: paths of shards to rebuild
-    first.
+    ``trained``: the training existed at the start, so this run must not train. ``merge``: join shards.
     """
 
     index: str
     encoder: str
     wanted: IndexOptions = field(default_factory=IndexOptions)
     generation: int = 0
-    devices: tuple[str, ...] = ("cpu",)
-    shard: tuple[int, int] | None = None
+    devices: tuple[str, ...] = ("cpu",)  # one per worker
+    shard: tuple[int, int] | None = None  # (i, n): this is job i of n
     merge: bool = False
-    broken: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()  # paths of shards to rebuild first
     trained: bool = False
     name: str = field(default="index", init=False)
     unit: str = field(default="chunk", init=False)
@@ -88,16 +85,13 @@ class IndexStage:
         if files.trained is None:
             if self.trained or (self.generation and files.record is None):
                 raise superseded(self.index)
-            tasks = [self._training(store)]
+            n = sum(search_scope.count_keys(store, part) for part in search_scope.embedded_parts(store, self.encoder))
+            key = self._key({"train": self.encoder, "generation": self.generation}, [])
+            tasks = [Task(key, "training", n, {"train": True}, claimed=True)]
         else:
             tasks = self._repairs(store, files)
             tasks += self._merges(files) if self.merge else self._new_shards(store, files)
         return tasks if self.shard is None else own_first(tasks, *self.shard)
-
-    def _training(self, store: Store) -> Task:
-        n = sum(search_scope.count_keys(store, part) for part in search_scope.embedded_parts(store, self.encoder))
-        key = self._key({"train": self.encoder, "generation": self.generation}, [])
-        return Task(key, "training", n, {"train": True}, claimed=True)
 
     def _key(self, settings: dict[str, Any], reads: Sequence[str]) -> str:
         return task_key("index", {"name": self.index, **settings}, reads)
@@ -110,7 +104,7 @@ class IndexStage:
             if new := [part for part in numbers if part in there]:
                 slot = _free_slot(files.shards, window, self.generation)
                 rows = sum(search_scope.count_keys(store, part) for part in new)
-                tasks.append(self._coding(store, files, slot, {"slot": slot}, rows, {"slot": slot, "parts": new}))
+                tasks.append(self._coding(store, files, slot, rows, {"slot": slot, "parts": new}))
         return tasks
 
     def _repairs(self, store: Store, files: IndexFiles) -> list[Task]:
@@ -120,14 +114,13 @@ class IndexStage:
             if entry.path in self.broken:
                 numbers = [part for part in ShardRecord.of(entry).parts if part in there]
                 inputs = {"slot": slot, "parts": numbers, "replaces": entry.path}
-                tasks.append(self._coding(store, files, f"repair {slot}", {"repair": entry.path}, entry.rows, inputs))
+                tasks.append(self._coding(store, files, f"repair {slot}", entry.rows, inputs))
         return tasks
 
-    def _coding(
-        self, store: Store, files: IndexFiles, label: str, settings: dict[str, Any], rows: int, inputs: dict[str, Any]
-    ) -> Task:
+    def _coding(self, store: Store, files: IndexFiles, label: str, rows: int, inputs: dict[str, Any]) -> Task:
         assert files.trained is not None
         paths = [parts.part_entry(store, "embeddings", part, self.encoder).path for part in inputs["parts"]]
+        settings = {"repair": inputs["replaces"]} if "replaces" in inputs else {"slot": inputs["slot"]}
         key = self._key(settings, [files.trained.path, *paths])
         return Task(key, label, rows, {**inputs, "paths": paths}, claimed=True)
 
@@ -192,9 +185,7 @@ class IndexWorker:
     """Trains, writes and merges shards."""
 
     def __init__(self, store: Store, stage: IndexStage) -> None:
-        self._store = store
-        self._stage = stage
-        self._device = stage.devices[0]
+        self._store, self._stage, self._device = store, stage, stage.devices[0]
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Run one task."""
@@ -286,10 +277,7 @@ class IndexWorker:
 def _coded(
     store: Store, encoder: str, numbers: Sequence[int], trained: Trained, device: str, report: Report
 ) -> tuple[Ids, Ids, Codes, list[list[float]]]:
-    """Return lists [n], ids [n] and codes [n, size] of parts that are not erased, and the fit of each part.
-
-    A fit is the number of vectors and their mean squared distances to centroids and, for residuals, to codes.
-    """
+    """Return lists [n], ids [n] and codes [n, size] of what is not erased, and the fit of each part."""
     most, n, fit = sum(search_scope.count_keys(store, part) for part in numbers), 0, list[list[float]]()
     in_lists, ids = np.empty(most, np.int64), np.empty(most, np.int64)
     codes = np.empty((most, trained.codec.size), np.uint8)

@@ -1,12 +1,11 @@
 """Train an index on a random sample of a store's vectors: lists, rotation and codes (``retrotool.ann``).
 
-The sample covers all parts in proportion: the first n vectors come from few sources and would fit the others
-badly. It is held as float16 in at most half of the memory limit. Deterministic for a seed on a CPU.
+The sample covers all parts in proportion, as the first n vectors come from few sources. It is held as float16
+in at most half of the memory limit. Deterministic for a seed on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from retrotool.ann import codes
 from retrotool.ann.choice import ITERATIONS, SAMPLES_PER_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
-from retrotool.ann.kmeans import assign, kmeans
+from retrotool.ann.kmeans import Report, assign, kmeans
 from retrotool.ann.trained import Trained
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
@@ -32,11 +31,7 @@ _LEAST_CODE_SAMPLE = 16 * 256
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training and how it fits its ``sample`` of vectors.
-
-    Errors are mean squared distances to centroids and, for residuals, codes; ``imbalance`` is 1 for equally
-    long lists.
-    """
+    """A training and how it fits its ``sample`` of vectors; the fields are those of ``TrainingRecord``."""
 
     trained: Trained
     sample: int
@@ -68,7 +63,7 @@ def train(
     *,
     memory: int | None = None,
     device: str = "cpu",
-    report: Callable[[float], object] = lambda _: None,
+    report: Report = lambda _: None,
 ) -> Training:
     """Train the index of ``choice`` on the searchable ``rows``; report shares of the work done."""
     if choice.nlist == 0:
@@ -80,8 +75,8 @@ def train(
     centroids = kmeans(
         sample, choice.nlist, iterations=ITERATIONS, seed=SEED, report=lambda share: report(_KMEANS_SHARE * share)
     )
-    generator = torch.Generator().manual_seed(SEED)
-    chosen = torch.randperm(len(sample), generator=generator)[: _code_sample(choice, memory)].to(device)
+    rng = torch.Generator().manual_seed(SEED)
+    chosen = torch.randperm(len(sample), generator=rng)[: _code_sample(choice, memory)].to(device)
     residuals = sample[chosen].float()
     del sample
     distances, assigned = assign(residuals, centroids)

@@ -162,7 +162,7 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
 
 
 def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -> None:
-    result = describe(Store.open(built), built, "main")
+    result = describe(Store.open(built), "main")
     by_depth: dict[int, list[Any]] = {}
     for point in result.curve:
         by_depth.setdefault(point.depth, []).append(point)
@@ -501,7 +501,14 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
     built_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = api.index(built_copy, target_recall=0.8, options=Options(sample=1000))
-    monkeypatch.setattr(recall.find_truth, "__kwdefaults__", {**recall.find_truth.__kwdefaults__, "budget": 5_000_000})
+    find_truth = recall.find_truth
+
+    def of_a_sample(*arguments: Any, **options: Any) -> recall.Truth:
+        with monkeypatch.context() as patch:
+            patch.setattr(recall, "BUDGET", 5_000_000)
+            return find_truth(*arguments, **options)
+
+    monkeypatch.setattr("retrotool.index.measure_recall.find_truth", of_a_sample)
     sampled = index_run.evaluate(built_copy, sample=1000)
     assert 0.3 < sampled.share < 0.5 and whole.share == 1
     assert (sampled.nprobe, sampled.depth) == (whole.nprobe, whole.depth)
