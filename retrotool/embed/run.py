@@ -29,12 +29,7 @@ _OTHER_MODEL = 0.99  # below this cosine, a stored vector comes from another mod
 
 @dataclass(frozen=True, slots=True)
 class EmbedResult:
-    """The result of ``embed``: ``chunks`` are keys embedded by this run, ``embedded`` those in the store.
-
-    ``tokens`` are the encoder's, with special ones. ``forward`` is "packed", or "transformers" for the reason
-    ``why``; ``cosine``: its least with ``transformers`` in float32; ``busy``: its share of the devices' time.
-    ``elsewhere``: parts being embedded by other runs. ``check``: the record of ``--check``.
-    """
+    """The result of ``embed``; ``docs/json.md`` explains the fields. Counts are of keys."""
 
     encoder: str
     dimension: int
@@ -44,16 +39,16 @@ class EmbedResult:
     commit: int
     parts: int = 0
     elsewhere: int = 0
-    tokens: int = 0
+    tokens: int = 0  # the encoder's, with special ones
     seconds: float = 0.0
-    busy: float = 0.0
+    busy: float = 0.0  # share of the devices' time spent in the forward
     device: str = ""
     devices: int = 0
     dtype: str = ""
     forward: str = ""
-    why: str = ""
-    cosine: float | None = None
-    check: dict[str, Any] | None = None
+    why: str = ""  # the packed forward was not used
+    cosine: float | None = None  # the least with ``transformers`` in float32
+    check: dict[str, Any] | None = None  # the record of ``--check``
 
 
 class _Done:
@@ -88,16 +83,15 @@ def embed(
 ) -> EmbedResult:
     """Embed every part that has no embeddings of ``encoder``, on one or several devices.
 
-    ``shard`` (i, n): this is job i of n on this store, from 0. With several devices, a script must call this
-    below ``if __name__ == "__main__":``, as processes are spawned.
+    ``shard`` (i, n): this is job i of n, from 0. With several devices processes are spawned, so a script must
+    call this below ``if __name__ == "__main__":``.
     """
     store = Store.open(root)
     batch_tokens_of("cpu", batch_tokens)
     engine.check_shard(shard)
     found = find_devices(devices, dtype)
     identity = find_encoder(encoder, pooling=pooling, name=name)[1]
-    if name is None:
-        # Use the store's name for it, even if it was moved.
+    if name is None:  # use the store's name for it, even if it was moved
         known = store.state.with_prefix("encoder:")
         names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
         identity = identity if not names or identity.name in names else replace(identity, name=names[0])

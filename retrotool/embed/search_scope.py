@@ -1,8 +1,7 @@
 """A store as a database to search: searchable rows, locations of documents, copies of the store.
 
-Shared by ``index``, ``neighbours`` and ``search``. Vectors are memory-mapped. Finding a query's own document
-reads its part's documents; across stores, or if documents may share an id, it joins the keys of all
-documents.
+Vectors are memory-mapped. Finding a query's own document reads its part's documents; across stores, or if
+documents may share an id, it joins the keys of all documents.
 """
 
 from __future__ import annotations
@@ -32,13 +31,11 @@ def pick_encoder(store: Store, name: str | None = None) -> str:
         raise UsageError("the store has no chunks", f"Chunk documents: {command_line('chunk', store.place)} INPUT...")
     if not names:
         raise UsageError("the store has no embeddings", f"Make them with: {command_line('embed', store.place)}")
-    if name is None and len(names) == 1:
-        return names[0]
-    if name is None:
+    if name is None and len(names) > 1:
         raise UsageError(f"the store has embeddings of {', '.join(names)}", "Choose one with --encoder.")
-    if name not in names:
+    if name not in (None, *names):
         raise UsageError(f"the store has no embeddings of {name!r}, but of {', '.join(names)}", "Choose one of these.")
-    return name
+    return name or names[0]
 
 
 def embedded_parts(store: Store, encoder: str) -> list[int]:
@@ -122,10 +119,7 @@ def count_left(store: Store, done: Iterable[int], tombstones: Tombstones) -> int
 
 
 def own_documents(store: Store, part: int, database: Store, tombstones: Tombstones, *, within: bool) -> Excluded:
-    """Return what each row of a part must not find in ``database``: chunks of its document's id.
-
-    ``within`` the same store, only the part's documents are read, unless documents share ids.
-    """
+    """Return what each row of a part must not find in ``database``, or ``within`` its own: its document."""
     if within and not may_repeat(database):
         return Excluded(*document_intervals(store, part))
     documents = parts.read_documents(store, part, ["key", "n_chunks"])
@@ -157,11 +151,10 @@ def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstone
     for part in database.state.parts():
         held = parts.read_documents(database, part, ["key"])["key"].cast(pa.binary())
         place = pc.index_in(held, value_set=coded.dictionary)
-        hit = place.is_valid()
-        document = place.filter(hit).to_numpy().astype(np.int64)
-        if not len(document):
+        if place.null_count == len(place):
             continue
-        theirs = parts.read_documents(database, part, ["first_row", "n_chunks"]).filter(hit)
+        document = place.drop_null().to_numpy().astype(np.int64)
+        theirs = parts.read_documents(database, part, ["first_row", "n_chunks"]).filter(place.is_valid())
         low = parts.chunk_ids(part, theirs["first_row"].to_numpy())
         high = low + theirs["n_chunks"].to_numpy() - 1
         purged = np.searchsorted(tombstones.ids, high, side="right") - np.searchsorted(tombstones.ids, low)
@@ -169,8 +162,7 @@ def find_documents(database: Store, keys: pa.ChunkedArray, tombstones: Tombstone
     document, low, high = np.concatenate(found, axis=1)
     order = np.lexsort((low, document))
     document, low, high = document[order], low[order], high[order]
-    further = np.zeros(len(document), np.bool_)
-    further[1:] = document[1:] == document[:-1]
+    further = np.diff(document, prepend=-1) == 0
     first, last = np.zeros(len(coded.dictionary) + 1, np.int64), np.full(len(coded.dictionary) + 1, -1, np.int64)
     first[document[~further]], last[document[~further]] = low[~further], high[~further]
     if not further.any():

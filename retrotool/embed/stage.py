@@ -156,10 +156,8 @@ class EmbedWorker:
             "encoder": identity.name, "device": encoder.device_name, "dtype": encoder.dtype,
             "forward": encoder.forward, "why": encoder.why,
         }  # fmt: skip
-        reads = (str(task.inputs["path"]),)
-        return Staged(
-            task.key, "embed", run, settings, reads, (entry,), records={key: record}, measured=self._since_begun()
-        )
+        reads, measured = (str(task.inputs["path"]),), self._since_begun()
+        return Staged(task.key, "embed", run, settings, reads, (entry,), records={key: record}, measured=measured)
 
     def note(self) -> str:
         """Describe the current part's progress: tokens per second, and the share of time in the forward."""

@@ -1,10 +1,9 @@
 """Use the encoder of a store: tokenise its chunks, load it for queries, and check stored vectors.
 
-``load_encoder`` uses the packed forward if that reproduces the stored vectors of a few chunks, which
-``embed`` compared with ``transformers``; otherwise ``transformers``, whose import takes longer than the rest
-of a search. ``draw_sample`` and ``compare`` serve ``embed --check``: random chunks are compared with
-``transformers`` in float32, by cosine and by recall@10 within the sample. Cost: embedding the sample in the
-slowest way, and reading 4 row groups of up to 64 parts.
+``load_encoder`` uses the packed forward if that reproduces the stored vectors of a few chunks; otherwise
+``transformers``, whose import takes longer than the rest of a search. ``draw_sample`` and ``compare`` serve
+``embed --check``: random chunks of up to 64 parts are compared with ``transformers`` in float32, by cosine
+and by recall@10 within the sample.
 """
 
 from __future__ import annotations
@@ -49,11 +48,7 @@ class EncoderRows:
 
 
 def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:
-    """Return the encoder that a store calls ``name``.
-
-    Raises ``UsageError`` if it is missing or has changed, ``ErasedError`` if chunks to compare with were just
-    erased.
-    """
+    """Return the encoder that a store calls ``name``; raise ``UsageError`` if it is missing or changed."""
     encoder = _load(store, name, device, "auto")
     if encoder.forward == "packed" and not _gives_stored_vectors(store, encoder):
         encoder.close()
@@ -63,13 +58,12 @@ def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:
 
 def _load(store: Store, name: str, device: str, forward: str) -> Encoder:
     record = store.state.records[f"encoder:{name}"]
+    origin = record["origin"]
     if record.get("foreign"):
-        raise UsageError(
-            f"the vectors of {name!r} were computed elsewhere, by {record['origin']}: no text can be embedded"
-        )
-    encoder = Encoder(str(record["origin"]), device, "float32", pooling=record["pooling"], name=name, forward=forward)
+        raise UsageError(f"the vectors of {name!r} were computed elsewhere, by {origin}: no text can be embedded")
+    encoder = Encoder(origin, device, "float32", pooling=record["pooling"], name=name, forward=forward)
     if encoder.identity.sha256 != record["sha256"]:
-        raise UsageError(f"the encoder at {record['origin']} is not the one that embedded the store")
+        raise UsageError(f"the encoder at {origin} is not the one that embedded the store")
     return encoder
 
 
@@ -85,8 +79,7 @@ def _gives_stored_vectors(store: Store, encoder: Encoder) -> bool:
         stored = read_part_vectors(store, name, part)[rows]
         about = parts.part_entry(store, "embeddings", part, name).about or {}
         # Stored vectors may have been computed in bfloat16.
-        half = float(about.get("cosine") or 0) >= LEAST_COSINE["float16"]
-        least = LEAST_COSINE["float16" if half else "bfloat16"]
+        least = LEAST_COSINE["float16" if about.get("cosine", 0) >= LEAST_COSINE["float16"] else "bfloat16"]
         try:
             found = encoder.embed(EncoderRows(store, encoder).rows(chunks.tokens[rows], chunks.n_tokens[rows]))
         except NotFiniteError:

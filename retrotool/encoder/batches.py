@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
-from retrotool.ranges import expand_ranges, positions_within
+from retrotool.ranges import Int64s, expand_ranges, positions_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Rows:
     """``ids`` int32 [tokens] of all rows, concatenated; ``lengths`` int64 [n]."""
 
     ids: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
+    lengths: Int64s
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -37,11 +37,11 @@ class Rows:
         return cls(tokens[used].astype(np.int32), n_tokens.astype(np.int64))
 
     @property
-    def starts(self) -> npt.NDArray[np.int64]:
+    def starts(self) -> Int64s:
         """Start of each row in ``ids``, int64 [n]."""
         return np.asarray(np.cumsum(self.lengths) - self.lengths)
 
-    def take(self, which: npt.NDArray[np.int64]) -> Rows:
+    def take(self, which: Int64s) -> Rows:
         """Return some rows, in the order given."""
         lengths = self.lengths[which]
         return Rows(self.ids[expand_ranges(self.starts[which], lengths)], lengths)
@@ -53,10 +53,8 @@ class Rows:
         starts = np.cumsum(lengths) - lengths
         ids = np.empty(int(lengths.sum()), np.int32)
         ids[expand_ranges(starts + len(before), kept)] = self.ids[expand_ranges(self.starts, kept)]
-        for i, token in enumerate(before):
-            ids[starts + i] = token
-        for i, token in enumerate(after):
-            ids[starts + len(before) + kept + i] = token
+        ids[starts[:, None] + np.arange(len(before))] = before
+        ids[(starts + len(before) + kept)[:, None] + np.arange(len(after))] = after
         return Rows(ids, lengths)
 
     def positions(self) -> npt.NDArray[np.int32]:
@@ -74,13 +72,10 @@ def check_vocabulary(what: str, ids: npt.NDArray[Any], vocabulary: int | None) -
         )
 
 
-def batches(
-    lengths: npt.NDArray[np.int64], tokens: int, *, most_rows: int, padded: bool
-) -> list[npt.NDArray[np.int64]]:
+def batches(lengths: Int64s, tokens: int, *, most_rows: int, padded: bool) -> list[Int64s]:
     """Return the row indices of each batch, longest rows first; empty rows are omitted.
 
-    A batch has up to ``most_rows`` rows and ``tokens`` tokens (``padded``: with padding), and at least one
-    row.
+    A batch has up to ``most_rows`` rows and ``tokens`` tokens (``padded``: with padding), but at least a row.
     """
     order = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
     ends = np.cumsum(lengths[order])

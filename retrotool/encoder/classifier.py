@@ -51,10 +51,7 @@ class ClassifierIdentity:
         """Return the number of a label; raise ``UsageError`` listing the labels otherwise."""
         if self.labels.count(name) != 1:
             several = "has several labels" if name in self.labels else "has no label"
-            raise UsageError(
-                f"classifier {str(self.path)!r} {several} {name!r}",
-                f"It has: {', '.join(self.labels)}.",
-            )
+            raise UsageError(f"classifier {str(self.path)!r} {several} {name!r}", f"It has: {', '.join(self.labels)}.")
         return self.labels.index(name)
 
 
@@ -169,6 +166,5 @@ class Classifier:
 def _windows(lengths: npt.NDArray[np.int64], room: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the lengths of all rows' windows, at most ``room``, [w], and each row's first window [n]."""
     count = np.maximum(-(-lengths // room), 1)
-    first = np.cumsum(count) - count
-    place = positions_within(count)
-    return np.minimum(np.repeat(lengths, count) - place * room, room), first
+    windows = np.minimum(np.repeat(lengths, count) - positions_within(count) * room, room)
+    return windows, np.cumsum(count) - count

@@ -1,9 +1,8 @@
 """A loaded encoder: token ids in, float16 vectors out, on one device.
 
-The BERT family runs through the packed forward, other models through ``transformers``. ``verify`` compares
-them; it replaces a packed forward that differs, and a number type that was chosen automatically. Batches are
-prepared in a thread and several are in flight, so that reading, tokenising, copying, computing and writing
-overlap. When memory runs out, batches are halved.
+The BERT family runs through the packed forward, other models through ``transformers``; ``verify`` compares
+them. Batches are prepared in a thread and several are in flight, so that reading, tokenising, copying,
+computing and writing overlap. When memory runs out, batches are halved.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Vectors = npt.NDArray[np.float16]
 
 LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}  # with the true vector
 _LEAST_TOKENS = 256  # smallest batch after halving
-_PROBES = (
+_PROBES = (  # texts for ``verify`` without a sample
     "The store is a directory with one commit log; a reader sees one commit.",
     "def spread(starts, lengths): return np.arange(total) + np.repeat(starts - ends + lengths, lengths)",
     "Le vent se lève, il faut tenter de vivre.",
@@ -45,12 +44,11 @@ _PROBES = (
     "a",
     " ".join(f"word {i} of a text that is longer than the others" for i in range(12)),
 )
-"""Texts for ``verify`` without a sample."""
 
 
 @dataclass(slots=True)
 class Work:
-    """Work done: rows, tokens with special ones, and device seconds; ``lanes``: parallel batches."""
+    """Work done; ``tokens`` include special ones, ``lanes`` is the number of parallel batches."""
 
     rows: int = 0
     tokens: int = 0
@@ -78,9 +76,8 @@ def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]
     """Return the cosine of each row of ``a`` [n, d] with that of ``b``, float64 [n]; 1 for two zero rows."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    products = (a * b).sum(1)
-    alike = (a == b).all(axis=1)
-    return np.asarray(np.where(alike, 1.0, products / np.where(lengths > 0, lengths, 1.0)))
+    cosine = (a * b).sum(1) / np.where(lengths > 0, lengths, 1.0)
+    return np.asarray(np.where((a == b).all(axis=1), 1.0, cosine))
 
 
 class Encoder:
@@ -123,8 +120,7 @@ class Encoder:
         self.forward, self.why = "packed", ""
         if way != "transformers":
             try:
-                config = read_config(self._path)
-                loaded = PackedForward(self._path, self.identity, config, self.device, self.dtype, self.say)
+                loaded = PackedForward(self._path, self.identity, self.device, self.dtype, self.say)
             except NotPackedError as reason:
                 if way == "packed":
                     raise UsageError(f"encoder {self._spec!r} has no packed forward: {reason}") from reason
@@ -182,7 +178,7 @@ class Encoder:
         if self.forward == "transformers" and self.dtype == "float32":
             self.cosine = 1.0
             return
-        true = self._other("float32", "transformers").embed(rows)
+        true = self._other("transformers").embed(rows)
         self.cosine = self._cosine(rows, true)
         if self.cosine < LEAST_COSINE[self.dtype] and self.forward == "packed" and not self._is_right(rows, true):
             why = f"the packed forward gave a cosine of {self.cosine:.5f}"
@@ -199,13 +195,11 @@ class Encoder:
         self.work = Work(lanes=self._runner.lanes)
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
-        if self.dtype == "float32":
-            return False
-        return self._other("float32", "packed")._cosine(rows, true) > LEAST_COSINE["float32"]
+        return self.dtype != "float32" and self._other("packed")._cosine(rows, true) > LEAST_COSINE["float32"]
 
-    def _other(self, dtype: str, forward: str) -> Encoder:
+    def _other(self, forward: str) -> Encoder:
         pooling = self.identity.pooling
-        other = Encoder(self._spec, self.device, dtype, pooling=pooling, forward=forward, say=self.say)
+        other = Encoder(self._spec, self.device, "float32", pooling=pooling, forward=forward, say=self.say)
         if other.identity.sha256 != self.identity.sha256:
             raise UsageError(f"encoder {self._spec!r} was changed since it was loaded", "Run the same command again.")
         return other
@@ -230,9 +224,8 @@ class Encoder:
     def embed(self, rows: Rows | Sequence[Sequence[int]], report: Callable[[int], object] = lambda _: None) -> Vectors:
         """Embed rows of the encoder's token ids, without special tokens, as float16 [n, dimension].
 
-        Empty rows become the special tokens alone (zeros without any); long rows are truncated. ``report``
-        gets rows done. Raises ``NotFiniteError`` for vectors that exceed float16, ``AbortError`` if the
-        device is lost.
+        Empty rows become the special tokens alone (zeros without any); long rows are truncated. Raises
+        ``NotFiniteError`` for vectors that exceed float16, ``AbortError`` if the device is lost.
         """
         block = rows if isinstance(rows, Rows) else Rows.of(rows)
         return next(self.vectors([block], report))
@@ -281,8 +274,7 @@ class Encoder:
                 if self.batch_tokens < tokens:  # memory ran out since the last batch
                     tokens, rest = self.batch_tokens, np.concatenate(left)
                     left = deque(rest[which] for which in self._cut(framed.lengths[rest], tokens))
-                which = left.popleft()
-                some = framed.take(which)
+                some = framed.take(which := left.popleft())
                 yield _Batch(vectors, first, which, some, self._ready(some, tokens))
             yield _Batch(vectors, first, np.flatnonzero(framed.lengths == 0), framed, None)
             first += len(rows)

@@ -1,8 +1,7 @@
 """Identify an encoder: its directory, and its configuration of pooling, length and special tokens.
 
-An encoder is a model directory that ``transformers.AutoModel`` reads from safetensors. Pooling, normalisation
-and prompt follow its sentence-transformers configuration, by default the mean of the RETRO paper (section
-2.3). Costs a hash.
+An encoder is a model directory that ``transformers.AutoModel`` reads from safetensors. It may have a
+configuration for sentence-transformers; without one, vectors are means as in the RETRO paper (section 2.3).
 """
 
 from __future__ import annotations
@@ -21,24 +20,14 @@ from retrotool.store.paths import check_name
 from retrotool.tokenizers import BUNDLED, resolve_model
 
 PATTERNS = ("*.json", "*.safetensors", "*/config.json")
-_IDENTITY_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
-)
+_HASHED = ("config.json", "tokenizer.json", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start after the padding index
 POOLINGS = ("mean", "cls")
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderIdentity:
-    """A store's record of an encoder; ``sha256`` covers weights, configuration, tokenizer and pooling.
-
-    Texts follow the ``prompt`` and are lower-cased if ``lower``. ``overridden``: pooling is not the model's
-    own.
-    """
+    """A store's record of an encoder; ``sha256`` covers weights, configuration, tokenizer and pooling."""
 
     name: str
     origin: str
@@ -48,9 +37,9 @@ class EncoderIdentity:
     pooling: str
     normalize: bool
     max_tokens: int
-    prompt: str = ""
-    lower: bool = False
-    overridden: bool = False
+    prompt: str = ""  # precedes each text
+    lower: bool = False  # texts are lower-cased
+    overridden: bool = False  # pooling is not the model's own
 
 
 def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -> tuple[Path, EncoderIdentity]:
@@ -62,13 +51,12 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
         raise UsageError(f"pooling {pooling!r} is unknown", f"Use auto, {' or '.join(POOLINGS)}.")
     path = resolve_model(spec, "encoder", PATTERNS)
     config = check_model(path, f"encoder {spec!r}", "AutoModel")
-    digest = hash_model(path, _IDENTITY_FILES)
+    digest = hash_model(path, _HASHED)
     own, normalize = _pooling(path, refuse=pooling == "auto")
     sentence = path / "sentence_bert_config.json"
-    prompt = _prompt(path)
-    if prompt:
+    if prompt := _prompt(path):
         digest.update(f"prompt {prompt}\n".encode())
-    if pooling not in ("auto", own):
+    if overridden := pooling not in ("auto", own):
         digest.update(f"pooling {pooling}\n".encode())
     limit = longest_row(path, config)
     dimension = _number(path / "config.json", config, "hidden_size", "dim")
@@ -76,7 +64,7 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
         raise UsageError(f"encoder {spec!r}: {path / 'config.json'} has no hidden_size", "Use a BERT-like encoder.")
     declared = _number(sentence, _json(sentence), "max_seq_length")
     if name is None:
-        name = plain_name(spec) if pooling in ("auto", own) else f"{plain_name(spec)}-{pooling}"
+        name = f"{plain_name(spec)}-{pooling}" if overridden else plain_name(spec)
     identity = EncoderIdentity(
         name=check_name(name, "encoder"),
         origin=spec if spec == BUNDLED or not Path(spec).exists() else str(Path(spec).absolute()),
@@ -88,7 +76,7 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
         max_tokens=min(limit, declared) if declared else limit,
         prompt=prompt,
         lower=_json(sentence).get("do_lower_case") is True,
-        overridden=pooling not in ("auto", own),
+        overridden=overridden,
     )
     return path, identity
 
@@ -96,8 +84,7 @@ def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -
 def check_model(path: Path, what: str, saved_by: str) -> dict[str, Any]:
     """Return the fields of ``config.json`` after checking that the directory has all that is loaded.
 
-    Raises ``UsageError`` without safetensors (``saved_by`` writes them) or tokenizer, or if it needs its own
-    code.
+    Raises ``UsageError`` without safetensors (``saved_by`` writes them) or tokenizer, or if it has own code.
     """
     if not (path / "config.json").is_file():
         raise UsageError(f"{what}: {path} has no config.json", "Name a model directory saved by transformers.")

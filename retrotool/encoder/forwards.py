@@ -1,10 +1,9 @@
 """Compute batches on a device, by the packed forward, or by ``transformers`` for models it does not support.
 
-Forwards turn framed rows into float32 vectors, pooled and normalised: ``arrays`` prepares inputs on the host,
-``__call__`` runs on the device. On CUDA in half precision the packed forward is compiled for constant shapes:
-batches are filled up to ``batch_tokens`` with unused rows; a block's small last batches run uncompiled.
-Runners keep several batches in flight. On a CPU every core computes its own batches, so vectors do not depend
-on the number of cores. On a GPU copies overlap with the forward.
+Forwards turn framed rows into float32 vectors: ``arrays`` prepares inputs on the host, ``__call__`` runs on
+the device. On CUDA in half precision the packed forward is compiled for constant shapes: batches are filled
+up with unused rows; a block's small last batches run uncompiled. Runners keep several batches in flight. On a
+CPU each core has its own, so vectors do not depend on the number of cores; on a GPU copies overlap.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import is_lost, is_out_of_memory
-from retrotool.encoder.encoder_identity import EncoderIdentity
+from retrotool.encoder.encoder_identity import EncoderIdentity, read_config
 from retrotool.encoder.packed import Architecture, Layer, PackedBert, architecture_of, read_weights
 from retrotool.errors import UsageError
 from retrotool.machine import cores
@@ -57,23 +57,15 @@ class PackedForward(_AnyForward):
     """``PackedBert`` and its batches; ``constant``: ``varlen`` attention in constant shapes, compiled."""
 
     def __init__(
-        self,
-        path: Path,
-        identity: EncoderIdentity,
-        config: Mapping[str, Any],
-        device: str,
-        dtype: str,
-        say: Callable[[str], object],
+        self, path: Path, identity: EncoderIdentity, device: str, dtype: str, say: Callable[[str], object]
     ) -> None:
-        shape = architecture_of(config)
+        shape = architecture_of(read_config(path))
         kind: torch.dtype = getattr(torch, dtype)
         self._model = PackedBert(read_weights(path, shape), shape, identity.pooling, device, kind)
-        self._padding = shape.padding
-        self._normalize = identity.normalize
+        self._padding, self._normalize, self._say = shape.padding, identity.normalize, say
         self.constant = kind != torch.float32 and _has_varlen(device) and _fits_flash(shape)
         self._compiled: Callable[..., torch.Tensor] | None = None
         self.why_eager = ""
-        self._say = say
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:
         """Return ids, places and spans of a batch of framed rows, longest first."""
@@ -94,36 +86,28 @@ class PackedForward(_AnyForward):
         total, room = len(ids), batch_tokens
         filled = np.zeros((2, room), np.int32)
         filled[0, :total], filled[1, :total] = ids, places
-        filler = np.arange(total + longest, room, longest)
+        used = np.concatenate([[0], ends, np.arange(total + longest, room, longest)])
         spans = np.full(rows_in_batch(room) + room // _LONGEST + 2, room, np.int32)
-        spans[0] = 0
-        spans[1 : len(ends) + 1] = ends
-        spans[len(ends) + 1 : len(ends) + 1 + len(filler)] = filler
+        spans[: len(used)] = used
         return {"ids": filled[0], "places": filled[1], "spans": spans}, {"longest": longest, "whole": True}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
         """Return the vectors of a batch, float32 [at least n, d]."""
+        spans = tensors["spans"] if self.constant else more["spans"]
+        run = partial(self._model, tensors["ids"], tensors["places"], spans, more["longest"])
         pooled = None
         if self.constant and more["whole"] and not self.why_eager:
             try:
                 self._compiled = self._compiled or compile_layer()
-                pooled = self._run(self._compiled, tensors, more)
+                pooled = run(self._compiled)
             except Exception as error:
                 if is_out_of_memory(error) or is_lost(error):
                     raise
                 # Compilation may lack a C compiler or a header; the model runs without.
                 self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 self._say(f"the forward can't be compiled ({self.why_eager}) and is slower")
-        if pooled is None:
-            pooled = self._run(Layer.forward, tensors, more)
+        pooled = run(Layer.forward) if pooled is None else pooled
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
-
-    def _run(
-        self, layer: Callable[..., torch.Tensor], tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]
-    ) -> torch.Tensor:
-        spans: Any = tensors["spans"] if self.constant else more["spans"]
-        pooled: torch.Tensor = self._model(tensors["ids"], tensors["places"], spans, more["longest"], layer)
-        return pooled
 
 
 def _bucket(tokens: int) -> int:
@@ -206,8 +190,7 @@ Forward = PackedForward | PaddedForward
 def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "") -> Any:
     """Load a model by a class of ``transformers`` from safetensors, without any code of its own.
 
-    Raises ``UsageError`` naming ``what`` if that fails, or for missing weights, except those named
-    ``unused``.
+    Raises ``UsageError`` naming ``what`` if that fails, or for missing weights except ``unused``.
     """
     import transformers
 

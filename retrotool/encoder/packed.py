@@ -3,12 +3,11 @@
 BERT (also MiniLM, BGE, E5, GTE), RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and MPNet differ in weight
 names, the first position, and MPNet's attention bias. Other models run through ``transformers``.
 
-Only attention sees rows: ``varlen`` by ``torch.nn.attention.varlen`` (FlashAttention, Dao 2023; half
-precision on CUDA), ``grouped`` by ``scaled_dot_product_attention`` on rows of equal length (any device and
-type, and MPNet's bias). On a CPU products run in oneDNN with prepacked weights (1.1 to 1.2 times as fast as
-MKL on AMD), fused with bias and activation; in half precision the rest stays float32, which costs little and
-keeps recall. For cls pooling, the last layer computes the first token only. Cost per token and layer: 24·d²
-multiply-adds, and 4·d for every token of its row.
+Only attention sees rows: ``varlen`` (FlashAttention, Dao 2023; half precision on CUDA), or ``grouped`` for
+rows of equal length (any device and type, and MPNet's bias). On a CPU products run in oneDNN with prepacked
+weights (1.1 to 1.2 times as fast as MKL on AMD), fused with bias and activation; in half precision the rest
+stays float32, which costs little and keeps recall. For cls pooling, the last layer computes the first token
+only. Cost per token and layer: 24·d² multiply-adds, and 4·d for every token of its row.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     distil = family == "distilbert"
 
     def field(name: str, otherwise: Any = None) -> Any:
-        value = config.get(name)
-        value = otherwise if value is None else value
+        value = otherwise if config.get(name) is None else config[name]
         if value is None:
             raise NotPackedError(f"its config.json has no {name}")
         return value
