@@ -17,7 +17,7 @@ import numpy.typing as npt
 from retrotool.ann.matmul import Table
 from retrotool.lazy import torch
 
-Report = Callable[[float], object]  # takes the share of the work just done
+ReportShare = Callable[[float], object]  # takes the share of the work just done
 TWO_LEVELS = 250_000
 _BLOCK_ROWS = 1 << 12
 _SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as in faiss
@@ -49,7 +49,7 @@ def kmeans(
     iterations: int = 10,
     seed: int = 0,
     two_levels: int = TWO_LEVELS,
-    report: Report = lambda _: None,
+    report: ReportShare = lambda _: None,
 ) -> torch.Tensor:
     """Return centroids, float32 [k, d], of ``vectors`` [n, d], n ≥ k, starting from random vectors."""
     n = len(vectors)
@@ -68,7 +68,7 @@ def kmeans(
     return centroids
 
 
-def _two_levels(vectors: torch.Tensor, k: int, iterations: int, seed: int, report: Report) -> torch.Tensor:
+def _two_levels(vectors: torch.Tensor, k: int, iterations: int, seed: int, report: ReportShare) -> torch.Tensor:
     upper = kmeans(vectors, round(k**0.5), iterations=iterations, seed=seed, report=lambda share: report(share / 2))
     index = assign(vectors, upper)[1]
     order = torch.argsort(index, stable=True)

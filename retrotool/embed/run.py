@@ -29,7 +29,7 @@ _OTHER_MODEL = 0.99  # below this cosine, a stored vector comes from another mod
 
 @dataclass(frozen=True, slots=True)
 class EmbedResult:
-    """The result of ``embed``; ``docs/json.md`` explains the fields. Counts are of keys."""
+    """The result of ``embed``, see ``docs/json.md``; chunks are keys."""
 
     encoder: str
     dimension: int
@@ -46,7 +46,7 @@ class EmbedResult:
     devices: int = 0
     dtype: str = ""
     forward: str = ""
-    why: str = ""  # the packed forward was not used
+    why: str = ""  # reason for using ``transformers``
     cosine: float | None = None  # the least with ``transformers`` in float32
     check: dict[str, Any] | None = None  # the record of ``--check``
 

@@ -55,7 +55,7 @@ _MEASURED = {"curve?": [_POINT], "groups?": {_SOURCE: {_SOURCE: (float, float, C
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexResult(IndexRecord):
-    """The index after ``index``; ``docs/json.md`` explains the fields."""
+    """The index after ``index``, see ``docs/json.md``."""
 
     name: str
     added: int  # vectors indexed by this run

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from retrotool.ann import codes
 from retrotool.ann.choice import ITERATIONS, SAMPLES_PER_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
-from retrotool.ann.kmeans import Report, assign, kmeans
+from retrotool.ann.kmeans import ReportShare, assign, kmeans
 from retrotool.ann.trained import Trained
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
@@ -63,7 +63,7 @@ def train(
     *,
     memory: int | None = None,
     device: str = "cpu",
-    report: Report = lambda _: None,
+    report: ReportShare = lambda _: None,
 ) -> Training:
     """Train the index of ``choice`` on the searchable ``rows``; report shares of the work done."""
     if choice.nlist == 0:
