@@ -19,15 +19,18 @@ COMPARED = 10
 """Neighbours that ``leakage`` compares a chunk with."""
 
 
-def command_line(command: str, root: str | Path, **options: object) -> str:
-    """Return a command line, without options that are unset or name the default index or table, main."""
-    called = ("name", "index") if command in ("index", "neighbours") else ()
+def command_line(command: str, store: Store | str | Path, **options: object) -> str:
+    """Return a command line, without unset options and names of the default table or, of a ``Store``, index."""
+    place, index = str(store), None
+    if isinstance(store, Store):
+        place, index = store.place, store.state.records.get("default_index", "main")
+    default = {"index": {"name": index}, "neighbours": {"name": "main", "index": index}}.get(command, {})
     given = [
         ("-k" if option == "k" else f"--{option}", str(value))
         for option, value in options.items()
-        if value is not None and not (value == "main" and option in called)
+        if value is not None and value != default.get(option)
     ]
-    return shlex.join(["retrotool", command, str(root), *(word for pair in given for word in pair)])
+    return shlex.join(["retrotool", command, place, *(word for pair in given for word in pair)])
 
 
 def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:

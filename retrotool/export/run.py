@@ -310,7 +310,7 @@ def _check_complete(opened: ExportedTables) -> None:
         if not set(missing).issubset(embedded_parts(store, str(record["encoder"]))):
             commands.append(embed_command(store, str(record["encoder"])))
         if member.within and record["index"]:  # else the new chunks are never found
-            commands.append(command_line("index", store.place, name=str(record["index"])))
+            commands.append(command_line("index", store, name=str(record["index"])))
         commands.append(table_command(store, member.table, member.store))
     shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
     raise UsageError(

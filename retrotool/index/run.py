@@ -213,14 +213,14 @@ def describe(store: Store, name: str, *, before: int | None = None, elsewhere: i
     left = count_left(store, embedded, read_tombstones(store))
     entries, vectors = files.shards.values(), files.vectors
     measured = state.file("index", RECALL, name)
-    with advising(f"Measure it again: {command_line('index', store.place, name=name)} --repair"):
+    with advising(f"Measure it again: {command_line('index', store, name=name)} --repair"):
         content = {} if measured is None else read_json_file(store, measured, _MEASURED)
     vector_files = [parts.part_entry(store, "embeddings", part, record.encoder) for part in embedded]
     return IndexResult(
         **{**asdict(record), "vectors": vectors}, name=name, added=0 if before is None else vectors - before,
         shards=len(entries), index_bytes=sum(entry.bytes for entry in entries),
         embedding_bytes=sum(entry.bytes for entry in vector_files), commit=state.number,
-        retrain=f"{command_line('index', store.place, name=name)} --retrain", drift=drift(files),
+        retrain=f"{command_line('index', store, name=name)} --retrain", drift=drift(files),
         curve=tuple(Recall(**{one: point[one] for one in _POINT}) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
         elsewhere=elsewhere, not_embedded=left,
@@ -276,7 +276,7 @@ def _no_index(store: Store, name: str, asked: str) -> UsageError:
     have = ", ".join(store.state.names("index")) or "none"
     return UsageError(
         f"--{asked}: the store {store.place} has no index {name!r}; it has: {have}",
-        f"Make it with: {command_line('index', store.place, name=name)}" if asked != "drop" else "",
+        f"Make it with: {command_line('index', store, name=name)}" if asked != "drop" else "",
     )
 
 

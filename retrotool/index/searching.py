@@ -74,7 +74,7 @@ def pick_index(store: Store, name: str | None = None) -> str:
 
 
 def _how_to_make(store: Store, name: str) -> str:
-    index, embed = command_line("index", store.place, name=name), command_line("embed", store.place)
+    index, embed = command_line("index", store, name=name), command_line("embed", store.place)
     if not store.state.parts():
         return f"It has no chunks yet: {command_line('chunk', store.place)} INPUT..., then {embed} and {index}"
     if not store.state.names("embeddings"):
@@ -86,7 +86,7 @@ def commands_to_index(store: Store, encoder: str, index: str | None) -> list[str
     """Return the commands that bring all chunks into an index (None: exact search): embed, then index."""
     left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
     found = [embed_command(store, encoder)] if left else []
-    return found if index is None else [*found, command_line("index", store.place, name=index)]
+    return found if index is None else [*found, command_line("index", store, name=index)]
 
 
 class Vectors:

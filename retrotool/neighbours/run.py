@@ -20,6 +20,7 @@ from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
 from retrotool.embed.search_scope import count_keys_of, count_left, embedded_parts, is_same_store, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.errors import ConflictError, UsageError
+from retrotool.index.index_records import default_index
 from retrotool.index.searching import NO_INDEX, commands_to_index, pick_index
 from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.filters import FilterOptions, check_some_left, named
@@ -152,7 +153,8 @@ def neighbours(
     left += [command for one in found for command in one.commands]
     if left:
         given = {"k": None if k == K else k, "saved": None if saved == SAVED else saved}
-        asked = {"index": first.index or None if not mixture.mixed else index, "encoder": search.encoder}
+        searched = index if mixture.mixed or first.index in ("", default_index(opened[0].state)) else first.index
+        asked = {"index": searched, "encoder": search.encoder}
         again = command_line("neighbours", root, queries=queries, **given, name=name, **asked)
         left.append(f"{again} --exact" if search.exact else again)
     return NeighboursResult(

@@ -16,15 +16,26 @@ from retrotool import RetroDataset, api
 from retrotool.app import app
 from retrotool.cli.command_lines import command_line
 from retrotool.errors import UsageError
+from retrotool.index.run import Options
 from retrotool.inspect.run import Choice
 from retrotool.neighbours.run import SearchOptions
+from retrotool.store.store import Store
 
 
-def test_only_an_index_and_tables_are_called_main_by_default() -> None:
+def test_a_name_is_left_out_only_where_it_is_the_default(store_copy: Path) -> None:
     found = command_line("neighbours", "db", queries="main", name="main", index="main", encoder="main", k=3, saved=None)
-    assert found == "retrotool neighbours db --queries main --encoder main -k 3"
+    assert found == "retrotool neighbours db --queries main --index main --encoder main -k 3"
     assert command_line("embed", "db", name="main") == "retrotool embed db --name main"
-    assert command_line("index", "db", name="main") == "retrotool index db"
+    assert command_line("index", "db", name="main") == "retrotool index db --name main"
+    store = Store.open(store_copy)
+    assert command_line("index", store, name="main") == f"retrotool index {store_copy}"
+    assert command_line("neighbours", store, index="main") == f"retrotool neighbours {store_copy}"
+
+
+def test_a_command_for_main_names_it_if_another_index_is_the_default(store_copy: Path) -> None:
+    api.index(store_copy, name="other", options=Options(default=True))
+    assert api.index(store_copy, name="main").retrain == f"retrotool index {store_copy} --name main --retrain"
+    assert api.index(store_copy, name="other").retrain == f"retrotool index {store_copy} --retrain"
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -241,8 +241,9 @@ def select_documents(
         found.append(chunks_of(store, part, np.flatnonzero(hit.to_numpy())))
         report(1)
     if not (seen.all() or missing_ok):
-        name, more = list(wanted.values())[int(np.argmin(seen))], int((~seen).sum()) - 1
-        others = f", nor {more:,} more of these" if more else ""
+        unknown = {text for text, is_known in zip(wanted, seen, strict=True) if not is_known}
+        name = next(name for name in names if name.text in unknown)
+        others = f", nor {len(unknown) - 1:,} more of these" if len(unknown) > 1 else ""
         raise name.error(
             f"the store has no document {name.text[:100]!r}{others}",
             "Nothing was purged. Leave out unknown ids and run the command again.",

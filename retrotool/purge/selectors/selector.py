@@ -112,7 +112,7 @@ def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROW
 
 
 Rows = npt.NDArray[np.int64]
-_BOM = b"\xef\xbb\xbf"
+_BOM, _STDIN = b"\xef\xbb\xbf", "standard input"
 """The byte order mark that editors on Windows write."""
 
 
@@ -227,8 +227,8 @@ def read_values(option: str, given: Values, what: str) -> tuple[GivenValue, ...]
     found: list[GivenValue] = []
     for one in several:
         if isinstance(one, Path):
-            lines = enumerate(read_selector_lines(option, one, what), 1)
-            found += (GivenValue(line, f"{one}, line {number:,}") for number, line in lines if line.strip())
+            lines, place = enumerate(read_selector_lines(option, one, what), 1), _STDIN if str(one) == "-" else one
+            found += (GivenValue(line, f"{place}, line {number:,}") for number, line in lines if line.strip())
         else:
             check_utf8(option, str(one))
             found.append(GivenValue(str(one)))
