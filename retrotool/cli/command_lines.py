@@ -20,7 +20,7 @@ COMPARED = 10
 
 
 def command_line(command: str, store: Store | str | Path, **options: object) -> str:
-    """Return a command line, without unset options and names of the default table or, of a ``Store``, index."""
+    """Return a command line, without unset options and names of the default table and ``Store``'s index."""
     place, index = str(store), None
     if isinstance(store, Store):
         place, index = store.place, store.state.records.get("default_index", "main")

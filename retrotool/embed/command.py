@@ -66,7 +66,7 @@ def command(
 def _text(result: EmbedResult, store: str) -> str:
     if result.chunks:
         done = f"{output.count(result.chunks, 'chunk')} embedded"
-    elif result.elsewhere:
+    elif result.in_other_runs:
         done = "Nothing is left for this run"
     elif not result.embedded:
         return f"No chunks to embed. Add some with: retrotool chunk {shlex.quote(store)} INPUT..."
@@ -85,10 +85,10 @@ def _text(result: EmbedResult, store: str) -> str:
         chunks, tokens = result.chunks / result.seconds, result.tokens / result.seconds
         busy = f"forward {100 * result.busy:.0f} % of the time"
         lines.append(f"{chunks:,.0f} chunks/s, {tokens:,.0f} tokens/s; {busy}.")
-    if result.elsewhere:
-        are = "is" if result.elsewhere == 1 else "are"
+    if result.in_other_runs:
+        are = "is" if result.in_other_runs == 1 else "are"
         lines.append(
-            f"{output.count(result.elsewhere, 'part')} {are} being embedded by other runs. "
+            f"{output.count(result.in_other_runs, 'part')} {are} being embedded by other runs. "
             "If one fails, run the same command again."
         )
     if result.check:

@@ -38,7 +38,7 @@ class EmbedResult:
     embedded: int
     commit: int
     parts: int = 0
-    elsewhere: int = 0
+    in_other_runs: int = 0
     tokens: int = 0  # the encoder's, with special ones
     seconds: float = 0.0
     busy: float = 0.0  # share of the devices' time spent in the forward
@@ -107,7 +107,7 @@ def embed(
     return EmbedResult(
         encoder=identity.name, dimension=identity.dimension, pooling=identity.pooling,
         chunks=count_keys_of(store, made), embedded=count_keys_of(store, embedded_parts(store, identity.name)),
-        commit=state.number, parts=len(made), elsewhere=elsewhere, tokens=int(done.sums["tokens"]),
+        commit=state.number, parts=len(made), in_other_runs=elsewhere, tokens=int(done.sums["tokens"]),
         seconds=round(done.last - done.first, 3),
         busy=round(done.sums["forward"] / done.sums["working"], 4) if done.parts else 0.0,
         devices=min(len(found), len(made)), check=checked,

@@ -42,7 +42,7 @@ def _text(result: ExportResult) -> str:
         f"{output.count(result.neighbours, 'neighbour')} ({result.table!r}, at most {result.k} a chunk, "
         f"commit {result.commit}) in {result.output}: {output.size(result.bytes)}."
     ]
-    if result.alone:
-        lines.append(f"{output.count(result.alone, 'chunk')} without neighbours.")
+    if result.without_neighbours:
+        lines.append(f"{output.count(result.without_neighbours, 'chunk')} without neighbours.")
     lines.append(f"Open it with: polars.scan_parquet({str(Path(result.output) / '*.parquet')!r})")
     return "\n".join(lines)

@@ -205,7 +205,7 @@ def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[s
     """
     own = opened.store.identity
     columns = _schema(opened.k, own.chunk_length, pa.uint16() if own.tokenizer.token_bytes == 2 else pa.uint32())
-    counts = dict.fromkeys(("chunks", "documents", "tokens", "neighbours", "alone"), 0)
+    counts = dict.fromkeys(("chunks", "documents", "tokens", "neighbours", "without_neighbours"), 0)
     part, last, writer = -1, -1, cast(Any, None)
     with ExitStack() as files:
         for block in read_blocks(opened):
@@ -219,7 +219,7 @@ def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[s
             counts["documents"] += int((np.diff(block.doc, prepend=last) != 0).sum())  # the first may be counted
             counts["tokens"] += int(block.n_tokens.sum())
             counts["neighbours"] += int(there.sum())
-            counts["alone"] += int((~there.any(axis=1)).sum())
+            counts["without_neighbours"] += int((~there.any(axis=1)).sum())
             last = int(block.doc[-1])
             table = _table(opened, block, columns)
             disk.announce("write", path)
@@ -254,7 +254,7 @@ class ExportResult:
     documents: int
     tokens: int
     neighbours: int
-    alone: int
+    without_neighbours: int
     bytes: int
 
 

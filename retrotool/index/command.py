@@ -133,10 +133,10 @@ def _text(result: IndexResult) -> str:
         f"Index {result.name!r}: {output.count(result.vectors, 'vector')} of {result.encoder}{added}, {result.kind}, "
         f"{output.count(result.shards, 'shard')} (commit {result.commit})."
     ]
-    if result.elsewhere:
-        are = "is" if result.elsewhere == 1 else "are"
+    if result.in_other_runs:
+        are = "is" if result.in_other_runs == 1 else "are"
         return lines[0] + (
-            f"\n{output.count(result.elsewhere, 'shard')} {are} being built by other runs. The last of them "
+            f"\n{output.count(result.in_other_runs, 'shard')} {are} being built by other runs. The last of them "
             "measures the recall. If one fails, run the same command again."
         )
     if result.nlist:
@@ -155,7 +155,7 @@ def _text(result: IndexResult) -> str:
     lines.append(f"True recall@10: {result.recall_at_10:.4f} ± {result.recall_error:.4f}{point}")
     if result.share < 1:
         lines.append(f"(estimated from {100 * result.share:.2g} % of the vectors)")
-    if not result.holds:
+    if not result.target_met:
         lines.append(f"The target of {result.target} is not reached: recall@10 is {result.recall_at_10:.4f} at best.")
     if len(result.curve) > 1:
         # Only points that share the chosen depth or number of lists.
@@ -172,6 +172,6 @@ def _text(result: IndexResult) -> str:
         lines.append(output.table(rows, ("source", "recall@10", "±", "queries")))
         if len(sources) > _SOURCES:
             lines.append(f"and {output.count(len(sources) - _SOURCES, 'smaller source')}, see --json")
-    if result.due:
-        lines.append(f"Retraining is recommended: {result.due}. Next:\n  {result.retrain}")
+    if result.retrain_reason:
+        lines.append(f"Retraining is recommended: {result.retrain_reason}. Next:\n  {result.retrain_command}")
     return "\n".join(lines)

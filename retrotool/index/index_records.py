@@ -35,7 +35,7 @@ class IndexRecord(IndexShape):
     nprobe: int = 0
     depth: int = 0
     target: float = 0.0
-    holds: bool = False
+    target_met: bool = False
     recall_at_1: float = 0.0
     recall_at_10: float = 0.0
     recall_at_100: float = 0.0
@@ -45,7 +45,7 @@ class IndexRecord(IndexShape):
     rate: float = 0.0
     imbalance: float = 0.0
     files: str = ""
-    due: str = ""
+    retrain_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,11 +101,11 @@ def _record(files: IndexFiles, training: TrainingRecord, found: Measurement, tar
     choice = replace(parse_factory(training.factory, training.dimension), why=training.why)
     return IndexRecord(
         **asdict(choice.shape()), encoder=training.encoder, generation=files.generation, vectors=moved.vectors,
-        nprobe=point.nprobe, depth=point.depth, target=target, holds=found.holds,
+        nprobe=point.nprobe, depth=point.depth, target=target, target_met=found.target_met,
         recall_at_1=round(point.recall_at_1, 4), recall_at_10=round(point.recall_at_10, 4),
         recall_at_100=round(point.recall_at_100, 4), recall_error=round(point.error, 4), queries=found.queries,
         share=round(found.share, 4), rate=round(point.rate, 1), imbalance=round(moved.imbalance, 3),
-        files=files.digest, due=_due(moved, found, target),
+        files=files.digest, retrain_reason=_due(moved, found, target),
     )  # fmt: skip
 
 
@@ -113,12 +113,12 @@ def _due(moved: Drift, found: Measurement, target: float) -> str:
     new = found.groups.get("part", {}).get("added since")
     if new is not None and new[2] >= _ENOUGH and new[0] + new[1] < min(target, found.point.recall_at_10):
         return f"recall@10 of vectors added since training is {new[0]:.4f} ± {new[1]:.4f}"
-    return moved.due
+    return moved.retrain_reason
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """How ``new`` vectors differ from others; errors are ratios. ``due``: why to retrain, or ""."""
+    """How ``new`` vectors differ from others; errors are ratios. ``retrain_reason`` may be ""."""
 
     new: int
     vectors: int
@@ -126,7 +126,7 @@ class Drift:
     code_error: float = 1.0
     imbalance: float = 1.0
     grown: float = 1.0
-    due: str = ""
+    retrain_reason: str = ""
 
 
 def drift(files: IndexFiles) -> Drift:
@@ -144,7 +144,7 @@ def drift(files: IndexFiles) -> Drift:
     grown = vectors / trained.held if trained.held else 1.0
     found = Drift(int(new[:, 0].sum()), vectors, *errors, uneven, grown)
     # An exact index is not trained.
-    return replace(found, due=_drift_due(found, trained.imbalance)) if trained.error else found
+    return replace(found, retrain_reason=_drift_due(found, trained.imbalance)) if trained.error else found
 
 
 def _drift_due(found: Drift, imbalance: float) -> str:

@@ -79,7 +79,7 @@ class Measurement:
 
     curve: tuple[Recall, ...]
     point: Recall
-    holds: bool
+    target_met: bool
     queries: int
     vectors: int
     share: float

@@ -63,11 +63,11 @@ class IndexResult(IndexRecord):
     index_bytes: int
     embedding_bytes: int  # read for re-ranking
     commit: int
-    retrain: str
+    retrain_command: str
     drift: Drift
     curve: tuple[Recall, ...] = ()
     groups: dict[str, dict[str, tuple[float, float, int]]] = field(default_factory=dict)
-    elsewhere: int = 0
+    in_other_runs: int = 0
     not_embedded: int = 0
     next: tuple[str, ...] = ()
 
@@ -220,10 +220,10 @@ def describe(store: Store, name: str, *, before: int | None = None, elsewhere: i
         **{**asdict(record), "vectors": vectors}, name=name, added=0 if before is None else vectors - before,
         shards=len(entries), index_bytes=sum(entry.bytes for entry in entries),
         embedding_bytes=sum(entry.bytes for entry in vector_files), commit=state.number,
-        retrain=f"{command_line('index', store, name=name)} --retrain", drift=drift(files),
+        retrain_command=f"{command_line('index', store, name=name)} --retrain", drift=drift(files),
         curve=tuple(Recall(**{one: point[one] for one in _POINT}) for point in content.get("curve", ())),
         groups={kind: {n: tuple(v) for n, v in some.items()} for kind, some in content.get("groups", {}).items()},
-        elsewhere=elsewhere, not_embedded=left,
+        in_other_runs=elsewhere, not_embedded=left,
         next=tuple(commands_to_index(store, record.encoder, name)) if left else (),
     )  # fmt: skip
 

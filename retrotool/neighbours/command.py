@@ -128,8 +128,8 @@ def _text(result: NeighboursResult) -> str:
     if words := in_words(result.filters):
         kept = " (as before; --no-filters drops this)" if result.filters_kept else ""
         text += f"\nExcluded: {words}{kept}."
-    if result.elsewhere:
-        text += f"\n{output.count(result.elsewhere, 'part')} left to other running commands."
+    if result.in_other_runs:
+        text += f"\n{output.count(result.in_other_runs, 'part')} left to other running commands."
     if result.materialised:
         text += f"\nMaterialised: the tokens of the first {output.count(result.k, 'neighbour')} of each chunk."
     return text

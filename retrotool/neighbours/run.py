@@ -47,7 +47,7 @@ class DatabaseResult:
     queries: int
     rows: int
     not_indexed: int
-    elsewhere: int
+    in_other_runs: int
     filters: dict[str, Any]
     aware: bool = True
     commands: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class NeighboursResult:
     not_embedded: int = 0
     not_indexed: int = 0
     next: tuple[str, ...] = ()
-    elsewhere: int = 0
+    in_other_runs: int = 0
     filters: dict[str, Any] = field(default_factory=dict)
     filters_kept: bool = False
     mix: tuple[DatabaseResult, ...] = ()
@@ -160,7 +160,7 @@ def neighbours(
     return NeighboursResult(
         name, str(root), first.index, first.encoder, sum(one.queries for one in found), min(one.rows for one in found),
         k, saved, store.refresh().number, not_embedded, sum(one.not_indexed for one in found),
-        tuple(dict.fromkeys(left)), sum(one.elsewhere for one in found), first.filters,
+        tuple(dict.fromkeys(left)), sum(one.in_other_runs for one in found), first.filters,
         bool(first.filters) and not asked_for, tuple(found) if mixture.mixed else (), mixture.left_out,
         tuple(one.database for one in found if not one.aware), text,
     )  # fmt: skip

@@ -288,8 +288,8 @@ def _rewritten(touched: Touched) -> str:
 
 def _scanned(result: ScanResult) -> str:
     lines = [f"Scanned {result.parts:,} of {output.count(result.of, 'part')}. Nothing was purged."]
-    if result.elsewhere:
-        lines.append(f"Other running jobs hold {output.count(result.elsewhere, 'part')}.")
+    if result.in_other_runs:
+        lines.append(f"Other running jobs hold {output.count(result.in_other_runs, 'part')}.")
     if result.done:
         lines.append("All parts are scanned. Next: the same command without --shard.")
     else:

@@ -137,12 +137,12 @@ class PurgeResult(EraseResult):
 class ScanResult:
     """What a job scanned: ``parts`` by this run, of ``of`` in the store.
 
-    ``elsewhere``: parts that other running jobs hold. ``done``: all parts are scanned.
+    ``in_other_runs``: parts that other running jobs hold. ``done``: all parts are scanned.
     """
 
     parts: int
     of: int
-    elsewhere: int
+    in_other_runs: int
     done: bool
     commit: int
 

@@ -41,7 +41,8 @@ _ENCODER = {
     **dict.fromkeys(("overridden?", "foreign?"), bool),
 }  # fmt: skip
 _INDEX = {
-    "encoder": NAME, "factory": str, **dict.fromkeys(("kind?", "why?", "files?", "due?"), str), "holds?": bool,
+    "encoder": NAME, "factory": str, "target_met?": bool,
+    **dict.fromkeys(("kind?", "why?", "files?", "retrain_reason?"), str),
     **dict.fromkeys(("nlist?", "bytes_per_vector?", "trained_bytes?", "vectors?", "queries?"), COUNT),
     **dict.fromkeys(("generation?", "nprobe?", "depth?"), PART),
     **dict.fromkeys(("target?", "recall_at_1?", "recall_at_10?", "recall_at_100?", "recall_error?"), float),

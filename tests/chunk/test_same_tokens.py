@@ -32,7 +32,7 @@ def purge(store: Path, *arguments: object) -> None:
 
 @pytest.mark.parametrize("erase", [[], ["--erase"]], ids=["purged", "erased"])
 def test_the_same_tokens_are_left_out_and_others_are_as_they_would_be_without(erase, tmp_path):
-    store, alone = tmp_path / "store", tmp_path / "alone"
+    store, alone = tmp_path / "store", tmp_path / "without_neighbours"
     run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]))
     purge(store, "--document", "jane", *erase)
     rows = [OTHERS[0], COPY, OTHERS[1], {"id": "empty", "text": " "}, *OTHERS[2:], {"id": "jane", "text": "Other."}]

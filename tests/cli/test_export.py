@@ -179,7 +179,7 @@ def check_counts(case: Case, result: ExportResult, output: Path) -> None:
     assert (result.chunks, result.k, result.table) == (len(chunks), case.k, case.name)
     assert result.documents == len({chunk.document for chunk in chunks.values()})
     assert result.tokens == sum(chunk.n_tokens for chunk in chunks.values())
-    assert (result.neighbours, result.alone) == (sum(near), near.count(0))
+    assert (result.neighbours, result.without_neighbours) == (sum(near), near.count(0))
     reported = json.loads((output / "export.json").read_text())
     assert {file["name"]: file["bytes"] for file in reported["files"]} == {
         path.name: path.stat().st_size for path in output.iterdir() if path.name != "export.json"

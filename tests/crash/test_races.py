@@ -270,7 +270,7 @@ def test_of_two_commands_at_once_neither_breaks_what_the_other_does(
 ) -> None:
     race = races(tiny_encoder, stages["inputs"])[name]
     before = stages[race.before]
-    lengths = [steps_of(work, before, tmp_path / "alone") for work in (race.first, race.second)]
+    lengths = [steps_of(work, before, tmp_path / "without_neighbours") for work in (race.first, race.second)]
     draw = random.Random(f"{SEED} {name}")
     ends: Counter[tuple[str, str]] = Counter()
     for attempt in range(RACES):

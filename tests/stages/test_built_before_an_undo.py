@@ -115,7 +115,7 @@ def test_the_recall_of_an_index_is_that_of_live_chunks_where_half_are_purged(sto
     purged = read_tombstones(Store.open(store_copy))
     assert len(purged) > 150
     made = api.index(store_copy, name="half", options=Options(IndexOptions(nlist=8, code="sq8")))
-    assert made.vectors == 366 and made.holds
+    assert made.vectors == 366 and made.target_met
     api.neighbours(store_copy, name="half", index="half")
     ids, true = saved_neighbours(store_copy, "half")[0], exact(store_copy, tmp_path / "scratch")[0]
     assert not purged.contains(ids).any()

@@ -150,7 +150,7 @@ def test_the_printed_recall_is_the_true_one_and_the_same_in_any_order(made: dict
     for order in ("sorted", "shuffled"):
         store = copy_store(made[order], tmp_path / order)
         results[order] = api.index(store, options=Options(CODED, sample=SOME))
-        assert results[order].holds and results[order].recall_at_10 >= 0.95
+        assert results[order].target_met and results[order].recall_at_10 >= 0.95
         assert results[order].bytes_per_vector == 24
         assert abs(true_recall(store) - results[order].recall_at_10) <= 0.015
         assert results[order].recall_at_1 >= results[order].recall_at_10 >= 0.95
@@ -254,11 +254,11 @@ def test_what_is_added_and_purged_is_found_as_well_as_in_a_fresh_index(
     assert result.added == 2500 and result.vectors == 3 * PER_SOURCE + 2500
     assert before < set(api.info(built_copy).indexes["main"]["shards"]), "old shards are left alone"
     assert result.drift is not None and result.drift.new == 2500
-    assert result.drift.error > 1.15 and "times as far from their centroids" in result.drift.due
-    assert "recall@10 of vectors added since training" in result.due, "which says more"
+    assert result.drift.error > 1.15 and "times as far from their centroids" in result.drift.retrain_reason
+    assert "recall@10 of vectors added since training" in result.retrain_reason, "which says more"
     assert set(result.groups["part"]) == {"trained on", "added since"}
     fresh = api.index(built_copy, name="fresh", options=Options(CODED, sample=SOME))
-    assert fresh.due == ""
+    assert fresh.retrain_reason == ""
     assert abs(true_recall(built_copy, "main") - true_recall(built_copy, "fresh")) <= 0.02
     targets = [f"{s}-{i}" for s in SOURCES for i in range(0, PER_SOURCE, 5)]
     (tmp_path / "ids").write_text("\n".join(targets))
@@ -290,7 +290,7 @@ def test_purged_vectors_that_a_training_left_out_are_no_growth_of_the_index(
     assert made.vectors == 3 * PER_SOURCE, "a purge can be undone"
     grow(copy, tiny_encoder, "books", PER_SOURCE, 1500)
     grown = api.index(copy, options=Options(sample=FEW)).drift
-    assert grown is not None and (grown.new, grown.vectors, grown.due) == (1500, 3 * PER_SOURCE + 1500, "")
+    assert grown is not None and (grown.new, grown.vectors, grown.retrain_reason) == (1500, 3 * PER_SOURCE + 1500, "")
     assert grown.grown == pytest.approx(1 + 1500 / (3 * PER_SOURCE))
 
 
@@ -316,7 +316,7 @@ def test_a_new_training_takes_the_place_of_the_old_in_one_commit(
     begun = Store.open(built_copy).state.file("index", "trained.g1", "main")
     result = api.index(built_copy, options=Options(PLAIN, retrain=True, sample=FEW))
     assert Store.open(built_copy).state.file("index", "trained.g1", "main") == begun, "it goes on where it stopped"
-    assert result.vectors == 3 * PER_SOURCE + 2500 and result.due == ""
+    assert result.vectors == 3 * PER_SOURCE + 2500 and result.retrain_reason == ""
     now = api.info(built_copy).indexes["main"]
     assert now["generation"] == 1 and set(now["shards"]).isdisjoint(old["shards"])
     assert not any(stored_file(built_copy, path).exists() for path in (*old["shards"], old["trained"]))

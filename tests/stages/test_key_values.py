@@ -155,7 +155,7 @@ def test_of_keys_alone_an_index_is_chosen_trained_again_and_held_against_what_ca
     assert grown.vectors == live and grown.drift is not None
     assert (grown.drift.new, grown.drift.vectors) == (live - (before.vectors - 10), live)
     again = api.index(mixed_copy, name="ivf", options=Options(retrain=True))
-    assert (again.vectors, again.factory, again.due) == (live, before.factory, "")
+    assert (again.vectors, again.factory, again.retrain_reason) == (live, before.factory, "")
     assert again.drift is not None and again.drift.new == 0
 
 

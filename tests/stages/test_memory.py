@@ -78,7 +78,7 @@ def test_memory_stays_under_what_was_asked_however_large_the_store(stores: dict[
     asked = ("--memory", ASKED, "--sample", 500)
     _, program = run("index", stores[SMALL], *asked, "--nlist", 16)
     built, building = run("index", stores[LARGE], *asked)
-    assert built["vectors"] == LARGE and built["nlist"] > 1 and built["holds"]
+    assert built["vectors"] == LARGE and built["nlist"] > 1 and built["target_met"]
     assert building - program <= ASKED
     again, evaluating = run("index", stores[LARGE], "--evaluate", "--sample", 2000)
     assert evaluating - program <= ASKED, "what it was trained in counts from then on"

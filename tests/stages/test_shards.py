@@ -106,14 +106,14 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
     with Run(store.storage) as other:
         assert leases.take_claim(store.storage, task.key, other.id)
         result = api.embed(chunked, encoder=str(tiny_encoder))
-        assert result.elsewhere == 1
+        assert result.in_other_runs == 1
         assert result.parts == len(store.state.parts()) - 1
         again = cli("embed", chunked, "--encoder", tiny_encoder)
         assert again.returncode == 0
         assert "Nothing is left for this run" in again.stdout
         assert "1 part is being embedded by other runs" in again.stdout
     last = api.embed(chunked, encoder=str(tiny_encoder))
-    assert (last.parts, last.elsewhere) == (1, 0)
+    assert (last.parts, last.in_other_runs) == (1, 0)
 
 
 def test_a_killed_job_s_parts_are_done_by_the_next(chunked: Path, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_killed_job_s_parts_are_done_by_the_next(chunked: Path, tiny_encoder: 
     result = api.embed(chunked, encoder=str(tiny_encoder))
     n = len(Store.open(chunked).state.parts())
     assert n - begun <= result.parts <= n - begun + 1, "at most the part at hand is done again"
-    assert result.elsewhere == 0
+    assert result.in_other_runs == 0
     assert len(sums(chunked)) == n
     assert not stored_files(chunked, "leases/*")
 
@@ -170,7 +170,7 @@ def test_a_process_of_a_device_that_is_killed_is_replaced(
     monkeypatch.setattr("retrotool.embed.run.EmbedStage", DyingStage)
     result = api.embed(chunked, encoder=str(tiny_encoder), devices="cpu,cpu")
     assert (tmp_path / "mark").exists()
-    assert result.elsewhere == 0
+    assert result.in_other_runs == 0
     assert sorted(embeds(chunked)) == sorted(sums(chunked))
     assert len(sums(chunked)) == len(Store.open(chunked).state.parts())
 

@@ -231,7 +231,7 @@ def documents_with_text(store: Path) -> int:
     return sum(len(parts.read_documents(opened, p, ["id"])["id"].drop_null()) for p in opened.state.parts())
 
 
-@pytest.mark.parametrize("others", [False, True], ids=["alone", "named by another purge, too"])
+@pytest.mark.parametrize("others", [False, True], ids=["without_neighbours", "named by another purge, too"])
 def test_an_erase_of_a_purge_that_is_undone_before_its_copies_are_named_is_refused(
     with_repeat: Path, others: bool
 ) -> None:

@@ -171,10 +171,10 @@ def test_jobs_share_the_scan_of_a_purge_and_purge_nothing(store: Path, texts: di
     with Run(opened.storage) as other:  # another job, at one of the parts
         assert leases.take_claim(opened.storage, tasks[0].key, other.id)
         first = api.scan(store, selectors, (0, 2))
-        assert (first.parts, first.of, first.elsewhere, first.done) == (len(tasks) - 1, len(tasks), 1, False)
+        assert (first.parts, first.of, first.in_other_runs, first.done) == (len(tasks) - 1, len(tasks), 1, False)
         assert [task.key for task in stage.plan(opened.refresh() and opened)] == [tasks[0].key]
     second = api.scan(store, selectors, (1, 2))
-    assert (second.parts, second.elsewhere, second.done) == (1, 0, True)
+    assert (second.parts, second.in_other_runs, second.done) == (1, 0, True)
     assert api.scan(store, selectors, (1, 2)).parts == 0
     assert api.info(store).purges == {}
     paths = set(stored_files(store, "scans/*"))
