@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ from retrotool import sources
 from retrotool.chunk import PART_SIZE
 from retrotool.cli.output import count
 from retrotool.errors import CorruptError, ErasedError, UsageError
-from retrotool.ranges import is_in
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
 from retrotool.store import leases, parts, schema
@@ -50,7 +48,7 @@ Duplicates = Literal["skip", "keep", "fail"]
 _LEAST_ROWS = 1000  # below which a share is not checked before all input was read
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
-_HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")
+HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")  # key and text hash of a document
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,14 +372,9 @@ def parts_of_plan(state: State, plan_id: str) -> range:
 def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, ChunkPlan]]:
     """Yield id, file and content of each unfinished plan, in order."""
     for plan_id in unfinished_plans(store.state):
-        entry = store.state.file("plans", plan_id)
-        if entry is None:
-            continue
-        try:
-            plan = read_plan(store, entry)
-        except ErasedError:
-            continue  # finished by another process
-        yield plan_id, entry, plan
+        with contextlib.suppress(ErasedError):  # finished by another process
+            if (entry := store.state.file("plans", plan_id)) is not None:
+                yield plan_id, entry, read_plan(store, entry)
 
 
 def unfinished_plans(state: State) -> list[str]:
@@ -390,27 +383,20 @@ def unfinished_plans(state: State) -> list[str]:
     return sorted((plan for plan in plans if not plans[plan]["finished"]), key=lambda plan: int(plans[plan]["order"]))
 
 
-class KnownDocuments:
-    """Documents of the input ``name`` that ``plans`` read, by key and text hash, 32 bytes each."""
-
-    def __init__(self, store: Store, name: str, plans: Sequence[str], without: Tombstones | None = None) -> None:
-        live = set(store.state.all_parts())
-        found = [np.zeros(0, _HASHES)]
-        for part in (part for plan in plans for part in parts_of_plan(store.state, plan) if part in live):
-            table = parts.read_documents(store, part, ["key", "text_hash", "input"])
-            wanted = pc.and_(pc.equal(table["input"], name), pc.is_valid(table["text_hash"]))
-            # Without erased documents, also in part, which have no hash: the block list keeps them out.
-            doc = np.flatnonzero(wanted.fill_null(False).to_numpy())
-            if without is not None:  # purged documents may be added again
-                doc = np.setdiff1d(doc, documents_within(store, part, without), assume_unique=True)
-            hashes = [parts.from_fixed_binary(table[column], np.dtype(np.uint8)) for column in ("key", "text_hash")]
-            found.append(np.hstack(hashes)[doc].view(_HASHES).reshape(-1))
-        self._sorted = np.sort(np.concatenate(found))
-
-    def hold(self, hashes: Sequence[tuple[bytes, bytes]]) -> npt.NDArray[np.bool_]:
-        """Return which documents, given by key and text hash, are known, bool [n]."""
-        wanted = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), _HASHES)
-        return is_in(wanted, self._sorted)
+def known_documents(store: Store, name: str, plans: Sequence[str], without: Tombstones | None) -> npt.NDArray[Any]:
+    """Return the sorted ``HASHES`` of the documents of the input ``name`` that ``plans`` read."""
+    live = set(store.state.all_parts())
+    found = [np.zeros(0, HASHES)]
+    for part in (part for plan in plans for part in parts_of_plan(store.state, plan) if part in live):
+        table = parts.read_documents(store, part, ["key", "text_hash", "input"])
+        wanted = pc.and_(pc.equal(table["input"], name), pc.is_valid(table["text_hash"]))
+        # Without erased documents, also in part, which have no hash: the block list keeps them out.
+        doc = np.flatnonzero(wanted.fill_null(False).to_numpy())
+        if without is not None:  # purged documents may be added again
+            doc = np.setdiff1d(doc, documents_within(store, part, without), assume_unique=True)
+        hashes = [parts.from_fixed_binary(table[column], np.dtype(np.uint8)) for column in ("key", "text_hash")]
+        found.append(np.hstack(hashes)[doc].view(HASHES).reshape(-1))
+    return np.sort(np.concatenate(found))
 
 
 def chunks_of_purges(store: Store) -> Tombstones:

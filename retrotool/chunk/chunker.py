@@ -29,9 +29,9 @@ class Tokens:
     documents: list[Document]
     ids: npt.NDArray[Any]  # flat
     lengths: npt.NDArray[np.int64]  # [d × pieces]
-    pieces: int = 1
-    cut: npt.NDArray[np.bool_] | None = None  # [d]: whose key was cut
-    kept: npt.NDArray[np.bool_] | None = None  # which of the documents given these are; None: all
+    pieces: int
+    cut: npt.NDArray[np.bool_]  # [d]: whose key was cut
+    kept: npt.NDArray[np.int64]  # [d]: their numbers among the documents given
 
     def hashed(self, secret: str, dtype: np.dtype[Any]) -> Hashes:
         """Hash the tokens of each document as on the block list, S16 [d]; ``dtype`` is the store's."""
@@ -41,15 +41,12 @@ class Tokens:
 
     def without(self, left_out: npt.NDArray[np.bool_]) -> Tokens:
         """Return the documents that are not in ``left_out``, bool [d]."""
+        if not left_out.any():
+            return self
         stays = ~left_out
         pieces = np.repeat(stays, self.pieces)
-        kept = np.ones(len(stays), np.bool_) if self.kept is None else self.kept.copy()
-        kept[kept] = stays
-        documents = [document for document, stay in zip(self.documents, stays, strict=True) if stay]
-        cut = None if self.cut is None else self.cut[stays]
-        return Tokens(
-            documents, self.ids[np.repeat(pieces, self.lengths)], self.lengths[pieces], self.pieces, cut, kept
-        )
+        ids, documents = self.ids[np.repeat(pieces, self.lengths)], list(itertools.compress(self.documents, stays))
+        return Tokens(documents, ids, self.lengths[pieces], self.pieces, self.cut[stays], self.kept[stays])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,28 +78,24 @@ def tokenise(
     empty: npt.NDArray[np.bool_] = np.asarray((lengths == 0).reshape(-1, pieces).any(axis=1))
     for number in np.flatnonzero(empty):
         bad(Rejected(documents[number].line, "the text has no tokens", excerpt=excerpt(documents[number].text)))
-    cut = None
+    cut = np.zeros(len(documents), np.bool_)
     if records:
         limit = lengths.copy()
         limit[::2] = np.minimum(limit[::2], chunk_length)
         cut = (limit < lengths)[::2]
         if cut.any():
             ids, lengths = ids[positions_within(lengths) < np.repeat(limit, lengths)], limit
-    found = Tokens(documents, ids, lengths, pieces, cut)
-    return found.without(empty) if empty.any() else found
+    return Tokens(documents, ids, lengths, pieces, cut, np.arange(len(documents))).without(empty)
 
 
 def _given_tokens(documents: list[Document], vocabulary: int, bad: Callable[[Rejected], object]) -> Tokens:
     arrays = [document.tokens for document in documents if document.tokens is not None]
-    lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
-    ids = np.concatenate(arrays) if arrays else np.zeros(0, np.uint32)
-    found = Tokens(documents, ids, lengths)
-    if not ids.size or int(ids.max()) < vocabulary:
-        return found
-    over = np.array([len(tokens) > 0 and int(tokens.max()) >= vocabulary for tokens in arrays])
+    lengths, ids = np.fromiter(map(len, arrays), np.int64, len(arrays)), np.concatenate(arrays)
+    over = np.maximum.reduceat(ids, np.cumsum(lengths) - lengths) >= vocabulary
     for document in itertools.compress(documents, over):
         bad(Rejected(document.line, f"a token id is outside the vocabulary of {vocabulary:,}"))
-    return found.without(over)
+    none = np.zeros(len(documents), np.bool_)
+    return Tokens(documents, ids, lengths, 1, none, np.arange(len(documents))).without(over)
 
 
 def cut_chunks(

@@ -14,17 +14,19 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool import sources
 from retrotool.chunk import chunk_plan, chunker
-from retrotool.chunk.chunk_plan import ChunkPlan, InputPiece, KnownDocuments
+from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
 from retrotool.chunk.part_writer import PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
+from retrotool.ranges import is_in
 from retrotool.sources import Document, Rejected
 from retrotool.sources.inputs import is_spooled
 from retrotool.sources.lines import lines_before
@@ -180,20 +182,19 @@ class _Unit:
             done = max(done, ahead)
         self.report(weight - done)
 
-    def _read_known_documents(self, file: int) -> KnownDocuments | None:
-        plans = self.plan.read_before.get(file)
-        if plans is None:
-            return None
-        without = chunk_plan.chunks_of_purges(self.store) if self.plan.allow_purged else None
-        return KnownDocuments(self.store, self.plan.files[file].name, plans, without)
+    def _read_known_documents(self, file: int) -> npt.NDArray[Any]:
+        plans = self.plan.read_before.get(file, ())
+        without = chunk_plan.chunks_of_purges(self.store) if plans and self.plan.allow_purged else None
+        return chunk_plan.known_documents(self.store, self.plan.files[file].name, plans, without)
 
-    def _add(self, name: str, batch: list[Document], known: KnownDocuments | None) -> None:
+    def _add(self, name: str, batch: list[Document], known: npt.NDArray[Any]) -> None:
         hashes = [
             (chunker.id_hash(document.id), content_hash(document.text, document.value, document.tokens))
             for document in batch
         ]
-        if known is not None:
-            batch, hashes = self._leave_out("known_documents", known.hold(hashes), batch, hashes)
+        if len(known):
+            pairs = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), HASHES)
+            batch, hashes = self._leave_out("known_documents", is_in(pairs, known), batch, hashes)
         if self.blocked is not None and batch:
             held = self.blocked.holds([d.id for d in batch], [text for _, text in hashes])
             batch, hashes = self._leave_out("blocked", held, batch, hashes)
@@ -205,20 +206,17 @@ class _Unit:
             # A different text can have the same tokens.
             held = self.blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
             self.counts["blocked"] += int(held.sum())
-            found = found.without(held) if held.any() else found
+            found = found.without(held)
         if not found.documents:
             return
-        if found.kept is not None:
-            hashes = [pair for pair, kept in zip(hashes, found.kept, strict=True) if kept]
-        self.counts["keys_cut"] += 0 if found.cut is None else int(found.cut.sum())
-        self.writer.add(name, found, hashes)
+        self.counts["keys_cut"] += int(found.cut.sum())
+        self.writer.add(name, found, [hashes[i] for i in found.kept.tolist()])
 
     def _leave_out(
         self, count: str, held: Flags, batch: list[Document], hashes: list[tuple[bytes, bytes]]
     ) -> tuple[list[Document], list[tuple[bytes, bytes]]]:
         self.counts[count] += int(held.sum())
-        left = np.flatnonzero(~held).tolist()
-        return [batch[i] for i in left], [hashes[i] for i in left]
+        return list(itertools.compress(batch, ~held)), list(itertools.compress(hashes, ~held))
 
     def count_tokenised(self) -> None:
         encoder = self.encoder
@@ -245,9 +243,8 @@ def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage
         bad.append(Rejected(0, f"{GIVEN_UP}: {problem}"))
         return
     if problem:
-        raise TaskError(
-            f"{file.path}: {problem}", "Restore it and run the same command again, or skip it with --skip-missing."
-        )
+        advice = "Restore it and run the same command again, or skip it with --skip-missing."
+        raise TaskError(f"{file.path}: {problem}", advice)
     for row in sources.read_input(file, plan.fields, piece.where):
         if isinstance(row, Rejected) and not row.damage:
             bad.append(row)
