@@ -162,11 +162,7 @@ def _text(result: ChunkResult) -> str:
         lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
     if result.rejected:
         lines.append(f"{output.count(result.rejected, 'row')} rejected:")
-        rows = [
-            (r.rows, _reason(r), f"first: {r.input}" + (f", line {r.line:,}" if r.line else ""))
-            for r in result.reasons[:10]
-        ]
-        lines.append(output.table(rows))
+        lines.append(output.table([_row(reason) for reason in result.reasons[:10]]))
         if (more := len(result.reasons) - 10) > 0:
             lines.append(f"  and {output.count(more, 'other reason')}, in the store's quarantine/ files.")
     if result.stopped:
@@ -184,15 +180,16 @@ def _text(result: ChunkResult) -> str:
     return "\n".join(lines)
 
 
-def _reason(one: RejectedReason) -> str:
+def _row(one: RejectedReason) -> tuple[int, str, str]:
     is_missing = one.reason.startswith(("no column", "no field"))
-    return f"{one.reason}: {one.excerpt}" if is_missing and one.excerpt else one.reason
+    reason = f"{one.reason}: {one.excerpt}" if is_missing and one.excerpt else one.reason
+    return one.rows, reason, f"first: {one.input}" + (f", line {one.line:,}" if one.line else "")
 
 
 def estimate_text(estimate: Estimate) -> str:
     """Render an estimate as text."""
     known = f"; {estimate.known_inputs:,} more already in the store" if estimate.known_inputs else ""
-    workers = output.count(estimate.workers, "worker")
+    duration = f"about {_duration(estimate.seconds)} with {output.count(estimate.workers, 'worker')}"
     rows = [
         ("inputs", f"{estimate.inputs:,}, {output.size(estimate.input_bytes)}{known}"),
         ("documents", f"about {estimate.documents:,}"),
@@ -200,10 +197,7 @@ def estimate_text(estimate: Estimate) -> str:
         ("chunks", f"about {estimate.chunks:,}, in {output.count(estimate.parts, 'part')}"),
         ("rejected", f"about {output.count(estimate.rejected, 'row')}"),
         ("on disk", f"about {output.size(estimate.bytes)}"),
-        (
-            "time",
-            f"about {_duration(estimate.seconds)} with {workers}: {estimate.megabytes_per_second:.0f} MB/s of text",
-        ),
+        ("time", f"{duration}: {estimate.megabytes_per_second:.0f} MB/s of text"),
     ]
     sampled = f"{output.count(estimate.sampled_documents, 'document')}, {output.size(estimate.sampled_bytes)} of text"
     return f"{output.table(rows)}\nFrom a sample of {sampled}. Nothing was changed."

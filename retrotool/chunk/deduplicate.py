@@ -48,8 +48,7 @@ _EXAMPLES = 3
 BY_ID = "duplicate document id"
 BY_TEXT = "duplicate text"
 _LOCATED_ROWS = 1 << 20
-_COUNTED_BYTES, _TEXTS_COUNTED_BYTES = 256 << 20, 4 << 20
-"""Larger inputs are not read again to find the line numbers of duplicate ids and texts."""
+_COUNTED_BYTES, _TEXTS_COUNTED_BYTES = 256 << 20, 4 << 20  # most of an input that is read to number ids and texts
 _TABLE_ROWS = 1 << 16
 _IN_LINES = ("jsonl", "csv", "tsv")  # formats whose rows are reported by line number
 
@@ -203,7 +202,7 @@ def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
     given_up: set[str] = set()
     for quarantine in quarantine_files(store.state, plan_id):
         for rows in parts.read_tables(store, quarantine, ["input", "reason"]):
-            given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].unique().to_pylist())
+            given_up |= set(rows.filter(pc.starts_with(rows["reason"], GIVEN_UP))["input"].to_pylist())
     kept = [i for i, file in enumerate(plan.files) if file.path not in given_up]
     return {
         "fingerprints": [plan.fingerprints[i] for i in kept],
@@ -216,13 +215,10 @@ def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
 def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Duplicates) -> Mapping[str, Any]:
     state = store.state
     plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
-    skipped = duplicates == "skip"
-    change = {
-        "documents": -(counts.by_id + counts.by_text) * skipped,
-        "chunks": -counts.chunks * skipped,
-        "tokens": -counts.tokens * skipped,
-        "rejected": counts.by_id * skipped,
-    }
+    documents = counts.by_id + counts.by_text
+    change = {"documents": -documents, "chunks": -counts.chunks, "tokens": -counts.tokens, "rejected": counts.by_id}
+    if duplicates != "skip":
+        change = dict.fromkeys(change, 0)
     found = {"duplicates": duplicates, "duplicates_by_id": counts.by_id, "duplicates_by_text": counts.by_text}
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
@@ -264,15 +260,9 @@ def _read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text:
         alive = left & ~tombstones.contains(ids)
         live = np.bincount(owner[alive], minlength=len(n_chunks)) > 0
         table = table.filter(pa.array(live))
-        yield PartRepeats(
-            ids[left],
-            int(alive.sum()),
-            by_text[some][live],
-            table["input"].combine_chunks(),
-            table["position"].to_numpy(),
-            table["source"].fill_null("").to_pylist(),
-            int(n_tokens[rows[alive]].sum()),
-        )
+        inputs, positions = table["input"].combine_chunks(), table["position"].to_numpy()
+        sources, tokens = table["source"].fill_null("").to_pylist(), int(n_tokens[rows[alive]].sum())
+        yield PartRepeats(ids[left], int(alive.sum()), by_text[some][live], inputs, positions, sources, tokens)
 
 
 def _locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
@@ -300,9 +290,8 @@ def _by_input(found: Iterator[PartRepeats]) -> Iterator[tuple[str, npt.NDArray[n
 
 def _runs(repeats: PartRepeats) -> Iterator[tuple[str, npt.NDArray[np.int64], Flags]]:
     runs = pc.run_end_encode(repeats.inputs)
-    for name, (start, end) in zip(
-        runs.values.to_pylist(), itertools.pairwise([0, *runs.run_ends.to_pylist()]), strict=True
-    ):
+    bounds = itertools.pairwise([0, *runs.run_ends.to_pylist()])
+    for name, (start, end) in zip(runs.values.to_pylist(), bounds, strict=True):
         yield name, repeats.positions[start:end], repeats.by_text[start:end]
 
 

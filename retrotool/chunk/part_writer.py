@@ -99,7 +99,6 @@ class PartWriter:
 
     def __init__(self, store: Store, run: str, keep: Sequence[str], part_size: int) -> None:
         self._store, self._run, self._part_size = store, run, part_size
-        self._keep = tuple(keep)
         self._schema = parts.documents_schema(keep)
         self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
         # One thread, so at most one chunks file is open.
@@ -137,7 +136,6 @@ class PartWriter:
             some = slice(start, stop)
             first_row = self._chunks.rows + ends[some] - cut.n_chunks[some] - before
             documents = batch.documents[some]
-            kept = zip(*(document.kept for document in documents), strict=True) if self._keep else ()
             values = [
                 [document.id for document in documents],
                 [key for key, _ in hashes[some]],
@@ -148,7 +146,7 @@ class PartWriter:
                 n_tokens[some],
                 [name] * len(documents),
                 [document.position for document in documents],
-                *kept,
+                *zip(*(document.kept for document in documents), strict=True),
             ]
             arrays = [pa.array(value, field.type) for value, field in zip(values, self._schema, strict=True)]
             self._columns.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))

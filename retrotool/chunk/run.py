@@ -323,23 +323,19 @@ def _reasons(
     entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
     entries += [(unit.plan, unit.quarantine) for unit in units if unit.quarantine is not None]
     columns, again = ["input", "line", "reason", "excerpt", "damage"], pa.array(read_again, pa.string())
-    tables = (
-        (plan, table) for plan, entry in entries if plan in plans for table in parts.read_tables(store, entry, columns)
-    )
-    for plan, table in tables:
+    firsts = [(column, "first") for column in ("input", "line", "excerpt")]
+    wanted = [(plan, entry) for plan, entry in entries if plan in plans]
+    for plan, table in ((plan, table) for plan, entry in wanted for table in parts.read_tables(store, entry, columns)):
         if plan != plans[-1]:
             table = table.filter(pc.invert(pc.is_in(table["input"], again)))
         damaged += int(pc.sum(table["damage"]).as_py() or 0)
         grouped = table.filter(pc.not_equal(table["reason"], BY_TEXT)).group_by("reason", use_threads=False)
-        firsts = [(column, "first") for column in ("input", "line", "excerpt")]
         for row in grouped.aggregate([*firsts, ("reason", "count")]).to_pylist():
-            reason, n, first = row["reason"], row["reason_count"], row["excerpt_first"] or ""
-            kind = without_numbers(reason)
-            old = found.get(kind)
-            if old is None:
-                found[kind] = RejectedReason(reason, n, row["input_first"], row["line_first"], first)
-            else:
-                found[kind] = replace(old, rows=old.rows + n, reason=reason if reason == old.reason else kind)
+            reason, kind = row["reason"], without_numbers(row["reason"])
+            first = RejectedReason(reason, 0, row["input_first"], row["line_first"], row["excerpt_first"] or "")
+            old = found.get(kind, first)
+            name = reason if reason == old.reason else kind
+            found[kind] = replace(old, rows=old.rows + row["reason_count"], reason=name)
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
 
 

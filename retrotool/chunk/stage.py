@@ -81,7 +81,7 @@ class ChunkStage:
 
     def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
         """Stage an empty unit and reject its inputs, so that an unreadable unit does not block the next."""
-        plan = _plan_of(store, task)
+        plan = _read_plan(store, task.inputs["plan"], task.inputs["path"])
         what = "its worker was killed each time" if isinstance(error, BrokenExecutor) else type(error).__name__
         detail = sources.reason_of(error)[:_EXCERPT]
         bad = Quarantine()
@@ -91,10 +91,10 @@ class ChunkStage:
         return _staged(store, task, run, bad, dict.fromkeys(PLAN_COUNTS, 0))
 
 
-def _plan_of(store: Store, task: Task) -> ChunkPlan:
-    entry = store.refresh().file("plans", task.inputs["plan"])
-    if entry is None or entry.path != task.inputs["path"]:
-        raise ErasedError(f"plan {task.inputs['plan']} was finished or changed by another process")
+def _read_plan(store: Store, plan_id: str, path: str) -> ChunkPlan:
+    entry = store.refresh().file("plans", plan_id)
+    if entry is None or entry.path != path:
+        raise ErasedError(f"plan {plan_id} was finished or changed by another process")
     return chunk_plan.read_plan(store, entry)
 
 
@@ -120,33 +120,28 @@ class ChunkWorker:
     def __init__(self, store: Store, stage: ChunkStage) -> None:
         self._store, self._stage = store, stage
         self._exact = stored_tokenizer(store)
-        self._fast: tuple[bool, FastTokenizer] | None = None
-        self._plan: tuple[str, ChunkPlan] | None = None
+        self._encoder = functools.lru_cache(1)(self._load_encoder)
+        self._plan = functools.lru_cache(1)(functools.partial(_read_plan, store))
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Read, tokenise and write one unit."""
-        if self._plan is None or self._plan[0] != task.inputs["path"]:
-            self._plan = (task.inputs["path"], _plan_of(self._store, task))
-        plan = self._plan[1]
+        plan = self._plan(task.inputs["plan"], task.inputs["path"])
         with PartWriter(self._store, run, plan.fields.keep, plan.part_size) as writer:
             blocked = None
             if not plan.allow_purged:
                 # Again for every unit: documents may have been purged since the last one.
                 self._store.refresh()
                 blocked = read_blocked(self._store)
-            unit = _Unit(self._store, plan, self._encoder(plan), blocked or None, writer, report)
+            unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, writer, report)
             for piece in plan.units[task.inputs["unit"]]:
                 unit.chunk(piece, self._stage)
             files = writer.close()
             unit.count_tokenised()
         return _staged(self._store, task, run, unit.bad, {**writer.counts, **unit.counts}, files, blocked)
 
-    def _encoder(self, plan: ChunkPlan) -> FastTokenizer:
-        if self._fast is None or self._fast[0] != plan.fast:
-            known = chunk_plan.known_findings(self._store.state)
-            fast = FastTokenizer(self._exact, check=self._stage.check, use_tokie=plan.fast, findings=known)
-            self._fast = (plan.fast, fast)
-        return self._fast[1]
+    def _load_encoder(self, fast: bool) -> FastTokenizer:
+        known = chunk_plan.known_findings(self._store.state)
+        return FastTokenizer(self._exact, check=self._stage.check, use_tokie=fast, findings=known)
 
 
 @dataclass
