@@ -25,6 +25,7 @@ from retrotool.store.store import Store
 _FLUSH_ROWS = 8 * parts.ROW_GROUP
 _QUEUE = 2
 COLUMN_BYTES = 128 << 20  # of documents' columns, at which a part is closed early
+Files = tuple[tuple[FileEntry, ...], ...]  # (documents, chunks) of each part
 
 
 class _ChunksFile:
@@ -176,8 +177,8 @@ class PartWriter:
         self._closed.append((entry, chunks))
         self._chunks = self._new_file()
 
-    def close(self) -> tuple[tuple[FileEntry, ...], ...]:
-        """Close the last part; return (documents, chunks) entries of all parts."""
+    def close(self) -> Files:
+        """Close the last part; return the entries of all parts."""
         if self._chunks.rows:
             self._close_part()
         return tuple((documents, chunks.result()) for documents, chunks in self._closed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from retrotool import sources
 from retrotool.chunk import chunk_plan, chunker
 from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
-from retrotool.chunk.part_writer import PartWriter
+from retrotool.chunk.part_writer import Files, PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
@@ -33,7 +33,6 @@ from retrotool.sources.lines import lines_before
 from retrotool.sources.records import content_hash
 from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
-from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
@@ -88,7 +87,7 @@ class ChunkStage:
         for piece in plan.units[task.inputs["unit"]]:
             bad.open(plan.files[piece.file].path)
             bad.append(Rejected(0, f"{GIVEN_UP}: reading it failed: {what}: {detail}", damage=True))
-        return _staged(store, task, run, bad, dict.fromkeys(PLAN_COUNTS, 0))
+        return _staged(store, task, run, bad, dict.fromkeys(PLAN_COUNTS, 0), None, ())
 
 
 def _read_plan(store: Store, plan_id: str, path: str) -> ChunkPlan:
@@ -99,13 +98,7 @@ def _read_plan(store: Store, plan_id: str, path: str) -> ChunkPlan:
 
 
 def _staged(
-    store: Store,
-    task: Task,
-    run: str,
-    bad: Quarantine,
-    counts: Mapping[str, int],
-    files: tuple[tuple[FileEntry, ...], ...] = (),
-    blocked: Blocked | None = None,
+    store: Store, task: Task, run: str, bad: Quarantine, counts: dict[str, int], blocked: Blocked | None, files: Files
 ) -> Staged:
     plan_id, index = task.inputs["plan"], task.inputs["unit"]
     quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
@@ -129,15 +122,14 @@ class ChunkWorker:
         with PartWriter(self._store, run, plan.fields.keep, plan.part_size) as writer:
             blocked = None
             if not plan.allow_purged:
-                # Again for every unit: documents may have been purged since the last one.
-                self._store.refresh()
+                self._store.refresh()  # documents may have been purged since the last unit
                 blocked = read_blocked(self._store)
             unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, writer, report)
             for piece in plan.units[task.inputs["unit"]]:
                 unit.chunk(piece, self._stage)
             files = writer.close()
             unit.count_tokenised()
-        return _staged(self._store, task, run, unit.bad, {**writer.counts, **unit.counts}, files, blocked)
+        return _staged(self._store, task, run, unit.bad, {**writer.counts, **unit.counts}, blocked, files)
 
     def _load_encoder(self, fast: bool) -> FastTokenizer:
         known = chunk_plan.known_findings(self._store.state)
@@ -160,8 +152,7 @@ class _Unit:
         self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
 
     def chunk(self, piece: InputPiece, stage: ChunkStage) -> None:
-        file = self.plan.files[piece.file]
-        weight = piece.weight
+        file, weight = self.plan.files[piece.file], piece.weight
         self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
         known = self._known_documents(piece.file)
         done = characters = 0
