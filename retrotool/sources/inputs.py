@@ -1,15 +1,12 @@
 """Find input files: their names, formats, slices and fingerprints; standard input is spooled to a file.
 
-* A file given by path is named by that path; a file in a folder by the folder's name and its path inside it.
-  Links to folders are followed, each folder once. What can't be an input, such as a pipe, is refused.
-* Skipped, and listed in a ``Survey``, are files in folders with an unknown suffix, and ``.bin`` and ``.npy``
-  files without an index. Hidden files and stores are skipped silently.
-* A folder saved by ``datasets`` (``save_to_disk``) lists its Arrow files in ``state.json``, or its splits in
-  ``dataset_dict.json``; other files in it are not read. A saved row selection (``datasets`` before 2) is
-  refused, because reading the table would include rows that were filtered out.
-* Standard input is copied to an unnamed scratch file, which worker processes open through ``/proc``. The
-  system frees it when this process ends, so a killed ``chunk`` can't resume it. It is JSON lines; its first
-  bytes show the compression.
+docs/how-to/chunk-a-corpus.md says what is found and how it is named.
+
+* In folders, ``.bin`` and ``.npy`` files without an index are skipped, too. Stores are skipped silently.
+* A folder saved by ``datasets`` lists its Arrow files in ``state.json``, or its splits in
+  ``dataset_dict.json``. A saved row selection (before version 2) is refused, because reading the table would
+  include rows that were filtered out.
+* Workers open the unnamed copy of standard input through ``/proc``; it is freed when this process ends.
 """
 
 from __future__ import annotations
@@ -41,6 +38,8 @@ FORMATS = {
     ".bin": "tokens", ".idx": "tokens", ".npy": "tokens", ".u16": "tokens", ".u32": "tokens",
 }  # fmt: skip
 COMPRESSIBLE = ("jsonl", "json", "csv", "tsv", "warc", "txt")  # formats of compressed files
+_PACKED = ", ".join(suffix for suffix, base in FORMATS.items() if base in COMPRESSIBLE)
+_KNOWN_FORMATS = f"Known formats: {', '.join(FORMATS)}; {_PACKED} also with {', '.join(COMPRESSIONS)}."
 IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt")  # whose positions are byte offsets; else rows from 1
 OFFSETS = ".offsets.npy"  # suffix of the file with the beginnings of a token file's documents
 _SAMPLES = 256
@@ -109,14 +108,9 @@ def _input_format(name: str) -> str | None:
     compression = compression_of(name)
     stem = name[: -len(compression) - 1] if compression else name
     base = FORMATS.get(Path(stem.lower()).suffix)
-    if base is None or (compression and base not in COMPRESSIBLE):
-        return None
-    return f"{base}.{compression}" if compression else base
-
-
-def _known_formats() -> str:
-    packed = [suffix for suffix, base in FORMATS.items() if base in COMPRESSIBLE]
-    return f"{', '.join(FORMATS)}; {', '.join(packed)} also with {', '.join(COMPRESSIONS)}"
+    if not compression:
+        return base
+    return f"{base}.{compression}" if base in COMPRESSIBLE else None
 
 
 class Survey(NamedTuple):
@@ -147,7 +141,7 @@ def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Su
             folder = _Folder(path)
             folder.walk()
             if not folder.files:
-                raise UsageError(f"{given} has no file of a known format", f"Known formats: {_known_formats()}.")
+                raise UsageError(f"{given} has no file of a known format", _KNOWN_FORMATS)
             for file in sorted(folder.files, key=folder.files.__getitem__):
                 name = (path.resolve().name / file.relative_to(path)).as_posix()
                 found.setdefault(file.resolve(), _describe(file, name))
@@ -156,7 +150,7 @@ def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Su
             if not stat.S_ISREG(mode):
                 raise _not_regular(path)
             if _input_format(path.name) is None:
-                raise UsageError(f"{given} has an unknown format", f"Known formats: {_known_formats()}.")
+                raise UsageError(f"{given} has an unknown format", _KNOWN_FORMATS)
             named = (part for part in Path(os.path.normpath(path)).parts if part != ".." and part.strip("/"))
             found.setdefault(path.resolve(), _describe(path, "/".join(named)))
     unread = sorted(file for file in left_out if file.resolve() not in found)

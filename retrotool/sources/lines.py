@@ -11,6 +11,7 @@ per MB and 0.5 µs per line.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import sys
@@ -94,7 +95,6 @@ def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\
 
 
 def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
-    """Yield the bytes of a range, and those after it, where its last line may end."""
     path, start = Path(file.path), where.start
     if where.last is not None and where.end is not None and file.compression:
         held = 0
@@ -126,13 +126,12 @@ def _cut_frames(file: InputFile, target: int) -> list[Slice]:
         return [WHOLE]
     slices = []
     start = first = text = 0
-    for frame, after in zip(found, [*found[1:], None], strict=True):
+    for frame, after in itertools.pairwise([*found, streams.Frame(file.size, 0, 2 * target)]):
         text += frame.content
-        end = file.size if after is None else after.offset
         # End the slice if the next frame would take it further from the target.
-        if after is None or text - first + after.content / 2 >= target:
-            slices.append(Slice(start, end, first, text))
-            start, first = end, text
+        if text - first + after.content / 2 >= target:
+            slices.append(Slice(start, after.offset, first, text))
+            start, first = after.offset, text
     return slices if len(slices) > 1 else [WHOLE]
 
 
@@ -221,17 +220,14 @@ def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
     """Return the numbers of the lines at ascending ``offsets``; raise ``InputError`` for a damaged file."""
     numbers: list[int] = []
     seen = line = 0
-    waiting = iter(offsets)
-    target = next(waiting, None)
     try:
         with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-            while target is not None and (block := next(stream, b"")):
+            while len(numbers) < len(offsets) and (block := next(stream, b"")):
                 place = 0
-                while target is not None and target <= seen + len(block):
+                for target in offsets[len(numbers) : bisect.bisect_right(offsets, seen + len(block))]:
                     line += block.count(b"\n", place, target - seen)
                     place = target - seen
                     numbers.append(line + 1)
-                    target = next(waiting, None)
                 line += block.count(b"\n", place)
                 seen += len(block)
     except BrokenStream as error:

@@ -177,25 +177,21 @@ def document_of(
 def _document(row: Mapping[str, Any], fields: Fields, source: str, line: int, position: int) -> Document:
     tokens = value = None
     if fields.tokens is not None:
-        text = ""
-        tokens = _tokens(row, fields.tokens, fields.max_document)
+        text, tokens = "", _tokens(row, fields.tokens, fields.max_document)
     elif fields.key is not None and fields.value is not None:
-        text = _text(row, fields.key, fields.max_document)
-        value = _text(row, fields.value, fields.max_document)
+        text, value = (_text(row, name, fields.max_document) for name in fields.required)
     else:
         text = _text(row, fields.text, fields.max_document)
     given = find(row, fields.id)
     if given is None:
         identifier = content_hash(text, value, tokens).hex()
-    elif isinstance(given, str) and given:
-        identifier = given
-    elif isinstance(given, int) and not isinstance(given, bool):
+    elif type(given) in (str, int) and given != "":
         identifier = str(given)
     else:
         raise BadRow(f"{fields.id!r} is neither a string nor a whole number")
     own = row.get("source")
     try:
-        kept = tuple(as_text(find(row, name)) for name in fields.keep) if fields.keep else ()
+        kept = tuple(_kept(find(row, name)) for name in fields.keep)
     except (TypeError, ValueError) as error:
         raise BadRow(f"a kept field can't be written: {reason_of(error)}") from error
     return Document(identifier, text, own if isinstance(own, str) else source, position, line, kept, value, tokens)
@@ -243,8 +239,5 @@ def _tokens(row: Mapping[str, Any], name: str, limit: int) -> npt.NDArray[Any]:
     return tokens
 
 
-def as_text(value: Any) -> str | None:
-    """Return a kept value as its column stores it: a string, or JSON."""
-    if value is None or isinstance(value, str):
-        return value
-    return orjson.dumps(value, default=str).decode()
+def _kept(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else orjson.dumps(value, default=str).decode()

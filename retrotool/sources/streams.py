@@ -31,8 +31,7 @@ from retrotool.read_ahead import ahead
 BLOCK_BYTES = 256 << 10
 _AHEAD = 16
 _PATIENCE_SECONDS = 2.0  # for the reading thread at close; a read of a pipe may never end
-_PIECE_BYTES = 1 << 10
-"""Compressed bytes per step. zstd expands a byte to at most 32 KiB, so a decompression bomb takes 32 MiB."""
+_PIECE_BYTES = 1 << 10  # compressed bytes per step: zstd expands a byte to at most 32 KiB, so a bomb takes 32 MiB
 _LARGEST_WINDOW = 1 << 31
 COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b\x08": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
@@ -75,19 +74,18 @@ def blocks(path: Path, compression: str, start: int = 0, end: int | None = None)
 def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
     """Yield decompressed blocks of ``BLOCK_BYTES``; raise ``BrokenStream`` after the last good one."""
     held = bytearray()
-    broken: BrokenStream | None = None
     try:
         for text in _texts(raw, compression):
             held += text
             while len(held) >= BLOCK_BYTES:
                 yield bytes(held[:BLOCK_BYTES])
                 del held[:BLOCK_BYTES]
-    except BrokenStream as error:
-        broken = error
+    except BrokenStream:
+        if held:
+            yield bytes(held)
+        raise
     if held:
         yield bytes(held)
-    if broken is not None:
-        raise broken
 
 
 def _blocks(path: Path, compression: str, start: int, end: int | None) -> Generator[bytes]:
