@@ -28,44 +28,30 @@ _TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CL100K_PATTERN = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""tiktoken's pattern in Oniguruma's syntax: white space at the very end is one piece."""
+)  # in Oniguruma's syntax: white space at the very end is one piece
 O200K_PATTERN = "|".join(
     [*(c + _CONTRACTIONS + "?" for c in _CASED), r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _TAIL]
 )
-KNOWN_PATTERNS = frozenset(
-    [
-        GPT2_PATTERN,
-        CL100K_PATTERN,
-        O200K_PATTERN,
-        *(
-            _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL
-            for digits in (r"\p{N}{1,3}", r"\p{N}")  # Llama 3, Qwen 2
-        ),
-    ]
-)
+_AROUND_DIGITS = (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL)
+_LLAMA_3, _QWEN_2 = (digits.join(_AROUND_DIGITS) for digits in (r"\p{N}{1,3}", r"\p{N}"))
+KNOWN_PATTERNS = frozenset([GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN, _LLAMA_3, _QWEN_2])
 
 
 def why_not_cut(fields: Mapping[str, Any]) -> str:
     """Return why texts must not be cut for the tokenizer of this ``tokenizer.json``, or ""."""
-    model = str((fields.get("model") or {}).get("type"))
-    normalizer = fields.get("normalizer") or {}
-    splitter = fields.get("pre_tokenizer") or {}
+    normalizer, splitter = fields.get("normalizer") or {}, fields.get("pre_tokenizer") or {}
+    kinds = (str((fields.get("model") or {}).get("type")), normalizer.get("type"), splitter.get("type"))
     for token in fields.get("added_tokens") or []:
         content = str(token.get("content", ""))
         reaches = (token.get("rstrip") and content[-1:].isalnum()) or (token.get("lstrip") and content[:1].isalnum())
         if reaches or re.search(r"[A-Za-z] |\n\w", content) or (token.get("normalized") and normalizer):
             return f"the added token {content!a} may reach across white space, or is found in normalised text"
-    if (
-        model == "WordPiece"
-        and normalizer.get("type") == "BertNormalizer"
-        and splitter.get("type") == "BertPreTokenizer"
-    ):
+    if kinds == ("WordPiece", "BertNormalizer", "BertPreTokenizer"):
         return ""
-    if model != "BPE":
-        return f"{model} models are not among those it is exact for"
-    if normalizer.get("type") not in (None, "NFC"):
-        return f"the normaliser {normalizer.get('type')} is not among those it is exact for"
+    if kinds[0] != "BPE":
+        return f"{kinds[0]} models are not among those it is exact for"
+    if kinds[1] not in (None, "NFC"):
+        return f"the normaliser {kinds[1]} is not among those it is exact for"
     return _why_not_split(splitter)
 
 

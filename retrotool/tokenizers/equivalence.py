@@ -47,12 +47,16 @@ _CHARACTER_FRAMES = (
 )  # fmt: skip
 _WORDS = ("'s", "'LL", "'re", "the", "don't", "Ing", "   ", "\n\n", "\r\n", "\t\t", "2024", "...", "//", "ﬁ", "ǆ")
 _STRANGE = "éßÅİſжЖѣאשعلى一龍あア한각ไ์िक्ষ𐍈𝒳🎈👩🏽£—…“’«»\u00a0\u2003\u3000\u2028\u200d\ufe0f\u0301\u0327\u0345٣²½Ⅳ①￼"
-
-
-_KINDS = {
-    " ": " ", "\n": r"\n", "\r": r"\r", "\t": r"\t", "a": r"[^\W\d_]", "1": r"\d", ".": r"[^\w\s]", "-": r"[^\w\s]",
+_KINDS = {  # characters to try, and the class that each stands for at the ends of a run
+    " ": " ",
+    "\n": r"\n",
+    "\r": r"\r",
+    "\t": r"\t",
+    "a": r"[^\W\d_]",
+    "1": r"\d",
+    ".": r"[^\w\s]",
+    "-": r"[^\w\s]",
 }  # fmt: skip
-"""Characters to try, and the class that each stands for at the ends of a run."""
 _SHORT = (*range(1, 10), 12, 15, 16, 17, 20, 24, 31, 32, 33)
 _LONG = (40, 48, 63, 64, 65, 80, 96, 127, 128, 129, 200, 256)
 _SPACE_BYTES = 3  # most bytes of a white space character in UTF-8
@@ -134,7 +138,7 @@ class Guard:
         if len(self.substrings) > _MOST_SUBSTRINGS:
             self.why = f"it differs on at least {len(self.substrings)} pairs of ASCII characters or added tokens"
             return
-        self._look_for(unlike_runs(self._differing_somehow, self._is_known))
+        self._look_for(self._unlike_runs())
         frames = [frame for frame in _CHARACTER_FRAMES if not self._is_known(frame.format("e"))]
         frames = list(itertools.compress(frames, ~_unlike(self._split, [frame.format("e") for frame in frames])))
         self.frames = "".join(frames), "".join(frame for frame in frames if "}'" not in frame)
@@ -151,7 +155,8 @@ class Guard:
 
     def _look_for(self, runs: tuple[TokenRun, ...]) -> None:
         self.runs = runs
-        self._patterns = {plain: [run.pattern(ascii_only=plain) for run in runs] for plain in (False, True)}
+        long = [re.compile(re.escape(unsafe)) for unsafe in self.substrings if len(unsafe) > 2]
+        self._patterns = {plain: [*long, *(run.pattern(ascii_only=plain) for run in runs)] for plain in (False, True)}
 
     def _unsafe_pair_in(self, text: str) -> str:
         """Return an ASCII pair without which ``text`` would have the same tokens in both, or ""."""
@@ -184,8 +189,21 @@ class Guard:
             unsure[places[np.searchsorted(ends, self._unsafe_places(joined), side="right")]] = True
         return unsure
 
-    def _differing_somehow(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        return np.asarray(_unlike(self._split, texts) | _unlike(self._whole, texts))
+    def _unlike_runs(self) -> tuple[TokenRun, ...]:
+        """Return the runs that the two treat differently, each with its least length."""
+
+        def unlike(texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+            return np.asarray(_unlike(self._split, texts) | _unlike(self._whole, texts))
+
+        found = []
+        ways = [way for way in itertools.product(_KINDS, repeat=3) if way[1] not in (way[0], way[2])]
+        tried = {way: [(n, text) for n, text in _run_texts(*way) if not self._is_known(text)] for way in ways}
+        # Try all lengths in one text, then one by one.
+        for way in itertools.compress(ways, unlike(["".join(text for _, text in tried[way]) for way in ways])):
+            wrong = list(itertools.compress(tried[way], unlike([text for _, text in tried[way]])))
+            if wrong:
+                found.append(TokenRun(way[0], way[1], min(wrong)[0], way[2]))
+        return tuple(found)
 
     def _is_known(self, text: str) -> bool:
         return any(unsafe in text for unsafe in self.substrings)
@@ -199,14 +217,13 @@ class Guard:
             else np.frombuffer(f"{text}\n".encode("utf-32-le", "surrogatepass"), np.uint32)
         )
         found = [] if plain else [self._above_ascii(codes)]
-        found += [np.array([m.start() for m in run.finditer(text)], np.int64) for run in self._patterns[plain]]
+        found += [np.array([m.start() for m in one.finditer(text)], np.int64) for one in self._patterns[plain]]
         pairs = [unsafe for unsafe in self.substrings if len(unsafe) <= 2]
         for first in {pair[0] for pair in pairs}:
             if first in text:
                 places = np.flatnonzero(codes[:-1] == ord(first))
                 seconds = {pair[1:] for pair in pairs if pair[0] == first}
                 found += [places[codes[places + 1] == ord(second)] if second else places for second in seconds]
-        found += [_occurrences(text, unsafe) for unsafe in self.substrings if len(unsafe) > 2]
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def _above_ascii(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
@@ -299,10 +316,6 @@ class Guard:
         return sorted({name[:length] for name in found})
 
 
-def _occurrences(text: str, part: str) -> npt.NDArray[np.int64]:
-    return np.array([match.start() for match in re.finditer(re.escape(part), text)], np.int64)
-
-
 def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield what to put before a pair, and after it by its second character."""
     letters = [chr(code) for code in range(128)]
@@ -343,24 +356,6 @@ def differing(one: Flat, other: Flat) -> npt.NDArray[np.bool_]:
         length = one[1][i]
         wrong[i] = not np.array_equal(one[0][starts[i] : starts[i] + length], other[0][others[i] : others[i] + length])
     return np.asarray(wrong, bool)
-
-
-def unlike_runs(
-    differing: Callable[[Sequence[str]], npt.NDArray[np.bool_]], known: Callable[[str], bool]
-) -> tuple[TokenRun, ...]:
-    """Return the runs that ``differing`` shows, each with its least length; skip ``known`` texts."""
-    least = []
-    ways = [way for way in itertools.product(_KINDS, repeat=3) if way[1] not in (way[0], way[2])]
-    tried = {way: [(n, text) for n, text in _run_texts(*way) if not known(text)] for way in ways}
-    # Try all lengths in one text, then one by one.
-    wrong = differing(["".join(text for _, text in tried[way]) for way in ways])
-    for way in itertools.compress(ways, wrong):
-        alone = differing([text for _, text in tried[way]])
-        if alone.any():
-            least.append(
-                TokenRun(way[0], way[1], min(n for (n, _), bad in zip(tried[way], alone, strict=True) if bad), way[2])
-            )
-    return tuple(least)
 
 
 def _run_texts(before: str, inside: str, after: str) -> list[tuple[int, str]]:

@@ -1,16 +1,14 @@
 """Find a tokenizer by file, directory or hub repository, and convert any kind to a ``tokenizer.json``.
 
-A SentencePiece ``.model`` (Kudo and Richardson 2018, arXiv 1808.06226) is converted to the `tokenizers`
-library and compared with SentencePiece on texts of many scripts and of the model's pieces. A model that can't
-be converted, or that gives other ids, is refused. Differences may remain where a Unigram model has two splits
-of the same score, and where a character map meets rare sequences of combining marks. Control pieces (``<s>``)
-are never found in text. Needs the extra ``sentencepiece``; about a second for 32,000 pieces.
+A SentencePiece ``.model`` (arXiv 1808.06226) is converted and compared with SentencePiece on texts of many
+scripts and of the model's pieces; about a second for 32,000 pieces. Differences may remain where a Unigram
+model has two splits of the same score, and where a character map meets rare sequences of combining marks.
+Control pieces (``<s>``) are never found in text.
 
-A tiktoken file (a token in base64 and its rank per line) has only tokens. The file's name
-(``o200k_base.tiktoken``) selects the splitting pattern and special tokens. tiktoken joins the two neighbours
-that make the token of the lowest rank, so every way to make a token of two others is a merge, in the order of
-ranks. Results may differ only for overlapping merges of the same token, in runs of one letter that no token
-holds.
+A tiktoken file has only tokens; its name selects the splitting pattern and special tokens. tiktoken joins the
+two neighbours that make the token of the lowest rank, so every way to make a token of two others is a merge,
+in the order of ranks. Results may differ only for overlapping merges of the same token, in runs of one letter
+that no token holds.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import base64
 import binascii
 import importlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +187,7 @@ def _build(model: Any) -> tokenizers.Tokenizer:
     if spec.model_type == _BPE:
         kernel: Any = models.BPE(
             vocab={piece: i for i, piece in enumerate(names)},
-            merges=list(_merges(model)),
+            merges=_merges(model),
             unk_token=names[spec.unk_id],
             fuse_unk=True,
             byte_fallback=spec.byte_fallback,
@@ -227,8 +225,8 @@ def _build(model: Any) -> tokenizers.Tokenizer:
     return library
 
 
-def _merges(model: Any) -> Iterator[tuple[str, str]]:
-    """Yield the pairs that SentencePiece's BPE may merge, highest score first."""
+def _merges(model: Any) -> list[tuple[str, str]]:
+    """Return the pairs that SentencePiece's BPE may merge, highest score first."""
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
     ranked = [
         (-score, place, piece[:end], piece[end:])
@@ -236,28 +234,21 @@ def _merges(model: Any) -> Iterator[tuple[str, str]]:
         for end in range(1, len(piece))
         if piece[:end] in scores and piece[end:] in scores
     ]
-    for _, _, left, right in sorted(ranked):
-        yield left, right
+    return [(left, right) for _, _, left, right in sorted(ranked)]
 
 
 _GPT2 = (GPT2_PATTERN, {"endoftext": 50256})
-ENCODINGS: dict[str, tuple[str, Mapping[str, int]]] = {
+ENCODINGS: dict[str, tuple[str, Mapping[str, int]]] = {  # splitting pattern, and ids of special tokens
     "gpt2": _GPT2,
     "r50k_base": _GPT2,
     "p50k_base": _GPT2,
-    "p50k_edit": (
-        GPT2_PATTERN, {"endoftext": 50256, "fim_prefix": 50281, "fim_middle": 50282, "fim_suffix": 50283},
-    ),
+    "p50k_edit": (GPT2_PATTERN, {"endoftext": 50256, "fim_prefix": 50281, "fim_middle": 50282, "fim_suffix": 50283}),
     "cl100k_base": (
         CL100K_PATTERN,
-        {
-            "endoftext": 100257, "fim_prefix": 100258, "fim_middle": 100259, "fim_suffix": 100260,
-            "endofprompt": 100276,
-        },
+        {"endoftext": 100257, "fim_prefix": 100258, "fim_middle": 100259, "fim_suffix": 100260, "endofprompt": 100276},
     ),
     "o200k_base": (O200K_PATTERN, {"endoftext": 199999, "endofprompt": 200018}),
-}  # fmt: skip
-"""What a tiktoken file lacks, by encoding: the splitting pattern and the ids of special tokens."""
+}
 
 
 def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:

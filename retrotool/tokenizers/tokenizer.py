@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 _CONTINUATION = "##"
 _HELD = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_PROBE = "a  b\n\n \tc " + "".join(
-    map(chr, [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x10FFFF, 0x4000)])
-)
-"""Text with every byte of UTF-8, and white space of all kinds."""
+_CODE_POINTS = [*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x10FFFF, 0x4000)]
+_PROBE = "a  b\n\n \tc " + "".join(map(chr, _CODE_POINTS))  # every byte of UTF-8, white space of all kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,30 +90,25 @@ class Tokenizer:
         counts = [1] * len(texts)
         if self._may_cut and any(len(text) > _HELD for text in texts):
             texts, counts = cut_texts(texts, _HELD // 4, _HELD // 2)
-        ids: list[npt.NDArray[np.uint32]] = []
-        lengths: list[int] = []
+        ids = [np.empty(0, np.uint32)]
         for run in slices(texts, _HELD):  # as the library needs over 100 bytes per token
-            for encoding in self._encodings(run):
-                ids.append(np.array(encoding.ids, np.uint32))
-                lengths.append(len(ids[-1]))
-        flat = np.concatenate(ids) if ids else np.empty(0, np.uint32)
-        tokens = np.array(lengths, np.int64)
+            ids += [np.array(encoding.ids, np.uint32) for encoding in self._encodings(run)]
+        lengths = np.array([len(some) for some in ids[1:]], np.int64)
         if len(counts) < len(lengths):
-            tokens = np.add.reduceat(tokens, (np.cumsum(counts) - counts).astype(np.intp))
-        return flat, tokens
+            lengths = np.add.reduceat(lengths, (np.cumsum(counts) - counts).astype(np.intp))
+        return np.concatenate(ids), lengths
 
     def _encodings(self, texts: list[str]) -> list[tokenizers.Encoding]:
         try:
             return self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError as error:  # raised for text that is not valid UTF-8
-            for text in texts:
-                lone = _SURROGATE.search(text)
-                if lone is not None:
-                    raise UsageError(
-                        f"text with the surrogate U+{ord(lone[0]):04X} at character {lone.start()} has no UTF-8",
-                        "Replace it, as text.encode(errors='replace').decode() does.",
-                    ) from error
-            raise
+            lone = next(filter(None, map(_SURROGATE.search, texts)), None)
+            if lone is None:
+                raise
+            raise UsageError(
+                f"text with the surrogate U+{ord(lone[0]):04X} at character {lone.start()} has no UTF-8",
+                "Replace it, as text.encode(errors='replace').decode() does.",
+            ) from error
 
     def encode_chunk_text(self, text: str) -> list[int]:
         """Return the token ids of a chunk's text, which may begin inside a word (``##...`` in WordPiece)."""
@@ -154,12 +147,11 @@ class Tokenizer:
 
     def decode(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> pa.LargeBinaryArray:
         """Return the UTF-8 bytes of rows of ``tokens`` [n, chunk_length], of which ``n_tokens`` [n] count."""
-        table = self._byte_table
-        if table is None:
-            rows = [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
-            texts = self.backend.decode_batch(rows, skip_special_tokens=False)
-            return pa.array([text.encode() for text in texts], pa.large_binary())
-        return self._join(table, tokens, n_tokens)
+        if self._byte_table is not None:
+            return self._join(self._byte_table, tokens, n_tokens)
+        rows = [row[:n].tolist() for row, n in zip(tokens, n_tokens, strict=True)]
+        texts = self.backend.decode_batch(rows, skip_special_tokens=False)
+        return pa.array([text.encode() for text in texts], pa.large_binary())
 
     def _join(self, table: pa.Array, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> pa.LargeBinaryArray:
         ids = tokens.astype(np.int64)
