@@ -1,13 +1,11 @@
 """Parquet and Arrow input: only the columns needed, a few MiB of rows at a time.
 
-* A batch is processed in windows by the bytes of its texts, so memory does not grow with the size of a batch.
-  A value that Python can't represent (broken UTF-8, a distant time) rejects only its row.
-* Parquet row groups are read one by one, with page checksums. At a damaged page the group is read again in
-  small steps, so that every row before it comes out. Column chunks in the footer are not used: pyarrow's
-  accessor crashes the process if the footer is damaged.
-* Arrow files (``.arrow``, ``.feather`` version 2) and streams are recognised by content. Arrow trusts
-  offsets, so each batch is validated in full. Files are not memory-mapped: truncating one would crash the
-  process. A file without its footer is read as a stream.
+* A batch is processed in windows by the bytes of its texts. A value that Python can't represent (broken
+  UTF-8, a distant time) rejects only its row.
+* At a damaged Parquet page the row group is read again in small steps, so that every row before it comes out.
+  Column chunks in the footer are not used: pyarrow's accessor crashes the process if the footer is damaged.
+* Arrow files and streams are recognised by content. Arrow trusts offsets, so each batch is validated in full.
+  Files are not memory-mapped: truncating one would crash the process. A file without its footer is a stream.
 * Slices are runs of row groups or record batches; streams are not sliced.
 
 Cost: about 2 µs per row besides copying its text, more for key-value records, token ids and kept fields.
@@ -50,8 +48,7 @@ _RETRIED_ROWS = 100_000  # most steps to read a row group again up to a damaged 
 _FILE = b"ARROW1"
 _FEATHER_1 = b"FEA1"
 _STREAM_START = 8
-_MARK, _END = b"\xff\xff\xff\xff", b"\0\0\0\0"
-"""A message starts with a mark (since version 0.15) and its length; length 0 ends a stream."""
+_MARK, _END = b"\xff\xff\xff\xff", b"\0\0\0\0"  # before a message's length since version 0.15; length 0, the end
 _TEXT = (
     pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
     pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary,
@@ -174,20 +171,18 @@ def _token_rows(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
     if not _is_list(array.type) or not pa.types.is_integer(array.type.value_type):
         return _values(array, unreadable)
     begins, ends = _bounds(array)
-    known = array.is_valid().to_numpy(zero_copy_only=False) & (ends > begins)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    known = valid & (ends > begins)
     low, high = (int(begins[known].min()), int(ends[known].max())) if known.any() else (0, 0)
     begins, ends = np.where(known, begins - low, 0), np.where(known, ends - low, 0)
     flat = array.values.slice(low, high - low)
     numbers = (flat.fill_null(0) if flat.null_count else flat).to_numpy(zero_copy_only=False)
-    found: list[Any] = [numbers[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
     if flat.null_count:
         counted = np.concatenate([[0], np.cumsum(flat.is_null().to_numpy(zero_copy_only=False))])
         for i in np.flatnonzero(counted[ends] > counted[begins]).tolist():
             unreadable.setdefault(i, "a token id is null")
-    if array.null_count:
-        for i in np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False)).tolist():
-            found[i] = None
-    return found
+    spans = zip(begins.tolist(), ends.tolist(), valid.tolist(), strict=True)
+    return [numbers[begin:end] if is_valid else None for begin, end, is_valid in spans]
 
 
 def _bounds(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -213,20 +208,15 @@ def documents_of_batch(
     batch: pa.RecordBatch, fields: Fields, source: str, line: int, position: int
 ) -> Iterator[Document | Rejected]:
     """Yield documents of a batch; its first row is ``line`` of the slice and ``position`` of the file."""
-    arrays = {}
-    for name in fields.wanted:
-        if (array := _column(batch, name)) is not None:
-            arrays[name] = _plain(array)
+    columns = ((name, _column(batch, name)) for name in fields.wanted)
+    arrays = {name: _plain(array) for name, array in columns if array is not None}
     for start, end in _row_windows(arrays, batch.num_rows):
         window = {name: array.slice(start, end - start) for name, array in arrays.items()}
         yield from _window(window, fields, source, line + start, position + start)
 
 
 def _row_windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]:
-    total = np.zeros(rows, np.int64)
-    for array in arrays.values():
-        total += _lengths(array)
-    ends = total.cumsum()
+    ends = sum(map(_lengths, arrays.values()), np.zeros(rows, np.int64)).cumsum()
     start, before = 0, 0
     while start < rows:
         end = int(np.searchsorted(ends, before + WINDOW_BYTES, side="right"))
@@ -313,13 +303,9 @@ def _open(file: InputFile) -> pq.ParquetFile:
 
 def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
     schema = table.schema_arrow
-    found = []
-    for name in fields.wanted:
-        way = _steps(schema, name)
-        if way is not None:
-            # Of a map the whole column is read.
-            found.append(name if all(isinstance(step, int) for step in way) else schema.names[int(way[0])])
-    return found
+    ways = [(name, way) for name in fields.wanted if (way := _steps(schema, name))]
+    # Of a map the whole column is read.
+    return [name if all(isinstance(step, int) for step in way) else schema.names[int(way[0])] for name, way in ways]
 
 
 def _check_counts(table: pq.ParquetFile) -> None:
@@ -443,8 +429,6 @@ def _stream(source: pa.NativeFile, fields: Fields) -> Iterator[pa.RecordBatch]:
 
 def _options(schema: pa.Schema, fields: Fields) -> pa.ipc.IpcReadOptions:
     ways = [_steps(schema, name) for name in fields.wanted]
-    needed = sorted({int(way[0]) for way in ways if way})
     # An empty list reads all columns, whose names are reported.
-    if _missing(schema, fields):
-        needed = []
+    needed = [] if _missing(schema, fields) else sorted({int(way[0]) for way in ways if way})
     return pa.ipc.IpcReadOptions(included_fields=needed)
