@@ -192,16 +192,12 @@ def commit_plan(
         n_known = len(files) - len(new)
         if not new:
             return None
-        chosen = [file for file, _ in new.values()]
-        chosen_places = tuple(place for _, place in new.values())
+        chosen, places = zip(*new.values(), strict=True)
+        readers = {i: known.readers[place] for i, place in enumerate(places) if place in known.readers}
         units = cut_units(chosen, options.fields, options.part_size, store.identity.chunk_length)
         plan = ChunkPlan(
-            tuple(chosen), tuple(new), chosen_places, options.fields, options.part_size, tuple(units),
-            fast=may_be_fast(state, chosen), allow_purged=options.allow_purged,
-            read_before={
-                number: known.readers[place] for number, place in enumerate(chosen_places) if place in known.readers
-            },
-            owner=run.id if any(map(is_spooled, chosen)) else "",
+            chosen, tuple(new), places, options.fields, options.part_size, tuple(units), may_be_fast(state, chosen),
+            options.allow_purged, readers, owner=run.id if any(map(is_spooled, chosen)) else "",
         )  # fmt: skip
         entry = write_plan(store, run, plan_id, plan)
         counts = dict.fromkeys((*PLAN_COUNTS, "parts", "done"), 0)

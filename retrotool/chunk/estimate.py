@@ -84,9 +84,8 @@ def estimate(
     known = 0
     if is_store(storage_at(root)):
         store = Store.open(root)
-        check_store_identity(
-            store, tokenizer, Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None, chunk_length
-        )
+        given = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
+        check_store_identity(store, tokenizer, given, chunk_length)
         fingerprints = known_inputs(store, store.state, options).fingerprints
         new = [fingerprint not in fingerprints for fingerprint, _ in hashes_of(store, files, options.fields)]
         known, files = new.count(False), list(itertools.compress(files, new))

@@ -25,7 +25,7 @@ from retrotool.store.store import Store
 
 ROWS = 4 << 20
 RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<i8")])
-_TABLE_BITS = (16, 27)
+_LEAST_TABLE_BITS, _MOST_TABLE_BITS = 16, 27
 _TABLE_ENTRIES_A_HASH = 16
 
 Records = npt.NDArray[Any]
@@ -42,9 +42,8 @@ def find_repeats(
     numbers = (part for part in store.state.all_parts() if part < new_parts.stop)
     sizes = {part: parts.part_entry(store, "documents", part).rows for part in numbers}
     new, old = [part for part in sizes if part >= new_parts.start], [part for part in sizes if part < new_parts.start]
-    low, high = _TABLE_BITS
     expected = _TABLE_ENTRIES_A_HASH * sum(sizes[part] for part in new) if old else 0
-    shift = np.uint64(64 - min(max(expected.bit_length(), low), high))
+    shift = np.uint64(64 - min(max(expected.bit_length(), _LEAST_TABLE_BITS), _MOST_TABLE_BITS))
     maybe_new = np.zeros(1 << (64 - int(shift)), np.bool_)
     with HashPartitions(sum(sizes.values()), ROWS) as partitions:
         for part in new:

@@ -31,8 +31,8 @@ Files = tuple[tuple[FileEntry, ...], ...]  # (documents, chunks) of each part
 class _ChunksFile:
     """A chunks file written by a thread, which starts with the first row groups."""
 
-    def __init__(self, store: Store, name: FileName, threads: ThreadPoolExecutor) -> None:
-        self._store, self._name, self._threads = store, name, threads
+    def __init__(self, store: Store, run: str, threads: ThreadPoolExecutor) -> None:
+        self._store, self._run, self._threads = store, run, threads
         self._tables: queue.Queue[pa.Table | CancelledError | None] = queue.Queue(_QUEUE)
         self._waiting: list[tuple[npt.NDArray[Any], ...]] = []
         self._flushed = 0
@@ -66,7 +66,8 @@ class _ChunksFile:
                     self._written.result()  # raises the thread's error, such as a full disk
 
     def _write(self, schema: pa.Schema) -> FileEntry:
-        return parts.write_batches(self._store, self._name, schema, self._given(), row_group=parts.ROW_GROUP)
+        name = FileName.new(self._run, "chunks", "", "parquet")  # parts are numbered at the commit
+        return parts.write_batches(self._store, name, schema, self._given(), row_group=parts.ROW_GROUP)
 
     def _given(self) -> Iterator[pa.Table]:
         while (item := self._tables.get()) is not None:
@@ -109,7 +110,7 @@ class PartWriter:
         self._column_bytes = 0
         self._documents = 0
         self._pieces = 1
-        self._chunks = self._new_file()
+        self._chunks = _ChunksFile(self._store, self._run, self._threads)
         self.counts = {"documents": 0, "chunks": 0, "tokens": 0}
 
     def __enter__(self) -> PartWriter:
@@ -163,19 +164,13 @@ class PartWriter:
                 self._close_part()
             start = stop
 
-    def _new_file(self) -> _ChunksFile:
-        return _ChunksFile(self._store, self._name("chunks"), self._threads)
-
-    def _name(self, kind: str) -> FileName:
-        return FileName.new(self._run, kind, "", "parquet")  # parts are numbered at the commit
-
     def _close_part(self) -> None:
         chunks = self._chunks.close()
         documents = pa.Table.from_batches(self._columns, self._schema).combine_chunks()
         self._columns, self._documents, self._column_bytes = [], 0, 0
-        entry = parts.write_parquet(self._store, self._name("documents"), documents)
-        self._closed.append((entry, chunks))
-        self._chunks = self._new_file()
+        name = FileName.new(self._run, "documents", "", "parquet")
+        self._closed.append((parts.write_parquet(self._store, name, documents), chunks))
+        self._chunks = _ChunksFile(self._store, self._run, self._threads)
 
     def close(self) -> Files:
         """Close the last part; return the entries of all parts."""

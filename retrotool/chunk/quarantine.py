@@ -41,17 +41,12 @@ class Quarantine:
         self._input, self._reason = array("i"), array("i")
         self._line, self._offset = array("q"), array("q")
         self._excerpts: list[str] = []
-        self._damage: set[int] = set()
+        self.damage: set[int] = set()  # rows that stand for the rest of a damaged file
         self._lines_before: Callable[[], int] = int
         self._before: int | None = None
 
     def __len__(self) -> int:
         return len(self._line)
-
-    @property
-    def damaged(self) -> int:
-        """Number of rows that stand for the rest of a damaged file."""
-        return len(self._damage)
 
     def open(self, path: str, lines_before: Callable[[], int] = int) -> None:
         """Start with the input at ``path`` or a range of it, which ``lines_before()`` lines precede."""
@@ -61,7 +56,7 @@ class Quarantine:
     def append(self, row: Rejected) -> None:
         """Add a row of the open input."""
         if row.damage:
-            self._damage.add(len(self))
+            self.damage.add(len(self))
         if len(self) < EXCERPTS:
             self._excerpts.append(row.excerpt)
         self._input.append(len(self._inputs) - 1)
@@ -94,7 +89,7 @@ class Quarantine:
                 pa.array(offset, pa.int64(), mask=offset < 0),
                 reasons.take(pa.array(np.array(self._reason[rows]))),
                 pa.array(excerpts + [""] * (stop - start - len(excerpts)), pa.string()),
-                pa.array([i in self._damage for i in range(start, stop)]),
+                pa.array([i in self.damage for i in range(start, stop)]),
             ]
             yield pa.table(columns, schema=parts.QUARANTINE_SCHEMA)
 

@@ -102,7 +102,7 @@ def _staged(
 ) -> Staged:
     plan_id, index = task.inputs["plan"], task.inputs["unit"]
     quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
-    counts = {**counts, "rejected": len(bad), "damaged": bad.damaged}
+    counts = {**counts, "rejected": len(bad), "damaged": len(bad.damage)}
     unit = Unit(plan_id, index, files, quarantine, counts, None if blocked is None else blocked.slots)
     return Staged(task.key, "chunk", run, reads=(task.inputs["path"],), unit=unit)
 

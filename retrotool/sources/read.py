@@ -53,7 +53,10 @@ def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
     except Exception as error:
         if not _is_damage(error):
             raise
-        yield Rejected(0, f"can't be read: {_reason_of(error)}", damage=True)
+        kind, reason = type(error).__name__, reason_of(error)
+        if not isinstance(error, OSError | pa.ArrowException):  # whose messages are sentences
+            reason = f"{kind}: {reason}" if reason else kind
+        yield Rejected(0, f"can't be read: {reason or kind}", damage=True)
 
 
 def check_fields(fields: Fields) -> None:
@@ -96,11 +99,3 @@ def _is_damage(error: Exception) -> bool:
     if isinstance(error, RetrotoolError):
         return isinstance(error, InputError)
     return not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
-
-
-def _reason_of(error: Exception) -> str:
-    """Return an exception's first line, with its type unless the message is a sentence."""
-    first = reason_of(error)
-    if isinstance(error, OSError | pa.ArrowException):
-        return first or type(error).__name__
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -206,9 +206,8 @@ def _document(
         return Rejected(line, too_many, offset)
     if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
         return Rejected(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
-    return Document(
-        content_hash("", None, tokens).hex(), "", source, position, line, (None,) * len(fields.keep), None, tokens
-    )
+    identifier, kept = content_hash("", None, tokens).hex(), (None,) * len(fields.keep)
+    return Document(identifier, "", source, position, line, kept, None, tokens)
 
 
 def _native(data: bytes, dtype: np.dtype[Any], size: int) -> Tokens:

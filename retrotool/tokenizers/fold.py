@@ -106,8 +106,7 @@ SPACE, WORD = 0, 1
 def kinds() -> npt.NDArray[np.uint8]:
     """Return for each code point: white space (0), part of a word (1), or other (2)."""
     found = np.full(0x110000, 2, np.uint8)
-    for number in range(len(found)):
-        character = chr(number)
+    for number, character in enumerate(map(chr, range(len(found)))):
         if character.isspace():
             found[number] = SPACE
         elif character.isalnum() or unicodedata.category(character)[0] == "M":
