@@ -62,7 +62,6 @@ def find_repeats(
 def _read_hashes(
     store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]] | None
 ) -> tuple[npt.NDArray[Any], Places]:
-    """Read the hashes [n, 2] and places [n] of a part's documents that take part."""
     values = parts.read_documents(store, part, [column])[column]
     hashes = parts.from_fixed_binary(values, np.dtype(">u8"))
     wanted = np.array(values.is_valid())

@@ -175,8 +175,7 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFil
     sources.check_fields(options.fields)
     try:
         found = sources.survey(inputs)
-        files = list(found.files)
-        for file in files:
+        for file in found.files:
             sources.check_input(file, options.fields)
             with Path(file.path).open("rb"):
                 pass
@@ -185,7 +184,7 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFil
     if found.left_out:
         skipped = output.count(len(found.left_out), "file")
         options.note(f"{skipped} of unknown format skipped, such as {found.left_out[0]}.")
-    return files
+    return found.files
 
 
 def _findings(

@@ -286,7 +286,6 @@ def cut_parquet(file: InputFile, target: int) -> list[Slice]:
 
 
 def _runs(sizes: list[int], counts: list[int], target: int) -> list[Slice]:
-    """Return slices of consecutive groups that reach ``target`` bytes each."""
     befores = [0, *itertools.accumulate(counts)]
     found, start, held = [], 0, 0
     for i, size in enumerate(sizes):
@@ -309,10 +308,8 @@ def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
 
 
 def _check_counts(table: pq.ParquetFile) -> None:
-    """Raise ``InputError`` if the row groups do not have as many rows as the footer says."""
-    counts = _row_counts(table)
-    if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows:
-        rows = table.metadata.num_rows
+    counts, rows = _row_counts(table), table.metadata.num_rows
+    if min(counts, default=0) < 0 or sum(counts) != rows:
         raise InputError(f"the footer is damaged: {rows:,} rows, but {sum(counts):,} in its row groups")
 
 

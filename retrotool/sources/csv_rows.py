@@ -1,11 +1,9 @@
 """CSV and TSV files: a header row with column names, then a row per document, quoted as in RFC 4180.
 
-Python's ``csv`` parses records in strict mode; this module adds the line number of each record (the header is
-1) and its byte offset. A row with a wrong number of fields or invalid UTF-8 is rejected alone. A misplaced or
-unclosed quote, or a record over the limit, rejects the rest of the file. An empty field is a missing value.
-
-Other dialects (semicolons, backslash escapes) are not supported. Files can't be cut into slices, as quotes
-may contain newlines. Cost: about 6 ms per MB of text and 3 µs per row; memory for two records.
+A row with a wrong number of fields or invalid UTF-8 is rejected alone. A misplaced or unclosed quote, or a
+record over the limit, rejects the rest of the file. An empty field is a missing value. Other dialects
+(semicolons, backslash escapes) are not supported. Files can't be cut into slices, as quotes may contain
+newlines. Cost: about 6 ms per MB of text and 3 µs per row; memory for two records.
 """
 
 from __future__ import annotations
@@ -119,7 +117,6 @@ class _Lines:
         self.begin_record()
 
     def begin_record(self) -> None:
-        """Start a record with the next line."""
         self._begins, self.problem = True, ""
         self.line, self.offset, self.head = self._next, self._place, b""
 

@@ -270,7 +270,6 @@ def _not_hidden(names: Sequence[str]) -> list[str]:
 
 
 def _tell_apart(files: list[InputFile]) -> list[InputFile]:
-    """Add folder names to names that are not unique."""
     while shared := {name for name, n in Counter(file.name for file in files).items() if n > 1}:
         for i, file in enumerate(files):
             if file.name in shared:

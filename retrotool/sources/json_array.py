@@ -109,10 +109,8 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
                 yield element.value
                 element = ObjectBuilder()
         events.clear()
-        if not broken and size > limit:
-            broken = f"element of more than {limit:,} bytes"
-        if broken:
-            raise BrokenSyntax(broken)
+        if broken or size > limit:
+            raise BrokenSyntax(broken or f"element of more than {limit:,} bytes")
 
 
 def _first_bytes(stream: Iterator[bytes]) -> bytes:

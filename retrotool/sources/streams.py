@@ -1,12 +1,11 @@
 """Read the bytes of an input: plain, or decompressed from gzip, zstd, bzip2 and xz, with all damage detected.
 
-``blocks`` reads and decompresses ahead in a thread. A stream that is damaged or ends inside a frame raises
-``BrokenStream`` after the data before it; each frame's end mark is checked, because zstandard's
-``stream_reader`` returns a short prefix of a truncated file without an error. Several members or frames, also
-with zeros between or after them, are read to the end; anything else after a frame is damage.
+A stream that is damaged or ends inside a frame raises ``BrokenStream`` after the data before it; each frame's
+end mark is checked, because zstandard's ``stream_reader`` returns a short prefix of a truncated file without
+an error. Several members or frames are read to the end, also with zeros between or after them; anything else
+after a frame is damage. Dictionaries are not supported.
 
-``frames_of`` finds where a large zstd archive can be cut for several workers. It reads the headers of frames
-and blocks (RFC 8878) without decompressing, about 20 ms per GB of text. Dictionaries are not supported.
+``frames_of`` reads the headers of frames and blocks (RFC 8878), about 20 ms per GB of text.
 
 Cost per core: zstd about 500 MB/s of text, gzip 250, xz 100, bzip2 30. Memory: a few blocks, what
 ``_PIECE_BYTES`` expand to (at most about 32 MiB), and the frame's window (zstd up to 2 GiB).

@@ -13,10 +13,9 @@ A plain file has only little-endian ids: uint16 in ``.u16``, uint32 in ``.u32``,
 * ``NAME.offsets.npy``: integers [documents + 1], each document's first token, and the number of tokens.
 * ``Fields.end_of_document``: the id after each document, which is not part of it.
 
-Each gives ``Ranges`` of the file, block by block, from which one reader makes documents. Slices are runs of
-documents, or byte ranges with end marks. The first document outside the file rejects the rest. Cost: the
-disk's rate, about 4 µs per document, and BLAKE2b of four bytes per token. Memory: a block, a window of the
-index, a document.
+Slices are runs of documents, or byte ranges with end marks. The first document outside the file rejects the
+rest. Cost: the disk's rate, about 4 µs per document, and BLAKE2b of four bytes per token. Memory: a block, a
+window of the index, a document.
 """
 
 from __future__ import annotations
@@ -465,7 +464,6 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
 
 
 def _check_end(file: InputFile, array: TokenArray, dtype: np.dtype[Any]) -> None:
-    """Raise ``InputError`` if the file ends inside a token, or its header has another count."""
     have, left = divmod(file.size - array.begin, dtype.itemsize)
     if array.expected is not None and (have, left) != (array.expected, 0):
         raise InputError(f"its header says {array.expected:,} tokens, it has {have:,} and {left} bytes")

@@ -70,12 +70,9 @@ def _why_not_split(splitter: Mapping[str, Any]) -> str:
 
 
 def cut_texts(
-    texts: Sequence[str],
-    least: int,
-    most: int,
-    chosen: Sequence[bool] | None = None,  # which texts to cut
+    texts: Sequence[str], least: int, most: int, chosen: Sequence[bool] | None = None
 ) -> tuple[list[str], list[int]]:
-    """Return pieces of ``least`` to ``most`` characters, where possible, and how many each text has."""
+    """Return pieces of ``least`` to ``most`` characters of the ``chosen`` texts, and how many each text has."""
     assert least > 0, "pieces must not be empty"
     pieces: list[str] = []
     counts: list[int] = []
@@ -83,9 +80,7 @@ def cut_texts(
         before = len(pieces)
         start = 0
         while may_cut and len(text) - start > most:
-            place = _CUT.search(text, start + least, start + most)
-            if place is None:
-                place = _CUT.search(text, start + most - 1)
+            place = _CUT.search(text, start + least, start + most) or _CUT.search(text, start + most - 1)
             if place is None:
                 break
             pieces.append(text[start : place.end()])

@@ -3,14 +3,12 @@
 ``tokie`` is fast but wrong on some texts: its Unicode tables have another version, it splits a few pairs of
 characters differently, and it cuts texts of 10,000 bytes or more where that changes tokens. Therefore
 
-* it gets pieces of at most 2,400 characters, cut where no token crosses (``retrotool.tokenizers.cut``);
-* a guard (``retrotool.tokenizers.equivalence``) sends pieces that may come out wrong to ``tokenizers``;
+* it gets pieces of at most 2,400 characters, cut where no token crosses (``cut``);
+* a guard (``equivalence``) sends pieces that may come out wrong to ``tokenizers``;
 * the first texts and a random sample are compared with ``tokenizers``; a difference raises ``TokensDiffer``.
 
-It is used for byte-level BPE with well-known patterns and for BERT's WordPiece, but not for Unigram models,
-for which it breaks ties differently, nor for others, whose texts can't be cut.
-
-Guard and comparison cost about a tenth. In each call ``tokie`` starts a thread per CPU of the process's
+It is not used for Unigram models, for which it breaks ties differently, nor for texts that can't be cut.
+Guard and comparison cost about a tenth. Each call of ``tokie`` starts a thread per CPU of the process's
 affinity (``os.sched_getaffinity``), whatever ``RAYON_NUM_THREADS`` says.
 """
 
@@ -145,9 +143,8 @@ class FastTokenizer:
         expected = self._tokenizer.encode_flat([text])[0]
         if np.array_equal(got, expected):
             return
-        common = min(len(got), len(expected))
-        unlike = np.flatnonzero(got[:common] != expected[:common])
-        position = int(unlike[0]) if len(unlike) else common
+        pairs = enumerate(zip(got, expected, strict=False))
+        position = next((i for i, (one, other) in pairs if one != other), min(len(got), len(expected)))
         offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
         place = offsets[position][0] if position < len(expected) else len(text)
         raise TokensDiffer(version("tokie"), position, ascii(text[max(place - 20, 0) : place + 20]))
@@ -184,9 +181,8 @@ def _read(content: bytes) -> Encode:
 
 def library_versions() -> str:
     """Return the versions that a guard's findings depend on."""
-    return (
-        f"tokie {version('tokie')}, tokenizers {version('tokenizers')}, Unicode {unicodedata.unidata_version}, guard 5"
-    )
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("tokie", "tokenizers"))
+    return f"{libraries}, Unicode {unicodedata.unidata_version}, guard 5"
 
 
 def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Guard:

@@ -154,7 +154,6 @@ def convert_sentencepiece(content: bytes, name: str) -> bytes:
 
 
 def _score_the_same(model: Any, ids: Sequence[int], others: Sequence[int]) -> bool:
-    """Return whether two splits of the same text have the same score in a Unigram model."""
     one, other = ([model.pieces[i] for i in way] for way in (ids, others))
     same_text = "".join(piece.piece for piece in one) == "".join(piece.piece for piece in other)
     gap = sum(piece.score for piece in one) - sum(piece.score for piece in other)
