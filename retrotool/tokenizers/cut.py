@@ -72,7 +72,7 @@ def _why_not_split(splitter: Mapping[str, Any]) -> str:
 def cut_texts(
     texts: Sequence[str], least: int, most: int, chosen: Sequence[bool] | None = None
 ) -> tuple[list[str], list[int]]:
-    """Cut ``chosen`` texts to ``least`` to ``most`` characters; return all pieces and the number of each text."""
+    """Cut ``chosen`` texts to ``least`` to ``most`` characters; return all pieces and the number per text."""
     assert least > 0, "pieces must not be empty"
     pieces: list[str] = []
     counts: list[int] = []

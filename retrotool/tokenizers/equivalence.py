@@ -23,7 +23,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +38,6 @@ _MOST_LEARNT = 8  # substrings learnt from trial texts
 _LONG_TOKEN = 250  # bytes
 _NEAR = 60  # tokens of a kind that a pair of characters is tried with
 _UNKNOWN, _SAFE, _UNSAFE, _QUOTABLE = 0, 1, 2, 3
-_SUBSTRINGS = "substrings"  # name in a store's record
 _PAIR_FRAMES = (" {}s ", "\n{}re x", "a{}a ", "1{}1 ", ".{}. ", "  {} x ")
 _CHARACTER_FRAMES = (
     "{0} ", "{0}'s ", "a{0}b ", " {0}a ", "x{0} ", ".{0}. ", " {0} ", "  {0}1 ", "{0}{0} ", "1{0}1 ", "\n{0}\n",
@@ -90,14 +89,10 @@ class Findings:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Findings:
-        """Read ``as_json``."""
+        """Read the record of a store."""
         first, second = fields["frames"]
         runs = tuple(TokenRun(*run) for run in fields.get("runs", ()))
-        return cls(fields["versions"], tuple(fields[_SUBSTRINGS]), runs, (first, second), fields["why"])
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the record of a store."""
-        return {_SUBSTRINGS if name == "substrings" else name: value for name, value in asdict(self).items()}
+        return cls(fields["versions"], tuple(fields["substrings"]), runs, (first, second), fields["why"])
 
 
 class Guard:
