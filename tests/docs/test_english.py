@@ -21,7 +21,7 @@ WORDS = re.compile(
     r"|whoever|meanwhile|by right)\b",
     re.IGNORECASE,
 )
-QUOTED = re.compile(r"“[^”]*”|^> .*$|`living`|`set_aside`", re.MULTILINE)
+QUOTED = re.compile(r"“[^”]*”|^> .*$|`living`|`set_aside`|`needles`", re.MULTILINE)
 """Quotations, and the names that the changelog gives as before."""
 VERBS = set(
     """
