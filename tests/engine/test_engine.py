@@ -272,7 +272,7 @@ def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path,
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "run the same command again" in errors
+    assert "Run the same command again" in errors
     assert "Traceback" not in errors
     assert api.verify(store).ok
     api.chunk(store, inputs)

@@ -34,8 +34,8 @@ def test_a_name_is_left_out_only_where_it_is_the_default(store_copy: Path) -> No
 
 def test_a_command_for_main_names_it_if_another_index_is_the_default(store_copy: Path) -> None:
     api.index(store_copy, name="other", options=Options(default=True))
-    assert api.index(store_copy, name="main").retrain == f"retrotool index {store_copy} --name main --retrain"
-    assert api.index(store_copy, name="other").retrain == f"retrotool index {store_copy} --retrain"
+    assert api.index(store_copy, name="main").retrain_command == f"retrotool index {store_copy} --name main --retrain"
+    assert api.index(store_copy, name="other").retrain_command == f"retrotool index {store_copy} --retrain"
 
 
 @pytest.mark.parametrize("exact", [True, False])

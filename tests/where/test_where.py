@@ -134,7 +134,7 @@ def combined(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expressi
     several = st.lists(inner, min_size=2, max_size=3)
     return st.one_of(
         inner.map(lambda part: Expression(f"not {part.within(0)}", lambda row: negated(part.holds(row)))),
-        inner.map(lambda part: Expression(f"({part.text})", part.target_met)),
+        inner.map(lambda part: Expression(f"({part.text})", part.holds)),
         several.map(all_of),
         several.map(any_of),
     )
