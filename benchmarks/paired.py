@@ -93,8 +93,12 @@ class Case:
             return [sys.executable, "-P", "-c", "import sys, retrotool; retrotool.open(sys.argv[1])", str(store)]
         if self.name == "erase":
             return checkout.command(*Spelling.of(checkout.run).erase(store, *purges(store)))
-        sample = (Spelling.of(checkout.run).sample, 200) if self.name == "index" else ()
-        return checkout.command(self.name, store, *self.arguments, *sample)
+        arguments = [*self.arguments]
+        if self.name == "index":
+            arguments += [Spelling.of(checkout.run).sample, 200]
+        elif self.name == "purge":
+            arguments[:1] = Spelling.of(checkout.run).listed("document", Path(str(arguments[0])))
+        return checkout.command(self.name, store, *arguments)
 
 
 @dataclass(slots=True)
@@ -141,7 +145,7 @@ def cases(corpus: Path, documents: Path) -> list[Case]:
         Case("embed", "chunk", ("--encoder", exact)),
         Case("index", "embed", lists),
         Case("neighbours", "index", ("--saved", 10)),
-        Case("purge", "neighbours", ("--document", f"@{documents}", "--reason", "timed", "--yes")),
+        Case("purge", "neighbours", (documents, "--reason", "timed", "--yes")),
         Case("erase", "purge"),
         Case("open", "neighbours"),
         Case("info", "neighbours"),

@@ -226,7 +226,13 @@ class Spelling:
     def undo(self, store: Path, purge: str) -> list[object]:
         if "undo" in self.commands:
             return ["undo", store, purge, "--reason", "pinned"]
-        return ["undo", store, purge, "--reason", "pinned"]
+        return ["purge", store, purge, "--restore", "--reason", "pinned"]
+
+    def listed(self, kind: str, file: Path) -> list[object]:
+        """Select the chunks or documents ("chunk", "document") that are listed in a file."""
+        if "erase" in self.commands:
+            return [f"--{kind}", f"@{file}"]
+        return [{"chunk": "--ids", "document": "--documents"}[kind], file]
 
     def erase(self, store: Path, *purges: str) -> list[object]:
         if "erase" in self.commands:
@@ -484,9 +490,9 @@ def take_out(session: Session, store: Path, queries: Path) -> None:
     ids.write_text("".join(f"{i}\n" for i in live[2:]))
     names.write_text("".join(f"{name}\n" for name in documents[1:]))
     one = session.purge("by chunk", store, "--chunk", live[0], "--chunk", live[1])
-    session.purge("by ids", store, "--chunk", f"@{ids}")
+    session.purge("by ids", store, *session.spelling.listed("chunk", ids))
     two = session.purge("by document", store, "--document", documents[0])
-    session.purge("by documents", store, "--document", f"@{names}")
+    session.purge("by documents", store, *session.spelling.listed("document", names))
     three = session.purge("by column", store, "--where", "source = 'fortunes' and year < 2000")
     session.purge("whole documents", store, "--chunk", live[0] + 5, "--whole-documents")
     session.purge("near duplicates", store, "--near-duplicates-of", ids)

@@ -66,7 +66,9 @@ def read_identity(storage: Storage) -> tuple[Identity, str]:
     try:
         data = storage.get(FILE)
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreNotFoundError(f"{storage.place} is not a store: it has no {FILE}", _how_to_make(storage)) from None
+        is_missing = "://" not in storage.uri and not Path(storage.place).exists()
+        problem = "does not exist" if is_missing else f"is not a store: it has no {FILE}"
+        raise StoreNotFoundError(f"{storage.place} {problem}", _how_to_make(storage)) from None
     path = where(storage, FILE)
     fields: dict[str, Any] = schema.load(data, {}, path)
     if _encode({name: value for name, value in fields.items() if name != "sha256"}) != data:

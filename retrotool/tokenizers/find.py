@@ -79,8 +79,10 @@ def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{what} {name!r} is neither a path nor available on the hub: {reason}", advice) from error
+        said = f"the Hugging Face hub does not have it: {str(error).splitlines()[0]}"
+        if isinstance(error, LocalEntryNotFoundError):
+            said = "the Hugging Face hub can't be reached"
+        raise UsageError(f"{what} {name!r} is not a local path, and {said}", advice) from error
 
 
 def find_tokenizer(name: str) -> TokenizerFile:

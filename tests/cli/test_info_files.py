@@ -178,5 +178,5 @@ def test_forms_that_do_not_go_together_are_refused(built_store: Path, options: l
 def test_without_a_store_nothing_is_listed(tmp_path: Path) -> None:
     for form in ("--csv", "--json"):
         code, out, err = run("info", tmp_path / "nothing", "--files", form)
-        assert (code, "is not a store" in err) == (10, True)
+        assert (code, "does not exist" in err) == (10, True)
         assert (form == "--csv") == (out == "")

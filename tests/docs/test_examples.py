@@ -55,7 +55,7 @@ def test_read_store_says_what_is_wrong(tmp_path: Path) -> None:
     assert run(SCRIPT).returncode == 1
     missing = run(SCRIPT, tmp_path / "nothing")
     assert missing.returncode == 10
-    assert "is not a store" in missing.stderr
+    assert "does not exist" in missing.stderr
     assert "Traceback" not in missing.stderr
 
 
