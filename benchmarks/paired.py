@@ -91,14 +91,18 @@ class Case:
     def command(self, checkout: Checkout, store: Path) -> list[str]:
         if self.name == "open":
             return [sys.executable, "-P", "-c", "import sys, retrotool; retrotool.open(sys.argv[1])", str(store)]
+        return checkout.command(*self.words(Spelling.of(checkout.run), store))
+
+    def words(self, spelling: Spelling, store: Path) -> list[object]:
+        """Return the command and its arguments as a revision spells them."""
         if self.name == "erase":
-            return checkout.command(*Spelling.of(checkout.run).erase(store, *purges(store)))
+            return spelling.erase(store, *purges(store))
         arguments = [*self.arguments]
         if self.name == "index":
-            arguments += [Spelling.of(checkout.run).sample, 200]
+            arguments += [spelling.sample, 200]
         elif self.name == "purge":
-            arguments[:1] = Spelling.of(checkout.run).listed("document", Path(str(arguments[0])))
-        return checkout.command(self.name, store, *arguments)
+            arguments[:1] = spelling.listed("document", Path(str(arguments[0])))
+        return [self.name, store, *arguments]
 
 
 @dataclass(slots=True)
@@ -163,7 +167,7 @@ def prepare(checkout: Checkout, corpus: Path, documents: Path) -> None:
         if case.name == "purge":
             names = sorted({name for part in PlainStore(store).parts() for name in part.documents[::2000]})
             documents.write_text("".join(f"{name}\n" for name in names))
-        checkout.run(case.name, store, *case.arguments)
+        checkout.run(*case.words(Spelling.of(checkout.run), store))
         before = case.name
     small = checkout.prepared / "small"
     checkout.run("chunk", small, corpus / "evaluation.jsonl", "--tokenizer", corpus / "exact")
