@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import memory_storage
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ import pytest
 import zstandard
 from conftest import make_rows, write_jsonl
 from stored import stored_file
+from watching import STORE, outside, watching
 
 from retrotool import api
 from retrotool.app import app, give_bars_room
@@ -41,6 +43,7 @@ from retrotool.plan import command as plan_command
 from retrotool.purge import command as purge_command
 from retrotool.receipt import command as receipt_command
 from retrotool.search import command as search_command
+from retrotool.train.dataset import RetroDataset
 
 COMMANDS = {
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
@@ -154,15 +157,21 @@ def test_every_example_works(workplace, run):
     import torch
 
     shown = {}
-    for example in ordered_examples():
-        code, out, err = run(*words_of(example))
-        if "cuda" in example and not torch.cuda.is_available():
-            assert (code, out) == (2, ""), example
-            assert err.startswith("error: "), example
-        else:
-            assert (code, err) == (0, ""), example
-            assert out, example
-        shown[example] = out
+    stores = [workplace / name for name in ("store", "database", "training", "papers", "evaluation", "pairs")]
+    with watching(*stores) as seen:
+        for example in ordered_examples():
+            code, out, err = run(*words_of(example))
+            if "cuda" in example and not torch.cuda.is_available():
+                assert (code, out) == (2, ""), example
+                assert err.startswith("error: "), example
+            else:
+                assert (code, err) == (0, ""), example
+                assert out, example
+            shown[example] = out
+        for _ in RetroDataset("store", sequence_length=128, batch_size=2):
+            break
+    assert memory_storage.is_everywhere() or sum("by " + STORE in what for what in seen) > 1000, "it sees what is done"
+    assert outside(seen) == [], "files of stores are opened by their storage alone"
     assert len(shown) == sum(len(examples(command)) for command in COMMANDS)
     found = api.info("store")
     assert (found.documents, len(found.purges)) == (11, 4)  # of the corpus all but doc-7, of the papers none
