@@ -320,8 +320,11 @@ class ExactDatabase(_Open):
         """Return the candidates that each query takes for k neighbours."""
         return k + SPARE
 
-    def search(self, queries: Queries, k: int, *, only: Collection[int] | None = None, **_: int) -> Best:
-        """Return the k nearest live keys of each query; ``only``: in these parts. Ignores other options."""
+    def search(
+        self, queries: Queries, k: int, *, only: Collection[int] | None = None, wider: int = 1, beyond: int = 0
+    ) -> Best:
+        """Return the k nearest live keys of each query; ``only``: in these parts. Every key is compared."""
+        del wider, beyond
         best: Best | None = None
         for part in self.held():
             rows = self._rows(part)
