@@ -32,17 +32,19 @@ from retrotool.store.store import Store
 FIND = """
 import resource, time
 from pathlib import Path
-from retrotool.chunk.deduplicate import find_duplicates
+from retrotool.chunk.deduplicate import find_repeated_ids, find_repeated_texts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 store = Store.open({root!r})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-places, by_text = find_duplicates(store, range({start}, {end}), read_tombstones(store))
+new, tombstones = range({start}, {end}), read_tombstones(store)
+by_id = find_repeated_ids(store, new, tombstones, None)
+by_text = find_repeated_texts(store, new, tombstones, None, by_id)
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(f"{{seconds:.1f}} s, peak {{peak / 2**20:.2f}} GiB ({{before / 2**20:.2f}} GiB before), "
-      f"{{int((~by_text).sum()):,}} by id, {{int(by_text.sum()):,}} by text")
+      f"{{len(by_id):,}} by id, {{len(by_text):,}} by text")
 """
 FLOOR = """
 import time

@@ -221,12 +221,17 @@ class Spelling:
             commands.add("export neighbours")
         if "--table" in run("inspect", "--help").stdout:
             commands.add("inspect --table")
+        if "--changed" in run("chunk", "--help").stdout:
+            commands.add("chunk --changed")
         return cls(frozenset(commands), "--sample" if "--sample" in run("index", "--help").stdout else "--queries")
 
     def undo(self, store: Path, purge: str) -> list[object]:
         if "undo" in self.commands:
             return ["undo", store, purge, "--reason", "pinned"]
         return ["purge", store, purge, "--restore", "--reason", "pinned"]
+
+    def chunk_changed(self, store: Path, source: Path) -> list[object]:
+        return ["chunk", store, source, *(["--changed", "add"] if "chunk --changed" in self.commands else [])]
 
     def listed(self, kind: str, file: Path) -> list[object]:
         """Select the chunks or documents ("chunk", "document") that are listed in a file."""
@@ -508,7 +513,7 @@ def take_out(session: Session, store: Path, queries: Path) -> None:
     session.step("erase", *session.spelling.erase(store, one, two))
     session.read("after an erase", store)
     session.verify("after an erase", store)
-    session.step("chunk what was purged", "chunk", store, session.corpus / "input", "--changed", "add")
+    session.step("chunk what was purged", *session.spelling.chunk_changed(store, session.corpus / "input"))
     for name in ("exact", "lists"):
         session.step(f"index {name} after an erase", "index", store, "--name", name)
     session.step("neighbours after an erase", "neighbours", store)

@@ -1,4 +1,4 @@
-"""Facts about this machine (cores, memory, oneDNN), and how to return free memory to the system.
+"""Facts about this machine (cores, memory, user, oneDNN), and how to return free memory to the system.
 
 The C library keeps freed memory in pieces that fit earlier requests. Between phases with blocks of different
 sizes that adds up. ``give_memory_back`` takes some milliseconds, and does nothing if the C library can't.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import os
 import sys
 from functools import cache
@@ -33,6 +34,16 @@ def memory_of_machine() -> int:
         with contextlib.suppress(OSError, ValueError):  # no limit, or "max"
             found = min(found, int(Path(limit).read_text()))
     return found
+
+
+def user_name() -> str:
+    """Return who works here, for the log: ``$RETROTOOL_WHO``, or the user of this process."""
+    if (name := os.environ.get("RETROTOOL_WHO")) is not None:
+        return name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"user {os.getuid()}"
 
 
 def give_memory_back() -> None:

@@ -1,8 +1,8 @@
 """Plan ``chunk``: select the new inputs and cut them into an ordered list of units.
 
 Units depend on the inputs alone, never on the number of workers, so chunk ids are fixed when the plan is
-committed. Known inputs are recognised by fingerprint and skipped. Of a changed input only new documents are
-added, if at all.
+committed. Known inputs are recognised by fingerprint and skipped. Of a changed input the documents that are
+unchanged are skipped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import orjson
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool import sources
 from retrotool.chunk import PART_SIZE
 from retrotool.cli.output import count
 from retrotool.errors import CorruptError, ErasedError, UsageError
+from retrotool.ranges import expand_ranges
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
 from retrotool.store import leases, parts, schema
@@ -45,6 +47,7 @@ GUARD = "guard"  # record of the findings about the fast tokenizer, made once pe
 EXACT = "tokenizers"  # record of why this store is tokenised by ``tokenizers`` alone
 SMALL_PLAN = 12 << 20  # bytes of text that do not pay for starting the fast tokenizer
 Duplicates = Literal["skip", "keep", "fail"]
+Existing = Literal["skip", "replace", "fail", "mirror"]
 _LEAST_ROWS = 1000  # below which a share is not checked before all input was read
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
@@ -74,6 +77,7 @@ class ChunkPlan:
     allow_purged: bool = False
     read_before: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # plans, by file, of earlier versions
     owner: str = ""  # the only run that can read the standard input among the files
+    existing: Existing = "skip"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ class ChunkOptions:
     workers: int = 1
     skip_missing: bool = False
     duplicates: Duplicates = "skip"
-    add_changed: bool = False
+    existing: Existing | None = None  # None: as the plan says; skip for a new one
     allow_purged: bool = False
     max_bad: MaxBad = field(default_factory=MaxBad)
     check: float = 0.001
@@ -181,14 +185,6 @@ def commit_plan(
         for file, (fingerprint, place) in zip(files, hashes, strict=True):
             if fingerprint not in known.fingerprints and fingerprint not in new:
                 new[fingerprint] = (file, place)
-        changed = [file for file, place in new.values() if place in known.places]
-        if changed and not options.add_changed:
-            more = f" (and {len(changed) - 1:,} more)" if len(changed) > 1 else ""
-            raise UsageError(
-                f"{changed[0].path}{more} changed since it was chunked",
-                "If it was repaired or extended, run the same command with --changed add, which skips documents that "
-                "the store has. To replace it, purge its documents first. Nothing was changed.",
-            )
         n_known = len(files) - len(new)
         if not new:
             return None
@@ -198,6 +194,7 @@ def commit_plan(
         plan = ChunkPlan(
             chosen, tuple(new), places, options.fields, options.part_size, tuple(units), may_be_fast(state, chosen),
             options.allow_purged, readers, owner=run.id if any(map(is_spooled, chosen)) else "",
+            existing=options.existing or "skip",
         )  # fmt: skip
         entry = write_plan(store, run, plan_id, plan)
         counts = dict.fromkeys((*PLAN_COUNTS, "parts", "done"), 0)
@@ -276,6 +273,7 @@ _SLICE = {"start": COUNT, "end": Maybe(COUNT), "first": COUNT, "last": Maybe(COU
 _INPUTS = {"fingerprints": [str], "places": [str], "given_up?": [str], "fields": {"max_document": COUNT}}
 _PLAN = {
     **_INPUTS, "files": [_INPUT], "part_size": range(1, 1 << 31), "fast": bool, "allow_purged": bool, "owner?": str,
+    "existing?": frozenset(("skip", "replace", "fail", "mirror")),
     "units": [[{"file": COUNT, "weight": COUNT, "where": _SLICE}]],
     "read_before": {re.compile("[0-9]{1,9}"): [NAME]},
     "fields": {
@@ -321,6 +319,7 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
         allow_purged=content["allow_purged"],
         read_before={int(number): tuple(plans) for number, plans in content["read_before"].items()},
         owner=content.get("owner", ""),
+        existing=content.get("existing", "skip"),
     )
 
 
@@ -334,24 +333,35 @@ class KnownInputs:
 
 
 def known_inputs(store: Store, state: State, options: ChunkOptions, running: Collection[str] = ()) -> KnownInputs:
-    """Return the inputs that need not be read again."""
+    """Return the inputs that need not be read again: those whose newest version was read.
+
+    A version is read again if it may have documents that were left out and are wanted now.
+    """
     known = KnownInputs()
-    for kind in ("inputs", "plans"):
-        for slot, entry in state.group(kind).items():
-            content = read_json_file(store, entry, _INPUTS if kind == "inputs" else _PLAN)
-            for place in (*content["places"], *content.get("given_up", ())):
-                known.readers[place] = (*known.readers.get(place, ()), slot)
-            if options.allow_purged and state.records[f"plan:{slot}"].get("blocked"):
-                continue  # it left out purged documents, which are allowed now
-            lost: set[str] = set()  # standard input that no process can read any more
-            if content.get("owner") and content["owner"] not in running:
-                plan = read_plan(store, entry)
-                rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
-                lost.update(*(hashes for file, *hashes in rows if is_spooled(file)))
-            known.places.update(set(content["places"]).difference(lost))
-            # With a larger size limit than before, a changed input may have more documents.
-            if not options.add_changed or content["fields"]["max_document"] >= options.fields.max_document:
-                known.fingerprints.update(set(content["fingerprints"]).difference(lost))
+    newest: dict[str, str] = {}  # fingerprint by path
+    purged = set(chunks_of_purges(store).parts()) if options.allow_purged else set[int]()
+    plans = state.with_prefix("plan:")
+    files = ((slot, entry) for kind in ("inputs", "plans") for slot, entry in state.group(kind).items())
+    for slot, entry in sorted(files, key=lambda file: int(plans[file[0]]["order"])):
+        record = plans[slot]
+        content = read_json_file(store, entry, _INPUTS if entry.kind == "inputs" else _PLAN)
+        for place in (*content["places"], *content.get("given_up", ())):
+            known.readers[place] = (*known.readers.get(place, ()), slot)
+        lost: set[str] = set()  # standard input that no process can read any more
+        if content.get("owner") and content["owner"] not in running:
+            plan = read_plan(store, entry)
+            rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
+            lost.update(*(hashes for file, *hashes in rows if is_spooled(file)))
+        known.places.update(set(content["places"]).difference(lost))
+        again = (
+            content["fields"]["max_document"] < options.fields.max_document
+            or (options.allow_purged and (record.get("blocked") or purged & set(parts_of_plan(state, slot))))
+            or (options.existing in ("replace", "mirror") and record.get("differing"))
+        )
+        for place, fingerprint in zip(content["places"], content["fingerprints"], strict=True):
+            unmirrored = options.existing == "mirror" != record.get("existing") and len(known.readers[place]) > 1
+            newest[place] = "" if again or unmirrored or fingerprint in lost else fingerprint
+    known.fingerprints.update(filter(None, newest.values()))
     return known
 
 
@@ -379,8 +389,11 @@ def unfinished_plans(state: State) -> list[str]:
     return sorted((plan for plan in plans if not plans[plan]["finished"]), key=lambda plan: int(plans[plan]["order"]))
 
 
-def known_documents(store: Store, name: str, plans: Sequence[str], without: Tombstones | None) -> npt.NDArray[Any]:
-    """Return the sorted ``HASHES`` of the documents of the input ``name`` that ``plans`` read."""
+def known_documents(store: Store, name: str, plans: Sequence[str], without: Tombstones) -> npt.NDArray[Any]:
+    """Return the sorted ``HASHES`` of the documents of the input ``name`` that ``plans`` read.
+
+    Not those whose chunks are all in ``without``, nor erased ones.
+    """
     live = set(store.state.all_parts())
     found = [np.zeros(0, HASHES)]
     for part in (part for plan in plans for part in parts_of_plan(store.state, plan) if part in live):
@@ -388,16 +401,33 @@ def known_documents(store: Store, name: str, plans: Sequence[str], without: Tomb
         wanted = pc.and_(pc.equal(table["input"], name), pc.is_valid(table["text_hash"]))
         # Without erased documents, also in part, which have no hash: the block list keeps them out.
         doc = np.flatnonzero(wanted.fill_null(False).to_numpy())
-        if without is not None:  # purged documents may be added again
-            doc = np.setdiff1d(doc, documents_within(store, part, without), assume_unique=True)
-        hashes = [parts.from_fixed_binary(table[column], np.dtype(np.uint8)) for column in ("key", "text_hash")]
-        found.append(np.hstack(hashes)[doc].view(HASHES).reshape(-1))
+        doc = np.setdiff1d(doc, documents_within(store, part, without), assume_unique=True)
+        found.append(pairs_of(table.take(pa.array(doc))))
     return np.sort(np.concatenate(found))
+
+
+def pairs_of(documents: pa.Table) -> npt.NDArray[Any]:
+    """Return the ``HASHES`` of documents: key and text hash, zero where it is null."""
+    hashes = [parts.from_fixed_binary(documents[name], np.dtype(np.uint8)) for name in ("key", "text_hash")]
+    return np.ascontiguousarray(np.hstack(hashes)).view(HASHES).reshape(-1)
+
+
+def purges_of_plans(state: State) -> dict[str, str]:
+    """Return the plan of each purge of replaced documents that was not undone, by the id of the purge."""
+    return {purge: record["plan"] for purge, record in standing_purges(state).items() if "plan" in record}
 
 
 def chunks_of_purges(store: Store) -> Tombstones:
     """Return the chunks named by purges; unlike all tombstones, without those of duplicates."""
     return Tombstones(named_chunks(store, standing_purges(store.state)))
+
+
+def chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> parts.Ids:
+    """Return the chunks of some documents of a part, ascending."""
+    if not len(docs):
+        return np.zeros(0, np.int64)
+    table = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(pa.array(np.sort(docs)))
+    return parts.chunk_ids(part, expand_ranges(table["first_row"].to_numpy(), table["n_chunks"].to_numpy()))
 
 
 def documents_within(store: Store, part: int, chunks: Tombstones) -> npt.NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,7 +26,7 @@ Examples:
   retrotool chunk store corpus/ --dry-run
   retrotool chunk answers pairs.jsonl --key-field question --value-field answer
   retrotool chunk wiki-store wiki.idx --end-of-document 102
-  retrotool chunk store corpus/*.jsonl.zst --changed add
+  retrotool chunk store corpus/*.jsonl.zst --existing replace
 
 Exit codes: 0 done, 3 done or stopped with rejected rows, 2 usage, 11 lost a race, 12 corrupt."""
 
@@ -69,14 +70,16 @@ def command(
     max_document: Annotated[str, _reading("Reject longer texts.", metavar="SIZE")] = "64MiB",
     duplicates: Annotated[
         Literal["skip", "keep", "fail"],
-        _input(
-            "Documents that repeat the id or text of an earlier one: skip, keep, or fail.", metavar="skip|keep|fail"
-        ),
+        _input("Documents that repeat an id of the run, or any text: skip, keep, or fail.", metavar="skip|keep|fail"),
     ] = "skip",
-    changed: Annotated[
-        Literal["refuse", "add"],
-        _input("If an input changed since it was chunked: refuse, or add its new documents.", metavar="refuse|add"),
-    ] = "refuse",
+    existing: Annotated[
+        Literal["skip", "replace", "fail", "mirror"] | None,
+        _input(
+            "Documents of which the store has another text: skip or replace them, or fail. mirror also purges what an "
+            "input that changed does not have any more.  [default: skip]",
+            metavar="skip|replace|fail|mirror",
+        ),
+    ] = None,
     allow_purged: Annotated[bool, _input("Add documents even if they were purged before.", "--allow-purged")] = False,
     max_bad: Annotated[
         str | None,
@@ -121,7 +124,7 @@ def command(
         )
         options = ChunkOptions(
             fields=fields, part_size=part_size, workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
-            duplicates=duplicates, add_changed=changed == "add", allow_purged=allow_purged,
+            duplicates=duplicates, existing=existing, allow_purged=allow_purged,
             max_bad=MaxBad.parse(max_bad), exact_tokenizer=exact_tokenizer, note=output.note,
         )  # fmt: skip
         given = list(inputs or ())
@@ -132,12 +135,12 @@ def command(
             output.show(estimate, as_json, estimate_text)
             return
         result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
-        output.show(result, as_json, _text)
+        output.show(result, as_json, partial(_text, store))
         if result.rejected or result.stopped:
             raise typer.Exit(EXIT_REJECTED)
 
 
-def _text(result: ChunkResult) -> str:
+def _text(store: str, result: ChunkResult) -> str:
     lines = []
     if result.known_inputs:
         lines.append(f"{output.count(result.known_inputs, 'input')} skipped: already in the store.")
@@ -154,8 +157,9 @@ def _text(result: ChunkResult) -> str:
         largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
         where = ", ".join(f"{source} {n:,}" for source, n in largest)
         lines.append(f"{output.count(result.duplicates, 'document')} skipped: duplicate text ({where}).")
-    if result.known_documents:
-        lines.append(f"{output.count(result.known_documents, 'document')} skipped: already in the store.")
+    if result.unchanged:
+        lines.append(f"{output.count(result.unchanged, 'document')} unchanged.")
+    lines += _update_lines(store, result)
     if result.blocked:
         lines.append(f"{output.count(result.blocked, 'document')} skipped: purged before (--allow-purged adds them).")
     if result.keys_cut:
@@ -167,17 +171,38 @@ def _text(result: ChunkResult) -> str:
             lines.append(f"  and {output.count(more, 'other reason')}, in the store's quarantine/ files.")
     if result.stopped:
         lines.append(
-            f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again with "
-            "--changed add, or raise the limit, such as --max-bad 1000."
+            f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again, or raise "
+            "the limit, such as --max-bad 1000."
         )
     elif result.exceeded:
         lines.append(f"Limit exceeded: {result.exceeded}. All input was read, and the other rows are kept.")
     if result.damaged and not result.stopped:
         lines.append(
             f"The rest of {output.count(result.damaged, 'damaged input')} was not read; everything else was. "
-            "After repairing it, run the same command with --changed add."
+            "After repairing it, run the same command again."
         )
     return "\n".join(lines)
+
+
+def _update_lines(store: str, result: ChunkResult) -> list[str]:
+    lines = []
+    if result.differing:
+        names = ", ".join(output.one_line(name) for name in result.differing_examples)
+        lines.append(
+            f"{output.count(result.differing, 'document')} skipped: the store has another text under the same id"
+            f"{f' ({names})' if names else ''}. To replace the stored text, run the command again with "
+            "--existing replace."
+        )
+    for name, what in (("replaced", "replaced by a new text"), ("removed", "removed: no longer in the input")):
+        if n := getattr(result, name):
+            lines.append(f"{output.count(n, 'document')} {what}.")
+    for purge in result.purges:
+        lines.append(f"The old documents are purged as {purge}. To erase them, or to have them back:")
+        lines += [f"  {shlex.join(['retrotool', 'erase', store, purge])}"]
+        lines += [f"  {shlex.join(['retrotool', 'undo', store, purge, '--reason', '...'])}"]
+    if result.not_mirrored:
+        lines.append(f"Nothing was removed of {', '.join(result.not_mirrored[:3])}.")
+    return lines
 
 
 def _row(one: RejectedReason) -> tuple[int, str, str]:

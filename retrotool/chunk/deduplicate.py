@@ -1,21 +1,22 @@
-"""Finish a ``chunk`` plan: find duplicate documents, and record the plan's inputs.
+"""Finish a ``chunk`` plan: find duplicate documents, replace outdated ones, and record the plan's inputs.
 
 Duplicates are found after chunking, over all parts at once, by the rule in the store format: first by id,
-then by text. Only documents of the plan are rejected, so plans of any size give the same documents. Small
-inputs of lines are read again to report line numbers instead of byte offsets.
+then by text. ``update`` decides about ids that the store has from earlier plans. Small inputs of lines are
+read again to report line numbers instead of byte offsets.
 
-Memory besides ``hash_partitions``: one part with a duplicate, 17 bytes per duplicate and 8 per chunk of it.
+Memory besides ``hash_partitions`` and ``update``: one part with a duplicate, 17 bytes per duplicate and 8 per
+chunk of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
+import secrets
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import chunk_plan, hash_partitions
-from retrotool.chunk.chunk_plan import ChunkPlan, Duplicates
+from retrotool.chunk.chunk_plan import ChunkPlan, Duplicates, Existing
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
+from retrotool.chunk.update import Update, compare_ids, seen_files
 from retrotool.cli.output import count
-from retrotool.errors import ConflictError, DuplicatesError, InputError
+from retrotool.errors import ConflictError, DuplicatesError, InputError, UsageError
+from retrotool.machine import user_name
 from retrotool.ranges import expand_ranges
 from retrotool.sources import InputFile
 from retrotool.sources.inputs import IN_BYTES
@@ -41,47 +44,70 @@ from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import Tombstones, read_tombstones, write_tombstones
+from retrotool.store.tombstones import PREFIX, REPLACED, Tombstones, read_tombstones, write_tombstones
+from retrotool.store.weights import Weight, weigh_chunks, weight_of
 
 _COUNTED_SOURCES = 100_000
 _EXAMPLES = 3
 BY_ID = "duplicate document id"
 BY_TEXT = "duplicate text"
+DIFFERING = "another text than the stored document of this id"
+_REASONS = (BY_ID, BY_TEXT, DIFFERING, "")  # by kind; unchanged documents are not reported
+_BY_ID, _BY_TEXT, _DIFFERING, _UNCHANGED = range(4)
 _LOCATED_ROWS = 1 << 20
 _COUNTED_BYTES, _TEXTS_COUNTED_BYTES = 256 << 20, 4 << 20  # most of an input that is read to number ids and texts
 _TABLE_ROWS = 1 << 16
 _IN_LINES = ("jsonl", "csv", "tsv")  # formats whose rows are reported by line number
 
-Flags = npt.NDArray[np.bool_]
+Kinds = npt.NDArray[np.int8]  # indices of ``_REASONS``
 
 
 @dataclass(slots=True)
 class DuplicateCounts:
-    """Live documents of a plan that repeat an earlier one, by id or by text only, and what they hold."""
+    """Live documents of a plan that repeat an earlier one, and what they hold.
+
+    * ``by_id``, ``by_text``: of the same plan, or by text of any.
+    * ``unchanged``, ``differing``: the store had their ids before, with the same or another text.
+    * ``replaced``, ``removed``: documents of earlier plans that leave the store, by the purge ``purge``.
+    * ``documents``, ``chunks``, ``tokens``: what is dropped of all these.
+    * ``examples``: ids of some of ``differing``. ``not_mirrored``: inputs of which nothing was removed.
+    """
 
     by_id: int = 0
     by_text: int = 0
+    unchanged: int = 0
+    differing: int = 0
+    replaced: int = 0
+    removed: int = 0
+    purge: str = ""
+    documents: int = 0
+    examples: tuple[str, ...] = ()
+    not_mirrored: tuple[str, ...] = ()
     chunks: int = 0
     tokens: int = 0
     sources: Counter[str] = field(default_factory=Counter)  # by text; above 100,000 sources the smallest are dropped
 
     def add(self, repeats: PartRepeats) -> None:
         """Count the duplicates of one part."""
-        texts = int(repeats.by_text.sum())
-        self.by_id += len(repeats.by_text) - texts
-        self.by_text += texts
+        n = np.bincount(repeats.kinds, minlength=len(_REASONS)).tolist()
+        for name, number in zip(("by_id", "by_text", "differing", "unchanged"), n, strict=True):
+            setattr(self, name, getattr(self, name) + number)
+        self.documents += repeats.documents
         self.chunks += repeats.live
         self.tokens += repeats.tokens
-        self.sources.update(itertools.compress(repeats.sources, repeats.by_text.tolist()))
+        self.sources.update(itertools.compress(repeats.sources, (repeats.kinds == _BY_TEXT).tolist()))
         if len(self.sources) > _COUNTED_SOURCES:
             self.sources = Counter(dict(self.sources.most_common(_COUNTED_SOURCES // 2)))
 
 
-def finish_plans(store: Store, run: Run, *, duplicates: Duplicates = "skip") -> dict[str, DuplicateCounts]:
+def finish_plans(
+    store: Store, run: Run, *, duplicates: Duplicates = "skip", existing: Existing | None = None
+) -> dict[str, DuplicateCounts]:
     """Finish the plans whose units are all committed; return the duplicates of those it finished, by plan id.
 
     ``skip`` tombstones and quarantines duplicates, ``keep`` only counts them, ``fail`` raises
-    ``DuplicatesError`` and leaves the plan for the next call.
+    ``DuplicatesError`` and leaves the plan for the next call. ``existing`` decides for plans that were made
+    with ``fail``; the others have decided themselves.
     """
     finished: dict[str, DuplicateCounts] = {}
     for plan_id in chunk_plan.unfinished_plans(store.refresh()):
@@ -89,18 +115,20 @@ def finish_plans(store: Store, run: Run, *, duplicates: Duplicates = "skip") -> 
         entry = store.state.file("plans", plan_id)
         if record["done"] < record["units"] or entry is None:
             break
-        counts = _finish(store, run, plan_id, entry, duplicates)
+        counts = _finish(store, run, plan_id, entry, duplicates, existing)
         if counts is not None:
             finished[plan_id] = counts
     return finished
 
 
-def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Duplicates) -> DuplicateCounts | None:
+def _finish(
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Duplicates, existing: Existing | None
+) -> DuplicateCounts | None:
     def attempt() -> DuplicateCounts | None:
         seen = store.state
         if not seen.has(entry.path):
             return None  # another process finished it
-        draft, counts = _finishing(store, run, plan_id, entry, duplicates)
+        draft, counts, weight = _finishing(store, run, plan_id, entry, duplicates, existing)
 
         def build(newest: State) -> Draft:
             # The draft is valid only for the documents and tombstones that it was made from.
@@ -110,7 +138,7 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: 
             )
             if not same or newest.records["totals"] != seen.records["totals"]:
                 raise ConflictError("the store changed while duplicates were searched", "Run the same command again.")
-            return draft
+            return replace(draft, records={**draft.records, **_purge_record(newest, plan_id, counts, weight)})
 
         store.commit(run, build)  # if it loses the race, clean-up removes its files
         return counts
@@ -121,36 +149,86 @@ def _finish(store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: 
 
 
 def _finishing(
-    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Duplicates
-) -> tuple[Draft, DuplicateCounts]:
+    store: Store, run: Run, plan_id: str, entry: FileEntry, duplicates: Duplicates, existing: Existing | None
+) -> tuple[Draft, DuplicateCounts, Weight]:
+    """Return the commit that finishes a plan, but for the record of its purge, and what the purge takes."""
     plan = chunk_plan.read_plan(store, entry)
+    chosen = _choose(plan, existing)
     tombstones = read_tombstones(store)
-    free = chunk_plan.chunks_of_purges(store) if plan.allow_purged else None
-    places, by_text = find_duplicates(store, chunk_plan.parts_of_plan(store.state, plan_id), tombstones, free)
-    counts = DuplicateCounts()
+    update, places, kinds = _find(store, plan_id, plan, tombstones, duplicates, chosen)
+    counts = DuplicateCounts(
+        replaced=len(update.replaced), removed=len(update.removed), not_mirrored=update.not_mirrored,
+        examples=_ids_of(store, update.differing[:_EXAMPLES]),
+    )  # fmt: skip
     chunks: list[npt.NDArray[np.int64]] = []
+    kept = (_BY_ID, _BY_TEXT) if duplicates == "keep" else ()
 
     def counted() -> Iterator[PartRepeats]:
-        for repeats in _read_repeats(store, tombstones, places, by_text):
+        for repeats in _read_repeats(store, tombstones, places, kinds, kept):
             counts.add(repeats)
             chunks.append(repeats.chunks)
             yield repeats
 
     add: list[FileEntry] = []
     found = counted()
-    tables = _locate(plan, found)
-    first = None if duplicates == "keep" else next(tables, None)
-    if first is not None and duplicates == "skip":
+    tables = _locate(plan, found, [kind for kind in (_BY_ID, _BY_TEXT, _DIFFERING) if kind not in kept])
+    first = next(tables, None)
+    if "fail" in (duplicates, chosen) and first is not None:
+        _fail(first, counts, found, duplicates, chosen)
+    if first is not None:
         name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
         rows = itertools.chain([first], tables)
         add.append(parts.write_batches(store, name, parts.QUARANTINE_SCHEMA, rows))
-    if chunks and duplicates == "skip":  # of all that repeat, as all are located
+    dropped = np.concatenate([np.zeros(0, np.int64), *chunks])
+    if len(dropped):
         name = FileName.new(run.id, "tombstones", plan_id, "parquet")
-        add.append(write_tombstones(store, name, np.concatenate(chunks)))
-    for _ in found:  # count what is not located
-        chunks.clear()
-    if first is not None and duplicates == "fail":
-        rows = first.slice(0, _EXAMPLES).to_pylist()
+        add.append(write_tombstones(store, name, dropped))
+    by_part = parts.rows_by_part(update.outdated)
+    gone = np.concatenate([np.zeros(0, np.int64), *(chunk_plan.chunks_of(store, *docs) for docs in by_part)])
+    outdated, weights = weigh_chunks(store, gone, tombstones)
+    if len(outdated):
+        counts.purge = "p" + secrets.token_hex(4)
+        add.append(write_tombstones(store, FileName.new(run.id, "tombstones", counts.purge, "parquet"), outdated))
+    known = _known(store, plan_id, plan)
+    name = FileName.new(run.id, "inputs", plan_id, "json")
+    add.append(chunk_plan.write_json_file(store, name, known, len(known["fingerprints"])))
+    joined, parted = join_quarantines(store, run, plan_id)
+    seen = [one.path for one in seen_files(store.state, plan_id)]
+    weight = weight_of(weights)
+    draft = Draft(
+        "finish", {"duplicates": duplicates, "existing": chosen}, add=(*add, *joined),
+        remove=(entry.path, *parted, *seen), records=_counted(store, plan_id, counts, duplicates, chosen, weight),
+    )  # fmt: skip
+    return draft, counts, weight
+
+
+def _choose(plan: ChunkPlan, existing: Existing | None) -> Existing:
+    """Return what to do about ids that the store has."""
+    if plan.existing != "fail" or existing is None:
+        return plan.existing
+    if existing == "mirror":
+        raise UsageError(
+            "--existing mirror: interrupted work was begun with --existing fail",
+            "Finish it with skip or replace first.",
+        )
+    return existing
+
+
+def _fail(
+    first: pa.Table, counts: DuplicateCounts, found: Iterator[PartRepeats], duplicates: Duplicates, existing: Existing
+) -> None:
+    """Raise ``DuplicatesError`` if there is anything that must not be."""
+    for _ in found:  # count them all
+        pass
+    if existing == "fail" and counts.differing:
+        raise DuplicatesError(
+            f"{count(counts.differing, 'document')} with another text than the stored documents of the same ids, such "
+            f"as {', '.join(counts.examples)}",
+            "They are chunked, but not live yet. Run the same command again with --existing skip (the stored texts "
+            "stay) or --existing replace (the new ones replace them).",
+        )
+    if duplicates == "fail" and counts.by_id + counts.by_text:
+        rows = first.filter(pc.not_equal(first["reason"], DIFFERING)).slice(0, _EXAMPLES).to_pylist()
         examples = "; ".join(f"{row['input']} line {row['line']} ({row['reason']})" for row in rows)
         raise DuplicatesError(
             f"{count(counts.by_id + counts.by_text, 'duplicate document')}: {counts.by_id:,} by id, "
@@ -158,30 +236,49 @@ def _finishing(
             "They are chunked, but not live yet. Run the same command again with --duplicates skip (the first of each "
             "stays) or --duplicates keep (all stay).",
         )
-    known = _known(store, plan_id, plan)
-    name = FileName.new(run.id, "inputs", plan_id, "json")
-    add.append(chunk_plan.write_json_file(store, name, known, len(known["fingerprints"])))
-    joined, parted = join_quarantines(store, run, plan_id)
-    draft = Draft(
-        "finish", {"duplicates": duplicates}, add=(*add, *joined), remove=(entry.path, *parted),
-        records=_counted(store, plan_id, counts, duplicates),
-    )  # fmt: skip
-    return draft, counts
 
 
-def find_duplicates(
-    store: Store, new_parts: range, tombstones: Tombstones, free: Tombstones | None = None
-) -> tuple[Places, npt.NDArray[np.bool_]]:
-    """Return documents of ``new_parts`` that repeat an earlier one, ascending, and which by text only."""
-    # With ``free``, purged documents are allowed: an id is free again if all its chunks are in ``free``.
-    given_free = None if free is None else functools.partial(chunk_plan.documents_within, store, chunks=free)
-    by_id = hash_partitions.find_repeats(store, "key", new_parts, given_free)
+def _find(
+    store: Store, plan_id: str, plan: ChunkPlan, tombstones: Tombstones, duplicates: Duplicates, existing: Existing
+) -> tuple[Update, Places, npt.NDArray[np.int8]]:
+    """Return how a plan updates the store, and its documents to leave out, ascending, with their kinds."""
+    new_parts = chunk_plan.parts_of_plan(store.state, plan_id)
+    free = chunk_plan.chunks_of_purges(store) if plan.allow_purged else None
+    by_id = find_repeated_ids(store, new_parts, tombstones, free)
+    update = compare_ids(store, plan_id, plan, tombstones, by_id, existing, keep_repeats=duplicates == "keep")
+    by_id = np.setdiff1d(by_id, update.new, assume_unique=True)
+    by_text = find_repeated_texts(store, new_parts, tombstones, free, np.union1d(by_id, update.outdated))
+    places = np.union1d(by_id, by_text)
+    kinds = np.full(len(places), _BY_ID, np.int8)
+    for kind, some in ((_BY_TEXT, by_text), (_DIFFERING, update.differing), (_UNCHANGED, update.unchanged)):
+        kinds[np.searchsorted(places, some)] = kind
+    return update, places, kinds
 
-    def repeat_id(part: int) -> npt.NDArray[np.int64]:
-        return row_of(by_id[slice_of_part(by_id, part)])
+
+def find_repeated_ids(store: Store, new_parts: range, tombstones: Tombstones, free: Tombstones | None) -> Places:
+    """Return documents of ``new_parts`` with the id of an earlier one, or of a live one of earlier parts.
+
+    With ``free``, purged documents are allowed: an id is free again if all its chunks are in ``free``.
+    """
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
-        docs, purged = repeat_id(part), tombstones.rows(part)
+        if part < new_parts.start:
+            return chunk_plan.documents_within(store, part, tombstones)
+        return np.zeros(0, np.int64) if free is None else chunk_plan.documents_within(store, part, free)
+
+    return hash_partitions.find_repeats(store, "key", new_parts, leave_out)
+
+
+def find_repeated_texts(
+    store: Store, new_parts: range, tombstones: Tombstones, free: Tombstones | None, but: Places
+) -> Places:
+    """Return documents of ``new_parts`` with the text of an earlier one, none of these among ``but``."""
+
+    def leave_out_only(part: int) -> npt.NDArray[np.int64]:
+        return row_of(but[slice_of_part(but, part)])
+
+    def leave_out(part: int) -> npt.NDArray[np.int64]:
+        docs, purged = leave_out_only(part), tombstones.rows(part)
         if not len(purged):
             return docs
         first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
@@ -190,12 +287,17 @@ def find_duplicates(
     texts = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out)
     purged = {part: chunk_plan.documents_within(store, part, tombstones) for part in new_parts}
     if free is None and any(map(len, purged.values())):  # text of purged documents counts, too
-        alike = hash_partitions.find_repeats(store, "text_hash", new_parts, repeat_id)
+        alike = hash_partitions.find_repeats(store, "text_hash", new_parts, leave_out_only)
         documents = [parts.chunk_ids(part, docs) for part, docs in purged.items()]
         texts = np.union1d(texts, np.intersect1d(alike, np.concatenate(documents)))
-    places = np.concatenate([by_id, texts])
-    order = np.argsort(places)
-    return places[order], order >= len(by_id)
+    return texts
+
+
+def _ids_of(store: Store, places: Places) -> tuple[str, ...]:
+    found: list[str] = []
+    for part, docs in parts.rows_by_part(places):
+        found += parts.read_documents(store, part, ["id"])["id"].take(pa.array(docs)).to_pylist()
+    return tuple(found)
 
 
 def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
@@ -212,38 +314,64 @@ def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:
     }
 
 
-def _counted(store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Duplicates) -> Mapping[str, Any]:
+def _counted(
+    store: Store, plan_id: str, counts: DuplicateCounts, duplicates: Duplicates, existing: Existing, outdated: Weight
+) -> Mapping[str, Any]:
+    """Return the records of the plan and the store once the plan is finished."""
     state = store.state
     plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
-    documents = counts.by_id + counts.by_text
-    change = {"documents": -documents, "chunks": -counts.chunks, "tokens": -counts.tokens, "rejected": counts.by_id}
-    if duplicates != "skip":
-        change = dict.fromkeys(change, 0)
-    found = {"duplicates": duplicates, "duplicates_by_id": counts.by_id, "duplicates_by_text": counts.by_text}
+    rejected = counts.by_id * (duplicates == "skip")
+    change = {"documents": -counts.documents, "chunks": -counts.chunks, "tokens": -counts.tokens, "rejected": rejected}
+    found: dict[str, Any] = {
+        "duplicates": duplicates, "duplicates_by_id": counts.by_id, "duplicates_by_text": counts.by_text,
+        "existing": existing, "differing": counts.differing, "replaced": counts.replaced, "removed": counts.removed,
+        "known_documents": plan.get("known_documents", 0) + counts.unchanged,
+    }  # fmt: skip
+    gone = outdated.as_counts()
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
         "totals": {
-            name: totals[name] + n + (plan[name] - plan.get("purged", {}).get(name, 0)) * (name != "rejected")
+            name: totals[name] + n - gone.get(name, 0)
+            + (plan[name] - plan.get("purged", {}).get(name, 0)) * (name != "rejected")
             for name, n in change.items()
         },
         "pending": int(state.records.get("pending", 0)) - len(chunk_plan.parts_of_plan(state, plan_id)),
-    }
+    }  # fmt: skip
+
+
+def _purge_record(state: State, plan_id: str, counts: DuplicateCounts, weight: Weight) -> dict[str, Any]:
+    """Return the record of the purge of outdated documents, if there are any."""
+    if not counts.purge:
+        return {}
+    return {PREFIX + counts.purge: replaced_record(state, plan_id, weight, "chunk replaced or removed the documents")}
+
+
+def replaced_record(state: State, plan_id: str, weight: Weight, reason: str, who: str | None = None) -> dict[str, Any]:
+    """Return the record of a purge of documents that others replace."""
+    return {
+        **weight.as_counts(), "selector": REPLACED, "hash": plan_id, "reason": reason, "who": who or user_name(),
+        "commit": state.number + 1, "erased": False, "plan": plan_id,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class PartRepeats:
-    """n duplicates of one part that have a live chunk."""
+    """n duplicates of one part that have a live chunk, and what is dropped of them."""
 
-    chunks: npt.NDArray[np.int64]  # of all duplicates, also purged ones, which may be restored, but not erased ones
-    live: int  # live chunks
-    by_text: Flags  # [n]: not by id
+    chunks: npt.NDArray[np.int64]  # to drop: also purged ones, which may be restored, but not erased ones
+    documents: int  # live, to drop; ``live``: their live chunks; ``tokens``: in these
+    live: int
+    tokens: int
+    kinds: Kinds  # [n]
     inputs: pa.Array
     positions: npt.NDArray[np.int64]
     sources: list[str]
-    tokens: int  # of live chunks
 
 
-def _read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text: Flags) -> Iterator[PartRepeats]:
+def _read_repeats(
+    store: Store, tombstones: Tombstones, places: Places, kinds: Kinds, kept: Collection[int]
+) -> Iterator[PartRepeats]:
+    """Yield the duplicates of each part. Those of the kinds ``kept`` are not dropped."""
     columns = ["first_row", "n_chunks", "input", "position", "source"]
     for part in distinct_parts(places):
         some = slice_of_part(places, part)
@@ -259,18 +387,22 @@ def _read_repeats(store: Store, tombstones: Tombstones, places: Places, by_text:
             continue
         alive = left & ~tombstones.contains(ids)
         live = np.bincount(owner[alive], minlength=len(n_chunks)) > 0
+        dropped = ~np.isin(kinds[some], list(kept))
+        alive &= dropped[owner]
         table = table.filter(pa.array(live))
-        inputs, positions = table["input"].combine_chunks(), table["position"].to_numpy()
-        sources, tokens = table["source"].fill_null("").to_pylist(), int(n_tokens[rows[alive]].sum())
-        yield PartRepeats(ids[left], int(alive.sum()), by_text[some][live], inputs, positions, sources, tokens)
+        yield PartRepeats(
+            ids[left & dropped[owner]], int((live & dropped).sum()), int(alive.sum()), int(n_tokens[rows[alive]].sum()),
+            kinds[some][live], table["input"].combine_chunks(), table["position"].to_numpy(),
+            table["source"].fill_null("").to_pylist(),
+        )  # fmt: skip
 
 
-def _locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]:
+def _locate(plan: ChunkPlan, found: Iterator[PartRepeats], reported: Sequence[int]) -> Iterator[pa.Table]:
     files = {file.name: file for file in plan.files}
     waiting: list[pa.Table] = []
     rows = 0
-    for name, positions, by_text in _by_input(found):
-        waiting.append(_quarantine_rows(files.get(name), name, positions, by_text))
+    for name, positions, kinds in _by_input(found, reported):
+        waiting.append(_quarantine_rows(files.get(name), name, positions, kinds))
         rows += len(positions)
         if rows >= _TABLE_ROWS:
             yield pa.concat_tables(waiting)
@@ -279,28 +411,33 @@ def _locate(plan: ChunkPlan, found: Iterator[PartRepeats]) -> Iterator[pa.Table]
         yield pa.concat_tables(waiting)
 
 
-def _by_input(found: Iterator[PartRepeats]) -> Iterator[tuple[str, npt.NDArray[np.int64], Flags]]:
-    for name, some in itertools.groupby(itertools.chain.from_iterable(map(_runs, found)), lambda run: run[0]):
-        positions, by_text = (np.concatenate(column) for column in zip(*(run[1:] for run in some), strict=True))
+def _by_input(
+    found: Iterator[PartRepeats], reported: Sequence[int]
+) -> Iterator[tuple[str, npt.NDArray[np.int64], Kinds]]:
+    several = itertools.chain.from_iterable(_runs(repeats, reported) for repeats in found)
+    for name, some in itertools.groupby(several, lambda run: run[0]):
+        positions, kinds = (np.concatenate(column) for column in zip(*(run[1:] for run in some), strict=True))
         order = np.argsort(positions, kind="stable")
         for start in range(0, len(order), _LOCATED_ROWS):
             rows = order[start : start + _LOCATED_ROWS]
-            yield name, positions[rows], by_text[rows]
+            yield name, positions[rows], kinds[rows]
 
 
-def _runs(repeats: PartRepeats) -> Iterator[tuple[str, npt.NDArray[np.int64], Flags]]:
-    runs = pc.run_end_encode(repeats.inputs)
+def _runs(repeats: PartRepeats, reported: Sequence[int]) -> Iterator[tuple[str, npt.NDArray[np.int64], Kinds]]:
+    some = np.isin(repeats.kinds, reported)
+    positions, kinds = repeats.positions[some], repeats.kinds[some]
+    runs = pc.run_end_encode(repeats.inputs.filter(pa.array(some)))
     bounds = itertools.pairwise([0, *runs.run_ends.to_pylist()])
     for name, (start, end) in zip(runs.values.to_pylist(), bounds, strict=True):
-        yield name, repeats.positions[start:end], repeats.by_text[start:end]
+        yield name, positions[start:end], kinds[start:end]
 
 
-def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], by_text: Flags) -> pa.Table:
+def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], kinds: Kinds) -> pa.Table:
     has_offsets = file is not None and file.base in IN_BYTES
     n = len(positions)
     lines = [0] * n if has_offsets else positions.tolist()
     if file is not None and file.base in _IN_LINES:
-        ids = np.flatnonzero(~by_text | (file.size <= _TEXTS_COUNTED_BYTES)).tolist()
+        ids = np.flatnonzero((kinds != _BY_TEXT) | (file.size <= _TEXTS_COUNTED_BYTES)).tolist()
         if ids and file.size <= _COUNTED_BYTES:
             with contextlib.suppress(OSError, InputError):
                 # A file that was truncated since has fewer lines than requested.
@@ -310,7 +447,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
         "input": [file.path if file is not None else name] * n,
         "line": lines,
         "offset": positions.tolist() if has_offsets else [None] * n,
-        "reason": [BY_TEXT if text else BY_ID for text in by_text.tolist()],
+        "reason": [_REASONS[kind] for kind in kinds.tolist()],
         "excerpt": [None] * n,
         "damage": [False] * n,
     }

@@ -16,13 +16,14 @@ import pyarrow.compute as pc
 from retrotool import engine, sources
 from retrotool.chunk import CHUNK_LENGTH, chunk_plan
 from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
-from retrotool.chunk.deduplicate import BY_TEXT, DuplicateCounts, finish_plans
+from retrotool.chunk.deduplicate import BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
 from retrotool.chunk.quarantine import without_numbers
 from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
 from retrotool.cli.command_lines import command_line
 from retrotool.cli.options import check_utf8
 from retrotool.errors import AbortError, ErasedError, UsageError
+from retrotool.machine import user_name
 from retrotool.sources import InputFile, find_inputs
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
 from retrotool.store import folding, leases, parts, staging
@@ -66,7 +67,7 @@ class ChunkResult:
     tokens: int
     rejected: int
     blocked: int  # documents that were purged before
-    known_documents: int  # documents that the store has of inputs that were read again
+    unchanged: int  # documents that the store has already, with the same id and text
     damaged: int
     keys_cut: int
     compared: int  # documents for which the fast tokenizer was compared with ``tokenizers``
@@ -79,6 +80,12 @@ class ChunkResult:
     exceeded: str = ""  # the limit on rejected rows that was exceeded, though everything was done
     reasons: tuple[RejectedReason, ...] = ()
     duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
+    differing: int = 0  # documents left out, as the store has another text under their ids
+    differing_examples: tuple[str, ...] = ()  # some of their ids
+    replaced: int = 0  # documents of the store that left it for new texts
+    removed: int = 0  # documents of the store that left it, as their input does not have them any more
+    purges: tuple[str, ...] = ()  # of these, each of which can be undone
+    not_mirrored: tuple[str, ...] = ()  # inputs of which none was removed, and why
 
 
 def chunk(
@@ -115,12 +122,11 @@ def chunk(
         changed: frozenset[str] = frozenset()
         if files:
             findings = _findings(store, files, loaded, chosen)
-            if chosen.add_changed:
-                changed = frozenset(file.path for file in chunk_plan.changed_inputs(store, run, files, chosen))
+            changed = frozenset(file.path for file in chunk_plan.changed_inputs(store, run, files, chosen))
             if changed and plans:
                 # The documents of a changed input are known only when no plan is open.
                 _work(store, run, plans, replace(chosen, max_bad=MaxBad()), changed)
-                repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
+                repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
             plan, known = chunk_plan.commit_plan(store, run, files, chosen, findings)
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
@@ -132,13 +138,14 @@ def chunk(
             )
         exceeded = "" if stopped else chosen.max_bad.exceeded(_counts_of(store, open_plans), last=True)
         if not stopped:
-            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates))
+            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in plans]
     units = _waiting_units(store, plans)
     # Rows that were rejected before an input was read again do not count.
     reasons, damaged = _reasons(store, plans, units, changed)
     counts = {**_counts_of(store, plans), "rejected": sum(reason.rows for reason in reasons), "damaged": damaged}
+    counts["unchanged"] = counts.pop("known_documents")
     left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
     _note_empty_columns(store, sorted(set(state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
     return ChunkResult(
@@ -151,6 +158,10 @@ def chunk(
         exceeded=exceeded,
         reasons=reasons,
         duplicates_by_source=dict(sum(left_out, Counter[str]())),
+        **{name: sum(record.get(name, 0) for record in records) for name in ("differing", "replaced", "removed")},
+        differing_examples=tuple(name for one in repeats.values() for name in one.examples),
+        purges=tuple(purge for purge, of in chunk_plan.purges_of_plans(state).items() if of in plans),
+        not_mirrored=tuple(name for one in repeats.values() for name in one.not_mirrored),
     )
 
 
@@ -208,6 +219,7 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
     fields = replace(options.fields, keep=tuple(dict.fromkeys(options.fields.keep)))
     for value in (fields.text, fields.id, fields.key, fields.value, fields.tokens, fields.separator, *fields.keep):
         check_utf8("field or separator", value or "")
+    check_utf8("RETROTOOL_WHO", user_name())
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
             raise UsageError(
@@ -328,7 +340,8 @@ def _reasons(
         if plan != plans[-1]:
             table = table.filter(pc.invert(pc.is_in(table["input"], again)))
         damaged += int(pc.sum(table["damage"]).as_py() or 0)
-        grouped = table.filter(pc.not_equal(table["reason"], BY_TEXT)).group_by("reason", use_threads=False)
+        known = pc.is_in(table["reason"], pa.array([BY_TEXT, DIFFERING]))
+        grouped = table.filter(pc.invert(known)).group_by("reason", use_threads=False)
         for row in grouped.aggregate([*firsts, ("reason", "count")]).to_pylist():
             reason, kind = row["reason"], without_numbers(row["reason"])
             first = RejectedReason(reason, 0, row["input_first"], row["line_first"], row["excerpt_first"] or "")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from retrotool import sources
 from retrotool.chunk import chunk_plan, chunker
@@ -33,9 +34,11 @@ from retrotool.sources.lines import lines_before
 from retrotool.sources.records import content_hash
 from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
+from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import FastTokenizer, stored_tokenizer
 
 _BATCH_CHARACTERS = 2 << 20
@@ -97,13 +100,18 @@ def _read_plan(store: Store, plan_id: str, path: str) -> ChunkPlan:
     return chunk_plan.read_plan(store, entry)
 
 
+def _slot(task: Task) -> str:
+    return f"{task.inputs['plan']}.{task.inputs['unit']:06d}"
+
+
 def _staged(
-    store: Store, task: Task, run: str, bad: Quarantine, counts: dict[str, int], blocked: Blocked | None, files: Files
-) -> Staged:
+    store: Store, task: Task, run: str, bad: Quarantine, counts: dict[str, int], blocked: Blocked | None, files: Files,
+    seen: FileEntry | None = None,
+) -> Staged:  # fmt: skip
     plan_id, index = task.inputs["plan"], task.inputs["unit"]
-    quarantine = bad.write(store, FileName.new(run, "quarantine", f"{plan_id}.{index:06d}", "parquet"))
+    quarantine = bad.write(store, FileName.new(run, "quarantine", _slot(task), "parquet"))
     counts = {**counts, "rejected": len(bad), "damaged": len(bad.damage)}
-    unit = Unit(plan_id, index, files, quarantine, counts, None if blocked is None else blocked.slots)
+    unit = Unit(plan_id, index, files, quarantine, counts, None if blocked is None else blocked.slots, seen)
     return Staged(task.key, "chunk", run, reads=(task.inputs["path"],), unit=unit)
 
 
@@ -129,7 +137,8 @@ class ChunkWorker:
                 unit.chunk(piece, self._stage)
             files = writer.close()
             unit.count_tokenised()
-        return _staged(self._store, task, run, unit.bad, {**writer.counts, **unit.counts}, blocked, files)
+        seen = unit.write_seen(run, _slot(task))
+        return _staged(self._store, task, run, unit.bad, {**writer.counts, **unit.counts}, blocked, files, seen)
 
     def _load_encoder(self, fast: bool) -> FastTokenizer:
         known = chunk_plan.known_findings(self._store.state)
@@ -147,6 +156,7 @@ class _Unit:
 
     def __post_init__(self) -> None:
         self.bad = Quarantine()
+        self._seen: list[tuple[int, bytes]] = []  # the number of an input to mirror, and the keys of a batch
         self._known_documents = functools.lru_cache(1)(self._read_known_documents)
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut"), 0)
         self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
@@ -155,12 +165,13 @@ class _Unit:
         file, weight = self.plan.files[piece.file], piece.weight
         self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
         known = self._known_documents(piece.file)
+        mirrored = piece.file if self.plan.existing == "mirror" and piece.file in self.plan.read_before else None
         done = characters = 0
         for batch in _batches(_rows(self.plan, piece, self.bad, stage)):
             if isinstance(batch, Rejected):
                 self.bad.append(batch)
                 continue
-            self._add(file.name, batch, known)
+            self._add(file.name, batch, known, mirrored)
             characters += sum(len(document.text) for document in batch)
             # Progress in a compressed file is an estimate.
             ahead = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
@@ -170,14 +181,33 @@ class _Unit:
 
     def _read_known_documents(self, file: int) -> npt.NDArray[Any]:
         plans = self.plan.read_before.get(file, ())
-        without = chunk_plan.chunks_of_purges(self.store) if plans and self.plan.allow_purged else None
-        return chunk_plan.known_documents(self.store, self.plan.files[file].name, plans, without)
+        if not plans:
+            return np.zeros(0, HASHES)
+        return chunk_plan.known_documents(self.store, self.plan.files[file].name, plans, self._not_known)
 
-    def _add(self, name: str, batch: list[Document], known: npt.NDArray[Any]) -> None:
+    @functools.cached_property
+    def _not_known(self) -> Tombstones:
+        """What was purged may come back; so may a duplicate, if its original is replaced."""
+        replaces = self.plan.existing in ("replace", "mirror")
+        return read_tombstones(self.store) if replaces else chunk_plan.chunks_of_purges(self.store)
+
+    def write_seen(self, run: str, slot: str) -> FileEntry | None:
+        """Write the ids that were read of inputs to mirror; None if there are none."""
+        if not self._seen:
+            return None
+        lengths = [len(keys) // parts.HASH_BYTES for _, keys in self._seen]
+        numbers = np.repeat(np.array([number for number, _ in self._seen], np.int32), lengths)
+        keys = np.frombuffer(b"".join(keys for _, keys in self._seen), np.uint8).reshape(-1, parts.HASH_BYTES)
+        table = pa.table([pa.array(numbers), parts.fixed_binary(keys)], schema=parts.SEEN_SCHEMA)
+        return parts.write_parquet(self.store, FileName.new(run, "seen", slot, "parquet"), table)
+
+    def _add(self, name: str, batch: list[Document], known: npt.NDArray[Any], mirrored: int | None) -> None:
         hashes = [
             (chunker.id_hash(document.id), content_hash(document.text, document.value, document.tokens))
             for document in batch
         ]
+        if mirrored is not None:
+            self._seen.append((mirrored, b"".join(key for key, _ in hashes)))
         if len(known):
             pairs = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), HASHES)
             batch, hashes = self._leave_out("known_documents", is_in(pairs, known), batch, hashes)

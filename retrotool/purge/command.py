@@ -307,10 +307,10 @@ def undo_command(
     with output.errors(as_json):
         from retrotool.purge.undo import undo
 
-        output.show(undo(store, purge, reason=reason), as_json, _undo_text)
+        output.show(undo(store, purge, reason=reason), as_json, partial(_undo_text, store))
 
 
-def _undo_text(result: UndoResult) -> str:
+def _undo_text(store: str, result: UndoResult) -> str:
     again = "is live again" if result.chunks == 1 else "are live again"
     lines = [
         f"Undid purge {result.purge}: {output.count(result.chunks, 'chunk')}, "
@@ -319,6 +319,12 @@ def _undo_text(result: UndoResult) -> str:
     if result.still_purged:
         by = f": {', '.join(result.named_by)} purged them, too" if result.named_by else ", because they repeat others"
         lines.append(f"Still purged: {output.count(result.still_purged, 'chunk')} of it{by}.")
+    if result.outdated:
+        put = shlex.join(["retrotool", "undo", store, result.outdated_purge, "--reason", "..."])
+        lines.append(
+            f"{output.count(result.outdated, 'document')} that had replaced them purged as {result.outdated_purge}. "
+            f"To put them back: {put}"
+        )
     if result.repeats:
         has = "document has" if result.repeats == 1 else "documents have"
         lines.append(f"{result.repeats:,} {has} the id of another that was added since: both are live now.")

@@ -26,7 +26,7 @@ Cost:
 from __future__ import annotations
 
 import shlex
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,7 @@ from retrotool.store.tombstones import (
     read_tombstones,
     standing_purges,
 )
+from retrotool.store.weights import Weights, weight_of
 
 NAMED = 3
 _LISTED = 20
@@ -132,51 +133,6 @@ def unerased(store: Store, chunks: Ids) -> Ids:
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
         found.append(parts.chunk_ids(part, rows[table["n_tokens"].to_numpy()[rows] > 0]))
     return np.concatenate(found)
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """What some chunks add to the totals of a store or take from them."""
-
-    chunks: int = 0
-    documents: int = 0
-    tokens: int = 0
-
-    def __add__(self, other: Weight) -> Weight:
-        return Weight(self.chunks + other.chunks, self.documents + other.documents, self.tokens + other.tokens)
-
-    def as_counts(self) -> dict[str, int]:
-        """Return the counts by their names in records."""
-        return {"chunks": self.chunks, "documents": self.documents, "tokens": self.tokens}
-
-
-Weights = Mapping[int, Weight]  # by part
-
-
-def weight_of(weights: Weights, numbers: Container[int] | None = None) -> Weight:
-    """Return the sum of weights of the parts ``numbers``, or of all."""
-    return sum((weight for part, weight in weights.items() if numbers is None or part in numbers), Weight())
-
-
-def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, Weights]:
-    """Return the ``chunks`` that are neither erased nor in ``others``, ascending, and their weights.
-
-    A document counts if its only live chunks, besides ``others``, are among them.
-    """
-    live = [np.zeros(0, np.int64)]
-    weights = {}
-    for part, rows in rows_by_part(chunks[~others.contains(chunks)]):
-        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
-        doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
-        mine = rows[n_tokens[rows] > 0]
-        alive = n_tokens > 0
-        alive[others.rows(part)] = False
-        had = np.bincount(doc[alive], minlength=int(doc[-1]) + 1)
-        # All live chunks of a document that ends are among these.
-        ended = int(((had > 0) & (np.bincount(doc[mine], minlength=len(had)) == had)).sum())
-        weights[part] = Weight(len(mine), ended, int(n_tokens[mine].sum()))
-        live.append(parts.chunk_ids(part, mine))
-    return np.concatenate(live), weights
 
 
 def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import PREFIX, named_chunks, tombstone_paths, write_tombstones
+from retrotool.store.weights import weight_of
 from retrotool.tokenizers import stored_tokenizer
 
 EXAMPLES, LARGEST = 10, 10
@@ -241,7 +242,7 @@ def list_purges(root: str | Path) -> PurgeList:
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
     state = store.state
-    chunks, weight = len(selection.live), purged_chunks.weight_of(selection.weights)
+    chunks, weight = len(selection.live), weight_of(selection.weights)
     alive = int(state.records.get("totals", {}).get("chunks", 0))
     return PurgeResult(
         chunks=chunks, documents=weight.documents, tokens=weight.tokens,
@@ -354,7 +355,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         new = [part for part in purged_chunks.parts_of_open_plans(store) if part not in selection.open_parts]
         if len(purged_chunks.find_in_open_plans(store, new, selection.chunks, selection.blocked)):
             raise ConflictError("copies of selected chunks were added concurrently", "Run the same command again.")
-        counts = purged_chunks.weight_of(selection.weights).as_counts()
+        counts = weight_of(selection.weights).as_counts()
         hashed = store.identity.keyed_hash(request.literal)
         selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}

@@ -8,8 +8,6 @@ documents.
 
 from __future__ import annotations
 
-import getpass
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,18 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.chunk.chunk_plan import chunks_of_purges, documents_within
+from retrotool.chunk.chunk_plan import chunks_of, chunks_of_purges, documents_within
 from retrotool.cli.options import check_utf8
 from retrotool.encoder.devices import check_device
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
+from retrotool.machine import user_name
 from retrotool.purge import purged_chunks
 from retrotool.purge.selectors.classified import classified
 from retrotool.purge.selectors.contaminates import Contaminates
 from retrotool.purge.selectors.copies import NearDuplicates
 from retrotool.purge.selectors.like import near
-from retrotool.purge.selectors.lookup import Lookup, chunks_of, select_ids
+from retrotool.purge.selectors.lookup import Lookup, select_ids
 from retrotool.purge.selectors.patterns import Patterns, read_patterns
 from retrotool.purge.selectors.pii import KINDS, PersonalData
 from retrotool.purge.selectors.scan import ScanStage, read_scan
@@ -41,6 +40,7 @@ from retrotool.store.parts import Ids, rows_by_part
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Record, Tombstones, named_chunks, read_tombstones, standing_purges
+from retrotool.store.weights import Weights, weigh_chunks
 
 _ADVICE = "Nothing was purged. See: retrotool purge --help"
 
@@ -203,7 +203,7 @@ class Selection:
     found: pa.Table
     chunks: Ids
     live: Ids
-    weights: purged_chunks.Weights
+    weights: Weights
     blocked: Hashes
     newly_blocked: int
     copies: Ids
@@ -251,7 +251,7 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
             chunks, named_chunks(store, [purge for purge, record in earlier.items() if not record["erased"]])
         )
         copies, copied = purged_chunks.find_copies(store, chunks)
-    live, weights = purged_chunks.weigh_chunks(store, chunks, read_tombstones(store))
+    live, weights = weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
         request, store.state, tuple(matches), found, chunks, live, weights, hashes,
         int((~read_blocked(store).contains(hashes)).sum()), copies, copied,
@@ -302,11 +302,7 @@ def signed(reason: str, who: str | None) -> str:
     """
     if not reason.strip():
         raise UsageError("--reason is empty", "Say why, without naming a person: it stays in the log.")
-    if (who := who or os.environ.get("RETROTOOL_WHO")) is None:
-        try:
-            who = getpass.getuser()
-        except (KeyError, OSError):  # a container's user may have no name
-            who = f"user {os.getuid()}"
+    who = who or user_name()
     check_utf8("--reason", reason)
     check_utf8("RETROTOOL_WHO", who)
     return who

@@ -4,6 +4,9 @@ The commit removes the purge's tombstones, block list and selector file from the
 stays in ``undone/``, because readers on an older view still exclude them. Chunks that another purge names or
 a ``chunk`` rejected stay tombstones.
 
+The purge of documents that a ``chunk`` replaced is undone by restoring them and purging, in the same commit,
+the documents that have their ids now. That is a purge of its own, which can be undone too.
+
 Embeddings and indexes still have the chunks: a search only skips purged ones. Neighbours found while the
 purge was in effect lack them. ``neighbours`` finds these tables by the commits between which it was
 (``store.tombstones``); the result names the commands.
@@ -14,13 +17,17 @@ since. Memory: one part, and the tombstones.
 
 from __future__ import annotations
 
+import secrets
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from retrotool.chunk.chunk_plan import chunks_of
+from retrotool.chunk.deduplicate import replaced_record
 from retrotool.cli.command_lines import neighbours_command, table_command
 from retrotool.embed.search_scope import find_documents
 from retrotool.errors import ConflictError, UsageError
@@ -30,6 +37,7 @@ from retrotool.purge import purged_chunks
 from retrotool.purge.purged_chunks import find_purge
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
+from retrotool.store import parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -48,6 +56,7 @@ from retrotool.store.tombstones import (
     tombstone_paths,
     write_tombstones,
 )
+from retrotool.store.weights import Weight, Weights, weigh_chunks, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +67,19 @@ class Undoable:
       totals.
     * ``named_by``: other purges that name some of the rest.
     * ``repeats``: documents whose id another live document has, which was added while this one was purged.
+    * ``outdated``: chunks of documents that took the place of replaced ones; ``outdated_weights``: what they
+      take from the totals.
     """
 
     purge: str
     chunks: Ids
     live: Ids
-    weights: purged_chunks.Weights
+    weights: Weights
     named_by: tuple[str, ...]
     repeats: int
     state: State
+    outdated: Ids
+    outdated_weights: Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,7 @@ class UndoResult:
 
     * ``still_purged``: its other chunks: the purges ``named_by`` name them, or they repeat others.
     * ``repeats``: documents whose id another live document has, which was added since.
+    * ``outdated``: documents that had replaced them, and are purged by ``outdated_purge`` ("": none) instead.
     * ``next``: commands that update neighbours which may have been found while the purge was in effect, here
       and in stores that use this one.
     """
@@ -87,6 +101,8 @@ class UndoResult:
     commit: int
     named_by: tuple[str, ...] = ()
     repeats: int = 0
+    outdated: int = 0
+    outdated_purge: str = ""
     next: tuple[str, ...] = ()
 
 
@@ -102,12 +118,12 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
 
         def attempt() -> UndoResult:
             found = weigh(store, purge)
-            state = commit_undo(store, run, found, reason, who)
-            weight = purged_chunks.weight_of(found.weights)
+            state, outdated = commit_undo(store, run, found, reason, who)
+            weight = weight_of(found.weights)
             return UndoResult(
                 purge, len(found.live), weight.documents, weight.tokens,
                 len(found.chunks) - len(found.live), int(state.records[PREFIX + purge]["undone"]), found.named_by,
-                found.repeats,
+                found.repeats, weight_of(found.outdated_weights).documents, outdated,
             )  # fmt: skip
 
         done = retry_overtaken(attempt, store.renew)
@@ -133,8 +149,6 @@ def _refills(store: Store) -> list[str]:
 def weigh(store: Store, purge: str) -> Undoable:
     """Determine what an undo would do; ``UsageError`` if the purge does not exist or its erase was begun."""
     record = purged_chunks.check_purge(store, purge)
-    if "plan" in record:
-        raise UsageError(f"purge {purge} has documents replaced by chunk {record['plan']}: this version can't undo it")
     if record["erased"]:
         raise UsageError(
             f"purge {purge} is erased, so it can't be undone",
@@ -152,19 +166,35 @@ def weigh(store: Store, purge: str) -> Undoable:
             "Finish it: " + shlex.join(["retrotool", "erase", store.place, purge]),
         )
     after = Tombstones(named_chunks(store, others))
-    live, weights = purged_chunks.weigh_chunks(store, own, after)
+    live, weights = weigh_chunks(store, own, after)
     left = Tombstones(np.setdiff1d(own, live))
     named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
     keys, repeats = purged_chunks.values_of(store, live, "key"), 0
-    if len(keys):
+    outdated = (
+        documents_with(store, keys, Tombstones(np.union1d(after.ids, own)))
+        if "plan" in record
+        else np.zeros(0, np.int64)
+    )
+    outdated, outdated_weights = weigh_chunks(store, outdated, after)
+    if len(keys) and "plan" not in record:
         found = find_documents(store, pa.chunked_array([keys]), after)
         if found.repeats is not None and found.document is not None:
             repeats = len(np.intersect1d(found.document, found.repeats.document))
-    return Undoable(purge, own, live, weights, named_by, repeats, store.state)
+    return Undoable(purge, own, live, weights, named_by, repeats, store.state, outdated, outdated_weights)
 
 
-def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> State:
-    """Commit an undo; return the new state.
+def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:
+    """Return the chunks of the documents with one of ``keys``, besides ``purged`` ones and pending parts."""
+    found = [np.zeros(0, np.int64)]
+    for part in filter(store.state.is_live, store.state.all_parts()) if len(keys) else ():
+        has_key = pc.is_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
+        found.append(chunks_of(store, part, np.flatnonzero(has_key.to_numpy())))
+    chunks = np.concatenate(found)
+    return chunks[~purged.contains(chunks)]
+
+
+def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> tuple[State, str]:
+    """Commit an undo; return the new state, and the purge of documents that had replaced the restored ones.
 
     ``ConflictError`` if another purge was committed, erased or undone since ``found`` was made.
     """
@@ -173,22 +203,35 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
     touched = distinct_parts(found.chunks)
     reads = [entry.path for part in touched if (entry := found.state.part_file("chunks", part)) is not None]
     add: list[FileEntry] = []
+    new = "p" + secrets.token_hex(4) if len(found.outdated) else ""
 
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
-        counts = purged_chunks.weight_of(found.weights).as_counts()
+        counts = weight_of(found.weights).as_counts()
         after = {
             **record, "undone": state.number + 1, "undone_by": who, "undone_reason": reason,
             "parts": consecutive_ranges(touched), "repeats": found.repeats,
         }  # fmt: skip
+        records = {PREFIX + purge: after, **purged_chunks.totals_after(state, joined_weights(found), 1)}
+        if new:
+            weight = weight_of(found.outdated_weights)
+            records[PREFIX + new] = replaced_record(state, record["plan"], weight, reason, who)
         return Draft(
             "undo", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
-            remove=tuple(entry.path for entry in gone if entry is not None),
-            records={PREFIX + purge: after, **purged_chunks.totals_after(state, found.weights, 1)},
+            remove=tuple(entry.path for entry in gone if entry is not None), records=records,
         )  # fmt: skip
 
     with purged_chunks.withdrawn(store, add):
         add.append(write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
-        return store.commit(run, build)
+        if new:
+            add.append(write_tombstones(store, FileName.new(run.id, "tombstones", new, "parquet"), found.outdated))
+        return store.commit(run, build), new
+
+
+def joined_weights(found: Undoable) -> Weights:
+    """Return what an undo adds to the totals, less what it takes from them."""
+    lost = {part: Weight(-one.chunks, -one.documents, -one.tokens) for part, one in found.outdated_weights.items()}
+    both = (*found.weights, *lost)
+    return {part: found.weights.get(part, Weight()) + lost.get(part, Weight()) for part in both}

@@ -323,6 +323,7 @@ CHECKS: Mapping[str, _Check] = {
     "plans": _Check("not decoded: only names of inputs, and hashes keyed with the store's secret"),
     "inputs": _Check("not decoded: only names of inputs, and hashes keyed with the store's secret"),
     "selectors": _Check("files that quote the selectors of the purge", _check_selectors),
+    "seen": _Check("not decoded: only hashes of ids, while a chunk is unfinished"),
     "scans": _Check("files that name a chunk, or are older than the erase", _check_scans),
 }
 """The check of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""

@@ -85,10 +85,12 @@ class InputFile:
         return self.format.partition(".")[2]
 
     def fingerprint(self, fields: Fields | None = None) -> str:
-        """Return BLAKE2b-128 of the content, or above 16 MiB of the size and 256 samples of 64 KiB."""
+        """Return BLAKE2b-128 of the content; above 16 MiB of size, time of change and 256 samples."""
         digest = hashlib.blake2b(f"{self.format} {self.size}".encode(), digest_size=16)
         if self.base == "txt" and not (fields is not None and fields.separator):
             digest.update(self.name.encode("utf-8", "surrogateescape"))  # its name is its document's id
+        if self.size > _SAMPLES * _SAMPLE_BYTES:  # the samples may miss a change
+            digest.update(str(Path(self.path).stat().st_mtime_ns).encode())
         last = max(0, self.size - _SAMPLE_BYTES)
         with Path(self.path).open("rb") as file:
             for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):

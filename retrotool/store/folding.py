@@ -216,7 +216,7 @@ def _numbered(state: State, tasks: Sequence[Staged], progress: dict[str, Any]) -
         for part in unit.parts:
             add += [dataclasses.replace(entry, slot=paths.part_slot(number)) for entry in part]
             number += 1
-        add += [unit.quarantine] if unit.quarantine is not None else []
+        add += unit.others()
         totals["rejected"] += unit.counts.get("rejected", 0)  # the other totals wait for the end of the plan
     reads = tuple(dict.fromkeys(path for task in tasks for path in task.reads))
     pending = int(state.records.get("pending", 0)) + number - first

@@ -58,6 +58,7 @@ QUARANTINE_SCHEMA = pa.schema({
     "input": pa.string(), "line": pa.int64(), "offset": pa.int64(), "reason": pa.string(), "excerpt": pa.string(),
     "damage": pa.bool_(),
 })  # fmt: skip
+SEEN_SCHEMA = pa.schema({"file": pa.int32(), "key": pa.binary(HASH_BYTES)})
 KEY = pa.field("key", pa.bool_(), nullable=False)
 
 
@@ -71,6 +72,7 @@ def chunks_schema(chunk_bytes: int, *, key: bool = False) -> pa.Schema:
 _SCHEMAS = {  # the columns that all files of a kind have
     "documents": documents_schema(()), "quarantine": QUARANTINE_SCHEMA, "tombstones": TOMBSTONES_SCHEMA,
     "undone": TOMBSTONES_SCHEMA, "scans": SCANS_SCHEMA, "blocked": BLOCKED_SCHEMA,
+    "seen": SEEN_SCHEMA,
 }  # fmt: skip
 
 

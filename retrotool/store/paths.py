@@ -15,7 +15,7 @@ from retrotool.errors import CorruptError, UsageError
 
 DATA_KINDS = (
     "documents", "chunks", "embeddings", "index", "neighbours", "tombstones", "undone", "blocked", "quarantine",
-    "plans", "inputs", "selectors", "scans",
+    "plans", "inputs", "selectors", "scans", "seen",
 )  # fmt: skip
 FOLDERS = (*DATA_KINDS, "staging", "leases", "log", "checkpoints")
 NAMED_KINDS = ("embeddings", "index", "neighbours", "scans")

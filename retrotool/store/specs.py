@@ -28,9 +28,9 @@ _ANYTHING: dict[Any, Spec] = {}
 _COUNTS = dict.fromkeys(("documents", "chunks", "tokens", "rejected"), _AMOUNT)
 _PLAN = {
     **_COUNTS, "parts": PART, "units": COUNT, "done": COUNT, "finished": bool, "order": COUNT,
-    "purged?": {NAME: _AMOUNT}, "duplicates?": str, "existing?": str, "replaced?": _AMOUNT,
+    "purged?": {NAME: _AMOUNT}, "duplicates?": str, "existing?": str,
     **dict.fromkeys(("blocked?", "damaged?", "known_documents?", "keys_cut?", "compared?", "exact?"), _AMOUNT),
-    **dict.fromkeys(("duplicates_by_id?", "duplicates_by_text?"), _AMOUNT),
+    **dict.fromkeys(("duplicates_by_id?", "duplicates_by_text?", "replaced?", "removed?", "differing?"), _AMOUNT),
 }  # fmt: skip
 _FINDINGS = {
     "versions": str, "substrings": [str], "runs?": [(str, str, range(1, 1 << 16), str)], "frames": (str, str),
@@ -157,7 +157,8 @@ STAGED = {
     "unit": Maybe(
         {
             "plan": NAME, "index": COUNT, "parts": [tuple(map(_unnumbered, UNNUMBERED_KINDS))],
-            "quarantine": Maybe(_FILES["quarantine"]), "counts": {NAME: COUNT}, "blocked": Maybe([NAME]),
+            "quarantine": Maybe(_FILES["quarantine"]), "seen?": Maybe(_FILES["seen"]), "counts": {NAME: COUNT},
+            "blocked": Maybe([NAME]),
         }
     ),
 }  # fmt: skip

@@ -31,6 +31,11 @@ class Unit:
     quarantine: FileEntry | None
     counts: Mapping[str, int]
     blocked: tuple[str, ...] | None = None  # slots of the block lists applied; None: documents were not checked
+    seen: FileEntry | None = None  # ids that were read, of inputs to mirror
+
+    def others(self) -> list[FileEntry]:
+        """Return its files that belong to no part."""
+        return [entry for entry in (self.quarantine, self.seen) if entry is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class Staged:
         entries = list(self.add)
         if self.unit is not None:
             entries += [entry for part in self.unit.parts for entry in part]
-            entries += [self.unit.quarantine] if self.unit.quarantine else []
+            entries += self.unit.others()
         return entries
 
     def files(self) -> list[str]:
@@ -87,9 +92,9 @@ def is_whole(storage: Storage, task: Staged) -> bool:
 
 def _unit_from_json(fields: Mapping[str, Any]) -> Unit:
     parts = tuple(tuple(map(FileEntry.from_json, part)) for part in fields["parts"])
-    quarantine = None if fields["quarantine"] is None else FileEntry.from_json(fields["quarantine"])
+    quarantine, seen = (FileEntry.from_json(f) if (f := fields.get(name)) else None for name in ("quarantine", "seen"))
     blocked = None if fields["blocked"] is None else tuple(fields["blocked"])
-    return Unit(fields["plan"], fields["index"], parts, quarantine, fields["counts"], blocked)
+    return Unit(fields["plan"], fields["index"], parts, quarantine, fields["counts"], blocked, seen)
 
 
 def read_staged(storage: Storage) -> dict[str, Staged]:

@@ -145,6 +145,7 @@ def stands_for(state: State) -> str:
 
 
 PREFIX = "purge:"
+REPLACED = "replaced"  # the selector of a purge of documents that others replace
 Record = Mapping[str, Any]
 _known: dict[str, Mapping[str, Record]] = {}  # undone purges by the state's head: they are needed for every file
 _KNOWN = 64

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from chunk_helpers import quarantine, run_chunk, verified, write_rows
+from chunk_helpers import run_chunk, verified, write_rows
 from conftest import make_rows
 
 from retrotool import api
@@ -48,9 +48,9 @@ def test_a_file_that_breaks_off_twice_gives_every_row_once(duplicates, tmp_path)
     path.write_bytes(whole[: len(whole) // 2])
     assert run_chunk(store, path, *options).exit_code == 3
     path.write_bytes(whole[: len(whole) // 3])
-    assert run_chunk(store, path, "--changed", "add", *options).exit_code == 3
+    assert run_chunk(store, path, *options).exit_code == 3
     path.write_bytes(whole)
-    result = run_chunk(store, path, "--changed", "add", *options)
+    result = run_chunk(store, path, *options)
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
@@ -72,7 +72,7 @@ def test_a_file_that_was_read_in_slices_is_gone_on_with_wherever_it_was_damaged(
     (plan,) = Store.open(store).state.with_prefix("plan:").values()
     assert plan["units"] > 2
     path.write_bytes(b"".join(pieces))
-    result = run_chunk(store, path, "--changed", "add", "--duplicates", duplicates)
+    result = run_chunk(store, path, "--duplicates", duplicates)
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
@@ -86,7 +86,7 @@ def test_a_file_that_grows_by_repair_while_its_slices_are_open_is_read_whole(tmp
     assert "Stopped" in run_chunk(store, path, "--max-bad", 0).stdout
     path.write_bytes(b"".join([pieces[0], zstandard.compress(b""), *pieces[1:]]))
     # The advice that was printed.
-    result = run_chunk(store, path, "--max-bad", 0, "--changed", "add")
+    result = run_chunk(store, path, "--max-bad", 0)
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
@@ -112,7 +112,7 @@ def test_damage_that_waits_to_be_committed_counts_when_the_run_is_resumed(tmp_pa
         assert (found.damaged, found.rejected) == (1, 1)
         assert [reason.input for reason in found.reasons] == [str(names[-1])]
     names[-1].write_bytes(gzip.compress(b"".join(LINES[360:]), 0))
-    result = run_chunk(store, *names, "--changed", "add")
+    result = run_chunk(store, *names)
     assert result.exit_code == 0, result.output
     check(store, tmp_path)
 
@@ -126,10 +126,9 @@ def test_rows_of_another_input_of_the_same_name_are_not_taken_for_known(tmp_path
     monkeypatch.chdir(tmp_path / "b")
     run_chunk(store, write_rows(Path("x.jsonl"), [ROWS[10], {"id": "bad"}]))
     write_rows(Path("x.jsonl"), [ROWS[10], ROWS[0]])
-    result = run_chunk(store, "x.jsonl", "--changed", "add")
-    assert (2, "duplicate document id") in [(line, reason) for _, line, reason in quarantine(store)]
-    assert "1 document skipped: already in the store." in result.stdout
-    assert result.exit_code == 3
+    result = run_chunk(store, "x.jsonl")
+    assert "2 documents unchanged." in result.stdout, "one by its input, one by its id and text"
+    assert result.exit_code == 0
     assert api.info(store).documents == 4
 
 
@@ -137,12 +136,10 @@ def test_a_larger_limit_adds_what_was_too_long(tmp_path):
     store = tmp_path / "store"
     path = write_rows(tmp_path / "rows.jsonl", [{"id": "short", "text": "a"}, {"id": "long", "text": "word " * 2000}])
     assert run_chunk(store, path, "--max-document", "6KB").exit_code == 3
-    assert run_chunk(store, path, "--changed", "add", "--max-document", "6KB").exit_code == 0
-    assert run_chunk(store, path, "--max-document", "1MiB").exit_code == 0
-    assert api.info(store).documents == 1
-    result = run_chunk(store, path, "--changed", "add", "--max-document", "1MiB")
+    assert run_chunk(store, path, "--max-document", "6KB").exit_code == 0
+    result = run_chunk(store, path, "--max-document", "1MiB")
     assert (result.exit_code, api.info(store).documents) == (0, 2)
-    assert "1 document skipped" in result.stdout
+    assert "1 document unchanged" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from stored import stored_files
 import retrotool
 from retrotool import api
 from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad, commit_plan
+from retrotool.chunk.deduplicate import DIFFERING
 from retrotool.errors import UsageError
 from retrotool.sources import Fields, find_inputs
 from retrotool.store.leases import Run
@@ -49,14 +50,14 @@ def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_read_again_whe
     later = write_rows(tmp_path / "later.jsonl", make_rows(5, first=500))
     result = run_chunk(store, path, later)
     assert result.exit_code == 3
-    assert "the same command with --changed add" in result.stdout
+    assert "run the same command again" in result.stdout
     good = len(ids(store))
     assert 20 < good < 300
     path.write_bytes(packed(name))
-    result = run_chunk(store, path, later, "--changed", "add", "--json")
+    result = run_chunk(store, path, later, "--json")
     assert result.exit_code == 0, result.stdout
     reported = json.loads(result.stdout)
-    assert (reported["rejected"], reported["damaged"], reported["known_documents"]) == (0, 0, good - 5)
+    assert (reported["rejected"], reported["damaged"], reported["unchanged"]) == (0, 0, good - 5)
     assert [reason[:10] for _, _, reason in quarantine(store)] == ["broken off"], "what each run rejected stays"
     assert sorted(ids(store)) == sorted([row["id"] for row in ROWS] + [f"doc-{i}" for i in range(500, 505)])
     found = api.info(store)
@@ -65,8 +66,8 @@ def test_a_truncated_file_stops_the_run_after_what_is_good_and_is_read_again_whe
 
 
 def changed(store: Path, *arguments: object) -> dict[str, object]:
-    """What ``chunk --changed add`` says as JSON."""
-    found: dict[str, object] = json.loads(run_chunk(store, *arguments, "--changed", "add", "--json").stdout)
+    """What ``chunk`` says as JSON."""
+    found: dict[str, object] = json.loads(run_chunk(store, *arguments, "--json").stdout)
     return found
 
 
@@ -76,7 +77,7 @@ def test_what_was_chunked_before_the_break_is_skipped(tmp_path):
     good = len(ids(store))
     path.write_bytes(gzip.compress(LINES))
     result = changed(store, path)
-    assert (result["documents"], result["known_documents"], result["rejected"]) == (300 - good, good, 0)
+    assert (result["documents"], result["unchanged"], result["rejected"]) == (300 - good, good, 0)
     assert ids(store) == [row["id"] for row in ROWS]
 
 
@@ -91,7 +92,7 @@ def test_what_was_erased_does_not_come_back_with_the_repaired_file(tmp_path):
     api.purge(store, selectors, reason="test", erase=True)
     path.write_bytes(gzip.compress(lines))
     result = changed(store, path)
-    assert (result["documents"], result["blocked"], result["known_documents"]) == (301 - good, 2, good - 2)
+    assert (result["documents"], result["blocked"], result["unchanged"]) == (301 - good, 2, good - 2)
     assert verified(store).problems == []
 
 
@@ -101,10 +102,10 @@ def test_purged_documents_of_a_changed_input_are_added_again_only_on_request(tmp
     api.purge(store, api.Selectors(where="id in ('doc-1', 'doc-2')"), reason="test")
     write_rows(path, ROWS[:6])
     result = changed(store, path)
-    assert (result["documents"], result["known_documents"], result["blocked"]) == (1, 5, 0)
+    assert (result["documents"], result["unchanged"], result["blocked"]) == (1, 3, 2)
     write_rows(path, ROWS[:7])
     result = changed(store, path, "--allow-purged")
-    assert (result["documents"], result["known_documents"], result["rejected"]) == (3, 4, 0)
+    assert (result["documents"], result["unchanged"], result["rejected"]) == (3, 4, 0)
     assert api.info(store).documents == 7
 
 
@@ -115,8 +116,9 @@ def test_a_repaired_file_whose_beginning_is_another_gives_what_is_new_in_it(tmp_
     other = [{"id": "first", "text": "A new first row."}, {**ROWS[0], "text": "Another text."}, *ROWS[1:]]
     path.write_bytes(pack(b"".join(json.dumps(row).encode() + b"\n" for row in other), path.name))
     result = changed(store, path)
-    assert (result["documents"], result["known_documents"], result["rejected"]) == (1 + 300 - good, good - 1, 1)
-    assert (str(path), 2, "duplicate document id") in quarantine(store)
+    assert (result["documents"], result["unchanged"], result["rejected"]) == (1 + 300 - good, good - 1, 0)
+    assert (result["differing"], result["differing_examples"]) == (1, ["doc-0"])
+    assert (str(path), 2, DIFFERING) in quarantine(store)
     assert {row["id"] for row in documents(store)} == {"first", *(row["id"] for row in ROWS)}
 
 
@@ -125,12 +127,12 @@ def test_rows_that_were_repaired_are_added_and_the_others_not_again(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [ROWS[0], b'{"id": "doc-1", "text": 5}', ROWS[2], b"{", ROWS[4]])
     assert run_chunk(store, path).exit_code == 3
     write_rows(path, [ROWS[0], ROWS[1], ROWS[2], b"{", ROWS[4]])
-    result = run_chunk(store, path, "--changed", "add")
+    result = run_chunk(store, path)
     assert result.exit_code == 3
     assert result.stdout.startswith("1 document, ")
-    assert "3 documents skipped: already in the store.\n1 row rejected:\n  1  not JSON" in result.stdout
+    assert "3 documents unchanged.\n1 row rejected:\n  1  not JSON" in result.stdout
     write_rows(path, ROWS[:5])
-    assert run_chunk(store, path, "--changed", "add").exit_code == 0
+    assert run_chunk(store, path).exit_code == 0
     assert verified(store).content == content_of(tmp_path, ROWS[:5])
 
 
@@ -214,16 +216,12 @@ def test_a_limit_that_is_none_is_refused(limit):
         MaxBad.parse(limit)
 
 
-def test_an_input_that_has_changed_is_refused_until_it_is_to_be_added(tmp_path):
+def test_an_input_that_has_changed_is_read_again(tmp_path):
     store, path = tmp_path / "store", write_rows(tmp_path / "rows.jsonl", ROWS[:5])
     assert run_chunk(store, path).exit_code == 0
     write_rows(path, ROWS[:8])
-    result = run_chunk(store, path)
-    assert result.exit_code == 2
-    assert "--changed add" in result.output
-    assert len(ids(store)) == 5
     found = changed(store, path)
-    assert (found["documents"], found["known_documents"], found["rejected"]) == (3, 5, 0)
+    assert (found["documents"], found["unchanged"], found["rejected"]) == (3, 5, 0)
     assert verified(store).content == content_of(tmp_path, ROWS[:8])
     assert run_chunk(store, path).exit_code == 0
 

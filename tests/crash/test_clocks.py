@@ -29,7 +29,7 @@ from retrotool.store import gc, leases, log
 from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.on_disk]
 
 JUMP = 2 * 3600.0
 NEVER = 1 << 30

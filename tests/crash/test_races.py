@@ -42,7 +42,7 @@ from retrotool.store.store import Store, checkpoint_files
 from retrotool.store.sums import with_sums
 from retrotool.store.verify_log import same_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.on_disk]
 
 RACES = KILLS if "RETROTOOL_KILLS" in os.environ else times(1, 5)
 WAIT_SECONDS = 20.0

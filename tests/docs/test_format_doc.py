@@ -96,7 +96,7 @@ def grown_store(store_copy: Path, tmp_path: Path) -> Path:
     api.purge(store_copy, api.Selectors(document=("doc-3", "year-1")), reason="test", erase=True)
     again = write_jsonl(tmp_path / "again.jsonl", [{"id": "doc-4", "text": "again"}])
     with pytest.raises(DuplicatesError):
-        api.chunk(store_copy, [str(again)], duplicates="fail")
+        api.chunk(store_copy, [str(again)], existing="fail")
     return store_copy
 
 

@@ -28,10 +28,10 @@ def test_an_undo_leaves_no_live_chunk_of_a_document_that_repeats_and_an_erase_ta
     store = tmp_path / "store"
     api.chunk(store, [str(inputs[0])], tokenizer=str(tiny_encoder), part_size=100)
     with pytest.raises(DuplicatesError):
-        api.chunk(store, [str(inputs[1])], duplicates="fail")
+        api.chunk(store, [str(inputs[1])], existing="fail")
     first = 1 << 32
     purge = api.purge(store, Selectors(chunk=(first,)), reason="test").purge
-    api.chunk(store, [str(inputs[1])], duplicates="skip")
+    api.chunk(store, [str(inputs[1])], existing="skip")
     assert purge is not None
     api.undo(store, purge, reason="test")
     copy = read_rejected(Store.open(store)).ids

@@ -60,6 +60,7 @@ def noted() -> list[Any]:
     return dependents(Store.open("database"))
 
 
+@pytest.mark.on_disk
 def test_a_database_records_once_who_uses_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert used().unaware == ()
     (one,) = noted()

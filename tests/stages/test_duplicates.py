@@ -19,9 +19,9 @@ from stored import stored_files
 
 import retrotool
 from retrotool import api, engine
-from retrotool.chunk import deduplicate, hash_partitions
-from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
-from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DuplicateCounts, PartRepeats, finish_plans
+from retrotool.chunk import deduplicate, hash_partitions, update
+from retrotool.chunk.chunk_plan import ChunkOptions, Duplicates, Existing, commit_plan
+from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, PartRepeats, finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
 from retrotool.info.run import info
@@ -34,6 +34,7 @@ from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, find_tokenizer
 
+REPORTED = {BY_ID, BY_TEXT, DIFFERING}
 Row = tuple[str, str]
 """An id and a text."""
 
@@ -43,15 +44,50 @@ def make_store(root: Path, tokenizer: Path) -> Store:
     return Store.create(root, made.identity, made.file.content, 4)
 
 
-def add(store: Store, path: Path, rows: list[Row], *, part_size: int = 3, **options: Any) -> list[DuplicateCounts]:
+def add(
+    store: Store, path: Path, rows: list[Row], *, part_size: int = 3, existing: Existing = "skip", **options: Any
+) -> list[DuplicateCounts]:
     """Chunk rows from a file of their own as one plan, and finish it."""
     # A file that the store has already is left out as a whole, so no two are the same.
     only = {"only in": path.name}
     write_jsonl(path, [{"id": name, "text": text, "source": f"s-{name}", **only} for name, text in rows])
     with writing(store) as run:
-        commit_plan(store, run, find_inputs([str(path)]), ChunkOptions(Fields(), part_size, allow_purged=True))
+        commit_plan(store, run, find_inputs([str(path)]), made_with(part_size, existing))
         engine.execute(ChunkStage(), store, run)
         return list(finish_plans(store, run, **options).values())
+
+
+def made_with(part_size: int, existing: Existing) -> ChunkOptions:
+    return ChunkOptions(Fields(), part_size, allow_purged=True, existing=existing)
+
+
+def decided(stored: list[Row], rows: list[Row], existing: Existing, duplicates: Duplicates) -> list[str | None]:
+    """For each row of a plan why it is left out, or None; takes replaced documents from the ``stored`` ones."""
+    texts: dict[str, set[str]] = {}
+    for name, text in stored:
+        texts.setdefault(name, set()).add(text)
+    seen: set[str] = set()
+    chosen: dict[str, set[str]] = {}
+    kinds: list[str | None] = []
+    for name, text in rows:
+        is_first = name not in seen or duplicates == "keep"
+        seen.add(name)
+        if name not in texts:
+            kinds.append(None if name not in list(dict(rows[: len(kinds)])) else BY_ID)
+        elif existing == "skip":
+            kinds.append("unchanged" if text in texts[name] else DIFFERING)
+        elif is_first:
+            chosen.setdefault(name, set()).add(text)
+            kinds.append("unchanged" if text in texts[name] else None)
+        else:
+            kinds.append(BY_ID)
+    stored[:] = [(name, text) for name, text in stored if text in chosen.get(name, {text})]
+    there = {text for _, text in stored}
+    for i, (_, text) in enumerate(rows):
+        if kinds[i] is None:
+            kinds[i] = BY_TEXT if text in there else None
+            there.add(text)
+    return kinds
 
 
 def first_come(rows: list[Row]) -> list[str | None]:
@@ -90,30 +126,37 @@ rows_of = st.lists(
 )
 
 
-@given(plans=st.lists(rows_of.filter(bool), min_size=1, max_size=3), range_rows=st.sampled_from([1, 2, 5, 1 << 20]))
-def test_the_first_of_each_stays_however_the_rows_are_cut_into_plans(
-    plans: list[list[Row]], range_rows: int, byte_level_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@given(
+    plans=st.lists(rows_of.filter(bool), min_size=1, max_size=3), memory=st.sampled_from([1, 2, 5, 1 << 20]),
+    existing=st.sampled_from(["skip", "replace"]), duplicates=st.sampled_from(["skip", "keep"]),
+)  # fmt: skip
+def test_what_stays_and_what_goes_does_not_depend_on_how_the_rows_are_cut_into_plans(
+    plans: list[list[Row]], memory: int, existing: Existing, duplicates: Duplicates, byte_level_tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
     folder = tmp_path_factory.mktemp("duplicates")
     store = make_store(folder / "store", byte_level_tokenizer)
-    reasons = iter(first_come([row for rows in plans for row in rows]))
     expected: list[tuple[str, int, str]] = []
     stay: list[Row] = []
     for number, rows in enumerate(plans):
-        with patch.object(hash_partitions, "ROWS", range_rows):
-            (counts,) = add(store, folder / f"{number}.jsonl", rows)
-        mine = list(itertools.islice(reasons, len(rows)))
-        expected += [(f"{number}.jsonl", line, why) for line, why in enumerate(mine, 1) if why]
-        stay += [row for row, why in zip(rows, mine, strict=True) if why is None]
-        assert (counts.by_id, counts.by_text) == (mine.count(BY_ID), mine.count(BY_TEXT))
-        by_text = [f"s-{name}" for (name, _), why in zip(rows, mine, strict=True) if why == BY_TEXT]
+        with patch.object(hash_partitions, "ROWS", memory), patch.object(update, "PASS", memory):
+            (counts,) = add(store, folder / f"{number}.jsonl", rows, existing=existing, duplicates=duplicates)
+        before = len(stay)
+        why = decided(stay, rows, existing, duplicates)
+        kept = (BY_ID, BY_TEXT) if duplicates == "keep" else ()
+        expected += [(f"{number}.jsonl", line, kind) for line, kind in enumerate(why, 1) if kind in REPORTED - {*kept}]
+        assert (counts.by_id, counts.by_text) == (why.count(BY_ID), why.count(BY_TEXT))
+        assert (counts.unchanged, counts.differing) == (why.count("unchanged"), why.count(DIFFERING))
+        assert counts.replaced == before - len(stay)
+        by_text = [f"s-{name}" for (name, _), kind in zip(rows, why, strict=True) if kind == BY_TEXT]
         assert counts.sources == Counter(by_text)
-    assert live(store) == stay
+        stay += [row for row, kind in zip(rows, why, strict=True) if kind is None or kind in kept]
+        assert live(store) == stay
     assert rejected(store) == expected
     found = verify(store.place)
     assert found.problems == []
     assert found.documents == len(stay)
-    assert info(store.place).rejected == [why for _, _, why in expected].count(BY_ID)
+    assert info(store.place).rejected == [kind for _, _, kind in expected].count(BY_ID)
     assert not list(store.storage.unfinished())
 
 
@@ -141,7 +184,7 @@ def test_a_document_purged_in_part_holds_its_id_and_not_its_text(byte_level_toke
     again = [("whole", "x"), ("partly", "y"), ("a", "purged as a whole"), ("b", "purged but for its first chunk")]
     (counts,) = add(store, tmp_path / "b.jsonl", again)
     # Let in again, what is purged as a whole has its id free; its text was free before.
-    assert (counts.by_id, counts.by_text) == (1, 0)
+    assert (counts.by_id, counts.by_text, counts.differing) == (0, 0, 1)
     assert [name for name, _ in live(store)] == ["partly", "whole", "a", "b"]
     assert verify(store.place).problems == []
 
@@ -175,8 +218,8 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
     assert counts == DuplicateCounts()
     with pytest.raises(DuplicatesError) as error:
         add(store, tmp_path / "b.jsonl", [*ROWS[2:], ("c", "five")], duplicates="fail")
-    assert "3 duplicate documents: 2 by id, 1 by text only" in str(error.value)
-    for line, reason in ((1, BY_ID), (2, BY_TEXT), (4, BY_ID)):
+    assert "2 duplicate documents: 1 by id, 1 by text only" in str(error.value)
+    for line, reason in ((2, BY_TEXT), (4, BY_ID)):
         assert f"{tmp_path / 'b.jsonl'} line {line} ({reason})" in str(error.value)
     assert "--duplicates skip" in error.value.advice
     assert error.value.exit_code == 1
@@ -185,7 +228,7 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
     assert verify(store.place).problems == []
     with writing(store) as run:
         (counts,) = finish_plans(store, run).values()
-    assert (counts.by_id, counts.by_text) == (2, 1)
+    assert (counts.by_id, counts.by_text, counts.differing) == (1, 1, 1)
     assert live(store) == [("a", "one"), ("b", "two"), ("d", "four")]
 
 
@@ -224,7 +267,7 @@ def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch:
     for small in range(100):
         sources = ["large", "large", "middle", f"small-{small}"]
         none = np.zeros(4, np.int64)
-        counts.add(PartRepeats(none, 0, np.array([True, False, True, False]), pa.array([""] * 4), none, sources, 0))
+        counts.add(PartRepeats(none, 0, 0, 0, np.array([1, 0, 1, 0], np.int8), pa.array([""] * 4), none, sources))
         assert len(counts.sources) <= 10
     assert counts.sources.most_common(2) == [("large", 100), ("middle", 100)]
     assert (counts.by_id, counts.by_text) == (200, 200)
@@ -232,7 +275,7 @@ def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch:
 
 def test_a_plan_is_finished_however_often_others_commit(tmp_path: Path, byte_level_tokenizer: Path) -> None:
     store = make_store(tmp_path / "store", byte_level_tokenizer)
-    find, left = deduplicate.find_duplicates, [50]
+    find, left = deduplicate.find_repeated_ids, [50]
 
     def find_and_be_overtaken(*args: Any) -> Any:
         if left[0]:
@@ -245,7 +288,7 @@ def test_a_plan_is_finished_however_often_others_commit(tmp_path: Path, byte_lev
         totals = state.records["totals"]
         return Draft("test", records={"totals": {**totals, "tokens": totals["tokens"] + (-1) ** left[0]}})
 
-    with patch.object(deduplicate, "find_duplicates", find_and_be_overtaken):
+    with patch.object(deduplicate, "find_repeated_ids", find_and_be_overtaken):
         (counts,) = add(store, tmp_path / "a.jsonl", [("one", "a b c"), ("two", "a b c")])
     assert (left, counts.by_text) == ([0], 1)
     assert verify(store.place).ok

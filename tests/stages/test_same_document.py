@@ -21,9 +21,8 @@ TEXT = make_text(999, 150)
 
 
 def build(root: Path, model: Path, *inputs: list[dict[str, Any]], index: bool = True) -> Path:
-    for number, rows in enumerate(inputs):
-        source = write_jsonl(root.parent / f"{root.name}-{number}.jsonl", rows)
-        api.chunk(root, [str(source)], tokenizer=str(model), part_size=60, duplicates="keep")
+    sources = [write_jsonl(root.parent / f"{root.name}-{i}.jsonl", rows) for i, rows in enumerate(inputs)]
+    api.chunk(root, list(map(str, sources)), tokenizer=str(model), part_size=60, duplicates="keep")
     api.embed(root, encoder=str(model))
     if index:
         api.index(root, target_recall=1, options=Options(IndexOptions(nlist=4, code="float16", shard_rows=100)))
@@ -37,7 +36,7 @@ def copies(*words: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def kept(tmp_path: Path, tiny_encoder: Path) -> Path:
-    """The same id twice in one part, in other parts, and in another plan; another id three times."""
+    """The same id twice in one part, in other parts, and in another input; another id three times."""
     other = [{"id": "doc-3", "text": make_text(7, 90) + end} for end in (" one", " two")]
     first = [*copies("one", "two"), *make_rows(40), *copies("three"), *other]
     return build(tmp_path / "kept", tiny_encoder, first, [*copies("four"), *make_rows(10, first=60)])

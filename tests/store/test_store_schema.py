@@ -212,8 +212,8 @@ def rich(built_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     api.erase(store, [purged[1]])
     again = folder / "again.jsonl"
     again.write_text('{"id": "doc-7", "text": "again"}\n')
-    with pytest.raises(RetrotoolError, match="duplicate"):
-        api.chunk(store, [str(again)], duplicates="fail")
+    with pytest.raises(RetrotoolError, match="another text"):
+        api.chunk(store, [str(again)], existing="fail")
     assert api.verify(store).ok
     return store
 

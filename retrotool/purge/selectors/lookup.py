@@ -35,11 +35,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import hash_partitions
+from retrotool.chunk.chunk_plan import chunks_of
 from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.selector import GivenValue
-from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks, Ids, parse_id, split_id
 from retrotool.store.store import Store
@@ -267,14 +267,6 @@ def select_where(store: Store, expression: str, report: Report = lambda _: None)
         found.append(chunks_of(store, part, np.flatnonzero(mask.to_numpy())))
         report(1)
     return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-
-def chunks_of(store: Store, part: int, docs: npt.NDArray[Any]) -> Ids:
-    """Return the chunks of some documents of a part, ascending."""
-    if not len(docs):
-        return np.zeros(0, np.int64)
-    table = parts.read_documents(store, part, ["first_row", "n_chunks"]).take(pa.array(np.sort(docs)))
-    return parts.chunk_ids(part, expand_ranges(table["first_row"].to_numpy(), table["n_chunks"].to_numpy()))
 
 
 def select_duplicates(

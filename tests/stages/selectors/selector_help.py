@@ -48,8 +48,9 @@ def store_of(
     root: Path, tokenizer: Path, *inputs: Sequence[Sequence[int]], part_size: int = 1000, chunk_length: int = 64
 ) -> Store:
     """A store of documents of tokens, of one plan for each of ``inputs``; repeated ones are kept."""
-    for documents in inputs:
-        lines = [json.dumps({"tokens": list(map(int, tokens)), "id": str(i)}) for i, tokens in enumerate(documents)]
+    for number, documents in enumerate(inputs):
+        of = f"{number}:" if number else ""
+        lines = [json.dumps({"tokens": list(map(int, row)), "id": f"{of}{i}"}) for i, row in enumerate(documents)]
         source = root.parent / f"{root.name}-{zlib.crc32(repr(lines).encode()):x}.jsonl"
         source.write_text("".join(f"{line}\n" for line in lines))
         api.chunk(
