@@ -257,7 +257,7 @@ class Reader:
 
     def search(
         self,
-        text: str,
+        text: str | npt.NDArray[Any],
         k: int = SHOWN,
         index: str | None = None,
         encoder: Encoder | None = None,
@@ -266,22 +266,29 @@ class Reader:
         rerank: int | None = None,
         allow_missing: bool = False,
     ) -> list[Neighbour]:
-        """Return the k live keys nearest to a text.
+        """Return the k live keys nearest to a text, or to a vector [d] of the index's encoder.
 
         ``encoder`` can be loaded once for several searches. ``nprobe`` (lists to probe) and ``rerank``
         (candidates for 10 neighbours) override the index's operating point; ``allow_missing`` is as for
         ``database``.
         """
         database = self.database(index, allow_missing=allow_missing)
-        loaded = encoder or self.load_encoder(index)
+        if isinstance(text, str):
+            vector = self._embed(text, encoder or self.load_encoder(index))
+        else:
+            vector, d = np.asarray(text, np.float32).reshape(1, -1), database.trained.d
+            if vector.shape[1] != d or not np.isfinite(vector).all():
+                raise UsageError(f"not a finite vector of {d} dimensions, as encoder {database.encoder!r} has")
+        own = database.point
+        best = database.search(Queries.plain(vector), k, Point(nprobe or own.nprobe, rerank or own.depth))
+        return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
+
+    def _embed(self, text: str, encoder: Encoder) -> npt.NDArray[np.float32]:
         if not text.strip():
             raise UsageError("the text to search for is empty")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UsageError("the text to search for is not Unicode")
-        vector = loaded.embed(loaded.tokenize_query(text)).astype(np.float32)
-        own = database.point
-        best = database.search(Queries.plain(vector), k, Point(nprobe or own.nprobe, rerank or own.depth))
-        return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
+        return encoder.embed(encoder.tokenize_query(text)).astype(np.float32)
 
     def database(self, index: str | None = None, *, allow_missing: bool = False) -> Database:
         """Open an index of the store, once; ``allow_missing`` skips its broken shards, which it lists."""

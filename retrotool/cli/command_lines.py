@@ -58,19 +58,22 @@ def embed_command(store: Store, encoder: str, into: Store | None = None) -> str:
 
     ``into``: embed this store instead, under the same encoder name.
     """
-    from retrotool.encoder import plain_name
+    from retrotool.encoder import default_name
     from retrotool.tokenizers import BUNDLED
 
     record = store.state.records[f"encoder:{encoder}"]
     origin, pooling = str(record["origin"]), str(record["pooling"])
-    overridden = bool(record.get("overridden"))
-    plain = f"{plain_name(origin)}-{pooling}" if overridden else plain_name(origin)
+    source = {"from": "VECTORS"} if record.get("foreign") else {}
+    given = pooling if record.get("overridden") else None
+    dimension = int(record["dimension"]) if record.get("truncated") else None
     others = {} if into is None else into.state.with_prefix("encoder:")
     is_known = any(other["sha256"] == record["sha256"] for other in others.values())
     return command_line(
         "embed",
         (into or store).place,
+        **source,
         encoder=None if origin == BUNDLED else origin,
-        name=None if encoder == plain and not is_known else encoder,
-        pooling=pooling if overridden else None,
+        name=None if encoder == default_name(origin, given, dimension) and not is_known else encoder,
+        pooling=given,
+        dimension=dimension,
     )

@@ -16,9 +16,11 @@ Examples:
   retrotool embed store
   retrotool embed store --encoder models/bert-base-uncased --check
   retrotool embed store --encoder models/bert-base-uncased --name bert-cls --pooling cls
+  retrotool embed store --encoder models/qwen3-embedding --dimension 256
   retrotool embed store --dtype bfloat16 --devices cpu
   retrotool embed store --shard 3/16
-  retrotool embed store --devices cuda:0,cuda:1"""
+  retrotool embed store --devices cuda:0,cuda:1
+  retrotool embed store --from vectors.npy --encoder my-model"""
 
 _MIN_SECONDS_FOR_RATE = 2.0
 
@@ -28,12 +30,23 @@ def command(
     encoder: Annotated[
         str, opt("minilm (bundled, in the extra of that name), a model directory, or a hub name.", metavar="ENCODER")
     ] = "minilm",
+    vectors: Annotated[
+        str | None,
+        opt(
+            "Store vectors that the model ENCODER made elsewhere: .npy, Parquet, a folder or pattern.",
+            "--from",
+            metavar="VECTORS",
+        ),
+    ] = None,
     name: Annotated[
         str | None, opt("Name of the encoder in the store.  [default: the name of its directory]", metavar="NAME")
     ] = None,
     pooling: Annotated[
-        str, opt("auto (from the model's configuration, else mean), mean or cls.", metavar="POOLING")
+        str, opt("auto (from the model's configuration, else mean), mean, cls or lasttoken.", metavar="POOLING")
     ] = "auto",
+    dimension: Annotated[
+        int | None, opt("Keep the first N numbers of each vector (Matryoshka encoders).", metavar="N", least=1)
+    ] = None,
     devices: DevicesOption = "auto",
     dtype: Annotated[
         str, opt("auto (float16 on a GPU, else float32), float32, float16 or bfloat16.", metavar="DTYPE")
@@ -46,33 +59,36 @@ def command(
     check: Annotated[bool, opt("Compare 2,000 stored vectors with transformers in float32.", "--check")] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed every chunk with a frozen BERT.
+    """Embed every chunk with a frozen encoder, such as BERT.
 
     Writes float16 vectors, one .npy file per part. Skips parts that are already embedded with this encoder,
     and those that another running embed is processing. BERT-like models run without padding, others through
     transformers. Prints and records which was used, and how close its vectors are to those of transformers in
     float32.
+
+    --from stores vectors made elsewhere: in .npy files by part and row, of all chunks or of those without; in
+    Parquet files with a column that names the chunk of each.
     """
     with output.errors(as_json):
         from retrotool.embed import run as embed_run
 
         result = embed_run.embed(
-            store, encoder=encoder, name=name, pooling=pooling, devices=devices, dtype=dtype,
-            batch_tokens=batch_tokens, shard=parse_shard(shard), check=check,
+            store, encoder=encoder, name=name, pooling=pooling, dimension=dimension, devices=devices, dtype=dtype,
+            batch_tokens=batch_tokens, shard=parse_shard(shard), check=check, vectors=vectors,
         )  # fmt: skip
         output.show(result, as_json, lambda result: _text(result, str(store)))
 
 
 def _text(result: EmbedResult, store: str) -> str:
     if result.chunks:
-        done = f"{output.count(result.chunks, 'chunk')} embedded"
+        done = f"{output.count(result.chunks, 'chunk')} {'given vectors' if result.foreign else 'embedded'}"
     elif result.in_other_runs:
         done = "Nothing is left for this run"
     elif not result.embedded:
         return f"No chunks to embed. Add some with: retrotool chunk {shlex.quote(store)} INPUT..."
     else:
         done = "Every chunk has its embedding already"
-    how = f"{result.dimension} dimensions, {result.pooling} pooling"
+    how = f"{result.dimension} dimensions, " + ("made elsewhere" if result.foreign else f"{result.pooling} pooling")
     lines = [f"{done} (encoder {result.encoder}, {how}, commit {result.commit})."]
     if result.forward:
         devices = result.device if result.devices == 1 else f"{result.devices} × {result.device}"

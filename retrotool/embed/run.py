@@ -9,13 +9,14 @@ from typing import Any
 
 from retrotool import engine
 from retrotool.cli.command_lines import command_line
+from retrotool.embed.foreign_vectors import ForeignStage, find_vectors, foreign_identity, parts_given
 from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.store_encoder import compare, draw_sample
-from retrotool.encoder import Encoder, EncoderIdentity, find_devices, find_encoder
+from retrotool.encoder import Encoder, EncoderIdentity, default_name, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine.progress import counting
-from retrotool.errors import RetrotoolError
+from retrotool.errors import RetrotoolError, UsageError
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
@@ -48,6 +49,7 @@ class EmbedResult:
     forward: str = ""
     why: str = ""  # reason for using ``transformers``
     cosine: float | None = None  # the least with ``transformers`` in float32
+    foreign: bool = False  # vectors made elsewhere
     check: dict[str, Any] | None = None  # the record of ``--check``
 
 
@@ -65,7 +67,7 @@ class _Done:
         for entry in staged.add:
             self.parts[entry.path] = entry.part
             how = {**staged.settings, **(entry.about or {})}
-            self.how = min(self.how or how, how, key=lambda one: float(one["cosine"]))
+            self.how = min(self.how or how, how, key=lambda one: float(one.get("cosine", 1)))
         return False
 
 
@@ -75,27 +77,40 @@ def embed(
     encoder: str = BUNDLED,
     name: str | None = None,
     pooling: str = "auto",
+    dimension: int | None = None,
     devices: str = "auto",
     dtype: str = "auto",
     batch_tokens: int | None = None,
     shard: tuple[int, int] | None = None,
     check: bool = False,
+    vectors: str | Path | None = None,
 ) -> EmbedResult:
     """Embed every part that has no embeddings of ``encoder``, on one or several devices.
 
     ``shard`` (i, n): this is job i of n, from 0. With several devices processes are spawned, so a script must
-    call this below ``if __name__ == "__main__":``.
+    call this below ``if __name__ == "__main__":``. ``vectors``: files of vectors made elsewhere, by a model
+    called ``encoder``.
     """
     store = Store.open(root)
     batch_tokens_of("cpu", batch_tokens)
     engine.check_shard(shard)
-    found = find_devices(devices, dtype)
-    identity = find_encoder(encoder, pooling=pooling, name=name)[1]
+    if vectors is not None:
+        if encoder == BUNDLED or check or dimension or (pooling, dtype) != ("auto", "auto"):
+            raise UsageError(
+                "--from takes vectors as they are: no --check, --pooling, --dimension or --dtype",
+                "Give only the name of the model that made them as --encoder.",
+            )
+        found, files = ["cpu"], find_vectors(str(vectors))
+        identity = foreign_identity(encoder, name or default_name(encoder), files.dimension)
+    else:
+        found, files = find_devices(devices, dtype), None
+        identity = find_encoder(encoder, pooling=pooling, name=name, dimension=dimension)[1]
     if name is None:  # use the store's name for it, even if it was moved
         known = store.state.with_prefix("encoder:")
         names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
         identity = identity if not names or identity.name in names else replace(identity, name=names[0])
-    stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
+    own = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
+    stage = own if files is None else ForeignStage(files, identity, parts_given(store, files, identity.name))
     done = _Done()
     with writing(store) as run:
         _update_origin(store, run, identity)
@@ -105,13 +120,13 @@ def embed(
     state = store.refresh()
     made = [part for path, part in done.parts.items() if state.has(path)]
     return EmbedResult(
-        encoder=identity.name, dimension=identity.dimension, pooling=identity.pooling,
+        encoder=identity.name, dimension=identity.dimension, pooling=identity.pooling, foreign=identity.foreign,
         chunks=count_keys_of(store, made), embedded=count_keys_of(store, embedded_parts(store, identity.name)),
         commit=state.number, parts=len(made), in_other_runs=elsewhere, tokens=int(done.sums["tokens"]),
         seconds=round(done.last - done.first, 3),
         busy=round(done.sums["forward"] / done.sums["working"], 4) if done.parts else 0.0,
         devices=min(len(found), len(made)), check=checked,
-        **{key: done.how[key] for key in ("device", "dtype", "forward", "why", "cosine") if done.how},
+        **{key: done.how[key] for key in ("device", "dtype", "forward", "why", "cosine") if key in done.how},
     )  # fmt: skip
 
 
@@ -132,7 +147,7 @@ def _update_origin(store: Store, run: Run, identity: EncoderIdentity) -> None:
 
 def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device: str) -> dict[str, Any] | None:
     """Compare stored vectors with ``transformers`` and commit the result; raise if one is another model's."""
-    reference = Encoder(spec, device, "float32", pooling=identity.pooling, name=identity.name, forward="transformers")
+    reference = Encoder(spec, device, "float32", forward="transformers", **identity.settings)
     store.refresh()
     sample = retry_overtaken(lambda: draw_sample(store, reference), store.renew)
     if sample is None:
@@ -154,7 +169,8 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
     if fidelity.cosine_min < _OTHER_MODEL:
         pooling = identity.pooling if identity.overridden else None
         given = None if spec == BUNDLED else spec
-        again = command_line("embed", store.place, encoder=given, name=f"{identity.name}-2", pooling=pooling)
+        name, dimension = f"{identity.name}-2", identity.dimension if identity.truncated else None
+        again = command_line("embed", store.place, encoder=given, name=name, pooling=pooling, dimension=dimension)
         raise RetrotoolError(
             f"the stored vector of chunk {worst} differs from that of encoder {identity.name}: "
             f"their cosine is {fidelity.cosine_min:.4f}",

@@ -50,9 +50,7 @@ class EmbedStage:
 
     def plan(self, store: Store) -> list[Task]:
         """Plan one task per part; raise ``UsageError`` if another encoder has the name."""
-        record = store.state.records.get(f"encoder:{self.identity.name}")
-        if record is not None:
-            check_encoder_identity(record, self.identity)
+        check_encoder_identity(store, self.identity)
         tasks = []
         done = store.state.group("embeddings", self.identity.name)
         for part in store.state.all_parts():
@@ -73,13 +71,28 @@ class EmbedStage:
         return EmbedWorker(store, self)
 
 
-def check_encoder_identity(record: Mapping[str, Any], identity: EncoderIdentity) -> None:
-    """Raise ``UsageError`` if the store has another encoder under this name."""
-    if record["sha256"] != identity.sha256:
+def check_encoder_identity(store: Store, identity: EncoderIdentity) -> Mapping[str, Any]:
+    """Return the store's record of an encoder, or a new one; ``UsageError`` if another has its name."""
+    # The same model from another location is the same encoder; keep the first record.
+    record: Mapping[str, Any] = store.state.records.get(f"encoder:{identity.name}") or asdict(identity)
+    if (record["sha256"], record["dimension"]) != (identity.sha256, identity.dimension):
         raise UsageError(
-            f"the store has embeddings of another encoder under the name {identity.name!r}",
+            f"the store has embeddings of another encoder under the name {identity.name!r}, "
+            f"of {record['dimension']} dimensions",
             "Choose another name for the new one with --name.",
         )
+    return record
+
+
+def unfinished_part(store: Store, task: Task, encoder: str) -> FileEntry | None:
+    """Return the chunks of a task's part in the newest commit; None if they are embedded already."""
+    part = int(task.inputs["part"])
+    if store.refresh().part_file("embeddings", part, encoder) is not None:
+        return None
+    entry = parts.part_entry(store, "chunks", part)
+    if entry.path != task.inputs["path"]:
+        raise ErasedError(f"chunks of part {part} were erased after planning")
+    return entry
 
 
 def row_blocks(rows: int, most: int) -> Iterator[tuple[int, int]]:
@@ -104,9 +117,8 @@ class EmbedWorker:
         self._store = store
         identity = stage.identity
         self.encoder = Encoder(
-            stage.spec, stage.devices[0], stage.dtype, pooling=identity.pooling, name=identity.name,
-            batch_tokens=stage.batch_tokens,
-        )  # fmt: skip
+            stage.spec, stage.devices[0], stage.dtype, batch_tokens=stage.batch_tokens, **identity.settings
+        )
         if self.encoder.identity.sha256 != identity.sha256:
             raise UsageError(f"encoder {stage.spec!r} has just changed", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)
@@ -116,12 +128,9 @@ class EmbedWorker:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Embed one part; return None if it is already embedded."""
-        state = self._store.refresh()
         part, identity = int(task.inputs["part"]), self.encoder.identity
-        if state.part_file("embeddings", part, identity.name) is not None:
+        if unfinished_part(self._store, task, identity.name) is None:
             return None
-        if parts.part_entry(self._store, "chunks", part).path != task.inputs["path"]:
-            raise ErasedError(f"chunks of part {part} were erased after planning")
         if not self._verified:
             self._prepare(part)
         name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
@@ -145,11 +154,8 @@ class EmbedWorker:
             row = int(np.flatnonzero(parts.read_embedded(self._store, part))[error.row])
             raise self._not_finite(part, row) from error
         report(task.weight - reported)  # erased chunks
-        key = f"encoder:{identity.name}"
         self._store.refresh()
-        # The same model from another location is the same encoder; keep the first record.
-        record = self._store.state.records.get(key) or asdict(identity)
-        check_encoder_identity(record, identity)
+        records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
         # What differs between workers is recorded with the file, as tasks with equal settings share a commit.
         entry, encoder = replace(entry, about={"cosine": self.encoder.cosine}), self.encoder
         settings = {
@@ -157,7 +163,7 @@ class EmbedWorker:
             "forward": encoder.forward, "why": encoder.why,
         }  # fmt: skip
         reads, measured = (str(task.inputs["path"]),), self._since_begun()
-        return Staged(task.key, "embed", run, settings, reads, (entry,), records={key: record}, measured=measured)
+        return Staged(task.key, "embed", run, settings, reads, (entry,), records=records, measured=measured)
 
     def note(self) -> str:
         """Describe the current part's progress: tokens per second, and the share of time in the forward."""

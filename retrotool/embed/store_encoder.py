@@ -60,8 +60,12 @@ def _load(store: Store, name: str, device: str, forward: str) -> Encoder:
     record = store.state.records[f"encoder:{name}"]
     origin = record["origin"]
     if record.get("foreign"):
-        raise UsageError(f"the vectors of {name!r} were computed elsewhere, by {origin}: no text can be embedded")
-    encoder = Encoder(origin, device, "float32", pooling=record["pooling"], name=name, forward=forward)
+        raise UsageError(
+            f"the vectors of {name!r} were computed elsewhere, by {origin}: no text can be embedded",
+            "Embed the text there, and search by its vector in Python: retrotool.open(STORE).search(vector).",
+        )
+    made = {"pooling": record["pooling"], "dimension": record["dimension"], "name": name}
+    encoder = Encoder(origin, device, "float32", forward=forward, **made)
     if encoder.identity.sha256 != record["sha256"]:
         raise UsageError(f"the encoder at {origin} is not the one that embedded the store")
     return encoder

@@ -6,6 +6,14 @@
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import find_devices
 from retrotool.encoder.encoder import Encoder, cosines
-from retrotool.encoder.encoder_identity import EncoderIdentity, find_encoder, plain_name
+from retrotool.encoder.encoder_identity import EncoderIdentity, default_name, find_encoder
 
-__all__ = ["Encoder", "EncoderIdentity", "Rows", "cosines", "find_devices", "find_encoder", "plain_name"]
+__all__ = [
+    "Encoder",
+    "EncoderIdentity",
+    "Rows",
+    "cosines",
+    "default_name",
+    "find_devices",
+    "find_encoder",
+]

@@ -91,11 +91,12 @@ class Encoder:
         *,
         pooling: str = "auto",
         name: str | None = None,
+        dimension: int | None = None,
         batch_tokens: int | None = None,
         forward: str = "auto",
         say: Callable[[str], object] = say,
     ) -> None:
-        path, self.identity = find_encoder(spec, pooling=pooling, name=name)
+        path, self.identity = find_encoder(spec, pooling=pooling, name=name, dimension=dimension)
         devices.check_device(device, dtype)
         self.device = devices.pick_device(device)
         self.dtype, self._asked = devices.pick_dtype(self.device, dtype), dtype
@@ -132,7 +133,7 @@ class Encoder:
             self.forward = "transformers"
             loaded = PaddedForward(self._spec, self._path, self.identity, self.device, self.dtype)
         # The weights were hashed before they were read; make sure they did not change in between.
-        again = find_encoder(self._spec, pooling=self.identity.pooling, name=self.identity.name)[1]
+        again = find_encoder(self._spec, **self.identity.settings)[1]
         if again.sha256 != self.identity.sha256:
             raise UsageError(f"encoder {self._spec!r} was changed while it was loaded", "Run the same command again.")
         self._loaded = loaded
@@ -153,19 +154,21 @@ class Encoder:
         """Use the ``tokenizers`` library alone from now on."""
         self._fast = None
 
-    def tokenize(self, texts: Sequence[str]) -> Rows:
-        """Return rows of tokens without special ones; raise ``TokensDiffer`` if the fast tokenizer fails."""
-        if self.identity.lower:
-            texts = [text.lower() for text in texts]
-        if self.identity.prompt:
-            texts = [self.identity.prompt + text for text in texts]
+    def tokenize(self, texts: Sequence[str], prompt: str | None = None) -> Rows:
+        """Return rows of tokens without special ones; raise ``TokensDiffer`` if the fast tokenizer fails.
+
+        ``prompt`` precedes each text, by default that of chunks.
+        """
+        prompt = self.identity.prompt if prompt is None else prompt
+        texts = [prompt + text for text in texts] if prompt else texts
+        texts = [text.lower() for text in texts] if self.identity.lower else texts
         ids, lengths = (self._fast or self.tokenizer).encode_flat(texts)
         return Rows(ids.astype(np.int32), lengths)
 
     def tokenize_query(self, text: str) -> Rows:
         """Tokenise a single text that may be a chunk as displayed, beginning inside a word."""
-        if self.identity.prompt or self.identity.lower:
-            return self.tokenize([text])
+        if self.identity.query_prompt or self.identity.lower:
+            return self.tokenize([text], self.identity.query_prompt)
         return Rows.of([self.tokenizer.encode_chunk_text(text)])
 
     def verify(self, sample: Rows | None = None) -> None:
@@ -198,8 +201,8 @@ class Encoder:
         return self.dtype != "float32" and self._other("packed")._cosine(rows, true) > LEAST_COSINE["float32"]
 
     def _other(self, forward: str) -> Encoder:
-        pooling = self.identity.pooling
-        other = Encoder(self._spec, self.device, "float32", pooling=pooling, forward=forward, say=self.say)
+        settings = self.identity.settings
+        other = Encoder(self._spec, self.device, "float32", forward=forward, say=self.say, **settings)
         if other.identity.sha256 != self.identity.sha256:
             raise UsageError(f"encoder {self._spec!r} was changed since it was loaded", "Run the same command again.")
         return other

@@ -1,7 +1,8 @@
 """Identify an encoder: its directory, and its configuration of pooling, length and special tokens.
 
-An encoder is a model directory that ``transformers.AutoModel`` reads from safetensors. It may have a
-configuration for sentence-transformers; without one, vectors are means as in the RETRO paper (section 2.3).
+An encoder is a model directory that ``transformers.AutoModel`` reads from safetensors. It may have files for
+sentence-transformers. Before anything is read, the weights' headers decide whether the model is one: sizes in
+``config.json`` that the weights don't have would take memory and time without limit.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from retrotool.encoder.sentence_modules import POOLINGS, integer, json_object, read_modules
 from retrotool.errors import UsageError
+from retrotool.machine import memory_of_machine
 from retrotool.store.paths import check_name
 from retrotool.tokenizers import BUNDLED, resolve_model
 
 PATTERNS = ("*.json", "*.safetensors", "*/config.json")
 _HASHED = ("config.json", "tokenizer.json", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # positions start after the padding index
-POOLINGS = ("mean", "cls")
+_LARGEST_TOKENIZER = 256 << 20  # bytes of tokenizer.json
+_LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "num_experts", "num_local_experts")
+_WIDTHS = (
+    "vocab_size", "hidden_size", "dim", "embedding_size", "intermediate_size", "hidden_dim", "num_attention_heads",
+    "n_heads", "num_key_value_heads", "head_dim", "type_vocab_size",
+)  # fmt: skip
+_CODE = ("auto_map", "transformers_weights", "attn_implementation", "experts_implementation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,46 +44,68 @@ class EncoderIdentity:
     pooling: str
     normalize: bool
     max_tokens: int
-    prompt: str = ""  # precedes each text
+    prompt: str = ""  # precedes each chunk
     lower: bool = False  # texts are lower-cased
     overridden: bool = False  # pooling is not the model's own
+    query_prompt: str = ""  # precedes each text that is searched for
+    truncated: bool = False  # dimension is not the model's own
+    foreign: bool = False  # only vectors are known, which a model called ``origin`` made
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments with which ``find_encoder`` finds the same encoder."""
+        return {"pooling": self.pooling, "name": self.name, "dimension": self.dimension}
 
 
-def find_encoder(spec: str, *, pooling: str = "auto", name: str | None = None) -> tuple[Path, EncoderIdentity]:
+def find_encoder(
+    spec: str, *, pooling: str = "auto", name: str | None = None, dimension: int | None = None
+) -> tuple[Path, EncoderIdentity]:
     """Describe the encoder ``spec`` without loading it; raise ``UsageError`` if something is missing.
 
-    A ``pooling`` other than the model's own makes it another encoder, by default named ``<name>-<pooling>``.
+    A ``pooling`` or ``dimension`` other than the model's own makes it another encoder, see ``default_name``.
     """
     if pooling not in ("auto", *POOLINGS):
-        raise UsageError(f"pooling {pooling!r} is unknown", f"Use auto, {' or '.join(POOLINGS)}.")
+        raise UsageError(f"pooling {pooling!r} is unknown", f"Use auto, {', '.join(POOLINGS[:-1])} or {POOLINGS[-1]}.")
     path = resolve_model(spec, "encoder", PATTERNS)
     config = check_model(path, f"encoder {spec!r}", "AutoModel")
     digest = hash_model(path, _HASHED)
-    own, normalize = _pooling(path, refuse=pooling == "auto")
+    modules = read_modules(path, refuse=pooling == "auto")
     sentence = path / "sentence_bert_config.json"
-    if prompt := _prompt(path):
-        digest.update(f"prompt {prompt}\n".encode())
-    if overridden := pooling not in ("auto", own):
+    for folder, activation in modules.projections:
+        digest.update(f"{activation} {_sha256(folder / 'model.safetensors')}\n".encode())
+    if modules.prompt:
+        digest.update(f"prompt {modules.prompt}\n".encode())
+    if modules.query_prompt != modules.prompt:
+        digest.update(f"query prompt {modules.query_prompt}\n".encode())
+    if overridden := pooling not in ("auto", modules.pooling):
         digest.update(f"pooling {pooling}\n".encode())
     limit = longest_row(path, config)
-    dimension = _number(path / "config.json", config, "hidden_size", "dim")
-    if not dimension:
-        raise UsageError(f"encoder {spec!r}: {path / 'config.json'} has no hidden_size", "Use a BERT-like encoder.")
-    declared = _number(sentence, _json(sentence), "max_seq_length")
+    width = integer(path / "config.json", config, "hidden_size", "dim")
+    if not width:
+        raise UsageError(f"encoder {spec!r}: {path / 'config.json'} has no hidden_size", "Use an encoder of text.")
+    width = modules.width or width
+    own = min(modules.kept or width, width)
+    if dimension is not None and not 1 <= dimension <= own:
+        raise UsageError(f"encoder {spec!r} has {own} dimensions, not {dimension}", "Give fewer with --dimension.")
+    if own < width or dimension not in (None, own):
+        digest.update(f"dimension {dimension or own}\n".encode())
+    declared = integer(sentence, json_object(sentence), "max_seq_length")
     if name is None:
-        name = f"{plain_name(spec)}-{pooling}" if overridden else plain_name(spec)
+        name = default_name(spec, pooling if overridden else None, dimension if dimension != own else None)
     identity = EncoderIdentity(
         name=check_name(name, "encoder"),
         origin=spec if spec == BUNDLED or not Path(spec).exists() else str(Path(spec).absolute()),
         sha256=digest.hexdigest(),
         tokenizer=hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest(),
-        dimension=dimension,
-        pooling=own if pooling == "auto" else pooling,
-        normalize=normalize,
+        dimension=dimension or own,
+        pooling=modules.pooling if pooling == "auto" else pooling,
+        normalize=modules.normalize,
         max_tokens=min(limit, declared) if declared else limit,
-        prompt=prompt,
-        lower=_json(sentence).get("do_lower_case") is True,
+        prompt=modules.prompt,
+        query_prompt=modules.query_prompt,
+        lower=json_object(sentence).get("do_lower_case") is True,
         overridden=overridden,
+        truncated=dimension not in (None, own),
     )
     return path, identity
 
@@ -86,24 +115,63 @@ def check_model(path: Path, what: str, saved_by: str) -> dict[str, Any]:
 
     Raises ``UsageError`` without safetensors (``saved_by`` writes them) or tokenizer, or if it has own code.
     """
-    if not (path / "config.json").is_file():
-        raise UsageError(f"{what}: {path} has no config.json", "Name a model directory saved by transformers.")
-    if not any(path.glob("*.safetensors")):
-        raise UsageError(
-            f"{what}: {path} has no safetensors weights; pickled weights can run code and are not loaded",
-            f"If you trust the model, convert it once: {saved_by}.from_pretrained(...).save_pretrained(...)",
-        )
-    if not (path / "tokenizer.json").is_file():
-        raise UsageError(
-            f"{what}: {path} has no tokenizer.json",
-            "Create it with: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
-        )
-    config = _json(path / "config.json")
-    if "auto_map" in config:
-        raise UsageError(
-            f"{what} requires its own code, which is never run", "Use a model that transformers supports itself."
-        )
+    convert = f"If you trust the model, convert it once: {saved_by}.from_pretrained(...).save_pretrained(...)"
+    for pattern, missing, advice in (
+        ("config.json", "config.json", "Name a model directory saved by transformers."),
+        ("*.safetensors", "safetensors weights; pickled weights can run code and are not loaded", convert),
+        ("tokenizer.json", "tokenizer.json", "Create it with: AutoTokenizer.from_pretrained(...).save_pretrained(...)"),
+    ):
+        if not any(path.glob(pattern)):
+            raise UsageError(f"{what}: {path} has no {missing}", advice)
+    config = json_object(path / "config.json")
+    for field, value in config.items():  # kernels of the hub are code, too: their names have a slash
+        if field.strip("_") in _CODE and ("/" in str(value) or "implementation" not in field):
+            raise UsageError(
+                f"{what} requires its own code, which is never run: {path / 'config.json'} has {field}",
+                "Use a model that transformers supports itself.",
+            )
+    if (path / "adapter_config.json").exists():
+        raise UsageError(f"{what}: {path} is an adapter of another model", "Merge it into its model, and save that.")
+    _check_sizes(path, what, config)
     return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that ``transformers`` would read, without variants; without these, all."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
+    listed = json_object(index).get("weight_map")
+    names = set(map(str, listed.values())) if isinstance(listed, dict) else set()
+    if bad := [name for name in names if name != Path(name).name or not (path / name).is_file()]:
+        raise UsageError(f"{index}: {bad[0]} is not a file beside it", "The model is incomplete, or not to be trusted.")
+    return sorted(path / name for name in names)
+
+
+def _check_sizes(path: Path, what: str, config: Mapping[str, Any]) -> None:
+    """Raise ``UsageError`` if configuration and weights don't fit each other, or this machine."""
+    from safetensors import SafetensorError, safe_open
+
+    if (size := (path / "tokenizer.json").stat().st_size) > _LARGEST_TOKENIZER:
+        raise UsageError(f"{what}: {path / 'tokenizer.json'} has {size:,} bytes, which is no tokenizer")
+    files, tensors, shapes = weight_files(path), 0, list[int]()
+    if (size := sum(file.stat().st_size for file in files)) > memory_of_machine():
+        raise UsageError(f"{what}: its weights take {size:,} bytes, and this machine has {memory_of_machine():,}")
+    for file in files:
+        try:
+            with safe_open(file, "np") as opened:  # reads the header, and compares it with the file's size
+                for key in opened.keys():  # noqa: SIM118 - not a dict
+                    tensors += 1
+                    shapes += opened.get_slice(key).get_shape()
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{what} can't be loaded: {file} is not a whole safetensors file: {error}") from error
+    for fields, most, of in ((_LAYERS, tensors, "tensors"), (_WIDTHS, max(shapes, default=0), "numbers in a row")):
+        for field in fields:
+            if (integer(path / "config.json", config, field) or 0) > most:
+                raise UsageError(
+                    f"{what}: {path / 'config.json'} has {field} {config[field]:,}, but its weights have {most:,} {of}",
+                    "The model is incomplete, or its config.json belongs to another model.",
+                )
 
 
 def hash_model(path: Path, files: Iterable[str]) -> hashlib._Hash:
@@ -121,84 +189,20 @@ def _sha256(file: Path) -> str:
 
 def longest_row(path: Path, config: Mapping[str, Any]) -> int:
     """Return the longest row a model takes, including special tokens."""
-    limit = _number(path / "config.json", config, "max_position_embeddings") or 512
+    limit = integer(path / "config.json", config, "max_position_embeddings") or 512
     if config.get("model_type") in OFFSET_POSITIONS:
-        padding = _number(path / "config.json", config, "pad_token_id")
+        padding = integer(path / "config.json", config, "pad_token_id")
         limit -= (1 if padding is None else padding) + 1
     return limit
 
 
-def plain_name(spec: str) -> str:
-    """Return a store's name for an encoder: its directory or repository name, made valid as a file name."""
-    if spec == BUNDLED:
-        return spec
+def default_name(spec: str, *others: object) -> str:
+    """Return a store's name for an encoder: that of its directory or repository, and settings not its own."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec).absolute().name if Path(spec).exists() else spec)
-    return name.lstrip("-._") or "encoder"
+    plain = spec if spec == BUNDLED else name.lstrip("-._") or "encoder"
+    return "-".join([plain, *(str(setting) for setting in others if setting is not None)])
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the fields of a model directory's ``config.json``."""
-    return _json(path / "config.json")
-
-
-def _load(path: Path) -> Any:
-    try:
-        return orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except orjson.JSONDecodeError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    fields = _load(path)
-    if not isinstance(fields, dict | None):
-        raise UsageError(f"{path}: a {type(fields).__name__}, not a JSON object")
-    return fields or {}
-
-
-def _number(path: Path, fields: Mapping[str, Any], *names: str) -> int | None:
-    value = next((fields[name] for name in names if fields.get(name) is not None), None)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise UsageError(f"{path}: {' or '.join(names)} is {value!r}, not a number")
-    return value
-
-
-def _pooling(path: Path, *, refuse: bool) -> tuple[str, bool]:
-    """Return the pooling, and whether vectors are normalised; raise ``UsageError`` if unsupported."""
-    config = _json(path / "1_Pooling" / "config.json")
-    modules = _load(path / "modules.json") or []
-    if not (isinstance(modules, list) and all(isinstance(module, dict) for module in modules)):
-        raise UsageError(f"{path / 'modules.json'}: not a list of JSON objects")
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise UsageError(
-            f"encoder {path}: its module {unknown.pop()} is not supported", "Use a model without a projection."
-        )
-    mode = config.get("pooling_mode")
-    flags = ("include_prompt", "pooling_mode")
-    on = {key.removeprefix("pooling_mode_") for key, value in config.items() if value is True and key not in flags}
-    chosen = {str(mode)} if mode else on or {"mean_tokens"}
-    names = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
-    known = len(chosen) == 1 and chosen <= set(names)
-    if refuse and not known:
-        raise UsageError(
-            f"encoder {path}: pooling {', '.join(sorted(chosen))} is not supported",
-            "Choose mean or cls with --pooling.",
-        )
-    if config.get("include_prompt") is False and _prompt(path):
-        raise UsageError(f"encoder {path}: pooling without its prompt is not supported")
-    return names[chosen.pop()] if known else "", "Normalize" in kinds
-
-
-def _prompt(path: Path) -> str:
-    file = path / "config_sentence_transformers.json"
-    config = _json(file)
-    chosen = config.get("default_prompt_name")
-    if chosen is None:
-        return ""
-    prompts = config.get("prompts")
-    if not isinstance(prompts, dict) or not isinstance(prompts.get(chosen), str):
-        raise UsageError(f"{file}: its default_prompt_name {chosen!r} is not one of its prompts")
-    return str(prompts[chosen])
+    return json_object(path / "config.json")

@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file
 
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import is_lost, is_out_of_memory
 from retrotool.encoder.encoder_identity import EncoderIdentity, read_config
-from retrotool.encoder.packed import Architecture, Layer, PackedBert, architecture_of, read_weights
+from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
+from retrotool.encoder.sentence_modules import read_modules
 from retrotool.errors import UsageError
 from retrotool.machine import cores
 
@@ -36,6 +38,34 @@ _SHORTEST = 16  # mean row length for which a batch of constant shape has room; 
 _LONGEST = 128  # maximum row lengths are rounded up to this times a power of two, to compile few programs
 _LEAST_STEP = 16
 _PROGRAMS = 32  # compiled programs: one per batch size (halved if out of memory) and maximum row length
+
+
+class Head:
+    """What follows pooling, in float32: projections, truncation, and normalisation of what is left."""
+
+    def __init__(self, path: Path, identity: EncoderIdentity, device: str) -> None:
+        self._normalize, self._dimension = identity.normalize, identity.dimension
+        self._layers: list[torch.nn.Module] = []
+        try:
+            for folder, activation in read_modules(path, refuse=False).projections:
+                weights = load_file(folder / "model.safetensors", device)
+                layer = torch.nn.Linear(1, 1, "linear.bias" in weights, device=device)
+                for key, weight in weights.items():
+                    layer.get_parameter(key.removeprefix("linear.")).data = weight.float()
+                self._layers += [layer, getattr(torch.nn, activation)()]
+            config = read_config(path)
+            found = self(torch.zeros(1, config.get("hidden_size") or config["dim"], device=device))
+            if found.shape[1] != identity.dimension:
+                raise ValueError(f"they return {found.shape[1]} numbers, not {identity.dimension}")
+        except Exception as error:  # the libraries raise errors of their parts
+            raise UsageError(f"encoder {path}: its projections can't be used: {error}") from error
+
+    def __call__(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Map pooled outputs [n, hidden] to vectors [n, d]."""
+        for layer in self._layers:
+            pooled = layer(pooled)
+        pooled = pooled[:, : self._dimension]
+        return torch.nn.functional.normalize(pooled) if self._normalize else pooled
 
 
 class _AnyForward:
@@ -60,9 +90,11 @@ class PackedForward(_AnyForward):
         self, path: Path, identity: EncoderIdentity, device: str, dtype: str, say: Callable[[str], object]
     ) -> None:
         shape = architecture_of(read_config(path))
+        if identity.pooling == "lasttoken":
+            raise NotPackedError("it pools the last token")
         kind: torch.dtype = getattr(torch, dtype)
         self._model = PackedBert(read_weights(path, shape), shape, identity.pooling, device, kind)
-        self._padding, self._normalize, self._say = shape.padding, identity.normalize, say
+        self._padding, self._head, self._say = shape.padding, Head(path, identity, device), say
         self.constant = kind != torch.float32 and _has_varlen(device) and _fits_flash(shape)
         self._compiled: Callable[..., torch.Tensor] | None = None
         self.why_eager = ""
@@ -106,8 +138,7 @@ class PackedForward(_AnyForward):
                 # Compilation may lack a C compiler or a header; the model runs without.
                 self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 self._say(f"the forward can't be compiled ({self.why_eager}) and is slower")
-        pooled = run(Layer.forward) if pooled is None else pooled
-        return torch.nn.functional.normalize(pooled) if self._normalize else pooled
+        return self._head(run(Layer.forward) if pooled is None else pooled)
 
 
 def _bucket(tokens: int) -> int:
@@ -163,7 +194,8 @@ class PaddedForward(_AnyForward):
 
     def __init__(self, spec: str, path: Path, identity: EncoderIdentity, device: str, dtype: str) -> None:
         self._model = load_pretrained("AutoModel", f"encoder {spec!r}", path, device, dtype, unused="pooler")
-        self._pooling, self._normalize = identity.pooling, identity.normalize
+        self._model.config.use_cache = False
+        self._pooling, self._head = identity.pooling, Head(path, identity, device)
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:  # noqa: ARG002
         """Return padded ids and their mask for a batch of framed rows, longest first."""
@@ -178,10 +210,12 @@ class PaddedForward(_AnyForward):
         hidden = self._model(input_ids=tensors["ids"], attention_mask=mask).last_hidden_state.float()
         if self._pooling == "cls":
             pooled = hidden[:, 0]
+        elif self._pooling == "lasttoken":
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
         else:
             weight = mask.unsqueeze(-1).float()
             pooled = (hidden * weight).sum(1) / weight.sum(1)
-        return torch.nn.functional.normalize(pooled) if self._normalize else pooled
+        return self._head(pooled)
 
 
 Forward = PackedForward | PaddedForward
@@ -206,8 +240,10 @@ def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: st
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.clone()
     except Exception as error:  # the library raises errors of its parts
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{what} can't be loaded: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if "ignore_mismatched_sizes" in reason:
+            reason = f"its weights have other shapes than {path / 'config.json'} says"
+        raise UsageError(f"{what} can't be loaded: {reason}") from error
     missing = sorted(key for key in info["missing_keys"] if not unused or unused not in key)
     if missing:
         raise UsageError(

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from retrotool.encoder.encoder_identity import OFFSET_POSITIONS
+from retrotool.encoder.encoder_identity import OFFSET_POSITIONS, weight_files
 from retrotool.machine import has_onednn
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -114,7 +113,7 @@ def read_weights(path: Path, shape: Architecture) -> Weights:
     """Read a model directory's safetensors; raise ``NotPackedError`` naming a missing weight."""
     wanted = {theirs: own for own, theirs in _names(shape).items()}
     tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - not a dict
                 own = wanted.get(_plain(key))
@@ -126,16 +125,6 @@ def read_weights(path: Path, shape: Architecture) -> Weights:
     if missing is not None:
         raise NotPackedError(f"it has no weight {missing}")
     return tensors
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """Return the files that ``transformers`` would read, without variants; without these, all."""
-    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return sorted({path / name for name in orjson.loads(index.read_bytes())["weight_map"].values()})
-    return sorted(path.glob("*.safetensors"))
 
 
 def _plain(key: str) -> str:

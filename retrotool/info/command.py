@@ -77,6 +77,7 @@ def _text(info: Info) -> str:
     for name, e in info.encoders.items():
         covered = f"{e['rows']:,} of {output.count(info.keys, 'chunk')}, {e['parts']:,} of {len(info.parts):,} parts"
         checked = f"; recall@10 {e['check']['recall_at_10']:.4f} against float32" if "check" in e else ""
+        checked = f"; made elsewhere by {output.one_line(e['origin'])}" if e.get("foreign") else checked
         lines.append(f"  embeddings  {name}: {e['dimension']} dimensions, {covered}{checked}")
     for name, index in info.indexes.items():
         recall = f"recall@10 {index['recall_at_10']:.3f}" if "recall_at_10" in index else "not measured yet"

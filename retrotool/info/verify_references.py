@@ -195,7 +195,8 @@ def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_
         checked.zeros[entry.path] = np.flatnonzero(zero)
         same = record.get("tokenizer") == store.identity.tokenizer.sha256
         # Another tokenizer may give no tokens for a text, such as white space. Then its vector is zero.
-        nothing = zero.any() if same else embedded.any() and (zero == embedded).all()
+        # So is that of a purged chunk that none was given for.
+        nothing = zero.any() if same else embedded.any() and (zero == embedded).all() and not record.get("foreign")
         wrong = {
             "a vector is not finite": (largest >= _INFINITE).any(),
             "a chunk that is erased or not a key has a vector": ((largest > 0) & ~embedded).any(),

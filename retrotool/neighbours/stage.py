@@ -169,7 +169,7 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
             f"{store.place} has no embeddings of {database.encoder!r}, the encoder of the index",
             f"Make them with: {embed_command(database.store, database.encoder, store)}",
         )
-    if theirs is None or ours["sha256"] != theirs["sha256"]:
+    if theirs is None or any(ours[field] != theirs[field] for field in ("sha256", "dimension")):
         raise UsageError(
             f"{store.place} and {database.store.place} have different encoders of the name {database.encoder!r}",
             "Embed one of them again with the encoder of the other.",

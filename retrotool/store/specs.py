@@ -38,7 +38,7 @@ _FINDINGS = {
 }  # fmt: skip
 _ENCODER = {
     "origin": PLACE, "sha256": str, "pooling": str, "dimension": _DIMENSION, "tokenizer?": str,
-    **dict.fromkeys(("overridden?", "foreign?"), bool),
+    **dict.fromkeys(("overridden?", "truncated?", "foreign?"), bool),
 }  # fmt: skip
 _INDEX = {
     "encoder": NAME, "factory": str, "target_met?": bool,
@@ -85,7 +85,7 @@ RECORDS = Keyed(_RECORDS, _NAMES)
 
 _ABOUT: dict[str, Spec] = {
     "chunks": Maybe({"keys?": PART}),
-    "embeddings": Maybe({"cosine?": float}),
+    "embeddings": Maybe({"cosine?": float, "from?": str, "parts?": _SPANS}),
     "neighbours": {
         "version": str, "index": str, "encoder": str, "commit": COUNT, "head": str, "purges": str, "searched": _SPANS,
         "probed?": PART, "erased?": str, "undone?": str, "k?": _K, "text?": _K, "filters?": _FILTERS,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Shared, make_rows, write_jsonl
 from stored import copy_store
@@ -184,6 +185,8 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
     stores["mirror"] = root / "mirror"
     api.chunk(stores["mirror"], [str(updated)], tokenizer=str(tiny_encoder), part_size=8)
     write_jsonl(updated, [*({**row, "text": f"{row['text']} corrected"} for row in rows[:9]), *rows[14:]])
+    in_chunks = sum(part["chunks"]["rows"] for part in api.info(stores["embed"]).parts)
+    np.save(root / "vectors.npy", np.random.default_rng(0).normal(size=(in_chunks, 16)))
     stores["undo"] = copy_store(stores["purge"], root / "undo")
     api.purge(stores["undo"], api.Selectors(document=root / "targets.txt"), reason="test")
     lists_index(stores["undo"])
@@ -227,6 +230,7 @@ def erase_earlier(store: Path) -> None:
 def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
     inputs = [str(stages["inputs"] / name) for name in ("one.jsonl", "two.jsonl")]
     targets = str(stages["inputs"] / "targets.txt")
+    vectors = stages["inputs"] / "vectors.npy"
 
     def purge(store: Path) -> object:
         return api.purge(store, api.Selectors(document=Path(targets)), reason="test")
@@ -258,11 +262,12 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("earlier --erase", erase_earlier, (*logical, "indexes"), [True]),
         Case("undo", restore_if_purged, (*logical, "indexes"), [False]),
         Case("refill", lambda s: api.neighbours(s, saved=3), logical, [False]),
+        Case("embed --from", lambda s: api.embed(s, encoder="their/model", vectors=vectors), logical, []),
     ]
 
 
 CASES = ["chunk", "mirror", "embed", "index", "lists", "merge", "retrain", "drop", "repair", "neighbours", "both"]
-CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "refill"]
+CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "refill", "from"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)

@@ -1,0 +1,255 @@
+"""Vectors made elsewhere: read from ``.npy`` or Parquet files, checked, and stored as embeddings.
+
+Rows of ``.npy`` files, in the order of the files' names, are the rows of chunk files by part and row: of all
+parts, or of the parts without vectors. Which ones is recorded with a fingerprint of the files, so that the
+same files resume a run that was killed. Rows of erased chunks, and of values of key-value records, are
+ignored. Rows of Parquet files name their chunks, in any order; purged chunks may be missing.
+
+Cost: ``.npy`` files are mapped and read once. Of Parquet files, the row groups that overlap a block of a part
+are read for it: each about once if they are sorted by chunk number. Memory: a block, and a row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrotool.cli.output import count
+from retrotool.embed.stage import check_encoder_identity, unfinished_part
+from retrotool.encoder import EncoderIdentity
+from retrotool.engine.task import Report, Task, task_key
+from retrotool.errors import UsageError
+from retrotool.ranges import consecutive_ranges, within
+from retrotool.sources.inputs import find_inputs
+from retrotool.store import parts
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
+from retrotool.store.vectors import write_vector_blocks
+
+_BLOCK_BYTES = 256 << 20  # of vectors held at a time
+_BATCH = 8192  # rows read from a Parquet file at a time
+_SHOWN = 3  # chunks that an error lists
+_FORMS = "Give .npy files [rows, dimension], or Parquet files with the columns chunk and vector (a list of floats)."
+_AGAIN = "Correct the files and run the same command again: finished parts are kept."
+_Found = tuple[npt.NDArray[np.int64], npt.NDArray[Any], str, int | None]  # see ``VectorFiles``
+
+
+@dataclass(frozen=True, slots=True)
+class VectorFiles:
+    """Files of vectors of one dimension; ``rows`` of each ``.npy`` file, or the ``column`` of Parquet files.
+
+    Reading yields rows of a block [n], their vectors [n, d], the path, and the first row in an ``.npy`` file.
+    """
+
+    paths: tuple[str, ...]
+    dimension: int
+    rows: tuple[int, ...] = ()
+    column: str = ""
+    fingerprint: str = ""
+
+    def numbered(self, first: int, stop: int) -> Iterator[_Found]:
+        """Yield rows [first, stop) of all ``.npy`` files together."""
+        begin = 0
+        for path, rows in zip(self.paths, self.rows, strict=True):
+            low, high = max(first, begin), min(stop, begin + rows)
+            if low < high:
+                yield np.arange(low - first, high - first), _mapped(path)[low - begin : high - begin], path, low - begin
+            begin += rows
+
+    def named(self, first: int, stop: int) -> Iterator[_Found]:
+        """Yield the rows of Parquet files for chunks [first, stop) of a part."""
+        chunk, table = pc.field("chunk"), _table(self.paths)
+        is_number = pa.types.is_integer(table.schema.field("chunk").type)
+        part = parts.format_id(first).partition(":")[0]
+        wanted = (chunk >= first) & (chunk < stop) if is_number else pc.starts_with(chunk, f"{part}:")
+        columns = ["chunk", self.column, "__filename"]
+        reading = {"batch_size": _BATCH, "batch_readahead": 1, "fragment_readahead": 1, "use_threads": False}
+        for batch in table.to_batches(columns=columns, filter=wanted, **reading):
+            ids, path = batch["chunk"], str(batch["__filename"][0]) if batch.num_rows else ""
+            numbers = ids.to_numpy() if is_number else [parts.parse_id(text) or 0 for text in ids.to_pylist()]
+            rows = np.asarray(numbers, np.int64) - first
+            here = np.flatnonzero((rows >= 0) & (rows < stop - first))
+            vectors = batch[self.column].take(pa.array(here))
+            lengths = pc.list_value_length(vectors).fill_null(0).to_numpy()
+            for row, length in zip(rows[here].tolist(), lengths.tolist(), strict=True):
+                if length != self.dimension:
+                    named = f"{path}: chunk {parts.format_id(first + row)}"
+                    raise UsageError(f"{named} has {length} numbers, others have {self.dimension}", _AGAIN)
+            values = vectors.flatten().to_numpy(zero_copy_only=False)  # null becomes NaN
+            yield rows[here], values.reshape(len(here), self.dimension), path, None
+
+
+def find_vectors(given: str) -> VectorFiles:
+    """Find the vectors in a file, folder or pattern; raise ``UsageError`` if they don't fit together."""
+    inside = sorted(map(str, Path(given).iterdir())) if Path(given).is_dir() else []
+    files = find_inputs([path for path in inside if path.endswith((".npy", ".parquet"))] or [given])
+    paths, kinds = tuple(file.path for file in files), {Path(file.path).suffix for file in files}
+    digest = hashlib.sha256("".join(file.fingerprint() for file in files).encode()).hexdigest()[:32]
+    if kinds == {".parquet"}:
+        try:
+            return replace(_find_named(paths), fingerprint=digest)
+        except (pa.ArrowException, OSError) as error:
+            raise UsageError(f"--from {given}: {str(error).splitlines()[0]}", _FORMS) from error
+    if kinds != {".npy"}:
+        raise UsageError(f"--from {given}: {', '.join(sorted(kinds))} files can't be read as vectors", _FORMS)
+    shapes = [_mapped(path).shape for path in paths]
+    for path, (_, dimension) in zip(paths, shapes, strict=True):
+        if dimension != shapes[0][1]:
+            raise UsageError(f"{path} has {dimension} dimensions, but {paths[0]} has {shapes[0][1]}", _FORMS)
+    return VectorFiles(paths, shapes[0][1], tuple(rows for rows, _ in shapes), fingerprint=digest)
+
+
+def _mapped(path: str) -> npt.NDArray[Any]:
+    try:
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path}: not a whole .npy file: {error}", _FORMS) from error
+    if matrix.ndim != 2 or matrix.dtype.kind != "f" or not matrix.size:
+        raise UsageError(f"{path}: {matrix.dtype} {list(matrix.shape)}, not float [rows, dimension]", _FORMS)
+    return np.asarray(matrix)
+
+
+def _table(paths: tuple[str, ...]) -> Any:
+    from pyarrow import dataset  # imports slowly
+
+    return dataset.dataset(list(paths), format="parquet")
+
+
+def _find_named(paths: tuple[str, ...]) -> VectorFiles:
+    table = _table(paths)
+    types = {one.name: one.type for one in table.schema}
+    column = next((name for name in ("vector", "embedding") if name in types), "")
+    id_type, value = types.get("chunk", pa.null()), getattr(types.get(column), "value_type", pa.null())
+    if not (pa.types.is_integer(id_type) or pa.types.is_string(id_type)) or not pa.types.is_floating(value):
+        columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        raise UsageError(f"{paths[0]} has the columns {columns}", _FORMS)
+    first = table.head(1, columns=[column])[column]
+    return VectorFiles(paths, len(first[0] or ()) if len(first) else 0, column=column)
+
+
+def foreign_identity(maker: str, name: str, dimension: int) -> EncoderIdentity:
+    """Describe an encoder known only by the vectors that a model called ``maker`` made."""
+    digest = hashlib.sha256(maker.encode()).hexdigest()
+    return EncoderIdentity(name, maker, digest, "", dimension, "", normalize=False, max_tokens=0, foreign=True)
+
+
+def parts_given(store: Store, files: VectorFiles, encoder: str) -> tuple[int, ...]:
+    """Return the parts of which ``.npy`` files have all rows: as when they were first used, else by count.
+
+    For Parquet files, return all parts. ``UsageError`` if the number of rows does not decide it.
+    """
+    everything, done = store.state.parts(), store.state.group("embeddings", encoder)
+    lacking = [part for part in everything if done.get(part_slot(part)) is None]
+    if files.column or not lacking:
+        return tuple(lacking)
+    abouts = [entry.about or {} for entry in done.entries()]
+    uses = {(about["from"], tuple(map(tuple, about["parts"]))) for about in abouts if "from" in about}
+    used = {(digest, tuple(sorted(within(spans, everything)))) for digest, spans in uses}
+    same = {some for digest, some in used if digest == files.fingerprint}
+    counts = {
+        some: sum(parts.part_entry(store, "chunks", part).rows for part in some)
+        for some in same or {tuple(everything), tuple(lacking), *(some for _, some in used)}
+    }
+    rows = sum(files.rows)
+    fitting = [some for some, n in counts.items() if n == rows and not set(lacking).isdisjoint(some)]
+    if len(fitting) != 1:
+        left, every = (sum(parts.part_entry(store, "chunks", part).rows for part in s) for s in (lacking, everything))
+        raise UsageError(
+            f"the files have {rows:,} vectors, but {left:,} of {count(every, 'chunk')} have none yet",
+            "Give those of all or of these, purged or not, by part and row; or Parquet files with chunk ids.",
+        )
+    return fitting[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignStage:
+    """Store vectors for those of the parts ``given`` that have none of an encoder."""
+
+    files: VectorFiles
+    identity: EncoderIdentity
+    given: tuple[int, ...]
+    name: str = field(default="embed", init=False)
+    unit: str = field(default="chunk", init=False)
+
+    def plan(self, store: Store) -> list[Task]:
+        """Plan one task per part; raise ``UsageError`` if another encoder has the name."""
+        check_encoder_identity(store, self.identity)
+        done = store.state.group("embeddings", self.identity.name)
+        about = {"from": self.files.fingerprint, "parts": consecutive_ranges(self.given)}
+        tasks, row = [], 0
+        for part in self.given:
+            entry = parts.part_entry(store, "chunks", part)
+            if done.get(part_slot(part)) is None:
+                key = task_key("embed", {"encoder": self.identity.sha256, "from": self.files.fingerprint}, [entry.path])
+                inputs = {"part": part, "path": entry.path, "row": row, "about": about}
+                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
+            row += entry.rows
+        return tasks
+
+    def open(self, store: Store) -> ForeignWorker:
+        """Prepare to store vectors."""
+        return ForeignWorker(store, self)
+
+
+class ForeignWorker:
+    """Checks and stores the vectors of parts."""
+
+    def __init__(self, store: Store, stage: ForeignStage) -> None:
+        self._store, self._files, self._identity = store, stage.files, stage.identity
+
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Store the vectors of one part; return None if it has some already."""
+        begun, identity = time.perf_counter(), self._identity
+        entry = unfinished_part(self._store, task, identity.name)
+        if entry is None:
+            return None
+        name = FileName.new(run, "embeddings", part_slot(task.inputs["part"]), "npy", identity.name)
+        blocks = self._blocks(task, entry.rows, report)
+        written = replace(
+            write_vector_blocks(self._store, name, entry.rows, identity.dimension, blocks), about=task.inputs["about"]
+        )
+        settings = {"encoder": identity.name}
+        records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
+        measured = {"tokens": 0.0, "forward": 0.0, "working": time.perf_counter() - begun}
+        return Staged(task.key, "embed", run, settings, (entry.path,), (written,), records=records, measured=measured)
+
+    def _blocks(self, task: Task, rows: int, report: Report) -> Iterator[npt.NDArray[np.float16]]:
+        files, part = self._files, int(task.inputs["part"])
+        embedded = parts.read_embedded(self._store, part)
+        purged = np.zeros(rows, np.bool_)
+        purged[read_tombstones(self._store).rows(part)] = True
+        size = max(1, _BLOCK_BYTES // (2 * files.dimension))
+        for start in range(0, rows, size):
+            stop, first, row = min(start + size, rows), parts.join_id(part, start), int(task.inputs["row"])
+            block = np.zeros((stop - start, files.dimension), np.float16)
+            times = np.zeros(len(block), np.int64)
+            found = (
+                files.named(first, first + stop - start) if files.column else files.numbered(row + start, row + stop)
+            )
+            for places, vectors, path, file_row in found:
+                with np.errstate(over="ignore"):
+                    block[places] = np.where(embedded[start + places, None], vectors, 0)
+                np.add.at(times, places, 1)
+                if not (finite := np.isfinite(block[places]).all(axis=1)).all():
+                    at = int(np.argmin(finite))
+                    row_of_it = "" if file_row is None else f" (row {file_row + at:,})"
+                    named = f"{path}: the vector of chunk {parts.format_id(first + int(places[at]))}{row_of_it}"
+                    raise UsageError(f"{named} has NaN, infinity, or more than float16 holds", _AGAIN)
+            wrong = np.flatnonzero(embedded[start:stop] & (times != 1) & ~(purged[start:stop] & (times == 0)))
+            if len(wrong):
+                shown = ", ".join(parts.format_id(first + place) for place in wrong[:_SHOWN].tolist())
+                more = f" and {len(wrong) - _SHOWN:,} more" if len(wrong) > _SHOWN else ""
+                raise UsageError(f"the files have none or several vectors of these chunks: {shown}{more}", _AGAIN)
+            yield block
+            report(int(embedded[start:stop].sum()))
