@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.cli.output import count
-from retrotool.embed.stage import check_encoder_identity, unfinished_part
+from retrotool.embed.stage import EmbedStage, check_encoder_identity, unfinished_part
 from retrotool.encoder import EncoderIdentity
-from retrotool.engine.task import Report, Task, task_key
+from retrotool.engine.task import Report, Task
 from retrotool.errors import UsageError
 from retrotool.ranges import consecutive_ranges, within
 from retrotool.sources.inputs import find_inputs
@@ -42,7 +42,7 @@ _BATCH = 8192  # rows read from a Parquet file at a time
 _SHOWN = 3  # chunks that an error lists
 _FORMS = "Give .npy files [rows, dimension], or Parquet files with the columns chunk and vector (a list of floats)."
 _AGAIN = "Correct the files and run the same command again: finished parts are kept."
-_Found = tuple[npt.NDArray[np.int64], npt.NDArray[Any], str, int | None]  # see ``VectorFiles``
+_Found = tuple[npt.NDArray[np.int64], npt.NDArray[Any], str, int]  # see ``VectorFiles``
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,9 @@ class VectorFiles:
     def named(self, first: int, stop: int) -> Iterator[_Found]:
         """Yield the rows of Parquet files for chunks [first, stop) of a part."""
         chunk, table = pc.field("chunk"), _table(self.paths)
-        is_number = pa.types.is_integer(table.schema.field("chunk").type)
+        is_number = pa.types.is_integer(kind := table.schema.field("chunk").type)
+        if kind not in (pa.int64(), pa.string()):
+            chunk = chunk.cast(pa.int64() if is_number else pa.string())
         part = parts.format_id(first).partition(":")[0]
         wanted = (chunk >= first) & (chunk < stop) if is_number else pc.starts_with(chunk, f"{part}:")
         columns = ["chunk", self.column, "__filename"]
@@ -82,12 +84,11 @@ class VectorFiles:
             here = np.flatnonzero((rows >= 0) & (rows < stop - first))
             vectors = batch[self.column].take(pa.array(here))
             lengths = pc.list_value_length(vectors).fill_null(0).to_numpy()
-            for row, length in zip(rows[here].tolist(), lengths.tolist(), strict=True):
-                if length != self.dimension:
-                    named = f"{path}: chunk {parts.format_id(first + row)}"
-                    raise UsageError(f"{named} has {length} numbers, others have {self.dimension}", _AGAIN)
+            for wrong in np.flatnonzero(lengths != self.dimension).tolist():
+                named = f"{path}: chunk {parts.format_id(first + int(rows[here[wrong]]))}"
+                raise UsageError(f"{named} has {lengths[wrong]} numbers, others have {self.dimension}", _AGAIN)
             values = vectors.flatten().to_numpy(zero_copy_only=False)  # null becomes NaN
-            yield rows[here], values.reshape(len(here), self.dimension), path, None
+            yield rows[here], values.reshape(len(here), self.dimension), path, 0
 
 
 def find_vectors(given: str) -> VectorFiles:
@@ -131,7 +132,7 @@ def _find_named(paths: tuple[str, ...]) -> VectorFiles:
     types = {one.name: one.type for one in table.schema}
     column = next((name for name in ("vector", "embedding") if name in types), "")
     id_type, value = types.get("chunk", pa.null()), getattr(types.get(column), "value_type", pa.null())
-    if not (pa.types.is_integer(id_type) or pa.types.is_string(id_type)) or not pa.types.is_floating(value):
+    if not (pa.types.is_integer(id_type) or "string" in str(id_type)) or not pa.types.is_floating(value):
         columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise UsageError(f"{paths[0]} has the columns {columns}", _FORMS)
     first = table.head(1, columns=[column])[column]
@@ -153,60 +154,32 @@ def parts_given(store: Store, files: VectorFiles, encoder: str) -> tuple[int, ..
     lacking = [part for part in everything if done.get(part_slot(part)) is None]
     if files.column or not lacking:
         return tuple(lacking)
-    abouts = [entry.about or {} for entry in done.entries()]
+
+    def rows_of(some: Sequence[int]) -> int:
+        return sum(parts.part_entry(store, "chunks", part).rows for part in some)
+
+    abouts, rows = [entry.about or {} for entry in done.entries()], sum(files.rows)
     uses = {(about["from"], tuple(map(tuple, about["parts"]))) for about in abouts if "from" in about}
-    used = {(digest, tuple(sorted(within(spans, everything)))) for digest, spans in uses}
-    same = {some for digest, some in used if digest == files.fingerprint}
-    counts = {
-        some: sum(parts.part_entry(store, "chunks", part).rows for part in some)
-        for some in same or {tuple(everything), tuple(lacking), *(some for _, some in used)}
-    }
-    rows = sum(files.rows)
-    fitting = [some for some, n in counts.items() if n == rows and not set(lacking).isdisjoint(some)]
+    used = [(digest, tuple(sorted(within(spans, everything)))) for digest, spans in uses]
+    same = [some for digest, some in used if digest == files.fingerprint]
+    known = same or [tuple(everything), tuple(lacking), *(some for _, some in used)]
+    fitting = {some for some in known if rows_of(some) == rows and not set(lacking).isdisjoint(some)}
     if len(fitting) != 1:
-        left, every = (sum(parts.part_entry(store, "chunks", part).rows for part in s) for s in (lacking, everything))
+        left, all_rows = rows_of(lacking), count(rows_of(everything), "chunk")
         raise UsageError(
-            f"the files have {rows:,} vectors, but {left:,} of {count(every, 'chunk')} have none yet",
+            f"the files have {rows:,} vectors, but {left:,} of {all_rows} have none yet",
             "Give those of all or of these, purged or not, by part and row; or Parquet files with chunk ids.",
         )
-    return fitting[0]
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignStage:
-    """Store vectors for those of the parts ``given`` that have none of an encoder."""
-
-    files: VectorFiles
-    identity: EncoderIdentity
-    given: tuple[int, ...]
-    name: str = field(default="embed", init=False)
-    unit: str = field(default="chunk", init=False)
-
-    def plan(self, store: Store) -> list[Task]:
-        """Plan one task per part; raise ``UsageError`` if another encoder has the name."""
-        check_encoder_identity(store, self.identity)
-        done = store.state.group("embeddings", self.identity.name)
-        about = {"from": self.files.fingerprint, "parts": consecutive_ranges(self.given)}
-        tasks, row = [], 0
-        for part in self.given:
-            entry = parts.part_entry(store, "chunks", part)
-            if done.get(part_slot(part)) is None:
-                key = task_key("embed", {"encoder": self.identity.sha256, "from": self.files.fingerprint}, [entry.path])
-                inputs = {"part": part, "path": entry.path, "row": row, "about": about}
-                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
-            row += entry.rows
-        return tasks
-
-    def open(self, store: Store) -> ForeignWorker:
-        """Prepare to store vectors."""
-        return ForeignWorker(store, self)
+    return fitting.pop()
 
 
 class ForeignWorker:
     """Checks and stores the vectors of parts."""
 
-    def __init__(self, store: Store, stage: ForeignStage) -> None:
+    def __init__(self, store: Store, stage: EmbedStage) -> None:
+        assert stage.files is not None
         self._store, self._files, self._identity = store, stage.files, stage.identity
+        self._about = {"from": stage.files.fingerprint, "parts": consecutive_ranges(stage.given)}
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Store the vectors of one part; return None if it has some already."""
@@ -216,16 +189,14 @@ class ForeignWorker:
             return None
         name = FileName.new(run, "embeddings", part_slot(task.inputs["part"]), "npy", identity.name)
         blocks = self._blocks(task, entry.rows, report)
-        written = replace(
-            write_vector_blocks(self._store, name, entry.rows, identity.dimension, blocks), about=task.inputs["about"]
-        )
-        settings = {"encoder": identity.name}
+        written = write_vector_blocks(self._store, name, entry.rows, identity.dimension, blocks)
+        written, settings = replace(written, about=self._about), {"encoder": identity.name}
         records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
         measured = {"tokens": 0.0, "forward": 0.0, "working": time.perf_counter() - begun}
         return Staged(task.key, "embed", run, settings, (entry.path,), (written,), records=records, measured=measured)
 
     def _blocks(self, task: Task, rows: int, report: Report) -> Iterator[npt.NDArray[np.float16]]:
-        files, part = self._files, int(task.inputs["part"])
+        files, part, by_row = self._files, int(task.inputs["part"]), not self._files.column
         embedded = parts.read_embedded(self._store, part)
         purged = np.zeros(rows, np.bool_)
         purged[read_tombstones(self._store).rows(part)] = True
@@ -234,18 +205,16 @@ class ForeignWorker:
             stop, first, row = min(start + size, rows), parts.join_id(part, start), int(task.inputs["row"])
             block = np.zeros((stop - start, files.dimension), np.float16)
             times = np.zeros(len(block), np.int64)
-            found = (
-                files.named(first, first + stop - start) if files.column else files.numbered(row + start, row + stop)
-            )
+            found = files.numbered(row + start, row + stop) if by_row else files.named(first, first + stop - start)
             for places, vectors, path, file_row in found:
                 with np.errstate(over="ignore"):
                     block[places] = np.where(embedded[start + places, None], vectors, 0)
                 np.add.at(times, places, 1)
                 if not (finite := np.isfinite(block[places]).all(axis=1)).all():
                     at = int(np.argmin(finite))
-                    row_of_it = "" if file_row is None else f" (row {file_row + at:,})"
-                    named = f"{path}: the vector of chunk {parts.format_id(first + int(places[at]))}{row_of_it}"
-                    raise UsageError(f"{named} has NaN, infinity, or more than float16 holds", _AGAIN)
+                    named = f"chunk {parts.format_id(first + int(places[at]))}" + f" (row {file_row + at:,})" * by_row
+                    what = "has NaN, infinity, or more than float16 holds"
+                    raise UsageError(f"{path}: the vector of {named} {what}", _AGAIN)
             wrong = np.flatnonzero(embedded[start:stop] & (times != 1) & ~(purged[start:stop] & (times == 0)))
             if len(wrong):
                 shown = ", ".join(parts.format_id(first + place) for place in wrong[:_SHOWN].tolist())

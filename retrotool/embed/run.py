@@ -9,7 +9,7 @@ from typing import Any
 
 from retrotool import engine
 from retrotool.cli.command_lines import command_line
-from retrotool.embed.foreign_vectors import ForeignStage, find_vectors, foreign_identity, parts_given
+from retrotool.embed.foreign_vectors import find_vectors, foreign_identity, parts_given
 from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.store_encoder import compare, draw_sample
@@ -109,8 +109,8 @@ def embed(
         known = store.state.with_prefix("encoder:")
         names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
         identity = identity if not names or identity.name in names else replace(identity, name=names[0])
-    own = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard)
-    stage = own if files is None else ForeignStage(files, identity, parts_given(store, files, identity.name))
+    given = () if files is None else parts_given(store, files, identity.name)
+    stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard, files, given)
     done = _Done()
     with writing(store) as run:
         _update_origin(store, run, identity)

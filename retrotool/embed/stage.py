@@ -11,14 +11,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
-from retrotool.engine.task import Report, Task, own_first, task_key
+from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import ErasedError, NotFiniteError, UsageError
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
@@ -29,6 +29,9 @@ from retrotool.store.store import Store
 from retrotool.store.vectors import write_vector_blocks
 from retrotool.tokenizers import TokensDiffer
 
+if TYPE_CHECKING:
+    from retrotool.embed.foreign_vectors import VectorFiles
+
 _BLOCK_ROWS = (256, 1 << 16)  # least and most rows of a block
 _END_BLOCK = 8  # divisor for the size of the first and last block of a part
 _VERIFIED = 64  # chunks to verify an encoder on
@@ -37,7 +40,10 @@ _MANY = 100_000  # chunks from which preparing the fast tokenizer for a GPU pays
 
 @dataclass(frozen=True, slots=True)
 class EmbedStage:
-    """Embed all parts that encoder ``spec`` has not embedded; ``shard`` (i, n): those of job i of n first."""
+    """Embed all parts that encoder ``spec`` has not embedded; ``shard`` (i, n): those of job i of n first.
+
+    ``files`` have the vectors of the parts ``given``, one after the other; no others are embedded then.
+    """
 
     spec: str
     identity: EncoderIdentity
@@ -45,30 +51,34 @@ class EmbedStage:
     dtype: str = "auto"
     batch_tokens: int | None = None
     shard: tuple[int, int] | None = None
+    files: VectorFiles | None = None
+    given: tuple[int, ...] = ()
     name: str = field(default="embed", init=False)
     unit: str = field(default="chunk", init=False)
 
     def plan(self, store: Store) -> list[Task]:
         """Plan one task per part; raise ``UsageError`` if another encoder has the name."""
         check_encoder_identity(store, self.identity)
-        tasks = []
+        tasks, row = [], 0
         done = store.state.group("embeddings", self.identity.name)
-        for part in store.state.all_parts():
-            if done.get(part_slot(part)) is not None:
-                continue
+        for part in store.state.all_parts() if self.files is None else self.given:
             entry = parts.part_entry(store, "chunks", part)
-            key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
-            inputs = {"part": part, "path": entry.path}
-            tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
+            if done.get(part_slot(part)) is None:
+                key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
+                inputs = {"part": part, "path": entry.path, "row": row}
+                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
+            row += entry.rows
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def of_worker(self, number: int) -> EmbedStage:
         """Return the stage on the device of worker ``number``."""
         return replace(self, devices=(self.devices[number % len(self.devices)],))
 
-    def open(self, store: Store) -> EmbedWorker:
-        """Load the encoder."""
-        return EmbedWorker(store, self)
+    def open(self, store: Store) -> Worker:
+        """Load the encoder, if vectors are not given."""
+        from retrotool.embed.foreign_vectors import ForeignWorker
+
+        return EmbedWorker(store, self) if self.files is None else ForeignWorker(store, self)
 
 
 def check_encoder_identity(store: Store, identity: EncoderIdentity) -> Mapping[str, Any]:

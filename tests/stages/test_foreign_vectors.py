@@ -108,7 +108,7 @@ def test_index_neighbours_and_search_by_a_vector(store: Path, tmp_path: Path, cl
     assert after.endswith("--from VECTORS --encoder model")
 
 
-@pytest.mark.parametrize("chunk", ["number", "text"])
+@pytest.mark.parametrize("chunk", ["int64", "uint64", "string", "large_string"])
 def test_parquet_files_name_chunks_in_any_order(
     store: Path, tmp_path: Path, chunk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,8 +118,10 @@ def test_parquet_files_name_chunks_in_any_order(
     assert len(live) < len(ids_of(store)), "the purged need no vector"
     mixed = np.random.default_rng(0).permutation(np.append(live, chunk_ids(99, np.arange(4))))
     for i, some in enumerate(np.array_split(mixed, 3)):
-        texts = None if chunk == "number" else [format_id(int(one)) for one in some]
-        as_parquet(tmp_path / f"{i}.parquet", some, texts, "embedding", pa.array(list(vector_of(some).astype("f2"))))
+        named = [int(one) if "int" in chunk else format_id(int(one)) for one in some]
+        ids = pa.array(named, getattr(pa, chunk)())
+        kind = pa.large_list(pa.float16()) if "large" in chunk else pa.list_(pa.float64(), D)
+        as_parquet(tmp_path / f"{i}.parquet", some, ids, "embedding", pa.array(list(vector_of(some)), kind))
     api.embed(store, encoder="model", vectors=str(tmp_path / "*.parquet"))
     check_stored(store)
 
