@@ -16,11 +16,10 @@ Examples:
   retrotool embed store
   retrotool embed store --encoder models/bert-base-uncased --check
   retrotool embed store --encoder models/bert-base-uncased --name bert-cls --pooling cls
-  retrotool embed store --encoder models/qwen3-embedding --dimension 256
   retrotool embed store --dtype bfloat16 --devices cpu
   retrotool embed store --shard 3/16
   retrotool embed store --devices cuda:0,cuda:1
-  retrotool embed store --from vectors.npy --encoder my-model"""
+  retrotool embed store --from vectors.parquet --encoder their-model"""
 
 _MIN_SECONDS_FOR_RATE = 2.0
 

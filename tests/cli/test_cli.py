@@ -112,6 +112,8 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
     write_jsonl(tmp_path / "pairs.jsonl", [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(5)])
     write_megatron(tmp_path / "wiki", [[2003 + i, 2004, 102] for i in range(4)])
     shutil.copytree(tiny_encoder, tmp_path / "models" / "bert-base-uncased")
+    chunks = [f"{part}:{row}" for part in range(4) for row in range(100)]
+    pq.write_table(pa.table({"chunk": chunks, "vector": [[1.0, 2.0]] * len(chunks)}), tmp_path / "vectors.parquet")
     for name, first in (("database", 0), ("training", 30)):
         source = write_jsonl(tmp_path / f"{name}.jsonl", make_rows(30, first=first))
         api.chunk(tmp_path / name, [str(source)], tokenizer=str(tiny_encoder))
@@ -138,7 +140,9 @@ def ordered_examples() -> Iterator[str]:
         "affected", "undo", "info", "log", "verify", "plan",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
-    yield from sorted(found, key=lambda example: "cuda" in example or "--encoder models" in example)
+    yield from sorted(
+        found, key=lambda example: any(last in example for last in ("cuda", "--encoder models", "--from"))
+    )
 
 
 def words_of(example: str) -> list[str]:
