@@ -274,7 +274,12 @@ class Reader:
         """
         database = self.database(index, allow_missing=allow_missing)
         if isinstance(text, str):
-            vector = self._embed(text, encoder or self.load_encoder(index))
+            loaded = encoder or self.load_encoder(index)
+            if not text.strip():
+                raise UsageError("the text to search for is empty")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UsageError("the text to search for is not Unicode")
+            vector = loaded.embed(loaded.tokenize_query(text)).astype(np.float32)
         else:
             vector, d = np.asarray(text, np.float32).reshape(1, -1), database.trained.d
             if vector.shape[1] != d or not np.isfinite(vector).all():
@@ -282,13 +287,6 @@ class Reader:
         own = database.point
         best = database.search(Queries.plain(vector), k, Point(nprobe or own.nprobe, rerank or own.depth))
         return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
-
-    def _embed(self, text: str, encoder: Encoder) -> npt.NDArray[np.float32]:
-        if not text.strip():
-            raise UsageError("the text to search for is empty")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError("the text to search for is not Unicode")
-        return encoder.embed(encoder.tokenize_query(text)).astype(np.float32)
 
     def database(self, index: str | None = None, *, allow_missing: bool = False) -> Database:
         """Open an index of the store, once; ``allow_missing`` skips its broken shards, which it lists."""

@@ -45,14 +45,14 @@ class Head:
 
     def __init__(self, path: Path, identity: EncoderIdentity, device: str) -> None:
         self._normalize, self._dimension = identity.normalize, identity.dimension
-        self._layers: list[torch.nn.Module] = []
+        self._layers: list[tuple[torch.Tensor, torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor]]] = []
         try:
             for folder, activation in read_modules(path, refuse=False).projections:
-                weights = load_file(folder / "model.safetensors", device)
-                layer = torch.nn.Linear(1, 1, "linear.bias" in weights, device=device)
-                for key, weight in weights.items():
-                    layer.get_parameter(key.removeprefix("linear.")).data = weight.float()
-                self._layers += [layer, getattr(torch.nn, activation)()]
+                weights = {
+                    key: weight.float() for key, weight in load_file(folder / "model.safetensors", device).items()
+                }
+                act = getattr(torch.nn, activation)()
+                self._layers.append((weights["linear.weight"], weights.get("linear.bias"), act))
             config = read_config(path)
             found = self(torch.zeros(1, config.get("hidden_size") or config["dim"], device=device))
             if found.shape[1] != identity.dimension:
@@ -62,8 +62,8 @@ class Head:
 
     def __call__(self, pooled: torch.Tensor) -> torch.Tensor:
         """Map pooled outputs [n, hidden] to vectors [n, d]."""
-        for layer in self._layers:
-            pooled = layer(pooled)
+        for weight, bias, activation in self._layers:
+            pooled = activation(torch.nn.functional.linear(pooled, weight, bias))
         pooled = pooled[:, : self._dimension]
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
 

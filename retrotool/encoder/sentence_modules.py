@@ -79,12 +79,10 @@ def _projection(folder: Path) -> tuple[str, int]:
     """Return the activation and the outputs of a dense layer; raise ``UsageError`` if it is not supported."""
     config = json_object(folder / "config.json")
     library, _, activation = str(config.get("activation_function")).rpartition(".")
-    outputs, places = (
-        integer(folder, config, "out_features"),
-        (config.get("module_input_name"), config.get("module_output_name")),
-    )
-    plain = not config.get("use_residual") and set(places) <= {None, "sentence_embedding"}
-    if not (plain and outputs and library.startswith("torch.nn.") and activation in ACTIVATIONS):
+    outputs = integer(folder / "config.json", config, "out_features")
+    others = {config.get("module_input_name"), config.get("module_output_name")} - {None, "sentence_embedding"}
+    known = library.startswith("torch.nn.") and activation in ACTIVATIONS
+    if others or config.get("use_residual") or not outputs or not known:
         raise UsageError(f"{folder}: this projection is not supported", f"Activations are {', '.join(ACTIVATIONS)}.")
     if not (folder / "model.safetensors").is_file():
         raise UsageError(f"{folder} has no model.safetensors; pickled weights can run code and are not loaded")
