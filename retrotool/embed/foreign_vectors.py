@@ -75,9 +75,7 @@ class VectorFiles:
             chunk = chunk.cast(pa.int64() if is_number else pa.string())
         part = parts.format_id(first).partition(":")[0]
         wanted = (chunk >= first) & (chunk < stop) if is_number else pc.starts_with(chunk, f"{part}:")
-        columns = ["chunk", self.column, "__filename"]
-        reading = {"batch_size": _BATCH, "batch_readahead": 1, "fragment_readahead": 1, "use_threads": False}
-        for batch in table.to_batches(columns=columns, filter=wanted, **reading):
+        for batch in _batches(table, ["chunk", self.column, "__filename"], wanted):
             ids, path = batch["chunk"], str(batch["__filename"][0]) if batch.num_rows else ""
             numbers = ids.to_numpy() if is_number else [parts.parse_id(text) or 0 for text in ids.to_pylist()]
             rows = np.asarray(numbers, np.int64) - first
@@ -127,6 +125,18 @@ def _table(paths: tuple[str, ...]) -> Any:
     return dataset.dataset(list(paths), format="parquet")
 
 
+def _batches(table: Any, columns: list[str], wanted: Any = None) -> Iterator[pa.RecordBatch]:
+    """Read Parquet files page by page: by default, several row groups are held at a time."""
+    from pyarrow import dataset
+
+    reading = dataset.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
+    ahead = {"batch_readahead": 1, "fragment_readahead": 1, "use_threads": False, "batch_size": _BATCH}
+    batches: Iterator[pa.RecordBatch] = table.to_batches(
+        columns=columns, filter=wanted, fragment_scan_options=reading, **ahead
+    )
+    return batches
+
+
 def _find_named(paths: tuple[str, ...]) -> VectorFiles:
     table = _table(paths)
     types = {one.name: one.type for one in table.schema}
@@ -135,8 +145,8 @@ def _find_named(paths: tuple[str, ...]) -> VectorFiles:
     if not (pa.types.is_integer(id_type) or "string" in str(id_type)) or not pa.types.is_floating(value):
         columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise UsageError(f"{paths[0]} has the columns {columns}", _FORMS)
-    first = table.head(1, columns=[column])[column]
-    return VectorFiles(paths, len(first[0] or ()) if len(first) else 0, column=column)
+    lengths = (pc.list_value_length(batch[column])[0].as_py() for batch in _batches(table, [column]) if len(batch))
+    return VectorFiles(paths, next(lengths, 0) or 0, column=column)
 
 
 def foreign_identity(maker: str, name: str, dimension: int) -> EncoderIdentity:

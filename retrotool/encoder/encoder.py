@@ -155,7 +155,7 @@ class Encoder:
         self._fast = None
 
     def tokenize(self, texts: Sequence[str], prompt: str | None = None) -> Rows:
-        """Return rows of plain tokens of texts after ``prompt`` (None: of chunks); may raise ``TokensDiffer``."""
+        """Return plain tokens of texts after ``prompt`` (None: that of chunks); raises ``TokensDiffer``."""
         prompt = self.identity.prompt if prompt is None else prompt
         texts = [prompt + text for text in texts] if prompt else texts
         texts = [text.lower() for text in texts] if self.identity.lower else texts
