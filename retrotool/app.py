@@ -36,6 +36,7 @@ _COMMANDS = {
     "info": "retrotool.info.command",
     "log": "retrotool.info.log_command",
     "verify": "retrotool.info.verify_command",
+    "repair": "retrotool.repair.command",
     "plan": "retrotool.plan.command",
 }
 """The module of each command, in the order of ``--help``.

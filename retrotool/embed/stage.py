@@ -43,6 +43,7 @@ class EmbedStage:
     """Embed all parts that encoder ``spec`` has not embedded; ``shard`` (i, n): those of job i of n first.
 
     ``files`` have the vectors of the parts ``given``, one after the other; no others are embedded then.
+    ``broken``: paths of embeddings to compute again instead.
     """
 
     spec: str
@@ -53,6 +54,7 @@ class EmbedStage:
     shard: tuple[int, int] | None = None
     files: VectorFiles | None = None
     given: tuple[int, ...] = ()
+    broken: tuple[str, ...] = ()
     name: str = field(default="embed", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -62,10 +64,12 @@ class EmbedStage:
         tasks, row = [], 0
         done = store.state.group("embeddings", self.identity.name)
         for part in store.state.all_parts() if self.files is None else self.given:
-            entry = parts.part_entry(store, "chunks", part)
-            if done.get(part_slot(part)) is None:
-                key = task_key("embed", {"encoder": self.identity.sha256}, [entry.path])
-                inputs = {"part": part, "path": entry.path, "row": row}
+            entry, old = parts.part_entry(store, "chunks", part), done.get(part_slot(part))
+            replaces = None if old is None else old.path
+            if replaces in self.broken if self.broken else old is None:
+                again = {"repair": replaces} if replaces else {}
+                key = task_key("embed", {"encoder": self.identity.sha256, **again}, [entry.path])
+                inputs = {"part": part, "path": entry.path, "row": row, "replaces": replaces}
                 tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
             row += entry.rows
         return tasks if self.shard is None else own_first(tasks, *self.shard)
@@ -97,7 +101,8 @@ def check_encoder_identity(store: Store, identity: EncoderIdentity) -> Mapping[s
 def unfinished_part(store: Store, task: Task, encoder: str) -> FileEntry | None:
     """Return the chunks of a task's part in the newest commit; None if they are embedded already."""
     part = int(task.inputs["part"])
-    if store.refresh().part_file("embeddings", part, encoder) is not None:
+    old = store.refresh().part_file("embeddings", part, encoder)
+    if old is not None and old.path != task.inputs["replaces"]:
         return None
     entry = parts.part_entry(store, "chunks", part)
     if entry.path != task.inputs["path"]:
@@ -139,6 +144,7 @@ class EmbedWorker:
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Embed one part; return None if it is already embedded."""
         part, identity = int(task.inputs["part"]), self.encoder.identity
+        replaces = task.inputs["replaces"]
         if unfinished_part(self._store, task, identity.name) is None:
             return None
         if not self._verified:
@@ -173,7 +179,8 @@ class EmbedWorker:
             "forward": encoder.forward, "why": encoder.why,
         }  # fmt: skip
         reads, measured = (str(task.inputs["path"]),), self._since_begun()
-        return Staged(task.key, "embed", run, settings, reads, (entry,), records=records, measured=measured)
+        removed = () if replaces is None else (str(replaces),)
+        return Staged(task.key, "embed", run, settings, reads, (entry,), removed, records=records, measured=measured)
 
     def note(self) -> str:
         """Describe the current part's progress: tokens per second, and the share of time in the forward."""

@@ -21,6 +21,7 @@ from retrotool.errors import NotFiniteError, UsageError
 from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
+from retrotool.store.vectors import check_finite
 from retrotool.tokenizers import stored_tokenizer
 
 SAMPLE = 2000
@@ -103,7 +104,7 @@ class VectorSample:
 
 
 def draw_sample(store: Store, encoder: Encoder, size: int = SAMPLE, seed: int = 0) -> VectorSample | None:
-    """Draw up to ``size`` embedded chunks; return None without any."""
+    """Draw up to ``size`` embedded chunks; None without any, ``CorruptError`` if a vector is not finite."""
     rng = np.random.default_rng(seed)
     numbers = embedded_parts(store, encoder.identity.name)
     some = sorted(rng.permutation(numbers)[:_PARTS].tolist())
@@ -117,6 +118,7 @@ def draw_sample(store: Store, encoder: Encoder, size: int = SAMPLE, seed: int = 
         which = np.sort(rng.permutation(np.flatnonzero(chunks.embedded))[: -(-left // (len(some) - place))])
         left -= len(which)
         vectors = np.array(read_part_vectors(store, encoder.identity.name, part)[places[which]])
+        check_finite(store, vectors, part, places[which])
         ids, document = parts.chunk_ids(part, places[which]), parts.chunk_ids(part, chunks.doc[which])
         found.append((chunks.tokens[which], chunks.n_tokens[which], vectors, ids, document))
     if left == size:

@@ -33,7 +33,6 @@ Examples:
   retrotool index store --retrain
   retrotool index store --shard 3/16
   retrotool index store --merge
-  retrotool index store --repair
   retrotool index store --name wide --drop"""
 
 _SOURCES = 8
@@ -73,7 +72,6 @@ def command(
     ] = False,
     retrain: Annotated[bool, opt("Train and build beside the current index, then switch.", "--retrain")] = False,
     merge: Annotated[bool, opt("Merge the small shards of parts added later.", "--merge")] = False,
-    repair: Annotated[bool, opt("Read every shard and rebuild broken ones.", "--repair")] = False,
     default: Annotated[bool, opt("Make it the default index.", "--default")] = False,
     drop: Annotated[bool, opt("Delete the index and all its files.", "--drop")] = False,
     as_json: Json = False,
@@ -89,7 +87,7 @@ def command(
         from retrotool.ann.choice import IndexOptions
         from retrotool.index import run as index_run
 
-        other = {"tune": tune, "retrain": retrain, "merge": merge, "repair": repair, "default": default}
+        other = {"tune": tune, "retrain": retrain, "merge": merge, "default": default}
         building = {
             "nlist": nlist, "code": code, "factory": factory, "shard_size": shard_size, "shard": shard,
             "encoder": encoder,
@@ -107,7 +105,7 @@ def command(
             output.show(found, as_json, _text)
             return
         wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
-        options = index_run.Options(wanted, devices, parse_shard(shard), sample, tune, retrain, merge, repair, default)
+        options = index_run.Options(wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default)
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         if result.not_embedded:

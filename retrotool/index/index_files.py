@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from retrotool.ann import lists
@@ -19,39 +17,14 @@ from retrotool.store.store import Store
 from retrotool.store.vectors import MappedFile
 
 
-def is_unchanged(store: Store, entry: FileEntry | None) -> bool:
-    """Check whether a file exists and matches the log's checksum."""
-    if entry is None:
-        return False
-    try:
-        store.check_sum(entry)
-    except CorruptError:
-        return False
-    return True
-
-
-@contextmanager
-def advising(advice: str) -> Iterator[None]:
-    """Attach ``advice`` to a ``CorruptError``."""
-    try:
-        yield
-    except CorruptError as error:
-        raise CorruptError(str(error), advice) from error
-
-
-def _advice(what: str, store: Store, name: str, option: str) -> str:
-    return f"{what} it: {shlex.join(['retrotool', 'index', store.place, option, '--name', name])}"
-
-
 def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:
     """Read the training of an index; raise ``CorruptError`` if it does not match the log, to the byte."""
     entry = IndexFiles(store.state, name, generation).trained
-    with advising(_advice("Retrain", store, name, "--retrain")):
-        if entry is None:
-            raise CorruptError(f"index {name!r} has no training")
-        store.check_sum(entry)
-        with store.reading(entry) as storage:
-            return entry, lists.read_lists(storage.local(entry.path)).trained
+    if entry is None:
+        raise store.corrupt(f"index {name!r} has no training")
+    store.check_sum(entry)
+    with store.reading(entry) as storage:
+        return entry, lists.read_lists(storage.local(entry.path)).trained
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
@@ -64,7 +37,7 @@ def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -
         file.check(0, entry.bytes - in_lists)
         shard = lists.read_lists(path, trained, file.check)
     if len(shard) != entry.rows:
-        raise CorruptError(f"{store.where(entry.path)} contains {len(shard):,} vectors, the log says {entry.rows:,}")
+        raise store.corrupt(f"{store.where(entry.path)} contains {len(shard):,} vectors, the log says {entry.rows:,}")
     return shard
 
 
@@ -79,20 +52,13 @@ def read_shards(
     """Yield the shards of an index; pass broken ones to ``missing``, or raise ``CorruptError`` without it."""
     for entry in IndexFiles(store.state, name, generation).shards.values():
         try:
-            with advising(_advice("Rebuild", store, name, "--repair")):
-                shard = read_shard(store, entry, trained)
+            shard = read_shard(store, entry, trained)
         except CorruptError:
             if missing is None:
                 raise
             missing(entry)
         else:
             yield shard
-
-
-def check_sum(store: Store, name: str, entry: FileEntry) -> None:
-    """Raise ``CorruptError`` if a shard does not match the log."""
-    with advising(_advice("Rebuild", store, name, "--repair")):
-        store.check_sum(entry)
 
 
 def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:

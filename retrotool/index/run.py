@@ -1,4 +1,4 @@
-"""Run ``index``: build what is new and measure it; retrain, merge, repair, evaluate or drop an index."""
+"""Run ``index``: build what is new and measure it; retrain, merge, evaluate or drop an index."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
 from retrotool.engine.progress import counting
-from retrotool.errors import CorruptError, UsageError
-from retrotool.index.index_files import advising, is_unchanged, read_trained
+from retrotool.errors import UsageError
 from retrotool.index.index_records import (
     DEFAULT,
     RECALL,
     RECALL_SAMPLE,
     IndexFiles,
     IndexRecord,
-    ShardRecord,
     default_index,
     index_key,
     index_record,
@@ -94,7 +92,6 @@ class Options:
     tune: bool = False
     retrain: bool = False
     merge: bool = False
-    repair: bool = False
     default: bool = False
 
 
@@ -112,7 +109,7 @@ def index(
     store = Store.open(root)
     name = default_index(store.state) if name is None else name
     check_name(name, "--name")
-    asked = [option for option in ("tune", "retrain", "merge", "repair") if getattr(options, option)]
+    asked = [option for option in ("tune", "retrain", "merge") if getattr(options, option)]
     if asked and name not in store.state.names("index"):
         raise _no_index(store, name, asked[0])
     files = IndexFiles(store.state, name)
@@ -129,12 +126,7 @@ def index(
     with writing(store) as run:
         if options.retrain:
             _delete_unfinished(store, run, stage)
-        if options.repair:
-            read_trained(store, name, generation)
-            found = IndexFiles(store.state, name).shards.values()
-            stage = replace(stage, broken=tuple(entry.path for entry in found if not is_unchanged(store, entry)))
         _check_training(store, stage, wanted)
-        _check_embeddings(store, stage)
         engine.execute(stage, store, run, workers=len(devices))
         with counting(f"waiting for another run to train {name!r}", "s") as waited:
             while stage.files(store.refresh()).trained is None:
@@ -143,11 +135,7 @@ def index(
                 engine.execute(stage, store, run, workers=len(devices))
         _check_training(store, stage, wanted)  # another run may have trained it
         elsewhere = engine.count_elsewhere(stage, store, run)
-        if not elsewhere and (
-            options.tune
-            or not _is_measured(store.state, name, generation, wanted.target)
-            or (options.repair and not is_unchanged(store, store.state.file("index", RECALL, name)))
-        ):
+        if not elsewhere and (options.tune or not _is_measured(store.state, name, generation, wanted.target)):
             measure_until_committed(
                 store, run, name, generation, wanted.target, sample=options.sample, device=devices[0],
                 memory=wanted.memory,
@@ -213,8 +201,7 @@ def describe(store: Store, name: str, *, before: int | None = None, elsewhere: i
     left = count_left(store, embedded, read_tombstones(store))
     entries, vectors = files.shards.values(), files.vectors
     measured = state.file("index", RECALL, name)
-    with advising(f"Measure it again: {command_line('index', store, name=name)} --repair"):
-        content = {} if measured is None else read_json_file(store, measured, _MEASURED)
+    content = {} if measured is None else read_json_file(store, measured, _MEASURED)
     vector_files = [parts.part_entry(store, "embeddings", part, record.encoder) for part in embedded]
     return IndexResult(
         **{**asdict(record), "vectors": vectors}, name=name, added=0 if before is None else vectors - before,
@@ -251,25 +238,13 @@ def _check(options: Options, target: float | None) -> None:
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
     engine.check_shard(options.shard)
-    chosen = [option for option in ("repair", "merge", "retrain") if getattr(options, option)]
-    if len(chosen) > 1:
-        raise UsageError(f"--{chosen[0]} and --{chosen[1]} can't be combined", "Run one after the other.")
+    if options.merge and options.retrain:
+        raise UsageError("--merge and --retrain can't be combined", "Run one after the other.")
     if options.retrain and options.shard is not None:
         raise UsageError(
             "--retrain and --shard can't be combined: every job would train",
             "For several GPUs of one machine use --devices; for several machines, --shard with a new --name.",
         )
-
-
-def _check_embeddings(store: Store, stage: IndexStage) -> None:
-    """Raise ``CorruptError`` if embeddings needed to rebuild broken shards do not match the log."""
-    broken = [entry for entry in stage.files(store.state).shards.values() if entry.path in stage.broken]
-    held = {part for entry in broken for part in ShardRecord.of(entry).parts}
-    for part in sorted(held & set(embedded_parts(store, stage.encoder))):
-        try:
-            store.check_sum(parts.part_entry(store, "embeddings", part, stage.encoder))
-        except CorruptError as error:
-            raise store.corrupt(f"{error}, so the index can't be repaired from it") from error
 
 
 def _no_index(store: Store, name: str, asked: str) -> UsageError:

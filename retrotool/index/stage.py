@@ -26,9 +26,9 @@ from retrotool.ann.trained import Trained, to_faiss
 from retrotool.embed import search_scope
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.index_files import check_sum, read_shard, read_trained, write_index
+from retrotool.index.index_files import read_shard, read_trained, write_index
 from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, TrainingRecord, as_about
-from retrotool.index.training import SEED, check_finite, imbalance, train
+from retrotool.index.training import SEED, imbalance, train
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import consecutive_ranges
@@ -39,6 +39,7 @@ from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
+from retrotool.store.vectors import check_finite
 
 SHARD_ROWS = 1 << 20
 _MIN_PER_LIST = 16  # vectors per list and shard: with fewer, opening a list costs more than scanning it
@@ -60,7 +61,7 @@ class IndexStage:
     devices: tuple[str, ...] = ("cpu",)  # one per worker
     shard: tuple[int, int] | None = None  # (i, n): this is job i of n
     merge: bool = False
-    broken: tuple[str, ...] = ()  # paths of shards to rebuild first
+    broken: tuple[str, ...] = ()  # paths of shards to rebuild instead
     trained: bool = False
     name: str = field(default="index", init=False)
     unit: str = field(default="chunk", init=False)
@@ -89,8 +90,11 @@ class IndexStage:
             key = self._key({"train": self.encoder, "generation": self.generation}, [])
             tasks = [Task(key, "training", n, {"train": True}, claimed=True)]
         else:
-            tasks = self._repairs(store, files)
-            tasks += self._merges(files) if self.merge else self._new_shards(store, files)
+            tasks = (
+                self._repairs(store, files) if self.broken
+                else self._merges(files) if self.merge
+                else self._new_shards(store, files)
+            )  # fmt: skip
         return tasks if self.shard is None else own_first(tasks, *self.shard)
 
     def _key(self, settings: dict[str, Any], reads: Sequence[str]) -> str:
@@ -258,7 +262,7 @@ class IndexWorker:
         entries = [current[slot] for slot in task.inputs["slots"] if slot in current]
         _, trained = read_trained(store, stage.index, stage.generation)
         for entry in entries:
-            check_sum(store, stage.index, entry)
+            store.check_sum(entry)
         found = [read_shard(store, entry, trained) for entry in entries]
         numbers = [np.full(shard.size(i), i, np.int64) for shard in found for i in shard.numbers]
         ids = np.concatenate([shard.ids(i) for shard in found for i in shard.numbers])

@@ -16,12 +16,10 @@ from retrotool.ann.choice import ITERATIONS, SAMPLES_PER_LIST, IndexChoice
 from retrotool.ann.codes import Codec, Product, Scalar, Whole
 from retrotool.ann.kmeans import ReportShare, assign, kmeans
 from retrotool.ann.trained import Trained
-from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
-from retrotool.errors import CorruptError
 from retrotool.lazy import torch
-from retrotool.store.parts import join_id
 from retrotool.store.store import Store
+from retrotool.store.vectors import check_finite
 
 SEED = 0
 _KMEANS_SHARE = 0.8
@@ -116,7 +114,7 @@ def _code_error(codec: Codec, residuals: torch.Tensor) -> float:
 
 
 def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) -> npt.NDArray[np.float16]:
-    """Return ``size`` random searchable vectors, float16; raise ``CorruptError`` if one is not finite."""
+    """Return ``size`` random searchable vectors, float16; raise ``CorruptError`` if some are not finite."""
     sample = np.empty((size, read_part_vectors(store, encoder, next(iter(rows))).shape[1]), np.float16)
     done = 0
     for part, chosen in rows.draw(size, SEED):
@@ -125,14 +123,3 @@ def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) ->
         sample[done : done + len(chosen)] = vectors
         done += len(chosen)
     return sample
-
-
-def check_finite(store: Store, vectors: npt.NDArray[np.float16], part: int, rows: npt.NDArray[np.int64]) -> None:
-    """Raise ``CorruptError`` naming the first of a part's ``vectors``, at ``rows``, that is not finite."""
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        row = int(rows[int(np.argmin(finite))])
-        raise CorruptError(
-            f"the vector of chunk {join_id(part, row)} (part {part}, row {row}) is not finite",
-            f"Embed the store under another --name and index that, or run: {command_line('verify', store.place)}",
-        )

@@ -16,6 +16,7 @@ document, about 1.5 µs per document and 1 GB/s of tokens.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_records import RECALL
 from retrotool.info import verify_references as references
+from retrotool.info.problems import Problem, problem_with
 from retrotool.info.verify_references import Checked, check_chunk_ids, lines_digest
 from retrotool.store import parts, paths, staging
 from retrotool.store.gc import foreign_files, unnamed_files
@@ -37,6 +39,8 @@ from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.store.verify_log import check_log, same_state
 
+_LOGGED = re.compile(r"(log|checkpoints)/[0-9a-f-]+\.json")
+
 
 @dataclass(slots=True)
 class Verification:
@@ -44,7 +48,7 @@ class Verification:
 
     ok: bool
     commit: int
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     unnamed: int = 0
     content: str = ""
@@ -69,24 +73,27 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     references.check_records(checked)
     links = (path for path in store.storage.irregular() if not path.endswith("/"))
     links = (path for path in links if "/" in path or path in paths.FOLDERS)  # links elsewhere are harmless
-    checked.problems += [f"{path} is a symbolic link" for path in sorted(links)]
+    checked.problems += [
+        problem_with(store, path, f"{path} is a symbolic link", is_link=True) for path in sorted(links)
+    ]
     broken = "is not a finished task: the next command that writes removes it and repeats the task"
-    checked.problems += [f"{path} {broken}" for path in staging.broken(store.storage)]
+    for path in staging.broken(store.storage):
+        checked.add(path, f"{path} {broken}")
     result.foreign, result.unnamed = foreign_files(store), len(unnamed_files(store))
     _check_files(checked, result, report)
-    with checked.noting("tombstones"):
+    with checked.noting("", "tombstones"):
         checked.tombstones = read_tombstones(store)
         result.tombstones = hashlib.blake2b(checked.tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
     total = PartDigest()
     for part in store.state.all_parts():
         entries = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
         if any(entry is None for entry in entries):
-            result.problems.append(f"part {part} has no documents file or no chunks file")
+            checked.add("", f"part {part} has no documents file or no chunks file")
         elif checked.broken.isdisjoint(entry.path for entry in entries if entry is not None):
-            with checked.noting(f"part {part}"):
+            with checked.noting(parts.part_entry(store, "chunks", part).path, f"part {part}"):
                 digest = _check_part(checked, part)
                 total += digest if store.state.is_live(part) else PartDigest()
-    check_chunk_ids(checked, checked.tombstones.ids, "tombstones")
+    check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
     references.check_blocked(checked)
     references.check_undone(checked)
     result.embeddings = _digest_files(store, "embeddings")
@@ -100,7 +107,7 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
             setattr(result, name, found := getattr(total, name))
             logged = store.state.records.get("totals", {}).get(name, 0)
             if found != logged:
-                result.problems.append(f"found {found:,} live {name}, but the log says {logged:,}")
+                checked.add("", f"found {found:,} live {name}, but the log says {logged:,}")
     result.ok = not result.problems
     return result
 
@@ -115,17 +122,19 @@ def _check_log(checked: Checked) -> None:
         removed = (key for key, value in commit.records.items() if value is None)
         checked.recorded.difference_update(key for key in removed if key.startswith("index:"))
 
-    with checked.noting("log"):
+    with checked.noting("", "log"):
         found = check_log(store.storage, store.genesis, store.state.number, note)
-        checked.problems += found.problems
+        for problem in found.problems:
+            named = _LOGGED.search(problem)
+            checked.add(named[0] if named else "", problem)
         if not found.problems and not same_state(found.state, store.state):
-            checked.problems.append("the open state differs from the fold of the log: commits are missing")
+            checked.add("", "the open state differs from the fold of the log: commits are missing")
 
 
 def _check_files(checked: Checked, result: Verification, report: Report) -> None:
     """Check sizes and sums, and add the paths of broken files to ``checked.broken``."""
     store = checked.store
-    with checked.noting("tokenizer"):
+    with checked.noting(store.identity.tokenizer.file):
         store.tokenizer_json()
     for entry in store.state.files():
         result.files += 1
@@ -135,7 +144,7 @@ def _check_files(checked: Checked, result: Verification, report: Report) -> None
         except ErasedError:
             raise
         except (RetrotoolError, OSError) as error:
-            checked.problems.append(str(error).removeprefix(f"{store.place}/"))
+            checked.add(entry.path, str(error).removeprefix(f"{store.place}/"))
             checked.broken.add(entry.path)
         report(entry.bytes)
 
@@ -147,7 +156,8 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
     n, docs = len(chunks), documents.num_rows
     first, count, n_tokens = (documents[name].to_numpy() for name in ("first_row", "n_chunks", "n_tokens"))
     if count.sum() != n or (count < 0).any() or not ((chunks.doc >= 0) & (chunks.doc < docs)).all():
-        checked.problems.append(f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
+        path = parts.part_entry(store, "chunks", part).path
+        checked.add(path, f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
         return PartDigest()
     entry = parts.part_entry(store, "chunks", part)
     row = parts.read_parquet(store, entry, ["row"])["row"].to_numpy()
@@ -166,7 +176,7 @@ def _check_part(checked: Checked, part: int) -> PartDigest:
         "the first chunk of a document is not a key": not chunks.key[chunks.index == 0].all(),
         "the log has a different number of keys": chunks.key.sum() != parts.n_keys(entry),
     }
-    checked.note(f"part {part}", wrong)
+    checked.note(entry.path, wrong, f"part {part}")
     references.check_embeddings(checked, part, chunks.embedded)
     alive = chunks.n_tokens > 0
     purged = checked.tombstones.rows(part)
@@ -250,7 +260,8 @@ def verify(root: str | Path, report: Report = lambda _: None) -> Verification:
     try:
         return retry_overtaken(lambda: check_store(Store.open(root), counted), lambda: counted(-reported))
     except CorruptError as error:
-        return Verification(False, -1, [f"{error}. {error.advice}".removesuffix(" ")])
+        advice = error.advice or "Restore the store from a backup."
+        return Verification(False, -1, [Problem("store", "", str(error), advice)])
 
 
 def bytes_to_verify(root: str | Path) -> int:

@@ -31,7 +31,7 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every checksum, row count and cross-reference of a store.
+    """Check every checksum, row count and cross-reference of a store; name what repairs each problem.
 
     The printed hashes are equal for stores of equal content, however these were built: content (tokens of
     live chunks), ids (which chunk has which id), tombstones, embeddings, indexes, neighbours, and
@@ -75,9 +75,11 @@ def _log_text(found: LogVerification) -> str:
 
 
 def _text(found: Verification) -> str:
+    from retrotool.info.problems import problem_lines
+
     checked = f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}"
     opened = checked if found.commit >= 0 else "The store can't be opened"
-    lines = [f"{opened}: {_verdict(found)}", *(f"  problem: {problem}" for problem in found.problems)]
+    lines = [f"{opened}: {_verdict(found)}", *problem_lines(found.problems)]
     if found.foreign:
         lines.append(f"  not checked: {output.count(len(found.foreign), 'file')} that retrotool did not make")
         lines += [f"    {output.one_line(path)}" for path in found.foreign]

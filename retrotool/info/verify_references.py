@@ -22,6 +22,7 @@ from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import read_trained
 from retrotool.index.index_records import RECALL, SHARD, IndexFiles
+from retrotool.info.problems import Problem, problem_with
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.blocked import read_hashes
 from retrotool.store.log import FileEntry
@@ -30,7 +31,7 @@ from retrotool.store.parts import ROW_GROUP, Ids, distinct_parts, join_id, part_
 from retrotool.store.paths import generation_in, part_slot
 from retrotool.store.store import Store
 from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, undone_chunks, undone_purges
-from retrotool.store.vectors import read_vectors
+from retrotool.store.vectors import not_finite, read_vectors
 
 _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
@@ -42,7 +43,7 @@ _INFINITE = 0x7C00  # smallest bits of a float16, without its sign, that are inf
 class Checked:
     """A store that is being checked, its problems, and what the checks share."""
 
-    def __init__(self, store: Store, problems: list[str]) -> None:
+    def __init__(self, store: Store, problems: list[Problem]) -> None:
         self.store, self.problems = store, problems
         self.recorded, self.broken = set[str](), set[str]()  # keys of all records ever set, paths of damaged files
         self.tombstones = Tombstones(np.zeros(0, np.int64))
@@ -53,13 +54,18 @@ class Checked:
         self._rows = np.array([0, *(entry.rows for entry in entries.values())])
         self._with_values = {part for part, entry in entries.items() if parts.n_keys(entry) < entry.rows}
 
-    def note(self, what: str, wrong: Mapping[str, object]) -> None:
-        """Add a problem with ``what`` for each sentence whose value is true."""
-        self.problems += [f"{what}: {sentence}" for sentence, is_true in wrong.items() if is_true]
+    def add(self, path: str, text: str) -> None:
+        """Add a problem with a file; ``path`` "": with the records of the log."""
+        self.problems.append(problem_with(self.store, path, text))
+
+    def note(self, path: str, wrong: Mapping[str, object], what: str = "") -> None:
+        """Add a problem with a file, which is called ``what``, for each sentence whose value is true."""
+        for sentence in (sentence for sentence, is_true in wrong.items() if is_true):
+            self.add(path, f"{what or path}: {sentence}")
 
     @contextmanager
-    def noting(self, what: str) -> Iterator[None]:
-        """Turn errors into a problem with ``what``, as a broken file can break anything that reads it.
+    def noting(self, path: str, what: str = "") -> Iterator[None]:
+        """Turn errors into a problem with a file, as a broken file can break anything that reads it.
 
         Lets ``ErasedError`` pass: a newer commit removed the file that was being read.
         """
@@ -68,9 +74,9 @@ class Checked:
         except ErasedError:
             raise
         except RetrotoolError as error:
-            self.problems.append(str(error))
+            self.add(path, str(error))
         except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, pa.ArrowException) as error:
-            self.problems.append(f"{what}: can't be checked: {type(error).__name__}: {error}")
+            self.add(path, f"{what or path}: can't be checked: {type(error).__name__}: {error}")
 
     @cached_property
     def erasing(self) -> Tombstones:
@@ -114,11 +120,12 @@ class Checked:
         return keys
 
 
-def check_chunk_ids(checked: Checked, ids: Ids, what: str) -> bool:
+def check_chunk_ids(checked: Checked, ids: Ids, path: str, what: str = "") -> bool:
     """Return whether all ``ids`` are rows of parts; add a problem if not."""
     known = (ids >= 0) & (row_of(ids) < checked.rows_of(part_of(ids)))
     if not known.all():
-        checked.problems.append(f"{what}: ids that are not chunks of the store: {int((~known).sum()):,}")
+        unknown = int((~known).sum())
+        checked.add(path, f"{what or path}: ids that are not chunks of the store: {unknown:,}")
     return bool(known.all())
 
 
@@ -130,7 +137,7 @@ def check_records(checked: Checked) -> None:
             key = prefix + name
             measured = kind == "index" and state.file(kind, RECALL, name) is not None
             if key not in state.records and (kind == "embeddings" or measured or key in checked.recorded):
-                checked.problems.append(f"{kind} {name}: it has files, but the record {key!r} is missing")
+                checked.add("", f"{kind} {name}: it has files, but the record {key!r} is missing")
     records = state.with_prefix("neighbours:")
     for name, record in records.items():
         if "mix" not in record:
@@ -142,14 +149,14 @@ def check_records(checked: Checked) -> None:
             "the mixture has no tables, or two of the same database": not 0 < len(set(databases)) == len(databases),
             "the mixture has a weight that is not a positive number": any(one["weight"] <= 0 for one in record["mix"]),
         }
-        checked.note(f"neighbours {name}", wrong)
+        checked.note("", wrong, f"neighbours {name}")
 
 
 def check_blocked(checked: Checked) -> None:
     """Check that block lists are readable and belong to purges."""
     for slot, entry in checked.store.state.group("blocked").items():
         if f"purge:{slot}" not in checked.store.state.records:
-            checked.problems.append(f"{entry.path}: purge {slot} doesn't exist")
+            checked.add(entry.path, f"{entry.path}: purge {slot} doesn't exist")
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
                 read_hashes(checked.store, entry)
@@ -162,12 +169,12 @@ def check_undone(checked: Checked) -> None:
     for purge, record in undone.items():
         for kind in ("tombstones", "blocked", "selectors"):
             if any(slot.partition(".")[0] == purge for slot in state.group(kind)):
-                checked.problems.append(f"purge {purge} was undone, but still has a file in {kind}/")
+                checked.add("", f"purge {purge} was undone, but still has a file in {kind}/")
         if record["erased"]:
-            checked.problems.append(f"purge {purge} was undone, but is recorded as erased")
+            checked.add("", f"purge {purge} was undone, but is recorded as erased")
     for slot, entry in state.group(KEPT).items():
         if slot.partition(".")[0] not in undone:
-            checked.problems.append(f"{KEPT}/{slot}: it does not belong to an undone purge")
+            checked.add("", f"{KEPT}/{slot}: it does not belong to an undone purge")
         elif entry.path not in checked.broken:
             with checked.noting(entry.path):
                 check_chunk_ids(checked, undone_chunks(checked.store, slot), entry.path)
@@ -175,34 +182,39 @@ def check_undone(checked: Checked) -> None:
 
 def check_embeddings(checked: Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:
     """Check that a part's embeddings have vectors for exactly the rows ``embedded``, bool [n]."""
-    store = checked.store
-    for encoder in store.state.names("embeddings"):
+    for encoder in checked.store.state.names("embeddings"):
         entry = checked.whole("embeddings", part, encoder)
-        if entry is None:
-            continue
-        matrix = np.asarray(read_vectors(store, entry))
-        record = store.state.records.get(f"encoder:{encoder}", {})
-        if len(matrix) != len(embedded):
-            checked.problems.append(f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
-            continue
-        if matrix.shape[1] != (dimension := record.get("dimension", matrix.shape[1])):
-            checked.problems.append(f"{entry.path}: {matrix.shape[1]:,} dimensions, but its encoder has {dimension:,}")
-        largest = np.zeros(len(matrix), np.uint16)
-        for start in range(0, len(matrix), _BLOCK):  # the file may be larger than memory
-            block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
-            largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
-        zero = (largest == 0) & embedded
-        checked.zeros[entry.path] = np.flatnonzero(zero)
-        same = record.get("tokenizer") == store.identity.tokenizer.sha256
-        # Another tokenizer may give no tokens for a text, such as white space. Then its vector is zero.
-        # So is that of a purged chunk that none was given for.
-        nothing = zero.any() if same else embedded.any() and (zero == embedded).all() and not record.get("foreign")
-        wrong = {
-            "a vector is not finite": (largest >= _INFINITE).any(),
-            "a chunk that is erased or not a key has a vector": ((largest > 0) & ~embedded).any(),
-            "a key that is not erased has a zero vector": nothing,
-        }
-        checked.note(entry.path, wrong)
+        if entry is not None:
+            with checked.noting(entry.path):
+                _check_vectors(checked, encoder, entry, embedded)
+
+
+def _check_vectors(checked: Checked, encoder: str, entry: FileEntry, embedded: npt.NDArray[np.bool_]) -> None:
+    store = checked.store
+    matrix = np.asarray(read_vectors(store, entry))
+    record = store.state.records.get(f"encoder:{encoder}", {})
+    if len(matrix) != len(embedded):
+        checked.add(entry.path, f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
+        return
+    if matrix.shape[1] != (dimension := record.get("dimension", matrix.shape[1])):
+        what = f"{matrix.shape[1]:,} dimensions, but its encoder has {dimension:,}"
+        checked.add(entry.path, f"{entry.path}: {what}")
+    largest = np.zeros(len(matrix), np.uint16)
+    for start in range(0, len(matrix), _BLOCK):  # the file may be larger than memory
+        block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
+        largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
+    zero, infinite = (largest == 0) & embedded, np.flatnonzero(largest >= _INFINITE)
+    checked.zeros[entry.path] = np.flatnonzero(zero)
+    same = record.get("tokenizer") == store.identity.tokenizer.sha256
+    # Another tokenizer may give no tokens for a text, such as white space. Then its vector is zero.
+    # So is that of a purged chunk that none was given for.
+    nothing = zero.any() if same else embedded.any() and (zero == embedded).all() and not record.get("foreign")
+    wrong = {
+        not_finite(entry.part, infinite): len(infinite),
+        "a chunk that is erased or not a key has a vector": ((largest > 0) & ~embedded).any(),
+        "a key that is not erased has a zero vector": nothing,
+    }
+    checked.note(entry.path, wrong)
 
 
 def check_index(checked: Checked, name: str) -> None:
@@ -214,7 +226,7 @@ def check_index(checked: Checked, name: str) -> None:
         covered = set((entry.about or {}).get("parts", ()))
         held = everything.setdefault(generation_in(slot), set())
         if not held.isdisjoint(covered):
-            checked.problems.append(f"{entry.path}: has parts that another shard has too")
+            checked.add(entry.path, f"{entry.path}: has parts that another shard has too")
         held |= covered
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
@@ -230,14 +242,14 @@ def _check_shard(checked: Checked, name: str, entry: FileEntry, covered: list[in
         shard = read_lists(storage.local(entry.path), trained)
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *map(shard.ids, shard.numbers)]))
     if len(ids) != entry.rows:
-        checked.problems.append(f"{entry.path}: has {len(ids):,} vectors, but the log says {entry.rows:,}")
+        checked.add(entry.path, f"{entry.path}: has {len(ids):,} vectors, but the log says {entry.rows:,}")
     if not check_chunk_ids(checked, ids, entry.path):
         return
     encoder = IndexFiles(checked.store.state, name, generation).encoder or ""
     expected = missing = unembedded = 0
     for part in covered:
         if not checked.rows_of(np.array([part]))[0]:
-            checked.problems.append(f"{entry.path}: lists part {part}, which doesn't exist")
+            checked.add(entry.path, f"{entry.path}: lists part {part}, which doesn't exist")
             continue
         own = ids[slice_of_part(ids, part)]
         expected += len(own)
@@ -326,10 +338,10 @@ def _check_table(checked: Checked, entry: FileEntry, name: str, table: Neighbour
     metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
     if database != record.get("database", database):
-        checked.problems.append(f"{entry.path}: its database is not that of its record")
+        checked.add(entry.path, f"{entry.path}: its database is not that of its record")
     chunks = store.state.file("chunks", part_slot(part))
     if chunks is None or table.ids.shape != table.distances.shape or len(table.ids) != chunks.rows:
-        checked.problems.append(f"{entry.path}: its {len(table.ids):,} rows don't match its part")
+        checked.add(entry.path, f"{entry.path}: its {len(table.ids):,} rows don't match its part")
         return
     found: set[str] = set()
     if chunks.path not in checked.broken and (table.ids[~parts.read_key(store, part)] != NO_NEIGHBOUR).any():
@@ -352,7 +364,7 @@ def _check_table(checked: Checked, entry: FileEntry, name: str, table: Neighbour
         wrong, sampled = _wrong_distances(checked, str(record["encoder"]), entry, part, table)
         if wrong:
             found.add(f"{wrong:,} of {sampled:,} sampled distances are not those of the vectors")
-    checked.problems += [f"{entry.path}: {what}" for what in sorted(found)]
+    checked.note(entry.path, dict.fromkeys(sorted(found), True))
 
 
 def _problems_of_rows(ids: Ids, distances: npt.NDArray[np.float32]) -> set[str]:
@@ -416,7 +428,7 @@ def check_neighbour_text(checked: Checked, entry: FileEntry, table: NeighbourTab
         if within and not found:
             some = drawn[(drawn >= rows.start) & (drawn < rows.stop)] - rows.start
             found |= _not_of_chunks(checked, entry, text, some)
-    checked.problems += [f"{entry.path}: {what}" for what in sorted(found)]
+    checked.note(entry.path, dict.fromkeys(sorted(found), True))
     return digest.hexdigest()
 
 

@@ -71,6 +71,7 @@ class NeighboursStage:
     shard: tuple[int, int] | None = None  # (i, n): this is job i of n
     filters: Filters = field(default_factory=Filters)
     text: bool = False  # also store the tokens of the first k neighbours of each row
+    broken: tuple[str, ...] = ()  # paths of tables to make again instead
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -101,13 +102,17 @@ class NeighboursStage:
         tasks = []
         for part in search_scope.embedded_parts(store, database.encoder):
             old, mode, new = store.state.part_file("neighbours", part, self.table), _WHOLE, held
+            if self.broken and (old is None or old.path not in self.broken):
+                continue
             if old is not None and _commit(old) not in checked:
                 check_neighbour_ids(old, self.table, database.store)
                 checked.add(_commit(old))
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
             settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
             weight = search_scope.count_keys(store, part)
-            if old is not None and _is_of(old, record) and (old.about or {}).get("version") == version:
+            if self.broken:
+                settings["repair"] = self.broken
+            elif old is not None and _is_of(old, record) and (old.about or {}).get("version") == version:
                 mode, new = _to_search(old, database.store.state, held)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
                 if mode == FEW:
@@ -318,6 +323,8 @@ class NeighboursWorker:
         part = int(task.inputs["part"])
         vectors = search_scope.read_part_vectors(store, database.encoder, part)
         replaced = store.state.part_file("neighbours", part, stage.table)
+        if replaced is not None and replaced.path in stage.broken:
+            replaced = None  # it can't be read
         table, asking, before = self._begin(task, database, part, replaced, len(vectors))
         own = search_scope.own_documents(store, part, database.store, database.tombstones, within=self._within)
 

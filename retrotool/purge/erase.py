@@ -44,7 +44,7 @@ from retrotool.cli.command_lines import table_command
 from retrotool.embed.search_scope import is_same_store, purges_erased
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.index_files import check_sum, read_shard, write_index
+from retrotool.index.index_files import read_shard, write_index
 from retrotool.index.index_records import RECALL, SHARD, ShardRecord, index_record
 from retrotool.index.run import Options, index
 from retrotool.machine import cores, memory_of_machine
@@ -246,7 +246,7 @@ class EraseWorker:
         return add
 
     def _shard(self, entry: FileEntry, name: FileName) -> FileEntry:
-        check_sum(self._store, name.name, entry)
+        self._store.check_sum(entry)
         index = lists.without(read_shard(self._store, entry), self._targets.contains)
         return write_index(self._store, index, name, entry.about)
 

@@ -112,7 +112,7 @@ def command(
             commands = "".join(f"\n  {command}" for command in then)
             output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:{commands}")
         if missing is not None:
-            repair = shlex.join(["retrotool", "index", store, "--repair", "--name", database.name])
+            repair = shlex.join(["retrotool", "repair", store])
             output.note(
                 f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
                 f"{output.count(len(missing.shards), 'broken shard')}. Repair it: {repair}"

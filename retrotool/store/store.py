@@ -165,7 +165,8 @@ class Store:
 
     def corrupt(self, what: str) -> CorruptError:
         """Return an error with the advice to run ``verify``."""
-        return CorruptError(what, f"Check the store: {shlex.join(['retrotool', 'verify', self.place])}")
+        verify = shlex.join(["retrotool", "verify", self.place])
+        return CorruptError(what, f"See what else is damaged, and what repairs it: {verify}")
 
     def renew(self) -> int:
         """Move to the newest commit and return its number, for ``retry_overtaken``."""
@@ -205,7 +206,7 @@ class Store:
             if self._append(run, state, draft):
                 self.storage.delete(path for removed in draft.remove for path in with_sums(removed))
                 if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
-                    self._write_checkpoint(run)
+                    self.write_checkpoint(run)
                 return self.refresh()
             # Otherwise contending writers would keep colliding.
             time.sleep(random.uniform(0, _BACKOFF_SECONDS * min(next(collisions), 32)))  # noqa: S311
@@ -224,7 +225,7 @@ class Store:
                 raise
             raise LostRunError(f"{error.filename} is to be committed, but is missing") from error
 
-    def _write_checkpoint(self, run: Run) -> None:
+    def write_checkpoint(self, run: Run) -> None:
         """Write the folded state; remove all older checkpoints but the last."""
         self.refresh()
         path = f"checkpoints/{self.state.number:08d}-{paths.new_token(run.id)}.json"

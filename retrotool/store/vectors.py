@@ -7,12 +7,14 @@ plus one per row. ``retrotool.store.sums`` describes the sums.
 from __future__ import annotations
 
 import mmap
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.errors import CorruptError
 from retrotool.ranges import expand_ranges
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
@@ -21,6 +23,7 @@ from retrotool.store.store import Store
 from retrotool.store.sums import BLOCK, SUM_DTYPE, SUMS, size_of_sums, sum_of
 
 Rows = npt.NDArray[np.int64]
+_NAMED = 8  # rows that a message names
 
 
 class MappedFile:
@@ -150,3 +153,18 @@ def read_vectors(store: Store, entry: FileEntry) -> MappedVectors:
     if dtype != np.float16 or fortran or len(shape) != 2 or shape[0] != entry.rows:
         raise store.corrupt(f"{path}: {dtype} {shape}, the log says {entry.rows} rows of float16")
     return MappedVectors(file, matrix, offset)
+
+
+def check_finite(store: Store, vectors: npt.NDArray[np.float16], part: int, rows: Rows) -> None:
+    """Raise ``CorruptError`` naming those of a part's ``vectors``, at ``rows``, that are not finite."""
+    wrong = rows[~np.isfinite(vectors).all(axis=1)]
+    if len(wrong):
+        repair = shlex.join(["retrotool", "repair", store.place])
+        raise CorruptError(f"{store.place}: {not_finite(part, wrong)}", f"Compute them again: {repair}")
+
+
+def not_finite(part: int, rows: Rows) -> str:
+    """Return a sentence that names rows of a part whose vectors are not finite."""
+    more = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
+    named = ", ".join(map(str, rows[:_NAMED].tolist()))
+    return f"vectors of part {part} are not finite: {'row' if len(rows) == 1 else 'rows'} {named}{more}"

@@ -32,7 +32,7 @@ def _attempt(store: Path, source: Path, part_size: int) -> dict[str, Any]:
     result = run_chunk(store, source, "--part-size", part_size)
     found = api.verify(store)
     reported = {"exit_code": result.exit_code, "stdout": result.stdout, "stderr": result.stderr}
-    return {**reported, "problems": found.problems, "content": found.content}
+    return {**reported, "problems": list(map(str, found.problems)), "content": found.content}
 
 
 def inject(base: Path, source: Path) -> list[dict[str, Any]]:

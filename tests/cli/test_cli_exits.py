@@ -234,7 +234,7 @@ def test_corruption_ends_with_12_and_names_the_file(store_copy):
     code, out, err = run("verify", store_copy, "--json")
     printed = json.loads(out)
     assert (code, err, printed["ok"]) == (12, "", False)
-    assert any(broken.name in problem for problem in printed["problems"])
+    assert any(broken.name in problem["path"] for problem in printed["problems"])
     broken.unlink()
     code, out, err = run("purge", store_copy, "--pattern", "x", "--allow-lossy", "--reason", "r", "--yes")
     assert (code, out) == (12, "")

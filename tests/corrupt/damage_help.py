@@ -199,7 +199,7 @@ def writes(made: Everything, store: Path) -> dict[str, tuple[object, ...]]:
         "index": ("index", store, "--name", "main", *of),
         "index --name": ("index", store, "--name", "third", "--nlist", "2", "--code", "sq8", *of),
         "index --retrain": ("index", store, "--name", "lists", "--retrain", *of),
-        "index --repair": ("index", store, "--name", "lists", "--repair", *of),
+        "repair": ("repair", store),
         "neighbours": ("neighbours", store, "--saved", "5"),
         "neighbours --name": ("neighbours", store, "--name", "third", "--materialise"),
         "purge": ("purge", store, "--document", "doc-9", "--reason", "test", "--yes"),

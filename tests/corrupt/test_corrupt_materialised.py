@@ -40,7 +40,7 @@ def lie(store: Path, change: Change) -> list[str]:
             uri=record["uri"], about=old.about, text=[change(copy) or copy], chunk_bytes=128,
         )  # fmt: skip
         liar.commit(written, old)
-    return api.verify(store).problems
+    return [problem.text for problem in api.verify(store).problems]
 
 
 def put(array: str, place: Any, value: Any) -> Change:

@@ -6,6 +6,7 @@ import functools
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -78,7 +79,7 @@ def flip(path: Path, draw: random.Random) -> None:
 def problems(store: Path) -> list[str]:
     """What ``verify`` reports, or the error with which the store refuses to open."""
     try:
-        return api.verify(store).problems
+        return [problem.text for problem in api.verify(store).problems]
     except CorruptError as error:
         return [str(error)]
 
@@ -270,7 +271,8 @@ def test_a_store_that_can_not_be_opened_is_not_well(store: Path, kind: str, cli:
     done = cli("verify", store, "--json")
     reported = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (12, "")
-    assert (reported["ok"], reported["content"], reported["problems"]) == (False, "", found.problems)
+    problems = [asdict(problem) for problem in found.problems]
+    assert (reported["ok"], reported["content"], reported["problems"]) == (False, "", problems)
     assert "FAILED: " in cli("verify", store).stdout
 
 

@@ -200,11 +200,17 @@ def make_stages(root: Path, tiny_encoder: Path) -> dict[str, Path]:
     stores["renew"] = copy_store(stores["index"], root / "renew")
     grown(stores["renew"])
     stores["broken"] = copy_store(stores["renew"], root / "broken")
-    shard = stores["broken"] / api.info(stores["broken"]).indexes["lists"]["shards"][0]
-    data = bytearray(shard.read_bytes())
-    data[-20] ^= 1
-    shard.write_bytes(data)
+    api.neighbours(stores["broken"], index="lists", saved=3)
+    for pattern in ("embeddings/*/000001-*.npy", "index/lists/trained-*.faiss", "index/lists/shard-0000-*.faiss",
+                    "index/lists/recall-*", "neighbours/*/000000-*"):  # fmt: skip
+        flip_a_bit(next(stores["broken"].glob(pattern)))
     return stores
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
 
 
 def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> object:
@@ -253,7 +259,7 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         # Once it has switched, the same command trains once more.
         Case("renew --retrain", lambda s: lists_index(s, retrain=True), logical, []),
         Case("renew --drop", drop_if_there, (*logical, "indexes"), []),
-        Case("broken --repair", lambda s: lists_index(s, repair=True), (*logical, "indexes"), []),
+        Case("broken --repair", lambda s: api.repair(s), (*logical, "indexes"), []),
         Case("neighbours", api.neighbours, logical, []),
         Case("neighbours --materialise", lambda s: api.neighbours(s, materialise=True), logical, []),
         Case("materialise", lambda s: api.neighbours(s, materialise=True), logical, []),
@@ -438,7 +444,7 @@ def uninterrupted(case: Case, before: Path, store: Path) -> tuple[Verification, 
 
 def problems(store: Path) -> set[str]:
     """What verify finds, with paths in the store."""
-    return {problem.replace(f"{store}/", "") for problem in verify(store).problems} if store.exists() else set()
+    return {problem.text.replace(f"{store}/", "") for problem in verify(store).problems} if store.exists() else set()
 
 
 def check_between(store: Path, before: Path, known: set[str], expected: Verification | None = None) -> None:

@@ -360,8 +360,8 @@ def test_a_broken_shard_is_not_merged(built_copy: Path, made: dict[str, Path], t
         path.write_bytes(data)
         with pytest.raises(CorruptError, match=path.name) as error:
             api.index(store, options=Options(merge=True, sample=FEW))
-        assert error.value.exit_code == 12 and "--repair" in error.value.advice
-        api.index(store, options=Options(repair=True, sample=FEW))
+        assert error.value.exit_code == 12 and "retrotool verify" in error.value.advice
+        assert api.repair(store).ok
         assert api.index(store, options=Options(merge=True, sample=FEW)).vectors == 3 * PER_SOURCE + 600
         assert api.verify(store).problems == []
 
@@ -385,7 +385,7 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     queries = Queries.plain(read_plain(built_copy).vectors[:20])
     with pytest.raises(CorruptError, match=path.name) as error:
         Database(Store.open(built_copy)).search(queries, 10)
-    assert error.value.exit_code == 12 and "--repair" in error.value.advice
+    assert error.value.exit_code == 12 and "retrotool verify" in error.value.advice
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -396,12 +396,13 @@ def test_a_broken_shard_is_named_left_out_if_asked_to_and_mended(
     assert run("search", built_copy, "word")[0] == 12
     code, out, err = run("search", built_copy, "word", "--allow-missing-shards")
     share = Store.open(built_copy).state.file("index", "shard-0001", "main").rows / before["vectors"]  # type: ignore[union-attr]
-    assert code == 0 and out and f"{100 * share:.2f} % of the index" in err and "--repair" in err
+    assert code == 0 and out and f"{100 * share:.2f} % of the index" in err and "retrotool repair" in err
     reported = json.loads(run("search", built_copy, "word", "--allow-missing-shards", "--json")[1])
     assert reported["missing"]["shards"] == [path_in_store(built_copy, path)]
     assert reported["missing"]["share"] == pytest.approx(share)
-    result = api.index(built_copy, options=Options(repair=True, sample=FEW))
-    assert (result.vectors, result.shards) == (before["vectors"], len(before["shards"]))
+    assert api.repair(built_copy).ok
+    after = api.info(built_copy).indexes["main"]
+    assert (after["vectors"], len(after["shards"])) == (before["vectors"], len(before["shards"]))
     assert api.verify(built_copy).problems == []
 
 
@@ -445,7 +446,9 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
         name = FileName.new(run.id, "index", "shard-0000", "faiss", "main")
         written = write_index(store, index, name, entry.about)
         store.commit(run, lambda _: Draft("index", add=(written,), remove=(entry.path,)))
-    assert any("has vectors that differ from the embeddings" in problem for problem in api.verify(built_copy).problems)
+    assert any(
+        "has vectors that differ from the embeddings" in problem.text for problem in api.verify(built_copy).problems
+    )
 
 
 def test_indexes_have_names_a_default_and_an_end(built_copy: Path) -> None:

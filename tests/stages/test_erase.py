@@ -183,7 +183,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
                 assert api.verify(store_copy).problems == []
                 record = opened.state.records[f"purge:{purge}"]
                 opened.commit(run, lambda _: Draft("erase", records={f"purge:{purge}": {**record, "erased": True}}))  # noqa: B023
-                assert any("chunks that are erased" in problem for problem in api.verify(store_copy).problems)
+                assert any("chunks that are erased" in problem.text for problem in api.verify(store_copy).problems)
     assert not np.isin(targets.ids, shard_ids(opened)).any()
     assert api.verify(store_copy).problems == []
 

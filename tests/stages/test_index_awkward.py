@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from retrotool.errors import CorruptError, UsageError
 from retrotool.index import run as index_run
 from retrotool.index.run import Options
 from retrotool.index.searching import Database, Point
+from retrotool.repair import run as repair_run
 from retrotool.store.store import Store
 
 LISTS = Options(IndexOptions(nlist=16, code="sq8", shard_rows=150))
@@ -62,7 +64,7 @@ def test_more_lists_are_probed_where_they_hold_too_little(lists: Path, tmp_path:
     assert all(sorted(row[row >= 0]) == sorted(plain.ids[:3]) for row in left.ids)
 
 
-@pytest.mark.parametrize("what", ["tune", "retrain", "merge", "repair"])
+@pytest.mark.parametrize("what", ["tune", "retrain", "merge"])
 def test_what_needs_an_index_makes_none(lists: Path, what: str) -> None:
     before = Store.open(lists).state.number
     with pytest.raises(UsageError, match=f"--{what}.*no index 'typo'; it has: lists, main") as error:
@@ -80,14 +82,16 @@ def test_a_shard_is_not_mended_from_embeddings_that_are_broken(lists: Path) -> N
         data = bytearray(path.read_bytes())
         data[place] ^= 0x80
         path.write_bytes(data)
-    with pytest.raises(CorruptError, match=embeddings.name) as error:
-        api.index(lists, name="lists", options=Options(repair=True))
-    assert error.value.exit_code == 12
+    with pytest.MonkeyPatch.context() as without_encoder:
+        without_encoder.setattr(repair_run, "find_encoder", mock.Mock(side_effect=UsageError("no such encoder")))
+        refused = api.repair(lists)
+    assert not refused.ok and Store.open(lists).state.number == info.commit
+    assert any(embeddings.name in problem.remedy for problem in refused.remaining if problem.kind == "index")
     embeddings.write_bytes(whole)
-    before = info.indexes["lists"]
-    repaired = api.index(lists, name="lists", options=Options(repair=True))
+    repaired = api.repair(lists)
+    assert [one.same for one in repaired.repaired] == [True]
     assert repaired.commit >= info.commit + 2, "shards, and what was measured of them"
-    assert repaired.vectors == before["vectors"]
+    assert api.info(lists).indexes["lists"]["vectors"] == info.indexes["lists"]["vectors"]
     assert api.verify(lists).problems == []
 
 
@@ -100,8 +104,8 @@ def test_what_was_measured_is_mended_by_measuring(lists: Path, how: str) -> None
         path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(CorruptError, match="recall") as error:
         api.index(lists, name="lists")
-    assert "--repair" in error.value.advice
-    api.index(lists, name="lists", options=Options(repair=True))
+    assert "retrotool verify" in error.value.advice
+    assert api.repair(lists).ok
     assert api.verify(lists).problems == []
 
 
@@ -109,7 +113,7 @@ def test_a_training_that_is_gone_is_made_again(lists: Path) -> None:
     stored_file(lists, api.info(lists).indexes["lists"]["trained"]).unlink()
     with pytest.raises(CorruptError, match="missing") as error:
         api.index(lists, name="lists", options=Options(tune=True))
-    assert "--retrain" in error.value.advice
+    assert "retrotool verify" in error.value.advice
     api.index(lists, name="lists", options=Options(retrain=True))
     assert api.verify(lists).problems == []
 
@@ -130,7 +134,7 @@ def test_the_size_of_shards_is_kept_and_not_changed_in_silence(lists: Path) -> N
         ("index", "{}", "--memory", "100000000TB"),
         ("index", "{}", "--memory", "1B"),
         ("index", "{}", "--shard-size", "9" * 23),
-        ("index", "{}", "--repair", "--merge"),
+        ("index", "{}", "--retrain", "--merge"),
         ("index", "{}", "--nlist", "-1"),
         ("index", "{}", "--unknown"),
         ("plan", "--tokens", "1e99T"),

@@ -61,7 +61,7 @@ def check(store: Path, name: str) -> None:
         [("index", "--name", "lists", "--retrain"), ("index", *LISTS)],
         [("index", *LISTS), ("purge", "--where", "id = 'doc-3' OR id = 'doc-210'", "--reason", "test", "--erase")],
         [("index", "--name", "lists", "--merge"), ("index", "--name", "lists", "--evaluate")],
-        [("index", "--name", "lists", "--repair"), ("index", "--name", "lists", "--tune")],
+        [("index", "--name", "lists", "--merge"), ("index", "--name", "lists", "--tune")],
     ],
     ids=["shards", "new", "drop", "retrain", "erase", "evaluate", "tune"],
 )  # fmt: skip

@@ -323,7 +323,7 @@ def test_verify_notes_a_mixture_that_is_not_one(here: Path) -> None:
     ):
         with writing(store) as run_:
             store.commit(run_, lambda _: Draft("neighbours", records={"neighbours:m": {"mix": broken}}))  # noqa: B023
-        (problem,) = api.verify("training").problems
+        (problem,) = map(str, api.verify("training").problems)
         assert problem == f"neighbours m: the mixture {problem.partition('mixture ')[2]}" and said in problem
 
 

@@ -320,7 +320,7 @@ def test_what_is_left_of_a_purge_that_was_taken_back_is_damage(store_copy: Path)
         name = FileName.new(run.id, "undone", "p0", "parquet")
         kept = write_tombstones(store, name, np.array([1 << 40]))
         store.commit(run, lambda _: Draft("undo", add=(kept,)))
-    problems = api.verify(store_copy).problems
+    problems = [problem.text for problem in api.verify(store_copy).problems]
     left = [f"purge {purged} was undone, but still has a file in {k}/" for k in ("tombstones", "blocked", "selectors")]
     assert {*left, f"purge {purged} was undone, but is recorded as erased"} <= set(problems)
     assert "undone/p0: it does not belong to an undone purge" in problems

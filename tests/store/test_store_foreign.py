@@ -63,7 +63,7 @@ def test_verify_names_stray_files_and_the_store_is_whole(store_copy: Path, cli: 
 def test_a_broken_staged_task_is_named_and_done_again(store_copy: Path, tiny_encoder: Path) -> None:
     broken = put(store_copy, f"staging/{'0' * 32}.json")
     found = api.verify(store_copy)
-    assert found.problems == [
+    assert [problem.text for problem in found.problems] == [
         f"staging/{'0' * 32}.json is not a finished task: the next command that writes removes it and repeats the task"
     ]
     api.embed(store_copy, encoder=str(tiny_encoder), name="again")

@@ -142,7 +142,7 @@ def test_verify_folds_the_log_from_its_beginning(store: Store) -> None:
             commit(store, run, records={"number": number})
     edit(Path(store.place), 2, records={"number": 7})
     problems = verify.check_store(store).problems
-    assert any("00000003.json is not the child" in problem for problem in problems)
+    assert any("00000003.json is not the child" in problem.text for problem in problems)
 
 
 def test_a_number_is_given_once(store: Store) -> None:

@@ -1,0 +1,1 @@
+"""Rebuild damaged files of a store."""
