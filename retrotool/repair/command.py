@@ -50,7 +50,8 @@ def _text(result: RepairResult, dry_run: bool) -> str:
         how = "restored bit for bit" if one.same else "rebuilt" if one.replacement else "removed: it is not needed"
         lines.append(f"{one.path}: {how}")
     if result.ok:
-        return "\n".join([*lines, f"Nothing is damaged (commit {result.commit})."])
+        now = " any more" if lines else ""
+        return "\n".join([*lines, f"Nothing is damaged{now} (commit {result.commit})."])
     left = output.count(len(result.remaining), "problem")
     lines.append(f"{left} found; nothing was changed:" if dry_run else f"FAILED: {left} left:")
     return "\n".join([*lines, *problem_lines(result.remaining)])

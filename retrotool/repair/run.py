@@ -86,7 +86,10 @@ def repair(root: str | Path, *, dry_run: bool = False, devices: str = "auto") ->
     repaired = (_repaired(store, path, entry) for path, entry in tried.items())
     return RepairResult(
         found.ok, found.commit, tuple(before.problems),
-        tuple(replace(one, remedy=failed.get(one.path, one.remedy)) for one in found.problems),
+        tuple(
+            replace(one, remedy=failed[one.path], repairable=False) if one.path in failed else one
+            for one in found.problems
+        ),
         tuple(one for one in repaired if one is not None),
     )  # fmt: skip
 

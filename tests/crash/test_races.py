@@ -223,6 +223,8 @@ def races(encoder: Path, inputs: Path) -> dict[str, Race]:
         "erase, index": Race("purge", purge_and_erase, index, (), TARGETS),
         "neighbours, erase": Race("purge", neighbours, purge_and_erase, (), TARGETS),
         "erase, neighbours": Race("purge", purge_and_erase, neighbours, (), TARGETS),
+        "repair, purge": Race("broken", api.repair, purge, (), TARGETS),
+        "repair, repair": Race("broken", api.repair, api.repair),
         "purge, neighbours": Race("purge", purge, neighbours, (), TARGETS),
     }
 

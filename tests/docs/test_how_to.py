@@ -79,6 +79,7 @@ def test_from_hugging_face(here: Path) -> None:
         pytest.param("neighbours-across-stores.md", marks=ON_DISK),
         "choose-neighbours.md",
         pytest.param("index-a-store.md", marks=ON_DISK),
+        pytest.param("repair-a-store.md", marks=ON_DISK),
         "measure-leakage.md",
         "look-at-neighbours.md",
         "export-neighbours.md",
