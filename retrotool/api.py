@@ -9,6 +9,7 @@ from retrotool.chunk.run import chunk as chunk
 from retrotool.embed.run import embed as embed
 from retrotool.export.run import export as export
 from retrotool.index.run import index as index
+from retrotool.info.doctor import doctor as doctor
 from retrotool.info.file_list import list_files as list_files
 from retrotool.info.log_entries import log_entries as log_entries
 from retrotool.info.log_entries import verify_log as verify_log

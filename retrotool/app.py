@@ -38,6 +38,7 @@ _COMMANDS = {
     "verify": "retrotool.info.verify_command",
     "repair": "retrotool.repair.command",
     "plan": "retrotool.plan.command",
+    "doctor": "retrotool.info.doctor_command",
 }
 """The module of each command, in the order of ``--help``.
 

@@ -26,6 +26,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_quota() -> float | None:
+    """Return how many cores' time this container may use; None without a limit."""
+    with contextlib.suppress(OSError, ValueError):  # not this kind of cgroup, or "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return quota / period
+    return None
+
+
 @cache
 def memory_of_machine() -> int:
     """Return the bytes of memory of this machine or container."""
