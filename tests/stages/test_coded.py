@@ -495,7 +495,7 @@ def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch
     np.save(data := io.BytesIO(), vectors)
     path.write_bytes(data.getvalue())
     rewrite_sums(path)
-    with pytest.raises(CorruptError, match="part 2 are not finite: row 7$"):
+    with pytest.raises(CorruptError, match=r"part 2 are not finite: row 7$"):
         api.index(copy, options=Options(IndexOptions(factory="IVF64,SQ8"), sample=FEW))
     assert "main" not in Store.open(copy).state.with_prefix("index:")
 
