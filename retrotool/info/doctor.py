@@ -76,8 +76,8 @@ def _packages() -> Iterator[Check]:
     if missing := [name for name in required if not found[name]]:
         yield Check("packages", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
     for extra in EXTRAS:
-        if not all(found[name] for name, of in needed if of == extra):
-            yield Check(f"extra {extra}", "warn", "not installed", f"If you need it: pip install 'retrotool[{extra}]'")
+        if lacks := [name for name, of in needed if of == extra and not found[name]]:
+            yield Check(f"extra {extra}", "warn", "not installed", f"If you need it: pip install {' '.join(lacks)}")
 
 
 def version_of(package: str) -> str:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import make_rows, write_jsonl
-from stored import stored_file
+from stored import stored_file, stored_files
 from watching import STORE, outside, watching
 
 from retrotool import api
@@ -35,13 +35,14 @@ from retrotool.embed import command as embed_command
 from retrotool.export import command as export_command
 from retrotool.index import command as index_command
 from retrotool.info import command as info_command
-from retrotool.info import log_command, verify_command
+from retrotool.info import doctor_command, log_command, verify_command
 from retrotool.inspect import command as inspect_command
 from retrotool.leakage import command as leakage_command
 from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import command as plan_command
 from retrotool.purge import command as purge_command
 from retrotool.receipt import command as receipt_command
+from retrotool.repair import command as repair_command
 from retrotool.search import command as search_command
 from retrotool.train.dataset import RetroDataset
 
@@ -50,7 +51,8 @@ COMMANDS = {
     "search": search_command, "inspect": inspect_command, "leakage": leakage_command,
     "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
     "affected": purge_command, "export": export_command, "info": info_command,
-    "log": log_command, "verify": verify_command, "plan": plan_command,
+    "log": log_command, "verify": verify_command, "repair": repair_command, "plan": plan_command,
+    "doctor": doctor_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 
@@ -137,7 +139,7 @@ def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
         "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "purge", "erase", "receipt",
-        "affected", "undo", "info", "log", "verify", "plan",
+        "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
     yield from sorted(
@@ -265,9 +267,13 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         ("log", [store, "--last", 1]),
         ("info", [store]),
         ("plan", ["--tokens", "1.75T", "--gpus", 64]),
+        ("doctor", [store]),
+        ("repair", [store]),
     ]
     found = {}
     for command, arguments in steps:
+        if command == "repair":
+            stored_files(store, "index/main/shard-*.faiss")[0].unlink()
         code, out, err = run(command, *arguments, "--json")
         assert (code, err) == (0, ""), command
         assert out.count("\n") == 1
