@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retrotool.cli.command_lines import command_line
 from retrotool.cli.output import count, one_line
@@ -37,6 +37,11 @@ class Problem:
 
     def __str__(self) -> str:
         return self.text
+
+    def doubtful(self) -> Problem:
+        """Return the problem as one that may follow from damage which ``repair`` can't undo."""
+        wait = "It may follow from the other problems: verify again when these are solved."
+        return replace(self, remedy=wait, repairable=False) if self.repairable and self.kind in NAMED_KINDS else self
 
 
 def problem_with(store: Store, path: str, text: str, *, is_link: bool = False) -> Problem:

@@ -108,6 +108,8 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
             logged = store.state.records.get("totals", {}).get(name, 0)
             if found != logged:
                 checked.add("", f"found {found:,} live {name}, but the log says {logged:,}")
+    if not all(problem.repairable for problem in result.problems):  # sound files may look wrong without the others
+        result.problems = [one if one.path in checked.broken else one.doubtful() for one in result.problems]
     result.ok = not result.problems
     return result
 

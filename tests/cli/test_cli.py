@@ -273,7 +273,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
     found = {}
     for command, arguments in steps:
         if command == "repair":
-            stored_files(store, "index/main/shard-*.faiss")[0].unlink()
+            stored_files(store, "index/main/trained-*.faiss")[0].unlink()
         code, out, err = run(command, *arguments, "--json")
         assert (code, err) == (0, ""), command
         assert out.count("\n") == 1

@@ -114,7 +114,7 @@ def refused(action: Callable[[], object]) -> tuple[bool, object]:
         return False, action()
     except Refused as error:
         assert error.code == CORRUPT, error
-        assert "error" in error.printed
+        assert "error" in error.printed or "FAILED: " in error.printed
         assert "Traceback" not in error.printed
     except RetrotoolError as error:
         assert error.exit_code == CORRUPT, error
@@ -171,7 +171,7 @@ def write(
     bench: Bench, store: Path, path: Path, good: bytes, kind: str, name: str, where: str, counts: Counter[str]
 ) -> None:
     """Do a command that writes to a damaged copy; make the damage good, and compare."""
-    again = kind in AGAIN
+    again = kind in AGAIN or name == "repair"  # which commits what is staged only if there is something to repair
     expected = bench.written(name, again=again)
     stopped, _ = refused(lambda: run_command(*writes(bench.made, store)[name]))
     # What a task has staged may be committed by the command, which then reads it like any other file.
@@ -182,5 +182,11 @@ def write(
     if stopped:
         assert api.verify(store).problems == [], where
         run_command(*writes(bench.made, store)[name])
-    assert bench.digests(store, again=again) == expected, where
+    found = bench.digests(store, again=again)
+    if name == "repair" and kind.startswith("neighbours"):  # a table that is made again lacks what was purged since
+        found, expected = (
+            tuple(one for one, of in zip(some, DIGESTS, strict=True) if of not in ("neighbours", "materialised"))
+            for some in (found, expected)
+        )
+    assert found == expected, where
     shutil.rmtree(store.parent)

@@ -22,6 +22,7 @@ from retrotool.ann.choice import IndexOptions
 from retrotool.index.run import Options
 from retrotool.info.verify import Verification
 from retrotool.repair import run as repair_run
+from retrotool.store import tombstones
 from retrotool.store.leases import Run
 from retrotool.store.store import Store
 from retrotool.store.sums import without_sums
@@ -109,6 +110,23 @@ def test_what_only_a_backup_has_is_named_with_what_is_lost(
         (problem, *_) = (one for one in problems if one.path == path_in_store(store, file))
         assert problem.remedy.startswith(f"Restore {problem.path} from a backup."), problem
         assert (problem.repairable, problem.kind) == (False, "store" if "*" in kind else kind)
+
+
+@pytest.mark.on_disk
+def test_sound_files_are_not_rebuilt_because_tombstones_are_damaged(
+    shared: Shared[Everything], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    made: Everything = shared("everything", lambda root: make_everything(root, tiny_encoder))
+    store = copy_store(made.store, tmp_path / "store")
+    for path in stored_files(store, "tombstones/*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    tombstones._small.clear()  # a process reads small files once
+    followed = [problem for problem in api.verify(store).problems if problem.kind == "index"]
+    assert followed, "without tombstones, shards can't be checked"
+    assert all("may follow from the other problems" in problem.remedy for problem in followed)
+    before = contents_of(store)
+    result = api.repair(store)
+    assert not result.ok and not result.repaired and contents_of(store) == before
 
 
 def test_of_damaged_text_the_parts_documents_and_inputs_are_named(store_copy: Path, cli: Cli, tmp_path: Path) -> None:
