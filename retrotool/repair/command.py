@@ -47,7 +47,8 @@ def _text(result: RepairResult, dry_run: bool) -> str:
 
     lines = []
     for one in result.repaired:
-        how = "restored bit for bit" if one.same else "rebuilt" if one.replacement else "removed: it is not needed"
+        removed = "removed: the index was trained again" if one.path.startswith("index/") else "removed: not needed"
+        how = "restored bit for bit" if one.same else "rebuilt" if one.replacement else removed
         lines.append(f"{one.path}: {how}")
     if result.ok:
         now = " any more" if lines else ""

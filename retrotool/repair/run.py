@@ -50,7 +50,7 @@ _ROUNDS = 4
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """A damaged file and its ``replacement`` ("": not needed); ``same``: with the SHA-256 that was logged."""
+    """A damaged file and its ``replacement`` ("": removed); ``same``: with the SHA-256 that was logged."""
 
     path: str
     replacement: str

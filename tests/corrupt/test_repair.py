@@ -160,6 +160,18 @@ def test_what_was_erased_stays_so_and_purged_chunks_are_not_found_again(store_co
     assert len(purged) and not np.isin(np.concatenate([ids.flatten().to_numpy() for ids in tables]), purged).any()
 
 
+def test_training_that_can_not_be_repeated_becomes_a_new_generation(complete: Path, tmp_path: Path, cli: Cli) -> None:
+    store = copy_store(complete, tmp_path / "store")
+    api.purge(store, api.Selectors(document=("doc-1",)), reason="test")  # it was trained on, and no longer is
+    path = stored_files(store, "index/lists/trained-*")[0]
+    flip(path)  # type: ignore[arg-type]
+    done = cli("repair", store)
+    assert done.returncode == 0
+    assert f"{path_in_store(store, path)}: removed: the index was trained again" in done.stdout
+    assert Store.open(store).state.records["index:lists"]["generation"] == 1
+    assert api.verify(store).ok
+
+
 def test_a_damaged_checkpoint_is_replaced(store_copy: Path) -> None:
     with mock.patch("retrotool.store.store.CHECKPOINT_EVERY", 1):
         api.purge(store_copy, api.Selectors(document=("doc-1",)), reason="test")
