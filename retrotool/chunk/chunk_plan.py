@@ -201,7 +201,7 @@ def commit_plan(
         record = {**counts, "units": len(plan.units), "finished": False, "order": state.number + 1}
         settings = {name: value for name, value in asdict(plan.fields).items() if value is not None}
         settings |= {"part_size": plan.part_size, "files": len(plan.files)}
-        found = {} if findings is None else {GUARD: asdict(findings)}
+        found = {} if findings is None else {GUARD: {**asdict(findings), "runs": [[*run] for run in findings.runs]}}
         return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record, **found})
 
     state = retry_overtaken(lambda: store.commit(run, build))  # a plan may be finished while its files are read
