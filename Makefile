@@ -17,7 +17,7 @@ SEED := $(shell date +%s)
 TMPDIR ?= /tmp
 LINT := $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-.PHONY: demo test tests gpu-test nightly torture coverage update-snapshots lint format corpus-test docs site clean
+.PHONY: demo tokenizer test tests gpu-test nightly torture coverage update-snapshots lint format corpus-test docs site clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)  ## Real text through all five commands, then a purge
 	$(BIN)/python examples/demo.py demo
+
+tokenizer: $(STAMP)  ## Train the tokenizer of the package again, from Debian packages: the same bytes
+	$(BIN)/python tools/make_tokenizer.py
 
 # Linting runs beside the tests, and what it prints comes after them.
 test: $(STAMP)  ## Lint, types, import rules and every test

@@ -33,8 +33,8 @@ O200K_PATTERN = "|".join(
     [*(c + _CONTRACTIONS + "?" for c in _CASED), r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _TAIL]
 )
 _AROUND_DIGITS = (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL)
-_LLAMA_3, _QWEN_2 = (digits.join(_AROUND_DIGITS) for digits in (r"\p{N}{1,3}", r"\p{N}"))
-KNOWN_PATTERNS = frozenset([GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN, _LLAMA_3, _QWEN_2])
+LLAMA_3_PATTERN, QWEN_2_PATTERN = (digits.join(_AROUND_DIGITS) for digits in (r"\p{N}{1,3}", r"\p{N}"))
+KNOWN_PATTERNS = frozenset([GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN, LLAMA_3_PATTERN, QWEN_2_PATTERN])
 
 
 def why_not_cut(fields: Mapping[str, Any]) -> str:
