@@ -25,7 +25,7 @@ Examples:
   retrotool chunk store papers.parquet --text-field body --id-field doi --keep year
   retrotool chunk store corpus/ --dry-run
   retrotool chunk answers pairs.jsonl --key-field question --value-field answer
-  retrotool chunk wiki-store wiki.idx --end-of-document 102
+  retrotool chunk wiki-store wiki.idx --tokenizer minilm --end-of-document 102
   retrotool chunk store corpus/*.jsonl.zst --existing replace
 
 Exit codes: 0 done, 3 done or stopped with rejected rows, 2 usage, 11 lost a race, 12 corrupt."""
@@ -44,7 +44,8 @@ def command(
     tokenizer: Annotated[
         str | None,
         opt(
-            "tokenizer.json, model directory, .model, .tiktoken, or hub name.  [default: the store's, or minilm]",
+            "bytes-32k, minilm, tokenizer.json, model directory, .model, .tiktoken, or hub name.  "
+            "[default: the store's; for a new store, bytes-32k, which is lossless]",
             metavar="T",
         ),
     ] = None,

@@ -26,7 +26,7 @@ from retrotool.store import parts
 from retrotool.store.identity import is_store
 from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
-from retrotool.tokenizers import BUNDLED, FastTokenizer, Tokenizer, find_tokenizer, stored_tokenizer
+from retrotool.tokenizers import DEFAULT_TOKENIZER, FastTokenizer, Tokenizer, find_tokenizer, stored_tokenizer
 
 _FILES = 24
 _CHARACTERS = 2 << 20
@@ -93,7 +93,7 @@ def estimate(
         options = replace(options, exact_tokenizer=options.exact_tokenizer or EXACT in store.state.records)
         loaded = stored_tokenizer(store)
     else:
-        loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
+        loaded = Tokenizer(find_tokenizer(tokenizer or DEFAULT_TOKENIZER))
         chunk_length = chunk_length or CHUNK_LENGTH
     samples = _Sampler(loaded, chunk_length, options).sample(files)
     sizes: dict[str, int] = {}

@@ -34,7 +34,7 @@ from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
 from retrotool.tokenizers import (
-    BUNDLED,
+    DEFAULT_TOKENIZER,
     FastTokenizer,
     Findings,
     Tokenizer,
@@ -107,7 +107,7 @@ def chunk(
         raise UsageError("no input was given, and there is nothing to resume", "Name files or folders.")
     # Check all inputs before anything is created.
     files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
-    store, loaded = _open_or_create(storage, tokenizer, chunk_length)
+    store, loaded = _open_or_create(storage, tokenizer, chunk_length, chosen.note)
     repeats: dict[str, DuplicateCounts] = {}
     before = set(store.state.all_parts())
     with contextlib.ExitStack() as stack:
@@ -279,17 +279,20 @@ def check_chunk_length(chunk_length: int | None) -> None:
 
 
 def _open_or_create(
-    storage: Storage, tokenizer: str | None, chunk_length: int | None
+    storage: Storage, tokenizer: str | None, chunk_length: int | None, note: Callable[[str], object]
 ) -> tuple[Store, Tokenizer | None]:
     check_chunk_length(chunk_length)
     check_utf8("store", storage.place)
     if is_store(storage):
         store = Store.open(storage)
-        loaded = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
-    else:
-        loaded = Tokenizer(find_tokenizer(tokenizer or BUNDLED))
-        store = Store.create(storage, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
-    check_store_identity(store, tokenizer, loaded, chunk_length)
+        known = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
+        check_store_identity(store, tokenizer, known, chunk_length)
+        return store, known
+    loaded = Tokenizer(find_tokenizer(tokenizer or DEFAULT_TOKENIZER))
+    store = Store.create(storage, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
+    check_store_identity(store, loaded.file.name, loaded, chunk_length)  # another process may have created it
+    kind = "lossless" if loaded.lossless else "loses case or spacing"
+    note(f"New store. Its tokenizer, {loaded.file.name} ({kind}), can't be changed later.")
     return store, loaded
 
 

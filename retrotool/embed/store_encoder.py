@@ -45,7 +45,8 @@ class EncoderRows:
         """Return the encoder's token ids, without special ones, of store tokens [n, chunk_length]."""
         if self.straight:
             return Rows.of_matrix(tokens, n_tokens)
-        return self._encoder.tokenize(self._tokenizer.decode_text(tokens, n_tokens))
+        # Some encoders would see parts of characters at a chunk's borders as unknown characters.
+        return self._encoder.tokenize(self._tokenizer.decode_text(tokens, n_tokens, "ignore"))
 
 
 def load_encoder(store: Store, name: str, device: str = "auto") -> Encoder:

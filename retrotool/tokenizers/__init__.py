@@ -6,10 +6,10 @@
 
 from retrotool.tokenizers.equivalence import Findings
 from retrotool.tokenizers.fast import FastTokenizer, TokensDiffer, library_versions
-from retrotool.tokenizers.find import BUNDLED, bundled_model, find_tokenizer, resolve_model
+from retrotool.tokenizers.find import BUNDLED, DEFAULT_TOKENIZER, bundled_model, find_tokenizer, resolve_model
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, stored_tokenizer
 
 __all__ = [
-    "BUNDLED", "FastTokenizer", "Findings", "Tokenizer", "TokenizerFile", "TokensDiffer", "bundled_model",
-    "find_tokenizer", "library_versions", "resolve_model", "stored_tokenizer",
+    "BUNDLED", "DEFAULT_TOKENIZER", "FastTokenizer", "Findings", "Tokenizer", "TokenizerFile", "TokensDiffer",
+    "bundled_model", "find_tokenizer", "library_versions", "resolve_model", "stored_tokenizer",
 ]  # fmt: skip

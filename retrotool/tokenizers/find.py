@@ -1,4 +1,4 @@
-"""Find a tokenizer by file, directory or hub repository, and convert any kind to a ``tokenizer.json``.
+"""Find a tokenizer by name, file, directory or hub repository; convert any kind to a ``tokenizer.json``.
 
 A SentencePiece ``.model`` (arXiv 1808.06226) is converted and compared with SentencePiece on texts of many
 scripts and of the model's pieces; about a second for 32,000 pieces. Differences may remain where a Unigram
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 BUNDLED = "minilm"
+DEFAULT_TOKENIZER = "bytes-32k"  # in the package, made by tools/make_tokenizer.py
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 _ADVICE = (
     "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it, a SentencePiece .model, a .tiktoken "
@@ -70,7 +71,8 @@ def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    advice = f"Give {BUNDLED!r}, the path of a file or a directory, or the name of a hub repository such as org/name."
+    known = f"{DEFAULT_TOKENIZER!r}, {BUNDLED!r}" if what == "tokenizer" else f"{BUNDLED!r}"
+    advice = f"Give {known}, the path of a file or a directory, or the name of a hub repository such as org/name."
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".json":
         raise UsageError(f"{what} {name!r}: no such file or directory", advice)
     from huggingface_hub import snapshot_download
@@ -87,6 +89,8 @@ def resolve_model(name: str, what: str, patterns: Sequence[str]) -> Path:
 
 def find_tokenizer(name: str) -> TokenizerFile:
     """Return the ``tokenizer.json`` of a file or model (see ``resolve_model``), read or converted."""
+    if name == DEFAULT_TOKENIZER:
+        return TokenizerFile(name, Path(__file__).with_name(f"{name}.json").read_bytes())
     path = resolve_model(name, "tokenizer", _FILES)
     try:
         if path.is_dir():

@@ -14,7 +14,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -160,9 +160,11 @@ class Tokenizer:
         starts, data = joined_rows(table, ids[np.arange(tokens.shape[1]) < n_tokens[:, None]], n_tokens)
         return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(tokens), [None, pa.py_buffer(starts), data])
 
-    def decode_text(self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> list[str]:
-        """Decode as strings; broken UTF-8 at a chunk's border is U+FFFD."""
-        return _as_text(self.decode(tokens, n_tokens))
+    def decode_text(
+        self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], errors: Literal["replace", "ignore"] = "replace"
+    ) -> list[str]:
+        """Decode as strings; a character that a chunk's border cuts is U+FFFD, or with "ignore" left out."""
+        return _as_text(self.decode(tokens, n_tokens), errors)
 
     @functools.cached_property
     def _byte_table(self) -> pa.Array | None:
@@ -213,8 +215,8 @@ def joined_rows(
     return offsets[np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)])], pieces.buffers()[2]
 
 
-def _as_text(decoded: pa.LargeBinaryArray) -> list[str]:
-    return [value.as_py().decode("utf-8", "replace") for value in decoded]
+def _as_text(decoded: pa.LargeBinaryArray, errors: str = "replace") -> list[str]:
+    return [value.as_py().decode("utf-8", errors) for value in decoded]
 
 
 @functools.lru_cache(8)

@@ -46,7 +46,8 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
         key = json.dumps(rows)
         if key not in known:
             folder = tmp_path_factory.mktemp("content")
-            assert run_chunk(folder / "store", write_rows(folder / "rows.jsonl", rows)).exit_code == 0
+            path = write_rows(folder / "rows.jsonl", rows)
+            assert run_chunk(folder / "store", path, "--tokenizer", "minilm").exit_code == 0
             known[key] = verified(folder / "store").content
         return known[key]
 
@@ -56,7 +57,8 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Content:
 @pytest.fixture(scope="session")
 def first_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
-    assert run_chunk(folder / "store", write_rows(folder / "before.jsonl", BEFORE)).exit_code == 0
+    path = write_rows(folder / "before.jsonl", BEFORE)
+    assert run_chunk(folder / "store", path, "--tokenizer", "minilm").exit_code == 0, "it drops white space"
     return folder / "store"
 
 

@@ -55,7 +55,7 @@ REFUSALS = {
     "no tokenizer in an object": ("fresh new.jsonl --tokenizer object.json", "'object.json' can't be loaded"),
     "no tokenizer in a text": ("fresh new.jsonl --tokenizer text.json", "text.json has an unknown format"),
     "no token in a tokenizer": ("fresh new.jsonl --tokenizer untrained.json", "'untrained.json' can't be loaded"),
-    "another tokenizer": ("store new.jsonl --tokenizer other.json", "was made with the tokenizer 'minilm'"),
+    "another tokenizer": ("store new.jsonl --tokenizer other.json", "was made with the tokenizer 'bytes-32k'"),
     "another chunk length": ("store new.jsonl --chunk-length 32", "store has chunks of 64 tokens, not 32"),
     "no chunk length": ("fresh new.jsonl --chunk-length 0", "--chunk-length 0 is not between 1 and 4096"),
     "no part size": ("store new.jsonl --part-size 0", "--part-size 0 is not between 1 and 2^31 - 1"),

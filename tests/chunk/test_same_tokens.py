@@ -23,6 +23,8 @@ JANE, COPY = {"id": "jane", "text": TEXT}, {"id": "copy", "text": LOUD}
 OTHERS = make_rows(6, words=30)
 PAIR = {"id": "pair", "question": "Where does Jane live?", "answer": f"By the lake. {TEXT} {TEXT}"}
 FIELDS = ("--key-field", "question", "--value-field", "answer")
+DROPS = ("--tokenizer", "minilm")
+"""Drops case and spacing."""
 
 
 def purge(store: Path, *arguments: object) -> None:
@@ -33,13 +35,13 @@ def purge(store: Path, *arguments: object) -> None:
 @pytest.mark.parametrize("erase", [[], ["--erase"]], ids=["purged", "erased"])
 def test_the_same_tokens_are_left_out_and_others_are_as_they_would_be_without(erase, tmp_path):
     store, alone = tmp_path / "store", tmp_path / "without_neighbours"
-    run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]))
+    run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]), *DROPS)
     purge(store, "--document", "jane", *erase)
     rows = [OTHERS[0], COPY, OTHERS[1], {"id": "empty", "text": " "}, *OTHERS[2:], {"id": "jane", "text": "Other."}]
     result = run_chunk(store, write_rows(tmp_path / "rows.jsonl", rows))
     assert result.exit_code == 3, "a row has no token"
     assert "2 documents skipped: purged before" in result.stdout
-    run_chunk(alone, write_rows(tmp_path / "alone.jsonl", OTHERS))
+    run_chunk(alone, write_rows(tmp_path / "alone.jsonl", OTHERS), *DROPS)
     assert names(store) == names(alone) == [row["id"] for row in OTHERS]
     found, due = retrotool.open(store), retrotool.open(alone)
     for name in names(store):
@@ -55,7 +57,7 @@ def test_the_same_tokens_are_left_out_and_others_are_as_they_would_be_without(er
 def test_a_document_that_was_purged_in_part_does_not_come_back_whole(tmp_path):
     store = tmp_path / "store"
     long = [{**row, "text": " ".join([row["text"]] * 6)} for row in (JANE, COPY)]
-    run_chunk(store, write_rows(tmp_path / "first.jsonl", long[:1]))
+    run_chunk(store, write_rows(tmp_path / "first.jsonl", long[:1]), *DROPS)
     chunks = retrotool.open(store).document("jane")
     assert len(chunks) > 1
     purge(store, "--chunk", chunks[1], "--erase")
@@ -67,7 +69,7 @@ def test_a_document_that_was_purged_in_part_does_not_come_back_whole(tmp_path):
 
 def test_it_is_let_in_on_request_and_after_the_purge_is_undone(tmp_path):
     store, again = tmp_path / "store", write_rows(tmp_path / "again.jsonl", [COPY])
-    run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]))
+    run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]), *DROPS)
     purge(store, "--document", "jane")
     assert "1 document skipped" in run_chunk(store, again).stdout
     assert names(store) == []
@@ -81,7 +83,7 @@ def test_it_is_let_in_on_request_and_after_the_purge_is_undone(tmp_path):
 
 def test_a_pair_is_kept_back_by_the_tokens_of_key_and_value(tmp_path):
     store = tmp_path / "store"
-    run_chunk(store, write_rows(tmp_path / "first.jsonl", [PAIR]), *FIELDS)
+    run_chunk(store, write_rows(tmp_path / "first.jsonl", [PAIR]), *DROPS, *FIELDS)
     purge(store, "--document", "pair")
     loud = {"id": "loud", "question": PAIR["question"].upper(), "answer": PAIR["answer"].upper()}
     long = {"id": "long", "question": make_text(1, 200), "answer": "Cut."}
@@ -111,7 +113,7 @@ def test_tokens_that_are_different_are_let_in(tmp_path, byte_level_tokenizer):
 
 def test_a_unit_that_was_staged_before_the_purge_is_read_again_without_it(tmp_path, monkeypatch):
     store = tmp_path / "store"
-    run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]))
+    run_chunk(store, write_rows(tmp_path / "first.jsonl", [JANE]), *DROPS)
     paths = [write_rows(tmp_path / "a.jsonl", OTHERS[:3]), write_rows(tmp_path / "b.jsonl", [*OTHERS[3:], COPY])]
     stage_units(store, paths, [1], monkeypatch)
     purge(store, "--document", "jane", "--erase")
@@ -124,7 +126,7 @@ def test_a_unit_that_was_staged_before_the_purge_is_read_again_without_it(tmp_pa
 @pytest.mark.parametrize("erase", [[], ["--erase"]], ids=["purged", "erased"])
 def test_a_purge_takes_it_from_a_plan_that_is_not_finished(erase, tmp_path):
     store, path = tmp_path / "store", write_rows(tmp_path / "rows.jsonl", [JANE, *OTHERS, OTHERS[0], COPY])
-    assert run_chunk(store, path, "--duplicates", "fail", "--part-size", 3).exit_code == 1
+    assert run_chunk(store, path, "--duplicates", "fail", "--part-size", 3, *DROPS).exit_code == 1
     purge(store, "--document", "jane", *erase)
     assert "copy" not in names(store)
     assert run_chunk(store, path, "--duplicates", "skip").exit_code == 3, "an id is repeated"

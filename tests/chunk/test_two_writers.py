@@ -42,7 +42,8 @@ def test_two_processes_at_once_make_one_store_of_both_inputs(tmp_path, byte_leve
         running = [Forked(["chunk", str(store), str(path), *options]) for path in inputs]
         for process in running:
             _, stderr = process.communicate(timeout=120)
-            assert (stderr, process.returncode in (0, 3)) == ("", True)
+            said = [line for line in stderr.splitlines() if not line.startswith("New store. Its tokenizer, ")]
+            assert (said, process.returncode in (0, 3)) == ([], True)
         cleaned(store)  # both may have begun to finish a plan
         assert verified(store).documents == 190
         assert verified(store).content == verified(tmp_path / "both").content
