@@ -2,14 +2,7 @@
 
 Ids: chunk ids read nothing, document ids the keys of all documents.
 
-Expressions, such as ``source = 'news' and (year >= 2020 or license is null)``:
-
-- Operators are ``= != < <= > >=``, ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``,
-  ``or``, ``not`` and parentheses.
-- A column is compared as text with ``'text'``, and as a number with a number; other values are then null. As
-  in SQL, a comparison with null, also negated, selects nothing.
-- They are parsed here rather than by a database, so they can reach nothing but columns.
-- Cost: reading the columns of all documents.
+Expressions (``store.document_filter``) read the columns that they name of all documents.
 
 Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with a lower id.
 
@@ -23,9 +16,7 @@ Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,148 +29,12 @@ from retrotool.chunk import hash_partitions
 from retrotool.chunk.chunk_plan import chunks_of
 from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report
-from retrotool.errors import UsageError
 from retrotool.purge.selectors.selector import GivenValue
 from retrotool.store import parts
+from retrotool.store.document_filter import DocumentFilter
 from retrotool.store.parts import Chunks, Ids, parse_id, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-
-_TOKEN = re.compile(
-    r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<comparison><=|>=|!=|<>|=|<|>)|(?P<mark>[(),])"
-    r"|(?P<word>[A-Za-z_][A-Za-z0-9_.-]*)|\"(?P<quoted>[^\"]+)\")"
-)
-_COMPARE = {
-    "=": pc.equal, "!=": pc.not_equal, "<>": pc.not_equal, "<": pc.less, "<=": pc.less_equal,
-    ">": pc.greater, ">=": pc.greater_equal,
-}  # fmt: skip
-_KEYWORDS = ("and", "or", "not", "in", "is", "null", "like")
-_DEPTH = 50
-_HIDDEN = ("key", "text_hash", "first_row")
-_ADVICE = "Write for example: --where \"source = 'news' and (year >= 2020 or license is null)\""
-
-
-class Where:
-    """A parsed expression; ``columns`` are the names it uses. ``UsageError`` for a syntax error."""
-
-    def __init__(self, expression: str) -> None:
-        self._expression = expression
-        self._tokens = _tokenize(expression)
-        self._table: Any = None
-        self._place = self._depth = 0
-        self.columns = sorted({text for kind, text, _ in self._tokens if kind == "column"})
-        if not self._tokens:
-            raise UsageError("--where: the expression is empty", _ADVICE)
-        if not self.columns:
-            raise UsageError(f"--where: {expression!r} names no column", _ADVICE)
-
-    def check(self, names: Sequence[str]) -> None:
-        """Raise ``UsageError`` if a column is not among ``names``, or the expression is malformed."""
-        known = [name for name in names if name not in _HIDDEN]
-        for column in self.columns:
-            if column not in known:
-                raise UsageError(
-                    f"--where: documents have no column {column!r}; they have: {', '.join(known)}", _ADVICE
-                )
-        self.mask(pa.table({name: pa.array([], pa.string()) for name in self.columns}))
-
-    def mask(self, table: pa.Table) -> pa.Array:
-        """Return which rows match: boolean, without nulls."""
-        self._table, self._place, self._depth = table, 0, 0
-        result = self._either()
-        if self._place < len(self._tokens):
-            raise self._error("the end")
-        return pc.fill_null(result, False)
-
-    def _either(self) -> Any:
-        return self._joined("or", pc.or_kleene, lambda: self._joined("and", pc.and_kleene, self._one))
-
-    def _joined(self, kind: str, join: Callable[[Any, Any], Any], operand: Callable[[], Any]) -> Any:
-        result = operand()
-        while self._accept(kind):
-            result = join(result, operand())
-        return result
-
-    def _one(self) -> Any:
-        self._depth += 1
-        if self._depth > _DEPTH:
-            raise self._error(f"a nesting of at most {_DEPTH}")
-        if self._accept("not"):
-            result = pc.invert(self._one())
-        elif self._accept("("):
-            result = self._either()
-            self._next("')'", ")")
-        else:
-            result = self._comparison()
-        self._depth -= 1
-        return result
-
-    def _comparison(self) -> Any:
-        column = self._table[self._next("a column", "column")]
-        if self._accept("is"):
-            negative = self._accept("not")
-            self._next("null", "null")
-            return column.is_valid() if negative else column.is_null()
-        negative = self._accept("not")
-        if self._accept("in"):
-            self._next("'('", "(")
-            result = self._joined(",", pc.or_kleene, lambda: _compare(column, "=", self._literal()))
-            self._next("')'", ")")
-        elif self._accept("like"):
-            pattern = self._next("a text in '...'", "text")
-            result = pc.match_like(column.cast(pa.string()), pattern[1:-1].replace("''", "'"))
-        elif negative:
-            raise self._error("in or like")
-        else:
-            result = _compare(column, self._next("a comparison", "comparison"), self._literal())
-        return pc.invert(result) if negative else result
-
-    def _literal(self) -> str | float:
-        text = self._next("a number, or a text in '...'", "number", "text")
-        return text[1:-1].replace("''", "'") if text[0] == "'" else float(text)
-
-    def _next(self, wanted: str, *kinds: str) -> str:
-        if not any(map(self._accept, kinds)):
-            raise self._error(wanted)
-        return self._tokens[self._place - 1][1]
-
-    def _accept(self, kind: str) -> bool:
-        """Take the next token if it is of a kind, and return whether it was."""
-        accepted = self._place < len(self._tokens) and self._tokens[self._place][0] == kind
-        self._place += accepted
-        return accepted
-
-    def _error(self, wanted: str) -> UsageError:
-        at = self._tokens[self._place][2] if self._place < len(self._tokens) else len(self._expression)
-        return UsageError(f"--where: expected {wanted} at character {at + 1}", _ADVICE)
-
-
-def _tokenize(expression: str) -> list[tuple[str, str, int]]:
-    """Return (kind, text, offset) of each token; the kind of a keyword or mark is its text."""
-    tokens = []
-    place = 0
-    while rest := expression[place:].lstrip():
-        match = _TOKEN.match(expression, place)
-        place = len(expression) - len(rest)
-        if match is None:
-            raise UsageError(f"--where: unexpected character {place + 1}", _ADVICE)
-        kind, text = str(match.lastgroup), match[str(match.lastgroup)]
-        if kind in ("word", "quoted"):
-            kind = text.lower() if kind == "word" and text.lower() in _KEYWORDS else "column"
-        tokens.append((text if kind == "mark" else kind, text, place))
-        place = match.end()
-    return tokens
-
-
-def _compare(column: Any, operator: str, value: str | float) -> Any:
-    if isinstance(value, str):
-        return _COMPARE[operator](column.cast(pa.string()), value)
-    numbers = column
-    if pa.types.is_string(column.type):
-        numeric = pc.match_substring_regex(column, r"^\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*$")
-        numbers = pc.if_else(numeric, pc.utf8_trim_whitespace(column), None)
-    return _COMPARE[operator](numbers.cast(pa.float64()), value)
-
 
 SHORTEST = 8
 """The least number of tokens of a duplicate."""
@@ -253,18 +108,10 @@ def select_documents(
 
 def select_where(store: Store, expression: str, report: Report = lambda _: None) -> Ids:
     """Return the chunks of the documents for which an expression over their columns is true."""
-    where = Where(expression)
+    wanted = DocumentFilter.of(store, expression)
     found: list[Ids] = []
-    files = (parts.part_entry(store, "documents", part) for part in store.state.all_parts())
-    names = (parts.read_parquet(store, entry, row_groups=[]).schema.names for entry in files)
-    where.check(list(dict.fromkeys(itertools.chain.from_iterable(names))))
     for part in store.state.all_parts():
-        table = parts.read_documents(store, part)
-        for column in where.columns:
-            if column not in table.schema.names:  # only in other parts
-                table = table.append_column(column, pa.nulls(table.num_rows, pa.string()))
-        mask = pc.and_(where.mask(table), table["id"].is_valid())  # erased documents have no id
-        found.append(chunks_of(store, part, np.flatnonzero(mask.to_numpy())))
+        found.append(chunks_of(store, part, np.flatnonzero(wanted.rows(store, part))))
         report(1)
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
