@@ -25,6 +25,8 @@ _COMMANDS = {
     "index": "retrotool.index.command",
     "neighbours": "retrotool.neighbours.command",
     "search": "retrotool.search.command",
+    "documents": "retrotool.inspect.documents_command",
+    "show": "retrotool.inspect.documents_command",
     "inspect": "retrotool.inspect.command",
     "leakage": "retrotool.leakage.command",
     "purge": "retrotool.purge.command",
@@ -60,8 +62,8 @@ class _Group(TyperGroup):
         if cmd_name not in self.commands:
             module = importlib.import_module(_COMMANDS[cmd_name])
             single = typer.Typer(add_completion=False, **_SHOWN)
-            function = getattr(module, f"{cmd_name}_command", module.command)
-            epilog = getattr(module, f"{cmd_name.upper()}_EPILOG", module.EPILOG)
+            function = getattr(module, f"{cmd_name}_command", None) or module.command
+            epilog = getattr(module, f"{cmd_name.upper()}_EPILOG", None) or module.EPILOG
             single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name

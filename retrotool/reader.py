@@ -6,11 +6,13 @@ reading neighbours in order is fast. Nothing is written.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,22 @@ from retrotool.embed.search_scope import live_rows, pick_encoder, read_part_vect
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
-from retrotool.index.searching import Database, Point
-from retrotool.neighbours.stage import members_of
+from retrotool.index.searching import AnyDatabase, Database, ExactDatabase, Point
+from retrotool.index.source_filter import AllowedChunks
+from retrotool.neighbours.stage import members_of, pick_table
 from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.store import parts
+from retrotool.store.expressions import Where
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP, Chunks, split_id
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.store.tombstones import read_rejected, read_tombstones
 from retrotool.tokenizers import stored_tokenizer
 
 _KEPT_ROW_GROUPS = 64
 _KEPT_PARTS = 8
+_COMPARED = 50_000  # documents among which ids similar to an unknown one are looked for
+_EXACT = 1 << 18  # chunks of ``where`` up to which all are compared: reading their vectors takes about a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ class Chunk:
     id: int
     document: str
     index: int  # its position in the document, from 0
-    tokens: npt.NDArray[Any]  # without padding
+    tokens: npt.NDArray[Any] = field(repr=False)  # without padding
     text: str
     key: bool = True  # False: of the value of a key-value record, which is never searched
 
@@ -54,6 +60,24 @@ class Chunk:
     def n_tokens(self) -> int:
         """Number of tokens."""
         return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document. ``n_chunks`` and ``n_tokens`` include purged chunks, ``n_tokens`` not those erased.
+
+    ``state`` is "live", "partly purged", "purged", "erased" or "duplicate" (of an earlier document).
+    """
+
+    id: str
+    source: str
+    first_chunk: int
+    n_chunks: int
+    n_tokens: int
+    input: str
+    position: int  # in the input: a byte offset, or a row
+    state: str
+    kept: dict[str, str | None]  # the fields that ``chunk --keep`` kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +98,12 @@ class Reader:
         self._store = store
         self.path = store.place
         self.chunk_length = store.identity.chunk_length  # tokens per chunk
+        self._encoders = dict[tuple[str, str], Encoder]()
         self._open_view()
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} {what}" for what, n in self.totals.items())
+        return f"<Reader of {self.path}: {counts}, commit {self.commit}>"
 
     def _open_view(self) -> None:
         store = self._store
@@ -88,11 +117,19 @@ class Reader:
         self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbours)
         self._tables = lru_cache(None)(self._open_tables)
         self._database = lru_cache(None)(partial(Database, store))
+        self._rejected = lru_cache(None)(partial(read_rejected, store))
+        self._restricted = lru_cache(_KEPT_PARTS)(self._restrict)
 
     @property
     def commit(self) -> int:
         """Number of the commit that this reader sees (−1: none)."""
         return self._store.state.number
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Numbers of live documents, chunks and tokens, by these names."""
+        counts = self._store.state.records.get("totals", {})
+        return {name: int(counts.get(name, 0)) for name in ("documents", "chunks", "tokens")}
 
     def refresh(self) -> int:
         """Move to the newest commit and return its number."""
@@ -174,15 +211,77 @@ class Reader:
 
         If several documents have this id (``chunk --duplicates keep``), the first live one is returned.
         """
+        for part, place in self._places(name):
+            row = self._documents(part).slice(place, 1).to_pylist()[0]
+            ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
+            alive = ids[self.is_live(ids)]
+            if len(alive):
+                return [int(i) for i in alive]
+        message = f"the store has no document {name!r}, or it was purged or rejected as a repeat"
+        raise UsageError(message, self.did_you_mean(name))
+
+    def _places(self, name: str) -> Iterator[tuple[int, int]]:
         key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
         for part in self.parts():
-            table = self._documents(part)
-            for row in table.filter(pc.equal(table["key"], pa.scalar(key, table["key"].type))).to_pylist():
-                ids = parts.chunk_ids(part, np.arange(row["first_row"], row["first_row"] + row["n_chunks"]))
-                alive = ids[self.is_live(ids)]
-                if len(alive):
-                    return [int(i) for i in alive]
-        raise UsageError(f"the store has no document {name!r}, or it was purged or rejected as a repeat")
+            keys = self._documents(part)["key"]
+            for place in np.flatnonzero(pc.equal(keys, pa.scalar(key, keys.type)).fill_null(False).to_numpy()):
+                yield part, int(place)
+
+    def did_you_mean(self, name: str) -> str:
+        """Return a question with live documents' ids that are similar to ``name``; empty without any."""
+        near = difflib.get_close_matches(name, (one.id for one in islice(self.documents(), _COMPARED)))
+        return f"Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+    def documents(self, where: str | None = None, *, purged: bool = False) -> Iterator[Document]:
+        """Return an iterator over live documents by ascending chunk id, reading 8,192 at a time.
+
+        ``where``: those for which this expression over their columns is true, as for ``purge``. ``purged``:
+        instead, those that are purged, wholly or in part, and duplicates; erased ones have no id any more.
+        """
+        wanted = None if where is None else Where.checked(self._store, where)
+        states = ("partly purged", "purged", "duplicate") if purged else ("live", "partly purged")
+        tables = ((part, table) for part in self.parts() for table in self._read_documents(part))
+        some = ((part, table if wanted is None else table.filter(wanted.mask(table))) for part, table in tables)
+        return (one for part, table in some for one in self._describe(part, table) if one.state in states)
+
+    def kept_fields(self) -> list[str]:
+        """Return the names of the fields that documents have kept, in any part."""
+        entries = (parts.part_entry(self._store, "documents", part) for part in self.parts())
+        names = dict.fromkeys(name for one in entries for name in parts.read_schema(self._store, one).names)
+        return [name for name in names if name not in parts.RESERVED_COLUMNS]
+
+    def find_documents(self, name: str) -> list[Document]:
+        """Return the documents of an id, live ones first; also purged ones and duplicates."""
+        found = (self._document_at(part, place) for part, place in self._places(name))
+        return sorted(found, key=lambda one: one.state not in ("live", "partly purged"))
+
+    def document_of(self, chunk_id: int) -> Document:
+        """Return the document of a chunk that exists or did; the id of an erased one is empty."""
+        part, row = split_id(chunk_id)
+        first = self._documents(part)["first_row"].to_numpy()
+        return self._document_at(part, int(np.searchsorted(first, row, side="right")) - 1)
+
+    def _document_at(self, part: int, place: int) -> Document:
+        return next(self._describe(part, pa.concat_tables(self._read_documents(part)).slice(place, 1)))
+
+    def _read_documents(self, part: int) -> Iterator[pa.Table]:
+        entry = parts.part_entry(self._store, "documents", part)
+        names = parts.read_schema(self._store, entry).names
+        return parts.read_tables(self._store, entry, [name for name in names if name not in ("key", "text_hash")])
+
+    def _describe(self, part: int, table: pa.Table) -> Iterator[Document]:
+        first = table["first_row"].to_numpy()
+        last = first + table["n_chunks"].to_numpy()
+        several = (self._tombstones.rows(part), self._rejected().rows(part))
+        counts = [np.searchsorted(rows, last) - np.searchsorted(rows, first) for rows in several]
+        for row, purged, repeated in zip(table.to_pylist(), *(one.tolist() for one in counts), strict=True):
+            own = [row.pop(name) or "" for name in ("id", "source", "input")]
+            part_row, n, n_tokens, position = map(row.pop, ("first_row", "n_chunks", "n_tokens", "position"))
+            whole = "erased" if not own[0] else "duplicate" if repeated == n else "purged"
+            state = "live" if not purged else whole if purged == n else "partly purged"
+            yield Document(
+                own[0], own[1], parts.join_id(part, part_row), n, n_tokens, own[2], position or 0, state, kept=row
+            )
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
         """Return the ids of a part's live chunks, ascending; not all need be keys (``is_searchable``)."""
@@ -205,11 +304,12 @@ class Reader:
         copy[purged] = 0
         return copy
 
-    def neighbour_ids(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[int, float]]:
-        """Return (id, distance) of a chunk's live neighbours, nearest first; k defaults to the table's.
+    def neighbour_ids(self, chunk_id: int, name: str | None = None, k: int | None = None) -> list[tuple[int, float]]:
+        """Return (id, distance) of a chunk's live neighbours, nearest first, as ``neighbours`` does.
 
         ``UsageError`` for a mixture, in which ids alone are ambiguous: use ``neighbour_places``.
         """
+        name = pick_table(self._store, name)
         if len(members_of(self._store, name)) > 1:
             raise UsageError(
                 f"the neighbours {name!r} come from several databases, so ids alone are ambiguous",
@@ -217,21 +317,29 @@ class Reader:
             )
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
-    def neighbour_places(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[tuple[str, int, float]]:
+    def neighbour_places(
+        self, chunk_id: int, name: str | None = None, k: int | None = None
+    ) -> list[tuple[str, int, float]]:
         """Return (database, id, distance) of live neighbours, by distance (mixtures: distance / weight)."""
         return [(database.path, i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
-    def neighbours(self, chunk_id: int, name: str = "main", k: int | None = None) -> list[Neighbour]:
-        """Return a chunk's live neighbours with their continuations, ordered as by ``neighbour_places``."""
+    def neighbours(self, chunk_id: int, name: str | None = None, k: int | None = None) -> list[Neighbour]:
+        """Return a chunk's live neighbours with their continuations, ordered as by ``neighbour_places``.
+
+        ``name``: a table, by default main or the only one. ``k``: at most as many as it has saved, by default
+        the table's k.
+        """
         return [database.neighbour(i, distance) for database, i, distance in self._near(chunk_id, name, k)]
 
-    def _near(self, chunk_id: int, name: str, k: int | None) -> list[tuple[Reader, int, float]]:
+    def _near(self, chunk_id: int, name: str | None, k: int | None) -> list[tuple[Reader, int, float]]:
+        name = pick_table(self._store, name)
         reader, databases = self._tables(name)
+        k = reader.choose_k(k)
         if not self.is_live([chunk_id])[0]:
             raise UsageError(f"the store has no chunk {chunk_id}, or it was purged")
         part, row = split_id(chunk_id)
         found, row = self._neighbour_rows(name, part, row // ROW_GROUP), row % ROW_GROUP
-        near = np.flatnonzero(found.ids[row] != NO_NEIGHBOUR)[: reader.k if k is None else k]
+        near = np.flatnonzero(found.ids[row] != NO_NEIGHBOUR)[:k]
         return [
             (databases[found.databases[row, i]], int(found.ids[row, i]), float(found.distances[row, i])) for i in near
         ]
@@ -262,39 +370,70 @@ class Reader:
         index: str | None = None,
         encoder: Encoder | None = None,
         *,
+        where: str | None = None,
         nprobe: int | None = None,
         rerank: int | None = None,
         allow_missing: bool = False,
     ) -> list[Neighbour]:
-        """Return the k live keys nearest to a text, or to a vector [d] of the index's encoder.
+        """Return the k live keys nearest to a text, or all if there are fewer.
 
-        ``encoder`` can be loaded once for several searches. ``nprobe`` (lists to probe) and ``rerank``
-        (candidates for 10 neighbours) override the index's operating point; ``allow_missing`` is as for
-        ``database``.
+        ``encoder``: by default the index's, which is loaded once. ``where``: only chunks of ``documents`` for
+        which it is true; up to 262,144 are all compared, unless the operating point is given: ``nprobe``
+        (lists to probe) and ``rerank`` (candidates for 10 neighbours), by default the index's.
+        ``allow_missing`` is as for ``database``.
         """
-        database = self.database(index, allow_missing=allow_missing)
-        if isinstance(text, str):
-            loaded = encoder or self.load_encoder(index)
+        point = {"nprobe": nprobe, "rerank": rerank}
+        return self.search_many([text], k, index, encoder, where=where, allow_missing=allow_missing, **point)[0]
+
+    def search_many(
+        self,
+        texts: Sequence[str],
+        k: int = SHOWN,
+        index: str | None = None,
+        encoder: Encoder | None = None,
+        *,
+        where: str | None = None,
+        nprobe: int | None = None,
+        rerank: int | None = None,
+        allow_missing: bool = False,
+    ) -> list[list[Neighbour]]:
+        """Return what ``search`` does for each text, embedding and searching for all of them at once."""
+        database: AnyDatabase = self.database(index, allow_missing=allow_missing)
+        loaded = encoder or self.load_encoder(index)
+        for text in texts:
             if not text.strip():
                 raise UsageError("the text to search for is empty")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise UsageError("the text to search for is not Unicode")
-            vector = loaded.embed(loaded.tokenize_query(text)).astype(np.float32)
+        if where is not None:
+            database = self._restricted(index, where, allow_missing, nprobe is None and rerank is None)
+        vectors = list(loaded.vectors(map(loaded.tokenize_query, texts)))
+        queries = Queries.plain(np.concatenate(vectors).astype(np.float32))
+        if isinstance(database, ExactDatabase):
+            best = database.search(queries, k)
         else:
-            vector, d = np.asarray(text, np.float32).reshape(1, -1), database.trained.d
-            if vector.shape[1] != d or not np.isfinite(vector).all():
-                raise UsageError(f"not a finite vector of {d} dimensions, as encoder {database.encoder!r} has")
-        own = database.point
-        best = database.search(Queries.plain(vector), k, Point(nprobe or own.nprobe, rerank or own.depth))
-        return [self.neighbour(int(i), float(d)) for i, d in zip(best.ids[0], best.distances[0], strict=True) if i >= 0]
+            own = database.point
+            best = database.search(queries, k, Point(nprobe or own.nprobe, rerank or own.depth))
+        found = zip(best.ids.tolist(), best.distances.tolist(), strict=True)
+        return [[self.neighbour(i, d) for i, d in zip(*one, strict=True) if i >= 0] for one in found]
+
+    def _restrict(self, index: str | None, where: str, allow_missing: bool, exact: bool) -> AnyDatabase:
+        allowed = AllowedChunks(self._store, Where.checked(self._store, where))
+        if exact and allowed.count <= _EXACT:
+            return ExactDatabase(self._store, self.database(index).encoder, allows=allowed)
+        return Database(self._store, index, allow_missing=allow_missing, allows=allowed)
 
     def database(self, index: str | None = None, *, allow_missing: bool = False) -> Database:
         """Open an index of the store, once; ``allow_missing`` skips its broken shards, which it lists."""
         return self._database(index, allow_missing=allow_missing)
 
     def load_encoder(self, index: str | None = None, device: str = "auto") -> Encoder:
-        """Load the encoder of an index; ``UsageError`` if it is unavailable or has changed."""
-        return load_encoder(self._store, self.database(index).encoder, device)
+        """Load the encoder of an index, once; ``UsageError`` if it is unavailable or has changed."""
+        name = self.database(index).encoder
+        key = (str(self._store.state.records[f"encoder:{name}"]["sha256"]), device)
+        if key not in self._encoders:
+            self._encoders[key] = load_encoder(self._store, name, device)
+        return self._encoders[key]
 
 
 def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -101,6 +101,12 @@ EncoderOption = Annotated[
     str | None,
     opt("Encoder whose embeddings to use, if the store has several.", metavar="NAME", complete=complete_encoders),
 ]
+WhereOption = Annotated[
+    str | None, opt("Only documents for which this expression over their columns is true.", metavar="EXPRESSION")
+]
+SourceOption = Annotated[
+    list[str] | None, opt("Only documents of this source; may be repeated.", "--source", metavar="SOURCE")
+]
 IndexOption = Annotated[
     str | None,
     opt("Index to search.  [default: the default index, else main]", metavar="NAME", complete=complete_indexes),

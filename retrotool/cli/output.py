@@ -53,17 +53,20 @@ def one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).translate(_CONTROLS)
 
 
-def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str]) -> None:
+def show_each(
+    name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str], ending: dict[str, Any] | None = None
+) -> None:
     """Print results (dataclasses) as they come: one JSON object with a list ``name``, or lines of ``text``.
 
-    An error ends the command as usual; the JSON object then also has the fields of the error.
+    The JSON object ends with the fields that ``ending`` has by then. An error ends the command as usual; the
+    JSON object then ends with the fields of the error.
     """
     if not as_json:
         for result in results:
             sys.stdout.write(visible(_printable(text(result))) + "\n")
         return
     sys.stdout.write(f'{{"{name}":[')
-    separator, ending = "", {}
+    separator, ending = "", {} if ending is None else ending
     try:
         for result in results:
             sys.stdout.write(separator + _json(asdict(result)))

@@ -117,7 +117,9 @@ class Vectors:
 class _Open:
     """A store opened for search on a device, in ``room`` bytes per buffer, for sources that ``allows``."""
 
-    def __init__(self, store: Store, encoder: str, device: str, memory: int | None, allows: Allows | None) -> None:
+    def __init__(
+        self, store: Store, encoder: str, device: str, memory: int | None, allows: Allows | AllowedChunks | None
+    ) -> None:
         self.store, self.encoder = store, encoder
         self.tombstones = read_tombstones(store)
         self.room = room_in(memory)
@@ -127,7 +129,7 @@ class _Open:
     @cached_property
     def _allowed(self) -> AllowedChunks:
         assert self._allows is not None
-        return AllowedChunks(self.store, self._allows)
+        return self._allows if isinstance(self._allows, AllowedChunks) else AllowedChunks(self.store, self._allows)
 
 
 class Database(_Open):
@@ -146,7 +148,7 @@ class Database(_Open):
         device: str = "cpu",
         memory: int | None = None,
         thorough: bool = False,
-        allows: Allows | None = None,
+        allows: Allows | AllowedChunks | None = None,
     ) -> None:
         self.name = pick_index(store, name)
         record = index_record(store.state, self.name)
@@ -294,7 +296,7 @@ class ExactDatabase(_Open):
         *,
         device: str = "cpu",
         memory: int | None = None,
-        allows: Allows | None = None,
+        allows: Allows | AllowedChunks | None = None,
     ) -> None:
         super().__init__(store, pick_encoder(store, encoder), device, memory, allows)
         self._rows = lru_cache(_KEPT_ROWS)(self._read_rows)

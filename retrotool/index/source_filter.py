@@ -24,6 +24,7 @@ from retrotool.ann.trained import Trained
 from retrotool.chunk.chunk_plan import documents_within
 from retrotool.lazy import torch
 from retrotool.store import parts
+from retrotool.store.expressions import Where
 from retrotool.store.parts import part_of, row_of
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -32,10 +33,10 @@ Allows = Callable[[str], bool]  # checks whether a source may be searched
 
 
 class AllowedChunks:
-    """The chunks whose document's source ``allows``, which is called once per source and part."""
+    """The ``count`` chunks, some perhaps purged, whose document, or its source, ``allows``."""
 
-    def __init__(self, store: Store, allows: Allows) -> None:
-        numbers = store.state.parts()
+    def __init__(self, store: Store, allows: Allows | Where) -> None:
+        numbers, self.count = store.state.parts(), 0
         self._first = np.zeros(max(numbers, default=-1) + 1, np.int64)  # first bit of each part
         sizes = [-(-parts.part_entry(store, "chunks", part).rows // 8) for part in numbers]
         self._first[numbers] = 8 * (np.cumsum(sizes) - sizes)
@@ -43,11 +44,15 @@ class AllowedChunks:
         self._rows = {part: parts.part_entry(store, "chunks", part).rows for part in numbers}
         for part in numbers:
             table = parts.read_documents(store, part, ["source", "n_chunks"])
-            sources = table["source"].combine_chunks().dictionary_encode()
-            allowed = np.array([*(allows(name) for name in sources.dictionary.to_pylist()), False])
-            # Erased documents have no source: −1 selects the final False.
-            codes = sources.indices.fill_null(-1).to_numpy()
-            packed = np.packbits(np.repeat(allowed[codes], table["n_chunks"].to_numpy()))
+            if isinstance(allows, Where):
+                documents = allows.rows(store, part)
+            else:  # called once per source and part
+                sources = table["source"].combine_chunks().dictionary_encode()
+                allowed = np.array([*(allows(name) for name in sources.dictionary.to_pylist()), False])
+                # Erased documents have no source: −1 selects the final False.
+                documents = allowed[sources.indices.fill_null(-1).to_numpy()]
+            self.count += int(table["n_chunks"].to_numpy()[documents].sum())
+            packed = np.packbits(np.repeat(documents, table["n_chunks"].to_numpy()))
             start = int(self._first[part]) // 8
             self._bits[start : start + len(packed)] = packed
 

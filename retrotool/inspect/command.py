@@ -93,12 +93,13 @@ def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
     runs = groupby(chunk.segments(), lambda segment: bool(segment[1]))
     yield _marked([("".join(text for text, _ in some), marked) for marked, some in runs], 3)
     for rank, near in enumerate(chunk.neighbours, 1):
-        yield from _neighbour(near, rank, several)
+        yield from shown_neighbour(near, rank, several)
     if not chunk.neighbours:
         yield output.Paragraph(f"({chunk.why_none()})", indent=3)
 
 
-def _neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[output.Paragraph]:
+def shown_neighbour(near: InspectedNeighbour, rank: int, several: bool) -> Iterator[output.Paragraph]:
+    """Yield the lines of a neighbour; ``several``: also name its database."""
     database = [f"database {near.database}"] if several else []
     yield output.Paragraph(f"{rank}. distance {near.distance:.4f}", *_from(near), *database, after=6)
     if (common := near.common) is not None and common.marked:

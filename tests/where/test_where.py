@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.store.document_filter import Where
+from retrotool.store.expressions import Where
 from retrotool.sources import Fields
 
 SCHEMA = pa.schema([("a", pa.string()), ("b-c.d", pa.string()), ("odd name", pa.string()), ("n", pa.int64())])

@@ -2,7 +2,7 @@
 
 Ids: chunk ids read nothing, document ids the keys of all documents.
 
-Expressions (``store.document_filter``) read the columns that they name of all documents.
+Expressions (``store.expressions``) read the columns that they name of all documents.
 
 Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with a lower id.
 
@@ -31,7 +31,7 @@ from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report
 from retrotool.purge.selectors.selector import GivenValue
 from retrotool.store import parts
-from retrotool.store.document_filter import DocumentFilter
+from retrotool.store.expressions import Where
 from retrotool.store.parts import Chunks, Ids, parse_id, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -108,7 +108,7 @@ def select_documents(
 
 def select_where(store: Store, expression: str, report: Report = lambda _: None) -> Ids:
     """Return the chunks of the documents for which an expression over their columns is true."""
-    wanted = DocumentFilter.of(store, expression)
+    wanted = Where.checked(store, expression)
     found: list[Ids] = []
     for part in store.state.all_parts():
         found.append(chunks_of(store, part, np.flatnonzero(wanted.rows(store, part))))

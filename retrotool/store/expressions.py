@@ -1,6 +1,6 @@
-"""Pick documents by their columns: by source, and by expressions, for ``purge`` and for reading.
+"""Expressions that pick documents by their columns, for ``purge`` and for reading.
 
-Expressions, such as ``source = 'news' and (year >= 2020 or license is null)``:
+They are written like ``source = 'news' and (year >= 2020 or license is null)``.
 
 - Operators are ``= != < <= > >=``, ``like`` (``%`` and ``_``), ``in (...)``, ``is [not] null``, ``and``,
   ``or``, ``not`` and parentheses.
@@ -13,8 +13,7 @@ Expressions, such as ``source = 'news' and (year >= 2020 or license is null)``:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,17 @@ _ADVICE = "Write for example: --where \"source = 'news' and (year >= 2020 or lic
 class Where:
     """A parsed expression; ``columns`` are the names it uses. ``UsageError`` for a syntax error."""
 
+    @classmethod
+    def checked(cls, store: Store, expression: str) -> Where:
+        """Parse an expression; ``UsageError`` if it is malformed or the store's documents lack a column."""
+        found, names = cls(expression), dict[str, None]()
+        for part in store.state.all_parts():
+            if set(found.columns) <= names.keys():
+                break
+            names |= dict.fromkeys(parts.read_schema(store, parts.part_entry(store, "documents", part)).names)
+        found.check(names)
+        return found
+
     def __init__(self, expression: str) -> None:
         self._expression = expression
         self._tokens = _tokenize(expression)
@@ -62,15 +72,24 @@ class Where:
                 raise UsageError(
                     f"--where: documents have no column {column!r}; they have: {', '.join(known)}", _ADVICE
                 )
-        self.mask(pa.table({name: pa.array([], pa.string()) for name in self.columns}))
+        self.mask(pa.table({}))
 
     def mask(self, table: pa.Table) -> pa.Array:
-        """Return which rows match: boolean, without nulls."""
+        """Return which rows match: boolean, without nulls. Columns that the table lacks are null."""
+        for column in self.columns:
+            if column not in table.schema.names:  # only in other parts
+                table = table.append_column(column, pa.nulls(table.num_rows, pa.string()))
         self._table, self._place, self._depth = table, 0, 0
         result = self._either()
         if self._place < len(self._tokens):
             raise self._error("the end")
         return pc.fill_null(result, False)
+
+    def rows(self, store: Store, part: int) -> Bools:
+        """Read which documents of a part match and are not erased: bool [n]."""
+        entry, named = parts.part_entry(store, "documents", part), set(self.columns) - {"id"}
+        table = parts.read_parquet(store, entry, ["id"], optional=sorted(named))
+        return np.asarray(pc.and_(self.mask(table), table["id"].is_valid()).to_numpy())
 
     def _either(self) -> Any:
         return self._joined("or", pc.or_kleene, lambda: self._joined("and", pc.and_kleene, self._one))
@@ -135,6 +154,15 @@ class Where:
         return UsageError(f"--where: expected {wanted} at character {at + 1}", _ADVICE)
 
 
+def with_sources(where: str | None, sources: Iterable[str]) -> str | None:
+    """Return an expression for documents with any of ``sources`` (empty: all) for which ``where`` is true."""
+    if where is not None:
+        Where(where).mask(pa.table({}))  # offsets in errors are those in ``where``
+    quoted = ", ".join("'" + source.replace("'", "''") + "'" for source in sources)
+    either = [f"source in ({quoted})"] if quoted else []
+    return " and ".join([*either, *([f"({where})"] if where is not None else [])]) or None
+
+
 def _tokenize(expression: str) -> list[tuple[str, str, int]]:
     """Return (kind, text, offset) of each token; the kind of a keyword or mark is its text."""
     tokens = []
@@ -160,47 +188,3 @@ def _compare(column: Any, operator: str, value: str | float) -> Any:
         numeric = pc.match_substring_regex(column, r"^\s*-?\d+(\.\d+)?([eE][-+]?\d+)?\s*$")
         numbers = pc.if_else(numeric, pc.utf8_trim_whitespace(column), None)
     return _COMPARE[operator](numbers.cast(pa.float64()), value)
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentFilter:
-    """Picks documents with any of ``sources`` for which ``where`` is true; unset, all that are not erased."""
-
-    where: Where | None = None
-    sources: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, store: Store, where: str | None = None, sources: Sequence[str] = ()) -> DocumentFilter:
-        """Parse an expression; ``UsageError`` if it is malformed or documents have no such column."""
-        found = cls(None if where is None else Where(where), tuple(sources))
-        if found.where is not None:
-            names = dict[str, None]()
-            for part in store.state.all_parts():
-                if set(found.where.columns) <= names.keys():
-                    break
-                names |= dict.fromkeys(parts.read_schema(store, parts.part_entry(store, "documents", part)).names)
-            found.where.check(names)
-        return found
-
-    @property
-    def picks_all(self) -> bool:
-        """Whether nothing is filtered out."""
-        return self.where is None and not self.sources
-
-    def mask(self, table: pa.Table) -> Bools:
-        """Return which documents of a table match, bool [n]; columns that it does not have are null."""
-        found: Any = table["id"].is_valid()  # erased documents have no id
-        if self.sources:
-            found = pc.and_(found, pc.is_in(table["source"], value_set=pa.array(self.sources, pa.string())))
-        if self.where is not None:
-            for column in self.where.columns:
-                if column not in table.schema.names:  # only in other parts
-                    table = table.append_column(column, pa.nulls(table.num_rows, pa.string()))
-            found = pc.and_(found, self.where.mask(table))
-        return np.asarray(found.to_numpy())
-
-    def rows(self, store: Store, part: int) -> Bools:
-        """Read which documents of a part match: bool [n]."""
-        named = () if self.where is None else set(self.where.columns) - {"id", "source"}
-        entry = parts.part_entry(store, "documents", part)
-        return self.mask(parts.read_parquet(store, entry, ["id", "source"], optional=sorted(named)))
