@@ -1,32 +1,39 @@
 """retrotool builds retrieval databases for language models: chunk, embed, index, neighbours, purge.
 
 ``retrotool.open(path)`` opens a store for reading; ``retrotool.RetroDataset`` reads one for training with
-PyTorch. Heavy libraries are imported on first use.
+PyTorch. ``retrotool.api`` has every command as a function. All are imported on first use, as they import
+heavy libraries.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrotool.reader import Reader
-    from retrotool.train.dataset import RetroDataset
+    from importlib.metadata import version
 
-__all__ = ["RetroDataset", "open"]
+    from retrotool import api as api
+    from retrotool import errors as errors
+    from retrotool.reader import Reader as Reader
+    from retrotool.reader import open_store as open  # noqa: A004 - it is called as retrotool.open
+    from retrotool.train.dataset import RetroDataset as RetroDataset
 
+    __version__ = version("retrotool")
 
-def open(path: str | Path) -> Reader:  # noqa: A001 - it is called as retrotool.open
-    """Open a store for reading (``retrotool.reader.Reader``)."""
-    from retrotool.reader import open_store
-
-    return open_store(path)
+__all__ = ["Reader", "RetroDataset", "__version__", "api", "errors", "open"]
+_PLACES = {"Reader": "reader:Reader", "RetroDataset": "train.dataset:RetroDataset", "open": "reader:open_store"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``RetroDataset`` on first use, as it imports torch."""
-    if name == "RetroDataset":
-        from retrotool.train.dataset import RetroDataset
-
-        return RetroDataset
+    """Import a public name on first use."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("retrotool")
+    if name in ("api", "errors"):
+        return importlib.import_module(f"retrotool.{name}")
+    if name in _PLACES:
+        module, _, attribute = _PLACES[name].partition(":")
+        return getattr(importlib.import_module(f"retrotool.{module}"), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

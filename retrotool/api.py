@@ -16,7 +16,7 @@ from retrotool.info.log_entries import verify_log as verify_log
 from retrotool.info.run import info as info
 from retrotool.info.verify import verify as verify
 from retrotool.inspect.run import inspect as inspect
-from retrotool.inspect.show import show as show
+from retrotool.inspect.show import show_item as show_item
 from retrotool.leakage.run import leakage as leakage
 from retrotool.neighbours.run import neighbours as neighbours
 from retrotool.plan.run import plan as plan

@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Queries
+from retrotool.ann.ranking import Best
 from retrotool.cli.command_lines import SHOWN, table_command
 from retrotool.embed.search_scope import live_rows, pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import load_encoder
-from retrotool.encoder import Encoder
+from retrotool.encoder import Encoder, Rows
 from retrotool.errors import UsageError
 from retrotool.index.searching import AnyDatabase, Database, ExactDatabase, Point
 from retrotool.index.source_filter import AllowedChunks
@@ -41,6 +42,7 @@ from retrotool.tokenizers import stored_tokenizer
 
 _KEPT_ROW_GROUPS = 64
 _KEPT_PARTS = 8
+_QUERIES = 256
 _COMPARED = 50_000  # documents among which ids similar to an unknown one are looked for
 _EXACT = 1 << 18  # chunks of ``where`` up to which all are compared: reading their vectors takes about a second
 
@@ -63,7 +65,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class DocumentEntry:
     """A document. ``n_chunks`` and ``n_tokens`` include purged chunks, ``n_tokens`` not those erased.
 
     ``state`` is "live", "partly purged", "purged", "erased" or "duplicate" (of an earlier document).
@@ -232,7 +234,7 @@ class Reader:
         near = difflib.get_close_matches(name, (one.id for one in islice(self.documents(), _COMPARED)))
         return f"Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
-    def documents(self, where: str | None = None, *, purged: bool = False) -> Iterator[Document]:
+    def documents(self, where: str | None = None, *, purged: bool = False) -> Iterator[DocumentEntry]:
         """Return an iterator over live documents by ascending chunk id, reading 8,192 at a time.
 
         ``where``: those for which this expression over their columns is true, as for ``purge``. ``purged``:
@@ -250,18 +252,18 @@ class Reader:
         names = dict.fromkeys(name for one in entries for name in parts.read_schema(self._store, one).names)
         return [name for name in names if name not in parts.RESERVED_COLUMNS]
 
-    def find_documents(self, name: str) -> list[Document]:
+    def find_documents(self, name: str) -> list[DocumentEntry]:
         """Return the documents of an id, live ones first; also purged ones and duplicates."""
         found = (self._document_at(part, place) for part, place in self._places(name))
         return sorted(found, key=lambda one: one.state not in ("live", "partly purged"))
 
-    def document_of(self, chunk_id: int) -> Document:
+    def document_of(self, chunk_id: int) -> DocumentEntry:
         """Return the document of a chunk that exists or did; the id of an erased one is empty."""
         part, row = split_id(chunk_id)
         first = self._documents(part)["first_row"].to_numpy()
         return self._document_at(part, int(np.searchsorted(first, row, side="right")) - 1)
 
-    def _document_at(self, part: int, place: int) -> Document:
+    def _document_at(self, part: int, place: int) -> DocumentEntry:
         return next(self._describe(part, pa.concat_tables(self._read_documents(part)).slice(place, 1)))
 
     def _read_documents(self, part: int) -> Iterator[pa.Table]:
@@ -269,7 +271,7 @@ class Reader:
         names = parts.read_schema(self._store, entry).names
         return parts.read_tables(self._store, entry, [name for name in names if name not in ("key", "text_hash")])
 
-    def _describe(self, part: int, table: pa.Table) -> Iterator[Document]:
+    def _describe(self, part: int, table: pa.Table) -> Iterator[DocumentEntry]:
         first = table["first_row"].to_numpy()
         last = first + table["n_chunks"].to_numpy()
         several = (self._tombstones.rows(part), self._rejected().rows(part))
@@ -279,7 +281,7 @@ class Reader:
             part_row, n, n_tokens, position = map(row.pop, ("first_row", "n_chunks", "n_tokens", "position"))
             whole = "erased" if not own[0] else "duplicate" if repeated == n else "purged"
             state = "live" if not purged else whole if purged == n else "partly purged"
-            yield Document(
+            yield DocumentEntry(
                 own[0], own[1], parts.join_id(part, part_row), n, n_tokens, own[2], position or 0, state, kept=row
             )
 
@@ -397,7 +399,7 @@ class Reader:
         rerank: int | None = None,
         allow_missing: bool = False,
     ) -> list[list[Neighbour]]:
-        """Return what ``search`` does for each text, embedding and searching for all of them at once."""
+        """Return what ``search`` does for each text; 256 at a time are embedded and searched for."""
         database: AnyDatabase = self.database(index, allow_missing=allow_missing)
         loaded = encoder or self.load_encoder(index)
         for text in texts:
@@ -407,15 +409,19 @@ class Reader:
                 raise UsageError("the text to search for is not Unicode")
         if where is not None:
             database = self._restricted(index, where, allow_missing, nprobe is None and rerank is None)
-        vectors = list(loaded.vectors(map(loaded.tokenize_query, texts)))
-        queries = Queries.plain(np.concatenate(vectors).astype(np.float32))
-        if isinstance(database, ExactDatabase):
-            best = database.search(queries, k)
-        else:
-            own = database.point
-            best = database.search(queries, k, Point(nprobe or own.nprobe, rerank or own.depth))
-        found = zip(best.ids.tolist(), best.distances.tolist(), strict=True)
-        return [[self.neighbour(i, d) for i, d in zip(*one, strict=True) if i >= 0] for one in found]
+        search: Callable[[Queries, int], Best] = database.search
+        if isinstance(database, Database):
+            point = Point(nprobe or database.point.nprobe, rerank or database.point.depth)
+            search = partial(database.search, point=point)
+        found = list[list[Neighbour]]()
+        for start in range(0, len(texts), _QUERIES):
+            rows = list(map(loaded.tokenize_query, texts[start : start + _QUERIES]))
+            joined = Rows(np.concatenate([one.ids for one in rows]), np.concatenate([one.lengths for one in rows]))
+            vectors = loaded.embed(joined)
+            best = search(Queries.plain(vectors.astype(np.float32)), k)
+            for ids, distances in zip(best.ids.tolist(), best.distances.tolist(), strict=True):
+                found.append([self.neighbour(i, d) for i, d in zip(ids, distances, strict=True) if i >= 0])
+        return found
 
     def _restrict(self, index: str | None, where: str, allow_missing: bool, exact: bool) -> AnyDatabase:
         allowed = AllowedChunks(self._store, Where.checked(self._store, where))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -143,6 +144,7 @@ LEAST_MEMORY = 16 << 20
 """The smallest ``--memory``, in bytes."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30, "t": 10**12, "ti": 2**40}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_BOM = b"\xef\xbb\xbf"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
 
 
@@ -201,3 +203,32 @@ def check_utf8(option: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise UsageError(f"{option} {text!a} is not UTF-8") from None
+
+
+def read_given_file(option: str, path: str | Path) -> str:
+    """Read a file, or standard input ("-"), in UTF-8 with or without a byte order mark.
+
+    ``UsageError`` if it can't be read, with the line that is not UTF-8.
+    """
+    try:
+        data = (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).removeprefix(_BOM)
+    except OSError as error:
+        raise UsageError(f"{option} {path} can't be read: {error.strerror or error}", "Name another file.") from error
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{option} {path} can't be read: line {line:,} is not UTF-8", "Save it as UTF-8.") from error
+
+
+def read_given_lines(
+    option: str, path: str | Path, what: str, *, says: Callable[[str], object] = str.strip
+) -> tuple[str, ...]:
+    """Read the lines of a file, without line ends.
+
+    ``UsageError`` if no line has a ``what``, that is, ``says`` is false for all of them.
+    """
+    lines = tuple(line.removesuffix("\r") for line in read_given_file(option, path).split("\n"))
+    if not any(map(says, lines)):
+        raise UsageError(f"{option} {path} has no {what}", f"Give a file with one {what} per line.")
+    return lines

@@ -33,7 +33,6 @@ from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
 from retrotool.neighbours.retrieved import Pieces
-from retrotool.neighbours.stage import pick_table
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
@@ -66,8 +65,7 @@ class ExportedTables:
             raise self.store.corrupt(
                 f"the neighbours {self.reader.name!r} of part {part} have {len(found.ids):,} rows, not {rows:,}"
             )
-        empty = np.full((rows, self.k), NO_NEIGHBOUR, np.int64)
-        return Found(empty, np.full(empty.shape, np.inf, np.float32), np.zeros(empty.shape, np.uint8))
+        return Found.nothing(rows, self.k)
 
 
 def open_tables(store: Store, table: str | None = None, k: int | None = None) -> ExportedTables:
@@ -76,7 +74,7 @@ def open_tables(store: Store, table: str | None = None, k: int | None = None) ->
     Raises ``UsageError`` if it, a database or k neighbours are missing, if a table is out of date, or if a
     database has another tokenizer or chunk length.
     """
-    reader = NeighbourReader(store, pick_table(store, table))
+    reader = NeighbourReader(store, table)
     k = reader.choose_k(k)
     check_same_tokens(store, reader.databases)
     tabled = reader.parts()

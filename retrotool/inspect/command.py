@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
+from retrotool.cli.command_lines import command_line
 from retrotool.cli.options import Json, StoreArgument, TableOption, check_utf8, opt
 from retrotool.errors import UsageError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
+  retrotool inspect store
   retrotool inspect store --chunk 0:4
   retrotool inspect store --document doc-7 -k 5
   retrotool inspect store --random 3 --seed 1 --json
@@ -27,7 +29,7 @@ def command(
     store: StoreArgument,
     chunk: Annotated[str | None, opt("Show this chunk, by its part and row, or its id.", metavar="P:R")] = None,
     document: Annotated[str | None, opt("Show the chunks of this document.", metavar="ID")] = None,
-    random: Annotated[int | None, opt("Show N random chunks.", metavar="N", least=1)] = None,
+    random: Annotated[int | None, opt("Show N random chunks.  [default: 3]", metavar="N", least=1)] = None,
     seed: Annotated[int | None, opt("Seed of the random choice.  [default: 0]", metavar="S", least=0)] = None,
     table: TableOption = None,
     k: Annotated[int | None, opt("Neighbours per chunk.  [default: the table's k]", "-k", metavar="K", least=1)] = None,
@@ -66,7 +68,10 @@ def _text(result: InspectResult) -> str:
 
 def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
     several = len(result.tables) > 1
-    yield output.Paragraph(f"{result.store}, neighbours {result.name!r}: {result.chosen}.")
+    name = f", neighbours {result.name!r}" if result.name else ""
+    yield output.Paragraph(f"{result.store}{name}: {result.chosen}.")
+    if not result.tables:
+        yield output.Paragraph(f"No neighbours yet. Compute them: {command_line('neighbours', result.store)}", indent=2)
     for table in result.tables:
         yield output.Paragraph(_table(table, several), indent=2)
     if result.page:
@@ -77,7 +82,7 @@ def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
         )
     for chunk in result.chunks:
         yield output.Paragraph()
-        yield from _chunk(chunk, several)
+        yield from _chunk(chunk, several, bool(result.tables))
 
 
 def _table(table: TableRead, several: bool) -> str:
@@ -88,13 +93,13 @@ def _table(table: TableRead, several: bool) -> str:
     return f"database {table.database}, {how}{recall}{weight}{unlike}"
 
 
-def _chunk(chunk: InspectedChunk, several: bool) -> Iterator[output.Paragraph]:
+def _chunk(chunk: InspectedChunk, several: bool, has_tables: bool) -> Iterator[output.Paragraph]:
     yield output.Paragraph(*_from(chunk), output.count(chunk.n_tokens, "token"), after=6, style="bold")
     runs = groupby(chunk.segments(), lambda segment: bool(segment[1]))
     yield _marked([("".join(text for text, _ in some), marked) for marked, some in runs], 3)
     for rank, near in enumerate(chunk.neighbours, 1):
         yield from shown_neighbour(near, rank, several)
-    if not chunk.neighbours:
+    if not chunk.neighbours and has_tables:
         yield output.Paragraph(f"({chunk.why_none()})", indent=3)
 
 

@@ -13,7 +13,7 @@ from retrotool.inspect.command import shown_neighbour
 
 if TYPE_CHECKING:
     from retrotool.inspect.show import Shown
-    from retrotool.reader import Document
+    from retrotool.reader import DocumentEntry
 
 DOCUMENTS_EPILOG = """\b
 Examples:
@@ -51,24 +51,23 @@ def documents_command(
         reader = open_store(store)
         found = reader.documents(with_sources(where, sources or ()), purged=purged)
         most = (0 if as_csv else _LIMIT) if limit is None else limit
-        some, ending = islice(found, most or None), {"more": False}
+        some, ending = islice(found, most or None), dict[str, bool]()
         if as_csv:
             kept = reader.kept_fields()
             rows = ([*(getattr(one, name) for name in _COLUMNS), *map(one.kept.get, kept)] for one in some)
             output.show_csv([*_COLUMNS, *kept], rows)
             return
 
-        output.show_each("documents", _listed(some, found, ending), as_json, _document, ending)
+        def listed() -> Iterator[DocumentEntry]:
+            yield from some
+            ending["more"] = next(found, None) is not None
+
+        output.show_each("documents", listed(), as_json, _document, ending)
         if ending["more"]:
             output.note("There are more: --limit 0 lists all.")
 
 
-def _listed(some: Iterator[Document], found: Iterator[Document], ending: dict[str, bool]) -> Iterator[Document]:
-    yield from some
-    ending["more"] = next(found, None) is not None
-
-
-def _document(one: Document) -> str:
+def _document(one: DocumentEntry) -> str:
     kept = [f"{name} {value}" for name, value in one.kept.items() if value is not None]
     state = [one.state] if one.state != "live" else []
     sizes = [output.count(one.n_chunks, "chunk"), output.count(one.n_tokens, "token")]
@@ -88,7 +87,9 @@ def show_command(
         from retrotool.inspect import show
 
         check_utf8("ID", name)
-        output.show(show.show(store, name), as_json, lambda found: output.laid_out(_paragraphs(found)), styled=True)
+        output.show(
+            show.show_item(store, name), as_json, lambda found: output.laid_out(_paragraphs(found)), styled=True
+        )
 
 
 def _paragraphs(found: Shown) -> Iterator[output.Paragraph]:

@@ -29,7 +29,6 @@ from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.index.index_records import index_record
 from retrotool.neighbours.retrieved import Pieces, read_pieces
-from retrotool.neighbours.stage import pick_table
 from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.neighbours.token_overlap import LONGEST, longest_common
 from retrotool.reader import Reader
@@ -162,7 +161,7 @@ class Inspector:
         ]
 
     def __iter__(self) -> Iterator[list[InspectedChunk]]:
-        size = max(_BLOCK // self._k, 1)
+        size = max(_BLOCK // max(self._k, 1), 1)
         with counting("inspect", "chunk", len(self._ids)) as report:
             for start in range(0, len(self._ids), size):
                 block = self._inspect(self._read(self._ids[start : start + size]))
@@ -177,7 +176,7 @@ class Inspector:
         for part, rows in rows_by_part(ids):
             groups, place = _row_groups(rows)
             chunks = parts.read_chunks(self._store, part, groups)
-            near = self._reader.read(part, self._k, groups)
+            near = self._reader.read(part, self._k, groups) if self._k else Found.nothing(len(chunks), 0)
             found.append((
                 chunks.tokens[place], chunks.n_tokens[place].astype(np.int64), chunks.key[place],
                 near.ids[place], near.distances[place], near.databases[place],
@@ -274,7 +273,7 @@ def _find_places(store: Store, ids: Ids) -> list[_Place]:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which chunks to show: one by its id, the keys of a document, or random ones. Exactly one is given."""
+    """Which chunks to show: one by its id, the keys of a document, or random ones, by default three."""
 
     chunk: int | None = None
     document: str | None = None
@@ -350,9 +349,8 @@ def inspect(
     """
     if page is not None:
         check_file("--html", page)
-    if [choice.chunk, choice.document, choice.random].count(None) != 2:
-        shown = command_line("inspect", root, random=3)
-        raise UsageError("give one of --chunk, --document and --random", f"To see some chunks: {shown}")
+    if [choice.chunk, choice.document, choice.random].count(None) < 2:
+        raise UsageError("give one of --chunk, --document and --random")
     if choice.random is not None and choice.random < 1:
         raise UsageError(f"--random {choice.random} is less than 1")
     return retry_overtaken(lambda: _inspect(Store.open(root), choice, table, k, page, keep))
@@ -361,8 +359,9 @@ def inspect(
 def _inspect(
     store: Store, choice: Choice, table: str | None, k: int | None, page: str | Path | None, keep: bool
 ) -> InspectResult:
-    neighbours = NeighbourReader(store, pick_table(store, table))
-    k = neighbours.choose_k(k)
+    has_any = table is not None or store.state.with_prefix("neighbours:")
+    neighbours = NeighbourReader(store, table if has_any else "")
+    k = neighbours.choose_k(k) if has_any else 0
     ids, chosen = _choose(store, neighbours, choice)
     length, tables = store.identity.chunk_length, []
     for member in neighbours.members:
@@ -387,8 +386,8 @@ def _inspect(
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:
-    if choice.random is not None:
-        return _draw(store, reader, choice.random, choice.seed)
+    if choice.chunk is None and choice.document is None:
+        return _draw(store, reader, choice.random or 3, choice.seed)
     view = Reader(store)
     if choice.chunk is not None:
         found, words = [_check_chunk(store, view, choice.chunk)], f"chunk {format_id(choice.chunk)}"

@@ -14,7 +14,7 @@ import numpy as np
 from retrotool.cli.command_lines import command_line
 from retrotool.errors import UsageError
 from retrotool.inspect.run import Choice, InspectedNeighbour, inspect
-from retrotool.reader import Document, Reader
+from retrotool.reader import DocumentEntry, Reader
 from retrotool.store import parts
 from retrotool.store.blocked import id_hashes, read_blocked
 from retrotool.store.parts import format_id, parse_id, split_id
@@ -40,13 +40,13 @@ class Shown:
 
     store: str
     commit: int
-    document: Document
+    document: DocumentEntry
     chunks: tuple[ShownChunk, ...]
     purges: dict[str, str]  # reasons by purge
     neighbours: tuple[InspectedNeighbour, ...]
 
 
-def show(root: str | Path, name: str) -> Shown:
+def show_item(root: str | Path, name: str) -> Shown:
     """Show a document by its id, or a chunk by ``part:row``, or by its number if no document has that id.
 
     If several documents have the id, a live one. ``UsageError`` if there is none, or it is erased.
@@ -69,7 +69,7 @@ def _show(store: Store, name: str) -> Shown:
     raise UsageError(f"the store has no document {name!r}{nor}", reader.did_you_mean(name))
 
 
-def _shown(store: Store, reader: Reader, document: Document, ids: parts.Ids) -> Shown:
+def _shown(store: Store, reader: Reader, document: DocumentEntry, ids: parts.Ids) -> Shown:
     some, records = Tombstones(ids), standing_purges(store.state)
     named = {purge: read_tombstones(store, purge).contains(ids) for purge in records if may_name(store, purge, some)}
     live, shown = reader.is_live(ids), list[ShownChunk]()

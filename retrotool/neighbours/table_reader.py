@@ -21,7 +21,7 @@ import numpy.typing as npt
 from retrotool.cli.command_lines import table_command
 from retrotool.errors import UsageError
 from retrotool.neighbours.retrieved import Pieces, read_pieces
-from retrotool.neighbours.stage import check_table, database_of, members_of, text_is_current
+from retrotool.neighbours.stage import check_table, database_of, members_of, pick_table, text_is_current
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText
@@ -40,6 +40,12 @@ class Found:
     ids: Ids  # −1: none
     distances: npt.NDArray[np.float32]  # squared L2; +inf: none
     databases: npt.NDArray[np.uint8]  # index of the database in the reader's ``databases``; 0 without a neighbour
+
+    @classmethod
+    def nothing(cls, n: int, k: int) -> Found:
+        """Return no neighbours of n chunks."""
+        ids = np.full((n, k), NO_NEIGHBOUR, np.int64)
+        return cls(ids, np.full(ids.shape, np.inf, np.float32), np.zeros(ids.shape, np.uint8))
 
     def take(self, rows: Ids) -> Found:
         """Return the neighbours of some of the chunks."""
@@ -60,20 +66,21 @@ class Member:
 class NeighbourReader:
     """Reads a table or mixture of a query store through the newest commits of its databases.
 
-    Raises ``UsageError`` if the table or a database is missing, as tombstones can't be applied without the
-    database. ``members`` are the tables, in the order of ``Found.databases``.
+    ``name`` is by default main, or the only one; "" stands for no table. Raises ``UsageError`` if the table
+    or a database is missing, as tombstones can't be applied without the database. ``members`` are
+    the tables, in the order of ``Found.databases``.
     """
 
-    def __init__(self, store: Store, name: str = "main") -> None:
-        self.store, self.name = store, name
+    def __init__(self, store: Store, name: str | None = None) -> None:
+        self.store, self.name = store, pick_table(store, name)
         self.members: tuple[Member, ...] = ()
-        for table, weight in members_of(store, name):
+        for table, weight in members_of(store, self.name) if self.name else ():
             database = database_of(store, table)[0]
             self.members += (Member(table, weight, database, read_tombstones(database), within=database is store),)
         self.databases = tuple(member.store for member in self.members)
         records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
-        self.k = int(records[0]["k"])  # neighbours per chunk by default
-        self.saved = min(int(record["saved"]) for record in records)  # most neighbours per chunk
+        self.k = int(records[0]["k"]) if records else 0  # neighbours per chunk by default
+        self.saved = min((int(record["saved"]) for record in records), default=0)  # most neighbours per chunk
 
     def choose_k(self, k: int | None) -> int:
         """Return ``k``, by default the table's. Raises ``UsageError`` if it is not from 1 to ``saved``."""
@@ -91,6 +98,8 @@ class NeighbourReader:
 
     def parts(self) -> list[int]:
         """Return the parts that have tables of all members, ascending."""
+        if not self.members:
+            return self.store.state.parts()
         of_each = [set(self.store.state.group("neighbours", member.table)) for member in self.members]
         return sorted(int(slot) for slot in set.intersection(*of_each))
 

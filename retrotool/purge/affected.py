@@ -28,7 +28,7 @@ from retrotool.cli.result_files import check_file, written
 from retrotool.embed.search_scope import count_live_keys, is_same_store
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
-from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of
+from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of, pick_table
 from retrotool.purge.purged_chunks import check_purge, find_purge
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
@@ -123,7 +123,7 @@ class _Table:
 
 
 def affected(
-    root: str | Path, table: str = "main", purges: Sequence[str] = (), *, out: str | Path | None = None
+    root: str | Path, table: str | None = None, purges: Sequence[str] = (), *, out: str | Path | None = None
 ) -> AffectedResult:
     """Find the chunks of the store ``root`` that have chunks of ``purges`` (default: of all) as neighbours.
 
@@ -133,6 +133,7 @@ def affected(
     if out is not None:
         check_file("--out", out, new=True)
     store = Store.open(root)
+    table = pick_table(store, table)
     members = [(member, *database_of(store, member)) for member, _ in members_of(store, table)]
     k, saved = int(members[0][2]["k"]), max(int(record["saved"]) for *_, record in members)
     databases = [database for _, database, _ in members]

@@ -17,11 +17,11 @@ from retrotool.cli.options import (
     Device,
     Json,
     StoreArgument,
+    TableOption,
     arg,
     at_file,
     at_files,
     complete_purges,
-    complete_tables,
     first_device,
     opt,
     parse_shard,
@@ -447,7 +447,7 @@ def affected_command(
     purges: Annotated[
         list[str] | None, arg("Ids of purges of the database; last is the newest. Default: all.", metavar="[PURGE]...")
     ] = None,
-    table: Annotated[str, opt("Neighbour tables of the store.", metavar="NAME", complete=complete_tables)] = "main",
+    table: TableOption = None,
     out: Annotated[Path | None, opt("Write all affected chunks here, as JSON lines.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import shlex
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
 from retrotool.cli.command_lines import SHOWN
-from retrotool.cli.options import Device, IndexOption, Json, StoreArgument, arg, check_utf8, opt
+from retrotool.cli.options import (
+    Device,
+    IndexOption,
+    Json,
+    SourceOption,
+    StoreArgument,
+    WhereOption,
+    arg,
+    at_file,
+    check_utf8,
+    opt,
+    read_given_lines,
+)
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.store.store import retry_overtaken
 
@@ -21,6 +34,8 @@ EPILOG = """\b
 Examples:
   retrotool search store "how do I open a file for reading?"
   retrotool search store "file objects" -k 3 --json
+  retrotool search store "file objects" --source a --where "n_chunks > 1"
+  retrotool search store @questions.txt
   retrotool search store "file objects" --index precise --nprobe 64 --rerank 200"""
 
 _MOST = 1 << 40
@@ -47,19 +62,30 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
-    """Result of a search, see ``docs/json.md``."""
+class Answer:
+    """The chunks that were found for a query."""
 
+    query: str
     results: list[FoundChunk]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Result of a search, see ``docs/json.md``: ``queries`` of a file, else ``results``."""
+
+    results: list[FoundChunk] | None
     missing: Missing | None = None
     not_indexed: int = 0
     next: tuple[str, ...] = ()
+    queries: list[Answer] | None = None
 
 
 def command(
     store: StoreArgument,
-    text: Annotated[str, arg("What to search for.", metavar="TEXT")],
+    text: Annotated[str, arg("What to search for; @FILE (@- standard input): one query a line.", metavar="TEXT")],
     k: Annotated[int, opt("Number of chunks to show.", "-k", metavar="K", least=1, most=1000)] = SHOWN,
+    where: WhereOption = None,
+    sources: SourceOption = None,
     index: IndexOption = None,
     nprobe: Annotated[int | None, opt("Lists to probe.  [default: as tuned]", metavar="N", least=1, most=_MOST)] = None,
     rerank: Annotated[
@@ -76,22 +102,30 @@ def command(
         from retrotool.embed.search_scope import count_left
         from retrotool.index.searching import commands_to_index
         from retrotool.reader import open_store
+        from retrotool.store.expressions import with_sources
         from retrotool.store.identity import is_store
         from retrotool.store.storage import storage_at
 
         if not text.strip():
             raise UsageError("TEXT is empty")
         check_utf8("TEXT", text)
+        given = at_file(text)
+        many = isinstance(given, Path)
+        lines = read_given_lines("TEXT", given, "query") if isinstance(given, Path) else [given]
+        texts = [line for line in lines if line.strip()]
+        filtered = with_sources(where, sources or ())
 
-        def attempt() -> tuple[list[Neighbour], Database, int]:
+        def attempt() -> tuple[list[list[Neighbour]], Database, int]:
             if not is_store(storage_at(store)) and is_store(storage_at(text)):
                 swapped = shlex.join(["retrotool", "search", text, store])
                 raise StoreNotFoundError(f"{store} is not a store, but {text} is", f"Give the store first: {swapped}")
             reader = open_store(store)
             encoder = reader.load_encoder(index, devices)
-            allow = allow_missing_shards
-            found = reader.search(text, k, index, encoder, nprobe=nprobe, rerank=rerank, allow_missing=allow)
-            database = reader.database(index, allow_missing=allow)
+            found = reader.search_many(
+                texts, k, index, encoder, where=filtered, nprobe=nprobe, rerank=rerank,
+                allow_missing=allow_missing_shards,
+            )  # fmt: skip
+            database = reader.database(index, allow_missing=allow_missing_shards)
             return found, database, count_left(database.store, database.held(), database.tombstones)
 
         found, database, left = retry_overtaken(attempt)
@@ -100,13 +134,12 @@ def command(
         share = lost / max(database.vectors_in_log, 1)
         missing = Missing([entry.path for entry in broken], lost, share) if broken else None
         then = commands_to_index(database.store, database.encoder, database.name) if left else []
-        results = [
-            FoundChunk(
-                n.id, n.distance, n.chunk.document, n.chunk.text, n.continuation.text if n.continuation else None
-            )
-            for n in found
-        ]
-        output.show(Results(results, missing, left, tuple(then)), as_json, _text)
+        answers = [Answer(query, list(map(_found, near))) for query, near in zip(texts, found, strict=True)]
+        results, queries = (None, answers) if many else (answers[0].results, None)
+        output.show(Results(results, missing, left, tuple(then), queries), as_json, _text)
+        if 0 < (fewest := min(map(len, found))) < k:
+            what = "match --where and --source" if filtered else "are in the index"
+            output.note(f"Fewer than {k}: only {output.count(fewest, 'live chunk')} {what}.")
         if left:
             are = "is" if left == 1 else "are"
             commands = "".join(f"\n  {command}" for command in then)
@@ -119,13 +152,25 @@ def command(
             )
 
 
+def _found(near: Neighbour) -> FoundChunk:
+    continuation = near.continuation.text if near.continuation else None
+    return FoundChunk(near.id, near.distance, near.chunk.document, near.chunk.text, continuation)
+
+
 def _text(found: Results) -> str:
-    if not found.results:
-        return "Nothing found: the index has no live chunks."
+    if found.queries is None:
+        return _results(found.results or [])
+    blocks = (f"{output.one_line(answer.query)}\n{_results(answer.results)}" for answer in found.queries)
+    return "\n\n".join(blocks)
+
+
+def _results(results: list[FoundChunk]) -> str:
+    if not results:
+        return "Nothing found: no live chunk is in the index, or none matches."
     from retrotool.store.parts import format_id
 
     blocks = []
-    for place, result in enumerate(found.results, 1):
+    for place, result in enumerate(results, 1):
         document = output.one_line(result.document)
         blocks.append(f"{place}. distance {result.distance:.4f}  chunk {format_id(result.id)}  document {document}")
         blocks.append(_wrapped(result.text))

@@ -64,7 +64,7 @@ class _Start:
 
 
 class RetroDataset(IterableDataset[Item]):
-    """The sequences of a store, with the neighbours ``name`` of their chunks.
+    """The sequences of a store with the neighbours ``name`` (default: main, or the only ones) of chunks.
 
     Each item is a dict of tensors, of s = ``sequence_length`` tokens in u = s / chunk_length slots:
 
@@ -102,7 +102,7 @@ class RetroDataset(IterableDataset[Item]):
     def __init__(
         self,
         store: str | Path,
-        name: str = "main",
+        name: str | None = None,
         sequence_length: int = 2048,
         k: int | None = None,
         *,
@@ -126,10 +126,11 @@ class RetroDataset(IterableDataset[Item]):
         self.rank, self.world_size = _own_rank() if rank is None or world_size is None else (rank, world_size)
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"rank {self.rank} is not between 0 and world_size - 1 = {self.world_size - 1}")
-        self.path, self.name, self.sequence_length = str(store), name, sequence_length
+        self.path, self.sequence_length = str(store), sequence_length
         self.batch_size, self.packed, self.shuffle, self.seed = batch_size, packed, shuffle, seed
         self.shuffle_blocks, self.drop_last = shuffle_blocks, drop_last
         reader = TrainingReader(self.path, name, k)
+        self.name = reader.rows.reader.name
         length = reader.store.identity.chunk_length
         if sequence_length < length or sequence_length % length:
             raise UsageError(f"sequence_length={sequence_length} is not a multiple of the chunk length, {length}")
@@ -422,7 +423,7 @@ def _mask(counts: npt.NDArray[Any], length: int) -> npt.NDArray[np.bool_]:
 class TrainingReader:
     """Reads blocks of a store with the neighbours ``name``, at the newest commit."""
 
-    def __init__(self, path: str, name: str, k: int | None) -> None:
+    def __init__(self, path: str, name: str | None, k: int | None) -> None:
         self._path, self._name, self._k = path, name, k
         self._open()
 
@@ -441,7 +442,7 @@ class TrainingReader:
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         parts_of = f"(of {len(self.store.state.parts()):,}) of {self.store.place}"
         those = f"part {shown} {parts_of} has" if len(missing) == 1 else f"parts {shown} {parts_of} have"
-        raise UsageError(f"{those} no neighbours {self._name!r}", reader.advice())
+        raise UsageError(f"{those} no neighbours {reader.name!r}", reader.advice())
 
     def read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
         """Read the rows of blocks, and the index of the row in each slot of sequences, int64 [n, slots].

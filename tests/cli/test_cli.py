@@ -37,6 +37,7 @@ from retrotool.index import command as index_command
 from retrotool.info import command as info_command
 from retrotool.info import doctor_command, log_command, verify_command
 from retrotool.inspect import command as inspect_command
+from retrotool.inspect import documents_command
 from retrotool.leakage import command as leakage_command
 from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import command as plan_command
@@ -48,7 +49,8 @@ from retrotool.train.dataset import RetroDataset
 
 COMMANDS = {
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
-    "search": search_command, "inspect": inspect_command, "leakage": leakage_command,
+    "search": search_command, "documents": documents_command, "show": documents_command,
+    "inspect": inspect_command, "leakage": leakage_command,
     "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
     "affected": purge_command, "export": export_command, "info": info_command,
     "log": log_command, "verify": verify_command, "repair": repair_command, "plan": plan_command,
@@ -72,7 +74,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 def examples(command: str) -> list[str]:
     module = COMMANDS[command]
-    epilog = getattr(module, f"{command.upper()}_EPILOG", module.EPILOG)
+    epilog = getattr(module, f"{command.upper()}_EPILOG", None) or module.EPILOG
     return re.findall(r"^  (retrotool .*)$", epilog, re.MULTILINE)
 
 
@@ -111,6 +113,7 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
     ]
     pq.write_table(pa.Table.from_pylist(papers), tmp_path / "papers.parquet")
     (tmp_path / "takedown.txt").write_text("doc-3\n\n10/4\n")
+    (tmp_path / "questions.txt").write_text("Which valley has a river?\nWho reads the page?\n")
     write_jsonl(tmp_path / "pairs.jsonl", [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(5)])
     write_megatron(tmp_path / "wiki", [[2003 + i, 2004, 102] for i in range(4)])
     shutil.copytree(tiny_encoder, tmp_path / "models" / "bert-base-uncased")
@@ -138,8 +141,8 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
-        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "purge", "erase", "receipt",
-        "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
+        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "documents", "show", "purge",
+        "erase", "receipt", "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
     yield from sorted(

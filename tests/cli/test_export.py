@@ -22,6 +22,7 @@ import retrotool
 from retrotool import api
 from retrotool.export import run as exported
 from retrotool.export.run import ExportResult
+from retrotool.info.run import Info
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.reader import Chunk, Reader
@@ -70,14 +71,19 @@ class Case:
     def near(self, chunk: int) -> list[Near]:
         """Its neighbours: of a mixture by distance over weight, and then in the order of the tables."""
         reader = open_once(self.store)
-        found = []
+        found, about = [], facts_of(self.store).neighbours
         for number, (table, weight) in enumerate(self.tables):
-            for n in reader.neighbours(chunk, table, k=20):
+            for n in reader.neighbours(chunk, table, k=about[table]["saved"]):
                 following = [] if n.continuation is None else n.continuation.tokens.tolist()
                 near = Near(number, n.id, n.distance, n.chunk.tokens.tolist(), following)
                 found.append((np.float32(n.distance) / np.float32(weight), number, near))
         found.sort(key=lambda one: one[:2])
         return [near for _, _, near in found][: self.k]
+
+
+@functools.cache
+def facts_of(store: Path) -> Info:
+    return api.info(store)
 
 
 @functools.cache

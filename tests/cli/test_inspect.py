@@ -190,7 +190,6 @@ def test_a_value_and_a_chunk_alone_are_reported(tmp_path: Path, tiny_encoder: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: give one of --chunk, --document and --random"),
         (["--chunk", "1", "--random", "2"], "error: give one of --chunk, --document and --random"),
         (["--chunk", "1", "--seed", "2"], "error: --seed needs --random"),
         (["--chunk", "x"], "--chunk"),
@@ -240,10 +239,24 @@ def test_with_a_page_text_has_the_figures_alone_and_json_has_all(built_store: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_a_store_alone_is_answered_with_a_command(built_store: Path, tmp_path: Path) -> None:
-    code, _, err = run(built_store)
-    assert code == 2 and f"To see some chunks: retrotool inspect {built_store} --random 3" in err
-    assert run(built_store, "--random", 3)[0] == 0
+def test_a_store_alone_shows_three_random_chunks(built_store: Path) -> None:
+    assert run(built_store) == run(built_store, "--random", 3)
+    assert json.loads(run(built_store, "--json")[1])["shown"] == 3
+
+
+def test_without_neighbours_chunks_are_shown_with_the_command_that_makes_them(tmp_path: Path, corpus: Path) -> None:
+    store = tmp_path / "store"
+    api.chunk(store, [str(corpus)])
+    code, out, err = run(store, "--document", "doc-7")
+    reader = retrotool.open(store)
+    assert (code, err) == (0, "")
+    assert f"No neighbours yet. Compute them: retrotool neighbours {store}" in " ".join(out.split())
+    for chunk in reader.document("doc-7"):
+        assert unwrapped(reader.chunk(chunk).text) in unwrapped(out)
+    assert "distance" not in out and "No neighbours: none was found" not in out
+    page = tmp_path / "page.html"
+    assert run(store, "--random", 5, "--html", page)[0] == 0 and page.read_text().count("<article") == 5
+    assert run(store, "--table", "other")[0] == 2
 
 
 def test_the_only_table_is_taken(store_copy: Path, tmp_path: Path) -> None:

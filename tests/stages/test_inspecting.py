@@ -256,7 +256,6 @@ def test_a_name_or_a_part_without_a_table_names_the_command(
 @pytest.mark.parametrize(
     ("choice", "k", "message"),
     [
-        (Choice(), None, "give one of --chunk"),
         (Choice(chunk=1, random=1), None, "give one of --chunk"),
         (Choice(random=0), None, "--random 0"),
         (Choice(chunk=1 << 40), None, "the store has no chunk"),

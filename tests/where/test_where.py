@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from retrotool import api
 from retrotool.errors import UsageError
-from retrotool.store.expressions import Where
 from retrotool.sources import Fields
+from retrotool.store.expressions import Where
 
 SCHEMA = pa.schema([("a", pa.string()), ("b-c.d", pa.string()), ("odd name", pa.string()), ("n", pa.int64())])
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {

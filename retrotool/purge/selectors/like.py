@@ -34,13 +34,14 @@ from retrotool.ann.matmul import one_thread
 from retrotool.ann.ranking import exact_distances
 from retrotool.chunk.chunker import cut_chunks
 from retrotool.cli.command_lines import command_line, embed_command
+from retrotool.cli.options import read_given_file
 from retrotool.embed.search_scope import pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import EncoderRows, load_encoder
 from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.index.index_records import default_index, index_record
 from retrotool.lazy import torch
-from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock, read_selector_file
+from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
@@ -100,7 +101,7 @@ def near(store: Store, given: str | Path, within: float | None, encoder: str | N
     if not (math.isfinite(within) and within >= 0):
         raise UsageError(f"--within {within} is not a distance", "Give 0 or more, as retrotool search prints it.")
     is_file = isinstance(given, Path)
-    text = read_selector_file("--like", given) if is_file else str(given)
+    text = read_given_file("--like", given) if is_file else str(given)
     if not text.strip():
         raise UsageError(f"--like: {given} has no text" if is_file else "--like: the text is empty")
     searched = index_record(store.state, default_index(store.state))

@@ -15,7 +15,6 @@ document.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -25,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.cli.options import check_utf8
+from retrotool.cli.options import check_utf8, read_given_lines
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.ngrams import pairs_of_ranges
 from retrotool.store import parts
@@ -112,7 +111,7 @@ def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROW
 
 
 Rows = npt.NDArray[np.int64]
-_BOM, _STDIN = b"\xef\xbb\xbf", "standard input"
+_STDIN = "standard input"
 """The byte order mark that editors on Windows write."""
 
 
@@ -227,38 +226,9 @@ def read_values(option: str, given: Values, what: str) -> tuple[GivenValue, ...]
     found: list[GivenValue] = []
     for one in several:
         if isinstance(one, Path):
-            lines, place = enumerate(read_selector_lines(option, one, what), 1), _STDIN if str(one) == "-" else one
+            lines, place = enumerate(read_given_lines(option, one, what), 1), _STDIN if str(one) == "-" else one
             found += (GivenValue(line, f"{place}, line {number:,}") for number, line in lines if line.strip())
         else:
             check_utf8(option, str(one))
             found.append(GivenValue(str(one)))
     return tuple(found)
-
-
-def read_selector_file(option: str, path: str | Path) -> str:
-    """Read a file, or standard input ("-"), in UTF-8 with or without a byte order mark.
-
-    ``UsageError`` if it can't be read, with the line that is not UTF-8.
-    """
-    try:
-        data = (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).removeprefix(_BOM)
-    except OSError as error:
-        raise UsageError(f"{option} {path} can't be read: {error.strerror or error}", "Nothing was purged.") from error
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{option} {path} can't be read: line {line:,} is not UTF-8", "Save it as UTF-8.") from error
-
-
-def read_selector_lines(
-    option: str, path: str | Path, what: str, *, says: Callable[[str], object] = str.strip
-) -> tuple[str, ...]:
-    """Read the lines of a file, without line ends.
-
-    ``UsageError`` if no line has a ``what``, that is, ``says`` is false for all of them.
-    """
-    lines = tuple(line.removesuffix("\r") for line in read_selector_file(option, path).split("\n"))
-    if not any(map(says, lines)):
-        raise UsageError(f"{option} {path} has no {what}", f"Give a file with one {what} per line.")
-    return lines

@@ -37,8 +37,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrotool.cli.options import read_given_lines
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock, read_selector_lines
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock
 from retrotool.ranges import expand_ranges
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, stored_tokenizer
@@ -194,7 +195,7 @@ _BATCH = 1000
 def read_terms(path: Path) -> tuple[str, ...]:
     """Read terms from a UTF-8 file, one per line; blank lines and lines with ``#`` first are skipped."""
     terms = []
-    for number, line in enumerate(read_selector_lines("--terms", path, "term", says=_is_term), 1):
+    for number, line in enumerate(read_given_lines("--terms", path, "term", says=_is_term), 1):
         if not _is_term(line):
             continue
         term = line.strip()
