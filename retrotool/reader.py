@@ -54,7 +54,7 @@ class Chunk:
     id: int
     document: str
     index: int  # its position in the document, from 0
-    tokens: npt.NDArray[Any] = field(repr=False)  # without padding
+    tokens: npt.NDArray[Any] = field(repr=False, compare=False)  # without padding
     text: str
     key: bool = True  # False: of the value of a key-value record, which is never searched
 

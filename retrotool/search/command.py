@@ -138,8 +138,8 @@ def command(
         results, queries = (None, answers) if many else (answers[0].results, None)
         output.show(Results(results, missing, left, tuple(then), queries), as_json, _text)
         if 0 < (fewest := min(map(len, found))) < k:
-            what = "match --where and --source" if filtered else "are in the index"
-            output.note(f"Fewer than {k}: only {output.count(fewest, 'live chunk')} {what}.")
+            what = "--where and --source leave" if filtered else "the index has"
+            output.note(f"Fewer than {k}: {what} {output.count(fewest, 'live chunk')}.")
         if left:
             are = "is" if left == 1 else "are"
             commands = "".join(f"\n  {command}" for command in then)

@@ -152,6 +152,10 @@ class RetroDataset(IterableDataset[Item]):
         self._begin = self._at = _Start()
         self._publish(loaded=False)
 
+    def __repr__(self) -> str:
+        shape = f"{self.sequences} sequences of {self.sequence_length} tokens, k={self.k}"
+        return f"<RetroDataset of {self.path}: {shape}, rank {self.rank} of {self.world_size}>"
+
     @property
     def sequences(self) -> int:
         """Number of sequences of an epoch, over all ranks."""

@@ -30,6 +30,7 @@ from retrotool.chunk.chunk_plan import chunks_of
 from retrotool.chunk.chunker import id_hash
 from retrotool.engine.task import Report
 from retrotool.purge.selectors.selector import GivenValue
+from retrotool.reader import Reader
 from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.parts import Chunks, Ids, parse_id, split_id
@@ -101,7 +102,7 @@ def select_documents(
         others = f", nor {len(unknown) - 1:,} more of these" if len(unknown) > 1 else ""
         raise name.error(
             f"the store has no document {name.text[:100]!r}{others}",
-            "Nothing was purged. Leave out unknown ids and run the command again.",
+            Reader(store).did_you_mean(name.text) or "Nothing was purged. Leave out unknown ids and run it again.",
         )
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
