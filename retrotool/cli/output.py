@@ -64,6 +64,7 @@ def show_each(
     if not as_json:
         for result in results:
             sys.stdout.write(visible(_printable(text(result))) + "\n")
+        sys.stdout.flush()
         return
     sys.stdout.write(f'{{"{name}":[')
     separator, ending = "", {} if ending is None else ending

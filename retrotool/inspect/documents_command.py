@@ -63,7 +63,7 @@ def documents_command(
             ending["more"] = next(found, None) is not None
 
         output.show_each("documents", listed(), as_json, _document, ending)
-        if ending["more"]:
+        if ending["more"] and not as_json:
             output.note("There are more: --limit 0 lists all.")
 
 

@@ -258,6 +258,8 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         ("inspect", [store, "--random", 3]),
         ("export", [store, tmp_path / "exported"]),
         ("search", [store, "store index table", "--devices", "cpu"]),
+        ("documents", [store]),
+        ("show", [store, "0:1"]),
         ("leakage", [store, "--queries", store]),
         ("purge", [store, "--document", "doc-8", "--reason", "test", "--yes"]),
         ("affected", [store]),

@@ -81,6 +81,7 @@ def test_from_hugging_face(here: Path) -> None:
         pytest.param("index-a-store.md", marks=ON_DISK),
         pytest.param("repair-a-store.md", marks=ON_DISK),
         "measure-leakage.md",
+        "look-at-a-store.md",
         "look-at-neighbours.md",
         "export-neighbours.md",
         "train-a-model.md",
