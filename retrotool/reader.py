@@ -242,7 +242,8 @@ class Reader:
         """
         wanted = None if where is None else Where.checked(self._store, where)
         states = ("partly purged", "purged", "duplicate") if purged else ("live", "partly purged")
-        tables = ((part, table) for part in self.parts() for table in self._read_documents(part))
+        files = ((part, parts.part_entry(self._store, "documents", part)) for part in self.parts())
+        tables = ((part, table) for part, entry in files for table in parts.read_tables(self._store, entry))
         some = ((part, table if wanted is None else table.filter(wanted.mask(table))) for part, table in tables)
         return (one for part, table in some for one in self._describe(part, table) if one.state in states)
 
@@ -252,7 +253,7 @@ class Reader:
         names = dict.fromkeys(name for one in entries for name in parts.read_schema(self._store, one).names)
         return [name for name in names if name not in parts.RESERVED_COLUMNS]
 
-    def find_documents(self, name: str) -> list[DocumentEntry]:
+    def documents_named(self, name: str) -> list[DocumentEntry]:
         """Return the documents of an id, live ones first; also purged ones and duplicates."""
         found = (self._document_at(part, place) for part, place in self._places(name))
         return sorted(found, key=lambda one: one.state not in ("live", "partly purged"))
@@ -264,12 +265,7 @@ class Reader:
         return self._document_at(part, int(np.searchsorted(first, row, side="right")) - 1)
 
     def _document_at(self, part: int, place: int) -> DocumentEntry:
-        return next(self._describe(part, pa.concat_tables(self._read_documents(part)).slice(place, 1)))
-
-    def _read_documents(self, part: int) -> Iterator[pa.Table]:
-        entry = parts.part_entry(self._store, "documents", part)
-        names = parts.read_schema(self._store, entry).names
-        return parts.read_tables(self._store, entry, [name for name in names if name not in ("key", "text_hash")])
+        return next(self._describe(part, parts.read_documents(self._store, part).slice(place, 1)))
 
     def _describe(self, part: int, table: pa.Table) -> Iterator[DocumentEntry]:
         first = table["first_row"].to_numpy()
@@ -277,13 +273,14 @@ class Reader:
         several = (self._tombstones.rows(part), self._rejected().rows(part))
         counts = [np.searchsorted(rows, last) - np.searchsorted(rows, first) for rows in several]
         for row, purged, repeated in zip(table.to_pylist(), *(one.tolist() for one in counts), strict=True):
-            own = [row.pop(name) or "" for name in ("id", "source", "input")]
-            part_row, n, n_tokens, position = map(row.pop, ("first_row", "n_chunks", "n_tokens", "position"))
-            whole = "erased" if not own[0] else "duplicate" if repeated == n else "purged"
+            n, name = row["n_chunks"], row["id"] or ""
+            whole = "erased" if not name else "duplicate" if repeated == n else "purged"
             state = "live" if not purged else whole if purged == n else "partly purged"
+            kept = {name: value for name, value in row.items() if name not in parts.RESERVED_COLUMNS}
             yield DocumentEntry(
-                own[0], own[1], parts.join_id(part, part_row), n, n_tokens, own[2], position or 0, state, kept=row
-            )
+                name, row["source"] or "", parts.join_id(part, row["first_row"]), n, row["n_tokens"],
+                row["input"] or "", row["position"] or 0, state, kept,
+            )  # fmt: skip
 
     def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
         """Return the ids of a part's live chunks, ascending; not all need be keys (``is_searchable``)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 import shutil
@@ -53,13 +54,10 @@ def one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).translate(_CONTROLS)
 
 
-def show_each(
-    name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str], ending: dict[str, Any] | None = None
-) -> None:
+def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[Any], str]) -> None:
     """Print results (dataclasses) as they come: one JSON object with a list ``name``, or lines of ``text``.
 
-    The JSON object ends with the fields that ``ending`` has by then. An error ends the command as usual; the
-    JSON object then ends with the fields of the error.
+    An error ends the command as usual; the JSON object then also has the fields of the error.
     """
     if not as_json:
         for result in results:
@@ -67,7 +65,7 @@ def show_each(
         sys.stdout.flush()
         return
     sys.stdout.write(f'{{"{name}":[')
-    separator, ending = "", {} if ending is None else ending
+    separator, ending = "", {}
     try:
         for result in results:
             sys.stdout.write(separator + _json(asdict(result)))
@@ -81,10 +79,11 @@ def show_each(
 
 
 def show_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    r"""Print CSV on stdout: RFC 4180 with ``\n`` line ends; booleans are true or false."""
+    r"""Print CSV (RFC 4180, ``\n`` line ends); booleans are true or false, control characters are escaped."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([str(cell).lower() if isinstance(cell, bool) else cell for cell in row] for row in rows)
+    for row in itertools.chain([header], rows):
+        cells = (str(cell).lower() if isinstance(cell, bool) else cell for cell in row)
+        writer.writerow([visible(cell) if isinstance(cell, str) else cell for cell in cells])
 
 
 def _json(fields: dict[str, Any]) -> str:

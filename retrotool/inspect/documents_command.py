@@ -34,13 +34,14 @@ def documents_command(
     where: WhereOption = None,
     sources: SourceOption = None,
     purged: Annotated[bool, opt("List what is purged, also in part, and duplicates instead.", "--purged")] = False,
-    limit: Annotated[int | None, opt("List N; 0: all.  [default: 20, with --csv all]", metavar="N", least=0)] = None,
+    limit: Annotated[int | None, opt("List N, 0: all.  [default: 20, as text]", metavar="N", least=0)] = None,
     as_csv: Annotated[bool, opt("Print CSV, with a column for each kept field.", "--csv")] = False,
     as_json: Json = False,
 ) -> None:
     """List the documents of a store, with source, size and kept fields.
 
-    --where takes id, source, n_chunks, n_tokens, input, position and kept fields, as in purge --where.
+    --where takes id, source, n_chunks, n_tokens, input, position and kept fields, as in purge --where. 20
+    documents are listed as text, all as JSON or CSV.
     """
     with output.errors(as_json):
         from retrotool.reader import open_store
@@ -50,20 +51,14 @@ def documents_command(
             raise UsageError("--csv and --json can't be combined", "Give one of them.")
         reader = open_store(store)
         found = reader.documents(with_sources(where, sources or ()), purged=purged)
-        most = (0 if as_csv else _LIMIT) if limit is None else limit
-        some, ending = islice(found, most or None), dict[str, bool]()
+        some = islice(found, _LIMIT if limit is None and not (as_csv or as_json) else limit or None)
         if as_csv:
             kept = reader.kept_fields()
             rows = ([*(getattr(one, name) for name in _COLUMNS), *map(one.kept.get, kept)] for one in some)
             output.show_csv([*_COLUMNS, *kept], rows)
             return
-
-        def listed() -> Iterator[DocumentEntry]:
-            yield from some
-            ending["more"] = next(found, None) is not None
-
-        output.show_each("documents", listed(), as_json, _document, ending)
-        if ending["more"] and not as_json:
+        output.show_each("documents", some, as_json, _document)
+        if not as_json and next(found, None) is not None:
             output.note("There are more: --limit 0 lists all.")
 
 

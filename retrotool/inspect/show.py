@@ -58,7 +58,7 @@ def _show(store: Store, name: str) -> Shown:
     reader, chunk = Reader(store), parse_id(name)
     part, row = (-1, 0) if chunk is None else split_id(chunk)
     is_chunk = store.state.is_live(part) and row < parts.part_entry(store, "chunks", part).rows
-    if not (is_chunk and ":" in name) and (found := reader.find_documents(name)):
+    if not (is_chunk and ":" in name) and (found := reader.documents_named(name)):
         return _shown(store, reader, found[0], np.arange(found[0].n_chunks) + found[0].first_chunk)
     if is_chunk and chunk is not None:
         return _shown(store, reader, reader.document_of(chunk), np.array([chunk]))

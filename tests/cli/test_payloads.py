@@ -7,6 +7,8 @@ does not have.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import unicodedata
 from collections.abc import Iterator
@@ -73,6 +75,8 @@ def commands() -> Iterator[list[str]]:
     yield from (
         ["info", "STORE"], ["info", "STORE", "--documents"], ["info", "STORE", "--files"], ["log", "STORE"],
         ["verify", "STORE"], ["verify", "STORE", "--log"], ["search", "STORE", SHARED, "-k", "60"],
+        ["documents", "STORE", "--limit", "0"], ["documents", "STORE", "--where", "kept = '\x1b'"],
+        ["show", "STORE", f"3 {PAYLOADS[3]}"], ["show", "STORE", "0:1"], ["show", "STORE", "\x1b\u202e"],
         ["inspect", "STORE", "--random", "60"], ["leakage", "STORE", "--queries", "STORE"],
         ["index", "STORE", "--evaluate"], ["chunk", "STORE", "FILE", "--dry-run"], ["chunk", "STORE2", "FILE"],
         ["embed", "STORE"], ["neighbours", "STORE"], ["export", "STORE", "OUT"], ["affected", "STORE"],
@@ -107,6 +111,12 @@ def test_no_payload_reaches_a_terminal(hostile: Path, tmp_path: Path, as_json: b
         if as_json and len(line) > 1 and done.stdout:
             json.loads(done.stdout)
     assert printed > 10, "what is hostile is shown, escaped"
+
+
+def test_csv_is_escaped_too(hostile: Path) -> None:
+    done = CliRunner().invoke(app, ["documents", str(hostile), "--csv"])
+    check(done.stdout)
+    assert "\\x1b" in done.stdout and list(csv.reader(io.StringIO(done.stdout)))[-1][-2:] == ["live", HTML[-1]]
 
 
 def test_json_has_the_characters_themselves(hostile: Path) -> None:
