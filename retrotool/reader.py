@@ -406,10 +406,12 @@ class Reader:
                 raise UsageError("the text to search for is not Unicode")
         if where is not None:
             database = self._restricted(index, where, allow_missing, nprobe is None and rerank is None)
-        search: Callable[[Queries, int], Best] = database.search
+        search: Callable[[Queries, int], Best]
         if isinstance(database, Database):
             point = Point(nprobe or database.point.nprobe, rerank or database.point.depth)
             search = partial(database.search, point=point)
+        else:
+            search = partial(database.search, only=self.database(index, allow_missing=allow_missing).held())
         found = list[list[Neighbour]]()
         for start in range(0, len(texts), _QUERIES):
             rows = list(map(loaded.tokenize_query, texts[start : start + _QUERIES]))

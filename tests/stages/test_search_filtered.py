@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_rows, make_text
+from conftest import make_rows, make_text, write_jsonl
 from oracle import Plain, read_plain
 from stored import copy_store
 from typer.testing import CliRunner
@@ -154,3 +154,16 @@ def test_an_encoder_is_loaded_once(purged: Path, monkeypatch: pytest.MonkeyPatch
         reader.search("a river", 1)
         reader.refresh()
     assert len(loads) == 1
+
+
+def test_chunks_that_are_not_in_the_index_are_not_found_with_a_filter_either(
+    built_store: Path, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    store = copy_store(built_store, tmp_path / "store")
+    api.chunk(store, [str(write_jsonl(tmp_path / "new.jsonl", [{"id": "new", "text": TEXTS[0], "source": "a"}]))])
+    api.embed(store, encoder=str(tiny_encoder))
+    found = run(store, TEXTS[0], "--source", "a", "--json")
+    assert json.loads(found.out)["not_indexed"] == 1 and "Not searched: 1 chunk" in found.err
+    assert "new" not in {one["document"] for one in json.loads(found.out)["results"]}
+    api.index(store)
+    assert json.loads(run(store, TEXTS[0], "--source", "a", "--json").out)["results"][0]["document"] == "new"

@@ -100,9 +100,10 @@ def select_documents(
         unknown = {text for text, is_known in zip(wanted, seen, strict=True) if not is_known}
         name = next(name for name in names if name.text in unknown)
         others = f", nor {len(unknown) - 1:,} more of these" if len(unknown) > 1 else ""
+        near = Reader(store).did_you_mean(name.text)
         raise name.error(
             f"the store has no document {name.text[:100]!r}{others}",
-            Reader(store).did_you_mean(name.text) or "Nothing was purged. Leave out unknown ids and run it again.",
+            f"{near} Nothing was purged. Leave out unknown ids and run the command again.".lstrip(),
         )
     return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
