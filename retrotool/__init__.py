@@ -9,15 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from importlib.metadata import version
-
     from retrotool import api as api
     from retrotool import errors as errors
     from retrotool.reader import Reader as Reader
     from retrotool.reader import open_store as open  # noqa: A004 - it is called as retrotool.open
     from retrotool.train.dataset import RetroDataset as RetroDataset
 
-    __version__ = version("retrotool")
+    __version__: str
 
 __all__ = ["Reader", "RetroDataset", "__version__", "api", "errors", "open"]
 _PLACES = {"Reader": "reader:Reader", "RetroDataset": "train.dataset:RetroDataset", "open": "reader:open_store"}
