@@ -39,7 +39,8 @@ def near(store: Path, name: str = "main") -> list[list[int]]:
     """Ids of all live neighbours of all live chunks, nearest first."""
     reader = retrotool.open(store)
     ids = [int(chunk) for part in reader.parts() for chunk in reader.chunk_ids(part)]
-    return [[chunk, *(i for i, _ in reader.neighbour_ids(chunk, name, 20))] for chunk in ids]
+    saved = int(api.info(store).neighbours[name]["saved"])
+    return [[chunk, *(i for i, _ in reader.neighbour_ids(chunk, name, saved))] for chunk in ids]
 
 
 def exact(store: Path, scratch: Path, **options: object) -> tuple[np.ndarray, np.ndarray]:
