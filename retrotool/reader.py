@@ -374,7 +374,7 @@ class Reader:
         rerank: int | None = None,
         allow_missing: bool = False,
     ) -> list[Neighbour]:
-        """Return the k live keys nearest to a text, or all if there are fewer.
+        """Return the k live keys nearest to a text, or to a vector [d] of its encoder; or all if fewer.
 
         ``encoder``: by default the index's, which is loaded once. ``where``: only chunks of ``documents`` for
         which it is true; up to 262,144 are all compared, unless the operating point is given: ``nprobe``
@@ -386,7 +386,7 @@ class Reader:
 
     def search_many(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | npt.NDArray[Any]],
         k: int = SHOWN,
         index: str | None = None,
         encoder: Encoder | None = None,
@@ -398,12 +398,6 @@ class Reader:
     ) -> list[list[Neighbour]]:
         """Return what ``search`` does for each text; 256 at a time are embedded and searched for."""
         database: AnyDatabase = self.database(index, allow_missing=allow_missing)
-        loaded = encoder or self.load_encoder(index)
-        for text in texts:
-            if not text.strip():
-                raise UsageError("the text to search for is empty")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise UsageError("the text to search for is not Unicode")
         if where is not None:
             database = self._restricted(index, where, allow_missing, nprobe is None and rerank is None)
         search: Callable[[Queries, int], Best]
@@ -414,12 +408,30 @@ class Reader:
             search = partial(database.search, only=self.database(index, allow_missing=allow_missing).held())
         found = list[list[Neighbour]]()
         for start in range(0, len(texts), _QUERIES):
-            rows = list(map(loaded.tokenize_query, texts[start : start + _QUERIES]))
-            joined = Rows(np.concatenate([one.ids for one in rows]), np.concatenate([one.lengths for one in rows]))
-            vectors = loaded.embed(joined)
-            best = search(Queries.plain(vectors.astype(np.float32)), k)
+            vectors = self._query_vectors(texts[start : start + _QUERIES], index, encoder)
+            best = search(Queries.plain(vectors), k)
             for ids, distances in zip(best.ids.tolist(), best.distances.tolist(), strict=True):
                 found.append([self.neighbour(i, d) for i, d in zip(ids, distances, strict=True) if i >= 0])
+        return found
+
+    def _query_vectors(
+        self, texts: Sequence[str | npt.NDArray[Any]], index: str | None, encoder: Encoder | None
+    ) -> npt.NDArray[np.float32]:
+        d, name = self.database(index).trained.d, self.database(index).encoder
+        rows = [np.zeros(d) if isinstance(one, str) else np.asarray(one, np.float32).reshape(-1) for one in texts]
+        if any(row.shape != (d,) or not np.isfinite(row).all() for row in rows):
+            raise UsageError(f"not a finite vector of {d} dimensions, as encoder {name!r} has")
+        found, written = np.array(rows, np.float32), [i for i, one in enumerate(texts) if isinstance(one, str)]
+        for text in (str(texts[i]) for i in written):
+            if not text.strip():
+                raise UsageError("the text to search for is empty")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UsageError("the text to search for is not Unicode")
+        if written:
+            loaded = encoder or self.load_encoder(index)
+            tokens = [loaded.tokenize_query(str(texts[i])) for i in written]
+            joined = Rows(np.concatenate([one.ids for one in tokens]), np.concatenate([one.lengths for one in tokens]))
+            found[written] = loaded.embed(joined)
         return found
 
     def _restrict(self, index: str | None, where: str, allow_missing: bool, exact: bool) -> AnyDatabase:

@@ -167,3 +167,12 @@ def test_chunks_that_are_not_in_the_index_are_not_found_with_a_filter_either(
     assert "new" not in {one["document"] for one in json.loads(found.out)["results"]}
     api.index(store)
     assert json.loads(run(store, TEXTS[0], "--source", "a", "--json").out)["results"][0]["document"] == "new"
+
+
+def test_texts_and_vectors_can_be_mixed(purged: Path) -> None:
+    _, vectors, _ = read_once(purged)
+    reader = retrotool.open(purged)
+    found = reader.search_many([TEXTS[0], vectors[1][0], TEXTS[2]], 3, where="source = 'a'")
+    assert [[n.id for n in near] for near in found] == [
+        nearest(purged, text, FILTERS["source = 'a'"], 3)[0] for text in TEXTS
+    ]
