@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
 from retrotool.purge.selectors import patterns
-from retrotool.purge.selectors.patterns import compiled, find_all
+from retrotool.purge.selectors.patterns import Patterns, compiled, find_all, read_patterns
 from retrotool.purge.selectors.selector import BlockHits
 
 
@@ -152,3 +154,43 @@ def test_what_re2_can_not_compile_is_refused(pattern: str) -> None:
 
 def test_case_is_ignored_where_that_is_asked_for() -> None:
     assert pairs(find_all(compiled("straße", ignore_case=True), block_of([["STRAßE".encode()]]))) == [(0, 7)]
+
+
+@given(documents, st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=6))
+def test_several_patterns_find_what_each_finds_alone(cut_documents, several):
+    block = block_of(cut_documents)
+    found = Patterns(tuple(several)).open(None)(block)
+    alone = [BlockHits.touched(block, *find_all(compiled(pattern), block), n) for n, pattern in enumerate(several)]
+    wanted = BlockHits.joined(alone)
+    for name in ("rows", "labels", "begin", "end"):
+        assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
+
+
+def test_without_memory_for_a_set_every_pattern_is_searched(monkeypatch):
+    several = tuple(f"word{i} (x.*y|z)*w{i}" for i in range(200))
+    block = block_of([[b"so word7 zw7 is here, and word9 w9"]])
+    found = Patterns(several).open(None)(block)
+    assert found.labels.tolist() == [7, 9]
+    monkeypatch.setattr(patterns, "_SET_BYTES", 1000)
+    with pytest.raises(UsageError, match="too large together"):
+        Patterns(several).open(None)
+    monkeypatch.setattr(patterns, "_compiled_set", lambda _: SimpleNamespace(Match=lambda text: None))
+    assert Patterns(several).open(None)(block).labels.tolist() == [7, 9]
+
+
+@pytest.mark.parametrize(("count", "size"), [(10_001, 4), (5_000, 300)])
+def test_too_many_patterns_are_refused(tmp_path, count, size):
+    (tmp_path / "list").write_text("".join(f"{i:0{size}}\n" for i in range(count)))
+    with pytest.raises(UsageError, match=f"{count:,} patterns: at most") as caught:
+        read_patterns(tmp_path / "list")
+    assert "--terms" in caught.value.advice
+
+
+def test_ten_thousand_patterns_are_one_search():
+    several = tuple(rf"\bname{i}\s+surname{i}\b" for i in range(10_000))
+    block = block_of([[b"name77  surname77 and name5 surname6 " * 20]] * 50)
+    started = time.process_time()
+    found = Patterns(several).open(None)(block)
+    assert set(found.labels.tolist()) == {77}
+    assert len(found) == 50 * 20
+    assert time.process_time() - started < 5, "one by one they take minutes"
