@@ -39,6 +39,7 @@ _ADVICE = (
     "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it, a SentencePiece .model, a .tiktoken "
     "file, or a directory with one of them."
 )
+_MOST_BYTES = 128 << 20  # the largest in use have a third
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
 _SPACE = "▁"
@@ -95,8 +96,10 @@ def find_tokenizer(name: str) -> TokenizerFile:
     try:
         if path.is_dir():
             whole = path / "tokenizer.json"
-            return TokenizerFile(name, whole.read_bytes() if whole.exists() else _from_directory(path, name))
-        content = path.read_bytes()
+            files = [whole] if whole.exists() else [one for pattern in _FILES for one in path.glob(pattern)]
+            read = [_read_file(one, name) for one in files]
+            return TokenizerFile(name, read[0] if whole.exists() else _from_directory(path, name))
+        content = _read_file(path, name)
         # Check the content, as a ``tokenizer.model`` may be of several kinds.
         if content.lstrip()[:1] != b"{":
             if _token_and_rank(content[: content.find(b"\n")]) is not None:
@@ -108,6 +111,14 @@ def find_tokenizer(name: str) -> TokenizerFile:
         return TokenizerFile(name, content)
     except OSError as error:
         raise UsageError(f"tokenizer {name!r}: {path} can't be read ({error.strerror})", _ADVICE) from error
+
+
+def _read_file(path: Path, name: str) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise UsageError(f"tokenizer {name!r}: {path} has more than {_MOST_BYTES:,} bytes", _ADVICE)
+    return content
 
 
 def _from_directory(path: Path, name: str) -> bytes:

