@@ -139,6 +139,12 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def write_blank(path: Path) -> Path:
+    """Write an input that is a blank line, which makes a store without documents."""
+    path.write_text("\n")
+    return path
+
+
 Made = TypeVar("Made")
 Shared = Callable[[str, Callable[[Path], Made]], Made]
 

@@ -118,6 +118,10 @@ class ChunkOptions:
     """Options of ``chunk``. ``check``: share of documents whose tokens are compared with ``tokenizers``."""
 
     fields: Fields = field(default_factory=Fields)
+    require_id: bool = False  # whether every input must have the id field in a row
+    format: str | None = None  # of all inputs, whatever their names
+    encoding: str | None = None
+    keep_end: bool = False  # whether a token with which all documents end may be text
     part_size: int = PART_SIZE
     workers: int = 1
     skip_missing: bool = False
@@ -241,7 +245,7 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
     found = []
     try:
         for file in files:
-            reading = repr(fields.reading(file.base))  # so a wrong --text-field does not block the file
+            reading = repr(file.reading(fields))  # so a wrong --text-field does not block the file
             fingerprint = store.identity.keyed_hash(f"{file.fingerprint(fields)} {reading}")
             place = f"stdin {fingerprint}" if is_spooled(file) else f"path {file.path} {reading}"
             found.append((fingerprint, store.identity.keyed_hash(place)))
@@ -252,7 +256,7 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
 
 def write_plan(store: Store, run: Run, plan_id: str, plan: ChunkPlan) -> FileEntry:
     """Write a plan file."""
-    files = [{"uri": one.path, "name": one.name, "size": one.size, "format": one.format} for one in plan.files]
+    files = [{("uri" if name == "path" else name): value for name, value in asdict(one).items()} for one in plan.files]
     read_before = {str(number): plans for number, plans in plan.read_before.items()}
     fields = {**asdict(plan), "files": files, "read_before": read_before}
     return write_json_file(store, FileName.new(run.id, "plans", plan_id, "json"), fields, len(plan.units))
@@ -268,7 +272,7 @@ def write_json_file(store: Store, name: FileName, content: Mapping[str, Any], ro
     return store.write(name, write)
 
 
-_INPUT = {"uri": PLACE, "name": str, "size": COUNT, "format": str}
+_INPUT = {"uri": PLACE, "name": str, "size": COUNT, "format": str, "encoding?": str}
 _SLICE = {"start": COUNT, "end": Maybe(COUNT), "first": COUNT, "last": Maybe(COUNT)}
 _INPUTS = {"fingerprints": [str], "places": [str], "given_up?": [str], "fields": {"max_document": COUNT}}
 _PLAN = {
@@ -306,7 +310,7 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
     ):
         raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not match")
     return ChunkPlan(
-        files=tuple(InputFile(one["uri"], one["name"], one["size"], one["format"]) for one in content["files"]),
+        files=tuple(InputFile(path=one["uri"], **_fields_of(InputFile, one)) for one in content["files"]),
         fingerprints=tuple(content["fingerprints"]),
         places=tuple(content["places"]),
         fields=Fields(**{**_fields_of(Fields, content["fields"]), "keep": tuple(content["fields"]["keep"])}),

@@ -11,8 +11,18 @@ import typer
 
 from retrotool.chunk import PART_SIZE
 from retrotool.cli import output
-from retrotool.cli.options import Json, ScratchOption, StoreArgument, WorkersOption, arg, opt, parse_size, unescape
-from retrotool.errors import EXIT_REJECTED
+from retrotool.cli.options import (
+    WORK,
+    Json,
+    ScratchOption,
+    StoreArgument,
+    WorkersOption,
+    arg,
+    opt,
+    parse_size,
+    unescape,
+)
+from retrotool.errors import EXIT_REJECTED, UsageError
 from retrotool.scratch import use_scratch
 
 if TYPE_CHECKING:
@@ -26,6 +36,7 @@ Examples:
   retrotool chunk store corpus/ --dry-run
   retrotool chunk answers pairs.jsonl --key-field question --value-field answer
   retrotool chunk wiki-store wiki.idx --tokenizer minilm --end-of-document 102
+  retrotool chunk notes-store notes/ --format text --encoding latin-1
   retrotool chunk store corpus/*.jsonl.zst --existing replace
 
 Exit codes: 0 done, 3 done or stopped with rejected rows, 2 usage, 11 lost a race, 12 corrupt."""
@@ -54,16 +65,22 @@ def command(
     ] = None,
     dry_run: Annotated[bool, opt("Estimate the result from a sample; change nothing.", "--dry-run")] = False,
     text_field: Annotated[str, _field("Field with the text; a.b is field b of object a.")] = "text",
-    id_field: Annotated[str, _field("Field with the document's id; if missing, a hash of the text.")] = "id",
+    id_field: Annotated[
+        str | None, _field("Field with the document's id.  [default: id; without it, a hash of the text]")
+    ] = None,
     keep: Annotated[list[str] | None, _field("Field to store as a column of documents; repeatable.")] = None,
     key_field: Annotated[str | None, _field("Field with the key of a key-value record, which is embedded.")] = None,
     value_field: Annotated[str | None, _field("Field with the value of a key-value record, the continuation.")] = None,
     tokens_field: Annotated[str | None, _field("Field with token ids, which are stored unchanged.")] = None,
-    token_dtype: Annotated[
-        Literal["uint16", "uint32"] | None, _reading("Type of ids in plain token files.", metavar="uint16|uint32")
+    format: Annotated[  # noqa: A002
+        str | None,
+        _reading("Read every input as text, jsonl, csv, html, u16, ... [default: by its name]", metavar="NAME"),
+    ] = None,
+    encoding: Annotated[
+        str | None, _reading("Encoding of text, such as latin-1 or utf-16.  [default: UTF-8]", metavar="NAME")
     ] = None,
     end_of_document: Annotated[
-        int | None, _reading("Token id that ends a document in token files.", metavar="ID")
+        str | None, _reading("Token id that ends a document in token files, or none.", metavar="ID")
     ] = None,
     separator: Annotated[
         str | None, _reading("Text between documents in .txt files, such as '\\n\\n'.", metavar="S")
@@ -95,7 +112,13 @@ def command(
     scratch: ScratchOption = None,
     workers: WorkersOption = None,
     exact_tokenizer: Annotated[
-        bool, _work("Use only the tokenizers library, from now on; many times slower.", "--exact-tokenizer")
+        bool,
+        opt(
+            "Use only the tokenizers library, from now on; many times slower.",
+            "--exact-tokenizer",
+            panel=WORK,
+            variable="RETROTOOL_EXACT_TOKENIZER",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -113,18 +136,18 @@ def command(
         use_scratch(scratch)
         fields = Fields(
             text=text_field,
-            id=id_field,
+            id="id" if id_field is None else id_field,
             keep=tuple(keep or ()),
             key=key_field,
             value=value_field,
             tokens=tokens_field,
             separator=None if separator is None else unescape(separator),
-            token_dtype=token_dtype,
-            end_of_document=end_of_document,
+            end_of_document=_token_id(end_of_document),
             max_document=parse_size("--max-document", max_document),
         )
         options = ChunkOptions(
-            fields=fields, part_size=part_size, workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
+            fields=fields, require_id=id_field is not None, format=format, encoding=encoding, part_size=part_size,
+            keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
             duplicates=duplicates, existing=existing, allow_purged=allow_purged,
             max_bad=MaxBad.parse(max_bad), exact_tokenizer=exact_tokenizer, note=output.note,
         )  # fmt: skip
@@ -141,6 +164,13 @@ def command(
             raise typer.Exit(EXIT_REJECTED)
 
 
+def _token_id(text: str | None) -> int | None:
+    try:
+        return None if text in (None, "none") else int(text)
+    except ValueError:
+        raise UsageError(f"--end-of-document {text}: give a token id, or none") from None
+
+
 def _text(store: str, result: ChunkResult) -> str:
     lines = []
     if result.known_inputs:
@@ -154,6 +184,9 @@ def _text(store: str, result: ChunkResult) -> str:
         exact = f"; {output.count(result.exact, 'document')} by tokenizers alone" if result.exact else ""
         compared = output.count(result.compared, "document")
         lines.append(f"Tokenised by tokie; {compared} compared with tokenizers{exact}.")
+    if result.hashed_ids:
+        verb = "has" if result.hashed_ids == 1 else "have"
+        lines.append(f"{output.count(result.hashed_ids, 'document')} {verb} no id: a hash of the text is used.")
     if result.duplicates:
         largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
         where = ", ".join(f"{source} {n:,}" for source, n in largest)
@@ -170,6 +203,8 @@ def _text(store: str, result: ChunkResult) -> str:
         lines.append(output.table([_row(reason) for reason in result.reasons[:10]]))
         if (more := len(result.reasons) - 10) > 0:
             lines.append(f"  and {output.count(more, 'other reason')}, in the store's quarantine/ files.")
+        if any("invalid UTF-8" in reason.reason for reason in result.reasons):
+            lines.append("If the text is in another encoding, name it, such as --encoding latin-1.")
     if result.stopped:
         lines.append(
             f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again, or raise "
@@ -214,7 +249,7 @@ def _row(one: RejectedReason) -> tuple[int, str, str]:
 
 def estimate_text(estimate: Estimate) -> str:
     """Render an estimate as text."""
-    known = f"; {estimate.known_inputs:,} more already in the store" if estimate.known_inputs else ""
+    known = f"; {estimate.known_inputs:,} more read before" if estimate.known_inputs else ""
     duration = f"about {_duration(estimate.seconds)} with {output.count(estimate.workers, 'worker')}"
     rows = [
         ("inputs", f"{estimate.inputs:,}, {output.size(estimate.input_bytes)}{known}"),
@@ -225,8 +260,10 @@ def estimate_text(estimate: Estimate) -> str:
         ("on disk", f"about {output.size(estimate.bytes)}"),
         ("time", f"{duration}: {estimate.megabytes_per_second:.0f} MB/s of text"),
     ]
+    reasons = output.table([_row(reason) for reason in estimate.reasons[:10]])
+    rejected = f"\nRejected in the sample:\n{reasons}" if reasons else ""
     sampled = f"{output.count(estimate.sampled_documents, 'document')}, {output.size(estimate.sampled_bytes)} of text"
-    return f"{output.table(rows)}\nFrom a sample of {sampled}. Nothing was changed."
+    return f"{output.table(rows)}{rejected}\nFrom a sample of {sampled}. Nothing was changed."
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,16 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import CHUNK_LENGTH, chunker
-from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, cut_units, hashes_of, known_inputs, text_bytes
-from retrotool.chunk.run import check_chunk_length, check_options, check_store_identity, find_readable
+from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, cut_units, hashes_of, known_inputs, open_plans, text_bytes
+from retrotool.chunk.quarantine import without_numbers
+from retrotool.chunk.run import (
+    RejectedReason,
+    check_chunk_length,
+    check_options,
+    check_rows,
+    check_store_identity,
+    find_readable,
+)  # fmt: skip
 from retrotool.errors import UsageError
 from retrotool.sources import Document, InputFile, Rejected, Slice, streams
 from retrotool.store import parts
@@ -53,6 +62,7 @@ class Estimate:
     workers: int
     sampled_documents: int
     sampled_bytes: int
+    reasons: tuple[RejectedReason, ...] = ()  # for rejected rows, with their numbers in the sample
 
 
 @dataclass(slots=True)
@@ -81,12 +91,14 @@ def estimate(
     if not inputs:
         raise UsageError("no input was given", "Name files or folders.")
     files = find_readable(inputs, options)
+    check_rows(files, options)
     known = 0
     if is_store(storage_at(root)):
         store = Store.open(root)
         given = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
         check_store_identity(store, tokenizer, given, chunk_length)
         fingerprints = known_inputs(store, store.state, options).fingerprints
+        fingerprints = fingerprints.difference(*(plan.fingerprints for _, _, plan in open_plans(store)))
         new = [fingerprint not in fingerprints for fingerprint, _ in hashes_of(store, files, options.fields)]
         known, files = new.count(False), list(itertools.compress(files, new))
         chunk_length = store.identity.chunk_length
@@ -95,7 +107,8 @@ def estimate(
     else:
         loaded = Tokenizer(find_tokenizer(tokenizer or DEFAULT_TOKENIZER))
         chunk_length = chunk_length or CHUNK_LENGTH
-    samples = _Sampler(loaded, chunk_length, options).sample(files)
+    sampler = _Sampler(loaded, chunk_length, options)
+    samples = sampler.sample(files)
     sizes: dict[str, int] = {}
     for file in files:
         sizes[file.format] = sizes.get(file.format, 0) + file.size
@@ -115,6 +128,7 @@ def estimate(
         seconds=seconds, megabytes_per_second=whole.text / seconds / 1e6 if seconds else 0.0,
         workers=options.workers, sampled_documents=sum(sample.documents for sample in samples.values()),
         sampled_bytes=sum(sample.text for sample in samples.values()),
+        reasons=_reasons(sampler.rejected),
     )  # fmt: skip
 
 
@@ -124,6 +138,7 @@ class _Sampler:
         self._vocabulary, self._chunk_length = tokenizer.vocabulary, chunk_length
         self._dtype = parts.token_dtype(tokenizer.identity.token_bytes)
         self._options = options
+        self.rejected: list[tuple[str, Rejected]] = []  # with the path of its input
 
     def sample(self, files: Sequence[InputFile]) -> dict[str, _Sample]:
         chosen: list[InputFile] = []
@@ -150,6 +165,7 @@ class _Sampler:
         for row in sources.read_input(file, self._options.fields, where):
             if isinstance(row, Rejected):
                 bad += 1
+                self.rejected.append((file.path, row._replace(line=0) if where.first else row))
             else:
                 batch.append(row)
                 text += len(row.text) + len(row.value or "") + (0 if row.tokens is None else 4 * len(row.tokens))
@@ -166,6 +182,7 @@ class _Sampler:
         bad_tokens: list[Rejected] = []
         found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, bad_tokens.append)
         sample.rejected += len(bad_tokens)
+        self.rejected += ((file.path, row) for row in bad_tokens)
         cut = chunker.cut_chunks(found.ids, found.lengths, self._chunk_length, self._dtype, found.pieces)
         sample.documents += len(found.documents)
         sample.chunks += len(cut.doc)
@@ -176,6 +193,16 @@ class _Sampler:
         sample.disk += int(sink.getvalue().size) if found.documents else 0
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
         sample.cpu += time.process_time() - started
+
+
+def _reasons(rejected: Sequence[tuple[str, Rejected]]) -> tuple[RejectedReason, ...]:
+    kinds = Counter(without_numbers(row.reason) for _, row in rejected)
+    first = {without_numbers(row.reason): (path, row) for path, row in reversed(rejected)}
+    return tuple(
+        RejectedReason(kind if rows > 1 else first[kind][1].reason, rows, path, row.line, row.excerpt)
+        for kind, rows in kinds.most_common()
+        for path, row in [first[kind]]
+    )
 
 
 def _expansion(file: InputFile) -> float:

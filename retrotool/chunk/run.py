@@ -24,7 +24,7 @@ from retrotool.cli.command_lines import command_line
 from retrotool.cli.options import check_utf8
 from retrotool.errors import AbortError, ErasedError, UsageError
 from retrotool.machine import user_name
-from retrotool.sources import InputFile, find_inputs
+from retrotool.sources import InputFile
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
 from retrotool.store import folding, leases, parts, staging
 from retrotool.store.folding import writing
@@ -70,6 +70,7 @@ class ChunkResult:
     unchanged: int  # documents that the store has already, with the same id and text
     damaged: int
     keys_cut: int
+    hashed_ids: int  # documents without an id field, whose id is a hash of their content
     compared: int  # documents for which the fast tokenizer was compared with ``tokenizers``
     exact: int  # documents that only ``tokenizers`` tokenised
     duplicates: int  # documents skipped for their text
@@ -107,12 +108,14 @@ def chunk(
         raise UsageError("no input was given, and there is nothing to resume", "Name files or folders.")
     # Check all inputs before anything is created.
     files = find_readable([name for name in inputs if name != STANDARD_INPUT], chosen)
-    store, loaded = _open_or_create(storage, tokenizer, chunk_length, chosen.note)
     repeats: dict[str, DuplicateCounts] = {}
-    before = set(store.state.all_parts())
     with contextlib.ExitStack() as stack:
         if STANDARD_INPUT in inputs:
-            files = find_inputs(inputs, stack.enter_context(spool(sys.stdin.buffer if sys.stdin else None)))
+            stream, base = sys.stdin.buffer if sys.stdin else None, sources.base_of(chosen.format)
+            files = find_readable(inputs, chosen, stack.enter_context(spool(stream, base or "jsonl")))
+        check_rows(files, chosen)
+        store, loaded = _open_or_create(storage, tokenizer, chunk_length, chosen.note)
+        before = store.state.all_parts()
         run = stack.enter_context(writing(store))
         plans = list(chunk_plan.unfinished_plans(store.state))
         _note_resumed(store, run, files, chosen)
@@ -147,7 +150,7 @@ def chunk(
     counts = {**_counts_of(store, plans), "rejected": sum(reason.rows for reason in reasons), "damaged": damaged}
     counts["unchanged"] = counts.pop("known_documents")
     left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
-    _note_empty_columns(store, sorted(set(state.all_parts()) - before), chosen.fields.keep, known, chosen.note)
+    _note_missing_columns(store, before, chosen, known)
     return ChunkResult(
         **counts,
         parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
@@ -181,21 +184,27 @@ def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: C
         options.note(f"Resuming interrupted work: {names[0]}{more}.{skip}")
 
 
-def find_readable(inputs: Sequence[str], options: ChunkOptions) -> list[InputFile]:
+def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile | None = None) -> list[InputFile]:
     """Return the files behind the inputs; raise ``UsageError`` if one can't be read with these options."""
     sources.check_fields(options.fields)
     try:
-        found = sources.survey(inputs)
+        found = sources.survey(inputs, stdin, sources.base_of(options.format), sources.encoding_of(options.encoding))
         for file in found.files:
-            sources.check_input(file, options.fields)
+            sources.check_input(file, options.fields, keep_end=options.keep_end)
             with Path(file.path).open("rb"):
                 pass
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was read or changed.") from error
     if found.left_out:
         skipped = output.count(len(found.left_out), "file")
-        options.note(f"{skipped} of unknown format skipped, such as {found.left_out[0]}.")
+        options.note(f"{skipped} of unknown format skipped, such as {found.left_out[0]}. To read all: --format.")
     return found.files
+
+
+def check_rows(files: Sequence[InputFile], options: ChunkOptions) -> None:
+    """Check the first rows of inputs (``sources.check_heads``); note fields to keep that no input has."""
+    for name in sources.check_heads(files, options.fields, require_id=options.require_id):
+        options.note(f"--keep {name}: none of the rows at the beginning of the inputs has this field.")
 
 
 def _findings(
@@ -216,7 +225,11 @@ def _findings(
 
 def check_options(options: ChunkOptions) -> ChunkOptions:
     """Return the options without repeated fields; raise ``UsageError`` for invalid ones."""
-    fields = replace(options.fields, keep=tuple(dict.fromkeys(options.fields.keep)))
+    fields = options.fields
+    always = ("source", "id") if fields.id == "id" else ("source",)
+    fields = replace(fields, keep=tuple(name for name in dict.fromkeys(fields.keep) if name not in always))
+    if options.format in ("u16", "u32"):
+        fields = replace(fields, token_dtype=f"uint{options.format[1:]}")
     for value in (fields.text, fields.id, fields.key, fields.value, fields.tokens, fields.separator, *fields.keep):
         check_utf8("field or separator", value or "")
     check_utf8("RETROTOOL_WHO", user_name())
@@ -354,18 +367,12 @@ def _reasons(
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
 
 
-def _note_empty_columns(
-    store: Store, new: Sequence[int], keep: Sequence[str], known: int, note: Callable[[str], object]
-) -> None:
-    old = [part for part in store.state.all_parts() if part not in new][:_CHECKED_PARTS] if known else []
+def _note_missing_columns(store: Store, old: Sequence[int], options: ChunkOptions, known: int) -> None:
     with contextlib.suppress(ErasedError):  # by another process
-        for name in keep:
-            columns = (parts.read_documents(store, part, [name])[name] for part in new if name in _columns(store, part))
-            if new and all(column.null_count == len(column) for column in columns):
-                note(f"--keep {name}: no row has this field, so its column is empty.")
-        lost = [name for name in keep if old and not any(name in _columns(store, part) for part in old)]
-        if lost:
-            note(f"--keep {', '.join(lost)}: {output.count(known, 'input')} already in the store without it.")
+        columns = {name for part in old[:_CHECKED_PARTS] for name in _columns(store, part)}
+        lost = [name for name in options.fields.keep if name not in columns]
+        if lost and known and old:
+            options.note(f"--keep {', '.join(lost)}: {output.count(known, 'input')} already in the store without it.")
 
 
 def _columns(store: Store, part: int) -> list[str]:

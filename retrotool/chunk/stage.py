@@ -28,7 +28,8 @@ from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
 from retrotool.ranges import is_in
-from retrotool.sources import Document, Rejected
+from retrotool.sources import Document, InputFile, Rejected
+from retrotool.sources.heads import NO_FIELDS
 from retrotool.sources.inputs import is_spooled
 from retrotool.sources.lines import lines_before
 from retrotool.sources.records import content_hash
@@ -158,7 +159,7 @@ class _Unit:
         self.bad = Quarantine()
         self._seen: list[tuple[int, bytes]] = []  # the number of an input to mirror, and the keys of a batch
         self._known_documents = functools.lru_cache(1)(self._read_known_documents)
-        self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut"), 0)
+        self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut", "hashed_ids"), 0)
         self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
 
     def chunk(self, piece: InputPiece, stage: ChunkStage) -> None:
@@ -171,7 +172,7 @@ class _Unit:
             if isinstance(batch, Rejected):
                 self.bad.append(batch)
                 continue
-            self._add(file.name, batch, known, mirrored)
+            self._add(file, batch, known, mirrored)
             characters += sum(len(document.text) for document in batch)
             # Progress in a compressed file is an estimate.
             ahead = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
@@ -201,7 +202,7 @@ class _Unit:
         table = pa.table([pa.array(numbers), parts.fixed_binary(keys)], schema=parts.SEEN_SCHEMA)
         return parts.write_parquet(self.store, FileName.new(run, "seen", slot, "parquet"), table)
 
-    def _add(self, name: str, batch: list[Document], known: npt.NDArray[Any], mirrored: int | None) -> None:
+    def _add(self, file: InputFile, batch: list[Document], known: npt.NDArray[Any], mirrored: int | None) -> None:
         hashes = [
             (chunker.id_hash(document.id), content_hash(document.text, document.value, document.tokens))
             for document in batch
@@ -226,7 +227,11 @@ class _Unit:
         if not found.documents:
             return
         self.counts["keys_cut"] += int(found.cut.sum())
-        self.writer.add(name, found, [hashes[i] for i in found.kept.tolist()])
+        hashes = [hashes[i] for i in found.kept.tolist()]
+        if file.base not in NO_FIELDS:
+            contents = [content.hex() for _, content in hashes]
+            self.counts["hashed_ids"] += sum(map(str.__eq__, contents, (one.id for one in found.documents)))
+        self.writer.add(file.name, found, hashes)
 
     def _leave_out(
         self, count: str, held: Flags, batch: list[Document], hashes: list[tuple[bytes, bytes]]

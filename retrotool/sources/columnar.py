@@ -14,6 +14,7 @@ Memory: one Arrow batch or Parquet page.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -43,6 +44,7 @@ WINDOW_BYTES = 8 << 20
 WINDOW_ROWS = 4096
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
+_FIRST_ROWS = 16
 _BUFFER_BYTES = 1 << 20
 _RETRIED_ROWS = 100_000  # most steps to read a row group again up to a damaged page
 _FILE = b"ARROW1"
@@ -194,6 +196,21 @@ def _bounds(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
     if pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type):
         return places, places + array.sizes.to_numpy(zero_copy_only=False)
     return places[:-1], places[1:]
+
+
+def head_of_table(file: InputFile, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return which ``wanted`` fields a table lacks, and its first rows, if Python can represent them."""
+    if file.base == "parquet":
+        with _open(file) as table:
+            schema, batch = table.schema_arrow, next(table.iter_batches(_FIRST_ROWS), None)
+    else:
+        with pa.OSFile(file.path) as source:
+            batch = next(_record_batches(source, Fields(text=""), WHOLE), None)
+            schema = pa.schema([]) if batch is None else batch.schema
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(ValueError, OverflowError, pa.ArrowException):
+        rows = [] if batch is None else batch.slice(0, _FIRST_ROWS).to_pylist()
+    return [name for name in wanted if _steps(schema, name) is None], rows or [dict.fromkeys(schema.names)]
 
 
 def _missing(schema: pa.Schema, fields: Fields) -> Rejected | None:

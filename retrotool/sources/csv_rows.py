@@ -12,11 +12,9 @@ import contextlib
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from retrotool.errors import InputError
-from retrotool.sources import streams
 from retrotool.sources.inputs import InputFile, Slice
 from retrotool.sources.lines import HEAD_BYTES, cut_lines
 from retrotool.sources.records import (
@@ -31,7 +29,7 @@ from retrotool.sources.records import (
 )
 from retrotool.sources.streams import BrokenStream
 
-_DELIMITERS = {"csv": ",", "tsv": "\t"}
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 _MOST_FIELD_CHARACTERS = (1 << 31) - 1  # lifts the limit of ``csv``; records are limited here
 
 
@@ -50,8 +48,8 @@ def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
     del where
     # Room for doubled quotes and other columns.
     limit = fields.max_document * 3 // 2 + (1 << 20)
-    with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-        rows = records(stream, _DELIMITERS[file.base], limit)
+    with contextlib.closing(file.blocks()) as stream:
+        rows = records(stream, DELIMITERS[file.base], limit)
         header = next(rows, None)
         if header is None:
             yield Rejected(0, "no header row", 0)

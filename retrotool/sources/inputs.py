@@ -11,6 +11,7 @@ docs/how-to/chunk-a-corpus.md says what is found and how it is named.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -19,7 +20,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,18 +30,22 @@ import orjson
 
 from retrotool.errors import StorageError, UsageError
 from retrotool.scratch import more_scratch, scratch_file, scratch_folder
+from retrotool.sources import streams
 from retrotool.sources.records import Fields
 from retrotool.sources.streams import BLOCK_BYTES, COMPRESSIONS, LONGEST_MAGIC, compression_by_magic, compression_of
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "txt",
+    ".md": "txt", ".rst": "txt", ".html": "html", ".htm": "html",
     ".warc": "warc", ".wet": "warc", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".bin": "tokens", ".idx": "tokens", ".npy": "tokens", ".u16": "tokens", ".u32": "tokens",
 }  # fmt: skip
-COMPRESSIBLE = ("jsonl", "json", "csv", "tsv", "warc", "txt")  # formats of compressed files
+NAMED = {"text": "txt"} | {suffix[1:]: base for suffix, base in FORMATS.items()}  # formats by what ``--format`` takes
+ENCODABLE = ("jsonl", "json", "csv", "tsv", "txt", "html")  # formats of text, in any encoding
+COMPRESSIBLE = (*ENCODABLE, "warc")  # formats of compressed files
 _PACKED = ", ".join(suffix for suffix, base in FORMATS.items() if base in COMPRESSIBLE)
 _KNOWN_FORMATS = f"Known formats: {', '.join(FORMATS)}; {_PACKED} also with {', '.join(COMPRESSIONS)}."
-IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt")  # whose positions are byte offsets; else rows from 1
+IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt", "html")  # whose positions are byte offsets; else rows from 1
 OFFSETS = ".offsets.npy"  # suffix of the file with the beginnings of a token file's documents
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
@@ -73,6 +78,7 @@ class InputFile:
     name: str
     size: int
     format: str
+    encoding: str = ""  # Python's name for it; "": UTF-8, or for HTML the one that it declares
 
     @property
     def base(self) -> str:
@@ -84,10 +90,20 @@ class InputFile:
         """The compression: "gz", "zst", "bz2", "xz", or ""."""
         return self.format.partition(".")[2]
 
+    def blocks(self, start: int = 0, end: int | None = None) -> Generator[bytes]:
+        """Yield decompressed blocks of bytes [``start``, ``end``), as UTF-8; see ``streams.blocks``."""
+        found = streams.blocks(Path(self.path), self.compression, start, end)
+        return streams.transcoded(found, self.encoding) if self.encoding else found
+
+    def reading(self, fields: Fields) -> tuple[object, ...]:
+        """Return the settings that decide which documents the rows of this input are."""
+        chosen = () if self.format == _input_format(Path(self.path).name) or is_spooled(self) else (self.base,)
+        return (*fields.reading(self.base), *chosen, *((self.encoding,) if self.encoding else ()))
+
     def fingerprint(self, fields: Fields | None = None) -> str:
         """Return BLAKE2b-128 of the content; above 16 MiB of size, time of change and 256 samples."""
         digest = hashlib.blake2b(f"{self.format} {self.size}".encode(), digest_size=16)
-        if self.base == "txt" and not (fields is not None and fields.separator):
+        if self.base == "html" or (self.base == "txt" and not (fields is not None and fields.separator)):
             digest.update(self.name.encode("utf-8", "surrogateescape"))  # its name is its document's id
         if self.size > _SAMPLES * _SAMPLE_BYTES:  # the samples may miss a change
             digest.update(str(Path(self.path).stat().st_mtime_ns).encode())
@@ -106,10 +122,10 @@ def _companions(path: Path) -> list[Path]:
     return [beside for suffix in (".idx", OFFSETS) if (beside := path.with_suffix(suffix)).is_file()]
 
 
-def _input_format(name: str) -> str | None:
+def _input_format(name: str, base: str | None = None) -> str | None:
     compression = compression_of(name)
     stem = name[: -len(compression) - 1] if compression else name
-    base = FORMATS.get(Path(stem.lower()).suffix)
+    base = base or FORMATS.get(Path(stem.lower()).suffix)
     if not compression:
         return base
     return f"{base}.{compression}" if base in COMPRESSIBLE else None
@@ -122,13 +138,35 @@ class Survey(NamedTuple):
     left_out: list[Path]
 
 
+def base_of(name: str | None) -> str | None:
+    """Return the format that ``--format`` names; raise ``UsageError`` for another name."""
+    if name is not None and name not in NAMED:
+        raise UsageError(f"--format {name}: not a known format", f"Known formats: {', '.join(NAMED)}.")
+    return None if name is None else NAMED[name]
+
+
+def encoding_of(name: str | None) -> str:
+    """Return Python's name for an encoding, "" for UTF-8; raise ``UsageError`` for what is not one."""
+    try:
+        "a".encode(name or "utf-8")
+    except (LookupError, ValueError):
+        raise UsageError(f"--encoding {name}: unknown", "Give a name such as latin-1, cp1252 or utf-16.") from None
+    known = codecs.lookup(name or "utf-8").name
+    return "" if known == "utf-8" else known
+
+
 def find_inputs(inputs: Sequence[str], standard_input: InputFile | None = None) -> list[InputFile]:
     """Find all input files behind paths, patterns and folders, each once; ``-`` is ``standard_input``."""
     return survey(inputs, standard_input).files
 
 
-def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Survey:
-    """Find inputs as ``find_inputs`` does; also return what was skipped in folders, sorted."""
+def survey(
+    inputs: Sequence[str], standard_input: InputFile | None = None, base: str | None = None, encoding: str = ""
+) -> Survey:
+    """Find inputs as ``find_inputs`` does; also return what was skipped in folders, sorted.
+
+    ``base``: the format of every file, whatever its name; ``encoding``: that of files of text.
+    """
     found: dict[Path, InputFile] = {}
     left_out: set[Path] = set()
     for given in itertools.chain.from_iterable(map(_expand, inputs)):
@@ -140,23 +178,24 @@ def survey(inputs: Sequence[str], standard_input: InputFile | None = None) -> Su
         path = _token_file(Path(given))
         mode = _mode(path, given)
         if stat.S_ISDIR(mode):
-            folder = _Folder(path)
+            folder = _Folder(path, base)
             folder.walk()
             if not folder.files:
                 raise UsageError(f"{given} has no file of a known format", _KNOWN_FORMATS)
             for file in sorted(folder.files, key=folder.files.__getitem__):
                 name = (path.resolve().name / file.relative_to(path)).as_posix()
-                found.setdefault(file.resolve(), _describe(file, name))
+                found.setdefault(file.resolve(), _describe(file, name, base))
             left_out |= folder.left_out
         else:
             if not stat.S_ISREG(mode):
                 raise _not_regular(path)
-            if _input_format(path.name) is None:
-                raise UsageError(f"{given} has an unknown format", _KNOWN_FORMATS)
+            if _input_format(path.name, base) is None:
+                raise UsageError(f"{given} has an unknown format", f"{_KNOWN_FORMATS} For other names: --format.")
             named = (part for part in Path(os.path.normpath(path)).parts if part != ".." and part.strip("/"))
-            found.setdefault(path.resolve(), _describe(path, "/".join(named)))
+            found.setdefault(path.resolve(), _describe(path, "/".join(named), base))
     unread = sorted(file for file in left_out if file.resolve() not in found)
-    return Survey(_tell_apart(list(found.values())), unread)
+    files = _tell_apart(list(found.values()))
+    return Survey([replace(one, encoding=encoding) if one.base in ENCODABLE else one for one in files], unread)
 
 
 def _expand(given: str) -> list[str]:
@@ -204,6 +243,7 @@ class _Folder:
     """The files in a folder: inputs, each with its sort key, and those skipped."""
 
     path: Path
+    base: str | None = None
     files: dict[Path, Path] = field(default_factory=dict)
     left_out: set[Path] = field(default_factory=set)
     _links: set[Path] = field(default_factory=set)
@@ -254,8 +294,8 @@ class _Folder:
                 _refuse(error)
             return
         # Without an index it may be weights or vectors: tokens only if named.
-        is_unclear = file.suffix.lower() in (".bin", ".npy") and not _companions(file)
-        if _input_format(file.name) is None or (regular and is_unclear):
+        is_unclear = not self.base and file.suffix.lower() in (".bin", ".npy") and not _companions(file)
+        if _input_format(file.name, self.base) is None or (regular and is_unclear):
             self.left_out.add(file)
         elif regular:
             self.files[file] = file
@@ -280,8 +320,8 @@ def _tell_apart(files: list[InputFile]) -> list[InputFile]:
     return files
 
 
-def _describe(path: Path, name: str) -> InputFile:
-    kind = _input_format(path.name)
+def _describe(path: Path, name: str, base: str | None) -> InputFile:
+    kind = _input_format(path.name, base)
     assert kind is not None
     # Absolute, so that work can be resumed from another directory.
     absolute = str(path.absolute())
@@ -346,8 +386,8 @@ def _saved_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def spool(stream: BinaryIO | None) -> Iterator[InputFile]:
-    """Copy a stream to a scratch file that lasts as long as the context."""
+def spool(stream: BinaryIO | None, base: str = "jsonl") -> Iterator[InputFile]:
+    """Copy a stream of a format to a scratch file that lasts as long as the context."""
     if stream is None or stream.closed:
         raise UsageError("standard input is closed", _PIPE_ADVICE)
     if not (_PROC / "self" / "fd").is_dir():
@@ -369,13 +409,13 @@ def spool(stream: BinaryIO | None) -> Iterator[InputFile]:
             raise UsageError("standard input is empty", _PIPE_ADVICE)
         file.seek(0)
         compression = compression_by_magic(file.read(LONGEST_MAGIC))
-        kind = f"jsonl.{compression}" if compression else "jsonl"
-        yield InputFile(str(_PROC / str(os.getpid()) / "fd" / str(file.fileno())), f"stdin.{kind}", size, kind)
+        kind = f"{base}.{compression}" if compression and base in COMPRESSIBLE else base
+        yield InputFile(str(_PROC / str(os.getpid()) / "fd" / str(file.fileno())), "stdin", size, kind)
 
 
 def is_spooled(file: InputFile) -> bool:
     """Return whether an input is standard input, which is lost when the process that read it ends."""
-    return Path(file.path).is_relative_to(_PROC) and file.name.startswith("stdin.jsonl")
+    return Path(file.path).is_relative_to(_PROC)
 
 
 def _read(stream: BinaryIO) -> bytes:

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import re
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import ijson
@@ -23,7 +22,7 @@ import orjson
 from ijson.common import ObjectBuilder
 
 from retrotool.errors import InputError
-from retrotool.sources import lines, streams
+from retrotool.sources import lines
 from retrotool.sources.inputs import InputFile, Slice
 from retrotool.sources.lines import BOM, line_limit
 from retrotool.sources.records import Document, Fields, Rejected, maker, with_excerpt
@@ -43,14 +42,14 @@ class BrokenSyntax(Exception):  # noqa: N818 - a verdict about the file
 def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Yield documents of the elements of a JSON file; lines and positions are elements, from 1."""
     limit = line_limit(fields)
-    if _is_lines(file, limit):
+    if is_lines(file, limit):
         for row in lines.read_jsonl(file, fields, where):
             yield row._replace(position=row.line) if isinstance(row, Document) else row
         return
     make = maker(fields, file.name)
     number = 0
     try:
-        with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+        with contextlib.closing(file.blocks()) as stream:
             for number, value in enumerate(elements(stream, limit), 1):
                 found: Document | Rejected
                 if isinstance(value, dict):
@@ -62,9 +61,9 @@ def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
         raise InputError(f"broken off after element {number:,}: {error}", number + 1) from error
 
 
-def _is_lines(file: InputFile, limit: int) -> bool:
+def is_lines(file: InputFile, limit: int) -> bool:
     """Return whether the first line that is not blank is a complete object."""
-    with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+    with contextlib.closing(file.blocks()) as stream:
         try:
             begin = _first_bytes(stream)
             if not begin.startswith(b"{"):

@@ -58,13 +58,14 @@ def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
     if line.data is None:
         reason = f"line of {line.size:,} bytes, longer than {limit:,}"
         return Rejected(line.number, reason, line.offset, excerpt(line.head))
-    row = _parse(line.data)
+    row = parse_row(line.data)
     if isinstance(row, str):
         return Rejected(line.number, row, line.offset, excerpt(line.data))
     return with_excerpt(make(row, line.number, line.offset, line.offset), line.data)
 
 
-def _parse(data: bytes) -> dict[str, Any] | str:
+def parse_row(data: bytes) -> dict[str, Any] | str:
+    """Return the object of a line, or why it is not one."""
     try:
         row = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -95,10 +96,10 @@ def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\
 
 
 def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
-    path, start = Path(file.path), where.start
+    start = where.start
     if where.last is not None and where.end is not None and file.compression:
         held = 0
-        with contextlib.closing(streams.blocks(path, file.compression, start, where.end)) as stream:
+        with contextlib.closing(file.blocks(start, where.end)) as stream:
             for block in stream:
                 held += len(block)
                 yield block
@@ -106,7 +107,7 @@ def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
             # Rows at the borders of ranges would be lost or repeated.
             raise BrokenStream(f"frames have {held:,} bytes of text, but declare {where.last - where.first:,}")
         start = where.end
-    yield from streams.blocks(path, file.compression, start)
+    yield from file.blocks(start)
 
 
 def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:
@@ -221,7 +222,7 @@ def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
     numbers: list[int] = []
     seen = line = 0
     try:
-        with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+        with contextlib.closing(file.blocks()) as stream:
             while len(numbers) < len(offsets) and (block := next(stream, b"")):
                 place = 0
                 for target in offsets[len(numbers) : bisect.bisect_right(offsets, seen + len(block))]:
@@ -245,7 +246,7 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
             raise InputError("lines can't be counted: the file was truncated")
         return numbers[0]
     try:
-        with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
+        with contextlib.closing(file.blocks()) as stream:
             return sum(1 for _ in cut_lines(stream, 0, where.first, 0, fields.separator.encode()))
     except BrokenStream as error:
         raise InputError(f"lines can't be counted: {error}") from error
@@ -254,22 +255,27 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
 def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Yield the documents of a text file."""
     if not fields.separator:
-        held = Held(fields.max_document + len(BOM), 0)
-        try:
-            with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as stream:
-                for block in stream:
-                    held.add(block)
-        except BrokenStream as error:
-            reason = f"broken off after {held.size:,} bytes: {error}"
-            yield Rejected(0, reason, 0, excerpt(held.front), damage=True)
-        else:
-            yield _text_document(held.line(0, 0, 0), file, fields)
+        found = read_whole(file, fields.max_document)
+        yield found if isinstance(found, Rejected) else text_document(found, file, fields)
         return
     for piece in read_lines(file, where, fields.max_document, fields.separator.encode()):
-        yield _text_document(piece, file, fields)
+        yield text_document(piece, file, fields)
 
 
-def _text_document(piece: Line, file: InputFile, fields: Fields) -> Document | Rejected:
+def read_whole(file: InputFile, limit: int) -> Line | Rejected:
+    """Read a file as one line, with number 0."""
+    held = Held(limit + len(BOM), 0)
+    try:
+        with contextlib.closing(file.blocks()) as stream:
+            for block in stream:
+                held.add(block)
+    except BrokenStream as error:
+        reason = f"broken off after {held.size:,} bytes: {error}"
+        return Rejected(0, reason, 0, excerpt(held.front), damage=True)
+    return held.line(0, 0, 0)
+
+
+def text_document(piece: Line, file: InputFile, fields: Fields) -> Document | Rejected:
     """Make a document of a text; number 0 is the whole file."""
     data = piece.data
     if data is None or len(data) > fields.max_document:

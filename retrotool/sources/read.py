@@ -7,7 +7,7 @@ system, out of memory, and ``UsageError`` for options that contradict the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -17,20 +17,21 @@ from retrotool.sources import columnar, csv_rows, json_array, lines, tokens, war
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, Rejected, reason_of
 
-Rows = Iterator[Document | Rejected]
+Rows = Generator[Document | Rejected]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """How to read a format, and to cut a file into slices of about ``target`` bytes of text, if possible."""
 
-    read: Callable[[InputFile, Fields, Slice], Rows]
+    read: Callable[[InputFile, Fields, Slice], Iterator[Document | Rejected]]
     cut: Callable[[InputFile, int], list[Slice]] | None = None
 
 
 FORMATS = {
     "arrow": Format(columnar.read_arrow_file, columnar.cut_arrow),
     "csv": Format(csv_rows.read_csv),
+    "html": Format(warc.read_html),
     "json": Format(json_array.read_json),
     "jsonl": Format(lines.read_jsonl, lines.cut_byte_ranges),
     "parquet": Format(columnar.read_parquet_file, columnar.cut_parquet),
@@ -47,16 +48,24 @@ def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
         if file.size == 0:
             yield Rejected(0, "the file is empty")
         else:
-            yield from FORMATS[file.base].read(file, fields, where)
+            rows = FORMATS[file.base].read(file, fields, where)
+            yield from (_named(row, file.encoding) for row in rows) if file.encoding else rows
     except InputError as error:
         yield Rejected(error.position, str(error), excerpt=error.excerpt, damage=True)
     except Exception as error:
-        if not _is_damage(error):
+        if not is_damage(error):
             raise
         kind, reason = type(error).__name__, reason_of(error)
         if not isinstance(error, OSError | pa.ArrowException):  # whose messages are sentences
             reason = f"{kind}: {reason}" if reason else kind
         yield Rejected(0, f"can't be read: {reason or kind}", damage=True)
+
+
+def _named(row: Document | Rejected, encoding: str) -> Document | Rejected:
+    """Name the encoding in the reason of a rejection; its places count in UTF-8."""
+    if isinstance(row, Document):
+        return row
+    return row._replace(reason=row.reason.replace("invalid UTF-8", f"invalid {encoding}"))
 
 
 def check_fields(fields: Fields) -> None:
@@ -68,33 +77,35 @@ def check_fields(fields: Fields) -> None:
         )
 
 
-def check_input(file: InputFile, fields: Fields) -> None:
+def check_input(file: InputFile, fields: Fields, *, keep_end: bool = True) -> None:
     """Raise ``UsageError`` if ``fields`` lack what a file needs, or contradict it; ignore damage."""
     check_fields(fields)
     if file.base != "tokens" or file.size == 0:
         return
     try:
         tokens.check_tokens(file, fields)
+        if not keep_end and fields.end_of_document is None:
+            tokens.check_ends(file, fields)
     except Exception as error:
-        if not _is_damage(error):
+        if not is_damage(error):
             raise
 
 
 def cut_input(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """Return a file's slices of about ``target`` bytes of text, in order."""
     cutter = FORMATS[file.base].cut
-    is_one = file.base == "txt" and not fields.separator
+    is_one = bool(file.encoding) or (file.base == "txt" and not fields.separator)
     if cutter is None or file.size == 0 or is_one:
         return [WHOLE]
     try:
         return cutter(file, target)
     except Exception as error:
-        if not _is_damage(error):
+        if not is_damage(error):
             raise
         return [WHOLE]  # reading it reports what is wrong
 
 
-def _is_damage(error: Exception) -> bool:
+def is_damage(error: Exception) -> bool:
     """Return whether an exception is about content; what the system refuses now, it may allow later."""
     if isinstance(error, RetrotoolError):
         return isinstance(error, InputError)

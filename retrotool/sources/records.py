@@ -50,6 +50,8 @@ class Fields:
 
     def reading(self, base: str) -> tuple[object, ...]:
         """Return the settings that decide which documents the rows of an input of format ``base`` are."""
+        if base == "html":
+            return ()
         if base == "txt":
             return ("separator", self.separator or None)
         if base == "tokens":

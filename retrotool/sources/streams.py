@@ -14,6 +14,8 @@ Cost per core: zstd about 500 MB/s of text, gzip 250, xz 100, bzip2 30. Memory: 
 from __future__ import annotations
 
 import bz2
+import codecs
+import contextlib
 import lzma
 import os
 import struct
@@ -48,6 +50,8 @@ _LARGEST_HEADER = 18
 _HEADER_OF_BLOCK = 3
 _RUN_BLOCK, _RESERVED_BLOCK = 1, 3
 _CHECKSUM_BYTES = 4
+_INVALID = "retrotool.invalid"  # handler of decoding errors
+codecs.register_error(_INVALID, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 _ERRORS = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError, EOFError)
 
 
@@ -68,6 +72,17 @@ def compression_by_magic(start: bytes) -> str:
 def blocks(path: Path, compression: str, start: int = 0, end: int | None = None) -> Generator[bytes]:
     """Yield decompressed blocks of bytes [``start``, ``end``); raise ``BrokenStream`` after the last good."""
     return ahead(_blocks(path, compression, start, end), _AHEAD, patience=_PATIENCE_SECONDS)
+
+
+def transcoded(raw: Generator[bytes], encoding: str) -> Generator[bytes]:
+    """Yield blocks of text in UTF-8; what is invalid in ``encoding`` becomes an invalid byte."""
+    decoder = codecs.getincrementaldecoder(encoding)(_INVALID)
+    with contextlib.closing(raw):
+        for block in raw:
+            if text := decoder.decode(block):
+                yield text.encode("utf-8", "surrogateescape")
+    if text := decoder.decode(b"", final=True):
+        yield text.encode("utf-8", "surrogateescape")
 
 
 def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:

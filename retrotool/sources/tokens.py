@@ -42,6 +42,7 @@ WINDOW_SEQUENCES = 1 << 20
 _NUMPY = b"\x93NUMPY"
 _DESCRIPTION = b"'descr'"
 _NUMPY_HEAD_BYTES = 64  # enough to recognise a header with a damaged beginning
+_ENDS_LOOKED_AT = 1000  # documents
 _ALIGNED = 8  # the widest type, as the type is not known when a file is cut
 _SUFFIX_DTYPES = {".u16": "<u2", ".u32": "<u4"}
 _MEGATRON = b"MMIDIDX\0\0"
@@ -115,6 +116,23 @@ def check_tokens(file: InputFile, fields: Fields) -> None:
     array = _open_array(file)
     if array.dtype is None or array.expected in (None, (file.size - array.begin) / array.dtype.itemsize):
         _agreed_dtype(file, fields, array)  # else its header is damaged
+
+
+def check_ends(file: InputFile, fields: Fields) -> None:
+    """Raise ``UsageError`` if the first documents all end with one token that is nowhere else in them."""
+    found, size = [], 0
+    for row in itertools.islice(read_tokens(file, fields, WHOLE), _ENDS_LOOKED_AT):
+        if isinstance(row, Document) and row.tokens is not None:
+            found.append(row.tokens)
+            size += len(row.tokens)
+        if size > BLOCK_BYTES:
+            break
+    end = int(found[0][-1]) if len(found) > 1 else None
+    if end is not None and all(ids[-1] == end and end not in ids[:-1] for ids in found):
+        raise UsageError(
+            f"all documents of {file.name} end with token {end}, as if it marks their ends",
+            f"Give --end-of-document {end} to leave it out, or --end-of-document none to keep it in their text.",
+        )
 
 
 def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
@@ -433,21 +451,19 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
     given: np.dtype[Any] | None = None
     if fields.token_dtype is not None:
         if fields.token_dtype not in np.sctypeDict or np.dtype(fields.token_dtype).kind not in "iu":
-            raise UsageError(
-                f"{fields.token_dtype!r} is not a type of token ids", "Give --token-dtype uint16 or uint32."
-            )
+            raise UsageError(f"{fields.token_dtype!r} is not a type of token ids", "Give --format u16 or --format u32.")
         given = np.dtype(fields.token_dtype).newbyteorder("<")
     dtype = array.dtype or given
     if dtype is None:
         raise UsageError(
             f"the type of the tokens in {file.name} is not specified",
-            "Give --token-dtype (uint16 or uint32), or put Megatron's index, NAME.idx, beside it.",
+            "Give --format u16 or --format u32, or put Megatron's index, NAME.idx, beside it.",
         )
     # Ids are never negative, so the sign of the type does not matter.
     if given is not None and given.itemsize != dtype.itemsize:
         raise UsageError(
-            f"{file.name} holds {dtype.name} by its {array.by}, not the {given.name} of --token-dtype",
-            "Leave --token-dtype out for this file, or rename the file if its suffix is wrong.",
+            f"{file.name} holds {dtype.name} by its {array.by}, not {given.name} as given",
+            "Leave --format out for this file, or rename the file if its suffix is wrong.",
         )
     mark = fields.end_of_document
     if mark is None and array.index is None and not _offsets(file).is_file():
@@ -458,7 +474,7 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
     if mark is not None and not np.iinfo(dtype).min <= mark <= np.iinfo(dtype).max:
         raise UsageError(
             f"--end-of-document {mark} is not in the range of {dtype.name}, the type of {file.name}",
-            "Give the id after each document, or the file's type with --token-dtype.",
+            "Give the id after each document, or the file's type with --format u16 or u32.",
         )
     return dtype
 

@@ -1,5 +1,6 @@
-"""Web archives: WARC files of pages, and WET files of their text.
+"""Web pages: WARC archives, WET files of their text, and HTML files, each one document with its name as id.
 
+* HTML is reduced to its main content. The encoding of an HTML file is the given one, else as it declares.
 * A response with HTML or plain text gives its text; a conversion record is text. Other records are not rows.
 * ``id`` is the target URI, by which takedown requests name pages, or else the record's id; with ``--id-field
   record_id`` all captures of a page stay.
@@ -15,13 +16,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrotool.errors import InputError, UsageError
 from retrotool.sources import streams
 from retrotool.sources.inputs import InputFile, Slice
-from retrotool.sources.records import BadRow, Document, Fields, Rejected, document_of, reason_of, with_excerpt
+from retrotool.sources.lines import read_whole, text_document
+from retrotool.sources.records import BadRow, Document, Fields, Rejected, document_of, excerpt, reason_of, with_excerpt
 from retrotool.sources.streams import BrokenStream
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _MEDIA = (  # types that reasons may name without quoting the input
     "text/javascript", "text/xml",
 )  # fmt: skip
 _NOT_ROWS = ("warcinfo", "request", "metadata", "revisit")
+FIELDS = ("text", "type", "date", "content_type", "status", "id", "uri", "record_id")
 _ROWS = ("response", "resource", "conversion", "continuation")
 _HTML_OVERHEAD = 4
 _LONGEST_NUMBER = 18  # digits of a size
@@ -54,7 +56,7 @@ def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
         raise _needs_extra("FastWARC") from error
     limit = _HTML_OVERHEAD * fields.max_document + (1 << 20)
     number = offset = 0
-    with contextlib.closing(streams.blocks(Path(file.path), file.compression)) as blocks:
+    with contextlib.closing(file.blocks()) as blocks:
         stream = _Stream(blocks)
         try:
             # FastWARC only uses the two methods of ``_Stream``.
@@ -96,7 +98,7 @@ class _Stream:
 
 
 def _needs_extra(name: str) -> UsageError:
-    return UsageError(f"reading WARC files needs {name}", "Install it with: pip install fastwarc resiliparse")
+    return UsageError(f"reading HTML and WARC files needs {name}", "Install it with: pip install fastwarc resiliparse")
 
 
 def _check_size(record: WarcRecord) -> None:
@@ -169,6 +171,24 @@ def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
         "text": text, "type": kind, "date": record.headers.get("WARC-Date"), "content_type": content_type,
         "status": None if status is None else str(status),
     }  # fmt: skip
+
+
+def read_html(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
+    """Yield the document of an HTML file."""
+    del where
+    found = read_whole(file, _HTML_OVERHEAD * fields.max_document)
+    if isinstance(found, Rejected) or found.data is None:
+        yield found if isinstance(found, Rejected) else text_document(found, file, fields)
+        return
+    try:
+        text = _text("text/html; charset=utf-8" if file.encoding else "text/html", found.data)
+        if not text.strip():
+            raise BadRow("no text in it")
+    except BadRow as bad:
+        yield Rejected(0, str(bad), 0, excerpt(found.data))
+    else:
+        data = text.encode()
+        yield text_document(found._replace(data=data, size=len(data)), file, fields)
 
 
 def _text(content_type: str, body: bytes) -> str:

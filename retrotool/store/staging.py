@@ -17,7 +17,9 @@ from retrotool.store.sums import with_sums
 
 ENTRY_PATH = re.compile(r"staging/(?P<key>[0-9a-f]{32})\.json")
 COUNTS = ("documents", "chunks", "tokens", "rejected")  # of units, plans and the store
-PLAN_COUNTS = (*COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "compared", "exact")  # units and plans
+PLAN_COUNTS = (  # of units and plans
+    *COUNTS, "blocked", "damaged", "known_documents", "keys_cut", "hashed_ids", "compared", "exact",
+)  # fmt: skip
 _STORED = ("kind", "run", "settings", "reads", "add", "remove", "records", "unit", "piece")  # fields of an entry
 
 

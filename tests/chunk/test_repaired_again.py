@@ -145,9 +145,10 @@ def test_a_larger_limit_adds_what_was_too_long(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "name", "data"),
     [
-        (["--token-dtype", "uint32"], ["--token-dtype", "uint16"], "x.bin", bytes([100, 0, 200, 0, 102, 0, 44, 1]) * 3),
+        (["--format", "u32"], ["--format", "u16"], "x.bin", bytes([100, 0, 200, 0, 102, 0, 44, 1]) * 3),
         (["--separator", "#"], ["--separator", "\\n\\n"], "n.txt", b"one two\n\nthree four"),
-        (["--text-field", "body"], [], "r.jsonl", b'{"text": "one two"}\n{"text": "three"}\n'),
+        (["--text-field", "body"], [], "r.jsonl", b'{"text": "one two"}\n{"text": "three", "body": "four"}\n'),
+        (["--format", "tsv", "--encoding", "latin-1"], ["--format", "tsv"], "t", b"text\none\ntwo\xc3\xa4\n"),
     ],
 )
 def test_a_wrong_setting_does_not_shut_an_input_out(first, second, name, data, tmp_path):

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import INTERRUPTED, make_rows, write_jsonl
+from conftest import INTERRUPTED, make_rows, write_blank, write_jsonl
 from stored import path_in_store, stored_file, stored_files
 from typer.testing import CliRunner
 
@@ -75,7 +75,7 @@ def test_what_a_search_lacks_is_named_from_the_beginning(tmp_path, tiny_encoder,
     store = tmp_path / "store"
     command = ("search", store, "text")
     chunk = ("chunk", store, "--tokenizer", tiny_encoder)
-    assert run(*chunk, write_jsonl(tmp_path / "none.jsonl", []))[0] == 3
+    assert run(*chunk, write_blank(tmp_path / "none.jsonl"))[0] == 0
     snapshots(run(*command)[2], STORE=store)
     code, out, _ = run("embed", store, "--encoder", tiny_encoder)
     assert code == 0

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows, write_jsonl
+from conftest import make_rows, write_blank, write_jsonl
 from stored import leave_unfinished, stored_file, stored_files, write_stored
 from typer.testing import CliRunner
 
@@ -154,7 +154,7 @@ def test_parts_of_a_chunk_that_is_not_finished_are_pending(store_copy: Path, tmp
 
 def test_a_store_without_files_has_an_empty_list(tmp_path: Path, tiny_encoder: Path) -> None:
     store = tmp_path / "store"
-    nothing = write_jsonl(tmp_path / "none.jsonl", [])
+    nothing = write_blank(tmp_path / "none.jsonl")
     api.chunk(store, [str(nothing)], tokenizer=str(tiny_encoder))
     assert [file for file in listed(store) if file["kind"] in IN_PARTS] == []
     api.chunk(store, [str(write_jsonl(tmp_path / "some.jsonl", make_rows(3)))])

@@ -35,7 +35,7 @@ def refusal_of(*given: str) -> str:
 
 
 def test_folders_give_files_of_known_formats_once_in_order(here):
-    make("c/b.jsonl", "c/a.txt", "c/sub/c.parquet", "c/.hidden.txt", "c/.git/d.txt", "c/readme.md")
+    make("c/b.jsonl", "c/a.txt", "c/sub/c.parquet", "c/.hidden.txt", "c/.git/d.txt", "c/readme")
     found = find_inputs(["c/b.jsonl", "c", "c/a.txt"])
     assert [Path(file.path).name for file in found] == ["b.jsonl", "a.txt", "c.parquet"]
 

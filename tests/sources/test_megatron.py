@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import struct
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from source_help import input_of
 from token_help import CODES, CORPUS, MARK, blocks, comparable, corpora, ids_of, write_megatron
 
-from retrotool.sources import Document, Fields, Rejected, cut_input, find_inputs, read_input, tokens
+from retrotool.errors import UsageError
+from retrotool.sources import Document, Fields, Rejected, check_input, cut_input, find_inputs, read_input, tokens
 from retrotool.sources.records import content_hash
 
 
@@ -226,3 +228,37 @@ def test_other_indexes_are_refused(tmp_path):
         "older.bin": "older.idx is not a Megatron index",
         "version.bin": "version.idx has the unknown version 2",
     }
+
+
+ENDS = {
+    "all end with one token": ([[[5, 6, 9]], [[7, 9]], [[9]]], True),
+    "it is also inside one": ([[[5, 9, 6, 9]], [[7, 9]]], False),
+    "one ends otherwise": ([[[5, 6, 9]], [[7, 9]], [[8]]], False),
+    "there is one document": ([[[5, 6, 9]]], False),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_documents_that_all_end_with_one_token_need_an_answer(case, tmp_path):
+    corpus, is_asked = ENDS[case]
+    write_megatron(tmp_path / "wiki", corpus, "<u2")
+    file = input_of(tmp_path / "wiki.bin")
+    check_input(file, Fields(end_of_document=9), keep_end=False)
+    check_input(file, Fields(), keep_end=True)
+    if not is_asked:
+        check_input(file, Fields(), keep_end=False)
+        return
+    with pytest.raises(UsageError, match=r"all documents of wiki\.bin end with token 9") as caught:
+        check_input(file, Fields(), keep_end=False)
+    assert "--end-of-document 9" in caught.value.advice
+
+
+def test_the_answer_is_given_on_the_command_line(tmp_path, cli):
+    write_megatron(tmp_path / "wiki", ENDS["all end with one token"][0][:2], "<u2")
+    asked = cli("chunk", tmp_path / "store", tmp_path / "wiki.idx", "--workers", "1")
+    assert (asked.returncode, (tmp_path / "store").exists()) == (2, False)
+    for answer, tokens_there in (("none", 5), ("9", 3)):
+        given_it = cli("chunk", tmp_path / answer, tmp_path / "wiki.idx", "--end-of-document", answer, "--json")
+        assert json.loads(given_it.stdout)["tokens"] == tokens_there
+    wrong = cli("chunk", tmp_path / "store", tmp_path / "wiki.idx", "--end-of-document", "x")
+    assert (wrong.returncode, "give a token id, or none" in wrong.stderr) == (2, True)

@@ -47,7 +47,7 @@ def test_a_stream_becomes_an_input_that_can_be_cut(scratch, step):
     with spool(Pipe(LINES, step)) as spooled:
         assert list(scratch.iterdir()) == []
         (file,) = find_inputs(["-"], spooled)
-        assert (file.name, file.format, file.size) == ("stdin.jsonl", "jsonl", len(LINES))
+        assert (file.name, file.format, file.size) == ("stdin", "jsonl", len(LINES))
         assert is_spooled(file)
         slices = cut_input(file, Fields(), 5000)
         assert len(slices) > 2

@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import Cli, make_rows, make_text, write_jsonl
+from conftest import Cli, make_rows, make_text, write_blank, write_jsonl
 from oracle import read_plain
 from stored import copy_store, stored_file
 
@@ -176,7 +176,7 @@ def test_a_search_that_meets_new_files_starts_again(lists: Path, monkeypatch: py
 
 def test_nothing_is_said_of_recall_where_there_is_nothing_to_find(tmp_path: Path, tiny_encoder: Path, cli: Cli) -> None:
     empty = tmp_path / "empty"
-    api.chunk(empty, [str(write_jsonl(tmp_path / "none.jsonl", []))], tokenizer=str(tiny_encoder))
+    api.chunk(empty, [str(write_blank(tmp_path / "none.jsonl"))], tokenizer=str(tiny_encoder))
     with pytest.raises(UsageError, match="no chunks"):
         api.index(empty)
     one = tmp_path / "one"
