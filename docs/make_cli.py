@@ -32,7 +32,7 @@ Results go to stdout, as text or with `--json` as one JSON object; errors, advic
 | 0 | done |
 | 1 | failed: the disk is full, a task failed every time, a bug |
 | 2 | usage: what was asked for contradicts itself, the store or the machine |
-| 3 | `chunk` finished, with input rejected |
+| 3 | `chunk` finished, with rows rejected or an input broken off; repeated documents are not rejected |
 | 10 | there is no store at that path |
 | 11 | another process committed what this work conflicts with, or took this run for dead; run the command again |
 | 12 | a file is not what the log says, or was erased under a reader |

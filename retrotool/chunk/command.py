@@ -39,7 +39,8 @@ Examples:
   retrotool chunk notes-store notes/ --format text --encoding latin-1
   retrotool chunk store corpus/*.jsonl.zst --existing replace
 
-Exit codes: 0 done, 3 done or stopped with rejected rows, 2 usage, 11 lost a race, 12 corrupt."""
+Exit codes: 0 done, also if documents were repeats; 3 done or stopped with rejected rows or broken inputs;
+2 usage; 11 lost a race; 12 corrupt; 14 others are working on the rest."""
 
 _input = partial(opt, panel="What is added")
 _reading = partial(opt, panel="How rows are read")
@@ -172,6 +173,8 @@ def _token_id(text: str | None) -> int | None:
 
 
 def _text(store: str, result: ChunkResult) -> str:
+    from retrotool.chunk.deduplicate import BY_ID
+
     lines = []
     if result.known_inputs:
         lines.append(f"{output.count(result.known_inputs, 'input')} skipped: already in the store.")
@@ -198,10 +201,16 @@ def _text(store: str, result: ChunkResult) -> str:
         lines.append(f"{output.count(result.blocked, 'document')} skipped: purged before (--allow-purged adds them).")
     if result.keys_cut:
         lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
+    lines += [
+        f"{output.count(one.rows, 'document')} skipped: {one.reason} ({_place(one)})."
+        for one in result.reasons
+        if one.reason == BY_ID
+    ]
     if result.rejected:
+        reasons = [reason for reason in result.reasons if reason.reason != BY_ID]
         lines.append(f"{output.count(result.rejected, 'row')} rejected:")
-        lines.append(output.table([_row(reason) for reason in result.reasons[:10]]))
-        if (more := len(result.reasons) - 10) > 0:
+        lines.append(output.table([_row(reason) for reason in reasons[:10]]))
+        if (more := len(reasons) - 10) > 0:
             lines.append(f"  and {output.count(more, 'other reason')}, in the store's quarantine/ files.")
         if any("invalid UTF-8" in reason.reason for reason in result.reasons):
             lines.append("If the text is in another encoding, name it, such as --encoding latin-1.")
@@ -244,7 +253,11 @@ def _update_lines(store: str, result: ChunkResult) -> list[str]:
 def _row(one: RejectedReason) -> tuple[int, str, str]:
     is_missing = one.reason.startswith(("no column", "no field"))
     reason = f"{one.reason}: {one.excerpt}" if is_missing and one.excerpt else one.reason
-    return one.rows, reason, f"first: {one.input}" + (f", line {one.line:,}" if one.line else "")
+    return one.rows, reason, _place(one)
+
+
+def _place(one: RejectedReason) -> str:
+    return f"first: {one.input}" + (f", line {one.line:,}" if one.line else "")
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -372,10 +372,12 @@ def _read_repeats(
     store: Store, tombstones: Tombstones, places: Places, kinds: Kinds, kept: Collection[int]
 ) -> Iterator[PartRepeats]:
     """Yield the duplicates of each part. Those of the kinds ``kept`` are not dropped."""
-    columns = ["first_row", "n_chunks", "input", "position", "source"]
+    columns = ["id", "text_hash", "first_row", "n_chunks", "input", "position", "source"]
     for part in distinct_parts(places):
         some = slice_of_part(places, part)
         table = parts.read_documents(store, part, columns).take(pa.array(row_of(places[some])))
+        # Without a given id only its text can repeat.
+        mine = np.where((kinds[some] == _BY_ID) & parts.named_by_text(table), np.int8(_BY_TEXT), kinds[some])
         entry = parts.part_entry(store, "chunks", part)
         n_tokens = parts.read_parquet(store, entry, ["n_tokens"])["n_tokens"].to_numpy()
         n_chunks = table["n_chunks"].to_numpy()
@@ -387,12 +389,12 @@ def _read_repeats(
             continue
         alive = left & ~tombstones.contains(ids)
         live = np.bincount(owner[alive], minlength=len(n_chunks)) > 0
-        dropped = ~np.isin(kinds[some], list(kept))
+        dropped = ~np.isin(mine, list(kept))
         alive &= dropped[owner]
         table = table.filter(pa.array(live))
         yield PartRepeats(
             ids[left & dropped[owner]], int((live & dropped).sum()), int(alive.sum()), int(n_tokens[rows[alive]].sum()),
-            kinds[some][live], table["input"].combine_chunks(), table["position"].to_numpy(),
+            mine[live], table["input"].combine_chunks(), table["position"].to_numpy(),
             table["source"].fill_null("").to_pylist(),
         )  # fmt: skip
 

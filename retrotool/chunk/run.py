@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from retrotool import engine, sources
 from retrotool.chunk import CHUNK_LENGTH, chunk_plan
 from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
-from retrotool.chunk.deduplicate import BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
+from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
 from retrotool.chunk.quarantine import without_numbers
 from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
@@ -77,6 +77,7 @@ class ChunkResult:
     parts: int
     known_inputs: int
     commit: int
+    duplicate_ids: int = 0  # documents skipped for their id, also among the ``reasons``
     stopped: str = ""  # why not everything was done
     exceeded: str = ""  # the limit on rejected rows that was exceeded, though everything was done
     reasons: tuple[RejectedReason, ...] = ()
@@ -147,7 +148,9 @@ def chunk(
     units = _waiting_units(store, plans)
     # Rows that were rejected before an input was read again do not count.
     reasons, damaged = _reasons(store, plans, units, changed)
-    counts = {**_counts_of(store, plans), "rejected": sum(reason.rows for reason in reasons), "damaged": damaged}
+    by_id = sum(reason.rows for reason in reasons if reason.reason == BY_ID)
+    rejected = sum(reason.rows for reason in reasons) - by_id
+    counts = {**_counts_of(store, plans), "rejected": rejected, "damaged": damaged}
     counts["unchanged"] = counts.pop("known_documents")
     left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
     _note_missing_columns(store, before, chosen, known)
@@ -157,6 +160,7 @@ def chunk(
         duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
         known_inputs=known,
         commit=state.number,
+        duplicate_ids=by_id,
         stopped=stopped,
         exceeded=exceeded,
         reasons=reasons,

@@ -220,14 +220,30 @@ def test_a_truncated_parquet_file_is_set_aside_whole(store, tmp_path, content):
 def test_of_documents_with_one_id_the_first_stays(kind, store, tmp_path, content):
     one = write_rows(tmp_path / f"one.{kind}", [GOOD[0], {"id": "good-0", "text": "Again."}, GOOD[1]])
     two = write_rows(tmp_path / f"two.{kind}", [GOOD[2], {"id": "good-1", "text": "In another file."}])
-    assert run_chunk(store, one, two).exit_code == 3
+    result = run_chunk(store, one, two)
     reason = "duplicate document id"
+    assert (result.exit_code, "rejected" in result.stdout) == (0, False)
+    assert f"2 documents skipped: {reason} (first: {one}, line 2)." in result.stdout
     found = [(str(one), 2, reason), (str(two), 2, reason)]
     assert quarantine(store) == found
     three = write_rows(tmp_path / f"three.{kind}", [{"id": "good-2", "text": "In another run."}, *BEFORE])
     assert run_chunk(store, three).exit_code == 0
     assert quarantine(store) == sorted([*found, (str(three), 1, DIFFERING)])
     assert verified(store).content == content([*BEFORE, *GOOD])
+
+
+def test_a_repeated_text_is_reported_alike_with_and_without_ids(store, tmp_path):
+    texts = ["First text.", "Second text.", "First text."]
+    given = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    rows = {"with": given, "without": [{"text": text} for text in texts]}
+    results = []
+    for name, some in rows.items():
+        (tmp_path / name).mkdir()
+        source = write_rows(tmp_path / name / "rows.jsonl", some)
+        results.append(run_chunk(copy_store(Path(store), tmp_path / name / "store"), source))
+    assert results[0].exit_code == results[1].exit_code == 0
+    assert "1 document skipped: duplicate text (" in results[0].stdout
+    assert results[0].stdout.replace("/with/", "/without/") == results[1].stdout
 
 
 def test_duplicates_are_placed_as_rows_are_in_each_format(store, tmp_path):
@@ -260,7 +276,7 @@ def test_duplicates_are_placed_in_their_own_file_of_several_with_one_name(store,
         (tmp_path / folder).mkdir()
         write_rows(tmp_path / folder / "same.jsonl", rows)
     paths = [tmp_path / folder / "same.jsonl" for folder in "abc"]
-    assert run_chunk(store, *paths).exit_code == 3
+    assert run_chunk(store, *paths).exit_code == 0
     assert quarantine(store) == [(str(paths[1]), 1, "duplicate document id")]
     assert verified(store).content == content([*BEFORE, *GOOD, {"id": "c", "text": "More."}])
 

@@ -40,7 +40,7 @@ def chunked(tmp_path, byte_level_tokenizer):
         store = tmp_path / f"store-{next(numbers)}"
         options = {"tokenizer": str(byte_level_tokenizer), "part_size": 30, **options}
         found = api.chunk(store, [str(path) for path in inputs], **options)
-        assert found.documents + found.rejected == len(ROWS)
+        assert found.documents + found.rejected + found.duplicate_ids == len(ROWS)
         return verified(store)
 
     return run

@@ -117,7 +117,7 @@ def test_the_list_of_another_store_does_not_match(chunked: Path, tmp_path: Path)
 def test_documents_that_repeat_are_not_blocked(byte_level_tokenizer: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, *ROWS[:3], {**ROWS[4], "id": "other"}])
     made = api.chunk(tmp_path / "store", [str(rows)], tokenizer=str(byte_level_tokenizer))
-    assert (made.documents, made.rejected) == (12, 3)
+    assert (made.documents, made.duplicate_ids) == (12, 3)
     assert not read_blocked(Store.open(tmp_path / "store"))
     purge(tmp_path / "store", chunks_of(tmp_path / "store")["doc-1"])
     assert blocked_ids(tmp_path / "store") == {"doc-1"}
