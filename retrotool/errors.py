@@ -5,7 +5,7 @@ chooses exit codes. An ``OSError`` with a file name is reported likewise, with e
 exception is a bug and shows its traceback.
 
     0 done   1 failed   2 usage   3 finished with input rejected   10 no store   11 commit race lost, or run
-    taken for dead   12 corrupt, or erased under a reader   130 interrupted
+    taken for dead   12 corrupt, or erased under a reader   14 left to other runs   130 interrupted
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ class LostRunError(AbortError):
 
     def __init__(self, message: str, advice: str = "Run the same command again: what was committed is kept.") -> None:
         super().__init__(message, advice)
+
+
+class HeldError(RetrotoolError):
+    """What is left to do is held by other live runs, and the caller did not want to wait."""
+
+    exit_code = 14
 
 
 class TaskError(RetrotoolError):

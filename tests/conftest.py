@@ -32,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests say what a machine without a GPU does; those that want one are run by: make gpu-test
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["TQDM_DISABLE"] = "1"  # progress comes after seconds: what a test reads must not depend on its speed
 os.environ["COLUMNS"] = "100"  # whatever the terminal that tests are run in
 
 HERE = Path(__file__).parent
@@ -55,7 +56,7 @@ def times(few: int, many: int) -> int:
     return many if PROFILE == "nightly" else few
 
 
-INTERRUPTED = "interrupted: finished parts are kept, the current one is not. Run the same command again to resume.\n"
+INTERRUPTED = "interrupted: what is finished is kept. Run the same command again to resume.\n"
 
 WORDS = (
     "store chunk token vector index query neighbour document part shard commit log page file disk kernel driver "

@@ -305,6 +305,9 @@ class MemoryStorage:
             raise FileExistsError(f"{path} exists; a file is never written twice")
         return sink, result
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
         with storage_errors(Path(self.place, path)):
             announce("put_if_absent", Path(self.place, path))

@@ -131,6 +131,7 @@ class ChunkOptions:
     max_bad: MaxBad = field(default_factory=MaxBad)
     check: float = 0.001
     exact_tokenizer: bool = False
+    wait: bool = True  # for standard input that another run reads
     note: Callable[[str], object] = str
 
 

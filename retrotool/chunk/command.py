@@ -14,6 +14,7 @@ from retrotool.cli import output
 from retrotool.cli.options import (
     WORK,
     Json,
+    NoWaitOption,
     ScratchOption,
     StoreArgument,
     WorkersOption,
@@ -112,6 +113,7 @@ def command(
     part_size: Annotated[int, _work("Chunks per part.", metavar="N")] = PART_SIZE,
     scratch: ScratchOption = None,
     workers: WorkersOption = None,
+    no_wait: NoWaitOption = False,
     exact_tokenizer: Annotated[
         bool,
         opt(
@@ -150,7 +152,7 @@ def command(
             fields=fields, require_id=id_field is not None, format=format, encoding=encoding, part_size=part_size,
             keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
             duplicates=duplicates, existing=existing, allow_purged=allow_purged,
-            max_bad=MaxBad.parse(max_bad), exact_tokenizer=exact_tokenizer, note=output.note,
+            max_bad=MaxBad.parse(max_bad), exact_tokenizer=exact_tokenizer, wait=not no_wait, note=output.note,
         )  # fmt: skip
         given = list(inputs or ())
         if dry_run:
@@ -262,8 +264,10 @@ def _place(one: RejectedReason) -> str:
 
 def estimate_text(estimate: Estimate) -> str:
     """Render an estimate as text."""
+    from retrotool.engine.progress import duration
+
     known = f"; {estimate.known_inputs:,} more read before" if estimate.known_inputs else ""
-    duration = f"about {_duration(estimate.seconds)} with {output.count(estimate.workers, 'worker')}"
+    time = f"about {duration(estimate.seconds)} with {output.count(estimate.workers, 'worker')}"
     rows = [
         ("inputs", f"{estimate.inputs:,}, {output.size(estimate.input_bytes)}{known}"),
         ("documents", f"about {estimate.documents:,}"),
@@ -271,16 +275,9 @@ def estimate_text(estimate: Estimate) -> str:
         ("chunks", f"about {estimate.chunks:,}, in {output.count(estimate.parts, 'part')}"),
         ("rejected", f"about {output.count(estimate.rejected, 'row')}"),
         ("on disk", f"about {output.size(estimate.bytes)}"),
-        ("time", f"{duration}: {estimate.megabytes_per_second:.0f} MB/s of text"),
+        ("time", f"{time}: {estimate.megabytes_per_second:.0f} MB/s of text"),
     ]
     reasons = output.table([_row(reason) for reason in estimate.reasons[:10]])
     rejected = f"\nRejected in the sample:\n{reasons}" if reasons else ""
     sampled = f"{output.count(estimate.sampled_documents, 'document')}, {output.size(estimate.sampled_bytes)} of text"
     return f"{output.table(rows)}{rejected}\nFrom a sample of {sampled}. Nothing was changed."
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

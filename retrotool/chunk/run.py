@@ -20,7 +20,6 @@ from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCoun
 from retrotool.chunk.quarantine import without_numbers
 from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
-from retrotool.cli.command_lines import command_line
 from retrotool.cli.options import check_utf8
 from retrotool.errors import AbortError, ErasedError, UsageError
 from retrotool.machine import user_name
@@ -135,11 +134,6 @@ def chunk(
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
-        if not stopped and _has_units(store):
-            chosen.note(
-                "Another running chunk is reading its standard input; units planned after it wait for it. "
-                f"If it was killed on another machine, finish in an hour: {command_line('chunk', store.place)}"
-            )
         exceeded = "" if stopped else chosen.max_bad.exceeded(_counts_of(store, open_plans), last=True)
         if not stopped:
             repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
@@ -270,7 +264,7 @@ def _work(
     if (reason := options.max_bad.exceeded(counts)) and _has_units(store):
         return reason
     try:
-        engine.execute(stage, store, run, workers=options.workers, enough=is_enough)
+        engine.execute(stage, store, run, workers=options.workers, enough=is_enough, wait=options.wait)
     except TokensDiffer as error:
         chunk_plan.use_exact_tokenizer(store, run, error.summary)
         folding.fold(store, run)  # removes the units that are void now

@@ -45,6 +45,7 @@ from retrotool.tokenizers import FastTokenizer, stored_tokenizer
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
 _EXCERPT = 200
+_LEAST_SHARE = {"parquet": 64, "arrow": 64}  # bytes of input per byte that is surely written: few columns may be text
 Row = Document | Rejected
 Flags = npt.NDArray[np.bool_]
 
@@ -64,18 +65,28 @@ class ChunkStage:
 
     def plan(self, store: Store) -> list[Task]:
         """Return a task for each unit that is neither committed nor another run's, in order."""
+        return [task for task, holder in self._units(store) if not holder]
+
+    def held(self, store: Store) -> dict[str, str]:
+        """Return the units whose standard input another live run has, and that run."""
+        return {task.label: holder for task, holder in self._units(store) if holder}
+
+    def size_of(self, store: Store, task: Task) -> int:  # noqa: ARG002
+        """Return a small share of the input: tokens take about half of a text, and are compressed."""
+        return task.weight // _LEAST_SHARE.get(task.inputs["format"], 16)
+
+    def _units(self, store: Store) -> list[tuple[Task, str]]:
         tasks = []
         for plan_id, entry, plan in chunk_plan.open_plans(store):
             is_elsewhere = plan.owner not in ("", self.run) and plan.owner in leases.others(store.storage, self.run)
             for index in range(store.state.records[f"plan:{plan_id}"]["done"], len(plan.units)):
                 unit = plan.units[index]
                 files = [plan.files[piece.file] for piece in unit]
-                if is_elsewhere and any(map(is_spooled, files)):
-                    continue
+                holder = plan.owner if is_elsewhere and any(map(is_spooled, files)) else ""
                 key = task_key("chunk", {"unit": index}, [entry.path])
-                inputs = {"plan": plan_id, "unit": index, "path": entry.path}
+                inputs = {"plan": plan_id, "unit": index, "path": entry.path, "format": files[0].base}
                 weight = sum(piece.weight for piece in unit)
-                tasks.append(Task(key, f"unit {index} ({files[0].path})", weight, inputs))
+                tasks.append((Task(key, f"unit {index} ({files[0].path})", weight, inputs), holder))
         return tasks
 
     def open(self, store: Store) -> ChunkWorker:

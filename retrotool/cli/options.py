@@ -114,8 +114,15 @@ IndexOption = Annotated[
 ]
 
 
-def _work(text: str, name: str, metavar: str, least: int | None = None) -> Any:
-    return opt(text, f"--{name}", metavar=metavar, panel=WORK, variable=f"RETROTOOL_{name.upper()}", least=least)
+def _work(text: str, name: str, metavar: str | None, least: int | None = None) -> Any:
+    return opt(
+        text,
+        f"--{name}",
+        metavar=metavar,
+        panel=WORK,
+        variable=f"RETROTOOL_{name.upper().replace('-', '_')}",
+        least=least,
+    )
 
 
 DevicesOption = Annotated[
@@ -136,6 +143,9 @@ TableOption = Annotated[
 Device = Annotated[str, _work("auto (a GPU if there is one), cpu, cuda or cuda:N.", "devices", "D")]
 ShardOption = Annotated[
     str | None, _work("This is job I of N on the store, from 0: begin with that share of the work.", "shard", "I/N")
+]
+NoWaitOption = Annotated[
+    bool, _work("Exit with 14 instead of waiting, if other runs are doing the rest of the work.", "no-wait", None)
 ]
 WorkersOption = Annotated[int | None, _work("Worker processes.  [default: one per core]", "workers", "N", least=1)]
 ScratchOption = Annotated[str | None, _work("Folder for scratch files.  [default: the system's]", "scratch", "DIR")]

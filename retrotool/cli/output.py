@@ -243,7 +243,7 @@ def errors(as_json: bool) -> Iterator[None]:
         _report(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
         raise typer.Exit(EXIT_FAILED) from None
     except KeyboardInterrupt:
-        note("interrupted: finished parts are kept, the current one is not. Run the same command again to resume.")
+        note("interrupted: what is finished is kept. Run the same command again to resume.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
-from retrotool.cli.options import DevicesOption, Json, ShardOption, StoreArgument, opt, parse_shard
+from retrotool.cli.options import DevicesOption, Json, NoWaitOption, ShardOption, StoreArgument, opt, parse_shard
 
 if TYPE_CHECKING:
     from retrotool.embed.run import EmbedResult
@@ -18,6 +18,7 @@ Examples:
   retrotool embed store --encoder models/bert-base-uncased --name bert-cls --pooling cls
   retrotool embed store --dtype bfloat16 --devices cpu
   retrotool embed store --shard 3/16
+  retrotool embed store --no-wait
   retrotool embed store --devices cuda:0,cuda:1
   retrotool embed store --from vectors.parquet --encoder their-model"""
 
@@ -55,15 +56,17 @@ def command(
         opt("Tokens per batch; more take more memory.  [default: 65536 on a GPU, 2048 on a CPU]", metavar="N", least=1),
     ] = None,
     shard: ShardOption = None,
+    no_wait: NoWaitOption = False,
     check: Annotated[bool, opt("Compare 2,000 stored vectors with transformers in float32.", "--check")] = False,
     as_json: Json = False,
 ) -> None:
     """Embed every chunk with a frozen encoder, such as BERT.
 
-    Writes float16 vectors, one .npy file per part. Skips parts that are already embedded with this encoder,
-    and those that another running embed is processing. BERT-like models run without padding, others through
-    transformers. Prints and records which was used, and how close its vectors are to those of transformers in
-    float32.
+    Writes float16 vectors, one .npy file per part. Skips parts that are already embedded with this encoder.
+    Waits for parts that another running embed has begun; with --shard, only for those of its share.
+
+    BERT-like models run without padding, others through transformers. Prints and records which was used, and
+    how close its vectors are to those of transformers in float32.
 
     --from stores vectors made elsewhere: in .npy files by part and row, of all chunks or of those without; in
     Parquet files with a column that names the chunk of each.
@@ -74,6 +77,7 @@ def command(
         result = embed_run.embed(
             store, encoder=encoder, name=name, pooling=pooling, dimension=dimension, devices=devices, dtype=dtype,
             batch_tokens=batch_tokens, shard=parse_shard(shard), check=check, vectors=vectors,
+            wait=not no_wait,
         )  # fmt: skip
         output.show(result, as_json, lambda result: _text(result, str(store)))
 

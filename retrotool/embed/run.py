@@ -15,7 +15,7 @@ from retrotool.embed.stage import EmbedStage
 from retrotool.embed.store_encoder import compare, draw_sample
 from retrotool.encoder import Encoder, EncoderIdentity, default_name, find_devices, find_encoder
 from retrotool.encoder.devices import batch_tokens_of
-from retrotool.engine.progress import counting
+from retrotool.engine.progress import Progress, counting
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
@@ -84,12 +84,13 @@ def embed(
     shard: tuple[int, int] | None = None,
     check: bool = False,
     vectors: str | Path | None = None,
+    wait: bool = True,
 ) -> EmbedResult:
     """Embed every part that has no embeddings of ``encoder``, on one or several devices.
 
     ``shard`` (i, n): this is job i of n, from 0. With several devices processes are spawned, so a script must
     call this below ``if __name__ == "__main__":``. ``vectors``: files of vectors made elsewhere, by a model
-    called ``encoder``.
+    called ``encoder``. ``wait``: for parts that other runs embed.
     """
     store = Store.open(root)
     batch_tokens_of("cpu", batch_tokens)
@@ -104,7 +105,8 @@ def embed(
         identity = foreign_identity(encoder, name or default_name(encoder), files.dimension)
     else:
         found, files = find_devices(devices, dtype), None
-        identity = find_encoder(encoder, pooling=pooling, name=name, dimension=dimension)[1]
+        with Progress("embed", doing="reading the encoder"):
+            identity = find_encoder(encoder, pooling=pooling, name=name, dimension=dimension)[1]
     if name is None:  # use the store's name for it, even if it was moved
         known = store.state.with_prefix("encoder:")
         names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
@@ -114,7 +116,7 @@ def embed(
     done = _Done()
     with writing(store) as run:
         _update_origin(store, run, identity)
-        engine.execute(stage, store, run, workers=len(found), enough=done)
+        engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait)
         elsewhere = engine.count_elsewhere(stage, store, run)
         checked = _check(store, run, encoder, identity, found[0]) if check else None
     state = store.refresh()

@@ -3,19 +3,23 @@
 Erased chunks and values of key-value records get zeros without computation. Purged chunks are embedded until
 erased. If a part's chunks are erased during its task, the commit is refused and the part is embedded again.
 Blocks of about 64 batches are read, computed and written concurrently, so memory does not grow with the part.
+Once a minute the blocks that are done are staged, and an interrupted run goes on from there (``pieces``).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.embed.pieces import Pieces, drop_pieces
+from retrotool.embed.search_scope import count_live_keys
 from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
@@ -26,6 +30,7 @@ from retrotool.store.parts import ROW_GROUP, Chunks
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 from retrotool.store.vectors import write_vector_blocks
 from retrotool.tokenizers import TokensDiffer
 
@@ -61,7 +66,7 @@ class EmbedStage:
     def plan(self, store: Store) -> list[Task]:
         """Plan one task per part; raise ``UsageError`` if another encoder has the name."""
         check_encoder_identity(store, self.identity)
-        tasks, row = [], 0
+        tasks, row, tombstones = [], 0, read_tombstones(store)
         done = store.state.group("embeddings", self.identity.name)
         for part in store.state.all_parts() if self.files is None else self.given:
             entry, old = parts.part_entry(store, "chunks", part), done.get(part_slot(part))
@@ -70,9 +75,14 @@ class EmbedStage:
                 again = {"repair": replaces} if replaces else {}
                 key = task_key("embed", {"encoder": self.identity.sha256, **again}, [entry.path])
                 inputs = {"part": part, "path": entry.path, "row": row, "replaces": replaces}
-                tasks.append(Task(key, f"part {part}", parts.n_keys(entry), inputs, claimed=True))
+                weight = count_live_keys(store, part, tombstones)
+                tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
             row += entry.rows
         return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    def size_of(self, store: Store, task: Task) -> int:
+        """Return the bytes of a part's vectors."""
+        return parts.part_entry(store, "chunks", int(task.inputs["part"])).rows * self.identity.dimension * 2
 
     def of_worker(self, number: int) -> EmbedStage:
         """Return the stage on the device of worker ``number``."""
@@ -139,6 +149,7 @@ class EmbedWorker:
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
         self._begun = self._measure()
+        self._batch_tokens = self.encoder.batch_tokens  # which the encoder lowers when memory runs out
         self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
@@ -149,44 +160,46 @@ class EmbedWorker:
             return None
         if not self._verified:
             self._prepare(part)
-        name = FileName.new(run, "embeddings", part_slot(part), "npy", identity.name)
-        self._begun = self._measure()
-        reported = 0
-
-        def progress(rows: int) -> None:
-            nonlocal reported
-            reported += rows
-            report(rows)
-
-        try:
-            entry = self._write(part, name, progress)
-        except TokensDiffer as error:
-            # Repeat this part without the fast tokenizer; --check can validate earlier parts.
-            self.encoder.say(f"{error.summary}; continuing with tokenizers, which is slower")
-            self.encoder.use_slow_tokenizer()
-            progress(-reported)
-            entry = self._write(part, name, progress)
-        except NotFiniteError as error:
-            row = int(np.flatnonzero(parts.read_embedded(self._store, part))[error.row])
-            raise self._not_finite(part, row) from error
-        report(task.weight - reported)  # erased chunks
-        self._store.refresh()
-        records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
-        # What differs between workers is recorded with the file, as tasks with equal settings share a commit.
-        entry, encoder = replace(entry, about={"cosine": self.encoder.cosine}), self.encoder
+        encoder = self.encoder
         settings = {
             "encoder": identity.name, "device": encoder.device_name, "dtype": encoder.dtype,
             "forward": encoder.forward, "why": encoder.why,
         }  # fmt: skip
+        name = partial(FileName.new, run, "embeddings", part_slot(part), "npy", identity.name)
+        made_with = {**settings, "sha256": identity.sha256, "dimension": identity.dimension}
+        kept = partial(Pieces, self._store, task.inputs["path"], made_with, encoder.cosine or 0.0, name)
+        self._begun = self._measure()
+        rows, keys = 0, parts.n_keys(parts.part_entry(self._store, "chunks", part))
+        reported = 0
+
+        def progress(embedded: int) -> None:
+            nonlocal rows, reported
+            rows += embedded
+            before, reported = reported, task.weight * rows // max(keys, 1)  # erased and purged chunks do not count
+            report(reported - before)
+
+        try:
+            entry = self._write(part, name(), pieces := kept(), progress)
+        except TokensDiffer as error:
+            # Repeat this part without the fast tokenizer; --check can validate earlier parts.
+            encoder.say(f"{error.summary}; continuing with tokenizers, which is slower")
+            encoder.use_slow_tokenizer()
+            progress(-rows)
+            drop_pieces(self._store, task.inputs["path"])
+            entry = self._write(part, name(), pieces := kept(), progress)
+        except NotFiniteError as error:
+            computed = parts.read_embedded(self._store, part)
+            for start, stop in self._blocks(len(computed)):
+                computed[start:stop] &= pieces.rows(start, stop) is None
+            raise self._not_finite(part, int(np.flatnonzero(computed)[error.row])) from error
+        report(task.weight - reported)
+        self._store.refresh()
+        records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
+        # What differs between workers is recorded with the file, as tasks with equal settings share a commit.
+        entry = replace(entry, about={"cosine": pieces.cosine})
         reads, measured = (str(task.inputs["path"]),), self._since_begun()
         removed = () if replaces is None else (str(replaces),)
         return Staged(task.key, "embed", run, settings, reads, (entry,), removed, records=records, measured=measured)
-
-    def note(self) -> str:
-        """Describe the current part's progress: tokens per second, and the share of time in the forward."""
-        done = self._since_begun()
-        rate, share = (done[name] / max(done["working"], 1e-9) for name in ("tokens", "forward"))
-        return f"{rate:,.0f} tokens/s per device, {100 * share:.0f} % forward"
 
     def _measure(self) -> dict[str, float]:
         work = self.encoder.work
@@ -210,35 +223,43 @@ class EmbedWorker:
         if self._many and not self.texts.straight:
             self.encoder.use_fast_tokenizer()
 
-    def _write(self, part: int, name: FileName, report: Report) -> FileEntry:
+    def _write(self, part: int, name: FileName, pieces: Pieces, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)
         dimension = self.encoder.identity.dimension
         with_vector: deque[npt.NDArray[np.bool_]] = deque()
+        blocks = [(start, stop, pieces.rows(start, stop)) for start, stop in self._blocks(entry.rows)]
+        report(sum(int(kept.any(axis=1).sum()) for _, _, kept in blocks if kept is not None))
 
-        def blocks() -> Iterator[Rows]:
-            for chunks in self._read(part, entry.rows):
+        def to_compute() -> Iterator[Rows]:
+            for chunks in self._read(part, [(start, stop) for start, stop, kept in blocks if kept is None]):
                 embedded = chunks.embedded
                 with_vector.append(embedded)
                 yield self.texts.rows(chunks.tokens[embedded], chunks.n_tokens[embedded])
 
         def filled(coming: Iterator[npt.NDArray[np.float16]]) -> Iterator[npt.NDArray[np.float16]]:
-            for found in coming:
-                embedded = with_vector.popleft()
+            for start, _, kept in blocks:
+                if kept is not None:
+                    yield kept
+                    continue
+                found, embedded = next(coming), with_vector.popleft()
                 if len(found) < len(embedded):
                     block = np.zeros((len(embedded), dimension), np.float16)
                     block[embedded] = found
-                    yield block
-                else:
-                    yield found
+                    found = block
+                pieces.add(start, found)
+                yield found
 
-        with self.encoder.stream(blocks(), report) as coming:
+        with self.encoder.stream(to_compute(), report) as coming:
             return write_vector_blocks(self._store, name, entry.rows, dimension, filled(coming))
 
-    def _read(self, part: int, rows: int) -> Iterator[Chunks]:
-        """Yield a part's chunks in blocks, holding at most two row groups beyond a block."""
+    def _blocks(self, rows: int) -> Iterator[tuple[int, int]]:
         least, most = _BLOCK_ROWS
+        return row_blocks(rows, min(max(self._batch_tokens, least), most))
+
+    def _read(self, part: int, blocks: Iterable[tuple[int, int]]) -> Iterator[Chunks]:
+        """Yield a part's chunks in blocks, holding at most two row groups beyond a block."""
         held, first = None, 0
-        for start, stop in row_blocks(rows, min(max(self.encoder.batch_tokens, least), most)):
+        for start, stop in blocks:
             if held is None or stop > first + len(held):
                 groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
                 held, first = parts.read_chunks(self._store, part, groups), groups[0] * ROW_GROUP

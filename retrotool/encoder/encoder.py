@@ -58,13 +58,17 @@ class Work:
 
 @dataclass(slots=True)
 class _Batch:
-    """Framed rows of a block, longest first; ``first``: rows in earlier blocks; ``ready`` None: its end."""
+    """Framed rows of a block, longest first; ``first``: rows in earlier blocks; ``ready`` None: its end.
+
+    ``progress``: rows to report, by the batch's share of the block's tokens, as the longest come first.
+    """
 
     vectors: Vectors
     first: int
     which: npt.NDArray[np.int64]
     rows: Rows
     ready: Ready | None
+    progress: int
 
 
 def say(message: str) -> None:
@@ -269,14 +273,18 @@ class Encoder:
             vectors = np.zeros((len(rows), self.identity.dimension), np.float16)
             framed = rows.framed(self._before, self._after, self.identity.max_tokens)
             check_vocabulary(f"encoder {self._spec!r}", framed.ids, self._vocabulary)
+            done = shown = 0
             tokens, left = self.batch_tokens, deque(self._cut(framed.lengths, self.batch_tokens))
             while left:
                 if self.batch_tokens < tokens:  # memory ran out since the last batch
                     tokens, rest = self.batch_tokens, np.concatenate(left)
                     left = deque(rest[which] for which in self._cut(framed.lengths[rest], tokens))
                 some = framed.take(which := left.popleft())
-                yield _Batch(vectors, first, which, some, self._ready(some, tokens))
-            yield _Batch(vectors, first, np.flatnonzero(framed.lengths == 0), framed, None)
+                done += len(some.ids)
+                before, shown = shown, len(rows) * done // len(framed.ids)
+                yield _Batch(vectors, first, which, some, self._ready(some, tokens), shown - before)
+            empty = np.flatnonzero(framed.lengths == 0)
+            yield _Batch(vectors, first, empty, framed, None, len(rows) - shown)
             first += len(rows)
 
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
@@ -287,7 +295,7 @@ class Encoder:
 
     def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
         if handle is None:
-            report(len(batch.which))
+            report(batch.progress)
             yield batch.vectors
             return
         vectors = self._result(batch.rows, handle)
@@ -298,7 +306,7 @@ class Encoder:
         batch.vectors[batch.which] = vectors
         self.work.rows += len(batch.which)
         self.work.tokens += len(batch.rows.ids)
-        report(len(batch.which))
+        report(batch.progress)
 
     def _result(self, rows: Rows, handle: Handle) -> Vectors:
         """Return a batch's vectors; if out of memory, split it and halve later batches."""

@@ -34,7 +34,7 @@ _worker: tuple[Worker | Exception, Storage, str, Update] | None = None  # of thi
 
 
 def _open_worker(
-    stage: Stage, storage: Storage, run: str, pipe: Connection[tuple[int, int, str], Any], number: int, threads: int
+    stage: Stage, storage: Storage, run: str, pipe: Connection[tuple[int, int], Any], number: int, threads: int
 ) -> None:
     global _worker
     leave_pandas_out()

@@ -1,11 +1,17 @@
-"""Progress on stderr: a bar on a terminal, a line per minute elsewhere. Workers report through pipes."""
+"""Progress on stderr: a bar on a terminal, a line a minute elsewhere. Workers report through pipes.
+
+The rate is that of the whole time since the first report, so the time left does not jump. Without a terminal
+there is a line after two seconds, one a minute and one at the end; what takes less time prints nothing.
+TQDM_DISABLE=1 turns all of it off.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import io
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,75 +20,158 @@ from tqdm import tqdm
 
 from retrotool import interrupts
 
-_DELAY_SECONDS = 2.0
-_TICK_SECONDS = 1.0
+SHORT_SECONDS = 2.0  # what takes less leaves nothing on a terminal, and prints nothing elsewhere
 _LOG_SECONDS = 60.0
+_DRAW_SECONDS, _TICK_SECONDS = 0.1, 1.0
+_LEAST_SECONDS = 1.0  # since the first report, for a rate
+_EXACT = 100_000  # numbers below are printed with all digits
 
 
 @contextlib.contextmanager
 def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a bar for ``what`` on a terminal; yield a function that adds units done and checks for Ctrl-C."""
-    with tqdm(
-        total=total, unit=unit, unit_scale=unit == "B", desc=what, disable=None, delay=_DELAY_SECONDS, file=sys.stderr
-    ) as bar:
+    """Show progress of ``what``; yield a function that adds units done and checks for Ctrl-C."""
+    with Progress(what, unit, total) as progress:
 
         def report(done: int) -> None:
             interrupts.check()
-            bar.update(done)
+            progress.update(done)
 
         yield report
 
 
 class Progress:
-    """Shows progress through ``total`` units, also while a worker opens; a context manager."""
+    """Shows progress through ``total`` units (None: unknown), or what it is ``doing`` until one is reported.
 
-    def __init__(self, name: str, unit: str, total: int) -> None:
+    A context manager: in it, a thread shows progress that nothing reports. ``clock`` returns seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unit: str = "",
+        total: int | None = None,
+        doing: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._unit, self._total, self._doing, self._clock = name, unit, total, doing, clock
+        self._done = 0
+        self._first: tuple[float, int] | None = None  # when the first report came, and the units done by then
         self._terminal = sys.stderr.isatty()
-        self._bar: tqdm[Any] = tqdm(
-            total=total,
-            unit=unit,
-            unit_scale=True,
-            desc=name,
-            delay=_DELAY_SECONDS,
-            file=sys.stderr if self._terminal else io.StringIO(),
-            mininterval=0.1 if self._terminal else _LOG_SECONDS,
-            ncols=None if self._terminal else 0,
-        )
+        hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+        off = hidden or not self._terminal
+        self._bar: tqdm[Any] = tqdm(total=1, bar_format=name, file=sys.stderr, leave=False, disable=off)
+        self._begun = clock()
+        self._due = float("inf") if hidden else self._begun if self._terminal else self._begun + SHORT_SECONDS
+        self._lines = 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._clock = threading.Thread(target=self._tick, name="retrotool-progress")
+        self._ticks = threading.Thread(target=self._tick, name="retrotool-progress")
+        self.show()
 
     def __enter__(self) -> Progress:
-        self._clock.start()
+        self._ticks.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        self._clock.join()
-        self._bar.close()
+        self._ticks.join()
+        self.close()
 
     def _tick(self) -> None:
-        """Draw the bar after the delay, even if nothing was reported, and then regularly."""
-        if self._terminal and not self._closed.wait(_DELAY_SECONDS + 0.05):
-            with self._lock:
-                self._bar.update(0)
-        while not self._closed.wait(_TICK_SECONDS if self._terminal else _LOG_SECONDS):
-            with self._lock:
-                if self._terminal:
-                    self._bar.refresh()
-                else:
-                    sys.stderr.write(f"{self._bar}\n")
+        while not self._closed.wait(_TICK_SECONDS):
+            self.show()
 
-    def update(self, done: int, elsewhere: int = 0, note: str = "") -> None:
+    def plan(self, more: int, doing: str) -> None:
+        """Add units that are to be done, and say what happens until the first of them is reported."""
+        with self._lock:
+            self._total = (self._total or 0) + more
+            self._doing = doing
+        self.show()
+
+    def update(self, done: int, elsewhere: int = 0) -> None:
         """Add ``done`` units of work; ``elsewhere`` more were done by others."""
         with self._lock:
-            self._bar.total = (self._bar.total or 0) - elsewhere
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(done)
+            self._done += done
+            if self._total is not None:
+                self._total -= elsewhere
+            if done > 0:
+                self._doing = ""
+                self._first = self._first or (self._clock(), self._done)
+        self.show()
 
-    def listen(self, reported: Connection[Any, tuple[int, int, str]]) -> None:
+    def show(self) -> None:
+        """Draw the bar or print a line, if one is due."""
+        with self._lock:
+            now = self._clock()
+            if now < self._due:
+                return
+            if not self._terminal:
+                self._due = now + _LOG_SECONDS
+                self._print(self._left(now))
+                return
+            self._due = now + _DRAW_SECONDS
+            share = "{percentage:3.0f}%|{bar}| " if self._first and self._total else ""
+            self._bar.bar_format = f"{self._name}: {share}{{desc}}"
+            self._bar.n = min(self._done / self._total, 1.0) if self._total else 0
+            self._bar.set_description_str(self._left(now))
+
+    def close(self) -> None:
+        """Print the last line, or leave the bar as it is; remove that of something short."""
+        now = self._clock()
+        if self._lines and self._first is not None:
+            self._print(", ".join([f"{self._counts()} in {duration(now - self._begun)}", *self._rate(now)[0]]))
+        if now - self._begun > SHORT_SECONDS and self._first is not None:
+            self._due = now
+            self._bar.leave = True
+            self.show() if self._terminal else None
+        self._bar.close()
+
+    def _print(self, line: str) -> None:
+        self._lines += 1
+        sys.stderr.write(f"{self._name}: {line}\n")
+        sys.stderr.flush()
+
+    def _counts(self) -> str:
+        if self._unit == "B":
+            return f"{_number(self._done, 0)}B" + ("" if self._total is None else f" of {_number(self._total, 0)}B")
+        several = self._done if self._total is None else self._total
+        of = "" if self._total is None else f" of {_number(self._total)}"
+        return f"{_number(self._done)}{of} {self._unit}{'' if several == 1 else 's'}"
+
+    def _rate(self, now: float) -> tuple[list[str], float]:
+        """Return the rate as text, if it is known, and the units per second, else 0."""
+        since, done = self._first or (now, 0)
+        if now - since < _LEAST_SECONDS or self._done <= done:
+            return [], 0.0
+        rate = (self._done - done) / (now - since)
+        if self._unit == "B":
+            return [f"{_number(round(rate), 0)}B/s"], rate
+        return [f"{float(f'{rate:.2g}'):,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"], rate
+
+    def _left(self, now: float) -> str:
+        if self._doing or self._first is None:
+            counted = [] if self._total is None else [self._counts()]
+            return ", ".join([*counted, *filter(None, [self._doing])])
+        shown, rate = self._rate(now)
+        if rate and self._total is not None and self._total > self._done:
+            shown.append(f"{duration((self._total - self._done) / rate)} left")
+        return ", ".join([self._counts(), *shown])
+
+    def listen(self, reported: Connection[Any, tuple[int, int]]) -> None:
         """Apply what a worker process reports, until it ends."""
         with contextlib.suppress(EOFError, OSError), reported:
             while True:
                 self.update(*reported.recv())
+
+
+def _number(n: int, exact: int = _EXACT) -> str:
+    """Return a number as text: all digits below ``exact``, otherwise three, such as 1.20M."""
+    return f"{n:,}" if abs(n) < exact else str(tqdm.format_sizeof(n))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text: ``40 s``, ``21 min``, ``3 h 05 min``."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 100 else f"{minutes} min"

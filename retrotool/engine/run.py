@@ -1,29 +1,32 @@
 """Runs the tasks of a stage in this process or in local worker processes.
 
 ``execute`` plans, runs, folds, and plans again until nothing is left, so a task whose input was erased is
-simply done again. A failed task is tried three times while the others go on. Tasks that another run has
-claimed are left to it. Of few tasks the largest begin first, so that no worker is left alone with one at the
-end. On Ctrl-C finished tasks are committed and the others are dropped.
+simply done again. A failed task is tried three times while the others go on. Tasks that another live run
+holds are left to it. In the end ``execute`` waits for them: it looks at leases and the log every few seconds,
+and does what is dropped. Of few tasks the largest begin first, so that no worker is left alone with one at
+the end. On Ctrl-C finished tasks are committed and the others are dropped.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from retrotool import interrupts
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import GivesUp, OpenError, Stage, Task
-from retrotool.errors import AbortError, ErasedError, RetrotoolError, StorageError, TaskError
+from retrotool.engine.task import GivesUp, Holds, OpenError, Sized, Stage, Task, is_own
+from retrotool.errors import AbortError, ErasedError, HeldError, RetrotoolError, StorageError, TaskError
 from retrotool.store import folding, leases, staging
 from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
+from retrotool.store.storage import check_space
 from retrotool.store.store import Store, retry_overtaken
 
 ATTEMPTS = 3
 FOLD_SECONDS = 30.0
+POLL_SECONDS = (0.5, 8.0)  # between two looks at what other runs hold: at first, and at most
 Enough = Callable[[Staged], bool]  # takes every finished task; True ends the run after the tasks that have begun
 _FATAL = (StorageError, AbortError, KeyboardInterrupt)
 _NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)  # no task is given up for these: the data may be good
@@ -43,12 +46,18 @@ def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
     return [task for task in retry_overtaken(lambda: stage.plan(store), store.renew) if task.key not in staged]
 
 
-def execute(stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None) -> None:
+def execute(
+    stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None, wait: bool = True
+) -> None:
     """Run a stage's tasks on a store and commit them; stop early once a finished task is ``enough``.
 
-    When all are done, raise the first failed task's error (``TaskError`` unless a ``RetrotoolError``).
+    Wait for tasks that other runs hold, those of its own share if the stage has a ``shard``; ``HeldError``
+    without ``wait``. When all are done, raise the first failed task's error (``TaskError`` unless a
+    ``RetrotoolError``).
     """
-    _Execution(stage, store, run, workers, enough).work()
+    execution = _Execution(stage, store, run, workers, enough, wait)
+    with Progress(stage.name, stage.unit, doing="planning") as progress:
+        execution.work(progress)
 
 
 @dataclass(slots=True)
@@ -60,12 +69,13 @@ class _Execution:
     run: Run
     workers: int
     enough: Enough | None
+    wait: bool
     known: dict[str, Task] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     given_up: dict[str, BaseException] = field(default_factory=dict)
     ended: bool = False
 
-    def work(self) -> None:
+    def work(self, progress: Progress) -> None:
         stage, store, run = self.stage, self.store, self.run
         refused: Counter[str] = Counter()
         try:
@@ -73,13 +83,20 @@ class _Execution:
                 interrupts.check()
                 folding.fold(store, run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
-                if any(task.claimed for task in tasks):
-                    held = leases.claimed_elsewhere(store.storage, run.id)
-                    tasks = [task for task in tasks if task.key not in held]
+                held = leases.claim_holders(store.storage, run.id) if any(task.claimed for task in tasks) else {}
+                left = {task.label: held[task.key] for task in tasks if task.key in held and self._is_waited_for(task)}
+                if isinstance(stage, Holds):
+                    left |= stage.held(store)
+                tasks = [task for task in tasks if task.key not in held]
                 if not tasks:
-                    break
+                    if not left or self.given_up:
+                        break
+                    self._await(left, progress)
+                    continue
+                if isinstance(stage, Sized):  # with shards, other jobs need the space for their shares
+                    check_space(store.storage, sum(stage.size_of(store, task) for task in tasks), stage.name)
                 self.known.update((task.key, task) for task in tasks)
-                self._run_tasks(tasks)
+                self._run_tasks(tasks, progress)
                 for key in self.given_up:
                     leases.release_claim(store.storage, key, run.id)  # a killed worker could not
                 if isinstance(stage, GivesUp):
@@ -105,7 +122,33 @@ class _Execution:
                 "The results of the other tasks are committed. Run the same command again to retry the rest.",
             ) from error
 
-    def _run_tasks(self, tasks: Sequence[Task]) -> None:
+    def _is_waited_for(self, task: Task) -> bool:
+        shard = getattr(self.stage, "shard", None)
+        return shard is None or task.for_all or is_own(task, *shard)
+
+    def _await(self, left: Mapping[str, str], progress: Progress) -> None:
+        """Wait until something changes about the tasks ``left``, by label, which are held by these runs."""
+        storage, (label, owner) = self.store.storage, next(iter(left.items()))
+        more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+        held = f"{label}{more}, held by {leases.describe(storage, owner)}"
+        if not self.wait:
+            raise HeldError(
+                f"{self.stage.name}: what is left is being done by other runs: {held}",
+                "Run the same command again once they have ended; or without --no-wait, to wait for them.",
+            )
+        progress.plan(0, f"waiting for {held}")
+        before, pause = self._elsewhere(), POLL_SECONDS[0]
+        while self._elsewhere() == before:
+            interrupts.check()
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_SECONDS[1])
+
+    def _elsewhere(self) -> object:
+        """Return what changes when another run commits, drops or takes a task, or ends."""
+        storage, run = self.store.storage, self.run.id
+        return self.store.refresh().number, leases.claim_holders(storage, run), leases.others(storage, run)
+
+    def _run_tasks(self, tasks: Sequence[Task], progress: Progress) -> None:
         """Run tasks in order and commit now and then; once one is enough, begin no more."""
         from retrotool.engine.local import open_pool  # imports multiprocessing, which readers do not need
 
@@ -115,8 +158,8 @@ class _Execution:
             tasks = sorted(tasks, key=lambda task: -task.weight)
         waiting = deque(tasks)
         folded = time.monotonic()
-        progress = Progress(stage.name, stage.unit, sum(task.weight for task in tasks))
-        with progress, open_pool(stage, store, run, workers, progress) as pool:
+        progress.plan(sum(task.weight for task in tasks), "loading")
+        with open_pool(stage, store, run, workers, progress) as pool:
             while pool.busy or (waiting and not self.ended):
                 while waiting and pool.idle and not self.ended:
                     interrupts.check()

@@ -25,19 +25,23 @@ from retrotool.store.staging import Staged
 from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
-Update = Callable[[int, int, str], object]  # takes units done, units done by others, and a note ("": no change)
+Update = Callable[[int, int], object]  # takes units done, and units done by others
 Report = Callable[[int], object]  # takes how many units of work (``Stage.unit``) were just done
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work; ``weight`` is in the stage's unit. If ``claimed``, a run claims it first."""
+    """A piece of work; ``weight`` is in the stage's unit. If ``claimed``, a run claims it first.
+
+    ``for_all``: other tasks are planned only after it, so every job of a shard waits for it.
+    """
 
     key: str
     label: str
     weight: int
     inputs: Mapping[str, Any]
     claimed: bool = False
+    for_all: bool = False
 
 
 class Worker(Protocol):
@@ -66,19 +70,27 @@ class Stage(Protocol):
 
 
 @runtime_checkable
-class Notes(Protocol):
-    """A worker with a note for the progress display."""
-
-    def note(self) -> str:
-        """Return a few words on the work so far; called after each report."""
-
-
-@runtime_checkable
 class GivesUp(Protocol):
     """A stage that goes on without the tasks that failed for good."""
 
     def give_up(self, store: Store, task: Task, run: str, error: BaseException) -> Staged:
         """Return what to stage in place of a task that failed every time: no result, and the reason."""
+
+
+@runtime_checkable
+class Holds(Protocol):
+    """A stage with work that only certain other runs can do."""
+
+    def held(self, store: Store) -> dict[str, str]:
+        """Return labels of such work, and the live runs that it is left to."""
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A stage that knows what its tasks write."""
+
+    def size_of(self, store: Store, task: Task) -> int:
+        """Return about how many bytes a task writes, rather too few than too many."""
 
 
 @runtime_checkable
@@ -107,6 +119,11 @@ def check_shard(shard: tuple[int, int] | None) -> None:
     """Check that ``shard`` (i, n) is job i of n, from 0, else raise ``UsageError``."""
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise UsageError(f"--shard {shard[0]}/{shard[1]} is not i/n with i from 0 to n - 1")
+
+
+def is_own(task: Task, job: int, jobs: int) -> bool:
+    """Return whether a task belongs to the share of job ``job``."""
+    return int(task.key, 16) % jobs == job
 
 
 def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
@@ -156,13 +173,13 @@ def perform_reporting(worker: Worker, storage: Storage, task: Task, run: str, up
         nonlocal done
         interrupts.check()
         done += units
-        update(units, 0, worker.note() if isinstance(worker, Notes) else "")
+        update(units, 0)
 
     try:
         staged = perform(worker, storage, task, run, report)
     except BaseException:
-        update(-done, 0, "")
+        update(-done, 0)
         raise
     if staged is None:
-        update(-done, task.weight, "")
+        update(-done, task.weight)
     return staged

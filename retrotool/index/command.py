@@ -10,6 +10,7 @@ from retrotool.cli.options import (
     DevicesOption,
     EncoderOption,
     Json,
+    NoWaitOption,
     ShardOption,
     StoreArgument,
     opt,
@@ -59,6 +60,7 @@ def command(
         int | None, opt("Vectors per shard.  [default: a million, or what fits]", metavar="N", least=1, most=1 << 40)
     ] = None,
     shard: ShardOption = None,
+    no_wait: NoWaitOption = False,
     devices: DevicesOption = "auto",
     encoder: EncoderOption = None,
     sample: Annotated[
@@ -105,7 +107,9 @@ def command(
             output.show(found, as_json, _text)
             return
         wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
-        options = index_run.Options(wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default)
+        options = index_run.Options(
+            wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default, not no_wait
+        )
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, _text)
         if result.not_embedded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from retrotool.chunk.chunk_plan import read_json_file
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder
 from retrotool.encoder import find_devices
-from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.index.index_records import (
     DEFAULT,
@@ -41,7 +39,6 @@ from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 
-_POLL_SECONDS = 1.0
 _RETRAIN = "Retrain it with --retrain, or choose another name for the new index with --name."
 _POINT = {
     "nprobe": PART, "depth": PART,
@@ -93,6 +90,7 @@ class Options:
     retrain: bool = False
     merge: bool = False
     default: bool = False
+    wait: bool = True  # for other runs, which train or write shards
 
 
 def index(
@@ -127,12 +125,7 @@ def index(
         if options.retrain:
             _delete_unfinished(store, run, stage)
         _check_training(store, stage, wanted)
-        engine.execute(stage, store, run, workers=len(devices))
-        with counting(f"waiting for another run to train {name!r}", "s") as waited:
-            while stage.files(store.refresh()).trained is None:
-                time.sleep(_POLL_SECONDS)
-                waited(1)
-                engine.execute(stage, store, run, workers=len(devices))
+        engine.execute(stage, store, run, workers=len(devices), wait=options.wait)
         _check_training(store, stage, wanted)  # another run may have trained it
         elsewhere = engine.count_elsewhere(stage, store, run)
         if not elsewhere and (options.tune or not _is_measured(store.state, name, generation, wanted.target)):

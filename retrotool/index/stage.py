@@ -88,7 +88,7 @@ class IndexStage:
                 raise superseded(self.index)
             n = sum(search_scope.count_keys(store, part) for part in search_scope.embedded_parts(store, self.encoder))
             key = self._key({"train": self.encoder, "generation": self.generation}, [])
-            tasks = [Task(key, "training", n, {"train": True}, claimed=True)]
+            tasks = [Task(key, "training", n, {"train": True}, claimed=True, for_all=True)]
         else:
             tasks = (
                 self._repairs(store, files) if self.broken
@@ -141,6 +141,12 @@ class IndexStage:
                 inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
                 tasks.append(Task(key, f"merge {window}", sum(entry.rows for _, entry in some), inputs, claimed=True))
         return tasks
+
+    def size_of(self, store: Store, task: Task) -> int:
+        """Return the bytes of codes and ids, for the training those of the shards that follow."""
+        known = self.files(store.state).training
+        wanted = replace(self.wanted, factory=known.factory) if known else self.wanted
+        return task.weight * choose_for(store, self.encoder, wanted)[0].bytes_per_vector
 
     def open(self, store: Store) -> IndexWorker:
         """Return the worker."""

@@ -12,6 +12,7 @@ from retrotool.cli.options import (
     EncoderOption,
     IndexOption,
     Json,
+    NoWaitOption,
     ShardOption,
     StoreArgument,
     opt,
@@ -57,6 +58,7 @@ def command(
     memory: Annotated[str | None, opt("Memory for a block of queries, besides the tables.", metavar="SIZE")] = None,
     devices: DevicesOption = "auto",
     shard: ShardOption = None,
+    no_wait: NoWaitOption = False,
     as_json: Json = False,
 ) -> None:
     """Find the nearest chunks of every chunk, outside its own document.
@@ -79,7 +81,7 @@ def command(
         from retrotool.neighbours.run import SearchOptions
 
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
-        search = SearchOptions(exact, encoder, size, devices, parse_shard(shard))
+        search = SearchOptions(exact, encoder, size, devices, parse_shard(shard), not no_wait)
         excluded, only = tuple(exclude_source or ()), tuple(only_source or ())
         filters = FilterOptions(max_overlap, exclude_near_copies, excluded, only, no_filters)
         databases = [_weighed(text) for text in database or ()]

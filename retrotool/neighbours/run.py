@@ -19,6 +19,7 @@ from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
 from retrotool.embed.search_scope import count_keys_of, count_left, embedded_parts, is_same_store, pick_encoder
 from retrotool.encoder import find_devices
+from retrotool.engine.progress import Progress
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import default_index
 from retrotool.index.searching import NO_INDEX, commands_to_index, pick_index
@@ -92,6 +93,7 @@ class SearchOptions:
     memory: int | None = None
     devices: str = "auto"
     shard: tuple[int, int] | None = None
+    wait: bool = True  # for parts that other runs do
 
 
 def neighbours(
@@ -142,7 +144,9 @@ def neighbours(
     if asked_for:
         check_some_left([stage.filters for stage in stages], store, opened)
     with writing(store) as run:
-        found = [_fill(store, run, stage, one) for stage, one in zip(stages, mixture.tables, strict=True)]
+        found = [
+            _fill(store, run, stage, one, wait=search.wait) for stage, one in zip(stages, mixture.tables, strict=True)
+        ]
         if mixture.mixed:
             store.commit(run, mixture.commit)
     first = found[0]
@@ -181,16 +185,17 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
         )
 
 
-def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable) -> DatabaseResult:
-    database = stage.open_database(store)
-    tasks = engine.plan_tasks(stage, store)
+def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, *, wait: bool) -> DatabaseResult:
+    with Progress("neighbours", doing="opening the index"):
+        database = stage.open_database(store)
+        tasks = engine.plan_tasks(stage, store)
     todo = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
     todo += sum(task.weight for task in tasks if task.inputs["mode"] == FEW)
     record = stage.record(store, database)
     store.commit(run, lambda state: stage.claim(state, record))
     again = {name: record[name] for name in ("index", "encoder", "k", "saved")}
     aware = record["within"] or register_dependent(Store.open(stage.database), store, stage.table, again)
-    engine.execute(stage, store, run, workers=len(stage.devices))
+    engine.execute(stage, store, run, workers=len(stage.devices), wait=wait)
     known, names = store.refresh().records.get(stage.key), ("database", "index", "encoder", "filters")
     if known is None or any(known.get(name) != record.get(name) for name in names):
         what = "with another index or other filters"

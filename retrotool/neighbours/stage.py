@@ -52,6 +52,7 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_spans, read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
+_NEIGHBOUR_BYTES = 8  # of 12 in memory; ids are compressed
 _SAME = ("index", "encoder")  # fields that tables share with the record of their name, besides the filters
 _WHOLE, FEW, _MORE = "whole", "few", "more"  # all rows in all parts, rows with gaps, all rows in new parts
 
@@ -159,6 +160,10 @@ class NeighboursStage:
         if state.records.get(self.key) == record and not others:
             return None
         return Draft("neighbours", {"name": self.table, "index": self.index}, remove=others, records={self.key: record})
+
+    def size_of(self, store: Store, task: Task) -> int:  # noqa: ARG002
+        """Return the bytes of a part's table: at least ids and distances of the rows that are searched."""
+        return task.weight * self.saved * _NEIGHBOUR_BYTES
 
     def open(self, store: Store) -> Worker:
         """Open the database."""

@@ -192,11 +192,25 @@ def release_claim(storage: Storage, task: str, run: str) -> None:
 
 def claimed_elsewhere(storage: Storage, run: str) -> frozenset[str]:
     """Return the keys of tasks that other live runs have claimed."""
+    return frozenset(claim_holders(storage, run))
+
+
+def claim_holders(storage: Storage, run: str) -> dict[str, str]:
+    """Return the keys of tasks that other live runs have claimed, and which run has each."""
     now = renew(storage, run)
     alive = functools.cache(lambda owner: is_alive(storage, owner, silence=CLAIM_SILENCE_SECONDS, now=now))
     newest = {match["task"]: match[0] for info in storage.list("leases/") if (match := CLAIM_PATH.fullmatch(info.path))}
     owners = ((task, claimer(storage, path)) for task, path in newest.items())
-    return frozenset(task for task, owner in owners if owner and owner != run and alive(owner))
+    return {task: owner for task, owner in owners if owner and owner != run and alive(owner)}
+
+
+def describe(storage: Storage, run: str) -> str:
+    """Return a run's id, with its process and machine if its lease can be read."""
+    try:
+        fields = schema.load(storage.get(run_path(run)), specs.LEASE, "")
+    except (CorruptError, FileNotFoundError):
+        return f"run {run}"
+    return f"run {run} (process {fields['process']} on {fields['host']})"
 
 
 def _newest_claim(storage: Storage, task: str) -> tuple[int, str]:

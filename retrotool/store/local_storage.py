@@ -153,6 +153,14 @@ class LocalStorage:
     def irregular(self) -> Iterator[str]:
         return (path for path, regular in self._walk("", "") if not regular)
 
+    def free_bytes(self) -> int | None:
+        """Return what the file system has left for this user; None if it does not say."""
+        try:
+            found = os.statvfs(self.root)
+        except OSError:
+            return None
+        return found.f_bavail * found.f_frsize if found.f_blocks else None  # without blocks, as over some networks
+
     def local(self, path: str) -> Path:
         """Return a path's file; ``CorruptError`` if its form or a symbolic link leads out of the store."""
         if not all(map(paths.COMPONENT.fullmatch, path.split("/"))):

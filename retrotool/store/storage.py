@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from retrotool.errors import StorageError
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -141,6 +143,9 @@ class Storage(Protocol):
     def irregular(self) -> Iterator[str]:
         """Yield links, which are never followed or listed, and foreign folders, with a final ``/``."""
 
+    def free_bytes(self) -> int | None:
+        """Return how many bytes can still be written; None if that is unknown or without a limit."""
+
 
 Place = str | os.PathLike[str] | Storage
 SCHEMES: dict[str, Callable[[str], Storage]] = {}  # constructors by URI scheme; the default is a folder
@@ -169,6 +174,16 @@ def is_same(one: Storage, other: Storage) -> bool:
 def where(storage: Storage, path: str) -> str:
     """Return a file's path for messages."""
     return f"{storage.place.rstrip('/')}/{path}"
+
+
+def check_space(storage: Storage, need: int, what: str) -> None:
+    """Raise ``StorageError`` if ``what``, which writes ``need`` bytes, can't have them."""
+    free = storage.free_bytes()
+    if free is not None and need > free:
+        raise StorageError(
+            f"{storage.place}: {what} needs about {-(-need // 10**6):,} MB more, and {free // 10**6:,} MB is free",
+            "Free some space and run the same command again; none of this work has begun.",
+        )
 
 
 def file_sha256(storage: Storage, path: str, tap: Callable[[memoryview], object] | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from conftest import make_text
 import retrotool
 from retrotool import api, engine
 from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
-from retrotool.chunk.deduplicate import finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.engine import task
+from retrotool.errors import HeldError
 from retrotool.sources import Fields
 from retrotool.sources.inputs import spool
 from retrotool.store.folding import writing
@@ -69,9 +70,11 @@ def test_what_was_interrupted_is_read_when_it_is_piped_again(
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-def test_the_stream_of_a_running_chunk_is_left_to_it(is_lost: bool, tmp_path: Path, tiny_encoder: Path) -> None:
+def test_the_stream_of_a_running_chunk_is_waited_for(
+    is_lost: bool, tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It need not be readable here: the other may be on another machine."""
-    root, file, notes = tmp_path / "store", tmp_path / "file.jsonl", list[str]()
+    root, file = tmp_path / "store", tmp_path / "file.jsonl"
     (tmp_path / "first.jsonl").write_bytes(stream("first").getvalue())
     api.chunk(root, [str(tmp_path / "first.jsonl")], tokenizer=str(tiny_encoder))
     file.write_bytes(stream("ocean").getvalue())
@@ -79,13 +82,18 @@ def test_the_stream_of_a_running_chunk_is_left_to_it(is_lost: bool, tmp_path: Pa
         with spool(stream("river")) as spooled:
             commit_plan(opened, other, [spooled], ChunkOptions(Fields(), 1 << 20))
             if not is_lost:
-                assert api.chunk(root, [str(file)], note=notes.append).rejected == 0
-                assert api.info(root).documents == 5, "ids come in the order of the plans"
-                engine.execute(ChunkStage(run=other.id), opened, other)
-                finish_plans(opened, other)
+
+                def go_on(_: float) -> None:
+                    assert api.info(root).documents == 5, "ids come in the order of the plans"
+                    monkeypatch.undo()
+                    engine.execute(ChunkStage(run=other.id), opened, other)
+
+                monkeypatch.setattr(time, "sleep", go_on)
+                assert api.chunk(root, [str(file)]).rejected == 0
         if is_lost:
-            assert api.chunk(root, [str(file)], note=notes.append).rejected == 0
-    assert len(notes) == 1 and notes[0].endswith(f"in an hour: retrotool chunk {root}")
+            with pytest.raises(HeldError, match=f"held by run {other.id}") as error:
+                api.chunk(root, [str(file)], wait=False)
+            assert error.value.exit_code == 14
     if is_lost:  # with its run, which has ended
         assert api.chunk(root, []).rejected == 1
     assert is_there(root, "ocean") and api.info(root).documents == (10 if is_lost else 15)

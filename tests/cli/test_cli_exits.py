@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from typer.testing import CliRunner
 
 from retrotool import api
 from retrotool.app import app
+from retrotool.engine import local as engine_local
 from retrotool.errors import EXIT_INTERRUPTED
+from retrotool.store.local_storage import LocalStorage
 from retrotool.store.store import Store
 
 READING = {
@@ -398,3 +401,27 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_
             path_in_store(store, file) for kind in ("documents", "chunks") for file in stored_files(store, f"{kind}/*")
         }
         assert files <= live, "what the interrupted task had written is removed"
+
+
+@pytest.mark.on_disk
+def test_space_is_checked_before_work_that_needs_it(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, source = tmp_path / "store", write_jsonl(tmp_path / "c.jsonl", make_rows(40))
+    assert LocalStorage(str(tmp_path)).free_bytes() == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    begun: list[object] = []
+    calls = [
+        ["chunk", store, source, "--tokenizer", tiny_encoder, "--workers", 1],
+        ["embed", store, "--encoder", tiny_encoder],
+        ["index", store, "--factory", "IVF4,SQ8"],
+        ["neighbours", store],
+    ]
+    for call in calls:
+        with monkeypatch.context() as full:
+            full.setattr(LocalStorage, "free_bytes", lambda _: 400)
+            full.setattr(engine_local, "open_pool", lambda stage, *_: begun.append(stage.name))
+            code, _, errors = run(*call)
+        assert code == 1
+        assert errors.startswith(f"error: {store}: {call[0]} needs about 1 MB more, and 0 MB is free\nFree some space ")
+        assert run(*call)[0] == 0
+    assert begun == []

@@ -32,6 +32,8 @@ from retrotool.ann.choice import IndexOptions
 from retrotool.chunk import hash_partitions
 from retrotool.chunk import run as chunk_run
 from retrotool.chunk.deduplicate import finish_plans
+from retrotool.embed import pieces
+from retrotool.embed import stage as embed_stage
 from retrotool.errors import UsageError
 from retrotool.index import run as index_run
 from retrotool.index.run import Options
@@ -218,6 +220,14 @@ def lists_index(store: Path, shard_rows: int | None = None, **options: Any) -> o
     return api.index(store, name="lists", options=Options(wanted, **options))
 
 
+def embed_in_pieces(store: Path, encoder: Path) -> None:
+    """Every block of four rows is staged as a piece of its part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed_stage, "_BLOCK_ROWS", (4, 4))
+        patch.setattr(pieces, "PIECE_SECONDS", 0.0)
+        api.embed(store, encoder=str(encoder), devices="cpu")
+
+
 def drop_if_there(store: Path) -> None:
     with contextlib.suppress(UsageError):
         index_run.drop(store, name="lists")
@@ -267,13 +277,14 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("purge --erase", erase, (*logical, "indexes"), [True]),
         Case("earlier --erase", erase_earlier, (*logical, "indexes"), [True]),
         Case("undo", restore_if_purged, (*logical, "indexes"), [False]),
+        Case("embed --in-pieces", lambda s: embed_in_pieces(s, encoder), logical, []),
         Case("refill", lambda s: api.neighbours(s, saved=3), logical, [False]),
         Case("embed --from", lambda s: api.embed(s, encoder="their/model", vectors=vectors), logical, []),
     ]
 
 
 CASES = ["chunk", "mirror", "embed", "index", "lists", "merge", "retrain", "drop", "repair", "neighbours", "both"]
-CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "refill", "from"]
+CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "pieces", "refill", "from"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)

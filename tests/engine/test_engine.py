@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import signal
@@ -16,14 +17,13 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows, write_jsonl
-from stored import stored_files
+from stored import age_stored, stored_files, write_stored
 
 from retrotool import api, engine
 from retrotool.chunk.chunk_plan import write_json_file
-from retrotool.engine import progress as engine_progress
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, perform_reporting, task_key
-from retrotool.errors import CorruptError, StorageError, TaskError, UsageError
+from retrotool.errors import CorruptError, HeldError, StorageError, TaskError, UsageError
 from retrotool.store import leases, staging
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
@@ -208,10 +208,61 @@ def test_a_claimed_task_is_left_to_the_run_that_is_at_it(store: Store, tmp_path:
     with Run(store.storage) as other, Run(store.storage) as run:
         assert leases.take_claim(store.storage, task.key, other.id)
         assert engine.perform(stage.open(store), store.storage, task, run.id, lambda _: None) is None
-        engine.execute(stage, store, run)
+        with pytest.raises(HeldError, match=rf"task 3, held by run {other.id} \(process {os.getpid()} on ") as error:
+            engine.execute(stage, store, run, wait=False)
+        assert error.value.exit_code == 14
         assert [attempts(tmp_path, n) for n in range(6)] == [1, 1, 1, 0, 1, 1]
         leases.release_claim(store.storage, task.key, other.id)
         engine.execute(stage, store, run)
+    assert len(store.state.group("selectors")) == 6
+
+
+@dataclass(frozen=True)
+class ShardStage(ClaimingStage):
+    """Of which a job does a share."""
+
+    shard: tuple[int, int] | None = None
+
+
+@pytest.mark.parametrize("how", ["drops", "does", "falls silent"])
+def test_a_run_waits_for_what_another_holds_and_does_what_is_dropped(
+    how: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, naps = ClaimingStage(str(tmp_path / "marks")), list[float]()
+    task = stage.plan(store)[3]
+    with Run(store.storage) as other, Run(store.storage) as run:
+        assert leases.take_claim(store.storage, task.key, other.id)
+
+        def nap(seconds: float) -> None:
+            naps.append(seconds)
+            assert [attempts(tmp_path, n) for n in range(6)] == [1, 1, 1, 0, 1, 1], "first all that is free"
+            if len(naps) == 3 and how == "falls silent":
+                path = leases.run_path(other.id)
+                lease = store.storage.get(path).replace(b'"host":"', b'"host":"not-')
+                age_stored(write_stored(store.place, path, lease), leases.CLAIM_SILENCE_SECONDS + 1)
+            elif len(naps) == 3:
+                if how == "does":
+                    assert engine.perform(stage.open(store), store.storage, task, other.id, lambda _: None)
+                leases.release_claim(store.storage, task.key, other.id)
+
+        monkeypatch.setattr(time, "sleep", nap)
+        engine.execute(stage, store, run)
+    assert len(store.state.group("selectors")) == 6
+    assert [attempts(tmp_path, n) for n in range(6)] == [1] * 6
+    assert naps == [0.5, 1.0, 2.0]
+
+
+def test_a_job_waits_only_for_its_own_share_and_for_what_all_need(store: Store, tmp_path: Path) -> None:
+    stage = ShardStage(str(tmp_path / "marks"))
+    task = stage.plan(store)[3]
+    owner = int(task.key, 16) % 2
+    with Run(store.storage) as other, Run(store.storage) as run:
+        assert leases.take_claim(store.storage, task.key, other.id)
+        engine.execute(replace(stage, shard=(1 - owner, 2)), store, run, wait=False)
+        with pytest.raises(HeldError):
+            engine.execute(replace(stage, shard=(owner, 2)), store, run, wait=False)
+        leases.release_claim(store.storage, task.key, other.id)
+        engine.execute(replace(stage, shard=(1 - owner, 2)), store, run, wait=False)
     assert len(store.state.group("selectors")) == 6
 
 
@@ -236,7 +287,7 @@ def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
 
 @pytest.mark.parametrize("others", [False, True])
 def test_progress_subtracts_what_came_to_nothing(store: Store, tmp_path: Path, others: bool) -> None:
-    updates: list[tuple[int, int, str]] = []
+    updates: list[tuple[int, int]] = []
     task = Task("k", "task", 10, {"n": 0})
 
     class Half(TouchWorker):
@@ -247,14 +298,11 @@ def test_progress_subtracts_what_came_to_nothing(store: Store, tmp_path: Path, o
                 return None
             raise OSError("a hiccup")
 
-        def note(self) -> str:
-            return "half"
-
     worker = Half(store, TouchStage(str(tmp_path)))
     expected = contextlib.nullcontext() if others else pytest.raises(OSError, match="a hiccup")
     with Run(store.storage) as run, expected:
         perform_reporting(worker, store.storage, task, run.id, lambda *update: updates.append(update))
-    assert updates == [(4, 0, "half"), (3, 0, "half"), (-7, 10 if others else 0, "")]
+    assert updates == [(4, 0), (3, 0), (-7, 10 if others else 0)]
 
 
 def test_ctrl_c_leaves_a_good_store_and_the_same_command_goes_on(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -286,35 +334,100 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_there_is_a_bar_after_two_seconds_while_a_worker_gets_ready(monkeypatch):
-    file = Terminal()
+@dataclass
+class Clock:
+    """A clock that stands still."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def shown_by(monkeypatch: pytest.MonkeyPatch, file: io.StringIO, **given: object) -> tuple[Progress, Clock]:
     monkeypatch.setattr("sys.stderr", file)
-    with Progress("embed", "chunk", 240) as progress:
-        progress.update(0)
-        time.sleep(1)
-        assert file.getvalue() == ""
-        time.sleep(1.5)
-        assert file.getvalue().startswith("\rembed:   0%|")
-        progress.update(0, 40)
-        for _ in range(2):
-            time.sleep(0.2)
-            progress.update(20, 0, "400 tokens/s")
-        reported = file.getvalue().split("\r")[-1]
-    assert re.search(r"embed:  20%.* 40.0/200 \[00:0\d<00:\d\d, [\d.]+chunk/s, 400 tokens/s", reported), reported
+    monkeypatch.delenv("TQDM_DISABLE")
+    clock = Clock()
+    return Progress("embed", "chunk", clock=clock, **given), clock
 
 
-def test_in_a_log_there_is_a_line_a_minute(monkeypatch):
+def test_in_a_log_there_is_a_line_at_the_start_one_a_minute_and_one_at_the_end(monkeypatch):
     file = io.StringIO()
-    monkeypatch.setattr("sys.stderr", file)
-    with Progress("chunk", "B", 2_000_000) as progress:
-        progress.update(1_000_000)
-    assert file.getvalue() == "", "nothing for what takes less"
-    monkeypatch.setattr(engine_progress, "_LOG_SECONDS", 0.01)
-    with Progress("chunk", "B", 2_000_000) as progress:
-        progress.update(1_000_000)
-        deadline = time.monotonic() + 10
-        while file.getvalue().count("50%") < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    lines = [line for line in file.getvalue().splitlines() if "50%" in line]  # one may be written before the update
-    assert len(lines) >= 2
-    assert re.fullmatch(r"chunk:  50% 1.00M/2.00M \[00:0\d<00:0\d, [\d.]+[kMG]?B/s\]", lines[0]), lines[0]
+    progress, clock = shown_by(monkeypatch, file, doing="planning")
+    clock.now += 3
+    progress.show()
+    progress.plan(40_000_000, "loading")
+    clock.now += 7
+    progress.update(10_000)  # what came before the first report was no work
+    for _ in range(1200):
+        clock.now += 0.1
+        progress.update(3_100)
+    clock.now += 1200
+    progress.update(40_000_000 - 10_000 - 1200 * 3_100)
+    progress.close()
+    assert file.getvalue().splitlines() == [
+        "embed: planning",
+        "embed: 1.66M of 40.0M chunks, 31,000/s, 21 min left",
+        "embed: 3.52M of 40.0M chunks, 31,000/s, 20 min left",
+        "embed: 40.0M of 40.0M chunks, 30,000/s",
+        "embed: 40.0M of 40.0M chunks in 22 min, 30,000/s",
+    ]
+
+
+def test_in_a_log_there_is_nothing_of_what_takes_less_than_two_seconds(monkeypatch):
+    file = io.StringIO()
+    progress, clock = shown_by(monkeypatch, file, total=14)
+    progress.update(14)
+    clock.now += 1.9
+    progress.show()
+    progress.close()
+    assert file.getvalue() == ""
+
+
+def test_a_wait_is_reported_each_minute_until_work_goes_on(monkeypatch):
+    file = io.StringIO()
+    progress, clock = shown_by(monkeypatch, file)
+    progress.plan(300, "loading")
+    progress.update(100)
+    progress.plan(0, "waiting for part 3, held by run 01234567")
+    for _ in range(100):
+        clock.now += 1
+        progress.show()
+    progress.plan(1, "loading")
+    progress.update(201)
+    progress.close()
+    waiting = "embed: 100 of 300 chunks, waiting for part 3, held by run 01234567"
+    assert file.getvalue().splitlines() == [waiting, waiting, "embed: 301 of 301 chunks in 2 min, 2/s"]
+
+
+def test_on_a_terminal_there_is_one_bar_from_the_start_whose_time_left_does_not_jump(monkeypatch):
+    file = Terminal()
+    progress, clock = shown_by(monkeypatch, file, doing="reading the encoder")
+    assert file.getvalue().split("\r")[-1].strip() == "embed: reading the encoder"
+    progress.plan(240, "loading")
+    clock.now += 8
+    progress.show()
+    assert file.getvalue().split("\r")[-1].strip() == "embed: 0 of 240 chunks, loading"
+    progress.update(0, 40)
+    left = []
+    for n in range(190):
+        clock.now += 0.2 if n % 10 else 2.0  # now and then something is slow
+        progress.update(1)
+        bar = file.getvalue().split("\r")[-1]
+        assert re.match(rf"embed: +({(n + 1) // 2}|{(n + 2) // 2})%\|.*\| {n + 1} of 200 chunks", bar), bar
+        if n > 20:
+            left.append(float(re.search(r"(\d+) (?:s|min) left", bar)[1]))
+    assert all(abs(one - other) <= 2 + one / 4 for one, other in itertools.pairwise(left)), left
+    progress.close()
+    assert "\n" in file.getvalue(), "it stays when it is done"
+
+
+def test_nothing_is_shown_where_it_is_turned_off(monkeypatch):
+    for file in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stderr", file)
+        clock = Clock()
+        progress = Progress("embed", "chunk", 10, clock=clock)
+        clock.now += 100
+        progress.update(5)
+        progress.close()
+        assert file.getvalue() == ""

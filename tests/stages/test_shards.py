@@ -26,6 +26,18 @@ from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 
 
+def test_an_embed_beside_another_waits_and_has_everything(
+    chunked: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.open(chunked)
+    task = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1]).plan(store)[2]
+    with Run(store.storage) as other:
+        assert leases.take_claim(store.storage, task.key, other.id)
+        monkeypatch.setattr(time, "sleep", lambda _: leases.release_claim(store.storage, task.key, other.id))
+        result = api.embed(chunked, encoder=str(tiny_encoder))
+    assert (result.parts, result.in_other_runs) == (len(store.state.parts()), 0)
+
+
 @pytest.fixture
 def chunked(tmp_path: Path, tiny_encoder: Path) -> Path:
     source = write_jsonl(tmp_path / "c.jsonl", make_rows(200))
@@ -105,13 +117,18 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
     task = stage.plan(store)[2]
     with Run(store.storage) as other:
         assert leases.take_claim(store.storage, task.key, other.id)
-        result = api.embed(chunked, encoder=str(tiny_encoder))
+        job = (int(task.key, 16) + 1) % 2
+        result = api.embed(chunked, encoder=str(tiny_encoder), shard=(job, 2))
         assert result.in_other_runs == 1
         assert result.parts == len(store.state.parts()) - 1
-        again = cli("embed", chunked, "--encoder", tiny_encoder)
-        assert again.returncode == 0
+        again = cli("embed", chunked, "--encoder", tiny_encoder, "--shard", f"{job}/2")
+        assert again.returncode == 0, "its share is done"
         assert "Nothing is left for this run" in again.stdout
         assert "1 part is being embedded by other runs" in again.stdout
+        for shard in ([], ["--shard", f"{1 - job}/2"]):
+            refused = cli("embed", chunked, "--encoder", tiny_encoder, "--no-wait", *shard)
+            assert (refused.returncode, refused.stdout) == (14, "")
+            assert f"part 2, held by run {other.id} (process {os.getpid()} on " in refused.stderr
     last = api.embed(chunked, encoder=str(tiny_encoder))
     assert (last.parts, last.in_other_runs) == (1, 0)
 
