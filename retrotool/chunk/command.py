@@ -203,13 +203,10 @@ def _text(store: str, result: ChunkResult) -> str:
         lines.append(f"{output.count(result.blocked, 'document')} skipped: purged before (--allow-purged adds them).")
     if result.keys_cut:
         lines.append(f"{output.count(result.keys_cut, 'key')} cut to one chunk.")
-    lines += [
-        f"{output.count(one.rows, 'document')} skipped: {one.reason} ({_place(one)})."
-        for one in result.reasons
-        if one.reason == BY_ID
-    ]
+    repeats = [one for one in result.reasons if one.reason == BY_ID]
+    lines += [f"{output.count(one.rows, 'document')} skipped: {one.reason} ({_place(one)})." for one in repeats]
     if result.rejected:
-        reasons = [reason for reason in result.reasons if reason.reason != BY_ID]
+        reasons = [one for one in result.reasons if one.reason != BY_ID]
         lines.append(f"{output.count(result.rejected, 'row')} rejected:")
         lines.append(output.table([_row(reason) for reason in reasons[:10]]))
         if (more := len(reasons) - 10) > 0:

@@ -29,6 +29,7 @@ from retrotool.chunk.run import (
     check_store_identity,
     find_readable,
 )  # fmt: skip
+from retrotool.engine.progress import Progress
 from retrotool.errors import UsageError
 from retrotool.sources import Document, InputFile, Rejected, Slice, streams
 from retrotool.store import parts
@@ -107,8 +108,9 @@ def estimate(
     else:
         loaded = Tokenizer(find_tokenizer(tokenizer or DEFAULT_TOKENIZER))
         chunk_length = chunk_length or CHUNK_LENGTH
-    sampler = _Sampler(loaded, chunk_length, options)
-    samples = sampler.sample(files)
+    with Progress("chunk", doing="chunking a sample"):
+        sampler = _Sampler(loaded, chunk_length, options)
+        samples = sampler.sample(files)
     sizes: dict[str, int] = {}
     for file in files:
         sizes[file.format] = sizes.get(file.format, 0) + file.size

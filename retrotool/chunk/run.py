@@ -21,6 +21,7 @@ from retrotool.chunk.quarantine import without_numbers
 from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
 from retrotool.cli.options import check_utf8
+from retrotool.engine.progress import Progress
 from retrotool.errors import AbortError, ErasedError, UsageError
 from retrotool.machine import user_name
 from retrotool.sources import InputFile
@@ -124,7 +125,8 @@ def chunk(
         known = 0
         changed: frozenset[str] = frozenset()
         if files:
-            findings = _findings(store, files, loaded, chosen)
+            with Progress("chunk", doing="checking the tokenizer"):
+                findings = _findings(store, files, loaded, chosen)
             changed = frozenset(file.path for file in chunk_plan.changed_inputs(store, run, files, chosen))
             if changed and plans:
                 # The documents of a changed input are known only when no plan is open.
@@ -136,7 +138,8 @@ def chunk(
         stopped = _work(store, run, open_plans, chosen)
         exceeded = "" if stopped else chosen.max_bad.exceeded(_counts_of(store, open_plans), last=True)
         if not stopped:
-            repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
+            with Progress("chunk", doing="looking for duplicates"):
+                repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
     state = store.refresh()
     records = [state.records[f"plan:{plan}"] for plan in plans]
     units = _waiting_units(store, plans)

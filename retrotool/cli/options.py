@@ -115,14 +115,8 @@ IndexOption = Annotated[
 
 
 def _work(text: str, name: str, metavar: str | None, least: int | None = None) -> Any:
-    return opt(
-        text,
-        f"--{name}",
-        metavar=metavar,
-        panel=WORK,
-        variable=f"RETROTOOL_{name.upper().replace('-', '_')}",
-        least=least,
-    )
+    variable = f"RETROTOOL_{name.upper().replace('-', '_')}"
+    return opt(text, f"--{name}", metavar=metavar, panel=WORK, variable=variable, least=least)
 
 
 DevicesOption = Annotated[

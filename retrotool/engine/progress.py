@@ -107,23 +107,22 @@ class Progress:
                 return
             if not self._terminal:
                 self._due = now + _LOG_SECONDS
-                self._print(self._left(now))
+                self._print(self._now())
                 return
             self._due = now + _DRAW_SECONDS
             share = "{percentage:3.0f}%|{bar}| " if self._first and self._total else ""
             self._bar.bar_format = f"{self._name}: {share}{{desc}}"
             self._bar.n = min(self._done / self._total, 1.0) if self._total else 0
-            self._bar.set_description_str(self._left(now))
+            self._bar.set_description_str(self._now())
 
     def close(self) -> None:
         """Print the last line, or leave the bar as it is; remove that of something short."""
-        now = self._clock()
-        if self._lines and self._first is not None:
-            self._print(", ".join([f"{self._counts()} in {duration(now - self._begun)}", *self._rate(now)[0]]))
-        if now - self._begun > SHORT_SECONDS and self._first is not None:
-            self._due = now
-            self._bar.leave = True
-            self.show() if self._terminal else None
+        lasted = self._clock() - self._begun
+        if self._first is not None and self._terminal and lasted > SHORT_SECONDS:
+            self._bar.leave, self._due = True, self._begun
+            self.show()
+        elif self._first is not None and self._lines:
+            self._print(", ".join([f"{self._counts()} in {duration(lasted)}", *self._rate()[1:]]))
         self._bar.close()
 
     def _print(self, line: str) -> None:
@@ -131,42 +130,39 @@ class Progress:
         sys.stderr.write(f"{self._name}: {line}\n")
         sys.stderr.flush()
 
-    def _counts(self) -> str:
-        if self._unit == "B":
-            return f"{_number(self._done, 0)}B" + ("" if self._total is None else f" of {_number(self._total, 0)}B")
-        several = self._done if self._total is None else self._total
-        of = "" if self._total is None else f" of {_number(self._total)}"
-        return f"{_number(self._done)}{of} {self._unit}{'' if several == 1 else 's'}"
-
-    def _rate(self, now: float) -> tuple[list[str], float]:
-        """Return the rate as text, if it is known, and the units per second, else 0."""
-        since, done = self._first or (now, 0)
-        if now - since < _LEAST_SECONDS or self._done <= done:
-            return [], 0.0
-        rate = (self._done - done) / (now - since)
-        if self._unit == "B":
-            return [f"{_number(round(rate), 0)}B/s"], rate
-        return [f"{float(f'{rate:.2g}'):,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"], rate
-
-    def _left(self, now: float) -> str:
+    def _now(self) -> str:
         if self._doing or self._first is None:
             counted = [] if self._total is None else [self._counts()]
             return ", ".join([*counted, *filter(None, [self._doing])])
-        shown, rate = self._rate(now)
-        if rate and self._total is not None and self._total > self._done:
-            shown.append(f"{duration((self._total - self._done) / rate)} left")
-        return ", ".join([self._counts(), *shown])
+        left, *rate = self._rate()
+        return ", ".join([self._counts(), *rate, *filter(None, [left])])
+
+    def _counts(self) -> str:
+        of = "" if self._total is None else f" of {self._number(self._total)}"
+        one = (self._done if self._total is None else self._total) == 1 or self._unit == "B"
+        return f"{self._number(self._done)}{of}{'' if self._unit == 'B' else f' {self._unit}'}{'' if one else 's'}"
+
+    def _number(self, n: int) -> str:
+        """Return a number as text: below a hundred thousand units with all digits, otherwise three: 1.20M."""
+        scaled = str(tqdm.format_sizeof(n))
+        return f"{scaled}B" if self._unit == "B" else f"{n:,}" if abs(n) < _EXACT else scaled
+
+    def _rate(self) -> list[str]:
+        """Return the time left, "" if unknown, and the rate if it is known."""
+        since, done = self._first or (0.0, 0)
+        seconds = self._clock() - since
+        if seconds < _LEAST_SECONDS or self._done <= done:
+            return [""]
+        rate, left = (self._done - done) / seconds, (self._total or 0) - self._done
+        per_second = f"{float(f'{rate:.2g}'):,.0f}" if rate >= 10 else f"{rate:.2g}"
+        per_second = self._number(round(rate)) if self._unit == "B" else per_second
+        return [f"{duration(left / rate)} left" if left > 0 else "", f"{per_second}/s"]
 
     def listen(self, reported: Connection[Any, tuple[int, int]]) -> None:
         """Apply what a worker process reports, until it ends."""
         with contextlib.suppress(EOFError, OSError), reported:
             while True:
                 self.update(*reported.recv())
-
-
-def _number(n: int, exact: int = _EXACT) -> str:
-    """Return a number as text: all digits below ``exact``, otherwise three, such as 1.20M."""
-    return f"{n:,}" if abs(n) < exact else str(tqdm.format_sizeof(n))
 
 
 def duration(seconds: float) -> str:

@@ -35,7 +35,7 @@ _FEW = 8  # up to this number of tasks per worker, the largest begin first
 
 def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
     """Return how many uncommitted tasks of a stage other running commands have claimed."""
-    held = leases.claimed_elsewhere(store.storage, run.id)
+    held = leases.claim_holders(store.storage, run.id)
     return sum(task.key in held for task in plan_tasks(stage, store))
 
 

@@ -144,9 +144,7 @@ def neighbours(
     if asked_for:
         check_some_left([stage.filters for stage in stages], store, opened)
     with writing(store) as run:
-        found = [
-            _fill(store, run, stage, one, wait=search.wait) for stage, one in zip(stages, mixture.tables, strict=True)
-        ]
+        found = [_fill(store, run, stage, one, search.wait) for stage, one in zip(stages, mixture.tables, strict=True)]
         if mixture.mixed:
             store.commit(run, mixture.commit)
     first = found[0]
@@ -185,7 +183,7 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
         )
 
 
-def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, *, wait: bool) -> DatabaseResult:
+def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, wait: bool) -> DatabaseResult:
     with Progress("neighbours", doing="opening the index"):
         database = stage.open_database(store)
         tasks = engine.plan_tasks(stage, store)

@@ -42,6 +42,7 @@ from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.cli.command_lines import table_command
 from retrotool.embed.search_scope import is_same_store, purges_erased
+from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_files import read_shard, write_index
@@ -441,7 +442,8 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     targets = Tombstones(chunks)
     workers = _workers(store, targets)
     stage = EraseStage(targets, tuple(purges))
-    rewritten = sum(task.weight for task in stage.tasks(store))
+    with Progress("erase", doing="looking for files with purged chunks"):
+        rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)
 
     def build(state: State) -> Draft | None:

@@ -190,11 +190,6 @@ def release_claim(storage: Storage, task: str, run: str) -> None:
         storage.delete(_claim_path(task, epoch) for epoch in range(last + 1))
 
 
-def claimed_elsewhere(storage: Storage, run: str) -> frozenset[str]:
-    """Return the keys of tasks that other live runs have claimed."""
-    return frozenset(claim_holders(storage, run))
-
-
 def claim_holders(storage: Storage, run: str) -> dict[str, str]:
     """Return the keys of tasks that other live runs have claimed, and which run has each."""
     now = renew(storage, run)

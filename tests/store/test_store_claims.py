@@ -53,8 +53,8 @@ def test_one_has_it_until_it_gives_it_back(store: Store, runs: tuple[str, str]) 
     assert claims(store) == {f"{KEY}-00000000": one}
     assert not leases.take_claim(store.storage, KEY, two)
     assert leases.take_claim(store.storage, OTHER_KEY, two)
-    assert leases.claimed_elsewhere(store.storage, two) == {KEY}
-    assert leases.claimed_elsewhere(store.storage, one) == {OTHER_KEY}
+    assert leases.claim_holders(store.storage, two).keys() == {KEY}
+    assert leases.claim_holders(store.storage, one).keys() == {OTHER_KEY}
     leases.release_claim(store.storage, KEY, two)
     assert not leases.take_claim(store.storage, KEY, two), "what another has is not given back"
     leases.release_claim(store.storage, KEY, one)
@@ -77,7 +77,7 @@ def test_what_a_killed_run_had_is_free_at_once_and_cleaned_away(store: Store) ->
     assert subprocess.run([sys.executable, "-c", code, store.place], timeout=60).returncode == -9
     assert claims(store) == {f"{KEY}-00000000": FAR}
     with Run(store.storage) as run:
-        assert leases.claimed_elsewhere(store.storage, run.id) == frozenset()
+        assert leases.claim_holders(store.storage, run.id).keys() == frozenset()
         assert leases.take_claim(store.storage, KEY, run.id)
         assert claims(store) == {f"{KEY}-00000000": FAR, f"{KEY}-00000001": run.id}, "it is of the next epoch"
         clean(store)
@@ -91,13 +91,13 @@ def test_a_run_of_another_machine_keeps_its_claims_while_it_is_heard_of(store: S
     claim_for(store, FAR)
     with Run(store.storage) as run:
         assert not leases.take_claim(store.storage, KEY, run.id)
-        assert leases.claimed_elsewhere(store.storage, run.id) == {KEY}
+        assert leases.claim_holders(store.storage, run.id).keys() == {KEY}
         move_elsewhere(Path(store.place), FAR, leases.CLAIM_SILENCE_SECONDS - 30)
         assert not leases.take_claim(store.storage, KEY, run.id)
         move_elsewhere(Path(store.place), FAR, leases.CLAIM_SILENCE_SECONDS + 1)
         now = leases.renew(store.storage, run.id)
         assert leases.is_alive(store.storage, FAR, now=now), "its files are safe for a day"
-        assert leases.claimed_elsewhere(store.storage, run.id) == frozenset()
+        assert leases.claim_holders(store.storage, run.id).keys() == frozenset()
         assert leases.take_claim(store.storage, KEY, run.id), "its tasks are not"
         move_elsewhere(Path(store.place), FAR)
         assert not leases.take_claim(store.storage, KEY, FAR), "it is back, and has lost its claim"
@@ -111,8 +111,8 @@ def test_only_the_newest_epoch_counts(store: Store, runs: tuple[str, str]) -> No
     one, two = runs
     for epoch, owner in enumerate((one, "dead0123", one, two)):
         claim_for(store, owner, 9 + epoch)
-    assert leases.claimed_elsewhere(store.storage, one) == {KEY}
-    assert leases.claimed_elsewhere(store.storage, two) == frozenset()
+    assert leases.claim_holders(store.storage, one).keys() == {KEY}
+    assert leases.claim_holders(store.storage, two).keys() == frozenset()
     assert not leases.take_claim(store.storage, KEY, one)
     assert leases.take_claim(store.storage, KEY, two)
     assert sorted(claims(store))[-1] == f"{KEY}-00000012"
@@ -122,7 +122,7 @@ def test_only_the_newest_epoch_counts(store: Store, runs: tuple[str, str]) -> No
 def test_a_claim_that_can_not_be_read_is_nobodys(store: Store, data: bytes) -> None:
     assert store.storage.put_if_absent(f"leases/{KEY}-00000003", FAR, data)
     with Run(store.storage) as run:
-        assert leases.claimed_elsewhere(store.storage, run.id) == frozenset()
+        assert leases.claim_holders(store.storage, run.id).keys() == frozenset()
         assert leases.take_claim(store.storage, KEY, run.id)
         clean(store)
         assert claims(store) == {f"{KEY}-00000004": run.id}

@@ -197,7 +197,7 @@ def test_a_run_that_slept_for_half_a_day_writes_nothing_any_more(store: Store) -
             with pytest.raises(LostRunError, match="took this run for dead"):
                 staging.stage(store.storage, Staged("task", "embed", run.id, add=(entry,)))
             with pytest.raises(LostRunError):
-                leases.claimed_elsewhere(store.storage, run.id)
+                leases.claim_holders(store.storage, run.id)
         Run(store.storage, run.id, OneBeat())._beat()
         assert is_alive(store, run.id), "its process is; what it left goes when it has ended, or was fenced"
     assert Store.open(store.place).state.number == -1
