@@ -84,6 +84,8 @@ class Progress:
     def plan(self, more: int, doing: str) -> None:
         """Add units that are to be done, and say what happens until the first of them is reported."""
         with self._lock:
+            if more and self._done >= (self._total or 0):  # a new round
+                self._done, self._total, self._first = 0, 0, None
             self._total = (self._total or 0) + more
             self._doing = doing
         self.show()
@@ -132,8 +134,7 @@ class Progress:
 
     def _now(self) -> str:
         if self._doing or self._first is None:
-            counted = [] if self._total is None else [self._counts()]
-            return ", ".join([*counted, *filter(None, [self._doing])])
+            return ", ".join([*([self._counts()] if self._total else []), self._doing or "starting"])
         left, *rate = self._rate()
         return ", ".join([self._counts(), *rate, *filter(None, [left])])
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from retrotool.ann import lists
-from retrotool.ann.choice import IndexChoice, IndexOptions, choose_index
+from retrotool.ann.choice import IndexChoice, IndexOptions, choose_index, parse_factory
 from retrotool.ann.codes import Codes
 from retrotool.ann.excluded import Ids
 from retrotool.ann.trained import Trained, to_faiss
@@ -145,8 +145,12 @@ class IndexStage:
     def size_of(self, store: Store, task: Task) -> int:
         """Return the bytes of codes and ids, for the training those of the shards that follow."""
         known = self.files(store.state).training
-        wanted = replace(self.wanted, factory=known.factory) if known else self.wanted
-        return task.weight * choose_for(store, self.encoder, wanted)[0].bytes_per_vector
+        choice = (
+            choose_for(store, self.encoder, self.wanted)[0]
+            if known is None
+            else parse_factory(known.factory, known.dimension)
+        )
+        return task.weight * choice.bytes_per_vector
 
     def open(self, store: Store) -> IndexWorker:
         """Return the worker."""
