@@ -29,7 +29,7 @@ _MOST_BYTES = 1 << 30  # held for a piece; a device that computes more in a minu
 Vectors = npt.NDArray[np.float16]
 
 
-class Pieces:
+class PartPieces:
     """The pieces of the part with the chunks file ``path``; ``new_name`` names the file of another one."""
 
     def __init__(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.embed.pieces import Pieces, drop_pieces
+from retrotool.embed.pieces import PartPieces, drop_pieces
 from retrotool.embed.search_scope import count_live_keys
 from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
@@ -167,7 +167,7 @@ class EmbedWorker:
         }  # fmt: skip
         name = partial(FileName.new, run, "embeddings", part_slot(part), "npy", identity.name)
         made_with = {**settings, "sha256": identity.sha256, "dimension": identity.dimension}
-        kept = partial(Pieces, self._store, task.inputs["path"], made_with, encoder.cosine or 0.0, name)
+        kept = partial(PartPieces, self._store, task.inputs["path"], made_with, encoder.cosine or 0.0, name)
         self._begun = self._measure()
         rows, keys = 0, parts.n_keys(parts.part_entry(self._store, "chunks", part))
         reported = 0
@@ -223,7 +223,7 @@ class EmbedWorker:
         if self._many and not self.texts.straight:
             self.encoder.use_fast_tokenizer()
 
-    def _write(self, part: int, name: FileName, pieces: Pieces, report: Report) -> FileEntry:
+    def _write(self, part: int, name: FileName, pieces: PartPieces, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)
         dimension = self.encoder.identity.dimension
         with_vector: deque[npt.NDArray[np.bool_]] = deque()

@@ -130,7 +130,7 @@ class _Execution:
         """Wait until something changes about the tasks ``left``, by label, which are held by these runs."""
         storage, (label, owner) = self.store.storage, next(iter(left.items()))
         more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
-        held = f"{label}{more}, held by {leases.describe(storage, owner)}"
+        held = f"{label}{more}, held by {leases.describe_run(storage, owner)}"
         if not self.wait:
             raise HeldError(
                 f"{self.stage.name}: what is left is being done by other runs: {held}",

@@ -199,7 +199,7 @@ def claim_holders(storage: Storage, run: str) -> dict[str, str]:
     return {task: owner for task, owner in owners if owner and owner != run and alive(owner)}
 
 
-def describe(storage: Storage, run: str) -> str:
+def describe_run(storage: Storage, run: str) -> str:
     """Return a run's id, with its process and machine if its lease can be read."""
     try:
         fields = schema.load(storage.get(run_path(run)), specs.LEASE, "")
