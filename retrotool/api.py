@@ -4,6 +4,9 @@ A writing function opens (or creates) the store, registers a run, cleans up afte
 stage and returns a frozen dataclass with the fields of ``--json``.
 """
 
+from retrotool.build.run import BuildOptions as BuildOptions
+from retrotool.build.run import build as build
+from retrotool.build.run import plan_build as plan_build
 from retrotool.chunk.estimate import estimate as estimate
 from retrotool.chunk.run import chunk as chunk
 from retrotool.embed.run import embed as embed

@@ -20,6 +20,7 @@ from retrotool.cli.options import WORK
 from retrotool.lazy import leave_pandas_out
 
 _COMMANDS = {
+    "build": "retrotool.build.command",
     "chunk": "retrotool.chunk.command",
     "embed": "retrotool.embed.command",
     "index": "retrotool.index.command",
@@ -114,8 +115,8 @@ class _Command(TyperCommand):
 app = typer.Typer(
     name="retrotool",
     cls=_Group,
-    help="Build retrieval databases for language models with chunk, embed, index and neighbours; remove text with "
-    "purge.\n\n"
+    help="Build retrieval databases for language models with build, or with chunk, embed, index and neighbours; remove "
+    "text with purge.\n\n"
     "Every command but plan takes the STORE first. A command that was interrupted or "
     "killed resumes when it is run again.",
     no_args_is_help=True,

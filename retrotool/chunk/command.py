@@ -162,7 +162,7 @@ def command(
             output.show(estimate, as_json, estimate_text)
             return
         result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
-        output.show(result, as_json, partial(_text, store))
+        output.show(result, as_json, partial(chunk_text, store))
         if result.rejected or result.stopped:
             raise typer.Exit(EXIT_REJECTED)
 
@@ -174,7 +174,8 @@ def _token_id(text: str | None) -> int | None:
         raise UsageError(f"--end-of-document {text}: give a token id, or none") from None
 
 
-def _text(store: str, result: ChunkResult) -> str:
+def chunk_text(store: str, result: ChunkResult) -> str:
+    """Render a result of ``chunk`` as text."""
     from retrotool.chunk.deduplicate import BY_ID
 
     lines = []

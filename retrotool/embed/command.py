@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
@@ -79,10 +80,11 @@ def command(
             batch_tokens=batch_tokens, shard=parse_shard(shard), check=check, vectors=vectors,
             wait=not no_wait,
         )  # fmt: skip
-        output.show(result, as_json, lambda result: _text(result, str(store)))
+        output.show(result, as_json, partial(embed_text, str(store)))
 
 
-def _text(result: EmbedResult, store: str) -> str:
+def embed_text(store: str, result: EmbedResult) -> str:
+    """Render a result of ``embed`` as text."""
     if result.chunks:
         done = f"{output.count(result.chunks, 'chunk')} {'given vectors' if result.foreign else 'embedded'}"
     elif result.in_other_runs:

@@ -104,14 +104,14 @@ def command(
         if evaluate:
             _refuse("--evaluate", **other, target_recall=target_recall, **building)
             found = index_run.evaluate(store, name=name, sample=sample, devices=devices, memory=size)
-            output.show(found, as_json, _text)
+            output.show(found, as_json, index_text)
             return
         wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
         options = index_run.Options(
             wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default, not no_wait
         )
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
-        output.show(result, as_json, _text)
+        output.show(result, as_json, index_text)
         if result.not_embedded:
             output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
             output.note("\n".join(f"  {command}" for command in result.next))
@@ -129,7 +129,8 @@ def _dropped(result: Dropped) -> str:
     return f"Index {result.name!r} deleted: {files} (commit {result.commit}).{kept}"
 
 
-def _text(result: IndexResult) -> str:
+def index_text(result: IndexResult) -> str:
+    """Render a result of ``index`` as text."""
     added = f", {result.added:,} of them new" if 0 < result.added < result.vectors else ""
     lines = [
         f"Index {result.name!r}: {output.count(result.vectors, 'vector')} of {result.encoder}{added}, {result.kind}, "

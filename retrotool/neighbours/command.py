@@ -89,7 +89,7 @@ def command(
             store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
             databases=databases, materialise=materialise,
         )  # fmt: skip
-        output.show(result, as_json, _text)
+        output.show(result, as_json, neighbours_text)
         if result.not_embedded:
             without = "which has no embedding" if result.not_embedded == 1 else "which have no embeddings"
             output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')}, {without}.")
@@ -115,7 +115,8 @@ def _weighed(text: str) -> tuple[str, float | None]:
         return text, None  # a path with a "="
 
 
-def _text(result: NeighboursResult) -> str:
+def neighbours_text(result: NeighboursResult) -> str:
+    """Render a result of ``neighbours`` as text."""
     from retrotool.neighbours.filters import in_words
 
     found = f"Neighbours of {output.count(result.queries, 'chunk')} found"

@@ -26,7 +26,7 @@ QUOTED = re.compile(r"“[^”]*”|^> .*$|`living`|`set_aside`|`needles`", re.M
 VERBS = set(
     """
     accept acquire add adjust advance align allocate allow answer append apply arrange ask assemble assert
-    assign attach await begin bind block bound break build bundle cache calculate call cancel cast change check
+    assign attach await begin bind block bound break bring build bundle cache calculate call cancel cast change check
     choose claim clamp classify clean clear close coalesce code collect combine commit compact compare compile
     complete compress compute concatenate confirm connect consume continue convert copy count create cut decide
     declare decode decompress deduplicate define delete derive describe detect determine dispatch display

@@ -1,0 +1,1 @@
+"""The capability ``build``: bring a store up to date in one command."""

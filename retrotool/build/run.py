@@ -1,0 +1,156 @@
+"""Bring a store up to date: chunk, embed, index and neighbours, with the store's settings or the defaults.
+
+Each step is a command that resumes and does only what is new, so a build can be killed and run again. Every
+encoder, index and table of neighbours of the store is updated; a store without one gets the default. Vectors
+that were made elsewhere are not.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from retrotool.chunk.chunk_plan import ChunkOptions, unfinished_plans
+from retrotool.chunk.run import ChunkResult, chunk
+from retrotool.cli.command_lines import command_line, embed_command, table_command
+from retrotool.embed.run import EmbedResult, embed
+from retrotool.errors import UsageError
+from retrotool.index.run import IndexResult, Options, index
+from retrotool.neighbours.run import NeighboursResult, SearchOptions, neighbours
+from retrotool.neighbours.stage import database_of, members_of
+from retrotool.store.identity import is_store
+from retrotool.store.storage import storage_at
+from retrotool.store.store import Store
+from retrotool.tokenizers import BUNDLED
+
+Result = ChunkResult | EmbedResult | IndexResult | NeighboursResult
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command of a build: its ``line``, as one would type it, and the function that runs it."""
+
+    command: str
+    line: str
+    run: Callable[[], Result]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """The results of the steps of a build, by command; ``chunk`` is None if there was nothing to chunk."""
+
+    chunk: ChunkResult | None
+    embed: tuple[EmbedResult, ...]
+    index: tuple[IndexResult, ...]
+    neighbours: tuple[NeighboursResult, ...]
+    commit: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Options of a build: ``tokenizer`` for a new store, ``encoder`` for one without embeddings."""
+
+    tokenizer: str | None = None
+    chunk: ChunkOptions | None = None
+    encoder: str | None = None
+    devices: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """The command lines that a build would run."""
+
+    commands: tuple[str, ...]
+
+
+def plan_build(root: str | Path, inputs: Sequence[str] = (), options: BuildOptions | None = None) -> BuildPlan:
+    """Return what ``build`` would run; ``UsageError`` if there is nothing to do."""
+    given = options or BuildOptions()
+    steps = [*_chunk_steps(root, inputs, given), *_derived_steps(root, given)]
+    return BuildPlan(tuple(step.line for step in steps))
+
+
+def build(
+    root: str | Path,
+    inputs: Sequence[str] = (),
+    options: BuildOptions | None = None,
+    *,
+    after: Callable[[Step, Result], object] = lambda _, __: None,
+) -> BuildResult:
+    """Run ``chunk`` on inputs and whatever is unfinished, then update embeddings, indexes and neighbours.
+
+    ``after`` is called with each finished step and its result.
+    """
+    given = options or BuildOptions()
+    plan_build(root, inputs, given)  # raises before anything is done
+    done: dict[str, list[Any]] = {"chunk": [], "embed": [], "index": [], "neighbours": []}
+    for steps in (_chunk_steps(root, inputs, given), _derived_steps(root, given)):  # the first may make the store
+        for step in steps:
+            done[step.command].append(result := step.run())
+            after(step, result)
+    return BuildResult(
+        next(iter(done["chunk"]), None), tuple(done["embed"]), tuple(done["index"]), tuple(done["neighbours"]),
+        Store.open(root).state.number,
+    )  # fmt: skip
+
+
+def _chunk_steps(root: str | Path, inputs: Sequence[str], given: BuildOptions) -> Iterator[Step]:
+    exists = is_store(storage_at(root))
+    if not inputs and not exists:
+        raise UsageError(f"{root} is not a store, and no input was given", "Name files or folders to chunk.")
+    if inputs or unfinished_plans(Store.open(root).state):
+        line = " ".join([command_line("chunk", root, tokenizer=given.tokenizer), *map(shlex.quote, inputs)])
+        yield Step("chunk", line, partial(chunk, root, inputs, tokenizer=given.tokenizer, options=given.chunk))
+
+
+def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:
+    """Yield the steps after ``chunk``: for what the store has, and for what it has none of, the defaults."""
+    store = Store.open(root) if is_store(storage_at(root)) else None
+    encoders, indexes, tables = (
+        [] if store is None else list(store.state.with_prefix(prefix))
+        for prefix in ("encoder:", "index:", "neighbours:")
+    )
+    if given.encoder is not None and encoders:
+        raise UsageError(
+            f"{root} has embeddings, and --encoder is for a store without any",
+            f"To add an encoder: {command_line('embed', root, encoder=given.encoder)}",
+        )
+    devices = given.devices
+    if not encoders:
+        line = command_line("embed", root, encoder=given.encoder)
+        yield Step("embed", line, partial(embed, root, encoder=given.encoder or BUNDLED, devices=devices))
+    for name in encoders:
+        assert store is not None, "it has an encoder"
+        record = store.state.records[f"encoder:{name}"]
+        if not record.get("foreign"):
+            pooling = str(record["pooling"]) if record.get("overridden") else "auto"
+            work = partial(embed, root, encoder=str(record["origin"]), name=name, pooling=pooling, devices=devices)
+            yield Step("embed", embed_command(store, name), work)
+    for name in indexes or ["main"]:
+        line = command_line("index", root) if store is None else command_line("index", store, name=name)
+        yield Step("index", line, partial(index, root, name=name, options=Options(devices=devices)))
+    if not tables:
+        search = SearchOptions(devices=devices)
+        yield Step("neighbours", command_line("neighbours", root), partial(neighbours, root, search=search))
+    for name in tables:
+        assert store is not None, "it has a table"
+        if not any(name == table for mixture in tables if mixture != name for table, _ in members_of(store, mixture)):
+            yield _neighbours_step(store, name, devices)
+
+
+def _neighbours_step(store: Store, name: str, devices: str) -> Step:
+    """Return the step that updates a table, or the tables of a mixture, as they were made."""
+    table = members_of(store, name)[0][0]
+    database, record = database_of(store, table)
+    exact = not record["index"]
+    search = SearchOptions(exact, record["encoder"] if exact else None, devices=devices)
+    queries = None if database is store else store.place
+    work = partial(
+        neighbours, database.place, queries=queries, name=name, k=record["k"], saved=record["saved"],
+        index=record["index"] or None, search=search,
+    )  # fmt: skip
+    return Step("neighbours", table_command(store, table, database), work)
