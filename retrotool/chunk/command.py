@@ -11,6 +11,7 @@ import typer
 
 from retrotool.chunk import PART_SIZE
 from retrotool.cli import output
+from retrotool.cli.command_lines import next_command
 from retrotool.cli.options import (
     WORK,
     Json,
@@ -163,6 +164,8 @@ def command(
             return
         result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
         output.show(result, as_json, partial(chunk_text, store))
+        if result.chunks and not result.stopped and not as_json:
+            output.note(f"Next: {next_command(store, 'chunk')}")
         if result.rejected or result.stopped:
             raise typer.Exit(EXIT_REJECTED)
 

@@ -33,6 +33,15 @@ def command_line(command: str, store: Store | str | Path, **options: object) -> 
     return shlex.join(["retrotool", command, place, *(word for pair in given for word in pair)])
 
 
+_FOLLOWING = {"chunk": ("embed", "encoder:"), "embed": ("index", "index:"), "index": ("neighbours", "neighbours:")}
+
+
+def next_command(root: str | Path, done: str) -> str:
+    """Return the command after ``done``: ``build`` if the store has what the next one makes, else that."""
+    command, prefix = _FOLLOWING[done]
+    return command_line("build" if Store.open(root).state.with_prefix(prefix) else command, root)
+
+
 def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:
     """Return the command that updates a table with the options ``again``: index, encoder, k and saved."""
     given = {option: again[option] for option, default in (("k", K), ("saved", SAVED)) if again[option] != default}

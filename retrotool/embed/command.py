@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
+from retrotool.cli.command_lines import next_command
 from retrotool.cli.options import DevicesOption, Json, NoWaitOption, ShardOption, StoreArgument, opt, parse_shard
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def command(
             wait=not no_wait,
         )  # fmt: skip
         output.show(result, as_json, partial(embed_text, str(store)))
+        if result.chunks and not (shard or result.in_other_runs or as_json):
+            output.note(f"Next: {next_command(store, 'embed')}")
 
 
 def embed_text(store: str, result: EmbedResult) -> str:

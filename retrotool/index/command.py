@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
+from retrotool.cli.command_lines import next_command
 from retrotool.cli.options import (
     LEAST_MEMORY,
     DevicesOption,
@@ -112,6 +113,8 @@ def command(
         )
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, index_text)
+        if result.added and not (shard or result.not_embedded or result.in_other_runs or as_json):
+            output.note(f"Next: {next_command(store, 'index')}")
         if result.not_embedded:
             output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
             output.note("\n".join(f"  {command}" for command in result.next))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
-from retrotool.cli.command_lines import SAVED, K
+from retrotool.cli.command_lines import SAVED, K, command_line
 from retrotool.cli.options import (
     LEAST_MEMORY,
     DevicesOption,
@@ -99,6 +99,8 @@ def command(
             output.note(f"Not searchable yet: {chunks} of {store} that {are} not in the index.")
         for path in result.unaware:
             output.note(f"{path} is not writable, so it can't record this store: an erase there won't list it.")
+        if result.queries and not (shard or result.next or result.in_other_runs or as_json):
+            output.note(f"Next: {command_line('inspect', queries or store, table=None if name == 'main' else name)}")
         if result.next:
             output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
 

@@ -224,7 +224,7 @@ def test_what_is_not_utf_8_is_wrong_usage(arguments, message, built_store, cli):
 def test_rows_set_aside_end_with_3(tmp_path):
     (tmp_path / "half.jsonl").write_text('{"text": "good"}\nbad\n')
     code, out, err = run("chunk", tmp_path / "store", tmp_path / "half.jsonl", "--json", "--workers", 1)
-    assert (code, err, out.count("\n")) == (3, "", 1)
+    assert (code, err.startswith("New store. "), err.count("\n"), out.count("\n")) == (3, True, 1, 1)
     assert (json.loads(out)["documents"], json.loads(out)["rejected"]) == (1, 1)
 
 
@@ -390,7 +390,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(workers, moment, tmp_
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (EXIT_INTERRUPTED, "")
-    assert err == INTERRUPTED
+    assert err.startswith("New store. ") and err.endswith(INTERRUPTED) and err.count("\n") == 2
     assert api.verify(store).problems == []
     if workers == 1:
         assert api.chunk(store, [str(source)]).documents == len(rows)

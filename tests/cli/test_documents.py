@@ -279,8 +279,9 @@ def test_a_chunk_is_shown_beside_its_neighbours(built_store, tmp_path):
 
 
 def test_documents_of_a_store_without_any(tmp_path, cli: Cli):
-    (tmp_path / "e.jsonl").write_text("")
+    (tmp_path / "e.jsonl").write_text('{"id": "only", "text": "The only one."}')
     api.chunk(tmp_path / "store", [str(tmp_path / "e.jsonl")])
+    api.purge(tmp_path / "store", api.Selectors(document="only"), reason="test")
     assert run("documents", tmp_path / "store") == (0, "", "")
     assert json.loads(run("documents", tmp_path / "store", "--json")[1]) == {"documents": []}
     assert "the store has no document 'x'" in run("show", tmp_path / "store", "x")[2]
