@@ -38,7 +38,7 @@ from retrotool.store.staging import PLAN_COUNTS
 from retrotool.store.state import State
 from retrotool.store.storage import Sink
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import Tombstones, named_chunks, standing_purges
+from retrotool.store.tombstones import Tombstones, named_chunks, standing_purges, undone_purges
 from retrotool.tokenizers import Findings
 
 BYTES_PER_TOKEN = 4
@@ -345,6 +345,7 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
     known = KnownInputs()
     newest: dict[str, str] = {}  # fingerprint by path
     purged = set(chunks_of_purges(store).parts()) if options.allow_purged else set[int]()
+    undone = {purge["plan"] for purge in undone_purges(state).values() if "plan" in purge}
     plans = state.with_prefix("plan:")
     files = ((slot, entry) for kind in ("inputs", "plans") for slot, entry in state.group(kind).items())
     for slot, entry in sorted(files, key=lambda file: int(plans[file[0]]["order"])):
@@ -361,7 +362,7 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
         again = (
             content["fields"]["max_document"] < options.fields.max_document
             or (options.allow_purged and (record.get("blocked") or purged & set(parts_of_plan(state, slot))))
-            or (options.existing in ("replace", "mirror") and record.get("differing"))
+            or (options.existing in ("replace", "mirror") and (record.get("differing") or slot in undone))
         )
         for place, fingerprint in zip(content["places"], content["fingerprints"], strict=True):
             unmirrored = options.existing == "mirror" != record.get("existing") and len(known.readers[place]) > 1

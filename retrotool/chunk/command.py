@@ -184,7 +184,9 @@ def chunk_text(store: str, result: ChunkResult) -> str:
     lines = []
     if result.known_inputs:
         lines.append(f"{output.count(result.known_inputs, 'input')} skipped: already in the store.")
-    if result.parts or not result.known_inputs:
+    if not result.documents:
+        lines += [] if result.known_inputs and not result.parts else [f"No new documents (commit {result.commit})."]
+    else:
         lines.append(
             f"{output.count(result.documents, 'document')}, {output.count(result.chunks, 'chunk')}, "
             f"{output.count(result.tokens, 'token')} in {output.count(result.parts, 'part')} (commit {result.commit})."
@@ -198,8 +200,10 @@ def chunk_text(store: str, result: ChunkResult) -> str:
         lines.append(f"{output.count(result.hashed_ids, 'document')} {verb} no id: a hash of the text is used.")
     if result.duplicates:
         largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
-        where = ", ".join(f"{source} {n:,}" for source, n in largest)
-        lines.append(f"{output.count(result.duplicates, 'document')} skipped: duplicate text ({where}).")
+        where = ", ".join(f"{n:,} from {source}" for source, n in largest)
+        lines.append(
+            f"{output.count(result.duplicates, 'document')} skipped: duplicate text{f' ({where})' if where else ''}."
+        )
     if result.unchanged:
         lines.append(f"{output.count(result.unchanged, 'document')} unchanged.")
     lines += _update_lines(store, result)

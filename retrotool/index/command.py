@@ -134,7 +134,8 @@ def _dropped(result: Dropped) -> str:
 
 def index_text(result: IndexResult) -> str:
     """Render a result of ``index`` as text."""
-    added = f", {result.added:,} of them new" if 0 < result.added < result.vectors else ""
+    new = "none" if not result.added else f"{result.added:,}"
+    added = f", {new} of them new" if result.added < result.vectors else ""
     lines = [
         f"Index {result.name!r}: {output.count(result.vectors, 'vector')} of {result.encoder}{added}, {result.kind}, "
         f"{output.count(result.shards, 'shard')} (commit {result.commit})."

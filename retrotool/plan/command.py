@@ -96,8 +96,8 @@ def _text(plan: Plan) -> str:
         "",
         "Stages, one after another",
         output.table(
-            [(name, *map(_hours, hours), limit) for name, *hours, limit in stages],
-            ("", "GPU-hours", "core-hours", "hours", "limited by"),
+            [(name, *map(_hours, hours), _duration(wall), limit) for name, *hours, wall, limit in stages],
+            ("", "GPU-hours", "core-hours", "time", "limited by"),
             right=(1, 2, 3),
         ),
         "",
@@ -113,6 +113,13 @@ def _hours(n: float) -> str:
     if n < 0.005:
         return "<0.01" if n else "0"
     return f"{n:.2f}" if n < 0.995 else f"{n:.1f}" if n < 99.95 else f"{n:,.0f}"
+
+
+def _duration(hours: float) -> str:
+    for n, unit in ((hours, "h"), (60 * hours, "min"), (3600 * hours, "s")):
+        if n >= 0.995:
+            return f"{n:,.1f} {unit}" if n < (99.95 if unit == "h" else 9.95) else f"{n:,.0f} {unit}"
+    return "< 1 s" if hours else "0"
 
 
 def _rate(rate: Rate) -> str:

@@ -134,6 +134,9 @@ def test_a_replacement_is_undone_in_one_commit_and_that_too(store: Path) -> None
     assert (undone["documents"], undone["outdated"], undone["repeats"]) == (2, 2, 0)
     assert Store.open(store).state.number == commits + 1
     check_same(store, ROWS)
+    copy = copy_store(store, store.parent / "copy")
+    assert chunk(copy, store.parent / "rows.jsonl", "--existing", "replace")["replaced"] == 2  # the same input again
+    check_same(copy, new)
     result = run_cli("undo", store, undone["outdated_purge"], "--reason", "it was right")
     assert result.exit_code == 0
     assert "2 documents that had replaced them purged as" in result.stdout

@@ -19,7 +19,7 @@ from retrotool.app import app
 from retrotool.cli import output
 from retrotool.cli.options import parse_count, parse_size
 from retrotool.errors import UsageError
-from retrotool.plan.command import _hours, _rate
+from retrotool.plan.command import _duration, _rate
 from retrotool.plan.run import STAGES, Plan, find_shape
 
 
@@ -282,7 +282,7 @@ def test_text_says_the_same():
     for one in plan.files:
         assert re.search(rf"^  {one.kind} +{output.size(one.bytes)}  ", out, re.MULTILINE)
     for stage in plan.stages:
-        assert re.search(rf"^  {stage.name} .* {_hours(stage.wall_hours)}  {stage.limit}$", out, re.MULTILINE)
+        assert re.search(rf"^  {stage.name} .* {_duration(stage.wall_hours)}  {stage.limit}$", out, re.MULTILINE)
     for rate in plan.rates:
         assert re.search(rf"^  {rate.stage} +{_rate(rate)}  per {rate.per} +{rate.source}$", out, re.MULTILINE)
     assert f"Index {plan.index.factory}: " in out
