@@ -44,5 +44,7 @@ def _text(result: ExportResult) -> str:
     ]
     if result.without_neighbours:
         lines.append(f"{output.count(result.without_neighbours, 'chunk')} without neighbours.")
-    lines.append(f"Open it with: polars.scan_parquet({str(Path(result.output) / '*.parquet')!r})")
+    files = repr(str(Path(result.output) / "*.parquet"))
+    lines += ["Open it with one of:", f"  duckdb.read_parquet({files})", f"  polars.scan_parquet({files})"]
+    lines.append(f"  datasets.load_dataset('parquet', data_files={files}, split='train')")
     return "\n".join(lines)

@@ -6,7 +6,8 @@ at one commit, through its tombstones. Later purges do not reach an export.
 
 Cost: neighbours are spread over most row groups of the databases, so they are looked up for as many chunks at
 once as have ``HELD_BYTES`` of neighbour tokens. A database is read about (chunks · k · 2 · bytes per chunk) /
-``HELD_BYTES`` times. Memory: about four times ``HELD_BYTES``, a part of the database, and a part's documents.
+``HELD_BYTES`` times. Memory: about four times ``HELD_BYTES``, a part of the database, a part's documents, and
+the text of a row group, which has at most ``TEXTS`` neighbours.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.cli.command_lines import command_line, embed_command, table_command
@@ -32,7 +34,7 @@ from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
-from retrotool.neighbours.retrieved import Pieces
+from retrotool.neighbours.retrieved import Pieces, read_document_ids
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
@@ -42,7 +44,9 @@ from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, stored_tokenizer
 
 HELD_BYTES = 128 << 20  # bytes of neighbour tokens that are looked up at once
-_SETTINGS = {"use_dictionary": ["document", "source"], "write_page_checksum": True, "write_page_index": True}
+TEXTS = 10 * ROW_GROUP  # neighbours of a row group, whose text is decoded at once
+_REPEATED = ["document", "source", "neighbour_documents.list.element"]
+_SETTINGS: dict[str, Any] = {"use_dictionary": _REPEATED, "write_page_checksum": True, "write_page_index": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class Block:
     n_tokens: npt.NDArray[np.int32]  # [n]
     found: Found  # neighbours [n, k]
     pieces: Pieces  # their tokens and continuations [n · k]
+    found_in: pa.Array  # ids of their documents [n · k]
 
 
 def read_blocks(opened: ExportedTables) -> Iterator[Block]:
@@ -110,16 +115,17 @@ def read_blocks(opened: ExportedTables) -> Iterator[Block]:
         for group in range(-(-parts.part_entry(store, "chunks", part).rows // ROW_GROUP)):
             chunks = parts.read_chunks(store, part, [group])
             ids = parts.chunk_ids(part, group * ROW_GROUP + np.arange(len(chunks)))
-            rows = np.flatnonzero((chunks.n_tokens > 0) & ~opened.tombstones.contains(ids))
-            if not len(rows):
+            live = np.flatnonzero((chunks.n_tokens > 0) & ~opened.tombstones.contains(ids))
+            if not len(live):
                 continue
-            named = documents.take(pa.array(chunks.doc[rows]))
-            waiting.append(Block(
-                part, ids[rows], chunks.doc[rows], named["id"], named["source"], chunks.index[rows],
-                chunks.tokens[rows], chunks.n_tokens[rows], opened.found(part, group, len(chunks)).take(rows),
-                Pieces.none(store, 0),
-            ))  # fmt: skip
-            held += len(rows)
+            found = opened.found(part, group, len(chunks))
+            for rows in np.split(live, range(TEXTS // k, len(live), TEXTS // k)):
+                named = documents.take(pa.array(chunks.doc[rows]))
+                waiting.append(Block(
+                    part, ids[rows], chunks.doc[rows], named["id"], named["source"], chunks.index[rows],
+                    chunks.tokens[rows], chunks.n_tokens[rows], found.take(rows), Pieces.none(store, 0), pa.nulls(0),
+                ))  # fmt: skip
+            held += len(live)
             if held > most:
                 yield from _with_pieces(opened, waiting)
                 waiting, held = [], 0
@@ -140,23 +146,28 @@ def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]
             f"the neighbours {opened.reader.name!r} name chunk {chunk}, which is not in {database}",
             f"Find out more: {command_line('verify', opened.store.place)}, then: {command_line('verify', database)}",
         )
+    names = pa.nulls(found.ids.size, pa.string())
+    for number, member in enumerate(opened.reader.members):
+        own = np.where(found.databases == number, found.ids, NO_NEIGHBOUR).ravel()
+        names = pc.coalesce(names, read_document_ids(member.store, own))
     start = 0
     for block in blocks:
         some = slice(start, start + block.found.ids.size)
-        yield replace(block, pieces=Pieces(pieces.tokens[some], pieces.n_tokens[some]))
+        own_pieces = Pieces(pieces.tokens[some], pieces.n_tokens[some])
+        yield replace(block, pieces=own_pieces, found_in=names[some])
         start = some.stop
 
 
 def _schema(k: int, chunk_length: int, token: pa.DataType) -> pa.Schema:
     tokens = pa.list_(pa.list_(token, chunk_length), k)
-    lengths = pa.list_(pa.int32(), k)
+    lengths, texts = pa.list_(pa.int32(), k), pa.list_(pa.string(), k)
     return pa.schema([
         ("chunk", pa.int64()), ("document", pa.string()), ("source", pa.string()), ("index", pa.int32()),
         ("text", pa.string()), ("tokens", pa.list_(token)),
         ("neighbours", pa.list_(pa.int64(), k)), ("distances", pa.list_(pa.float32(), k)),
-        ("databases", pa.list_(pa.int16(), k)),
-        ("neighbour_tokens", tokens), ("neighbour_lengths", lengths),
-        ("continuation_tokens", tokens), ("continuation_lengths", lengths),
+        ("databases", pa.list_(pa.int16(), k)), ("neighbour_documents", texts),
+        ("neighbour_text", texts), ("neighbour_tokens", tokens), ("neighbour_lengths", lengths),
+        ("continuation_text", texts), ("continuation_tokens", tokens), ("continuation_lengths", lengths),
     ])  # fmt: skip
 
 
@@ -165,25 +176,35 @@ def _table(opened: ExportedTables, block: Block, schema: pa.Schema) -> pa.Table:
     tokens = block.pieces.tokens.reshape(*ids.shape, 2, -1)
     lengths = block.pieces.n_tokens.reshape(*ids.shape, 2)
     databases = np.where(ids == NO_NEIGHBOUR, -1, block.found.databases.astype(np.int16))
+    text, following = (_texts(opened.tokenizer, block.pieces, piece) for piece in (0, 1))
     columns = [
         pa.array(block.ids), block.documents, block.sources, pa.array(block.index),
         opened.tokenizer.decode_text(block.tokens, block.n_tokens),
         _lists(block.tokens, block.n_tokens, schema.field("tokens").type),
         *(_fixed(values, schema.field(name).type) for name, values in (
             ("neighbours", ids), ("distances", block.found.distances), ("databases", databases),
-            ("neighbour_tokens", tokens[:, :, 0]), ("neighbour_lengths", lengths[:, :, 0]),
+            ("neighbour_documents", block.found_in),
+            ("neighbour_text", text), ("neighbour_tokens", tokens[:, :, 0]), ("neighbour_lengths", lengths[:, :, 0]),
+            ("continuation_text", following),
             ("continuation_tokens", tokens[:, :, 1]), ("continuation_lengths", lengths[:, :, 1]),
         )),
     ]  # fmt: skip
     return pa.table(columns, schema=schema)
 
 
-def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+def _texts(tokenizer: Tokenizer, pieces: Pieces, piece: int) -> pa.Array:
+    lengths = pieces.n_tokens[:, piece]
+    return pa.array(tokenizer.decode_text(pieces.tokens[:, piece], lengths), pa.string(), mask=lengths == 0)
+
+
+def _fixed(values: npt.NDArray[Any] | pa.Array, kind: pa.DataType) -> pa.Array:
     sizes = []
     while pa.types.is_fixed_size_list(kind):
         sizes.append(kind.list_size)
         kind = kind.value_type
-    array = pa.array(np.ascontiguousarray(values, kind.to_pandas_dtype()).reshape(-1))
+    array = values
+    if isinstance(values, np.ndarray):
+        array = pa.array(np.ascontiguousarray(values, kind.to_pandas_dtype()).reshape(-1))
     for size in reversed(sizes):
         array = pa.FixedSizeListArray.from_arrays(array, size)
     return array

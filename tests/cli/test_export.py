@@ -38,13 +38,16 @@ EXACT = SearchOptions(exact=True)
 
 @dataclass(frozen=True)
 class Near:
-    """A neighbour as the API gives it: which database, its id and distance, its tokens and those that follow."""
+    """A neighbour as the API gives it: which database, its distance, the chunk and the one that follows."""
 
     database: int
-    id: int
     distance: float
-    tokens: list[int]
-    continuation: list[int]
+    chunk: Chunk
+    continuation: Chunk | None
+
+    @property
+    def id(self) -> int:
+        return self.chunk.id
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,7 @@ class Case:
         found, about = [], facts_of(self.store).neighbours
         for number, (table, weight) in enumerate(self.tables):
             for n in reader.neighbours(chunk, table, k=about[table]["saved"]):
-                following = [] if n.continuation is None else n.continuation.tokens.tolist()
-                near = Near(number, n.id, n.distance, n.chunk.tokens.tolist(), following)
+                near = Near(number, n.distance, n.chunk, n.continuation)
                 found.append((np.float32(n.distance) / np.float32(weight), number, near))
         found.sort(key=lambda one: one[:2])
         return [near for _, _, near in found][: self.k]
@@ -170,11 +172,14 @@ def check_row(case: Case, chunk: Any, row: dict[str, Any]) -> None:
     assert row["neighbours"] == [one.id for one in near] + [-1] * (case.k - n)
     assert row["distances"] == [one.distance for one in near] + [np.inf] * (case.k - n)
     assert row["databases"] == [one.database for one in near] + [-1] * (case.k - n)
-    for name, tokens in (
-        ("neighbour", [one.tokens for one in near]),
+    assert row["neighbour_documents"] == [one.chunk.document for one in near] + [None] * (case.k - n)
+    for name, chunks in (
+        ("neighbour", [one.chunk for one in near]),
         ("continuation", [one.continuation for one in near]),
     ):
-        tokens += [[]] * (case.k - n)
+        chunks += [None] * (case.k - n)
+        assert row[f"{name}_text"] == [None if one is None else one.text for one in chunks]
+        tokens = [[] if one is None else one.tokens.tolist() for one in chunks]
         assert row[f"{name}_lengths"] == [len(some) for some in tokens]
         assert row[f"{name}_tokens"] == [some + [0] * (length - len(some)) for some in tokens]
 
@@ -205,6 +210,7 @@ def small_blocks(request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and files are cut everywhere they can be, or nowhere."""
     if request.param != "at once":
         monkeypatch.setattr(exported, "HELD_BYTES", 1)
+        monkeypatch.setattr(exported, "TEXTS", 50)
 
 
 def test_parquet_says_what_the_api_says(case: Case, tmp_path: Path, small_blocks: None) -> None:
@@ -272,6 +278,7 @@ def test_parts_of_several_row_groups_are_cut_anywhere(
 ) -> None:
     at_once = api.export(long_parts.store, tmp_path / "at once")
     monkeypatch.setattr(exported, "HELD_BYTES", 1)
+    monkeypatch.setattr(exported, "TEXTS", 10_000)
     by_groups = api.export(long_parts.store, tmp_path / "by groups")
     assert at_once.chunks == by_groups.chunks > 16_700
     border = [i for edge in (8192, 16384) for i in range(edge - 3, edge + 3) if i in long_parts.chunks()]

@@ -291,25 +291,31 @@ def test_duckdb_polars_and_datasets_read_the_parquet_files(built_store: Path, tm
     chunk = int(reader.chunk_ids(1)[2])
     near = reader.neighbours(chunk, k=3)
     tokens = near[0].chunk.tokens.tolist()
+    following = [one.continuation and one.continuation.text for one in near]
     row = duckdb.sql(
-        f"SELECT neighbours, neighbour_tokens[1][1:neighbour_lengths[1]], len(neighbour_tokens[1]) FROM '{files}' "
-        f"WHERE chunk = {chunk}"
+        "SELECT neighbours, neighbour_tokens[1][1:neighbour_lengths[1]], len(neighbour_tokens[1]), neighbour_text[1], "
+        f"continuation_text FROM '{files}' WHERE chunk = {chunk}"
     ).fetchall()
-    assert row == [([one.id for one in near], tokens, 64)]
+    assert row == [([one.id for one in near], tokens, 64, near[0].chunk.text, following)]
     frame = polars.scan_parquet(files).filter(polars.col("chunk") == chunk).collect()
     assert frame["neighbour_tokens"].to_numpy().shape == (1, 3, 64)
     assert frame["neighbours"].to_list() == [[one.id for one in near]]
+    assert frame["neighbour_documents"].to_list() == [[one.chunk.document for one in near]]
+    assert frame["continuation_text"].to_list() == [following]
     loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == result.chunks
+    assert loaded.filter(lambda row: row["chunk"] == chunk)[0]["continuation_text"] == following
     assert np.array(loaded[5]["neighbour_tokens"]).shape == (3, 64)
 
 
 def test_what_is_printed_opens_it(built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    polars = pytest.importorskip("polars")
+    known = {name: pytest.importorskip(name) for name in ("duckdb", "polars", "datasets")}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     done = CliRunner().invoke(app, ["export", str(built_store), "out"])
     assert done.exit_code == 0, done.stderr
-    first, _, code = done.stdout.partition("Open it with: ")
+    first, _, code = done.stdout.partition("Open it with one of:\n")
     chunks = api.info(built_store).chunks
     assert first.startswith(f"{chunks} chunks of 120 documents with ")
-    assert eval(code, {"polars": polars}).collect().height == chunks
+    relation, frame, dataset = (eval(line, known) for line in code.splitlines())
+    assert len(relation) == frame.collect().height == len(dataset) == chunks
