@@ -27,15 +27,18 @@ def command(
     k: Annotated[
         int, opt("Neighbours that each chunk is compared with.", "-k", metavar="K", least=1, most=100)
     ] = COMPARED,
-    out: Annotated[Path | None, opt("Write each chunk's r to a Parquet file.", metavar="FILE")] = None,
+    out: Annotated[
+        Path | None, opt("Write each chunk's r, and what it is copied from, to a Parquet file.", metavar="FILE")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure how much of an evaluation store's text the database STORE contains word for word.
 
     For each evaluation chunk, r is the longest run of tokens in common with one of its K nearest neighbours
     and their continuations, divided by the length of a full chunk. Evaluating a model only on chunks with a
-    low r separates what it has learnt from what it copies. Documents with the same id in the database count
-    as well.
+    low r separates what it has learnt from what it copies. In short chunks r is low even if all is copied:
+    the copied share is the run divided by the chunk's own length. Documents with the same id in the database
+    count as well.
     """
     with output.errors(as_json):
         from retrotool.leakage import run as leakage_run
@@ -47,15 +50,22 @@ def command(
 def _text(result: LeakageResult) -> str:
     if not result.chunks:
         return "Nothing to compare with the database: the evaluation store has no live embedded chunk."
+    rows: list[tuple[object, ...]] = [(a, share, result.copied_up_to[a]) for a, share in result.up_to.items()]
     lines = [
         f"{output.count(result.chunks, 'chunk')} of {result.evaluation} compared with {result.database} (index "
         f"{result.index!r}): mean r {result.mean:.3f}; half or more in common {100 * result.half:.1f} %, "
         f"all of it {100 * result.whole:.1f} %.",
-        output.table(list(result.up_to.items()), ("r up to", "share of chunks")),
+        f"By a chunk's own length: mean copied share {result.copied:.3f}; half or more copied "
+        f"{100 * result.copied_half:.1f} %, all of it {100 * result.copied_whole:.1f} %.",
+        output.table(rows, ("up to", "share of chunks by r", "by copied share")),
     ]
     if len(result.sources) > 1:
-        rows = [(s.source, s.chunks, s.mean, s.half, s.whole) for s in result.sources[:_SOURCES]]
-        lines.append(output.table(rows, ("source", "chunks", "mean r", "r >= 1/2", "r = 1")))
+        rows = [
+            (s.source, s.chunks, s.mean, s.half, s.whole, s.copied, s.copied_half, s.copied_whole)
+            for s in result.sources[:_SOURCES]
+        ]
+        header = ("source", "chunks", "mean r", "r >= 1/2", "r = 1", "mean copied", "copied >= 1/2", "copied = 1")
+        lines.append(output.table(rows, header))
         if len(result.sources) > _SOURCES:
             lines.append(f"and {output.count(len(result.sources) - _SOURCES, 'source')} with a lower r, see --json")
     lines += [f"Each chunk's r: {result.output}"] if result.output else []

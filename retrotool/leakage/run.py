@@ -2,8 +2,9 @@
 
 For each evaluation chunk, its nearest neighbours in the database are searched. r is the longest run of tokens
 in common with one of them and its continuation, divided by the length of a full chunk (arXiv 2112.04426,
-section 2.6). Documents with the same id in the database count, as they are the leak. A chunk's own document
-is excluded only if a store is compared with itself.
+section 2.6). As r of a short chunk is low even if all of it is copied, ``copied`` is the length of the run
+divided by the chunk's own length. Documents with the same id in the database count, as they are the leak. A
+chunk's own document is excluded only if a store is compared with itself.
 
 Cost: a search, then about 100,000 pairs per second and core (``token_overlap``). Memory: one block of
 queries.
@@ -27,7 +28,7 @@ from retrotool.embed import search_scope
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.index.searching import Database
-from retrotool.neighbours.retrieved import read_pieces
+from retrotool.neighbours.retrieved import read_document_ids, read_pieces
 from retrotool.neighbours.stage import check_encoders
 from retrotool.neighbours.token_overlap import check_comparable, longest_common
 from retrotool.store import parts
@@ -42,7 +43,9 @@ class Leaks:
     """Evaluation chunks [n], each with the neighbour that it shares the longest run of tokens with."""
 
     ids: npt.NDArray[np.int64]
+    documents: list[str]  # ids
     sources: list[str]
+    n_tokens: npt.NDArray[np.int32]
     common: npt.NDArray[np.int64]  # tokens of the run
     neighbours: npt.NDArray[np.int64]  # id of that neighbour; −1: none found
     distances: npt.NDArray[np.float32]  # squared distance of the nearest neighbour; inf: none found
@@ -55,7 +58,7 @@ def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPA
         rows = search_scope.searchable_rows(store, part, tombstones)
         vectors = search_scope.read_part_vectors(store, database.encoder, part)
         chunks = parts.read_chunks(store, part)
-        sources = parts.read_documents(store, part, ["source"])["source"].to_pylist()
+        documents = parts.read_documents(store, part, ["id", "source"]).combine_chunks()
         own = (
             search_scope.own_documents(store, part, database.store, database.tombstones, within=True)
             if within
@@ -70,10 +73,10 @@ def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPA
             found = longest_common(chunks.tokens[each], chunks.n_tokens[each].astype(np.int64), others, n_others)
             length = found.length.reshape(best.ids.shape)
             longest = np.arange(len(some)), length.argmax(axis=1)
-            documents = chunks.doc[some].tolist()
+            named = documents.take(pa.array(chunks.doc[some]))
             yield Leaks(
-                parts.chunk_ids(part, some), [sources[i] or "" for i in documents], length[longest],
-                best.ids[longest], best.distances[:, 0],
+                parts.chunk_ids(part, some), named["id"].to_pylist(), named["source"].fill_null("").to_pylist(),
+                chunks.n_tokens[some], length[longest], best.ids[longest], best.distances[:, 0],
             )  # fmt: skip
             report(len(some))
 
@@ -82,25 +85,35 @@ SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # α of the shares of chunks with r
 HALF = 0.5
 _BINS = 8
 _SCHEMA = pa.schema([
-    ("chunk", pa.int64()), ("source", pa.string()), ("common", pa.int32()), ("r", pa.float32()),
-    ("neighbour", pa.int64()), ("distance", pa.float32()),
+    ("chunk", pa.int64()), ("document", pa.string()), ("source", pa.string()), ("n_tokens", pa.int32()),
+    ("common", pa.int32()), ("r", pa.float32()), ("copied", pa.float32()),
+    ("neighbour", pa.int64()), ("neighbour_document", pa.string()), ("distance", pa.float32()),
 ])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLeakage:
-    """Chunks of one source of evaluation text, their mean r, and the shares with r ≥ 1/2 and r = 1."""
+    """Chunks of one source of evaluation text, their mean r, and the shares with r ≥ 1/2 and r = 1.
+
+    ``copied`` fields: the same of the share of its own length that is copied.
+    """
 
     source: str
     chunks: int
     mean: float
     half: float
     whole: float
+    copied: float
+    copied_half: float
+    copied_whole: float
 
 
 @dataclass(frozen=True, slots=True)
 class LeakageResult:
-    """Result of ``leakage``. ``up_to`` maps α to the share with r ≤ α; ``histogram`` counts r by eighths."""
+    """Result of ``leakage``. ``up_to`` maps α to the share with r ≤ α; ``histogram`` counts r by eighths.
+
+    ``copied`` fields are as in ``SourceLeakage``.
+    """
 
     evaluation: str
     database: str
@@ -110,7 +123,11 @@ class LeakageResult:
     mean: float
     half: float
     whole: float
+    copied: float
+    copied_half: float
+    copied_whole: float
     up_to: dict[str, float] = field(default_factory=dict)
+    copied_up_to: dict[str, float] = field(default_factory=dict)
     histogram: tuple[int, ...] = ()
     sources: tuple[SourceLeakage, ...] = ()
     output: str = ""
@@ -141,10 +158,16 @@ def _write(out: str | Path, found: list[Leaks], database: Database, store: Store
     schema = _SCHEMA.with_metadata(
         {"retrotool.database": database.store.identity.uuid, "retrotool.evaluation": store.identity.uuid}
     )
+    neighbours = np.concatenate([np.zeros(0, np.int64), *(some.neighbours for some in found)])
+    documents, start = read_document_ids(database.store, neighbours), 0
     with written(out) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
         for some in found:
             r = (some.common / store.identity.chunk_length).astype(np.float32)
-            columns = [some.ids, some.sources, some.common, r, some.neighbours, some.distances]
+            columns = [
+                some.ids, some.documents, some.sources, some.n_tokens, some.common, r, some.common / some.n_tokens,
+                some.neighbours, documents.slice(start, len(some.ids)), some.distances,
+            ]  # fmt: skip
+            start += len(some.ids)
             arrays = [pa.array(c, kind) for c, kind in zip(columns, _SCHEMA.types, strict=True)]
             writer.write_table(pa.table(arrays, schema=_SCHEMA))
 
@@ -152,23 +175,26 @@ def _write(out: str | Path, found: list[Leaks], database: Database, store: Store
 def _result(found: list[Leaks], store: Store, database: Database, k: int, out: str | Path | None) -> LeakageResult:
     length = store.identity.chunk_length
     common = np.concatenate([np.zeros(0, np.int64), *(some.common for some in found)])
+    copied = common / np.concatenate([np.zeros(0, np.int64), *(some.n_tokens for some in found)])
     names = np.array([source for some in found for source in some.sources], object)
     edges = np.ceil(np.arange(1, _BINS) * length / _BINS)
     by_source = []
     for name in np.unique(names.astype(str)):
-        mine = common[names == name]
-        by_source.append(SourceLeakage(str(name), len(mine), *_shares(mine, length)))
+        mine = names == name
+        by_source.append(
+            SourceLeakage(str(name), int(mine.sum()), *_shares(common[mine] / length), *_shares(copied[mine]))
+        )
     return LeakageResult(
         store.place, database.store.place, database.name, len(common), k,
-        *_shares(common, length), {f"{a:g}": _share(common <= a * length) for a in SHARES},
+        *_shares(common / length), *_shares(copied), {f"{a:g}": _share(common <= a * length) for a in SHARES},
+        {f"{a:g}": _share(copied <= a) for a in SHARES},
         tuple(int(n) for n in np.bincount(np.searchsorted(edges, common, side="right"), minlength=_BINS)),
         tuple(sorted(by_source, key=lambda one: -one.mean)), str(out or ""),
     )  # fmt: skip
 
 
-def _shares(common: npt.NDArray[np.int64], length: int) -> tuple[float, float, float]:
-    mean = round(float(common.mean()) / length, 4) if len(common) else 0.0
-    return mean, _share(common >= HALF * length), _share(common >= length)
+def _shares(r: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    return round(float(r.mean()), 4) if len(r) else 0.0, _share(r >= HALF), _share(r >= 1)
 
 
 def _share(which: npt.NDArray[np.bool_]) -> float:

@@ -90,6 +90,7 @@ def test_r_is_that_of_a_naive_computation(built_store: Path, evaluation: Path, t
     distances = ((plain.vectors[:, None] - database.vectors[None]) ** 2).sum(-1)
     order = np.argsort(distances, axis=1)[:, :10]
     pieces = {int(i): a + b for i, (a, b) in zip(database.ids, pieces_by_hand(built_store, database.ids), strict=True)}
+    of = dict(zip(database.ids.tolist(), database.documents, strict=True))
     assert table["chunk"] == plain.ids.tolist()
     for row, chunk_id in enumerate(plain.ids.tolist()):
         tokens = reader.chunk(chunk_id).tokens.tolist()
@@ -99,7 +100,17 @@ def test_r_is_that_of_a_naive_computation(built_store: Path, evaluation: Path, t
         assert table["distance"][row] == pytest.approx(distances[row].min(), abs=1e-3)
         if common:
             assert by_table(tokens, pieces[table["neighbour"][row]]) == common
-    r = np.array(table["r"])
+        assert (table["document"][row], table["n_tokens"][row]) == (plain.documents[row], len(tokens))
+        assert table["copied"][row] == pytest.approx(common / len(tokens))
+        assert table["neighbour_document"][row] == of[table["neighbour"][row]]
+    r, copied = np.array(table["r"]), np.array(table["copied"])
+    assert (copied == 1).sum() > (r == 1).sum() and (copied < 1).any(), "whole chunks that are short are copied too"
+    assert found.copied == pytest.approx(copied.mean(), abs=1e-4)
+    assert (found.copied_half, found.copied_whole) == pytest.approx(
+        ((copied >= 0.5).mean(), (copied == 1).mean()), abs=1e-4
+    )
+    for alpha, share in found.copied_up_to.items():
+        assert share == pytest.approx((copied <= float(alpha)).mean(), abs=1e-4)
     assert found.chunks == len(r) == sum(found.histogram)
     assert found.mean == pytest.approx(r.mean(), abs=1e-4)
     for alpha, share in found.up_to.items():
@@ -108,6 +119,7 @@ def test_r_is_that_of_a_naive_computation(built_store: Path, evaluation: Path, t
         assert n == ((r >= i / 8) & ((r < (i + 1) / 8) | (i == 7))).sum()
     by_source = {source.source: source for source in found.sources}
     assert by_source["same"].mean > by_source["like"].mean > by_source["new"].mean
+    assert by_source["same"].copied_whole == 1.0 > by_source["same"].whole
 
 
 def test_a_store_against_itself_leaves_out_own_documents_and_purged_ones(store_copy: Path, tmp_path: Path) -> None:
