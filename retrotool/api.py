@@ -17,6 +17,7 @@ from retrotool.info.file_list import list_files as list_files
 from retrotool.info.log_entries import log_entries as log_entries
 from retrotool.info.log_entries import verify_log as verify_log
 from retrotool.info.run import info as info
+from retrotool.info.source_counts import count_sources as count_sources
 from retrotool.info.verify import verify as verify
 from retrotool.inspect.run import inspect as inspect
 from retrotool.inspect.show import show_item as show_item

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retrotool.cli.command_lines import command_line, embed_command, table_command
@@ -101,7 +100,7 @@ class Block:
     n_tokens: npt.NDArray[np.int32]  # [n]
     found: Found  # neighbours [n, k]
     pieces: Pieces  # their tokens and continuations [n · k]
-    found_in: pa.Array  # ids of their documents [n · k]
+    found_in: npt.NDArray[np.object_]  # ids of their documents [n · k]; None: no neighbour
 
 
 def read_blocks(opened: ExportedTables) -> Iterator[Block]:
@@ -123,7 +122,7 @@ def read_blocks(opened: ExportedTables) -> Iterator[Block]:
                 named = documents.take(pa.array(chunks.doc[rows]))
                 waiting.append(Block(
                     part, ids[rows], chunks.doc[rows], named["id"], named["source"], chunks.index[rows],
-                    chunks.tokens[rows], chunks.n_tokens[rows], found.take(rows), Pieces.none(store, 0), pa.nulls(0),
+                    chunks.tokens[rows], chunks.n_tokens[rows], found.take(rows), Pieces.none(store, 0), np.array([]),
                 ))  # fmt: skip
             held += len(live)
             if held > most:
@@ -146,15 +145,14 @@ def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]
             f"the neighbours {opened.reader.name!r} name chunk {chunk}, which is not in {database}",
             f"Find out more: {command_line('verify', opened.store.place)}, then: {command_line('verify', database)}",
         )
-    names = pa.nulls(found.ids.size, pa.string())
-    for number, member in enumerate(opened.reader.members):
-        own = np.where(found.databases == number, found.ids, NO_NEIGHBOUR).ravel()
-        names = pc.coalesce(names, read_document_ids(member.store, own))
+    names = np.full(found.ids.size, None, np.object_)
+    for number, database in enumerate(opened.reader.databases):
+        here = found.databases.ravel() == number
+        names[here] = read_document_ids(database, found.ids.ravel()[here])
     start = 0
     for block in blocks:
         some = slice(start, start + block.found.ids.size)
-        own_pieces = Pieces(pieces.tokens[some], pieces.n_tokens[some])
-        yield replace(block, pieces=own_pieces, found_in=names[some])
+        yield replace(block, pieces=Pieces(pieces.tokens[some], pieces.n_tokens[some]), found_in=names[some])
         start = some.stop
 
 
@@ -176,7 +174,9 @@ def _table(opened: ExportedTables, block: Block, schema: pa.Schema) -> pa.Table:
     tokens = block.pieces.tokens.reshape(*ids.shape, 2, -1)
     lengths = block.pieces.n_tokens.reshape(*ids.shape, 2)
     databases = np.where(ids == NO_NEIGHBOUR, -1, block.found.databases.astype(np.int16))
-    text, following = (_texts(opened.tokenizer, block.pieces, piece) for piece in (0, 1))
+    flat = block.pieces
+    texts = [opened.tokenizer.decode_text(flat.tokens[:, piece], flat.n_tokens[:, piece]) for piece in (0, 1)]
+    text, following = np.where(flat.n_tokens.T > 0, np.array(texts, np.object_), np.array(None))
     columns = [
         pa.array(block.ids), block.documents, block.sources, pa.array(block.index),
         opened.tokenizer.decode_text(block.tokens, block.n_tokens),
@@ -192,19 +192,12 @@ def _table(opened: ExportedTables, block: Block, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _texts(tokenizer: Tokenizer, pieces: Pieces, piece: int) -> pa.Array:
-    lengths = pieces.n_tokens[:, piece]
-    return pa.array(tokenizer.decode_text(pieces.tokens[:, piece], lengths), pa.string(), mask=lengths == 0)
-
-
-def _fixed(values: npt.NDArray[Any] | pa.Array, kind: pa.DataType) -> pa.Array:
+def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     sizes = []
     while pa.types.is_fixed_size_list(kind):
         sizes.append(kind.list_size)
         kind = kind.value_type
-    array = values
-    if isinstance(values, np.ndarray):
-        array = pa.array(np.ascontiguousarray(values, kind.to_pandas_dtype()).reshape(-1))
+    array = pa.array(np.ascontiguousarray(values, kind.to_pandas_dtype()).reshape(-1), kind)
     for size in reversed(sizes):
         array = pa.FixedSizeListArray.from_arrays(array, size)
     return array

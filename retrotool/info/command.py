@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,6 @@ from retrotool.cli.options import Json, StoreArgument, opt
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.info.file_list import FileList
     from retrotool.info.run import Info, Shape
 
 EPILOG = """\b
@@ -18,44 +19,53 @@ Examples:
   retrotool info store
   retrotool info store --documents
   retrotool info store --json
-  retrotool info store --files --csv"""
+  retrotool info store --files --csv
+  retrotool info store --sources"""
 
 _BAR, _SOURCES = 40, 8
-_COLUMNS = ("path", "kind", "name", "slot", "part", "rows", "bytes", "pending")
 
 
 def command(
     store: StoreArgument,
     documents: Annotated[bool, opt("Also count documents by length and by source.", "--documents")] = False,
     files: Annotated[bool, opt("List the live files instead.", "--files")] = False,
-    as_csv: Annotated[bool, opt("With --files: print the list as CSV, with a header.", "--csv")] = False,
+    sources: Annotated[bool, opt("Count by source and top-level domain instead, exactly.", "--sources")] = False,
+    as_csv: Annotated[bool, opt("With --files or --sources: print CSV, with a header.", "--csv")] = False,
     as_json: Json = False,
 ) -> None:
     """Describe a store. With --json, also list its live files."""
     with output.errors(as_json):
-        if as_csv and not files:
-            raise UsageError("--csv needs --files")
+        if as_csv and not (files or sources):
+            raise UsageError("--csv needs --files or --sources")
         if as_csv and as_json:
             raise UsageError("--csv and --json can't be combined", "Give one of them.")
-        if files and documents:
-            raise UsageError("--files and --documents can't be combined", "Give one of them.")
+        if files + documents + sources > 1:
+            raise UsageError("--files, --documents and --sources can't be combined", "Give one of them.")
         if files:
-            from retrotool.info.file_list import list_files
+            from retrotool.info.file_list import ListedFile, list_files
 
-            found = list_files(store)
-            if as_csv:
-                output.show_csv(_COLUMNS, _file_rows(found))
-            else:
-                output.show(found, as_json, lambda found: output.table(_file_rows(found), _COLUMNS, right=(4, 5, 6)))
+            listed = list_files(store)
+            _show_list(listed, listed.files, ListedFile, as_csv, as_json)
+        elif sources:
+            from retrotool.info.source_counts import SourceCount, count_sources
+
+            counted = count_sources(store)
+            _show_list(counted, counted.counts, SourceCount, as_csv, as_json)
         else:
             from retrotool.info import run as info_run
 
             output.show(info_run.info(store, documents=documents), as_json, _text)
 
 
-def _file_rows(found: FileList) -> list[list[Any]]:
-    rows = ([getattr(file, column) for column in _COLUMNS] for file in found.files)
-    return [["" if value is None else value for value in row] for row in rows]
+def _show_list(found: Any, items: Sequence[Any], kind: type[Any], as_csv: bool, as_json: bool) -> None:
+    columns = [field.name for field in fields(kind)]
+    rows = [["" if (value := getattr(item, name)) is None else value for name in columns] for item in items]
+    if as_csv:
+        output.show_csv(columns, rows)
+        return
+    right = [columns.index(name) for name in ("part", "rows", "bytes") if name in columns]
+    shown = ([output.one_line(value) if isinstance(value, str) else value for value in row] for row in rows)
+    output.show(found, as_json, lambda _: output.table(list(shown), columns, right=right))
 
 
 def _text(info: Info) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +51,7 @@ def command(
 def _text(result: LeakageResult) -> str:
     if not result.chunks:
         return "Nothing to compare with the database: the evaluation store has no live embedded chunk."
-    rows: list[tuple[object, ...]] = [(a, share, result.copied_up_to[a]) for a, share in result.up_to.items()]
+    rows = [(a, share, result.copied_up_to[a]) for a, share in result.up_to.items()]
     lines = [
         f"{output.count(result.chunks, 'chunk')} of {result.evaluation} compared with {result.database} (index "
         f"{result.index!r}): mean r {result.mean:.3f}; half or more in common {100 * result.half:.1f} %, "
@@ -60,12 +61,8 @@ def _text(result: LeakageResult) -> str:
         output.table(rows, ("up to", "share of chunks by r", "by copied share")),
     ]
     if len(result.sources) > 1:
-        rows = [
-            (s.source, s.chunks, s.mean, s.half, s.whole, s.copied, s.copied_half, s.copied_whole)
-            for s in result.sources[:_SOURCES]
-        ]
         header = ("source", "chunks", "mean r", "r >= 1/2", "r = 1", "mean copied", "copied >= 1/2", "copied = 1")
-        lines.append(output.table(rows, header))
+        lines.append(output.table([astuple(one) for one in result.sources[:_SOURCES]], header))
         if len(result.sources) > _SOURCES:
             lines.append(f"and {output.count(len(result.sources) - _SOURCES, 'source')} with a lower r, see --json")
     lines += [f"Each chunk's r: {result.output}"] if result.output else []

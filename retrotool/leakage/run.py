@@ -38,21 +38,21 @@ from retrotool.store.tombstones import read_tombstones
 _BLOCK = 1 << 12
 
 
-@dataclass(frozen=True, slots=True)
-class Leaks:
-    """Evaluation chunks [n], each with the neighbour that it shares the longest run of tokens with."""
-
-    ids: npt.NDArray[np.int64]
-    documents: list[str]  # ids
-    sources: list[str]
-    n_tokens: npt.NDArray[np.int32]
-    common: npt.NDArray[np.int64]  # tokens of the run
-    neighbours: npt.NDArray[np.int64]  # id of that neighbour; −1: none found
-    distances: npt.NDArray[np.float32]  # squared distance of the nearest neighbour; inf: none found
+LEAKS = pa.schema([
+    ("chunk", pa.int64()), ("document", pa.string()), ("source", pa.string()), ("n_tokens", pa.int32()),
+    ("common", pa.int32()), ("r", pa.float32()), ("copied", pa.float32()),
+    ("neighbour", pa.int64()), ("neighbour_document", pa.string()), ("distance", pa.float32()),
+])  # fmt: skip
 
 
-def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPARED, report: Report) -> Iterator[Leaks]:
-    """Yield the leaks of all embedded keys of ``store`` in ``database``, block by block, by ascending id."""
+def find_leaks(
+    store: Store, database: Database, *, within: bool, k: int = COMPARED, report: Report
+) -> Iterator[pa.Table]:
+    """Yield tables of ``LEAKS`` of all embedded keys of ``store`` in ``database``, by ascending chunk id.
+
+    ``common`` is the longest run of tokens in common, with ``neighbour`` (−1: none found), whose document is
+    null here; ``distance`` is that of the nearest neighbour.
+    """
     tombstones = read_tombstones(store)
     for part in search_scope.embedded_parts(store, database.encoder):
         rows = search_scope.searchable_rows(store, part, tombstones)
@@ -73,30 +73,24 @@ def find_leaks(store: Store, database: Database, *, within: bool, k: int = COMPA
             found = longest_common(chunks.tokens[each], chunks.n_tokens[each].astype(np.int64), others, n_others)
             length = found.length.reshape(best.ids.shape)
             longest = np.arange(len(some)), length.argmax(axis=1)
-            named = documents.take(pa.array(chunks.doc[some]))
-            yield Leaks(
-                parts.chunk_ids(part, some), named["id"].to_pylist(), named["source"].fill_null("").to_pylist(),
-                chunks.n_tokens[some], length[longest], best.ids[longest], best.distances[:, 0],
-            )  # fmt: skip
+            named, n_tokens, common = documents.take(pa.array(chunks.doc[some])), chunks.n_tokens[some], length[longest]
+            columns = [
+                parts.chunk_ids(part, some), named["id"], named["source"].fill_null(""), n_tokens, common,
+                common / store.identity.chunk_length, common / n_tokens, best.ids[longest],
+                pa.nulls(len(some), pa.string()), best.distances[:, 0],
+            ]  # fmt: skip
+            yield pa.table(columns, LEAKS.names).cast(LEAKS)
             report(len(some))
 
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)  # α of the shares of chunks with r ≤ α; RETRO has 0.125 to 1
 HALF = 0.5
 _BINS = 8
-_SCHEMA = pa.schema([
-    ("chunk", pa.int64()), ("document", pa.string()), ("source", pa.string()), ("n_tokens", pa.int32()),
-    ("common", pa.int32()), ("r", pa.float32()), ("copied", pa.float32()),
-    ("neighbour", pa.int64()), ("neighbour_document", pa.string()), ("distance", pa.float32()),
-])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLeakage:
-    """Chunks of one source of evaluation text, their mean r, and the shares with r ≥ 1/2 and r = 1.
-
-    ``copied`` fields: the same of the share of its own length that is copied.
-    """
+    """Chunks of a source, their mean r, and the shares with r ≥ 1/2 and r = 1; and of the copied share."""
 
     source: str
     chunks: int
@@ -110,10 +104,7 @@ class SourceLeakage:
 
 @dataclass(frozen=True, slots=True)
 class LeakageResult:
-    """Result of ``leakage``. ``up_to`` maps α to the share with r ≤ α; ``histogram`` counts r by eighths.
-
-    ``copied`` fields are as in ``SourceLeakage``.
-    """
+    """Result of ``leakage``. ``up_to`` maps α to the share with r ≤ α; ``histogram`` counts r by eighths."""
 
     evaluation: str
     database: str
@@ -148,46 +139,33 @@ def leakage(
     total = search_scope.count_keys_of(store, search_scope.embedded_parts(store, database.encoder))
     within = search_scope.is_same_store(store, database.store)
     with counting("leakage", "chunk", total) as report:
-        found = list(find_leaks(store, database, within=within, k=k, report=report))
+        found = pa.concat_tables([LEAKS.empty_table(), *find_leaks(store, database, within=within, k=k, report=report)])
     if out is not None:
         _write(out, found, database, store)
     return _result(found, store, database, k, out)
 
 
-def _write(out: str | Path, found: list[Leaks], database: Database, store: Store) -> None:
-    schema = _SCHEMA.with_metadata(
-        {"retrotool.database": database.store.identity.uuid, "retrotool.evaluation": store.identity.uuid}
-    )
-    neighbours = np.concatenate([np.zeros(0, np.int64), *(some.neighbours for some in found)])
-    documents, start = read_document_ids(database.store, neighbours), 0
-    with written(out) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
-        for some in found:
-            r = (some.common / store.identity.chunk_length).astype(np.float32)
-            columns = [
-                some.ids, some.documents, some.sources, some.n_tokens, some.common, r, some.common / some.n_tokens,
-                some.neighbours, documents.slice(start, len(some.ids)), some.distances,
-            ]  # fmt: skip
-            start += len(some.ids)
-            arrays = [pa.array(c, kind) for c, kind in zip(columns, _SCHEMA.types, strict=True)]
-            writer.write_table(pa.table(arrays, schema=_SCHEMA))
+def _write(out: str | Path, found: pa.Table, database: Database, store: Store) -> None:
+    about = {"retrotool.database": database.store.identity.uuid, "retrotool.evaluation": store.identity.uuid}
+    documents = pa.array(read_document_ids(database.store, found["neighbour"].to_numpy()), pa.string())
+    table = found.set_column(LEAKS.get_field_index("neighbour_document"), "neighbour_document", documents)
+    with written(out) as scratch:
+        pq.write_table(table.replace_schema_metadata(about), scratch, compression="zstd")
 
 
-def _result(found: list[Leaks], store: Store, database: Database, k: int, out: str | Path | None) -> LeakageResult:
-    length = store.identity.chunk_length
-    common = np.concatenate([np.zeros(0, np.int64), *(some.common for some in found)])
-    copied = common / np.concatenate([np.zeros(0, np.int64), *(some.n_tokens for some in found)])
-    names = np.array([source for some in found for source in some.sources], object)
+def _result(found: pa.Table, store: Store, database: Database, k: int, out: str | Path | None) -> LeakageResult:
+    length, common = store.identity.chunk_length, found["common"].to_numpy()
+    r, copied = common / length, common / found["n_tokens"].to_numpy()
+    names = np.array(found["source"].to_pylist(), np.str_)
     edges = np.ceil(np.arange(1, _BINS) * length / _BINS)
     by_source = []
-    for name in np.unique(names.astype(str)):
+    for name in np.unique(names):
         mine = names == name
-        by_source.append(
-            SourceLeakage(str(name), int(mine.sum()), *_shares(common[mine] / length), *_shares(copied[mine]))
-        )
+        by_source.append(SourceLeakage(str(name), int(mine.sum()), *_shares(r[mine]), *_shares(copied[mine])))
     return LeakageResult(
         store.place, database.store.place, database.name, len(common), k,
-        *_shares(common / length), *_shares(copied), {f"{a:g}": _share(common <= a * length) for a in SHARES},
-        {f"{a:g}": _share(copied <= a) for a in SHARES},
+        *_shares(r), *_shares(copied),
+        {f"{a:g}": _share(r <= a) for a in SHARES}, {f"{a:g}": _share(copied <= a) for a in SHARES},
         tuple(int(n) for n in np.bincount(np.searchsorted(edges, common, side="right"), minlength=_BINS)),
         tuple(sorted(by_source, key=lambda one: -one.mean)), str(out or ""),
     )  # fmt: skip

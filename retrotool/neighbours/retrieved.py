@@ -69,21 +69,15 @@ def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | N
     return found
 
 
-def read_document_ids(store: Store, ids: Ids) -> pa.Array:
-    """Read the ids of the documents of chunk ids [n], in any order; null for −1 and for unknown parts.
-
-    Each documents file that has one of the chunks is read once.
-    """
-    order = np.argsort(ids, kind="stable")
-    ascending, known = ids[order], set(store.state.parts())
-    documents, places = list[pa.ChunkedArray](), np.full(len(ids), -1)
-    for part in known.intersection(parts.distinct_parts(ascending)):
+def read_document_ids(store: Store, ids: Ids) -> npt.NDArray[np.object_]:
+    """Return the document id of each chunk [n], in any order; None for −1. Each file is read once."""
+    order, names = np.argsort(ids, kind="stable"), np.full(len(ids), None, np.object_)
+    ascending = ids[order]
+    for part in set(store.state.parts()).intersection(parts.distinct_parts(ascending)):
         table, some = parts.read_documents(store, part, ["id", "first_row"]), parts.slice_of_part(ascending, part)
         docs = np.searchsorted(table["first_row"].to_numpy(), parts.row_of(ascending[some]), side="right") - 1
-        places[order[some]] = sum(map(len, documents)) + np.arange(len(docs))
-        documents.append(table["id"].take(pa.array(docs)))
-    names = pa.concat_arrays([chunk for one in documents for chunk in one.chunks] or [pa.array([], pa.string())])
-    return names.take(pa.array(places, mask=places < 0))
+        names[order[some]] = table["id"].take(pa.array(docs)).to_numpy()
+    return names
 
 
 def read_text_of(

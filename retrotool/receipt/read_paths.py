@@ -189,7 +189,7 @@ def _leakage(it: _Purged, name: str) -> Returned:
         raise UsageError(f"chunks of more than {LONGEST} tokens can't be compared")
     blocks = find_leaks(it.store, Database(it.store, name), within=True, report=lambda _: None)
     for leaks in itertools.islice(blocks, 1):
-        yield np.column_stack([leaks.ids, leaks.neighbours])
+        yield np.column_stack([leaks["chunk"], leaks["neighbour"]])
 
 
 def _own(reader: NeighbourReader, ids: Ids, databases: npt.NDArray[np.integer]) -> Ids:

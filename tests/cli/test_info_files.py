@@ -164,9 +164,10 @@ def test_a_store_without_files_has_an_empty_list(tmp_path: Path, tiny_encoder: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--csv"], "--csv needs --files"),
+        (["--csv"], "--csv needs --files or --sources"),
         (["--files", "--csv", "--json"], "Give one of them."),
         (["--files", "--documents"], "Give one of them."),
+        (["--files", "--sources"], "Give one of them."),
     ],
 )
 def test_forms_that_do_not_go_together_are_refused(built_store: Path, options: list[str], said: str) -> None:

@@ -74,6 +74,7 @@ def commands() -> Iterator[list[str]]:
     why = ["--reason", "\x1b[31m\u202e<b>", "--yes"]
     yield from (
         ["info", "STORE"], ["info", "STORE", "--documents"], ["info", "STORE", "--files"], ["log", "STORE"],
+        ["info", "STORE", "--sources"],
         ["verify", "STORE"], ["verify", "STORE", "--log"], ["search", "STORE", SHARED, "-k", "60"],
         ["documents", "STORE", "--limit", "0"], ["documents", "STORE", "--where", "kept = '\x1b'"],
         ["show", "STORE", f"3 {PAYLOADS[3]}"], ["show", "STORE", "0:1"], ["show", "STORE", "\x1b\u202e"],
