@@ -27,6 +27,7 @@ from retrotool.cli.result_files import check_place, new_folder
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.export import run as export_run
 from retrotool.export.run import ExportedTables
+from retrotool.inspect.run import Choice
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store import disk, leases, neighbour_tables
 from retrotool.store.neighbour_tables import NeighbourTable
@@ -208,6 +209,23 @@ def test_a_part_with_nothing_to_search_for_needs_no_table(store_copy: Path, tmp_
     api.purge(store_copy, api.Selectors(where="id = 'late'"), reason="test")
     before = api.info(store_copy).chunks
     assert api.export(store_copy, tmp_path / "out").chunks == before
+
+
+def test_more_neighbours_than_are_saved_are_refused_by_all_that_read_them(built_store: Path, tmp_path: Path) -> None:
+    reader = retrotool.open(built_store)
+    k = api.info(built_store).neighbours["main"]["saved"] + 1
+    reading: tuple[Callable[[], object], ...] = (
+        lambda: api.export(built_store, tmp_path / "out", k=k),
+        lambda: api.inspect(built_store, Choice(), k=k),
+        lambda: retrotool.RetroDataset(built_store, k=k),
+        lambda: reader.neighbours(0, k=k),
+        lambda: reader.neighbour_ids(0, k=k),
+        lambda: reader.neighbour_places(0, k=k),
+    )
+    for read in reading:
+        with pytest.raises(UsageError, match=f"-k {k} is not between 1 and the {k - 1} neighbours"):
+            read()
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_tokenizers_are_refused(
