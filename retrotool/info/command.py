@@ -131,6 +131,8 @@ def _neighbours(info: Info, name: str) -> str:
 
         words = f"; excluded: {in_words(filters)}"
     database = "" if about["within"] else f", from database {about['uri']}"
+    if edits := about.get("edits"):
+        words += f"; edited: {output.count(edits['rows'], 'row')} set, {output.count(edits['bans'], 'ban')}"
     return f"{about['saved']} saved for {rows}{database}{made}{words}"
 
 

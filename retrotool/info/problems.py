@@ -17,7 +17,7 @@ from retrotool.store import parts
 from retrotool.store.paths import FOLDERS, NAMED_KINDS, UNNUMBERED_KINDS
 from retrotool.store.store import Store
 
-DERIVED = (*NAMED_KINDS, "staging", "checkpoints")
+DERIVED = (*(kind for kind in NAMED_KINDS if kind != "edits"), "staging", "checkpoints")
 _LINK = "Replace the link with the file or folder that it points to, or remove it."
 
 

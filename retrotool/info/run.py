@@ -213,6 +213,8 @@ def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
             found[name] = {**about, **fewest}
         elif "filters" in about:
             found[name] = {**about, "filters": _filters(store, name)}
+        if (edits := store.state.file("edits", "all", name)) is not None:
+            found[name]["edits"] = dict(edits.about or {})
     return found
 
 

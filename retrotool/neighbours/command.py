@@ -19,6 +19,7 @@ from retrotool.cli.options import (
     parse_shard,
     parse_size,
 )
+from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
     from retrotool.neighbours.run import NeighboursResult
@@ -31,6 +32,7 @@ Examples:
   retrotool neighbours store --name apart --max-overlap 0.5 --exclude-near-copies --exclude-source a
   retrotool neighbours database --queries training --name mixed --database database=1 --database training=2 --exact
   retrotool neighbours store --materialise
+  retrotool neighbours store --edit edits.jsonl
   retrotool neighbours store --shard 3/16"""
 
 
@@ -54,6 +56,7 @@ def command(
     no_filters: Annotated[bool, opt("Drop the filters of earlier runs.", "--no-filters")] = False,
     exact: Annotated[bool, opt("Search exactly, without an index.", "--exact")] = False,
     materialise: Annotated[bool, opt("Also store the tokens of the K neighbours.", "--materialise")] = False,
+    edit: Annotated[str | None, opt("Edit the table by the JSON lines in FILE instead.", metavar="FILE")] = None,
     encoder: EncoderOption = None,
     memory: Annotated[str | None, opt("Memory for a block of queries, besides the tables.", metavar="SIZE")] = None,
     devices: DevicesOption = "auto",
@@ -74,12 +77,22 @@ def command(
 
     --materialise makes training with retrotool.RetroDataset faster. Later runs of this name keep the stored
     tokens up to date, with or without the option.
+
+    With --edit, STORE is the store that has the table. Each line of FILE is a JSON object with a "chunk" and
+    its "neighbours", those to "ban", or "reset": true, which undoes this. Later runs keep the edits.
     """
     with output.errors(as_json):
         from retrotool.neighbours import run as neighbours_run
         from retrotool.neighbours.filters import FilterOptions
         from retrotool.neighbours.run import SearchOptions
 
+        if edit is not None:
+            if any((queries, index, database, max_overlap, exclude_source, only_source, exact, materialise, shard)):
+                raise UsageError("--edit can't be combined with options other than --name")
+            done = neighbours_run.edit_neighbours(store, edit, name=name)
+            now = f"{output.count(done.rows, 'row')} set, {output.count(done.bans, 'ban')} (commit {done.commit})"
+            output.show(done, as_json, lambda _: f"Edits of {name!r}: {now}.")
+            return
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
         search = SearchOptions(exact, encoder, size, devices, parse_shard(shard), not no_wait)
         excluded, only = tuple(exclude_source or ()), tuple(only_source or ())

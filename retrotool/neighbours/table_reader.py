@@ -24,13 +24,12 @@ from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of, pick_table, text_is_current
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
-from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText, edit_rows, read_edits
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
 Block = tuple[int, int]  # a part, and the number of one of its row groups
-_NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,7 @@ class Member:
     store: Store
     tombstones: Tombstones
     within: bool
+    edits: npt.NDArray[Any]  # entries
 
 
 class NeighbourReader:
@@ -76,7 +76,8 @@ class NeighbourReader:
         self.members: tuple[Member, ...] = ()
         for table, weight in members_of(store, self.name) if self.name else ():
             database = database_of(store, table)[0]
-            self.members += (Member(table, weight, database, read_tombstones(database), within=database is store),)
+            view = read_tombstones(database), database is store, read_edits(store, table)
+            self.members += (Member(table, weight, database, *view),)
         self.databases = tuple(member.store for member in self.members)
         records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
         self.k = int(records[0]["k"]) if records else 0  # neighbours per chunk by default
@@ -117,7 +118,7 @@ class NeighbourReader:
         found: list[tuple[Any, Any, Any]] = []
         for number, (member, entry) in enumerate(zip(self.members, self.entries(part), strict=True)):
             table = neighbour_tables.read_table(self.store, entry, row_groups)
-            table = neighbour_tables.erase_neighbours(table, _NO_ROWS, member.tombstones.contains)
+            table = edit_rows(member.edits, table, part, row_groups, member.tombstones.contains)
             which = np.where(table.ids == NO_NEIGHBOUR, 0, number).astype(np.uint8)
             found.append((table.ids, table.distances, which))
         if len(found) == 1:
@@ -210,10 +211,12 @@ class TextReader:
         lost = np.ones(len(out.ids), np.bool_)
         if entries := self.with_text(part):
             lost = self._copy_text(out, entries, group)
-            out.clear(lost)
-        if lost.any():
+        if lost.any() or any(len(member.edits) for member in self.reader.members):
             found = self.reader.read(part, self.k, [group])
             width = found.ids.shape[1]
+            if entries:  # of edited rows, the tables have the text of other neighbours
+                lost |= ((out.ids[:, :width] != found.ids) | (out.databases[:, :width] != found.databases)).any(axis=1)
+                out.clear(lost)
             out.ids[lost, :width], out.databases[lost, :width] = found.ids[lost], found.databases[lost]
         return lost
 

@@ -207,9 +207,11 @@ def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, 
     for table in wanted:
         if (entry := table.entries.get(part)) is None:
             continue
+        edits = neighbour_tables.read_edits(store, entry.name)
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
-            ids = neighbour_tables.read_ids(store, entry, [group])
+            saved = neighbour_tables.read_table(store, entry, [group])
+            ids = neighbour_tables.edit_rows(edits, saved, part, [group], lambda ids: ids < -1).ids
             rows = slice(group * ROW_GROUP, group * ROW_GROUP + len(ids))
             for places, sought in ((neighbour, table.chunks), (following, table.followed)):
                 hit = sought.contains(ids)

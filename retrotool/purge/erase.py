@@ -445,6 +445,10 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     with Progress("erase", doing="looking for files with purged chunks"):
         rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)
+    for table in store.refresh().names("edits"):
+        edits, named = neighbour_tables.edits_naming(store, table, targets.contains)
+        if named.any():
+            neighbour_tables.commit_edits(store, run, table, edits[~named])
 
     def build(state: State) -> Draft | None:
         done = purged_chunks.erased_purges(store, targets)

@@ -292,6 +292,10 @@ def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool
     return rows
 
 
+def _check_edits(purged: Purged, entry: FileEntry) -> Flags:
+    return neighbour_tables.edits_naming(purged.store, entry.name, purged.chunks.contains)[1]
+
+
 def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:
     if purged.history.is_new(entry):
         return _NOTHING
@@ -324,6 +328,7 @@ CHECKS: Mapping[str, _Check] = {
     "inputs": _Check("not decoded: only names of inputs, and hashes keyed with the store's secret"),
     "selectors": _Check("files that quote the selectors of the purge", _check_selectors),
     "seen": _Check("not decoded: only hashes of ids, while a chunk is unfinished"),
+    "edits": _Check("entries: no id", _check_edits),
     "scans": _Check("files that name a chunk, or are older than the erase", _check_scans),
 }
 """The check of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""

@@ -16,8 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.errors import CorruptError
+from retrotool.ranges import is_in
 from retrotool.store import parts
-from retrotool.store.log import FileEntry
+from retrotool.store.leases import Run
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
@@ -196,3 +198,54 @@ def is_within(store: Store, entry: FileEntry, metadata: Mapping[bytes, bytes] | 
     # A copy of a store has the same uuid, so the record says where the database was.
     record = store.state.records.get(f"neighbours:{entry.name}", {})
     return bool(record.get("within", True))
+
+
+# Edits overlay tables. They ascend by chunk; those of a row that is set begin with NO_NEIGHBOUR and BANNED.
+ENTRY = np.dtype([("chunk", np.int64), ("neighbour", np.int64), ("distance", np.float32)])
+BANNED = -1.0  # the distance of a banned neighbour
+EVERY = -1  # the chunk of entries that ban a neighbour from all rows
+
+
+def read_edits(store: Store, table: str) -> npt.NDArray[Any]:
+    """Read the edits of a table, of type ``ENTRY``."""
+    entry = store.state.file("edits", "all", table)
+    if entry is None:
+        return np.zeros(0, ENTRY)
+    columns = parts.read_parquet(store, entry, ["chunk", "neighbour", "distance"]).columns
+    return np.rec.fromarrays([column.to_numpy() for column in columns], ENTRY)
+
+
+def commit_edits(store: Store, run: Run, table: str, edits: npt.NDArray[Any], reads: Iterable[str] = ()) -> None:
+    """Replace the edits of a table, which are those of ``store.state``."""
+    old, name = store.state.file("edits", "all", table), FileName.new(run.id, "edits", "all", "parquet", table)
+    begins, bans = edits["neighbour"] == NO_NEIGHBOUR, edits["distance"] == BANNED
+    about = {"rows": int(begins.sum()), "bans": int((bans & ~begins).sum())}
+    columns = {column: np.array(edits[column]) for column in ("chunk", "neighbour", "distance")}
+    new = parts.write_parquet(store, name, pa.table(columns), about=about)
+    draft = Draft("edit", {"name": table}, tuple(reads), (new,), (old.path,) if old else ())
+    store.commit(run, lambda _: draft)
+
+
+def edits_naming(store: Store, table: str, chunks: Contains) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Return the edits of a table, and which belong to ``chunks`` of the store or name one of them."""
+    edits, within = read_edits(store, table), store.state.records[f"neighbours:{table}"]["within"]
+    return edits, chunks(edits["chunk"]) | (within & chunks(edits["neighbour"]))
+
+
+def edit_rows(
+    edits: npt.NDArray[Any], table: NeighbourTable, part: int, row_groups: Sequence[int] | None, purged: Contains
+) -> NeighbourTable:
+    """Return the rows of a part, or of ascending row groups, as edited, without ``purged`` neighbours."""
+    n, width = table.ids.shape
+    groups = np.arange(-(-n // ROW_GROUP)) if row_groups is None else np.array(row_groups)
+    at = (parts.chunk_ids(part, groups[:, None] * ROW_GROUP) + np.arange(ROW_GROUP)).reshape(-1)[:n]
+    mine = edits[is_in(edits["chunk"], at)]
+    row, ids, distances = np.searchsorted(at, mine["chunk"]), np.array(table.ids), np.array(table.distances)
+    begins, bans = mine["neighbour"] == NO_NEIGHBOUR, mine["distance"] == BANNED
+    ids[row[begins]], distances[row[begins]] = NO_NEIGHBOUR, np.inf
+    rank = np.arange(len(row)) - np.searchsorted(row, row) - 1
+    put = ~bans & (rank >= 0) & (rank < width)
+    ids[row[put], rank[put]], distances[row[put], rank[put]] = mine["neighbour"][put], mine["distance"][put]
+    drop, pairs = purged(ids) | np.isin(ids, edits["neighbour"][edits["chunk"] == EVERY]), bans & ~begins
+    np.logical_or.at(drop, row[pairs], ids[row[pairs]] == mine["neighbour"][pairs, None])
+    return erase_neighbours(NeighbourTable(ids, distances), np.zeros(0, np.int64), lambda _: drop)

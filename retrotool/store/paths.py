@@ -15,10 +15,10 @@ from retrotool.errors import CorruptError, UsageError
 
 DATA_KINDS = (
     "documents", "chunks", "embeddings", "index", "neighbours", "tombstones", "undone", "blocked", "quarantine",
-    "plans", "inputs", "selectors", "scans", "seen",
+    "plans", "inputs", "selectors", "scans", "seen", "edits",
 )  # fmt: skip
 FOLDERS = (*DATA_KINDS, "staging", "leases", "log", "checkpoints")
-NAMED_KINDS = ("embeddings", "index", "neighbours", "scans")
+NAMED_KINDS = ("embeddings", "index", "neighbours", "scans", "edits")
 PART_KINDS = ("documents", "chunks", "embeddings", "neighbours", "scans")  # one file per part; the slot is its number
 UNNUMBERED_KINDS = ("documents", "chunks")  # without a slot in the name
 COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

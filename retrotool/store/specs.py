@@ -91,6 +91,7 @@ _ABOUT: dict[str, Spec] = {
         "probed?": PART, "erased?": str, "undone?": str, "k?": _K, "text?": _K, "filters?": _FILTERS,
     },
     "scans": {"reads": [PATH], "names": [[str]]},
+    "edits": {"rows": COUNT, "bans": COUNT},
     "tombstones": Maybe({"within?": [(INT64, INT64)]}),
     "trained": {
         **dict.fromkeys(("encoder", "factory", "why"), str), "dimension": _DIMENSION, "vectors": COUNT, "held?": COUNT,

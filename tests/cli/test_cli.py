@@ -118,6 +118,7 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "takedown.txt").write_text("doc-3\n\n10/4\n")
     (tmp_path / "questions.txt").write_text("Which valley has a river?\nWho reads the page?\n")
     write_jsonl(tmp_path / "pairs.jsonl", [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(5)])
+    write_jsonl(tmp_path / "edits.jsonl", [{"ban": ["0:1"]}])
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README").write_bytes(b"caf\xe9")
     write_megatron(tmp_path / "wiki", [[2003 + i, 2004, 102] for i in range(4)])

@@ -27,6 +27,7 @@ import pytest
 from conftest import Shared, make_rows, write_jsonl
 from stored import copy_store
 
+import retrotool
 from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.chunk import hash_partitions
@@ -494,3 +495,25 @@ def check_after(store: Path, case: Case, expected: Verification) -> None:
             receipt = api.verify_purge(store, name, out=store.parent).receipt
             assert receipt.ok, receipt.problems
             assert (receipt.files.unknown, receipt.files.in_progress) == ((), 0)
+
+
+def test_a_killed_edit_of_neighbours_is_made_or_not(store_copy: Path, tmp_path: Path) -> None:
+    """Either all lines of the file or none; the next command makes the edit."""
+    file, reader = tmp_path / "edits.jsonl", retrotool.open(store_copy)
+    far = [one for one in range(90) if reader.chunk(one).document != reader.chunk(2).document][-2:]
+    file.write_text(f'{{"chunk": "0:2", "neighbours": ["0:{far[0]}"]}}\n')
+    api.edit_neighbours(store_copy, file)
+    file.write_text(f'{{"chunk": "0:2", "neighbours": ["0:{far[1]}"]}}\n{{"ban": ["0:9"]}}\n')
+    spare = copy_store(store_copy, tmp_path / "spare")
+    _, calls = in_child(lambda: api.edit_neighbours(spare, file), None)
+    seen = set()
+    for fatal in {1, calls // 2, *range(calls - 4, calls + 1)}:
+        store = copy_store(store_copy, tmp_path / f"killed-{fatal}")
+        assert in_child(lambda store=store: api.edit_neighbours(store, file), fatal)[0]  # type: ignore[misc]
+        found = [one for one, _ in retrotool.open(store).neighbour_ids(2)]
+        bans = api.info(store).neighbours["main"]["edits"]["bans"]
+        assert found == [far[bans]]
+        seen.add(bans)
+        assert api.edit_neighbours(store, file).bans == 1
+        assert verify(store).ok
+    assert seen == {0, 1}
