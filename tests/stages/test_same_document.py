@@ -16,6 +16,7 @@ from retrotool.ann.choice import IndexOptions
 from retrotool.embed import search_scope
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.index.run import Options
+from retrotool.store.parts import format_id
 
 TEXT = make_text(999, 150)
 
@@ -91,3 +92,15 @@ def test_without_repeats_no_keys_are_read(store_copy: Path, kept: Path, monkeypa
     assert api.neighbours(store_copy, name="new").queries > 0
     with pytest.raises(RetrotoolError, match="reads all keys"):
         api.neighbours(kept)
+
+
+def test_no_copy_can_be_made_a_neighbour_by_hand(kept: Path, tmp_path: Path) -> None:
+    api.neighbours(kept)
+    reader = retrotool.open(kept)
+    every = [int(i) for part in reader.parts() for i in reader.chunk_ids(part)]
+    same = [i for i in every if reader.chunk(i).document == "same"]
+    file = tmp_path / "edits.jsonl"
+    for other in same[1:]:
+        file.write_text(f'{{"chunk": "0:{same[0]}", "neighbours": ["{format_id(other)}"]}}\n')
+        with pytest.raises(UsageError, match="own document"):
+            api.edit_neighbours(kept, file)
