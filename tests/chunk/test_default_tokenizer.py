@@ -100,7 +100,9 @@ def test_large_inputs_are_tokenised_by_tokie_in_a_store_too(tmp_path: Path, monk
 
 
 def test_a_new_store_says_which_tokenizer_it_has(made, tmp_path: Path):
-    assert made[1] == "New store. Its tokenizer, bytes-32k (lossless), can't be changed later.\n"
+    says, following = made[1].splitlines()
+    assert says == "New store. Its tokenizer, bytes-32k (lossless), can't be changed later."
+    assert following.startswith("Next: retrotool embed ")
     path = write_rows(tmp_path / "rows.jsonl", ROWS[:2])
     result = run_chunk(tmp_path / "store", path, "--tokenizer", "minilm", "--json")
     assert result.stderr == "New store. Its tokenizer, minilm (loses case or spacing), can't be changed later.\n"

@@ -157,11 +157,13 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     assert verified(store).content == before
 
     path.write_bytes(data)
-    assert run_chunk(copy_store(waiting, folder / "same"), path).stderr == "", "it is asked for"
+    again = run_chunk(same := copy_store(waiting, folder / "same"), path)
+    assert again.stderr == f"Next: retrotool embed {same}\n", "no word of what is resumed, as it is asked for"
     finished = run_chunk(waiting, folder / "rows.jsonl")
     assert finished.exit_code == 0
     assert finished.stderr == (
         f"Resuming interrupted work: {path}. To skip an input, move it away and add --skip-missing.\n"
+        f"Next: retrotool embed {waiting}\n"
     )
     assert run_chunk(store, path).exit_code == 0  # what was given up can be given again
     assert verified(waiting).content == verified(store).content != before
