@@ -12,12 +12,11 @@ from retrotool.cli.options import Json, StoreArgument, opt
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.info.run import Info, Shape
+    from retrotool.info.run import Info
 
 EPILOG = """\b
 Examples:
   retrotool info store
-  retrotool info store --documents
   retrotool info store --json
   retrotool info store --files --csv
   retrotool info store --sources"""
@@ -27,7 +26,6 @@ _BAR, _SOURCES = 40, 8
 
 def command(
     store: StoreArgument,
-    documents: Annotated[bool, opt("Also count documents by length and by source.", "--documents")] = False,
     files: Annotated[bool, opt("List the live files instead.", "--files")] = False,
     sources: Annotated[bool, opt("Count by source and top-level domain instead, exactly.", "--sources")] = False,
     as_csv: Annotated[bool, opt("With --files or --sources: print CSV, with a header.", "--csv")] = False,
@@ -39,8 +37,8 @@ def command(
             raise UsageError("--csv needs --files or --sources")
         if as_csv and as_json:
             raise UsageError("--csv and --json can't be combined", "Give one of them.")
-        if files + documents + sources > 1:
-            raise UsageError("--files, --documents and --sources can't be combined", "Give one of them.")
+        if files and sources:
+            raise UsageError("--files and --sources can't be combined", "Give one of them.")
         if files:
             from retrotool.info.file_list import ListedFile, list_files
 
@@ -54,7 +52,7 @@ def command(
         else:
             from retrotool.info import run as info_run
 
-            output.show(info_run.info(store, documents=documents), as_json, _text)
+            output.show(info_run.info(store), as_json, _text)
 
 
 def _show_list(found: Any, items: Sequence[Any], kind: type[Any], as_csv: bool, as_json: bool) -> None:
@@ -103,7 +101,6 @@ def _text(info: Info) -> str:
     for purge, record in info.purges.items():
         chunks = output.count(record["chunks"], "chunk")
         lines.append(f"  {purge}   {chunks} purged{_after(record)}: {record['reason']}")
-    lines += _shape(info.shape)
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run the same command again to resume it")
     return "\n".join(lines)
@@ -134,22 +131,3 @@ def _neighbours(info: Info, name: str) -> str:
     if edits := about.get("edits"):
         words += f"; edited: {output.count(edits['rows'], 'row')} set, {output.count(edits['bans'], 'ban')}"
     return f"{about['saved']} saved for {rows}{database}{made}{words}"
-
-
-def _shape(shape: Shape | None) -> list[str]:
-    if shape is None or not shape.lengths:
-        return []
-    lengths, sources = shape.lengths, shape.sources
-    about = "" if shape.share == 1 else f" (estimated from {100 * shape.share:.1f} % of them)"
-    most = max(row["documents"] for row in lengths)
-    lines = [f"  documents by length in tokens{about}"]
-    for row in lengths:
-        bar = "#" * max(1, round(_BAR * row["documents"] / most))
-        lines.append(f"    {row['tokens']:>11,} and more {row['documents']:>13,}  {bar}")
-    largest = f", the largest of {len(sources):,}" if len(sources) > _SOURCES else ""
-    lines.append(f"  documents by source{largest}")
-    rows = [
-        (output.one_line(row["source"]), row["documents"], f"{row['tokens']:,} tokens") for row in sources[:_SOURCES]
-    ]
-    width = max(len(source) for source, _, _ in rows)
-    return lines + [f"    {source:<{width}} {n:>13,}  {tokens}" for source, n, tokens in rows]

@@ -3,13 +3,11 @@
 For most stores ``info`` reads nothing but the log, and imports neither numpy nor pyarrow. Exceptions:
 
 * tombstones, if embeddings or neighbours cover only some of the parts, and for key-value records;
-* lengths and sources of documents, on request: three columns, about ten bytes per document.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,23 +25,12 @@ from retrotool.store.store import Store
 if TYPE_CHECKING:
     from retrotool.store.tombstones import Tombstones
 
-READ_DOCUMENTS = 20_000_000  # of more documents, those in evenly spread parts are counted, and scaled to all
-LARGEST_SOURCES = 1000
 _SAMPLED_PARTS = 64  # parts of a database that are searched for the names of sources
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Live documents by length and by source. ``share`` of them was read; the counts are scaled to all."""
-
-    lengths: tuple[dict[str, int], ...] = ()  # {tokens, documents}: those with ``tokens`` to 2 · ``tokens`` - 1
-    sources: tuple[dict[str, Any], ...] = ()  # {source, documents, chunks, tokens}, the most tokens first
-    share: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
 class Info:
-    """Description of a store, see ``docs/json.md``; ``shape`` is None unless it was requested."""
+    """Description of a store, see ``docs/json.md``."""
 
     path: str
     uuid: str
@@ -66,12 +53,11 @@ class Info:
     blocked: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
     unfinished: int
-    shape: Shape | None
     dependents: list[Dependent] = field(default_factory=list)
 
 
-def info(root: str | Path, *, documents: bool = False) -> Info:
-    """Describe a store. ``documents``: also count documents by length and source, which reads more files."""
+def info(root: str | Path) -> Info:
+    """Describe a store."""
     store = Store.open(root)
     state = store.state
     totals = state.records.get("totals", dict.fromkeys(COUNTS, 0))
@@ -97,7 +83,7 @@ def info(root: str | Path, *, documents: bool = False) -> Info:
         tombstones=_files(store, "tombstones"), blocked=_files(store, "blocked"),
         quarantine=_files(store, "quarantine"),
         unfinished=sum(not plan["finished"] for plan in state.with_prefix("plan:").values()),
-        shape=shape_of(store) if documents else None, dependents=dependents(store),
+        dependents=dependents(store),
     )  # fmt: skip
 
 
@@ -128,44 +114,6 @@ class _Keys:
         from retrotool.embed.search_scope import count_live_keys
 
         return sum(count_live_keys(self._store, part, self._tombstones) for part in parts)
-
-
-def shape_of(store: Store, read_documents: int = READ_DOCUMENTS) -> Shape:
-    """Count the live documents of a store by length and source."""
-    import numpy as np
-    import pyarrow as pa
-
-    from retrotool.chunk.chunk_plan import documents_within
-    from retrotool.store import parts
-    from retrotool.store.tombstones import read_tombstones
-
-    tombstones = read_tombstones(store)
-    entries = [(part, parts.part_entry(store, "documents", part)) for part in store.state.parts()]
-    total = sum(entry.rows for _, entry in entries)
-    if not total:
-        return Shape()
-    chosen = entries[:: -(-total // read_documents)]
-    share = sum(entry.rows for _, entry in chosen) / total
-    lengths = np.zeros(64, np.int64)
-    sources: dict[str, Any] = {}
-    for part, entry in chosen:
-        table = parts.read_parquet(store, entry, ["source", "n_chunks", "n_tokens"])
-        is_live = table["source"].is_valid().to_numpy(zero_copy_only=False).copy()  # erased ones have none
-        is_live[documents_within(store, part, tombstones)] = False
-        table = table.filter(pa.array(is_live))
-        n_tokens = table["n_tokens"].to_numpy()
-        lengths += np.bincount(np.log2(np.maximum(n_tokens, 1)).astype(np.int64), minlength=64)[:64]
-        grouped = table.group_by("source", use_threads=False)
-        for row in grouped.aggregate([("n_tokens", "count"), ("n_chunks", "sum"), ("n_tokens", "sum")]).to_pylist():
-            found = np.array([row["n_tokens_count"], row["n_chunks_sum"], row["n_tokens_sum"]])
-            sources[row["source"]] = sources.get(row["source"], 0) + found
-    largest = Counter({source: int(counts[2]) for source, counts in sources.items()}).most_common(LARGEST_SOURCES)
-    scaled = ((source, map(round, (sources[source] / share).tolist())) for source, _ in largest)
-    return Shape(
-        tuple({"tokens": 2**i, "documents": round(n / share)} for i, n in enumerate(lengths.tolist()) if n),
-        tuple({"source": source, "documents": d, "chunks": c, "tokens": n} for source, (d, c, n) in scaled),
-        share,
-    )
 
 
 def _live_chunks(state: State) -> list[FileEntry]:

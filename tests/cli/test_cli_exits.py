@@ -150,7 +150,7 @@ WRONG = [
     "neighbours STORE --saved 2000",
     "neighbours STORE --name a/b",
     "info STORE --csv",
-    "info STORE --files --documents",
+    "info STORE --files --sources",
     "export STORE OUT --table x",
     "export STORE OUT -k 21",
     "export STORE OUT -k 0",

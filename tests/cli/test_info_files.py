@@ -166,7 +166,7 @@ def test_a_store_without_files_has_an_empty_list(tmp_path: Path, tiny_encoder: P
     [
         (["--csv"], "--csv needs --files or --sources"),
         (["--files", "--csv", "--json"], "Give one of them."),
-        (["--files", "--documents"], "Give one of them."),
+        (["--files", "--sources"], "Give one of them."),
         (["--files", "--sources"], "Give one of them."),
     ],
 )

@@ -128,7 +128,7 @@ def test_documents_can_not_get_at_the_terminal(hostile: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["info", "STORE", "--documents"],
+        ["info", "STORE", "--sources"],
         ["search", "STORE", "Then a sentence", "-k", "3"],
         ["neighbours", "STORE", "--only-source", "nobody's"],
     ],

@@ -73,7 +73,7 @@ def check(printed: str) -> None:
 def commands() -> Iterator[list[str]]:
     why = ["--reason", "\x1b[31m\u202e<b>", "--yes"]
     yield from (
-        ["info", "STORE"], ["info", "STORE", "--documents"], ["info", "STORE", "--files"], ["log", "STORE"],
+        ["info", "STORE"], ["info", "STORE", "--sources"], ["info", "STORE", "--files"], ["log", "STORE"],
         ["info", "STORE", "--sources"],
         ["verify", "STORE"], ["verify", "STORE", "--log"], ["search", "STORE", SHARED, "-k", "60"],
         ["documents", "STORE", "--limit", "0"], ["documents", "STORE", "--where", "kept = '\x1b'"],

@@ -169,7 +169,7 @@ def reads(made: Everything, folder: Path) -> dict[str, Action]:
     """What reads a store, and what it gives to compare."""
     store = made.store
     commands: dict[str, tuple[object, ...]] = {
-        "info": ("info", store, "--documents", "--json"),
+        "info": ("info", store, "--sources", "--json"),
         "info --files": ("info", store, "--files", "--json"),
         "log": ("log", store, "--json"),
         "search": ("search", store, "a river in the forest", "-k", "5", "--json"),
