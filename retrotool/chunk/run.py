@@ -115,6 +115,9 @@ def chunk(
             stream, base = sys.stdin.buffer if sys.stdin else None, sources.base_of(chosen.format)
             files = find_readable(inputs, chosen, stack.enter_context(spool(stream, base or "jsonl")))
         check_rows(files, chosen)
+        has_tokens = chosen.fields.tokens is not None or any(file.base == "tokens" for file in files)
+        if has_tokens and tokenizer is None and not is_store(storage):
+            raise UsageError("the input has token ids, whose tokenizer is not known", "Name it: --tokenizer TOKENIZER")
         store, loaded = _open_or_create(storage, tokenizer, chunk_length, chosen.note)
         before = store.state.all_parts()
         run = stack.enter_context(writing(store))

@@ -87,7 +87,9 @@ def command(
         from retrotool.neighbours.run import SearchOptions
 
         if edit is not None:
-            if any((queries, index, database, max_overlap, exclude_source, only_source, exact, materialise, shard)):
+            filtering = (max_overlap, exclude_near_copies, exclude_source, only_source, no_filters)
+            searching = (queries, index, database, exact, materialise, encoder, memory, shard)
+            if any((*filtering, *searching)) or (k, saved) != (K, SAVED):
                 raise UsageError("--edit can't be combined with options other than --name")
             done = neighbours_run.edit_neighbours(store, edit, name=name)
             now = f"{output.count(done.rows, 'row')} set, {output.count(done.bans, 'ban')} (commit {done.commit})"

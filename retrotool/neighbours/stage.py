@@ -151,6 +151,9 @@ class NeighboursStage:
         if known["database"] != record["database"]:
             of = f"the neighbours {self.table!r} are from another database, {known['uri']}"
             raise UsageError(of, "Give another --name.")
+        if known["encoder"] != record["encoder"] and state.file("edits", "all", self.table) is not None:
+            edited = f"the neighbours {self.table!r} were edited, with distances by the encoder {known['encoder']!r}"
+            raise UsageError(edited, "Give another --name.")
 
     def claim(self, state: State, record: dict[str, Any]) -> Draft | None:
         """Build the commit that sets the record and removes tables of another index or filters."""

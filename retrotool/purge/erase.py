@@ -353,7 +353,7 @@ def erase(
     unknown purge.
     """
     store = Store.open(root)
-    purges = [find_purge(store, purge) for purge in purges]
+    purges = [find_purge(store, purge) for purge in ([purges] if isinstance(purges, str) else purges)]
 
     def attempt() -> EraseResult:
         # A purge may have been undone since the last attempt.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chunk_helpers import documents, quarantine, run_chunk, verified, write_rows
 from stored import contents_of, copy_store
@@ -200,3 +201,13 @@ def test_a_file_is_read_again_for_another_text_field(folder):
 def test_a_column_that_is_kept_twice_is_kept_once(folder):
     assert run_chunk(folder / "store", folder / "new.jsonl", "--keep", "body", "--keep", "body").exit_code == 0
     assert documents(folder / "store")[-1]["body"] is None
+
+
+def test_token_ids_need_their_tokenizer(folder):
+    np.save(folder / "ids.npy", np.array([5, 6, 7, 102] * 3, np.uint16))
+    result = run_chunk(folder / "new", folder / "ids.npy", "--end-of-document", 102)
+    assert (result.exit_code, (folder / "new").exists()) == (2, False)
+    assert "Name it: --tokenizer TOKENIZER" in result.stderr
+    assert (
+        run_chunk(folder / "new", folder / "ids.npy", "--end-of-document", 102, "--tokenizer", "minilm").exit_code == 0
+    )

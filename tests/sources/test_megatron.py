@@ -258,7 +258,8 @@ def test_the_answer_is_given_on_the_command_line(tmp_path, cli):
     asked = cli("chunk", tmp_path / "store", tmp_path / "wiki.idx", "--workers", "1")
     assert (asked.returncode, (tmp_path / "store").exists()) == (2, False)
     for answer, tokens_there in (("none", 5), ("9", 3)):
-        given_it = cli("chunk", tmp_path / answer, tmp_path / "wiki.idx", "--end-of-document", answer, "--json")
+        options = ["--tokenizer", "minilm", "--end-of-document", answer]
+        given_it = cli("chunk", tmp_path / answer, tmp_path / "wiki.idx", *options, "--json")
         assert json.loads(given_it.stdout)["tokens"] == tokens_there
     wrong = cli("chunk", tmp_path / "store", tmp_path / "wiki.idx", "--end-of-document", "x")
     assert (wrong.returncode, "give a token id, or none" in wrong.stderr) == (2, True)

@@ -252,7 +252,7 @@ def test_edits_of_two_processes_are_both_kept(store: Path) -> None:
     assert api.info(store).neighbours["main"]["edits"] == {"rows": 2, "bans": 1}
 
 
-def test_story_on_the_command_line(store: Path, cli: Cli) -> None:
+def test_story_on_the_command_line(store: Path, tiny_encoder: Path, cli: Cli) -> None:
     Path("edits.jsonl").write_text(
         '{"chunk": "0:2", "neighbours": ["0:12", "0:15"]}\n{"chunk": "0:4", "ban": ["0:12"]}\n{"ban": ["0:16"]}\n'
     )
@@ -265,6 +265,9 @@ def test_story_on_the_command_line(store: Path, cli: Cli) -> None:
     Path("reset.jsonl").write_text('{"chunk": "0:2", "reset": true}\n')
     done = cli("neighbours", "store", "--edit", "reset.jsonl", "--json")
     assert json.loads(done.stdout) == {"commit": 7, "rows": 0, "bans": 2}
+    api.embed("store", encoder=str(tiny_encoder), name="other", pooling="cls")
+    other = cli("neighbours", "store", "--exact", "--encoder", "other")
+    assert other.returncode == 2 and "the neighbours 'main' were edited, with distances by" in other.stderr
     wrong = cli("neighbours", "store", "--edit", "reset.jsonl", "--exact")
     assert (wrong.returncode, wrong.stderr) == (2, "error: --edit can't be combined with options other than --name\n")
     missing = cli("neighbours", "store", "--edit", "nothing.jsonl")
