@@ -103,8 +103,21 @@ def _chunk_steps(root: str | Path, inputs: Sequence[str], given: BuildOptions) -
     if not inputs and not exists:
         raise UsageError(f"{root} is not a store, and no input was given", "Name files or folders to chunk.")
     if inputs or unfinished_plans(Store.open(root).state):
-        line = " ".join([command_line("chunk", root, tokenizer=given.tokenizer), *map(shlex.quote, inputs)])
+        line = _chunk_line(root, inputs, given.tokenizer, given.chunk or ChunkOptions())
         yield Step("chunk", line, partial(chunk, root, inputs, tokenizer=given.tokenizer, options=given.chunk))
+
+
+def _chunk_line(root: str | Path, inputs: Sequence[str], tokenizer: str | None, options: ChunkOptions) -> str:
+    """Return the command line of ``chunk`` with the options that ``build`` has too."""
+    fields = options.fields
+    kept = [word for name in fields.keep for word in ("--keep", name)]
+    named = {
+        "text-field": None if fields.text == "text" else fields.text,
+        "id-field": fields.id if options.require_id else None,
+        "existing": options.existing,
+    }
+    line = command_line("chunk", root, tokenizer=tokenizer, **named)
+    return " ".join([line, *map(shlex.quote, (*kept, *inputs))])
 
 
 def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:

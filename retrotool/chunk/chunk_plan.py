@@ -345,6 +345,7 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
     known = KnownInputs()
     newest: dict[str, str] = {}  # fingerprint by path
     purged = set(chunks_of_purges(store).parts()) if options.allow_purged else set[int]()
+    wanted: set[str] = set()  # plans that left out documents, or whose documents were purged since
     undone = {purge["plan"] for purge in undone_purges(state).values() if "plan" in purge}
     plans = state.with_prefix("plan:")
     files = ((slot, entry) for kind in ("inputs", "plans") for slot, entry in state.group(kind).items())
@@ -359,14 +360,15 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
             rows = zip(plan.files, plan.fingerprints, plan.places, strict=True)
             lost.update(*(hashes for file, *hashes in rows if is_spooled(file)))
         known.places.update(set(content["places"]).difference(lost))
-        again = (
-            content["fields"]["max_document"] < options.fields.max_document
-            or (options.allow_purged and (record.get("blocked") or purged & set(parts_of_plan(state, slot))))
-            or (options.existing in ("replace", "mirror") and (record.get("differing") or slot in undone))
+        if options.allow_purged and (record.get("blocked") or purged & set(parts_of_plan(state, slot))):
+            wanted.add(slot)
+        again = content["fields"]["max_document"] < options.fields.max_document or (
+            options.existing in ("replace", "mirror") and (record.get("differing") or slot in undone)
         )
         for place, fingerprint in zip(content["places"], content["fingerprints"], strict=True):
             unmirrored = options.existing == "mirror" != record.get("existing") and len(known.readers[place]) > 1
-            newest[place] = "" if again or unmirrored or fingerprint in lost else fingerprint
+            left_out = not wanted.isdisjoint(known.readers[place])  # a later version knew its documents
+            newest[place] = "" if again or left_out or unmirrored or fingerprint in lost else fingerprint
     known.fingerprints.update(filter(None, newest.values()))
     return known
 

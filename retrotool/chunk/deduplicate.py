@@ -107,7 +107,7 @@ def finish_plans(
 
     ``skip`` tombstones and quarantines duplicates, ``keep`` only counts them, ``fail`` raises
     ``DuplicatesError`` and leaves the plan for the next call. ``existing`` decides for plans that were made
-    with ``fail``; the others have decided themselves.
+    with ``fail`` (None: skip); the others have decided themselves.
     """
     finished: dict[str, DuplicateCounts] = {}
     for plan_id in chunk_plan.unfinished_plans(store.refresh()):
@@ -204,14 +204,14 @@ def _finishing(
 
 def _choose(plan: ChunkPlan, existing: Existing | None) -> Existing:
     """Return what to do about ids that the store has."""
-    if plan.existing != "fail" or existing is None:
+    if plan.existing != "fail":
         return plan.existing
     if existing == "mirror":
         raise UsageError(
             "--existing mirror: interrupted work was begun with --existing fail",
             "Finish it with skip or replace first.",
         )
-    return existing
+    return existing or "skip"
 
 
 def _fail(
@@ -224,8 +224,8 @@ def _fail(
         raise DuplicatesError(
             f"{count(counts.differing, 'document')} with another text than the stored documents of the same ids, such "
             f"as {', '.join(counts.examples)}",
-            "They are chunked, but not live yet. Run the same command again with --existing skip (the stored texts "
-            "stay) or --existing replace (the new ones replace them).",
+            "Nothing that is live was changed. The next run finishes: with --existing replace the new texts replace "
+            "the stored ones, otherwise the stored ones stay.",
         )
     if duplicates == "fail" and counts.by_id + counts.by_text:
         rows = first.filter(pc.not_equal(first["reason"], DIFFERING)).slice(0, _EXAMPLES).to_pylist()

@@ -96,7 +96,9 @@ def embed(
     batch_tokens_of("cpu", batch_tokens)
     engine.check_shard(shard)
     if vectors is not None:
-        if encoder == BUNDLED or check or dimension or (pooling, dtype) != ("auto", "auto"):
+        if encoder == BUNDLED:
+            raise UsageError("--from needs the name of the model that made the vectors", "Give it as --encoder NAME.")
+        if check or dimension or (pooling, dtype) != ("auto", "auto"):
             raise UsageError(
                 "--from takes vectors as they are: no --check, --pooling, --dimension or --dtype",
                 "Give only the name of the model that made them as --encoder.",

@@ -167,7 +167,9 @@ def _store(root: str | Path) -> Iterator[Check]:
     advice = "Every commit takes several of these: put the store on a local disk or a faster file system."
     yield _check("durable write", f"{milliseconds:.1f} ms", advice, wrong=milliseconds > 1000 * _SLOW_WRITE)
     advice = "Leases go by the storage's clock and still work, but times in the log are wrong: use NTP."
-    yield _check("clock", f"{skew:+.1f} s from the storage's", advice, wrong=abs(skew) > _SKEW)
+    yield _check(
+        "clock", f"{abs(skew):.1f} s {'before' if skew < 0 else 'after'} the storage's", advice, wrong=abs(skew) > _SKEW
+    )
     groups = [store.state.group(kind, name) for kind in ("embeddings", "index") for name in store.state.names(kind)]
     due, limit = max(map(len, groups), default=0) + _OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     found = f"at most {limit:,}, {due:,} needed to map the store's vectors"

@@ -364,7 +364,11 @@ def edit_neighbours(root: str | Path, file: str | Path, *, name: str = "main") -
 
     ``UsageError`` names the first line that can't be applied; nothing is changed then.
     """
-    store, lines = Store.open(root), Path(file).read_bytes().splitlines()
+    store = Store.open(root)
+    try:
+        lines = Path(file).read_bytes().splitlines()
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}", _UNCHANGED) from error
     named = [(f"{file}, line {number:,}", line) for number, line in enumerate(lines, 1)]
     with writing(store) as run:
         retry_overtaken(lambda: _edit(store, run, name, named), store.renew)

@@ -321,10 +321,8 @@ def _undo_text(store: str, result: UndoResult) -> str:
         lines.append(f"Still purged: {output.count(result.still_purged, 'chunk')} of it{by}.")
     if result.outdated:
         put = shlex.join(["retrotool", "undo", store, result.outdated_purge, "--reason", "..."])
-        lines.append(
-            f"{output.count(result.outdated, 'document')} that had replaced them purged as {result.outdated_purge}. "
-            f"To put them back: {put}"
-        )
+        newer = f"{output.count(result.outdated, 'document')} with a newer text (purge {result.outdated_purge})"
+        lines.append(f"Purged instead: {newer}. To undo this: {put}")
     if result.repeats:
         has = "document has" if result.repeats == 1 else "documents have"
         lines.append(f"{result.repeats:,} {has} the id of another that was added since: both are live now.")
@@ -402,8 +400,7 @@ def _erased_lines(store: str, result: PurgeResult | EraseResult) -> list[str]:
 def _copies_text(result: PurgeResult | EraseResult) -> str:
     if not result.copies:
         return ""
-    repeating = "rejected document that repeats" if result.copies == 1 else "rejected documents that repeat"
-    return f", including those of {result.copies:,} {repeating} them"
+    return f", including those of {output.count(result.copies, 'rejected document')} with the same id or text"
 
 
 def _dependent_text(one: Dependent) -> str:

@@ -139,10 +139,10 @@ def test_a_replacement_is_undone_in_one_commit_and_that_too(store: Path) -> None
     check_same(copy, new)
     result = run_cli("undo", store, undone["outdated_purge"], "--reason", "it was right")
     assert result.exit_code == 0
-    assert "2 documents that had replaced them purged as" in result.stdout
+    assert "Purged instead: 2 documents with a newer text (purge p" in result.stdout
     check_same(store, new)
-    (line,) = [line for line in result.stdout.splitlines() if "To put them back" in line]
-    command = shlex.split(line.partition(": ")[2])
+    (line,) = [line for line in result.stdout.splitlines() if "To undo this" in line]
+    command = shlex.split(line.rpartition(": ")[2])
     assert run_cli(*command[1:]).exit_code == 0
     check_same(store, ROWS)
 
@@ -155,6 +155,9 @@ def test_fail_changes_nothing_and_its_advice_works(store: Path) -> None:
     again = run_chunk(store, store.parent / "rows.jsonl", "--existing", "mirror")
     assert again.exit_code == 2
     assert "Finish it with skip or replace first" in again.stderr
+    copy = copy_store(store, store.parent / "copy")
+    assert chunk(copy)["differing"] == 1  # the default of the next run
+    check_same(copy, [*ROWS, {"id": "new", "text": "A new one."}])
     chunk(store, store.parent / "rows.jsonl", "--existing", "replace")
     check_same(store, [*edited(3), {"id": "new", "text": "A new one."}])
 
@@ -235,6 +238,16 @@ def test_an_unchanged_input_gives_back_what_was_purged(store: Path, erase: bool)
     found = chunk(store, path, "--allow-purged")
     assert (found["documents"], found["unchanged"]) == (1, 11)
     check_same(store, ROWS)
+
+
+def test_what_was_purged_comes_back_whichever_run_read_it(store: Path) -> None:
+    new = [*edited(3), {"id": "new", "text": "A new one."}]
+    path = rewrite(store, new)
+    chunk(store, path)
+    chunk(store, path, "--existing", "replace")  # it knew the new document from the run before
+    api.purge(store, api.Selectors(document=("new",)), reason="test", erase=True)
+    assert chunk(store, path, "--allow-purged")["documents"] == 1
+    check_same(store, new)
 
 
 def test_a_takedown_by_id_reaches_the_texts_that_were_replaced(store: Path) -> None:

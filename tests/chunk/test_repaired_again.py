@@ -154,7 +154,7 @@ def test_a_larger_limit_adds_what_was_too_long(tmp_path):
 def test_a_wrong_setting_does_not_shut_an_input_out(first, second, name, data, tmp_path):
     store = tmp_path / "store"
     (tmp_path / name).write_bytes(data)
-    marked = ["--end-of-document", "102"] if name.endswith(".bin") else []
+    marked = ["--end-of-document", "102", "--tokenizer", "minilm"] if name.endswith(".bin") else []
     run_chunk(store, tmp_path / name, *first, *marked)
     before = api.info(store).documents
     result = run_chunk(store, tmp_path / name, *second, *marked)

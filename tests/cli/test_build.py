@@ -62,10 +62,13 @@ def test_from_nothing_and_after_an_append_it_gives_what_the_commands_give(tmp_pa
 
 
 def test_it_says_first_what_it_runs_and_a_dry_run_runs_nothing(tmp_path: Path, tiny_encoder: Path) -> None:
-    source, store = write_jsonl(tmp_path / "a corpus.jsonl", ROWS), tmp_path / "store"
-    planned = ok("build", store, source, "--encoder", tiny_encoder, "--tokenizer", tiny_encoder, "--dry-run")
+    rows = [{"body": row["text"], "nr": row["id"], "a year": row["year"]} for row in ROWS]
+    source, store = write_jsonl(tmp_path / "a corpus.jsonl", rows), tmp_path / "store"
+    given = ["--encoder", tiny_encoder, "--tokenizer", tiny_encoder, "--text-field", "body", "--id-field", "nr"]
+    given += ["--keep", "a year", "--existing", "replace"]
+    planned = ok("build", store, source, *given, "--dry-run")
     assert not store.exists()
-    result = run_cli("build", store, source, "--encoder", tiny_encoder, "--tokenizer", tiny_encoder)
+    result = run_cli("build", store, source, *given)
     assert result.stderr.startswith("Running:\n" + "".join(f"  {line}\n" for line in planned.splitlines()))
     for line in planned.splitlines():  # the printed commands are those of the same result
         assert (

@@ -271,4 +271,4 @@ def test_story_on_the_command_line(store: Path, tiny_encoder: Path, cli: Cli) ->
     wrong = cli("neighbours", "store", "--edit", "reset.jsonl", "--exact")
     assert (wrong.returncode, wrong.stderr) == (2, "error: --edit can't be combined with options other than --name\n")
     missing = cli("neighbours", "store", "--edit", "nothing.jsonl")
-    assert missing.returncode == 1 and "nothing.jsonl" in missing.stderr
+    assert missing.returncode == 2 and "nothing.jsonl: No such file" in missing.stderr
