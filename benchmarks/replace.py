@@ -38,6 +38,7 @@ from retrotool.store.tombstones import read_tombstones
 from retrotool.store.vectors import read_vectors
 
 WORDS = 60
+DERIVED = (("embed", ()), ("index", ()), ("neighbours", ("--exact",)))  # exact, to be compared
 
 
 def texts_of(path: Path, n: int) -> list[str]:
@@ -133,23 +134,23 @@ def main() -> None:
         run("chunk", store, path)
         before = shutil.copytree(store, folder / "before")
         old_content = content(store)
-        for command in ("embed", "index", "neighbours"):
-            run(command, store)
+        for command, options in DERIVED:
+            run(command, store, *options)
         write(path, new)
         found, seconds = run("chunk", store, path, "--existing", "replace")
         print(f"{given.documents:,} documents, {found['replaced']:,} replaced, {found['unchanged']:,} unchanged")
         print(f"chunk --existing replace: {seconds:.1f} s; chunk of all into a new store: {floor:.1f} s")
         digests = old_content, content(fresh)
         print(f"content equal to that of a new store: {content(store) == digests[1]}")
-        for command in ("embed", "index", "neighbours"):
-            _, took = run(command, store)
+        for command, options in DERIVED:
+            _, took = run(command, store, *options)
             print(f"{command} of what is new: {took:.1f} s")
         print(
             "{:,} searches by replaced vectors: {:,} replaced chunks returned".format(*replaced_found(store, "minilm"))
         )
         tables = {}
-        for table, options in (("main", []), ("scratch", ["--exact"])):
-            run("neighbours", store, "--name", table, *options)
+        run("neighbours", store, "--name", "scratch", "--exact")
+        for table in ("main", "scratch"):
             tables[table] = neighbours_of(store, table)
         print(f"neighbours equal to those from scratch: {tables['main'] == tables['scratch']}")
         kill_all([path, "--existing", "replace"], before, digests, 1.3 * seconds, given.kills)
