@@ -18,6 +18,7 @@ from retrotool.store.paths import FOLDERS, NAMED_KINDS, UNNUMBERED_KINDS
 from retrotool.store.store import Store
 
 DERIVED = (*(kind for kind in NAMED_KINDS if kind != "edits"), "staging", "checkpoints")
+_NAMED = 5
 _LINK = "Replace the link with the file or folder that it points to, or remove it."
 
 
@@ -61,7 +62,9 @@ def _lost(store: Store, path: str) -> str:
     entries = [store.state.part_file(kind, part) for kind in UNNUMBERED_KINDS]
     documents, chunks = (0 if entry is None else entry.rows for entry in entries)
     inputs, beside = _inputs_of(store, part), {**_inputs_of(store, part - 1), **_inputs_of(store, part + 1)}
-    names = ", ".join(map(one_line, inputs or beside)) or "unknown inputs"
+    some = list(map(one_line, inputs or beside))
+    more = f" and {count(len(some) - _NAMED, 'other input')}" if len(some) > _NAMED else ""
+    names = ", ".join(some[:_NAMED]) + more or "unknown inputs"
     source = names if inputs else f"the inputs of the parts beside it: {names}"
     return (
         f" Without one, part {part} is lost: {count(documents, 'document')}, {count(chunks, 'chunk')}, from {source}. "
