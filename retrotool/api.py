@@ -27,7 +27,6 @@ from retrotool.neighbours.run import neighbours as neighbours
 from retrotool.plan.run import plan as plan
 from retrotool.purge.affected import affected as affected
 from retrotool.purge.erase import erase as erase
-from retrotool.purge.erase import retrain_indexes as retrain_indexes
 from retrotool.purge.run import list_purges as list_purges
 from retrotool.purge.run import purge as purge
 from retrotool.purge.run import scan as scan

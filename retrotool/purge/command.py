@@ -204,7 +204,8 @@ def _text(store: str, selectors: Selectors, result: PurgeResult, erase: bool) ->
         return "\n".join([*lines, *_review(store, result), *near, *_same_text(store, result)])
     lines = []
     if not result.purge and not result.erased:
-        lines.append(f"Nothing to purge{before}.")
+        were = f": {output.count(result.already_purged, 'chunk')} {were} not live before" if before else ""
+        lines.append(f"Nothing to purge{were}.")
     if result.purge and (result.chunks or not result.erased):
         lines.append(f"Purged {what}{before} (purge {result.purge}, commit {result.commit}).")
     if result.blocked and not result.chunks:
@@ -339,9 +340,6 @@ def erase_command(
     ] = None,
     older_than: Annotated[str | None, opt("All purges older than this, such as 7d or 12h.", metavar="AGE")] = None,
     dry_run: Annotated[bool, opt("Show what would be erased, and change nothing.", "--dry-run")] = False,
-    retrain_index: Annotated[
-        bool, opt("Then train all indexes again, without what was erased.", "--retrain-index")
-    ] = False,
     yes: _YesOption = False,
     as_json: Json = False,
 ) -> None:
@@ -351,7 +349,7 @@ def erase_command(
     that chunk rejected as duplicates are erased with them. Check the result with retrotool receipt.
     """
     with output.errors(as_json):
-        from retrotool.purge.erase import erase, retrain_indexes
+        from retrotool.purge.erase import erase
 
         if not purges and older_than is None:
             command = shlex.join(["retrotool", "purge", store])
@@ -360,9 +358,6 @@ def erase_command(
         confirm = partial(_confirmed, yes=yes, erase=True, stopped="Nothing was erased.", as_json=as_json)
         result = erase(store, purges or (), older_than=age, dry_run=dry_run, confirm=confirm)
         output.show(result, as_json, lambda result: _erase_text(store, result, dry_run))
-        if retrain_index and result.purges and not dry_run:
-            for sentence in retrain_indexes(store):
-                output.note(sentence)
 
 
 def _seconds(age: str) -> float:
@@ -378,7 +373,7 @@ def _seconds(age: str) -> float:
 
 def _erase_text(store: str, result: EraseResult, dry_run: bool) -> str:
     if not result.purges:
-        return "Nothing to erase: no purge is that old."
+        return "Nothing to erase: no purge that is not erased yet is that old."
     if dry_run:
         of = f"of {output.count(len(result.purges), 'purge')}: {', '.join(result.purges)}"
         return f"Would erase {output.count(result.unerased, 'chunk')}{_copies_text(result)}, {of}. Nothing was changed."
@@ -388,10 +383,9 @@ def _erase_text(store: str, result: EraseResult, dry_run: bool) -> str:
 def _erased_lines(store: str, result: PurgeResult | EraseResult) -> list[str]:
     lines = []
     if result.erased:
-        done = f"{output.count(result.files_rewritten, 'file')} rewritten"
-        if not result.files_rewritten:
-            done = "they were erased before"
-        lines.append(f"Erased {output.count(result.erased, 'chunk')}{_copies_text(result)}; {done}.")
+        what = f"{output.count(result.erased, 'chunk')}{_copies_text(result)}"
+        done = f"Erased {what}; {output.count(result.files_rewritten, 'file')} rewritten."
+        lines.append(done if result.files_rewritten else f"Erased before: {what}.")
         receipts = [shlex.join(["retrotool", "receipt", store, purge]) for purge in result.purges[:_LISTED]]
         lines += [f"Check it: {command}" for command in receipts]
     return lines + [_dependent_text(one) for one in result.dependents]
@@ -432,9 +426,9 @@ def _warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
     does = []
     chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
     if chunks:
-        does.append(f"purges {output.count(chunks, 'chunk')}, {share:.1%} of the store")
+        does.append(f"purges {output.count(chunks, 'chunk')}, {share:.2%} of the store")
     if erase:
-        share = f"{planned.unerased_share:.1%} of all chunks it ever had"
+        share = f"{planned.unerased_share:.2%} of all chunks it ever had"
         does.append(f"erases {output.count(planned.unerased, 'chunk')} permanently, {share}")
     return f"This {', and '.join(does)}"
 

@@ -1,4 +1,4 @@
-"""``erase``: rewrite the files that hold purged chunks without them, and train indexes again.
+"""``erase``: rewrite the files that hold purged chunks without them.
 
 A task rewrites one of:
 
@@ -17,14 +17,13 @@ Cost: reading the parts concerned, every shard with one of them, and every neigh
 writing those that hold an erased chunk. Memory: one part or shard per process, and about 40 bytes per chunk.
 
 Not erased: chunk ids in tombstones; centroids and codebooks, means over thousands of vectors
-(``retrain_indexes``); distances in tables of other stores; anything outside the store.
+(``index --retrain``); distances in tables of other stores; anything outside the store.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,17 +39,14 @@ import pyarrow.compute as pc
 from retrotool import engine
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
-from retrotool.cli.command_lines import table_command
-from retrotool.embed.search_scope import is_same_store, purges_erased
+from retrotool.embed.search_scope import purges_erased
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, check_there, task_key
-from retrotool.errors import ConflictError, UsageError
+from retrotool.errors import ConflictError
 from retrotool.index.index_files import read_shard, write_index
-from retrotool.index.index_records import RECALL, SHARD, ShardRecord, index_record
-from retrotool.index.run import Options, index
+from retrotool.index.index_records import RECALL, SHARD, ShardRecord
 from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.neighbours.stage import database_of
 from retrotool.purge import purged_chunks
 from retrotool.purge.purged_chunks import check_purge, find_purge
 from retrotool.purge.selectors import scan
@@ -480,29 +476,3 @@ def _workers(store: Store, targets: Tombstones) -> int:
     most = max(n * tokens + bytes_ for n, bytes_ in zip(rows, vectors, strict=True))
     room = memory_of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
     return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
-
-
-_PLAIN = ("Flat", "SQfp16")
-"""Factories of indexes without training."""
-
-
-def retrain_indexes(root: str | Path) -> Iterator[str]:
-    """Train every index that has training again; yield what was done and what to run next, in sentences."""
-    store = Store.open(root)
-    records = {name: index_record(store.state, name) for name in store.state.names("index")}
-    trained = [name for name, record in records.items() if record is None or record.factory not in _PLAIN]
-    for name in trained:
-        try:
-            result = index(root, name=name, options=Options(retrain=True))
-        except UsageError as error:  # for example too few vectors are left for the number of lists
-            again = shlex.join(["retrotool", "index", str(root), "--name", name, "--retrain"])
-            yield f"Index {name!r} is unchanged: {error}. {error.advice} Then run: {again}"
-        else:
-            yield f"Index {name!r} was trained again, with {result.vectors:,} vectors."
-    store.refresh()
-    for table, record in store.state.with_prefix("neighbours:").items():
-        if record.get("index") in trained:
-            database = database_of(store, table)[0]
-            if is_same_store(store, database):
-                again = table_command(store, table, database)
-                yield f"Neighbours {table!r} were found with the old training. Compute them again: {again}"

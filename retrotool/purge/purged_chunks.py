@@ -25,7 +25,6 @@ Cost:
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import documents_within, open_plans, parts_of_plan, unfinished_plans
+from retrotool.cli.command_lines import command_line
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
@@ -73,30 +73,43 @@ NO_TEXT = SameText(0, ())
 
 
 def find_purge(store: Store, purge: str) -> str:
-    """Return ``purge``, or for "last" the id of the newest purge that was not undone."""
-    standing = standing_purges(store.state)
-    return max(standing, key=lambda one: int(standing[one]["commit"]), default=purge) if purge == "last" else purge
+    """Return ``purge``, or for "last" the id of the newest purge that was not undone; else ``UsageError``."""
+    if purge != "last":
+        return purge
+    if not (known := _known(store)):
+        raise _unknown(store, "last purge")
+    return known[-1]
 
 
 def check_purge(store: Store, purge: str) -> Record:
     """Return the record of a purge; ``UsageError`` if it does not exist or was undone."""
     record: Record | None = store.state.records.get(PREFIX + purge)
     if record is None:
-        standing = standing_purges(store.state)
-        known = sorted(standing, key=lambda one: int(standing[one]["commit"]))
-        more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
-        have = f"it has: {', '.join(known[-_LISTED:])}{more}" if known else "it has none"
-        raise UsageError(f"{store.place} has no purge {purge!r}; {have}", f"List them: {_listing(store)}")
+        raise _unknown(store, f"purge {purge!r}")
     if "undone" in record:
         raise UsageError(
             f"the purge {purge!r} was undone by commit {record['undone']}: its chunks are not purged",
-            f"List purges: {_listing(store)}",
+            f"List purges: {command_line('purge', store)}",
         )
     return record
 
 
-def _listing(store: Store) -> str:
-    return shlex.join(["retrotool", "purge", store.place])
+def _known(store: Store) -> list[str]:
+    """Return the ids of purges that were not undone, the newest last."""
+    standing = standing_purges(store.state)
+    return sorted(standing, key=lambda purge: int(standing[purge]["commit"]))
+
+
+def _unknown(store: Store, wanted: str) -> UsageError:
+    advice = f"List them: {command_line('purge', store)}"
+    if known := _known(store):
+        more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
+        have = f"it has: {', '.join(known[-_LISTED:])}{more}"
+    elif store.state.with_prefix(PREFIX):
+        have = "all of its purges were undone"
+    else:
+        have, advice = "nothing was purged from it", "To see how to purge: retrotool purge --help"
+    return UsageError(f"{store.place} has no {wanted}; {have}", advice)
 
 
 @contextmanager

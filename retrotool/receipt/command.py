@@ -20,7 +20,8 @@ Examples:
   retrotool receipt store last
   retrotool receipt store p1a2b3c4d --out receipts
 
-Exit codes: 0 OK, 2 usage, 12 something of the purge is left, or can't be checked."""
+Exit codes: 0 nothing of the purge is left; 2 usage; 12 something is left, or can't be checked. A purge that is
+not erased ends with 12."""
 
 
 def command(
@@ -54,11 +55,8 @@ def _text(store: str, result: VerifiedPurge) -> str:
     lines.append(output.table(paths, ("read by", "rows", "found")))
     lines += [f"  {path.name}: {output.one_line(path.note)}" for path in receipt.read_paths if path.note]
     lines += [f"  {line}" for line in _about_files(receipt)]
-    if receipt.ok:
-        lines.append(f"OK. {verdict(receipt)}")
-    else:
-        lines.append(f"FAILED: {output.count(len(receipt.problems), 'problem')}")
-        lines += [f"  problem: {output.one_line(problem)}" for problem in receipt.problems]
+    lines.append(f"{'OK. ' if receipt.ok else ''}{verdict(receipt)}")
+    lines += [f"  problem: {output.one_line(problem)}" for problem in receipt.problems]
     if receipt.state != "erased":
         lines.append(f"To erase it: {shlex.join(['retrotool', 'erase', store, receipt.purge])}")
     lines.append(f"Receipt: {result.json} and {result.page}")

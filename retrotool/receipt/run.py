@@ -2,7 +2,7 @@
 
 1. Read and check the log from the beginning: who purged, when and why, and which files ever left the store.
 2. Decode every file that can hold data of the purged chunks; files that left the store must be absent
-   (``verify_erasure``). For a purge that is not erased, count what is left.
+   (``verify_erasure``). What is left is a problem, also of a purge that is not erased.
 3. Exercise every read path (``read_paths``).
 
 A commit then records the SHA-256 of the receipt's JSON, so a receipt can't be changed unnoticed. A read-only
@@ -54,7 +54,7 @@ LIMITS = (
 STATES = {
     "erased": "purged and erased",
     "partly erased": "purged and partly erased: an erase is not finished, or another purge erased some chunks",
-    "purged": "purged, not erased: no command returns it, but its data is still in the files",
+    "purged": "purged, not erased",
 }
 
 
@@ -113,10 +113,11 @@ class VerifiedPurge:
 
 
 def verdict(receipt: Receipt) -> str:
-    """Return what a check without problems found, in sentences."""
-    found = "Nothing of it is left in the store." if receipt.state == "erased" else "No command returns any of it."
+    """Return what a check found, in sentences."""
+    if not receipt.ok:
+        return f"FAILED: {output.count(len(receipt.problems), 'problem')}"
     unread = f" {output.count(len(receipt.unread), 'read path')} could not be checked." if receipt.unread else ""
-    return found + unread
+    return f"Nothing of it is left in the store.{unread}"
 
 
 def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> VerifiedPurge:
@@ -161,14 +162,20 @@ def _check(store: Store, purge: str) -> Receipt:
         for check in checks:
             checked.append(check())
             report(1)
-    is_erased = bool(record["erased"])
-    left = erasure.left if is_erased else {}
+    state = (
+        "erased" if record["erased"] else "purged" if len(unerased(store, chunks)) == len(chunks) else "partly erased"
+    )
+    left = [
+        f"{path}: data is left in {output.count(n, 'row')}; erase the purge again" for path, n in erasure.left.items()
+    ]
+    if state != "erased":
+        left = [f"the purge is not erased: its data is left in {output.count(len(left), 'file')}"]
     problems = [
         *(f"the log: {problem}" for problem in log.problems),
         *_wrong_tombstones(store, purge),
         *erasure.damaged,
         *(f"{path}: left the store but still exists; any write to the store removes it" for path in erasure.present),
-        *(f"{path}: data is left in {output.count(rows, 'row')}; erase the purge again" for path, rows in left.items()),
+        *left,
         *(f"{path.name}: returned {output.count(path.found, 'purged chunk')}" for path in checked if path.found),
         *(f"{path.name}: {path.note}" for path in checked if path.broken),
     ]
@@ -176,7 +183,7 @@ def _check(store: Store, purge: str) -> Receipt:
         store=store.identity.uuid,
         tool=f"retrotool {version('retrotool')}",
         purge=purge,
-        state="erased" if is_erased else "purged" if len(unerased(store, chunks)) == len(chunks) else "partly erased",
+        state=state,
         ok=not problems,
         problems=tuple(problems),
         **{name: record[name] for name in ("reason", "who", "selector", "documents", "tokens")},

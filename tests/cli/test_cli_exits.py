@@ -329,7 +329,7 @@ def test_a_large_purge_asks(line, code, printed, store_copy, asked):
     found, out, err = asked(line, "purge", store_copy, *PURGE)
     assert found == code
     question, _, rest = err.partition(" Continue? [y/N]: ")
-    assert re.fullmatch(r"This purges [\d,]+ chunks, \d\d\.\d% of the store\.", question)
+    assert re.fullmatch(r"This purges [\d,]+ chunks, \d\d\.\d\d% of the store\.", question)
     assert rest.startswith(printed) and bool(rest) == bool(printed)
     assert ("Purged" in out) == (code == 0)
     assert (api.info(store_copy).commit > before.commit) == (code == 0)

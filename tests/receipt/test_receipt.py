@@ -93,16 +93,35 @@ def test_the_page_of_a_receipt_can_be_printed_and_signed(store: Path) -> None:
     assert all(limit.split(".")[0] in shown for limit in run.LIMITS)
 
 
-def test_what_is_purged_and_not_erased_is_masked_only(store: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_receipt_of_what_is_not_erased_is_not_ok(store: Path, tmp_path: Path, cli: Cli) -> None:
     name = purge(store)
     found = verified(store, name)
-    assert (found.receipt.state, found.receipt.ok, found.receipt.erased) == ("purged", True, "")
-    assert "Purged, not erased" in shown_texts(Path(found.page).read_text())
-    assert f"To erase it: retrotool erase {store} {name}" in cli(
-        "receipt", store, name, "--out", tmp_path
-    ).stdout  # fmt: skip
+    assert (found.receipt.state, found.receipt.ok, found.receipt.erased) == ("purged", False, "")
+    (problem,) = found.receipt.problems
+    assert problem == f"the purge is not erased: its data is left in {len(found.receipt.files.left)} files"
+    assert "Purged, not erased. FAILED: 1 problem" in shown_texts(Path(found.page).read_text())
+    ended = cli("receipt", store, "last", "--out", tmp_path)
+    assert ended.returncode == 12
+    assert f"FAILED: 1 problem\n  problem: {problem}\nTo erase it: retrotool erase {store} {name}\n" in ended.stdout
+    ended = cli("receipt", store, name, "--out", tmp_path, "--json")
+    assert (ended.returncode, json.loads(ended.stdout)["receipt"]["ok"]) == (12, False)
     api.erase(store, [name])
-    assert receipt(store, name).state == "erased"
+    assert cli("receipt", store, "last", "--out", tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("command", [("receipt",), ("erase",), ("undo", "--reason", "r"), ("affected",)])
+def test_the_last_purge_of_a_store_without_purges(store: Path, cli: Cli, command: tuple[str, ...]) -> None:
+    name, *options = command
+    ended = cli(name, store, "last", *options)
+    assert (ended.returncode, ended.stderr) == (
+        2, f"error: {store} has no last purge; nothing was purged from it\n"
+        "To see how to purge: retrotool purge --help\n",
+    )  # fmt: skip
+    api.undo(store, purge(store), reason="a mistake")
+    ended = cli(name, store, "last", *options)
+    assert (ended.returncode, ended.stderr) == (
+        2, f"error: {store} has no last purge; all of its purges were undone\nList them: retrotool purge {store}\n",
+    )  # fmt: skip
 
 
 BLINDED = {
@@ -148,7 +167,8 @@ def test_an_erase_that_was_begun_is_not_finished(store: Path, monkeypatch: pytes
         patched.setattr("retrotool.purge.purged_chunks.erased_purges", killed)
         api.erase(store, [name])
     found = receipt(store, name)
-    assert (found.state, found.ok, found.erased) == ("partly erased", True, "")
+    assert (found.state, found.ok, found.erased) == ("partly erased", False, "")
+    assert found.problems == ("the purge is not erased: its data is left in 2 files",)
     assert {one.kind for one in found.files.kinds if one.left} == {"index", "selectors"}, "measured, and asked for"
     api.erase(store, [name])
     assert receipt(store, name).state == "erased"
@@ -226,7 +246,7 @@ def test_a_read_path_whose_database_is_elsewhere_is_named(store: Path, tmp_path:
     api.index(other)
     api.neighbours(other, queries=store, name="far")
     move_store(other, tmp_path / "gone")
-    found = verified(store, purge(store))
+    found = verified(store, purge(store, erase=True))
     assert found.receipt.ok
     assert found.receipt.unread == ["neighbours far", "dataset far", "export far", "inspect far"]
     assert "4 read paths could not be checked" in shown_texts(Path(found.page).read_text())
@@ -264,7 +284,7 @@ def test_tables_that_are_replaced_as_they_are_read_are_checked_again(store: Path
 
     with patch.object(read_paths, "read_blocks", read_and_be_overtaken):
         found = receipt(store, name)
-    assert not tables and found.problems == ()
+    assert not tables and all("not erased" in problem for problem in found.problems)
 
 
 def _write(data: bytes, rows: int, sink: Sink) -> int:

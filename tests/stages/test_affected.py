@@ -288,9 +288,9 @@ def test_what_was_erased_or_searched_again_is_no_longer_known(store: Path) -> No
 def test_the_command(store: Path, tmp_path: Path) -> None:
     ended = run("affected", store)
     assert ended.stdout == "Nothing was purged, so no chunk is affected.\n" and ended.stderr == ""
-    with pytest.raises(UsageError, match="has no purge 'p0'; it has none") as error:
+    with pytest.raises(UsageError, match="has no purge 'p0'; nothing was purged from it") as error:
         api.affected(store, "main", ["p0"])
-    assert error.value.advice == f"List them: retrotool purge {store}"
+    assert error.value.advice == "To see how to purge: retrotool purge --help"
     purged = Timeline(store).purge(some(store, 12, 0))
     result = api.affected(store)
     out = tmp_path / "out.jsonl"

@@ -102,7 +102,7 @@ def test_what_a_chunk_set_aside_stays_so(tmp_path: Path, tiny_encoder: Path) -> 
 
 
 def test_it_is_refused_where_there_is_nothing_to_take_back(store_copy: Path) -> None:
-    with pytest.raises(UsageError, match="no purge 'p0'; it has none"):
+    with pytest.raises(UsageError, match="no purge 'p0'; nothing was purged from it"):
         back(store_copy, "p0")
     one, two = purge(store_copy, "doc-7").purge, purge(store_copy, "doc-8", erase=True).purge
     with pytest.raises(UsageError, match="no purge 'p0'; it has: ") as error:
