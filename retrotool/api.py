@@ -29,7 +29,6 @@ from retrotool.purge.affected import affected as affected
 from retrotool.purge.erase import erase as erase
 from retrotool.purge.run import list_purges as list_purges
 from retrotool.purge.run import purge as purge
-from retrotool.purge.run import scan as scan
 from retrotool.purge.select import Selectors as Selectors
 from retrotool.purge.select import kinds_of as kinds_of
 from retrotool.purge.undo import undo as undo

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from retrotool.cli import output
 from retrotool.cli.options import (
-    WORK,
     Device,
     Json,
     StoreArgument,
@@ -24,7 +23,6 @@ from retrotool.cli.options import (
     complete_purges,
     first_device,
     opt,
-    parse_shard,
 )
 from retrotool.errors import UsageError
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     from retrotool.neighbours.dependents import Dependent
     from retrotool.purge.affected import AffectedChunk, AffectedCounts, AffectedResult, AskedPurge
     from retrotool.purge.erase import EraseResult
-    from retrotool.purge.run import Count, Example, PurgeList, PurgeResult, ScanResult, Touched
+    from retrotool.purge.run import Count, Example, PurgeList, PurgeResult, Touched
     from retrotool.purge.select import Selectors
     from retrotool.purge.undo import UndoResult
 
@@ -124,10 +122,6 @@ def command(
     ] = False,
     yes: _YesOption = False,
     devices: Device = "auto",
-    shard: Annotated[
-        str | None,
-        opt("Scan share I of N of the parts, from 0, and purge nothing.", "--shard", metavar="I/N", panel=WORK),
-    ] = None,
     as_json: Json = False,
 ) -> None:
     """Purge chunks: no command returns them any more. Without a selector, list purges.
@@ -136,9 +130,7 @@ def command(
     training. With --erase their text, tokens and vectors are removed from the files as well; only chunk ids
     remain.
 
-    With --shard only that share of the parts is scanned, and nothing is purged: run the same command without
-    it afterwards. @FILE is a file with a value per line, @- is standard input, @@x is a value that begins
-    with @.
+    @FILE is a file with a value per line, @- is standard input, @@x is a value that begins with @.
     """  # fmt: skip
     with output.errors(as_json):
         from retrotool.purge import run as purge_run
@@ -151,11 +143,8 @@ def command(
             like=None if like is None else at_file(like), within=within, device=first_device(devices),
             **_classifier(classifier),
         )  # fmt: skip
-        if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or shard or reason or out):
+        if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or reason or out):
             output.show(purge_run.list_purges(store), as_json, lambda found: _list_text(store, found))
-        elif shard is not None:
-            _check_scan(erase=erase, out=out)
-            output.show(purge_run.scan(store, selectors, parse_shard(shard) or (0, 1)), as_json, _scanned)
         else:
             confirm = partial(_confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
             result = purge_run.purge(
@@ -176,12 +165,6 @@ def _classifier(text: str | None) -> dict[str, Any]:
         return {"classifier": model, "label": label, "above": float(score)}
     except ValueError:
         raise UsageError(f"--classifier {text}: {score!r} is not a score", "Give MODEL=LABEL:SCORE.") from None
-
-
-def _check_scan(**options: object) -> None:
-    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
-    if given:
-        raise UsageError(f"--shard can't be combined with {', '.join(given)}", "A share of a scan purges nothing.")
 
 
 def _list_text(store: str, found: PurgeList) -> str:
@@ -285,17 +268,6 @@ def _rewritten(touched: Touched) -> str:
     what += [f"{output.count(touched.tables, 'table')} of neighbours ({rows})"] if touched.tables else []
     time = f"about {touched.seconds:,.0f} s" if touched.seconds >= 1 else "less than a second"
     return f"at most {', '.join(what)}: {output.size(touched.bytes)}, {time}"
-
-
-def _scanned(result: ScanResult) -> str:
-    lines = [f"Scanned {result.parts:,} of {output.count(result.of, 'part')}. Nothing was purged."]
-    if result.in_other_runs:
-        lines.append(f"Other running jobs hold {output.count(result.in_other_runs, 'part')}.")
-    if result.done:
-        lines.append("All parts are scanned. Next: the same command without --shard.")
-    else:
-        lines.append("When all jobs have ended, run the same command without --shard; it scans what remains.")
-    return "\n".join(lines)
 
 
 def undo_command(

@@ -1,4 +1,4 @@
-"""``purge``: select, confirm, commit and erase; a dry run; the list of purges; and ``scan``, for a job array.
+"""``purge``: select, confirm, commit and erase; a dry run; the list of purges.
 
 Other processes may purge or erase concurrently. A selection made on a view overtaken by another commit is
 made again, and ``confirm`` is called again if more is selected.
@@ -7,9 +7,8 @@ The commit adds tombstones, and block-list hashes that keep purged documents fro
 input. It costs what is purged, not what is stored. A dry run costs the documents of the parts concerned, and
 a row group per example.
 
-The jobs of an array share the scan of a purge; the purge that follows finds it done. Each job begins with its
-own share of the parts and continues with parts that no other job has begun, so the share of a job that dies
-is finished by the others.
+Runs that scan for the same selectors concurrently, such as dry runs on several machines, share the parts. The
+purge that follows finds the scan done.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.purge import purged_chunks
 from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
-from retrotool.purge.selectors.scan import ScanStage, scan_files
+from retrotool.purge.selectors.scan import scan_files
 from retrotool.purge.selectors.selector import Decoder, TextBlock
 from retrotool.ranges import spread
 from retrotool.store import blocked, log, parts
@@ -42,7 +41,6 @@ from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.parts import ROW_GROUP, distinct_parts, rows_by_part, split_id
 from retrotool.store.paths import FileName
-from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import PREFIX, named_chunks, tombstone_paths, write_tombstones
@@ -132,20 +130,6 @@ class PurgeResult(EraseResult):
     same_text: purged_chunks.SameText = purged_chunks.NO_TEXT
     review: Review | None = None
     out: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ScanResult:
-    """What a job scanned: ``parts`` by this run, of ``of`` in the store.
-
-    ``in_other_runs``: parts that other running jobs hold. ``done``: all parts are scanned.
-    """
-
-    parts: int
-    of: int
-    in_other_runs: int
-    done: bool
-    commit: int
 
 
 def purge(
@@ -374,25 +358,3 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         add.append(write_json_file(store, FileName.new(run.id, "selectors", purge, "json"), literal, 1))
         store.commit(run, build)
     return purge
-
-
-def scan(root: str | Path, selectors: Selectors, shard: tuple[int, int]) -> ScanResult:
-    """Scan the parts of job ``shard`` (i, n), i from 0, then those that no other job has begun."""
-    engine.check_shard(shard)
-    store = Store.open(root)
-    scanned = selectors.read(store).scanned
-    if not scanned:
-        raise UsageError(
-            "--shard needs a selector that scans text, tokens or vectors",
-            "Run --chunk, --document, --where and --duplicates without --shard.",
-        )
-    stage, done = ScanStage(scanned, shard), list[Staged]()
-
-    def note(staged: Staged) -> bool:
-        done.append(staged)
-        return False
-
-    with writing(store) as run:
-        engine.execute(stage, store, run, enough=note)
-        elsewhere = engine.count_elsewhere(stage, store, run)
-    return ScanResult(len(done), len(store.state.all_parts()), elsewhere, stage.is_done(store), store.state.number)

@@ -341,7 +341,7 @@ def test_an_erase_of_much_asks_too(store_copy, asked):
     assert asked("n\n", "purge", store_copy, *PURGE)[::2] == (0, ""), "it is purged already: there is nothing to ask"
     code, out, err = asked("n\n", "purge", store_copy, *PURGE, "--erase", "--json")
     assert (code, json.loads(out)["error"]) == (1, "Nothing was purged.")
-    assert re.match(r"This erases \d+ chunks permanently, \d\d\.\d% of all chunks it ever had\. Continue\?", err)
+    assert re.match(r"This erases \d+ chunks permanently, \d\d\.\d\d% of all chunks it ever had\. Continue\?", err)
     code, out, err = run("purge", store_copy, *PURGE, "--erase")
     assert (code, out, "needs --yes" in err) == (2, "", True), "there is no terminal"
     assert api.info(store_copy).commit == before

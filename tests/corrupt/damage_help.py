@@ -22,7 +22,6 @@ from retrotool.app import app
 from retrotool.chunk import run as chunk_run
 from retrotool.index.run import Options
 from retrotool.neighbours import stage as neighbours_stage
-from retrotool.purge import run as purge_run
 from retrotool.store import leases, log, tombstones
 from retrotool.store.storage import storage_at
 
@@ -98,7 +97,7 @@ def make_everything(folder: Path, encoder: Path) -> Everything:
         )
     api.undo(store, purges[1], reason="test")
     api.index(store, name="lists", options=Options(IndexOptions(nlist=2, code="sq8")))
-    purge_run.scan(store, api.Selectors(pattern="river", allow_lossy=True), (0, 2))
+    api.purge(store, api.Selectors(pattern="river", allow_lossy=True), dry_run=True)
     last = write_jsonl(folder / "last.jsonl", make_rows(3, first=20, words=40))
     write_jsonl(folder / "more.jsonl", make_rows(4, first=40, words=40))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):

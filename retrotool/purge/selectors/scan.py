@@ -30,7 +30,7 @@ import orjson
 import pyarrow as pa
 
 from retrotool import interrupts
-from retrotool.engine.task import Report, Task, own_first, task_key
+from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
 from retrotool.purge.selectors.selector import BLOCK_ROWS, Decoder, Matcher, Selector, TextBlock, text_blocks
@@ -46,10 +46,9 @@ KIND = "scans"
 
 @dataclass(frozen=True, slots=True)
 class ScanStage:
-    """Scans all parts with ``selectors``. ``shard`` (i, n): this is job i of n."""
+    """Scans all parts with ``selectors``; concurrent runs share the parts."""
 
     selectors: tuple[Selector, ...]
-    shard: tuple[int, int] | None = None
     name: str = field(default="select", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -65,8 +64,8 @@ class ScanStage:
             key = task_key(self.name, {"scan": self.scan(store)}, reads)
             inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
             rows = parts.part_entry(store, "chunks", part).rows
-            tasks.append(Task(key, f"part {part}", rows, inputs, claimed=self.shard is not None))
-        return tasks if self.shard is None else own_first(tasks, *self.shard)
+            tasks.append(Task(key, f"part {part}", rows, inputs, claimed=True))
+        return tasks
 
     def is_done(self, store: Store) -> bool:
         """Return whether the results of all current parts are committed."""

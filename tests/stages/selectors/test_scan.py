@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Cli, write_jsonl
+from conftest import write_jsonl
 from stored import contents_of, stored_files
 
 import retrotool
@@ -138,16 +139,6 @@ def test_a_part_is_scanned_once_until_it_is_rewritten(store: Path, texts: dict[s
     assert api.verify(store).ok
 
 
-def test_several_machines_share_a_scan(store: Path, texts: dict[str, str]) -> None:
-    opened = Store.open(store)
-    stages = [scan.ScanStage((Patterns((SECRET,)),), shard=(i, 2)) for i in range(2)]
-    with writing(opened) as run:
-        engine.execute(stages[0], opened, run)
-    opened.refresh()
-    assert stages[1].plan(opened) == []
-    assert set(scan.read_scan(opened, stages[1])[0]["chunks"].to_pylist()) == touched(store, texts, SECRET)
-
-
 def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[str, str]) -> None:
     expected = touched(store, texts, SECRET)
     opened = Store.open(store)
@@ -163,24 +154,22 @@ def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[s
     assert api.purge(store, api.Selectors(pattern=SECRET), reason="test").chunks == len(expected)
 
 
-def test_jobs_share_the_scan_of_a_purge_and_purge_nothing(store: Path, texts: dict[str, str]) -> None:
+def test_runs_share_the_scan_of_a_purge(store: Path, texts: dict[str, str]) -> None:
     selectors = api.Selectors(pattern=SECRET)
     opened = Store.open(store)
-    stage = scan.ScanStage((Patterns((SECRET,)),), shard=(1, 2))
+    stage = scan.ScanStage((Patterns((SECRET,)),))
     tasks = stage.plan(opened)
-    with Run(opened.storage) as other:  # another job, at one of the parts
+    with Run(opened.storage) as other, ThreadPoolExecutor(1) as pool:  # another run, at one of the parts
         assert leases.take_claim(opened.storage, tasks[0].key, other.id)
-        first = api.scan(store, selectors, (0, 2))
-        assert (first.parts, first.of, first.in_other_runs, first.done) == (len(tasks) - 1, len(tasks), 1, False)
-        assert [task.key for task in stage.plan(opened.refresh() and opened)] == [tasks[0].key]
-    second = api.scan(store, selectors, (1, 2))
-    assert (second.parts, second.in_other_runs, second.done) == (1, 0, True)
-    assert api.scan(store, selectors, (1, 2)).parts == 0
+        waiting = pool.submit(api.purge, store, selectors, dry_run=True)
+        while [task.key for task in stage.plan(opened.refresh() and opened)] != [tasks[0].key]:
+            time.sleep(0.05)
+        assert not waiting.done(), "it has scanned the others"
+        leases.release_claim(opened.storage, tasks[0].key, other.id)
+        assert waiting.result().chunks == len(touched(store, texts, SECRET))
     assert api.info(store).purges == {}
     paths = set(stored_files(store, "scans/*"))
     assert len(paths) == len(tasks)
-    done = api.purge(store, selectors, reason="test", dry_run=True)
-    assert done.chunks == len(touched(store, texts, SECRET))
     names = {path.name for path in paths}
     added = [file for commit in _commits(store) for file in commit["add"] if file.startswith("scans/")]
     assert {file.rpartition("/")[2] for file in added} == names, "no part was scanned again"
@@ -193,27 +182,6 @@ def _commits(store: Path) -> list[dict[str, list[str]]]:
         text = path.read_text()
         found.append({"add": re.findall(r"scans/[0-9a-f]+/[0-9a-f-]+\.parquet", text)})
     return found
-
-
-def test_a_share_of_what_needs_no_scan_is_refused(store: Path) -> None:
-    with pytest.raises(UsageError, match="needs a selector that scans"):
-        api.scan(store, api.Selectors(document=("doc-1",)), (0, 2))
-    for shard in ((2, 2), (0, 0)):
-        with pytest.raises(UsageError, match="from 0 to n - 1"):
-            api.scan(store, api.Selectors(pattern=SECRET), shard)
-
-
-def test_a_share_says_how_to_go_on(store: Path, cli: Cli) -> None:
-    line = ["purge", store, "--pattern", SECRET, "--reason", "r", "--yes"]
-    shown = cli(*line, "--shard", "0/2")
-    assert shown.returncode == 0, shown.stderr
-    parts = len(Store.open(store).state.parts())
-    assert f"Scanned {parts} of {parts} parts. Nothing was purged." in shown.stdout
-    assert "without --shard" in shown.stdout
-    assert json.loads(cli(*line, "--shard", "1/2", "--json").stdout)["done"] is True
-    assert cli(*line, "--shard", "2").returncode == 2
-    assert cli(*line, "--shard", "0/2", "--out", "ids").returncode == 2
-    assert "Purged" in cli(*line).stdout
 
 
 def test_a_match_is_where_it_is_said_to_be(store: Path) -> None:
