@@ -27,8 +27,7 @@ from retrotool.cli.options import (
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.neighbours.dependents import Dependent
-    from retrotool.purge.affected import AffectedChunk, AffectedCounts, AffectedResult, AskedPurge
+    from retrotool.purge.affected import AffectedChunk, AffectedResult, AskedPurge
     from retrotool.purge.erase import EraseResult
     from retrotool.purge.run import Count, Example, PurgeList, PurgeResult, Touched
     from retrotool.purge.select import Selectors
@@ -63,7 +62,7 @@ _AROUND, _SHOWN = 60, 160
 _FIGURES = {"like": "distance", "classifier": "score"}
 _by = partial(opt, panel="Selectors (any of them selects a chunk; with --and, all of them)")
 _ASK_ABOVE = 0.01
-_LISTED, _PARTS = 3, 20
+_LISTED = 3
 _YesOption = Annotated[bool, opt("Don't ask before more than 1 % of the store is purged or erased.", "--yes")]
 
 
@@ -157,10 +156,10 @@ def _classifier(text: str | None) -> dict[str, Any]:
     """Split MODEL=LABEL:SCORE; a part that is missing is None."""
     if text is None:
         return {}
-    model, equals, rest = text.rpartition("=")
-    label, colon, score = rest.rpartition(":")
-    if not (equals and colon):
+    match = re.fullmatch("(.*)=([^=]*):([^=:]*)", text, re.DOTALL)
+    if match is None:
         return {"classifier": text}
+    model, label, score = match.groups()
     try:
         return {"classifier": model, "label": label, "above": float(score)}
     except ValueError:
@@ -208,27 +207,23 @@ def _same_text(store: str, result: PurgeResult) -> list[str]:
     same = result.same_text
     if not same.documents:
         return []
-    names = ", ".join(map(output.one_line, same.first))
-    others = f"{same.documents - len(same.first):,} more" if same.documents > len(same.first) else ""
+    more = same.documents - len(same.first)
+    which = ", ".join(map(output.one_line, same.first)) + (f" and {more:,} more" if more else "")
     given = [word for name in same.first for word in ("--document", f"@{name}" if name.startswith("@") else name)]
-    command = output.one_line(shlex.join(["retrotool", "purge", str(store), *given]))
-    which = " and ".join(filter(None, (names, others)))
+    command = output.one_line(shlex.join(["retrotool", "purge", store, *given]))
     return [f"The same text is still live in {which}. To purge it there: {command} --reason ..."]
 
 
 def _review(store: str, result: PurgeResult) -> list[str]:
     lines = [
         f"  --{', '.join(filter(None, (match.selector, match.name)))}: {output.count(match.chunks, 'chunk')}"
-        for match in result.matches
-        if len(result.matches) > 1
+        for match in (result.matches if len(result.matches) > 1 else ())
     ]
-    review = result.review
-    if review is None or not result.chunks:
+    if (review := result.review) is None or not result.chunks:
         return lines
     lines += _counts("by source", review.sources, result.chunks)
     lines += _counts("by document", review.documents, result.chunks)
-    lines.append("  examples")
-    lines += [_marked(example) for example in review.examples]
+    lines += ["  examples", *map(_marked, review.examples)]
     lines.append(f"  an erase would rewrite {_rewritten(review.touched)}")
     if result.out:
         command = shlex.join(["retrotool", "purge", str(store), "--chunk", f"@{result.out}"])
@@ -251,23 +246,21 @@ def _marked(example: Example) -> str:
     from retrotool.store.parts import format_id
 
     text, begin, end = example.text, example.begin, example.end
-    if end > begin:
-        low, high = max(begin - _AROUND, 0), min(end + _AROUND, len(text))
-        shown = f"{text[low:begin]}[[{text[begin:end]}]]{text[end:high]}"
-        shown = ("…" if low else "") + shown + ("…" if high < len(text) else "")
-    else:
-        shown = text[:_SHOWN] + ("…" if len(text) > _SHOWN else "")
+    low, high = (max(begin - _AROUND, 0), end + _AROUND) if end > begin else (0, _SHOWN)
+    shown = f"{text[low:begin]}[[{text[begin:end]}]]{text[end:high]}" if end > begin else text[:high]
+    shown = ("…" if low else "") + shown + ("…" if high < len(text) else "")
     figure = "" if example.figure is None else f", {_FIGURES.get(example.selector, 'figure')} {example.figure:.4f}"
     return f"    {format_id(example.chunk)} of {output.one_line(example.document)}{figure}: {output.one_line(shown)}"
 
 
 def _rewritten(touched: Touched) -> str:
-    what = [output.count(touched.parts, "part")]
-    what += [output.count(touched.shards, "index shard")] if touched.shards else []
-    rows = output.count(touched.rows, "row")
-    what += [f"{output.count(touched.tables, 'table')} of neighbours ({rows})"] if touched.tables else []
+    what = output.count(touched.parts, "part")
+    if touched.shards:
+        what += f", {output.count(touched.shards, 'index shard')}"
+    if touched.tables:
+        what += f", {output.count(touched.tables, 'table')} of neighbours ({output.count(touched.rows, 'row')})"
     time = f"about {touched.seconds:,.0f} s" if touched.seconds >= 1 else "less than a second"
-    return f"at most {', '.join(what)}: {output.size(touched.bytes)}, {time}"
+    return f"at most {what}: {output.size(touched.bytes)}, {time}"
 
 
 def undo_command(
@@ -360,7 +353,11 @@ def _erased_lines(store: str, result: PurgeResult | EraseResult) -> list[str]:
         lines.append(done if result.files_rewritten else f"Erased before: {what}.")
         receipts = [shlex.join(["retrotool", "receipt", store, purge]) for purge in result.purges[:_LISTED]]
         lines += [f"Check it: {command}" for command in receipts]
-    return lines + [_dependent_text(one) for one in result.dependents]
+    return lines + [
+        f"Not reached: neighbours {one.table!r} of {output.one_line(one.path)}, another store. They may contain ids "
+        f"and text of erased chunks, which readers skip. Remove them: {one.command}"
+        for one in result.dependents
+    ]
 
 
 def _copies_text(result: PurgeResult | EraseResult) -> str:
@@ -369,21 +366,19 @@ def _copies_text(result: PurgeResult | EraseResult) -> str:
     return f", including those of {output.count(result.copies, 'rejected document')} with the same id or text"
 
 
-def _dependent_text(one: Dependent) -> str:
-    return (
-        f"Not reached: neighbours {one.table!r} of {output.one_line(one.path)}, another store. They may contain ids "
-        f"and text of erased chunks, which readers skip. Remove them: {one.command}"
-    )
-
-
 def _confirmed(planned: PurgeResult | EraseResult, *, yes: bool, erase: bool, stopped: str, as_json: bool) -> bool:
     """Ask before more than ``_ASK_ABOVE`` of a store is purged or erased; the answer no ends the command.
 
     ``UsageError`` without a terminal.
     """
-    if yes or max(getattr(planned, "share", 0.0), planned.unerased_share) <= _ASK_ABOVE:
+    chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
+    if yes or max(share, planned.unerased_share) <= _ASK_ABOVE:
         return True
-    warning = _warning(planned, erase)
+    does = [f"purges {output.count(chunks, 'chunk')}, {share:.2%} of the store"] if chunks else []
+    if erase:
+        of = f"{planned.unerased_share:.2%} of all chunks it ever had"
+        does.append(f"erases {output.count(planned.unerased, 'chunk')} permanently, {of}")
+    warning = f"This {', and '.join(does)}"
     if not sys.stdin.isatty():
         raise UsageError(warning, "More than 1 % needs --yes. Look at it first with --dry-run.")
     sys.stderr.write(f"{warning}. Continue? [y/N]: ")
@@ -392,17 +387,6 @@ def _confirmed(planned: PurgeResult | EraseResult, *, yes: bool, erase: bool, st
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         output.stop(stopped, as_json)
     return True
-
-
-def _warning(planned: PurgeResult | EraseResult, erase: bool) -> str:
-    does = []
-    chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
-    if chunks:
-        does.append(f"purges {output.count(chunks, 'chunk')}, {share:.2%} of the store")
-    if erase:
-        share = f"{planned.unerased_share:.2%} of all chunks it ever had"
-        does.append(f"erases {output.count(planned.unerased, 'chunk')} permanently, {share}")
-    return f"This {', and '.join(does)}"
 
 
 def affected_command(
@@ -434,12 +418,8 @@ def _affected_text(result: AffectedResult) -> str:
         f"the {first} neighbours {result.table!r}, or following one; "
         f"{result.in_saved + result.following_in_saved:,} among the {saved}."
     ]
-    every: list[tuple[object, AffectedCounts]] = [(part.part, part) for part in result.parts[:_PARTS]]
-    every += [("all", result)] if len(result.parts) > 1 else []
-    rows = [(part, n.rows, n.in_k, n.following_in_k, n.in_saved, n.following_in_saved) for part, n in every]
-    lines.append(output.table(rows, ("part", "chunks", first, "following", saved, "following")))
-    if len(result.parts) > _PARTS:
-        lines.append(f"  and {output.count(len(result.parts) - _PARTS, 'more part')}, see --json")
+    row = result.rows, result.in_k, result.following_in_k, result.in_saved, result.following_in_saved
+    lines.append(output.table([row], ("chunks", first, "following", saved, "following")))
     if result.purged:
         lines.append(f"Not counted: {output.count(result.purged, 'chunk')}, purged as well.")
     if result.out:
