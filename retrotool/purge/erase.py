@@ -395,9 +395,9 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
     """
     for purge in purges:
         named = read_tombstones(store, purge).ids
-        if not len(np.setdiff1d(copies, named)):
-            continue
-        own = copies if len(purges) == 1 else purged_chunks.find_copies(store, named)[0]
+        own = copies
+        if len(purges) > 1 and len(np.setdiff1d(copies, named)):
+            own = purged_chunks.find_copies(store, named)[0]
         if len(new := np.setdiff1d(own, named)):
             _name(store, run, purge, new)
 
@@ -458,7 +458,8 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         measured = (state.file("index", RECALL, name) for name in state.names("index"))
         gone += [entry.path for entry in measured if entry is not None] if done else []
         # Scan files hold places in the text of targets, and hashes of what was searched for.
-        gone += [path for name in state.names(scan.KIND) for path in scan.scan_files(state, name)] if done else []
+        scans = [entry for name in state.names(scan.KIND) for entry in state.group(scan.KIND, name).entries()]
+        gone += [entry.path for entry in scans] if done else []
         return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
 
     store.commit(run, build)

@@ -32,7 +32,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.purge import purged_chunks
 from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
-from retrotool.purge.selectors.scan import scan_files
+from retrotool.purge.selectors.scan import KIND as SCANS
 from retrotool.purge.selectors.selector import Decoder, TextBlock
 from retrotool.ranges import spread
 from retrotool.store import blocked, log, parts
@@ -344,7 +344,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, **purged_chunks.totals_after(state, selection.weights, -1)}
-        gone = scan_files(state, scan) if scan else []
+        gone = [entry.path for entry in state.group(SCANS, scan).entries()] if scan else []
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
     with purged_chunks.withdrawn(store, add):

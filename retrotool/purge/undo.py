@@ -18,7 +18,6 @@ since. Memory: one part, and the tombstones.
 from __future__ import annotations
 
 import secrets
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import chunks_of
 from retrotool.chunk.deduplicate import replaced_record
-from retrotool.cli.command_lines import neighbours_command, table_command
+from retrotool.cli.command_lines import command_line, neighbours_command, table_command
 from retrotool.embed.search_scope import find_documents
 from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
@@ -150,11 +149,9 @@ def weigh(store: Store, purge: str) -> Undoable:
     """Determine what an undo would do; ``UsageError`` if the purge does not exist or its erase was begun."""
     record = purged_chunks.check_purge(store, purge)
     if record["erased"]:
+        again = f"{command_line('chunk', store)} INPUT... --allow-purged"
         raise UsageError(
-            f"purge {purge} is erased, so it can't be undone",
-            "If you still have the input, add it again: "
-            + shlex.join(["retrotool", "chunk", store.place])
-            + " INPUT... --allow-purged",
+            f"purge {purge} is erased, so it can't be undone", f"If you still have the input, add it again: {again}"
         )
     own = read_tombstones(store, purge).ids
     standing = standing_purges(store.state)
@@ -163,18 +160,14 @@ def weigh(store: Store, purge: str) -> Undoable:
     if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
         raise UsageError(
             f"an erase of purge {purge} was begun, so some of its chunks can't be restored",
-            "Finish it: " + shlex.join(["retrotool", "erase", store.place, purge]),
+            f"Finish it: {command_line('erase', store)} {purge}",
         )
     after = Tombstones(named_chunks(store, others))
     live, weights = weigh_chunks(store, own, after)
     left = Tombstones(np.setdiff1d(own, live))
     named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
     keys, repeats = purged_chunks.values_of(store, live, "key"), 0
-    outdated = (
-        documents_with(store, keys, Tombstones(np.union1d(after.ids, own)))
-        if "plan" in record
-        else np.zeros(0, np.int64)
-    )
+    outdated = documents_with(store, keys if "plan" in record else keys[:0], Tombstones(np.union1d(after.ids, own)))
     outdated, outdated_weights = weigh_chunks(store, outdated, after)
     if len(keys) and "plan" not in record:
         found = find_documents(store, pa.chunked_array([keys]), after)
@@ -204,6 +197,10 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
     reads = [entry.path for part in touched if (entry := found.state.part_file("chunks", part)) is not None]
     add: list[FileEntry] = []
     new = "p" + secrets.token_hex(4) if len(found.outdated) else ""
+    lost = {part: Weight(-one.chunks, -one.documents, -one.tokens) for part, one in found.outdated_weights.items()}
+    weights = {
+        part: found.weights.get(part, Weight()) + lost.get(part, Weight()) for part in {*found.weights, *lost}
+    }  # fmt: skip
 
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
@@ -214,7 +211,7 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
             **record, "undone": state.number + 1, "undone_by": who, "undone_reason": reason,
             "parts": consecutive_ranges(touched), "repeats": found.repeats,
         }  # fmt: skip
-        records = {PREFIX + purge: after, **purged_chunks.totals_after(state, joined_weights(found), 1)}
+        records = {PREFIX + purge: after, **purged_chunks.totals_after(state, weights, 1)}
         if new:
             weight = weight_of(found.outdated_weights)
             records[PREFIX + new] = replaced_record(state, record["plan"], weight, reason, who)
@@ -228,10 +225,3 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
         if new:
             add.append(write_tombstones(store, FileName.new(run.id, "tombstones", new, "parquet"), found.outdated))
         return store.commit(run, build), new
-
-
-def joined_weights(found: Undoable) -> Weights:
-    """Return what an undo adds to the totals, less what it takes from them."""
-    lost = {part: Weight(-one.chunks, -one.documents, -one.tokens) for part, one in found.outdated_weights.items()}
-    both = (*found.weights, *lost)
-    return {part: found.weights.get(part, Weight()) + lost.get(part, Weight()) for part in both}

@@ -23,7 +23,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -179,33 +179,31 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
     ``ErasedError`` if another process replaced a file of the view, so that the check must be repeated.
     """
     store = purged.store
-    kinds = {kind: KindChecked(kind, check.what, 0, 0, 0) for kind, check in CHECKS.items()}
+    counts = {kind: np.zeros(3, np.int64) for kind in CHECKS}
     left: dict[str, int] = {}
     damaged: list[str] = []
     for entry in store.state.files():
-        kind, check = entry.kind, CHECKS[entry.kind]
-        if check.holds is None:
-            report(entry.bytes)
-            continue
-        try:
-            holds = _NOTHING if check.by_row and not len(purged.rows(entry)) else check.holds(purged, entry)
-            if len(holds):
-                n, one = int(holds.sum()), kinds[kind]
-                kinds[kind] = replace(one, files=one.files + 1, rows=one.rows + len(holds), left=one.left + n)
-                left |= {entry.path: n} if n else {}
-                store.check_sum(entry)
-        except ErasedError:
-            raise
-        except RetrotoolError as error:
-            damaged.append(str(error).removeprefix(f"{store.place}/"))
-        except (OSError, LookupError, ValueError, pa.ArrowException) as error:
-            damaged.append(f"{entry.path}: can't be checked: {error}")
+        check = CHECKS[entry.kind]
+        if check.holds is not None and (len(purged.rows(entry)) if check.by_row else True):
+            try:
+                if len(holds := check.holds(purged, entry)):
+                    n = int(holds.sum())
+                    counts[entry.kind] += 1, len(holds), n
+                    left |= {entry.path: n} if n else {}
+                    store.check_sum(entry)
+            except ErasedError:
+                raise
+            except RetrotoolError as error:
+                damaged.append(str(error).removeprefix(f"{store.place}/"))
+            except (OSError, LookupError, ValueError, pa.ArrowException) as error:
+                damaged.append(f"{entry.path}: can't be checked: {error}")
         report(entry.bytes)
+    kinds = tuple(KindChecked(kind, CHECKS[kind].what, *found.tolist()) for kind, found in counts.items())
     removed = {path for one in purged.history.removed for path in with_sums(one)}
     present, synced, hidden = _check_removed(store.storage, removed)
     damaged += [problem.removeprefix(f"{store.place}/") for problem in hidden]
     unknown, in_progress = find_unknown(store, removed)
-    return Erasure(tuple(kinds.values()), left, tuple(damaged), len(removed), present, synced, unknown, in_progress)
+    return Erasure(kinds, left, tuple(damaged), len(removed), present, synced, unknown, in_progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,10 +333,7 @@ CHECKS: Mapping[str, _Check] = {
 
 
 def _check_removed(storage: Storage, removed: set[str]) -> tuple[tuple[str, ...], bool, list[str]]:
-    """Return removed files that still exist, whether others are durably absent, and problems.
-
-    Symbolic links of folders are not followed.
-    """
+    """Return removed files that still exist, whether others are durably absent, and problems."""
     present = removed.intersection(storage.irregular())
     absent = []
     hidden: dict[str, None] = {}
@@ -348,13 +343,13 @@ def _check_removed(storage: Storage, removed: set[str]) -> tuple[tuple[str, ...]
                 absent.append(path)
             else:
                 present.add(path)
-        except CorruptError as error:
+        except CorruptError as error:  # a folder is a symbolic link, which is not followed
             hidden[str(error)] = None
-    try:
+    synced = False
+    with contextlib.suppress(OSError, StorageError):  # for example a read-only file system
         storage.delete(absent)
-    except (OSError, StorageError):  # for example a read-only file system
-        return tuple(sorted(present)), False, list(hidden)
-    return tuple(sorted(present)), True, list(hidden)
+        synced = True
+    return tuple(sorted(present)), synced, list(hidden)
 
 
 def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ...], int]:
@@ -363,7 +358,7 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
     Neither includes ``removed`` files. Symbolic links are listed, not followed.
     """
     storage = store.storage
-    own = {identity.FILE, store.identity.tokenizer.file}
+    own = {identity.FILE, store.identity.tokenizer.file, *removed}
     staged = staging.read_staged(storage)
     waiting = {f"staging/{task}.json" for task in staged}.union(*(task.files() for task in staged.values()))
     unknown: list[UnknownFile] = []
@@ -373,7 +368,7 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
     irregular = list(storage.irregular())
     folders = (path for path in irregular if path.endswith("/"))
     for info in itertools.chain(storage.list(""), *map(storage.list, folders)):
-        if info.path in own or info.path in removed or _OF_LOG.fullmatch(info.path):
+        if info.path in own or _OF_LOG.fullmatch(info.path):
             continue
         with contextlib.suppress(CorruptError):  # raised if the path is not one of a store's files
             if store.state.has(without_sums(info.path)):
@@ -383,12 +378,10 @@ def find_unknown(store: Store, removed: set[str]) -> tuple[tuple[UnknownFile, ..
             in_progress += 1
             continue
         with contextlib.suppress(FileNotFoundError):
-            unknown.append(UnknownFile(info.path, info.size, False))
-    for left in storage.unfinished():
-        if is_alive(left.run):
-            in_progress += 1
-        else:
-            unknown.append(UnknownFile(left.path, left.size, False))
+            unknown.append(UnknownFile(info.path, info.size))
+    unfinished = list(storage.unfinished())
+    dead = [UnknownFile(one.path, one.size) for one in unfinished if not is_alive(one.run)]
+    in_progress += len(unfinished) - len(dead)
     links = (path for path in irregular if not path.endswith("/"))
-    unknown += [UnknownFile(path, 0, True) for path in links if path not in removed]
+    unknown += [*dead, *(UnknownFile(path, 0, link=True) for path in links if path not in removed)]
     return tuple(sorted(unknown, key=lambda one: one.path)), in_progress

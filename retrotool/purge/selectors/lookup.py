@@ -16,8 +16,9 @@ Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,14 @@ def select_documents(
     wanted = {name.text: name for name in reversed(names)}
     keys = pa.array(map(id_hash, wanted), pa.binary())
     seen = np.zeros(len(keys), np.bool_)
-    found: list[Ids] = []
-    for part in store.state.all_parts():
+
+    def has_key(part: int) -> npt.NDArray[np.bool_]:
         place = pc.index_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
-        hit = place.is_valid()
-        seen[place.filter(hit).to_numpy()] = True
-        found.append(chunks_of(store, part, np.flatnonzero(hit.to_numpy())))
-        report(1)
+        seen[place.drop_null().to_numpy()] = True
+        hit: npt.NDArray[np.bool_] = place.is_valid().to_numpy()
+        return hit
+
+    found = _chunks_where(store, has_key, report)
     if not (seen.all() or missing_ok):
         unknown = {text for text, is_known in zip(wanted, seen, strict=True) if not is_known}
         name = next(name for name in names if name.text in unknown)
@@ -105,17 +107,21 @@ def select_documents(
             f"the store has no document {name.text[:100]!r}{others}",
             f"{near} Nothing was purged. Leave out unknown ids and run the command again.".lstrip(),
         )
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+    return found
 
 
 def select_where(store: Store, expression: str, report: Report = lambda _: None) -> Ids:
     """Return the chunks of the documents for which an expression over their columns is true."""
-    wanted = Where.checked(store, expression)
-    found: list[Ids] = []
+    return _chunks_where(store, partial(Where.checked(store, expression).rows, store), report)
+
+
+def _chunks_where(store: Store, match: Callable[[int], npt.NDArray[np.bool_]], report: Report) -> Ids:
+    """Return the chunks of the documents that ``match`` selects in a part."""
+    found = [np.zeros(0, np.int64)]
     for part in store.state.all_parts():
-        found.append(chunks_of(store, part, np.flatnonzero(wanted.rows(store, part))))
+        found.append(chunks_of(store, part, np.flatnonzero(match(part))))
         report(1)
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+    return np.concatenate(found)
 
 
 def select_duplicates(
@@ -140,18 +146,16 @@ def select_duplicates(
                 places = parts.chunk_ids(part, first + of_block)
                 partitions.add(hash_partitions.records_of(token_hashes(chunks, of_block), places))
             report(1)
-        found = list(partitions.repeats())
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *partitions.repeats()]))
 
 
 def token_hashes(chunks: Chunks, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Hash the tokens of some rows [r], without padding, with BLAKE2b-128: [r, 2]."""
     data = chunks.tokens.tobytes()
     width = chunks.tokens.shape[1] * chunks.tokens.itemsize
-    begin = rows * width
-    end = begin + chunks.n_tokens[rows] * chunks.tokens.itemsize
+    sizes = chunks.n_tokens[rows] * chunks.tokens.itemsize
     hashed = [
-        hashlib.blake2b(data[low:high], digest_size=parts.HASH_BYTES).digest()
-        for low, high in zip(begin.tolist(), end.tolist(), strict=True)
+        hashlib.blake2b(data[at : at + size], digest_size=parts.HASH_BYTES).digest()
+        for at, size in zip((rows * width).tolist(), sizes.tolist(), strict=True)
     ]
     return np.frombuffer(b"".join(hashed), ">u8").reshape(-1, 2).astype(np.uint64)

@@ -38,7 +38,6 @@ from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
-from retrotool.store.state import State
 from retrotool.store.store import Store
 
 KIND = "scans"
@@ -158,8 +157,3 @@ def read_scan(store: Store, stage: ScanStage) -> tuple[pa.Table, list[list[str]]
     entries = store.state.group(KIND, stage.scan(store)).entries()
     found = [parts.SCANS_SCHEMA.empty_table(), *(parts.read_parquet(store, entry) for entry in entries)]
     return pa.concat_tables(found), [list(one.names) if entries else [] for one in stage.selectors]
-
-
-def scan_files(state: State, scan: str) -> list[str]:
-    """Return the paths of the files of a scan."""
-    return [entry.path for entry in state.group(KIND, scan).entries()]

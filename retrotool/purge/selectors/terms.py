@@ -344,29 +344,23 @@ class TermMatcher:
                 continue
             begin, end = begins.item(first), ends.item(last)
             for lead, trail in bodies.get(re.sub(rb" +", b" ", text[begin:end]), ()):
-                low, high = _lead_begin(text, begin, lead), _trail_end(text, end, trail)
+                low, high = _beyond(text, begin, lead[::-1], -1), _beyond(text, end, trail, 1)
                 if low is None or high is None or (normal.is_word[low - 1] and not (lead and self._folded)):
                     continue
                 if not normal.is_word[high] or (trail and self._folded):
                     yield low, high
 
 
-def _lead_begin(text: bytes, at: int, lead: bytes) -> int | None:
-    """Return where a lead that ends at ``at`` begins, a space matching any run; None: no match."""
-    for byte in reversed(lead):
-        at -= 1
-        if text[at] != byte:
-            return None
-        while byte == ord(" ") and text[at - 1] == byte:
-            at -= 1
-    return at
+def _beyond(text: bytes, border: int, expected: bytes, step: int) -> int | None:
+    """Return where ``expected`` bytes beside a border end, a space matching any run; None: no match.
 
-
-def _trail_end(text: bytes, at: int, trail: bytes) -> int | None:
-    for byte in trail:
-        if text[at] != byte:
+    ``step``: 1, or −1 to go backwards.
+    """
+    place = border - (step < 0)
+    for byte in expected:
+        if text[place] != byte:
             return None
-        at += 1
-        while byte == ord(" ") and text[at] == byte:
-            at += 1
-    return at
+        place += step
+        while byte == ord(" ") and text[place] == byte:
+            place += step
+    return place + (step < 0)
