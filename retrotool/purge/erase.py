@@ -228,12 +228,10 @@ class EraseWorker:
         n_tokens, tokens = chunks.n_tokens.copy(), chunks.tokens.copy()
         n_tokens[rows], tokens[rows] = 0, 0
         documents = erase_documents(parts.read_documents(store, part), chunks.doc, n_tokens, store.identity)
-        found = {
-            "documents": documents,
-            "chunks": parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key),
-        }
+        table = parts.chunks_table(chunks.doc, chunks.index, n_tokens, tokens, chunks.key)
         add = [
-            parts.write_parquet(store, FileName.new(run, kind, slot, "parquet"), table) for kind, table in found.items()
+            parts.write_parquet(store, FileName.new(run, kind, slot, "parquet"), rewritten)
+            for kind, rewritten in (("documents", documents), ("chunks", table))
         ]
         for entry in part_files(store, part):
             if entry.kind == "embeddings":
@@ -374,17 +372,15 @@ def erase(
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
     for purge in purges:
         check_purge(store, purge)
-    if older_than is None:
-        return list(dict.fromkeys(purges))
-    before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
-    old = [
-        purge
-        for purge, record in standing_purges(store.state).items()
-        if not record["erased"]
-        and (commit := log.read(store.storage, int(record["commit"]))) is not None
-        and commit.time < before
-    ]
-    return list(dict.fromkeys([*purges, *old]))
+    wanted = list(purges)
+    if older_than is not None:
+        before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
+        waiting = {
+            p: int(record["commit"]) for p, record in standing_purges(store.state).items() if not record["erased"]
+        }
+        times = {purge: log.read(store.storage, number) for purge, number in waiting.items()}
+        wanted += [purge for purge, commit in times.items() if commit is not None and commit.time < before]
+    return list(dict.fromkeys(wanted))
 
 
 def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> None:
@@ -451,16 +447,17 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         if any(not state.records[PREFIX + p]["erased"] and p not in done for p in purges):
             raise ConflictError("a purge has more chunks than when its erase began", "Run the same command again.")
         records = {f"purge:{p}": {**state.records[f"purge:{p}"], "erased": True} for p in done}
+        if not done:
+            return None
         # Selector files of purges that share targets may quote their text.
         alike = [p for p in standing_purges(state) if purged_chunks.has_any(store, p, targets)]
-        gone = [entry.path for p in {*done, *alike} if (entry := state.file("selectors", p)) is not None]
+        gone = [state.file("selectors", p) for p in {*done, *alike}]
         # Recall files name the sources of documents.
-        measured = (state.file("index", RECALL, name) for name in state.names("index"))
-        gone += [entry.path for entry in measured if entry is not None] if done else []
+        gone += [state.file("index", RECALL, name) for name in state.names("index")]
         # Scan files hold places in the text of targets, and hashes of what was searched for.
-        scans = [entry for name in state.names(scan.KIND) for entry in state.group(scan.KIND, name).entries()]
-        gone += [entry.path for entry in scans] if done else []
-        return Draft("erase", {"purges": done}, remove=tuple(gone), records=records) if done else None
+        gone += [entry for name in state.names(scan.KIND) for entry in state.group(scan.KIND, name).entries()]
+        paths = tuple(entry.path for entry in gone if entry is not None)
+        return Draft("erase", {"purges": done}, remove=paths, records=records)
 
     store.commit(run, build)
     return rewritten
@@ -470,10 +467,8 @@ def _workers(store: Store, targets: Tombstones) -> int:
     """Return the number of processes: limited by cores, half the memory, and start-up time."""
     several = [part_files(store, part) for part in targets.parts()]
     rows = [parts.part_entry(store, "chunks", part).rows for part in targets.parts()]
-    if sum(rows) < 2 * _ROWS_A_WORKER:
-        return 1
-    vectors = [sum(entry.bytes for entry in files if entry.path.startswith("embeddings/")) for files in several]
+    vectors = [sum(entry.bytes for entry in files if entry.kind == "embeddings") for files in several]
     tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
-    most = max(n * tokens + bytes_ for n, bytes_ in zip(rows, vectors, strict=True))
+    most = max((n * tokens + size for n, size in zip(rows, vectors, strict=True)), default=0)
     room = memory_of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
     return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))

@@ -69,9 +69,6 @@ class SameText:
     first: tuple[str, ...]
 
 
-NO_TEXT = SameText(0, ())
-
-
 def find_purge(store: Store, purge: str) -> str:
     """Return ``purge``, or for "last" the id of the newest purge that was not undone; else ``UsageError``."""
     if purge != "last":
@@ -159,10 +156,9 @@ def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
     for plan_id in unfinished_plans(state):
         purged = weight_of(weights, parts_of_plan(state, plan_id)).as_counts()
         if any(purged.values()):
-            record = state.records[f"plan:{plan_id}"]
+            record = state.records[name := f"plan:{plan_id}"]
             before = record.get("purged", {})
-            after = {name: before.get(name, 0) - sign * n for name, n in purged.items()}
-            records[f"plan:{plan_id}"] = {**record, "purged": after}
+            records[name] = {**record, "purged": {key: before.get(key, 0) - sign * n for key, n in purged.items()}}
     return records
 
 
@@ -195,10 +191,8 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
         table = parts.read_documents(store, part, ["key", "text_hash", "first_row", "n_chunks"])
         alike = [pc.is_in(table[name].cast(pa.binary()), value_set=values) for name, values in wanted.items()]
         places = table.filter(pc.or_(*alike))
-        if not places.num_rows:
-            continue
-        first, count = places["first_row"].to_numpy(), places["n_chunks"].to_numpy()
-        ids = parts.chunk_ids(part, expand_ranges(first, count))
+        count = places["n_chunks"].to_numpy()
+        ids = parts.chunk_ids(part, expand_ranges(places["first_row"].to_numpy(), count))
         more = repeats.contains(ids) & ~selected.contains(ids)
         found.append(ids[more])
         copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
@@ -249,17 +243,15 @@ def find_same_text(store: Store, chunks: Ids) -> SameText:
     """Find live documents with the text of a rejected one among ``chunks``."""
     texts = values_of(store, np.intersect1d(chunks, read_rejected(store).ids), "text_hash")
     if not len(texts):
-        return NO_TEXT
+        return SameText(0, ())
     gone = Tombstones(np.union1d(read_tombstones(store).ids, chunks))
     count = 0
     named: list[str] = []
     for part in store.state.all_parts():
         hashes = parts.read_documents(store, part, ["text_hash"])["text_hash"]
         docs = np.flatnonzero(pc.is_in(hashes.cast(pa.binary()), value_set=texts).to_numpy())
-        if not len(docs):
-            continue
-        live = np.setdiff1d(docs, documents_within(store, part, gone))
-        count += len(live)
-        names = parts.read_documents(store, part, ["id"])["id"]
-        named += names.take(pa.array(live[: NAMED - len(named)])).to_pylist()
+        if len(live := np.setdiff1d(docs, documents_within(store, part, gone)) if len(docs) else docs):
+            count += len(live)
+            names = parts.read_documents(store, part, ["id"])["id"]
+            named += names.take(pa.array(live[: NAMED - len(named)])).to_pylist()
     return SameText(count, tuple(named))

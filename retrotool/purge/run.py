@@ -127,7 +127,7 @@ class PurgeResult(EraseResult):
     dry_run: bool
     examples: tuple[int, ...]
     matches: tuple[Match, ...]
-    same_text: purged_chunks.SameText = purged_chunks.NO_TEXT
+    same_text: purged_chunks.SameText
     review: Review | None = None
     out: str = ""
 
@@ -150,8 +150,6 @@ def purge(
     of the live chunks that a dry run selects, one per line, as ``Selectors.chunk`` reads them.
     """
     if not dry_run:
-        if reason is None:
-            raise UsageError("--reason is missing", "Say why, without naming a person: it stays in the log.")
         who = signed(reason, who)
     if out is not None:
         if not dry_run:
@@ -225,14 +223,13 @@ def list_purges(root: str | Path) -> PurgeList:
 
 
 def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
-    state = store.state
     chunks, weight = len(selection.live), weight_of(selection.weights)
-    alive = int(state.records.get("totals", {}).get("chunks", 0))
+    alive = store.state.records.get("totals", {}).get("chunks", 0)
     return PurgeResult(
         chunks=chunks, documents=weight.documents, tokens=weight.tokens,
-        already_purged=len(selection.chunks) - chunks, share=chunks / alive if alive else 0.0,
+        already_purged=len(selection.chunks) - chunks, share=chunks / max(alive, 1),
         unerased=selection.unerased, unerased_share=selection.unerased / max(purged_chunks.count_rows(store), 1),
-        copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=state.number,
+        copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=store.state.number,
         examples=tuple(selection.live[:10].tolist()), matches=selection.matches,
         same_text=purged_chunks.find_same_text(store, selection.chunks),
     )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
@@ -101,15 +100,14 @@ class Selectors:
         scanned = self._scanned(store)
         if not lookups and not scanned:
             raise UsageError("no selector was given", "Give --document, --where, --pattern or another.")
-        if not self.allow_lossy and not store.identity.tokenizer.lossless:
-            for selector in scanned:
-                if selector.reads_text:
-                    raise UsageError(
-                        f"--{selector.kind}: the tokenizer of {store.place} loses case or spacing, so the original "
-                        "text can't be searched",
-                        "Give --allow-lossy to search what the tokenizer keeps: perhaps in lower case, with one space "
-                        "between two words and none beside other characters.",
-                    )
+        lossy = not self.allow_lossy and not store.identity.tokenizer.lossless
+        if readers := [selector for selector in scanned if lossy and selector.reads_text]:
+            raise UsageError(
+                f"--{readers[0].kind}: the tokenizer of {store.place} loses case or spacing, so the original text "
+                "can't be searched",
+                "Give --allow-lossy to search what the tokenizer keeps: perhaps in lower case, with one space "
+                "between two words and none beside other characters.",
+            )
         return Request(tuple(lookups), tuple(scanned), self.every, self.whole_documents)
 
     def _scanned(self, store: Store) -> list[Selector]:
@@ -149,19 +147,15 @@ class Request:
     whole_documents: bool = False
 
     @property
-    def _selectors(self) -> list[tuple[str, dict[str, Any]]]:
-        several: list[Lookup | Selector] = [*self.lookups, *self.scanned]
-        return [(one.kind, one.literal()) for one in several]
-
-    @property
     def kind(self) -> str:
         """The kinds of the selectors, as one text."""
-        return (" and " if self.every else ", ").join(kind for kind, _ in self._selectors)
+        return (" and " if self.every else ", ").join(one.kind for one in (*self.lookups, *self.scanned))
 
     @property
     def literal(self) -> str:
         """The request as JSON, equal for equal requests."""
-        request = {"selectors": self._selectors, "every": self.every, "whole_documents": self.whole_documents}
+        selectors = [(one.kind, one.literal()) for one in (*self.lookups, *self.scanned)]
+        request = {"selectors": selectors, "every": self.every, "whole_documents": self.whole_documents}
         return orjson.dumps(request, option=orjson.OPT_SORT_KEYS).decode()
 
     @property
@@ -260,10 +254,10 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
 
 
 def _matches(selector: Selector, names: list[str], labels: Ids) -> list[Match]:
-    counts = np.bincount(labels, minlength=len(names))
-    only = names in ([""], [selector.kind])
-    counted = [("" if only else name, int(n)) for name, n in zip(names, counts, strict=True)]
-    return [Match(selector.kind, name, n) for name, n in counted if n or only]
+    counts = np.bincount(labels, minlength=len(names)).tolist()
+    if names in ([""], [selector.kind]):
+        return [Match(selector.kind, "", counts[0])]
+    return [Match(selector.kind, name, n) for name, n in zip(names, counts, strict=True) if n]
 
 
 def widen(store: Store, chunks: Ids) -> Ids:
@@ -295,13 +289,14 @@ def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
     return np.unique(np.concatenate(found))
 
 
-def signed(reason: str, who: str | None) -> str:
+def signed(reason: str | None, who: str | None) -> str:
     """Return who purges, for the log: ``who``, else ``$RETROTOOL_WHO``, else the user of this process.
 
     ``UsageError`` for a ``reason`` or name that can't be stored.
     """
-    if not reason.strip():
-        raise UsageError("--reason is empty", "Say why, without naming a person: it stays in the log.")
+    if reason is None or not reason.strip():
+        what = "missing" if reason is None else "empty"
+        raise UsageError(f"--reason is {what}", "Say why, without naming a person: it stays in the log.")
     who = who or user_name()
     check_utf8("--reason", reason)
     check_utf8("RETROTOOL_WHO", who)

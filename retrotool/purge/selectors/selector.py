@@ -16,7 +16,7 @@ document.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -111,8 +111,6 @@ def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROW
 
 
 Rows = npt.NDArray[np.int64]
-_STDIN = "standard input"
-"""The byte order mark that editors on Windows write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +136,8 @@ class BlockHits:
     @classmethod
     def whole(cls, rows: Rows, figures: npt.NDArray[np.float32] | None = None) -> BlockHits:
         """Return hits of whole chunks, with ``figures`` [n] if given."""
-        nowhere = np.full(len(rows), -1, np.int64)
-        if figures is None:
-            figures = np.full(len(rows), np.nan, np.float32)
-        return cls(rows, np.zeros(len(rows), np.int32), nowhere, nowhere, figures)
+        nowhere, nothing = np.full(len(rows), -1, np.int64), np.full(len(rows), np.nan, np.float32)
+        return cls(rows, np.zeros(len(rows), np.int32), nowhere, nowhere, nothing if figures is None else figures)
 
     @classmethod
     def touched(cls, block: TextBlock, begin: Offsets, end: Offsets, label: int = 0) -> BlockHits:
@@ -155,9 +151,8 @@ class BlockHits:
         )
         span, row = pairs_of_ranges(low, high + 1)
         full = block.chunks.n_tokens[row] > 0  # not erased
-        span, row = span[full], row[full]
-        figures = np.full(len(row), np.nan, np.float32)
-        return cls(row, np.full(len(row), label, np.int32), begin[span], end[span], figures)
+        span, found = span[full], cls.whole(row[full])
+        return replace(found, labels=found.labels + np.int32(label), begin=begin[span], end=end[span])
 
     @classmethod
     def joined(cls, several: Sequence[BlockHits]) -> BlockHits:
@@ -226,7 +221,8 @@ def read_values(option: str, given: Values, what: str) -> tuple[GivenValue, ...]
     found: list[GivenValue] = []
     for one in several:
         if isinstance(one, Path):
-            lines, place = enumerate(read_given_lines(option, one, what), 1), _STDIN if str(one) == "-" else one
+            place = "standard input" if str(one) == "-" else one
+            lines = enumerate(read_given_lines(option, one, what), 1)
             found += (GivenValue(line, f"{place}, line {number:,}") for number, line in lines if line.strip())
         else:
             check_utf8(option, str(one))
