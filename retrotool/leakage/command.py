@@ -25,12 +25,8 @@ def command(
     store: StoreArgument,
     queries: Annotated[str, opt("Store of the evaluation text.", metavar="STORE2")],
     index: IndexOption = None,
-    k: Annotated[
-        int, opt("Neighbours that each chunk is compared with.", "-k", metavar="K", least=1, most=100)
-    ] = COMPARED,
-    out: Annotated[
-        Path | None, opt("Write each chunk's r, and what it is copied from, to a Parquet file.", metavar="FILE")
-    ] = None,
+    k: Annotated[int, opt("Neighbours to compare each chunk with.", "-k", metavar="K", least=1, most=100)] = COMPARED,
+    out: Annotated[Path | None, opt("Parquet file for each chunk's r and neighbour.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure how much of an evaluation store's text the database STORE contains word for word.

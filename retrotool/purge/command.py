@@ -68,17 +68,12 @@ _YesOption = Annotated[bool, opt("Don't ask before more than 1 % of the store is
 
 def command(
     store: StoreArgument,
-    reason: Annotated[
-        str | None, opt("Why. It stays in the log forever, so it must not name a person.", metavar="TEXT")
-    ] = None,
+    reason: Annotated[str | None, opt("Why. It stays in the log forever: name no person.", metavar="TEXT")] = None,
     chunk: Annotated[list[str] | None, _by("A chunk, as PART:ROW or id; repeatable.", metavar="ID|@FILE")] = None,
     document: Annotated[list[str] | None, _by("A document id; repeatable.", metavar="ID|@FILE")] = None,
-    where: Annotated[
-        str | None, _by("Expression over document columns, such as \"source = 'x'\".", metavar="EXPR")
-    ] = None,
+    where: Annotated[str | None, _by("Expression over document columns: \"source = 'x'\".", metavar="EXPR")] = None,
     pattern: Annotated[
-        list[str] | None,
-        _by("RE2 pattern over the text of documents: the chunks that a match touches; repeatable.", metavar="RE|@FILE"),
+        list[str] | None, _by("RE2 pattern over text: the chunks that a match touches; repeatable.", metavar="RE|@FILE")
     ] = None,
     terms: Annotated[Path | None, _by("Words and names, one per line, matched as whole words.", metavar="FILE")] = None,
     pii: Annotated[
@@ -88,37 +83,22 @@ def command(
         list[str] | None, _by("Copies of this chunk, also shifted or slightly changed; repeatable.", metavar="ID|@FILE")
     ] = None,
     contaminates: Annotated[
-        str | None,
-        _by("Documents similar to one of this evaluation store: 13-gram Jaccard of 0.8 or more.", metavar="STORE"),
+        str | None, _by("Documents similar to one of an evaluation store: 13-gram Jaccard from 0.8.", metavar="STORE")
     ] = None,
     duplicates: Annotated[bool, _by("Chunks that repeat an earlier one.", "--duplicates")] = False,
     like: Annotated[
-        str | None,
-        _by(
-            "Chunks near a text, or near any chunk of a file's text, by their embeddings; with --within.",
-            metavar="TEXT|@FILE",
-        ),
+        str | None, _by("Chunks near a text, or a chunk of a file, by embeddings; with --within.", metavar="TEXT|@FILE")
     ] = None,
-    within: Annotated[
-        float | None, _by("With --like: the largest squared L2 distance, as search prints it.", metavar="DISTANCE")
-    ] = None,
+    within: Annotated[float | None, _by("With --like: the largest squared L2 distance.", metavar="DISTANCE")] = None,
     classifier: Annotated[
-        str | None,
-        _by(
-            "Chunks to which a sequence classifier, a model directory, gives LABEL with this score or more.",
-            metavar="MODEL=LABEL:SCORE",
-        ),
+        str | None, _by("Chunks to which a model directory gives LABEL, at SCORE or more.", metavar="MODEL=LABEL:SCORE")
     ] = None,
     every: Annotated[bool, _by("Only chunks that all of these select.", "--and")] = False,
     whole_documents: Annotated[bool, _by("All chunks of the documents that are touched.", "--whole-documents")] = False,
-    allow_lossy: Annotated[
-        bool, _by("Search text even if the tokenizer loses case or spacing.", "--allow-lossy")
-    ] = False,
+    allow_lossy: Annotated[bool, _by("Search text that has lost case or spacing.", "--allow-lossy")] = False,
     dry_run: Annotated[bool, opt("Show what would be purged, and change nothing.", "--dry-run")] = False,
     out: Annotated[Path | None, opt("With --dry-run: write the ids of the chunks here.", metavar="FILE")] = None,
-    erase: Annotated[
-        bool, opt("Also rewrite the files that hold the chunks. This can't be undone.", "--erase")
-    ] = False,
+    erase: Annotated[bool, opt("Also rewrite the files with the chunks. This can't be undone.", "--erase")] = False,
     yes: _YesOption = False,
     devices: Device = "auto",
     as_json: Json = False,
@@ -266,7 +246,7 @@ def _rewritten(touched: Touched) -> str:
 def undo_command(
     store: StoreArgument,
     purge: Annotated[str, arg("Id of the purge; last is the newest one.", metavar="PURGE", complete=complete_purges)],
-    reason: Annotated[str, opt("Why. It stays in the log forever, so it must not name a person.", metavar="TEXT")],
+    reason: Annotated[str, opt("Why. It stays in the log forever: name no person.", metavar="TEXT")],
     as_json: Json = False,
 ) -> None:
     """Undo a purge that has not been erased: its chunks are live again."""

@@ -147,14 +147,18 @@ class Request:
     whole_documents: bool = False
 
     @property
+    def _selectors(self) -> tuple[Lookup | Selector, ...]:
+        return *self.lookups, *self.scanned
+
+    @property
     def kind(self) -> str:
         """The kinds of the selectors, as one text."""
-        return (" and " if self.every else ", ").join(one.kind for one in (*self.lookups, *self.scanned))
+        return (" and " if self.every else ", ").join(one.kind for one in self._selectors)
 
     @property
     def literal(self) -> str:
         """The request as JSON, equal for equal requests."""
-        selectors = [(one.kind, one.literal()) for one in (*self.lookups, *self.scanned)]
+        selectors = [(one.kind, one.literal()) for one in self._selectors]
         request = {"selectors": selectors, "every": self.every, "whole_documents": self.whole_documents}
         return orjson.dumps(request, option=orjson.OPT_SORT_KEYS).decode()
 
@@ -221,16 +225,16 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     selected too.
     """
     earlier = same_selector(store, request)
-    found, names = read_scan(store, request.scan) if request.scan else (parts.SCANS_SCHEMA.empty_table(), [])
+    found = read_scan(store, request.scan) if request.scan else parts.SCANS_SCHEMA.empty_table()
     sets: list[Ids] = []
     matches: list[Match] = []
     for lookup in request.lookups:
         sets.append(lookup.select(store, missing_ok=bool(earlier), report=report))
         matches.append(Match(lookup.kind, "", len(sets[-1])))
-    for number, (selector, labels) in enumerate(zip(request.scanned, names, strict=True)):
+    for number, selector in enumerate(request.scanned):
         mine = found.filter(pc.equal(found["selectors"], number))
         sets.append(np.unique(mine["chunks"].to_numpy()))
-        matches += _matches(selector, labels, mine["labels"].to_numpy())
+        matches += _matches(selector, mine["labels"].to_numpy())
     chunks = sets[0]
     for some in sets[1:]:
         chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)
@@ -253,7 +257,8 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     )  # fmt: skip
 
 
-def _matches(selector: Selector, names: list[str], labels: Ids) -> list[Match]:
+def _matches(selector: Selector, labels: Ids) -> list[Match]:
+    names = list(selector.names)
     counts = np.bincount(labels, minlength=len(names)).tolist()
     if names in ([""], [selector.kind]):
         return [Match(selector.kind, "", counts[0])]

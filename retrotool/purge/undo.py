@@ -59,29 +59,6 @@ from retrotool.store.weights import Weight, Weights, weigh_chunks, weight_of
 
 
 @dataclass(frozen=True, slots=True)
-class Undoable:
-    """What an undo of a purge would do, on ``state``.
-
-    * ``chunks``: all chunks of the purge. ``live``: those that become live. ``weights``: what they add to the
-      totals.
-    * ``named_by``: other purges that name some of the rest.
-    * ``repeats``: documents whose id another live document has, which was added while this one was purged.
-    * ``outdated``: chunks of documents that took the place of replaced ones; ``outdated_weights``: what they
-      take from the totals.
-    """
-
-    purge: str
-    chunks: Ids
-    live: Ids
-    weights: Weights
-    named_by: tuple[str, ...]
-    repeats: int
-    state: State
-    outdated: Ids
-    outdated_weights: Weights
-
-
-@dataclass(frozen=True, slots=True)
 class UndoResult:
     """What ``undo`` did: ``chunks``, whole ``documents`` and ``tokens`` that are live again.
 
@@ -105,6 +82,23 @@ class UndoResult:
     next: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Undoable:
+    """An undo to commit on ``state``, and its ``result``.
+
+    * ``chunks``: all chunks of the purge. ``outdated``: those of documents that took the place of replaced
+      ones, which are purged instead, and their weight.
+    * ``weights``: what the undo adds to the totals, less what it takes from them.
+    """
+
+    result: UndoResult
+    state: State
+    chunks: Ids
+    outdated: Ids
+    outdated_weight: Weight
+    weights: Weights
+
+
 def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -> UndoResult:
     """Undo a purge. ``UsageError`` if it does not exist, was undone before, or its erase was begun.
 
@@ -118,12 +112,8 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
         def attempt() -> UndoResult:
             found = weigh(store, purge)
             state, outdated = commit_undo(store, run, found, reason, who)
-            weight = weight_of(found.weights)
-            return UndoResult(
-                purge, len(found.live), weight.documents, weight.tokens,
-                len(found.chunks) - len(found.live), int(state.records[PREFIX + purge]["undone"]), found.named_by,
-                found.repeats, weight_of(found.outdated_weights).documents, outdated,
-            )  # fmt: skip
+            commit = int(state.records[PREFIX + purge]["undone"])
+            return replace(found.result, commit=commit, outdated_purge=outdated)
 
         done = retry_overtaken(attempt, store.renew)
     store.refresh()
@@ -168,12 +158,19 @@ def weigh(store: Store, purge: str) -> Undoable:
     named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
     keys, repeats = purged_chunks.values_of(store, live, "key"), 0
     outdated = documents_with(store, keys if "plan" in record else keys[:0], Tombstones(np.union1d(after.ids, own)))
-    outdated, outdated_weights = weigh_chunks(store, outdated, after)
+    outdated, lost = weigh_chunks(store, outdated, after)
     if len(keys) and "plan" not in record:
         found = find_documents(store, pa.chunked_array([keys]), after)
         if found.repeats is not None and found.document is not None:
             repeats = len(np.intersect1d(found.document, found.repeats.document))
-    return Undoable(purge, own, live, weights, named_by, repeats, store.state, outdated, outdated_weights)
+    weight, less = weight_of(weights), weight_of(lost)
+    total = dict(weights)
+    for part, one in lost.items():
+        total[part] = total.get(part, Weight()) + Weight(-one.chunks, -one.documents, -one.tokens)
+    result = UndoResult(
+        purge, len(live), weight.documents, weight.tokens, len(own) - len(live), 0, named_by, repeats, less.documents
+    )
+    return Undoable(result, store.state, own, outdated, less, total)
 
 
 def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:
@@ -191,30 +188,26 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
 
     ``ConflictError`` if another purge was committed, erased or undone since ``found`` was made.
     """
-    purge, record = found.purge, found.state.records[PREFIX + found.purge]
+    purge, repeats = found.result.purge, found.result.repeats
+    record = found.state.records[PREFIX + purge]
     seen = tombstone_paths(found.state)
     touched = distinct_parts(found.chunks)
     reads = [entry.path for part in touched if (entry := found.state.part_file("chunks", part)) is not None]
     add: list[FileEntry] = []
     new = "p" + secrets.token_hex(4) if len(found.outdated) else ""
-    lost = {part: Weight(-one.chunks, -one.documents, -one.tokens) for part, one in found.outdated_weights.items()}
-    weights = {
-        part: found.weights.get(part, Weight()) + lost.get(part, Weight()) for part in {*found.weights, *lost}
-    }  # fmt: skip
 
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
-        counts = weight_of(found.weights).as_counts()
+        counts = {name: getattr(found.result, name) for name in ("chunks", "documents", "tokens")}
         after = {
             **record, "undone": state.number + 1, "undone_by": who, "undone_reason": reason,
-            "parts": consecutive_ranges(touched), "repeats": found.repeats,
+            "parts": consecutive_ranges(touched), "repeats": repeats,
         }  # fmt: skip
-        records = {PREFIX + purge: after, **purged_chunks.totals_after(state, weights, 1)}
+        records = {PREFIX + purge: after, **purged_chunks.totals_after(state, found.weights, 1)}
         if new:
-            weight = weight_of(found.outdated_weights)
-            records[PREFIX + new] = replaced_record(state, record["plan"], weight, reason, who)
+            records[PREFIX + new] = replaced_record(state, record["plan"], found.outdated_weight, reason, who)
         return Draft(
             "undo", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
             remove=tuple(entry.path for entry in gone if entry is not None), records=records,

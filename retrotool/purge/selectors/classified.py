@@ -86,11 +86,11 @@ class ClassifierMatcher:
         scores = self._classifier.scores(texts, self._label)
         broken = np.flatnonzero(np.isnan(scores))
         if len(broken):
-            row = int(rows[broken[0]])
-            names = parts.read_documents(self._store, block.part, ["id"])["id"]
+            part, row = chunks.part, int(rows[broken[0]])
+            names = parts.read_documents(self._store, part, ["id"])["id"]
             raise RetrotoolError(
                 f"classifier {str(self._classifier.identity.path)!r} gives NaN or infinity for chunk "
-                f"{parts.join_id(block.part, block.first + row)} (row {block.first + row} of part {block.part}, "
+                f"{parts.join_id(part, block.first + row)} (row {block.first + row} of part {part}, "
                 f"document {names[int(chunks.doc[row])].as_py()!r})",
                 "Nothing was purged. Its weights are damaged, or it can't process this text. Give another model.",
             )

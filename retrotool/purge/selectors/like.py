@@ -151,7 +151,9 @@ class LikeMatcher:
 
     def __call__(self, block: TextBlock) -> BlockHits:
         """Find matching rows of a block, with the distance to the nearest query."""
-        vectors = read_part_vectors(self._store, self._encoder, block.part)[block.first : block.first + len(block)]
+        vectors = read_part_vectors(self._store, self._encoder, block.chunks.part)[
+            block.first : block.first + len(block)
+        ]
         embedded = block.chunks.embedded
         rows, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         size = max(min(_SLICE_ROWS, _SLICE_PAIRS // len(self._queries)), _LEAST_ROWS)

@@ -139,16 +139,17 @@ def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Tabl
         rows, begin, end = hits.rows[kept], hits.begin[kept], hits.end[kept]
         placed = begin >= 0
         start = block.starts[rows] if placed.any() else begin
+        ids, numbers = parts.chunk_ids(block.chunks.part, rows + block.first), np.full(len(rows), number, np.int16)
         columns = [
-            parts.chunk_ids(block.part, rows + block.first), np.full(len(rows), number, np.int16), hits.labels[kept],
-            np.where(placed, begin - start, 0), np.where(placed, end - start, 0), hits.figures[kept],
+            ids, numbers, hits.labels[kept], np.where(placed, begin - start, 0), np.where(placed, end - start, 0),
+            hits.figures[kept],
         ]  # fmt: skip
         every.append(pa.table(columns, schema=parts.SCANS_SCHEMA))
     return len(block), pa.concat_tables(every).sort_by("chunks")
 
 
-def read_scan(store: Store, stage: ScanStage) -> tuple[pa.Table, list[list[str]]]:
-    """Return the result of a scan, in the order of the chunks, and each selector's names ([]: no parts).
+def read_scan(store: Store, stage: ScanStage) -> pa.Table:
+    """Return the result of a scan, in the order of the chunks.
 
     ``ConflictError`` if a part is not scanned, or was rewritten since.
     """
@@ -156,4 +157,4 @@ def read_scan(store: Store, stage: ScanStage) -> tuple[pa.Table, list[list[str]]
         raise ConflictError("a part was added or rewritten since the scan", "Run the same command again.")
     entries = store.state.group(KIND, stage.scan(store)).entries()
     found = [parts.SCANS_SCHEMA.empty_table(), *(parts.read_parquet(store, entry) for entry in entries)]
-    return pa.concat_tables(found), [list(one.names) if entries else [] for one in stage.selectors]
+    return pa.concat_tables(found)

@@ -44,8 +44,7 @@ class Decoder:
 
     def __init__(self, store: Store) -> None:
         self._tokenizer = stored_tokenizer(store)
-        self.lossless = self._tokenizer.lossless
-        self._folder = None if self.lossless else Folder(self._tokenizer)
+        self._folder = None if self._tokenizer.lossless else Folder(self._tokenizer)
 
     def __call__(self, chunks: Chunks) -> tuple[Offsets, memoryview]:
         """Return where each chunk's text begins and the last one ends, int64 [n + 1], and all bytes."""
@@ -70,11 +69,6 @@ class TextBlock:
     first: int
     documents: Offsets
     decoder: Decoder
-
-    @property
-    def part(self) -> int:
-        """Number of the part."""
-        return self.chunks.part
 
     def __len__(self) -> int:
         return len(self.chunks)

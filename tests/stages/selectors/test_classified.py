@@ -63,7 +63,7 @@ def test_the_chunks_of_the_label_are_selected_and_no_other(
     assert min(abs(score - ABOVE) for score in scores.values()) > 1e-4, "none is on the edge"
     store, asked = scan(store_copy, asked_for(model))
     assert set(select(store, asked).chunks.tolist()) == expected
-    found, _ = read_scan(store, asked.scan)
+    found = read_scan(store, asked.scan)
     for chunk, figure in zip(found["chunks"].to_pylist(), found["figures"].to_pylist(), strict=True):
         assert abs(figure - scores[chunk]) < 1e-4
     done = api.purge(store_copy, asked_for(model), reason="test")

@@ -106,7 +106,7 @@ def test_a_distance_that_search_prints_takes_what_search_shows(store_copy: Path)
     store = Store.open(store_copy)
     asked = api.Selectors(like=TEXT, within=found[-1].distance, device="cpu").read(store)
     assert asked.scan is not None
-    scanned, _ = read_scan(store, asked.scan)
+    scanned = read_scan(store, asked.scan)
     figures = dict(zip(scanned["chunks"].to_pylist(), scanned["figures"].to_pylist(), strict=True))
     assert figures == {n.id: n.distance for n in found}, "to the last bit"
 

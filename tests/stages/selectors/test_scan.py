@@ -187,7 +187,7 @@ def _commits(store: Path) -> list[dict[str, list[str]]]:
 def test_a_match_is_where_it_is_said_to_be(store: Path) -> None:
     selected(store, pattern=SECRET)
     opened = Store.open(store)
-    found, _ = scan.read_scan(opened, scan.ScanStage((Patterns((SECRET,)),)))
+    found = scan.read_scan(opened, scan.ScanStage((Patterns((SECRET,)),)))
     reader = retrotool.open(store)
     for chunk, begin, end in zip(*(found[name].to_pylist() for name in ("chunks", "begin", "end")), strict=True):
         tokens = reader.chunk(chunk).tokens
