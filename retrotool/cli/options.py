@@ -225,14 +225,9 @@ def read_given_file(option: str, path: str | Path) -> str:
         raise UsageError(f"{option} {path} can't be read: line {line:,} is not UTF-8", "Save it as UTF-8.") from error
 
 
-def read_given_lines(
-    option: str, path: str | Path, what: str, *, says: Callable[[str], object] = str.strip
-) -> tuple[str, ...]:
-    """Read the lines of a file, without line ends.
-
-    ``UsageError`` if no line has a ``what``, that is, ``says`` is false for all of them.
-    """
+def read_given_lines(option: str, path: str | Path, what: str) -> tuple[str, ...]:
+    """Read the lines of a file, without line ends; ``UsageError`` if all are blank, so it has no ``what``."""
     lines = tuple(line.removesuffix("\r") for line in read_given_file(option, path).split("\n"))
-    if not any(map(says, lines)):
+    if not any(map(str.strip, lines)):
         raise UsageError(f"{option} {path} has no {what}", f"Give a file with one {what} per line.")
     return lines

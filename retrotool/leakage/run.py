@@ -25,6 +25,7 @@ from retrotool.ann.excluded import Excluded, Queries
 from retrotool.cli.command_lines import COMPARED
 from retrotool.cli.result_files import check_file, written
 from retrotool.embed import search_scope
+from retrotool.embed.search_scope import own_documents
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.index.searching import Database
@@ -59,11 +60,7 @@ def find_leaks(
         vectors = search_scope.read_part_vectors(store, database.encoder, part)
         chunks = parts.read_chunks(store, part)
         documents = parts.read_documents(store, part, ["id", "source"]).combine_chunks()
-        own = (
-            search_scope.own_documents(store, part, database.store, database.tombstones, within=True)
-            if within
-            else None
-        )
+        own = own_documents(store, part, database.store, database.tombstones, within=True) if within else None
         for start in range(0, len(rows), _BLOCK):
             some = rows[start : start + _BLOCK]
             excluded = Excluded.nothing(len(some)) if own is None else own.take(some)

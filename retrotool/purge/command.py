@@ -112,8 +112,8 @@ def command(
     @FILE is a file with a value per line, @- is standard input, @@x is a value that begins with @.
     """  # fmt: skip
     with output.errors(as_json):
-        from retrotool.purge import run as purge_run
         from retrotool.purge import select
+        from retrotool.purge.run import list_purges, purge
 
         selectors = select.Selectors(
             chunk=at_files(chunk), document=at_files(document), where=where, pattern=at_files(pattern), terms=terms,
@@ -123,12 +123,10 @@ def command(
             **_classifier(classifier),
         )  # fmt: skip
         if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or reason or out):
-            output.show(purge_run.list_purges(store), as_json, lambda found: _list_text(store, found))
+            output.show(list_purges(store), as_json, lambda found: _list_text(store, found))
         else:
             confirm = partial(_confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
-            result = purge_run.purge(
-                store, selectors, reason=reason, dry_run=dry_run, out=out, erase=erase, confirm=confirm
-            )
+            result = purge(store, selectors, reason=reason, dry_run=dry_run, out=out, erase=erase, confirm=confirm)
             output.show(result, as_json, lambda result: _text(store, selectors, result, erase))
 
 

@@ -48,15 +48,12 @@ from retrotool.index.index_records import RECALL, SHARD, ShardRecord
 from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import purged_chunks
-from retrotool.purge.purged_chunks import check_purge, find_purge
 from retrotool.purge.selectors import scan
 from retrotool.store import folding, log, neighbour_tables, parts
-from retrotool.store.folding import writing
 from retrotool.store.gc import clean
 from retrotool.store.identity import Identity
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.neighbour_tables import NO_NEIGHBOUR, is_within
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
@@ -172,17 +169,17 @@ def _shard_holds(store: Store, entry: FileEntry, targets: Tombstones) -> bool:
 
 def _table_holds(store: Store, entry: FileEntry, targets: Tombstones) -> bool:
     rows = targets.rows(entry.part)
-    within = is_within(store, entry, parts.read_schema(store, entry).metadata)
+    within = neighbour_tables.is_within(store, entry, parts.read_schema(store, entry).metadata)
     for group, mine in row_groups(entry, rows):
         if not (within or len(mine)):
             continue
         ids = neighbour_tables.read_ids(store, entry, [group])
-        if (ids[mine] != NO_NEIGHBOUR).any() or (within and targets.contains(ids).any()):
+        if (ids[mine] != neighbour_tables.NO_NEIGHBOUR).any() or (within and targets.contains(ids).any()):
             return True
         if neighbour_tables.text_size(entry):
             text = neighbour_tables.read_text(store, entry, [group], tokens=False)
             named, followed = neighbour_tables.text_naming(text, targets.contains)
-            if (text.ids[mine] != NO_NEIGHBOUR).any() or (within and (named | followed).any()):
+            if (text.ids[mine] != neighbour_tables.NO_NEIGHBOUR).any() or (within and (named | followed).any()):
                 return True
     return False
 
@@ -248,14 +245,12 @@ class EraseWorker:
     def _table(self, entry: FileEntry, name: FileName) -> FileEntry:
         store, rows = self._store, self._targets.rows(int(name.slot))
         schema = parts.read_schema(store, entry)
-        banned = self._targets.contains if is_within(store, entry, schema.metadata) else None
+        banned = self._targets.contains if neighbour_tables.is_within(store, entry, schema.metadata) else None
 
         def groups() -> Iterator[pa.Table]:
             for group, mine in row_groups(entry, rows):
-                table = neighbour_tables.erase_neighbours(
-                    neighbour_tables.read_table(store, entry, [group]), mine, banned
-                )
-                text = None
+                saved, text = neighbour_tables.read_table(store, entry, [group]), None
+                table = neighbour_tables.erase_neighbours(saved, mine, banned)
                 if neighbour_tables.text_size(entry):
                     text = neighbour_tables.erase_text(neighbour_tables.read_text(store, entry, [group]), mine, banned)
                 yield neighbour_tables.to_arrow(table, text, schema)
@@ -279,22 +274,18 @@ def erase_documents(
     """
     left = np.bincount(doc, weights=n_tokens, minlength=documents.num_rows).astype(np.int64)
     whole = documents["n_tokens"].to_numpy() == left
-    gone, renamed = pa.array(left == 0), pa.array(~whole & (left > 0) & parts.named_by_text(documents))
+    renamed = pa.array(~whole & (left > 0) & parts.named_by_text(documents))
     ids = [identity.keyed_hash(f"erased:{name}") for name in documents["id"].filter(renamed).to_pylist()]
     names = {"id": ids, "key": [id_hash(name) for name in ids]} if ids else {}
-    columns = []
-    for schema_field in documents.schema:
-        name, column = schema_field.name, documents[schema_field.name]
-        if name in names:
-            column = pc.replace_with_mask(column.combine_chunks(), renamed, pa.array(names[name], column.type))
-        if name == "n_tokens":
-            column = pa.array(left)
-        elif name == "text_hash":
-            # The hash of the whole text would still identify it.
-            column = pc.if_else(pa.array(whole), column, pa.scalar(None, column.type))
-        elif name not in ("first_row", "n_chunks"):
-            column = pc.if_else(gone, pa.scalar(None, column.type), column)
-        columns.append(column)
+    columns = {name: documents[name] for name in documents.column_names} | {"n_tokens": pa.array(left)}
+    for name, some in names.items():
+        columns[name] = pc.replace_with_mask(
+            columns[name].combine_chunks(), renamed, pa.array(some, columns[name].type)
+        )
+    for name in columns.keys() - {"first_row", "n_chunks", "n_tokens"}:
+        # The hash of the whole text would still identify it.
+        kept = pa.array(whole if name == "text_hash" else left > 0)
+        columns[name] = pc.if_else(kept, columns[name], pa.scalar(None, columns[name].type))
     return pa.table(columns, schema=documents.schema)
 
 
@@ -347,7 +338,7 @@ def erase(
     unknown purge.
     """
     store = Store.open(root)
-    purges = [find_purge(store, purge) for purge in ([purges] if isinstance(purges, str) else purges)]
+    purges = [purged_chunks.find_purge(store, purge) for purge in ([purges] if isinstance(purges, str) else purges)]
 
     def attempt() -> EraseResult:
         # A purge may have been undone since the last attempt.
@@ -362,7 +353,7 @@ def erase(
         )  # fmt: skip
         if dry_run or (n and not confirm(planned)):
             return planned
-        with writing(store) as run:
+        with folding.writing(store) as run:
             _name_copies(store, run, left, copies)
             return carry_out_erase(store, run, targets, planned)
 
@@ -371,14 +362,12 @@ def erase(
 
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
     for purge in purges:
-        check_purge(store, purge)
+        purged_chunks.check_purge(store, purge)
     wanted = list(purges)
     if older_than is not None:
         before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
-        waiting = {
-            p: int(record["commit"]) for p, record in standing_purges(store.state).items() if not record["erased"]
-        }
-        times = {purge: log.read(store.storage, number) for purge, number in waiting.items()}
+        waiting = {p: record["commit"] for p, record in standing_purges(store.state).items() if not record["erased"]}
+        times = {purge: log.read(store.storage, int(number)) for purge, number in waiting.items()}
         wanted += [purge for purge, commit in times.items() if commit is not None and commit.time < before]
     return list(dict.fromkeys(wanted))
 

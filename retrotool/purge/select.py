@@ -245,9 +245,8 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes))
     copies, copied = np.zeros(0, np.int64), 0
     if erase:
-        chunks = np.union1d(
-            chunks, named_chunks(store, [purge for purge, record in earlier.items() if not record["erased"]])
-        )
+        begun = [purge for purge, record in earlier.items() if not record["erased"]]
+        chunks = np.union1d(chunks, named_chunks(store, begun))
         copies, copied = purged_chunks.find_copies(store, chunks)
     live, weights = weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(

@@ -33,7 +33,6 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.stage import table_record
 from retrotool.purge import purged_chunks
-from retrotool.purge.purged_chunks import find_purge
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts
@@ -106,7 +105,7 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
     """
     who = signed(reason, who)
     store = Store.open(root)
-    purge = find_purge(store, purge)
+    purge = purged_chunks.find_purge(store, purge)
     with writing(store) as run:  # also removes files that a killed undo left
 
         def attempt() -> UndoResult:
@@ -140,9 +139,7 @@ def weigh(store: Store, purge: str) -> Undoable:
     record = purged_chunks.check_purge(store, purge)
     if record["erased"]:
         again = f"{command_line('chunk', store)} INPUT... --allow-purged"
-        raise UsageError(
-            f"purge {purge} is erased, so it can't be undone", f"If you still have the input, add it again: {again}"
-        )
+        raise UsageError(f"purge {purge} is erased, so it can't be undone", f"Add its input again: {again}")
     own = read_tombstones(store, purge).ids
     standing = standing_purges(store.state)
     others = [slot for slot in store.state.group("tombstones") if slot != purge]

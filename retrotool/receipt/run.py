@@ -162,12 +162,9 @@ def _check(store: Store, purge: str) -> Receipt:
         for check in checks:
             checked.append(check())
             report(1)
-    state = (
-        "erased" if record["erased"] else "purged" if len(unerased(store, chunks)) == len(chunks) else "partly erased"
-    )
-    left = [
-        f"{path}: data is left in {output.count(n, 'row')}; erase the purge again" for path, n in erasure.left.items()
-    ]
+    is_whole = len(unerased(store, chunks)) == len(chunks)
+    state = "erased" if record["erased"] else "purged" if is_whole else "partly erased"
+    left = [f"{path}: data is left in {output.count(n, 'row')}; erase it again" for path, n in erasure.left.items()]
     if state != "erased":
         left = [f"the purge is not erased: its data is left in {output.count(len(left), 'file')}"]
     problems = [

@@ -141,9 +141,8 @@ class PurgeHistory:
     def note(self, commit: Commit) -> None:
         """Record the next commit."""
         record = commit.records.get(self._record)
-        digest = CommitDigest(
-            commit.number, commit.kind, commit.time, commit.sha256, len(commit.add), len(commit.remove)
-        )
+        sizes = len(commit.add), len(commit.remove)
+        digest = CommitDigest(commit.number, commit.kind, commit.time, commit.sha256, *sizes)
         if self.purged is None and record is not None:
             self.purged = digest
             self.commits.append(digest)

@@ -172,9 +172,6 @@ class ContaminationMatcher:
         for shared in self._sets.shared(entries, alike):
             columns = (shared.place, shared.count, self._sets.size[shared.owner])
             for place, both, theirs in zip(*(column.tolist() for column in columns), strict=True):
+                most = self._down * both // self._up - theirs + both  # distinct n-grams of a similar document
                 if not alike[place]:
-                    most = int(text.of_document[place])
-                    alike[place] = self._is_similar(most, both, theirs) or self._is_similar(size(place), both, theirs)
-
-    def _is_similar(self, ours: int, both: int, theirs: int) -> bool:
-        return both * self._down >= self._up * (ours + theirs - both)
+                    alike[place] = int(text.of_document[place]) <= most or size(place) <= most

@@ -134,8 +134,9 @@ def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Fla
     following = np.minimum(rows + 1, len(selected) - 1)
     closed = np.zeros(places, np.bool_)
     for shared in sets.shared(entries, closed):
-        selected[low + shared.place[shared.any_of(held[0])]] = True
-        selected[low + shared.place[shared.any_of(held[1])] + 1] = True
+        for row, flags in enumerate(held):
+            hit = np.bincount(shared.of[flags[shared.entry]], minlength=len(shared.place)) > 0
+            selected[low + shared.place[hit] + row] = True
         # Places are done when all their chunks that hold an n-gram are selected.
         closed[:] = (selected[rows] | ~wanted[0]) & (selected[following] | ~wanted[1])
 

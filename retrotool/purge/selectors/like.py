@@ -95,9 +95,7 @@ def near(store: Store, given: str | Path, within: float | None, encoder: str | N
     empty text, and a store without embeddings.
     """
     if within is None:
-        raise UsageError(
-            "--like needs --within DISTANCE", "Give the largest squared L2 distance, as retrotool search prints it."
-        )
+        raise UsageError("--like needs --within DISTANCE", "Give the largest squared L2 distance, as search prints it.")
     if not (math.isfinite(within) and within >= 0):
         raise UsageError(f"--within {within} is not a distance", "Give 0 or more, as retrotool search prints it.")
     is_file = isinstance(given, Path)
@@ -107,10 +105,8 @@ def near(store: Store, given: str | Path, within: float | None, encoder: str | N
     searched = index_record(store.state, default_index(store.state))
     wanted = encoder or (searched.encoder if searched is not None else None)
     if wanted is None and len(names := store.state.names("embeddings")) > 1:
-        command = f"{command_line('index', store.place)} --encoder NAME --default"
-        raise UsageError(
-            f"--like: the store has embeddings of {', '.join(names)}", f"Choose one by its index: {command}"
-        )
+        choose = f"Choose one by its index: {command_line('index', store.place)} --encoder NAME --default"
+        raise UsageError(f"--like: the store has embeddings of {', '.join(names)}", choose)
     name = pick_encoder(store, wanted)
     return Like(text, float(within), name, str(store.state.records[f"encoder:{name}"]["sha256"]), is_file, device)
 
@@ -151,9 +147,7 @@ class LikeMatcher:
 
     def __call__(self, block: TextBlock) -> BlockHits:
         """Find matching rows of a block, with the distance to the nearest query."""
-        vectors = read_part_vectors(self._store, self._encoder, block.chunks.part)[
-            block.first : block.first + len(block)
-        ]
+        vectors = read_part_vectors(self._store, self._encoder, block.chunks.part)[block.first :][: len(block)]
         embedded = block.chunks.embedded
         rows, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         size = max(min(_SLICE_ROWS, _SLICE_PAIRS // len(self._queries)), _LEAST_ROWS)

@@ -60,11 +60,6 @@ class Shared:
     entry: Ints
     of: Ints
 
-    def any_of(self, flags: Flags) -> Flags:
-        """Return which places have a counted entry that is flagged: bool [c]."""
-        found: Flags = np.bincount(self.of[flags[self.entry]], minlength=len(self.place)) > 0
-        return found
-
 
 class GramSets:
     """Sets of grams of ``n`` tokens; finds places with at least a ``share`` of a set.

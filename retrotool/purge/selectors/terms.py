@@ -37,9 +37,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.cli.options import read_given_lines
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock, read_values
 from retrotool.ranges import expand_ranges
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, stored_tokenizer
@@ -194,21 +193,13 @@ _BATCH = 1000
 
 def read_terms(path: Path) -> tuple[str, ...]:
     """Read terms from a UTF-8 file, one per line; blank lines and lines with ``#`` first are skipped."""
-    terms = []
-    for number, line in enumerate(read_given_lines("--terms", path, "term", says=_is_term), 1):
-        if not _is_term(line):
-            continue
-        term = line.strip()
-        if not any(map(str.isalnum, term)):
-            raise UsageError(
-                f"{path}, line {number}: a term needs a letter or a digit", "Remove the line, or begin it with #."
-            )
-        terms.append(term)
-    return tuple(terms)
-
-
-def _is_term(line: str) -> bool:
-    return bool(line.strip()) and not line.lstrip().startswith("#")
+    lines = [line for line in read_values("--terms", path, "term") if not line.text.lstrip().startswith("#")]
+    if not lines:
+        raise UsageError(f"--terms {path} has no term", "Give a file with one term per line.")
+    for line in lines:
+        if not any(map(str.isalnum, line.text)):
+            raise line.error("a term needs a letter or a digit", "Remove the line, or begin it with #.")
+    return tuple(line.text.strip() for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,10 +260,6 @@ class _Term:
             raise UsageError("a term has no letter and no digit", "Remove it from the list.")
         return cls(text[: edges[0]].encode(), text[edges[0] : edges[-1]].encode(), text[edges[-1] :].encode(), words)
 
-    @property
-    def is_word(self) -> bool:
-        return self.words == (self.lead + self.body + self.trail,)
-
 
 _Around = dict[tuple[int, int], dict[bytes, list[tuple[bytes, bytes]]]]
 """(words before the anchor, words of the term) to body to leads and trails."""
@@ -288,7 +275,7 @@ class TermMatcher:
         anchors: dict[bytes, _Around] = {}
         whole = set()
         for term in every:
-            if term.is_word:
+            if term.words == (term.lead + term.body + term.trail,):
                 anchors.setdefault(term.body, {})
                 whole.add(term.body)
                 continue

@@ -38,8 +38,8 @@ def matches(found: GramSets, places: Sets, close: bool) -> set[tuple[int, int, i
         assert not closed[shared.place].any()
         sizes = found.size[shared.owner].tolist()
         result |= set(zip(shared.place.tolist(), sizes, shared.count.tolist(), strict=True))
-        odd = shared.any_of(~even)
-        flagged = shared.any_of(even)
+        n = len(shared.place)
+        odd, flagged = (np.bincount(shared.of[flags[shared.entry]], minlength=n) > 0 for flags in (~even, even))
         assert (odd | flagged).all()
         if close:
             closed[shared.place] = True
