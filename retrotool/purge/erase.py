@@ -141,7 +141,7 @@ def files_of_several_parts(store: Store, numbers: Sequence[int]) -> Iterator[Fil
     """Yield the files that may hold data of several parts: shards, neighbour tables and quarantine."""
     state, wanted = store.state, set(numbers)
     for name in state.names("index"):
-        shards = [one for one in state.group("index", name).entries() if one.slot.startswith(SHARD)]
+        shards = (one for one in state.group("index", name).entries() if one.slot.startswith(SHARD))
         yield from (one for one in shards if not wanted.isdisjoint(ShardRecord.of(one).parts))
     for name in state.names("neighbours"):
         yield from state.group("neighbours", name).entries()

@@ -5,13 +5,8 @@ and several machines can share it; a part that an erase rewrote is scanned again
 removes the files, and so does any erase; a dry run leaves them for the purge after it. They hold chunk ids,
 places in text, and distances or scores, but no text.
 
-A result is a table of ``parts.SCANS_SCHEMA`` with a row per chunk, selector and label, in the order of the
-chunks:
-
-- ``selectors``: index of the selector in the scan. ``labels``: index into its names.
-- ``begin``, ``end``: the first match, in bytes from the beginning of the chunk's text (``begin`` may be
-  negative); both 0 if the whole chunk is selected.
-- ``figures``: a distance or score (``selector.BlockHits``), NaN if not measured.
+A result (``scans`` in docs/format.md) has a row per chunk, selector and label, with the first match, in the
+order of the chunks.
 
 In a task each thread works on a block of whole documents. Matchers spend their time in numpy, Arrow and RE2,
 which release the GIL. Memory: a block per thread, and 34 bytes per hit.
