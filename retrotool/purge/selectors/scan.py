@@ -25,7 +25,7 @@ import orjson
 import pyarrow as pa
 
 from retrotool import interrupts
-from retrotool.engine.task import Report, Task, task_key
+from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
 from retrotool.purge.selectors.selector import BLOCK_ROWS, Decoder, Matcher, Selector, TextBlock, text_blocks
@@ -75,52 +75,44 @@ class ScanStage:
             if old is None or (old.about or {})["reads"] != reads:
                 yield part, reads, old
 
-    def open(self, store: Store) -> ScanWorker:
+    def open(self, store: Store) -> Worker:
         """Return the worker, with all matchers loaded."""
-        return ScanWorker(store, self)
+        matchers, decoder = [selector.open(store) for selector in self.selectors], Decoder(store)
+        least = min(getattr(matcher, "block_rows", BLOCK_ROWS) for matcher in matchers)
+        scan, names = self.scan(store), [list(one.names) for one in self.selectors]
+        settings = {"scan": scan, "selectors": [one.kind for one in self.selectors]}
+
+        def work(task: Task, run: str, report: Report) -> Staged:
+            part, reads = int(task.inputs["part"]), task.inputs["reads"]
+            store.refresh()
+            found = [parts.SCANS_SCHEMA.empty_table()]
+            for rows, some in _side_by_side(matchers, text_blocks(store, decoder, part, least)):
+                found.append(some)
+                report(rows)
+            name = FileName.new(run, KIND, part_slot(part), "parquet", scan)
+            table, about = pa.concat_tables(found).combine_chunks(), {"reads": reads, "names": names}
+            entry = parts.write_parquet(store, name, table, about=about)
+            return Staged(task.key, "select", run, settings, tuple(reads), (entry,), tuple(task.inputs["replaces"]))
+
+        return work
 
 
-class ScanWorker:
-    """Scans parts."""
-
-    def __init__(self, store: Store, stage: ScanStage) -> None:
-        self._store, self._scan = store, stage.scan(store)
-        self._matchers = [selector.open(store) for selector in stage.selectors]
-        self._selectors = stage.selectors
-        self._decoder = Decoder(store)
-        self._rows = min(getattr(matcher, "block_rows", BLOCK_ROWS) for matcher in self._matchers)
-        self._threads = cores()
-
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Scan a part."""
-        store, part = self._store, int(task.inputs["part"])
-        store.refresh()
-        found = [parts.SCANS_SCHEMA.empty_table()]
-        for rows, some in self._side_by_side(text_blocks(store, self._decoder, part, self._rows)):
-            found.append(some)
-            report(rows)
-        name = FileName.new(run, KIND, part_slot(part), "parquet", self._scan)
-        about = {"reads": task.inputs["reads"], "names": [list(one.names) for one in self._selectors]}
-        entry = parts.write_parquet(store, name, pa.concat_tables(found).combine_chunks(), about=about)
-        settings = {"scan": self._scan, "selectors": [one.kind for one in self._selectors]}
-        reads, replaced = tuple(task.inputs["reads"]), tuple(task.inputs["replaces"])
-        return Staged(task.key, "select", run, settings, reads, (entry,), replaced)
-
-    def _side_by_side(self, blocks: Iterator[TextBlock]) -> Iterator[tuple[int, pa.Table]]:
-        """Yield the rows and results of each block, in order; holds one block more than there are threads."""
-        with ThreadPoolExecutor(self._threads) as pool:
-            waiting: deque[Future[tuple[int, pa.Table]]] = deque(
-                pool.submit(_first_hits, self._matchers, block) for block in itertools.islice(blocks, self._threads)
-            )
-            try:
-                while waiting:
-                    interrupts.check()
-                    yield waiting.popleft().result()
-                    for block in itertools.islice(blocks, 1):
-                        waiting.append(pool.submit(_first_hits, self._matchers, block))
-            finally:
-                for future in waiting:
-                    future.cancel()
+def _side_by_side(matchers: list[Matcher], blocks: Iterator[TextBlock]) -> Iterator[tuple[int, pa.Table]]:
+    """Yield the rows and results of each block, in order; holds one block more than there are threads."""
+    threads = cores()
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[tuple[int, pa.Table]]] = deque(
+            pool.submit(_first_hits, matchers, block) for block in itertools.islice(blocks, threads)
+        )
+        try:
+            while waiting:
+                interrupts.check()
+                yield waiting.popleft().result()
+                for block in itertools.islice(blocks, 1):
+                    waiting.append(pool.submit(_first_hits, matchers, block))
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Table]:
