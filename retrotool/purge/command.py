@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -305,12 +306,9 @@ def erase_command(
 
 def _seconds(age: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-    advice = "Give for example 7d, 12h or 2w."
-    if re.fullmatch(r"[0-9]+[smhdw]", age) is None:
-        raise UsageError(f"--older-than {age!a} is not an age", advice)
-    seconds = float(age[:-1]) * units[age[-1]]
+    seconds = float(age[:-1]) * units[age[-1]] if re.fullmatch("[0-9]+[smhdw]", age) else math.inf
     if seconds > time.time():
-        raise UsageError(f"--older-than {age[:40]}: no purge is older than 1970", advice)
+        raise UsageError(f"--older-than {age[:40]!a} is not an age", "Give for example 7d, 12h or 2w.")
     return seconds
 
 

@@ -69,12 +69,10 @@ def _about_files(receipt: Receipt) -> list[str]:
     durable = "synced to disk" if receipt.files.synced else "which could not be synced to disk"
     absent = output.count(receipt.files.replaced - len(receipt.files.present), "file")
     lines = [f"{absent} that left the store before: absent, {durable}"]
-    if receipt.files.unknown:
-        lines.append(f"not checked: {output.count(len(receipt.files.unknown), 'file')} that no commit names")
-        lines += [
-            f"  {output.one_line(one.path)} ({'a link' if one.link else output.size(one.bytes)})"
-            for one in receipt.files.unknown
-        ]
+    if unknown := receipt.files.unknown:
+        lines.append(f"not checked: {output.count(len(unknown), 'file')} that no commit names")
+        sizes = ["a link" if one.link else output.size(one.bytes) for one in unknown]
+        lines += [f"  {output.one_line(one.path)} ({size})" for one, size in zip(unknown, sizes, strict=True)]
     if receipt.files.in_progress:
         lines.append(f"not checked: {output.count(receipt.files.in_progress, 'file')} of running commands")
     return lines

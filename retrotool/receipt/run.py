@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -162,14 +161,19 @@ def _check(store: Store, purge: str) -> Receipt:
         for check in checks:
             checked.append(check())
             report(1)
-    is_whole = len(unerased(store, chunks)) == len(chunks)
-    state = "erased" if record["erased"] else "purged" if is_whole else "partly erased"
+    state = "erased"
     left = [f"{path}: data is left in {output.count(n, 'row')}; erase it again" for path, n in erasure.left.items()]
-    if state != "erased":
+    if not record["erased"]:
+        state = "purged" if len(unerased(store, chunks)) == len(chunks) else "partly erased"
         left = [f"the purge is not erased: its data is left in {output.count(len(left), 'file')}"]
     problems = [
         *(f"the log: {problem}" for problem in log.problems),
-        *_wrong_tombstones(store, purge),
+        *(
+            f"{entry.path}: its SHA-256 does not match the log, so the wrong chunks may have been checked"
+            for entry in store.state.group("tombstones").entries()
+            if entry.slot.partition(".")[0] == purge
+            if store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
+        ),
         *erasure.damaged,
         *(f"{path}: left the store but still exists; any write to the store removes it" for path in erasure.present),
         *left,
@@ -199,11 +203,3 @@ def _check(store: Store, purge: str) -> Receipt:
         dependents=tuple(dependents(store)),
         limits=LIMITS,
     )
-
-
-def _wrong_tombstones(store: Store, purge: str) -> Iterator[str]:
-    for entry in store.state.group("tombstones").entries():
-        if entry.slot.partition(".")[0] == purge and (
-            store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
-        ):
-            yield f"{entry.path}: its SHA-256 does not match the log, so the wrong chunks may have been checked"

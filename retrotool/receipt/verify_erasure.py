@@ -167,10 +167,6 @@ class Purged:
     chunks: Tombstones
     history: PurgeHistory
 
-    def rows(self, entry: FileEntry) -> Rows:
-        """Return the rows of purged chunks in the part of a file, int64, ascending."""
-        return self.chunks.rows(entry.part)
-
 
 def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
     """Check all files of a store; ``report`` is called with the bytes of each live file after its check.
@@ -183,7 +179,7 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
     damaged: list[str] = []
     for entry in store.state.files():
         check = CHECKS[entry.kind]
-        if check.holds is not None and (len(purged.rows(entry)) if check.by_row else True):
+        if check.holds is not None and (len(purged.chunks.rows(entry.part)) if check.by_row else True):
             try:
                 if len(holds := check.holds(purged, entry)):
                     n = int(holds.sum())
@@ -219,7 +215,7 @@ class _Check:
 
 
 def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
-    rows, part = purged.rows(entry), entry.part
+    rows, part = purged.chunks.rows(entry.part), entry.part
     chunks = parts.read_parquet(purged.store, parts.part_entry(purged.store, "chunks", part), ["doc", "n_tokens"])
     doc, n_tokens = chunks["doc"].to_numpy(), np.array(chunks["n_tokens"].to_numpy())
     n_tokens[rows] = 0
@@ -234,14 +230,14 @@ def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
 
 
 def _check_chunks(purged: Purged, entry: FileEntry) -> Flags:
-    rows = purged.rows(entry)
+    rows = purged.chunks.rows(entry.part)
     chunks = parts.read_chunks(purged.store, entry.part)
     holds: Flags = (chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1)
     return holds
 
 
 def _check_embeddings(purged: Purged, entry: FileEntry) -> Flags:
-    rows, matrix = purged.rows(entry), read_vectors(purged.store, entry)
+    rows, matrix = purged.chunks.rows(entry.part), read_vectors(purged.store, entry)
     starts = range(0, len(rows), _BLOCK_ROWS)
     return np.concatenate([matrix[rows[start : start + _BLOCK_ROWS]].any(axis=1) for start in starts])
 
@@ -257,7 +253,7 @@ def _check_index(purged: Purged, entry: FileEntry) -> Flags:
 
 
 def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
-    rows = purged.rows(entry)
+    rows = purged.chunks.rows(entry.part)
     within = is_within(purged.store, entry, parts.read_schema(purged.store, entry).metadata)
     if not (within or len(rows)):
         return _NOTHING

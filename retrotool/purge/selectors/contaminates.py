@@ -92,10 +92,6 @@ class _Grams:
         flat = np.ascontiguousarray(chunks.tokens).reshape(-1)
         return cls(flat, length, n_tokens, begin, documents, np.diff(total[documents]))
 
-    def places(self, document: int) -> Ints:
-        rows = np.arange(self.documents[document], self.documents[document + 1])
-        return expand_ranges(rows * self.length, self.begin[rows])
-
     def without(self) -> Ints:
         total = np.append(0, np.cumsum(self.n_tokens))
         return np.flatnonzero((self.of_document == 0) & (np.diff(total[self.documents]) > 0))
@@ -167,7 +163,8 @@ class ContaminationMatcher:
         @functools.cache
         def size(document: int) -> int:  # distinct n-grams: ``of_document`` counts repeated ones too
             windows = np.lib.stride_tricks.sliding_window_view(text.flat, self._sets.n)
-            return len(distinct_rows(windows[text.places(document)])[0])
+            rows = np.arange(text.documents[document], text.documents[document + 1])
+            return len(distinct_rows(windows[expand_ranges(rows * text.length, text.begin[rows])])[0])
 
         for shared in self._sets.shared(entries, alike):
             columns = (shared.place, shared.count, self._sets.size[shared.owner])

@@ -104,9 +104,6 @@ def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROW
         start = stop
 
 
-Rows = npt.NDArray[np.int64]
-
-
 @dataclass(frozen=True, slots=True)
 class BlockHits:
     """Rows of a block that a selector selects; all arrays are [n], and rows may repeat.
@@ -118,7 +115,7 @@ class BlockHits:
     * ``figures``: a distance or score, NaN if the selector measures none.
     """
 
-    rows: Rows
+    rows: Offsets
     labels: npt.NDArray[np.int32]
     begin: Offsets
     end: Offsets
@@ -128,7 +125,7 @@ class BlockHits:
         return len(self.rows)
 
     @classmethod
-    def whole(cls, rows: Rows, figures: npt.NDArray[np.float32] | None = None) -> BlockHits:
+    def whole(cls, rows: Offsets, figures: npt.NDArray[np.float32] | None = None) -> BlockHits:
         """Return hits of whole chunks, with ``figures`` [n] if given."""
         nowhere, nothing = np.full(len(rows), -1, np.int64), np.full(len(rows), np.nan, np.float32)
         return cls(rows, np.zeros(len(rows), np.int32), nowhere, nowhere, nothing if figures is None else figures)
