@@ -35,7 +35,7 @@ Results go to stdout, as text or with `--json` as one JSON object; errors, advic
 | 3 | `chunk` finished, with rows rejected or an input broken off; repeated documents are not rejected |
 | 10 | there is no store at that path |
 | 11 | another process committed what this work conflicts with, or took this run for dead; run the command again |
-| 12 | a file is not what the log says, or was erased under a reader |
+| 12 | a file is not what the log says, or was erased under a reader; `receipt`: something of the purge is left |
 | 14 | what is left is being done by other running commands, and `--no-wait` was given |
 | 130 | interrupted; what is finished is kept, and the same command goes on from there |
 """
