@@ -67,20 +67,19 @@ def command(
         )  # fmt: skip
         given = build_run.BuildOptions(tokenizer, options, encoder, devices)
         given_inputs = tuple(inputs or ())
-        plan = build_run.plan_build(store, given_inputs, given)
         if dry_run:
+            plan = build_run.plan_build(store, given_inputs, given)
             output.show(plan, as_json, lambda plan: "\n".join(plan.commands))
             return
-        output.note("Running:\n" + "\n".join(f"  {line}" for line in plan.commands))
-        result = build_run.build(store, given_inputs, given, after=_quiet if as_json else partial(_show, store))
+        result = build_run.build(
+            store, given_inputs, given,
+            before=lambda plan: output.note("Running:\n" + "\n".join(f"  {line}" for line in plan.commands)),
+            after=lambda step, result: None if as_json else _show(store, step, result),
+        )  # fmt: skip
         if as_json:
             output.show(result, True, str)
         if result.chunk is not None and (result.chunk.rejected or result.chunk.stopped):
             raise typer.Exit(EXIT_REJECTED)
-
-
-def _quiet(*_: object) -> None:
-    pass
 
 
 def _show(store: str, step: Step, result: Any) -> None:

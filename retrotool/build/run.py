@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from retrotool.chunk.chunk_plan import ChunkOptions, unfinished_plans
-from retrotool.chunk.run import ChunkResult, chunk
+from retrotool.chunk.run import ChunkResult, chunk, find_readable
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed.run import EmbedResult, embed
 from retrotool.errors import UsageError
 from retrotool.index.run import IndexResult, Options, index
 from retrotool.neighbours.run import NeighboursResult, SearchOptions, neighbours
 from retrotool.neighbours.stage import database_of, members_of
+from retrotool.sources.inputs import STANDARD_INPUT
 from retrotool.store.identity import is_store
 from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
@@ -68,8 +69,10 @@ class BuildPlan:
 
 
 def plan_build(root: str | Path, inputs: Sequence[str] = (), options: BuildOptions | None = None) -> BuildPlan:
-    """Return what ``build`` would run; ``UsageError`` if there is nothing to do."""
+    """Return what ``build`` would run; ``UsageError`` if nothing is, or an input can't be read."""
     given = options or BuildOptions()
+    quiet = replace(given.chunk or ChunkOptions(), note=lambda _: None)  # ``chunk`` prints the notes
+    find_readable([name for name in inputs if name != STANDARD_INPUT], quiet)
     steps = [*_chunk_steps(root, inputs, given), *_derived_steps(root, given)]
     return BuildPlan(tuple(step.line for step in steps))
 
@@ -79,14 +82,15 @@ def build(
     inputs: Sequence[str] = (),
     options: BuildOptions | None = None,
     *,
+    before: Callable[[BuildPlan], object] = lambda _: None,
     after: Callable[[Step, Result], object] = lambda _, __: None,
 ) -> BuildResult:
     """Run ``chunk`` on inputs and whatever is unfinished, then update embeddings, indexes and neighbours.
 
-    ``after`` is called with each finished step and its result.
+    ``before`` is called with the plan, ``after`` with each finished step and its result.
     """
     given = options or BuildOptions()
-    plan_build(root, inputs, given)  # raises before anything is done
+    before(plan_build(root, inputs, given))
     done: dict[str, list[Any]] = {"chunk": [], "embed": [], "index": [], "neighbours": []}
     for steps in (_chunk_steps(root, inputs, given), _derived_steps(root, given)):  # the first may make the store
         for step in steps:

@@ -33,13 +33,20 @@ def command_line(command: str, store: Store | str | Path, **options: object) -> 
     return shlex.join(["retrotool", command, place, *(word for pair in given for word in pair)])
 
 
-_FOLLOWING = {"chunk": ("embed", "encoder:"), "embed": ("index", "index:"), "index": ("neighbours", "neighbours:")}
+def next_command(root: str | Path, done: str, made: str = "") -> str:
+    """Return the command after ``done``, which ``made`` an encoder's vectors or an index.
 
-
-def next_command(root: str | Path, done: str) -> str:
-    """Return the command after ``done``: ``build`` if the store has what the next one makes, else that."""
-    command, prefix = _FOLLOWING[done]
-    return command_line("build" if Store.open(root).state.with_prefix(prefix) else command, root)
+    It is ``build`` if the store has what the next one makes of these, else that, under a name that is free.
+    """
+    store = Store.open(root)
+    encoders, indexes, tables = (store.state.with_prefix(f"{kind}:") for kind in ("encoder", "index", "neighbours"))
+    if done == "chunk":
+        return command_line("build" if encoders else "embed", root)
+    if done == "embed" and all(record["encoder"] != made for record in indexes.values()):
+        return command_line("index", root, name=made if indexes else None, encoder=made if len(encoders) > 1 else None)
+    if done == "index" and all(record.get("index") != made for record in tables.values()):
+        return command_line("neighbours", store, index=made, name=made if tables else None)
+    return command_line("build", root)
 
 
 def neighbours_command(root: str | Path, queries: str | Path | None, name: str, again: Mapping[str, Any]) -> str:

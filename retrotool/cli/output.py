@@ -183,6 +183,7 @@ def laid_out(paragraphs: Iterable[Paragraph]) -> str:
     with console.capture() as captured:
         for one in paragraphs:
             for i, line in enumerate(one.text.wrap(console, line_width() - max(one.indent, one.after))):
+                line.rstrip()
                 line.pad_left(one.after if i else one.indent)
                 console.print(line, soft_wrap=True)
     return captured.get().removesuffix("\n")

@@ -83,7 +83,7 @@ def command(
         )  # fmt: skip
         output.show(result, as_json, partial(embed_text, str(store)))
         if result.chunks and not (shard or result.in_other_runs or as_json):
-            output.note(f"Next: {next_command(store, 'embed')}")
+            output.note(f"Next: {next_command(store, 'embed', result.encoder)}")
 
 
 def embed_text(store: str, result: EmbedResult) -> str:

@@ -44,7 +44,8 @@ def _text(result: ExportResult) -> str:
     ]
     if result.without_neighbours:
         lines.append(f"{output.count(result.without_neighbours, 'chunk')} without neighbours.")
-    files = repr(str(Path(result.output) / "*.parquet"))
+    folder, files = repr(result.output), repr(str(Path(result.output) / "*.parquet"))
     lines += ["Open it with one of:", f"  duckdb.read_parquet({files})", f"  polars.scan_parquet({files})"]
+    lines.append(f"  pyarrow.dataset.dataset({folder}, exclude_invalid_files=True)")
     lines.append(f"  datasets.load_dataset('parquet', data_files={files}, split='train')")
     return "\n".join(lines)

@@ -114,7 +114,7 @@ def command(
         result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
         output.show(result, as_json, index_text)
         if result.added and not (shard or result.not_embedded or result.in_other_runs or as_json):
-            output.note(f"Next: {next_command(store, 'index')}")
+            output.note(f"Next: {next_command(store, 'index', result.name)}")
         if result.not_embedded:
             output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
             output.note("\n".join(f"  {command}" for command in result.next))

@@ -130,4 +130,5 @@ def _neighbours(info: Info, name: str) -> str:
     database = "" if about["within"] else f", from database {about['uri']}"
     if edits := about.get("edits"):
         words += f"; edited: {output.count(edits['rows'], 'row')} set, {output.count(edits['bans'], 'ban')}"
-    return f"{about['saved']} saved for {rows}{database}{made}{words}"
+    how = f"index {about['index']!r}" if about["index"] else "exact search"
+    return f"{about['saved']} saved for {rows}{database}, {how}, encoder {about['encoder']}{made}{words}"

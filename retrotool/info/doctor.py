@@ -43,7 +43,7 @@ class Check:
     """What was found about a subject; ``advice`` says what to do about it, or is empty."""
 
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "info", "warn", "fail"]
     found: str
     advice: str = ""
 
@@ -77,7 +77,7 @@ def _packages() -> Iterator[Check]:
         yield Check("packages", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
     for extra in EXTRAS:
         if lacks := [name for name, of in needed if of == extra and not found[name]]:
-            yield Check(f"extra {extra}", "warn", "not installed", f"If you need it: pip install {' '.join(lacks)}")
+            yield Check(f"extra {extra}", "info", "not installed", f"If you need it: pip install {' '.join(lacks)}")
 
 
 def version_of(package: str) -> str:

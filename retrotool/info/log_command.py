@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from retrotool.cli import output
 from retrotool.cli.options import Json, StoreArgument, opt
 
@@ -19,6 +21,8 @@ Examples:
 Each line has the commit's number, time, hash (12 digits; all with --json) and command, and the files that it added
 (+), replaced (±) and removed (-), with their rows in parentheses. retrotool verify STORE --log checks the log."""
 
+_HEADER = "commit  time (UTC)           hash          command     changes"
+
 
 def command(
     store: StoreArgument,
@@ -29,7 +33,10 @@ def command(
     with output.errors(as_json):
         from retrotool.info import log_entries
 
-        output.show_each("commits", log_entries.log_entries(store, last), as_json, _text)
+        entries = log_entries.log_entries(store, last)
+        if not as_json:
+            typer.echo(_HEADER)
+        output.show_each("commits", entries, as_json, _text)
 
 
 def _text(entry: LogEntry) -> str:

@@ -39,6 +39,10 @@ from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 from retrotool.store.verify_log import check_log, same_state
 
+_DIGESTS = {  # by kind of files, the digests that can't be trusted if one of them has a problem
+    "tombstones": ("tombstones",), "embeddings": ("embeddings",), "index": ("indexes",),
+    "neighbours": ("neighbours", "materialised"), "chunks": ("content", "ids"), "documents": ("content", "ids"),
+}  # fmt: skip
 _LOGGED = re.compile(r"(log|checkpoints)/[0-9a-f-]+\.json")
 
 
@@ -108,6 +112,9 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
             logged = store.state.records.get("totals", {}).get(name, 0)
             if found != logged:
                 checked.add("", f"found {found:,} live {name}, but the log says {logged:,}")
+    for kind in {problem.kind for problem in result.problems}:
+        for name in _DIGESTS.get(kind, ()):
+            setattr(result, name, "")
     if not all(problem.repairable for problem in result.problems):  # sound files may look wrong without the others
         result.problems = [one if one.path in checked.broken else one.doubtful() for one in result.problems]
     result.ok = not result.problems

@@ -44,13 +44,15 @@ def documents_command(
     documents are listed as text, all as JSON or CSV.
     """
     with output.errors(as_json):
-        from retrotool.reader import open_store
+        from retrotool.reader import Reader
         from retrotool.store.expressions import with_sources
+        from retrotool.store.store import Store
 
         if as_csv and as_json:
             raise UsageError("--csv and --json can't be combined", "Give one of them.")
-        reader = open_store(store)
-        found = reader.documents(with_sources(where, sources or ()), purged=purged)
+        opened = Store.open(store)
+        reader = Reader(opened)
+        found = reader.documents(with_sources(opened, where, sources or ()), purged=purged)
         some = islice(found, _LIMIT if limit is None and not (as_csv or as_json) else limit or None)
         if as_csv:
             kept = reader.kept_fields()

@@ -9,7 +9,7 @@ from retrotool.ann.choice import TARGET_RECALL
 from retrotool.chunk import CHUNK_LENGTH
 from retrotool.cli import output
 from retrotool.cli.command_lines import SAVED
-from retrotool.cli.options import Json, opt, parse_count, parse_size
+from retrotool.cli.options import Json, opt, parse_count
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def command(
         from retrotool.plan import run as plan_run
 
         result = plan_run.plan(
-            parse_count("--tokens", tokens), encoder=encoder, gpus=gpus, hosts=hosts, cores=cores,
-            memory_per_host=None if memory_per_host is None else parse_size("--memory-per-host", memory_per_host),
+            tokens, encoder=encoder, gpus=gpus, hosts=hosts, cores=cores, memory_per_host=memory_per_host,
             tokens_per_document=tokens_per_document, chunk_length=chunk_length, saved=neighbours,
             target_recall=target_recall, rates=dict(map(_parse_rate, rate or ())),
         )  # fmt: skip

@@ -43,6 +43,7 @@ from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
 from retrotool.chunk.run import check_chunk_length
 from retrotool.cli.command_lines import SAVED
+from retrotool.cli.options import parse_count, parse_size
 from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows
@@ -180,26 +181,28 @@ class Plan:
 
 
 def plan(
-    tokens: int,
+    tokens: int | str,
     *,
     encoder: str = "minilm",
     gpus: int = 0,
     hosts: int | None = None,
     cores: int | None = None,
-    memory_per_host: int | None = None,
+    memory_per_host: int | str | None = None,
     tokens_per_document: int = TOKENS_A_DOCUMENT,
     chunk_length: int = CHUNK_LENGTH,
     saved: int = SAVED,
     target_recall: float = TARGET_RECALL,
     rates: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Plan a database of ``tokens`` tokens.
+    """Plan a database of ``tokens`` tokens, such as 1.75T.
 
-    ``cores`` and ``memory_per_host`` (bytes) are by default those of this machine, ``hosts`` one per 8 GPUs.
-    ``rates`` (by stage, in the units of the plan) replace those of ``TABLE``.
+    ``cores`` and ``memory_per_host`` (bytes, or for example 64GiB) are by default those of this machine,
+    ``hosts`` one per 8 GPUs. ``rates`` (by stage, in the units of the plan) replace those of ``TABLE``.
     """
     hosts = max(1, -(-gpus // GPUS_A_HOST)) if hosts is None else hosts
-    memory = memory_of_machine() if memory_per_host is None else memory_per_host
+    tokens = parse_count("--tokens", tokens) if isinstance(tokens, str) else tokens
+    given = parse_size("--memory-per-host", memory_per_host) if isinstance(memory_per_host, str) else memory_per_host
+    memory = memory_of_machine() if given is None else given
     machines = Machines(gpus, hosts, own_cores() if cores is None else cores, memory)
     work = _Work(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}

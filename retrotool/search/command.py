@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
-from retrotool.cli.command_lines import SHOWN
+from retrotool.cli.command_lines import SHOWN, command_line
 from retrotool.cli.options import (
     Device,
     IndexOption,
@@ -24,7 +24,7 @@ from retrotool.cli.options import (
     read_given_lines,
 )
 from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.store.store import retry_overtaken
+from retrotool.store.store import Store, retry_overtaken
 
 if TYPE_CHECKING:
     from retrotool.index.searching import Database
@@ -101,7 +101,7 @@ def command(
     with output.errors(as_json):
         from retrotool.embed.search_scope import count_left
         from retrotool.index.searching import commands_to_index
-        from retrotool.reader import open_store
+        from retrotool.reader import Reader
         from retrotool.store.expressions import with_sources
         from retrotool.store.identity import is_store
         from retrotool.store.storage import storage_at
@@ -113,13 +113,13 @@ def command(
         many = isinstance(given, Path)
         lines = read_given_lines("TEXT", given, "query") if isinstance(given, Path) else [given]
         texts = [line for line in lines if line.strip()]
-        filtered = with_sources(where, sources or ())
 
         def attempt() -> tuple[list[list[Neighbour]], Database, int]:
             if not is_store(storage_at(store)) and is_store(storage_at(text)):
                 swapped = shlex.join(["retrotool", "search", text, store])
                 raise StoreNotFoundError(f"{store} is not a store, but {text} is", f"Give the store first: {swapped}")
-            reader = open_store(store)
+            opened = Store.open(store)
+            filtered, reader = with_sources(opened, where, sources or ()), Reader(opened)
             encoder = reader.load_encoder(index, devices)
             found = reader.search_many(
                 texts, k, index, encoder, where=filtered, nprobe=nprobe, rerank=rerank,
@@ -134,11 +134,15 @@ def command(
         share = lost / max(database.vectors_in_log, 1)
         missing = Missing([entry.path for entry in broken], lost, share) if broken else None
         then = commands_to_index(database.store, database.encoder, database.name) if left else []
+        state = database.store.state
+        foreign = state.records[f"encoder:{database.encoder}"].get("foreign")
+        if len(then) > 1 and state.with_prefix("neighbours:") and not foreign:
+            then = [command_line("build", store)]
         answers = [Answer(query, list(map(_found, near))) for query, near in zip(texts, found, strict=True)]
         results, queries = (None, answers) if many else (answers[0].results, None)
         output.show(Results(results, missing, left, tuple(then), queries), as_json, _text)
         if 0 < (fewest := min(map(len, found))) < k:
-            what = "--where and --source leave" if filtered else "the index has"
+            what = "--where and --source leave" if where or sources else "the index has"
             output.note(f"Fewer than {k}: {what} {output.count(fewest, 'live chunk')}.")
         if left:
             are = "is" if left == 1 else "are"

@@ -13,7 +13,8 @@ They are written like ``source = 'news' and (year >= 2020 or license is null)``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ _COMPARE = {
 }  # fmt: skip
 _KEYWORDS = ("and", "or", "not", "in", "is", "null", "like")
 _DEPTH = 50
+_LISTED = 8  # sources that an error names
 HIDDEN = ("key", "text_hash", "first_row")
 _ADVICE = "Write for example: --where \"source = 'news' and (year >= 2020 or license is null)\""
 
@@ -154,10 +156,25 @@ class Where:
         return UsageError(f"--where: expected {wanted} at character {at + 1}", _ADVICE)
 
 
-def with_sources(where: str | None, sources: Iterable[str]) -> str | None:
-    """Return an expression for documents with any of ``sources`` (empty: all) for which ``where`` is true."""
+def with_sources(store: Store, where: str | None, sources: Sequence[str]) -> str | None:
+    """Return an expression for documents with any of ``sources`` (empty: all) for which ``where`` is true.
+
+    ``UsageError`` for a source that no document has or had.
+    """
     if where is not None:
         Where(where).mask(pa.table({}))  # offsets in errors are those in ``where``
+    missing, known = dict.fromkeys(sources), dict[str, None]()
+    for part in store.state.parts() if sources else ():
+        known |= dict.fromkeys(parts.read_documents(store, part, ["source"])["source"].unique().drop_null().to_pylist())
+        if not (missing := {name: None for name in missing if name not in known}):
+            break
+    if missing:
+        more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
+        listed = f"The sources are: {', '.join(sorted(known)[:_LISTED])}{more}. " if known else ""
+        command = shlex.join(["retrotool", "info", store.place, "--sources"])
+        raise UsageError(
+            f"{store.place}: no document has the source {next(iter(missing))!r}", f"{listed}List: {command}"
+        )
     quoted = ", ".join("'" + source.replace("'", "''") + "'" for source in sources)
     either = [f"source in ({quoted})"] if quoted else []
     return " and ".join([*either, *([f"({where})"] if where is not None else [])]) or None

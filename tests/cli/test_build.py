@@ -97,9 +97,27 @@ def test_it_is_resumed_after_an_interruption(
     assert api.verify(store).ok and Store.open(store).state.names("neighbours")
 
 
+def test_the_next_command_after_a_second_encoder_and_index_names_them(store_copy: Path, tiny_encoder: Path) -> None:
+    result = run_cli("embed", store_copy, "--encoder", tiny_encoder, "--pooling", "cls", "--name", "other")
+    following = ["index --name other --encoder other", "neighbours --index other --name other"]
+    for command in following:
+        first, _, options = command.partition(" ")
+        assert result.stderr.endswith(f"Next: retrotool {first} {store_copy} {options}\n")
+        result = run_cli(*shlex.split(result.stderr.splitlines()[-1])[2:])
+    assert result.exit_code == 0
+    shown = ok("info", store_copy)
+    assert "  neighbours  other: 20 saved for " in shown and ", index 'other', encoder other\n" in shown
+    result = run_cli("embed", store_copy, "--encoder", tiny_encoder, "--pooling", "mean", "--name", "third")
+    assert f"retrotool index {store_copy} --name third --encoder third" in result.stderr
+
+
 def test_what_is_wrong_is_said_before_anything_is_done(tmp_path: Path, store_copy: Path) -> None:
     result = run_cli("build", tmp_path / "none")
     assert result.exit_code == 2 and "Name files or folders to chunk." in result.stderr
+    for inputs in (["gone.jsonl"], [tmp_path / "gone.jsonl", write_jsonl(tmp_path / "rows.jsonl", ROWS)]):
+        for dry_run in ([], ["--dry-run"]):
+            result = run_cli("build", tmp_path / "none", *inputs, *dry_run)
+            assert result.exit_code == 2 and "gone.jsonl" in result.stderr and "Running" not in result.stderr
     number = Store.open(store_copy).state.number
     result = run_cli("build", store_copy, "--encoder", "another")
     assert result.exit_code == 2 and f"retrotool embed {store_copy} --encoder another" in result.stderr

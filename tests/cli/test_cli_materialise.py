@@ -36,7 +36,7 @@ def test_it_is_shown_what_was_materialised(store_copy: Path, run: Run) -> None:
     assert second == "Materialised: the tokens of the first 2 neighbours of each chunk."
     assert second in run("neighbours", store_copy)[1], "later runs keep them"
     shown = run("info", store_copy)[1]
-    assert f"  neighbours  main: 20 saved for {chunks} chunks, 2 materialised\n" in shown
+    assert f"  neighbours  main: 20 saved for {chunks} chunks, index 'main', encoder tiny, 2 materialised\n" in shown
     assert "\n  materialised " in run("verify", store_copy)[1]
 
 

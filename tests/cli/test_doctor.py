@@ -63,7 +63,7 @@ FAULTS: dict[str, tuple[Fake, str, str, str]] = {
     ),
     "an extra": (
         lambda m: m.setattr(doctor, "version_of", lambda name: "" if name == "fastwarc" else "1.0"),
-        "extra warc", "warn", "pip install fastwarc",
+        "extra warc", "info", "pip install fastwarc",
     ),
     "an old kernel": (
         lambda m: m.setattr(doctor, "loaded_kernels", lambda: {"numpy": "Haswell", "faiss_cpu": "Prescott"}),

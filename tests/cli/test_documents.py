@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ ABSENT = {"doc-5", "doc-6", "doc-35"}
         ([], lambda row: True),
         (["--source", "b"], lambda row: row["source"] == "b"),
         (["--source", "a", "--source", "b"], lambda row: True),
-        (["--source", "it's"], lambda row: False),
         (["--where", "year >= 2010"], lambda row: row["year"] is not None and int(row["year"]) >= 2010),
         (["--where", "grade = '1' or id = 'doc-2'"], lambda row: row["grade"] == "1" or row["id"] == "doc-2"),
         (
@@ -120,6 +120,14 @@ def test_what_is_purged_is_listed_when_it_is_asked_for(store):
     assert [one["id"] for one in listed(store, "--purged", "--source", "b", "--where", "n_chunks > 0")] == [
         one for one in found if one in ("doc-5", "doc-35", "again")
     ]
+
+
+def test_an_unknown_source_is_an_error_that_names_those_that_are_there(store):
+    for command in (["documents"], ["documents", "--purged"], ["search", "x"]):
+        code, out, err = run(command[0], store, *command[1:], "--source", "a", "--source", "it's")
+        assert (code, out) == (2, "")
+        assert err.startswith(f'error: {store}: no document has the source "it\'s"\nThe sources are: a, b. List: ')
+        assert run(*shlex.split(err.splitlines()[1].partition("List: ")[2])[1:])[0] == 0
 
 
 def test_states_are_those_of_the_chunks(fresh, tmp_path):
@@ -208,6 +216,7 @@ def test_a_document_is_shown_with_its_text_and_where_it_is_from(store, rows):
     assert [chunk["index"] for chunk in found["chunks"]] == list(range(found["document"]["n_chunks"]))
     assert (found["purges"], found["neighbours"]) == ({}, [])
     out = run("show", store, "doc-9")[1]
+    assert [line for line in out.splitlines() if line != line.rstrip()] == []
     assert f"year  {rows[9]['year']}" in out
     assert "".join(rows[9]["text"].split()) in "".join(
         "".join(line.split()) for line in out.splitlines() if not line.startswith("chunk ")

@@ -327,7 +327,9 @@ def test_duckdb_polars_and_datasets_read_the_parquet_files(built_store: Path, tm
 
 
 def test_what_is_printed_opens_it(built_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {name: pytest.importorskip(name) for name in ("duckdb", "polars", "datasets")}
+    import pyarrow.dataset  # noqa: F401
+
+    known = {name: pytest.importorskip(name) for name in ("duckdb", "polars", "pyarrow", "datasets")}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     done = CliRunner().invoke(app, ["export", str(built_store), "out"])
@@ -335,5 +337,5 @@ def test_what_is_printed_opens_it(built_store: Path, tmp_path: Path, monkeypatch
     first, _, code = done.stdout.partition("Open it with one of:\n")
     chunks = api.info(built_store).chunks
     assert first.startswith(f"{chunks} chunks of 120 documents with ")
-    relation, frame, dataset = (eval(line, known) for line in code.splitlines())
-    assert len(relation) == frame.collect().height == len(dataset) == chunks
+    relation, frame, arrow, dataset = (eval(line, known) for line in code.splitlines())
+    assert len(relation) == frame.collect().height == arrow.to_table().num_rows == len(dataset) == chunks

@@ -107,7 +107,7 @@ def test_what_was_done_is_reported_in_a_few_words(store: Path) -> None:
     rewritten = next(line for line in lines if "  erase " in line)
     assert "±1 chunks (" in rewritten and "-1 chunks" not in rewritten
     assert any("embeddings/tiny" in line for line in lines if "  embed " in line)
-    assert len(lines) == len(list(api.log_entries(store)))
+    assert len(lines) == 1 + len(list(api.log_entries(store))) and "time (UTC)" in lines[0]
 
 
 def test_what_was_taken_back_is_reported_with_who_and_why(built_store: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_no_purged_text_is_reported(store: Path) -> None:
 def test_a_broken_log_is_reported_as_far_as_it_goes(store: Path) -> None:
     commit_file(store, 3).unlink()
     code, out, err = run("log", store)
-    assert (code, len(out.splitlines())) == (12, 3)
+    assert (code, len(out.splitlines())) == (12, 1 + 3)
     assert err.startswith("error: ") and "00000003.json is missing" in err and "verify" in err
     code, out, again = run("log", store, "--json")
     reported = json.loads(out)

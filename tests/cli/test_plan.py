@@ -199,6 +199,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments, message):
 
 
 def test_a_plan_is_of_so_many_tokens():
+    assert made("100k", memory_per_host="64GB") == made(100_000, memory_per_host=64 * 10**9)  # type: ignore[arg-type]
     code, out, err = run("--gpus", 8)
     assert (code, out) == (2, "") and "Missing option '--tokens'" in err
 

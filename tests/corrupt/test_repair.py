@@ -79,6 +79,8 @@ def test_what_is_derived_from_chunks_is_rebuilt_and_nothing_else_is_touched(
     named = {without_sums(path) for path in damaged}
     found = api.verify(store)
     assert {problem.path for problem in found.problems} == named
+    changed = {name for name in DIGESTS if getattr(found, name) != getattr(good, name)}
+    assert changed == {name for name in DIGESTS if not getattr(found, name)} >= {"embeddings", "indexes", "neighbours"}
     assert {problem.remedy for problem in found.problems} == {f"retrotool repair {store}"}
     assert f"remedy: retrotool repair {store}" in cli("verify", store).stdout
     tried = api.repair(store, dry_run=True)

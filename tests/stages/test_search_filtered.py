@@ -139,7 +139,7 @@ def test_fewer_than_asked_for_is_said(purged: Path) -> None:
     n = len(retrotool.open(purged).document("doc-9"))
     assert few.code == 0 and few.out.count(". distance") == n < 5
     assert few.err == f"Fewer than 5: --where and --source leave {n} live chunk{'s' * (n > 1)}.\n"
-    none = run(purged, "x", "--source", "nobody's")
+    none = run(purged, "x", "--where", "source = 'nobody'")
     assert (none.code, none.out) == (0, "Nothing found: no live chunk is in the index, or none matches.\n")
     with pytest.raises(retrotool.errors.UsageError, match="-k 99 is not between 1 and the 20"):
         reader = retrotool.open(purged)
