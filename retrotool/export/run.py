@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,7 @@ from retrotool.neighbours.retrieved import Pieces, read_document_ids
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.parts import ROW_GROUP, Ids, format_id
+from retrotool.store.parts import ROW_GROUP, Chunks, Ids, format_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
 from retrotool.tokenizers import Tokenizer, stored_tokenizer
@@ -50,25 +50,12 @@ _SETTINGS: dict[str, Any] = {"use_dictionary": _REPEATED, "write_page_checksum":
 
 @dataclass(frozen=True, slots=True)
 class ExportedTables:
-    """What is exported: the live chunks of ``store`` and, through ``reader``, k neighbours of each."""
+    """What is exported: the live chunks of the reader's store, and k neighbours of each."""
 
-    store: Store
     reader: NeighbourReader
-    tokenizer: Tokenizer
     tombstones: Tombstones  # of the store
     tabled: frozenset[int]  # parts that have tables; other chunks have no neighbours
     k: int
-
-    def found(self, part: int, group: int, rows: int) -> Found:
-        """Return the neighbours [rows, k] of all rows of a row group, including purged rows."""
-        if part in self.tabled:
-            found = self.reader.read(part, self.k, [group])
-            if len(found.ids) == rows:
-                return found
-            raise self.store.corrupt(
-                f"the neighbours {self.reader.name!r} of part {part} have {len(found.ids):,} rows, not {rows:,}"
-            )
-        return Found.nothing(rows, self.k)
 
 
 def open_tables(store: Store, table: str | None = None, k: int | None = None) -> ExportedTables:
@@ -83,29 +70,27 @@ def open_tables(store: Store, table: str | None = None, k: int | None = None) ->
     tabled = reader.parts()
     for part in tabled:
         reader.entries(part)  # checks that the ids are still valid
-    return ExportedTables(store, reader, stored_tokenizer(store), read_tombstones(store), frozenset(tabled), k)
+    return ExportedTables(reader, read_tombstones(store), frozenset(tabled), k)
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The n live chunks of a row group, with the ids and sources of their documents."""
+    """The n live chunks ``rows`` of a row group, with the ids and sources of their documents."""
 
-    part: int
     ids: Ids
-    doc: npt.NDArray[np.int32]
-    documents: pa.ChunkedArray
-    sources: pa.ChunkedArray
-    index: npt.NDArray[np.int32]  # [n], positions in the documents
-    tokens: npt.NDArray[Any]  # [n, chunk_length], zero-padded
-    n_tokens: npt.NDArray[np.int32]  # [n]
+    rows: Ids
+    chunks: Chunks
+    documents: pa.Table
     found: Found  # neighbours [n, k]
-    pieces: Pieces  # their tokens and continuations [n · k]
-    found_in: npt.NDArray[np.object_]  # ids of their documents [n · k]; None: no neighbour
 
 
-def read_blocks(opened: ExportedTables) -> Iterator[Block]:
-    """Yield all live chunks by ascending id, in blocks that are not empty."""
-    store, k = opened.store, opened.k
+def read_blocks(opened: ExportedTables) -> Iterator[tuple[Block, Pieces, npt.NDArray[np.object_]]]:
+    """Yield all live chunks by ascending id, in blocks that are not empty.
+
+    With each come the tokens of its neighbours and their continuations [n · k], and the ids of the
+    neighbours' documents [n · k], None without a neighbour.
+    """
+    store, k = opened.reader.store, opened.k
     most = HELD_BYTES // (2 * k * store.identity.chunk_length * store.identity.tokenizer.token_bytes) - ROW_GROUP
     waiting, held = list[Block](), 0
     for part in store.state.parts():
@@ -117,97 +102,76 @@ def read_blocks(opened: ExportedTables) -> Iterator[Block]:
             live = np.flatnonzero((chunks.n_tokens > 0) & ~opened.tombstones.contains(ids))
             if not len(live):
                 continue
-            found = opened.found(part, group, len(chunks))
+            found = opened.reader.read(part, k, [group]) if part in opened.tabled else Found.nothing(len(ids), k)
+            if len(found.ids) != len(ids):
+                of = f"the neighbours {opened.reader.name!r} of part {part}"
+                raise store.corrupt(f"{of} have {len(found.ids):,} rows, not {len(ids):,}")
             for rows in np.split(live, range(TEXTS // k, len(live), TEXTS // k)):
                 named = documents.take(pa.array(chunks.doc[rows]))
-                waiting.append(Block(
-                    part, ids[rows], chunks.doc[rows], named["id"], named["source"], chunks.index[rows],
-                    chunks.tokens[rows], chunks.n_tokens[rows], found.take(rows), Pieces.none(store, 0), np.array([]),
-                ))  # fmt: skip
+                waiting.append(Block(ids[rows], rows, chunks, named, found.take(rows)))
             held += len(live)
             if held > most:
-                yield from _with_pieces(opened, waiting)
+                yield from _with_pieces(opened.reader, waiting)
                 waiting, held = [], 0
     if waiting:
-        yield from _with_pieces(opened, waiting)
+        yield from _with_pieces(opened.reader, waiting)
 
 
-def _with_pieces(opened: ExportedTables, blocks: list[Block]) -> Iterator[Block]:
-    every = [block.found for block in blocks]
-    columns = ([one.ids, one.distances, one.databases] for one in every)
+def _with_pieces(
+    reader: NeighbourReader, blocks: list[Block]
+) -> Iterator[tuple[Block, Pieces, npt.NDArray[np.object_]]]:
+    columns = ([one.found.ids, one.found.distances, one.found.databases] for one in blocks)
     found = Found(*map(np.concatenate, zip(*columns, strict=True)))
-    pieces = opened.reader.pieces(found)
+    pieces = reader.pieces(found)
     wrong = (found.ids != NO_NEIGHBOUR) & (pieces.n_tokens[:, 0] == 0).reshape(found.ids.shape)
     if wrong.any():
         place = tuple(np.argwhere(wrong)[0])
-        database, chunk = opened.reader.databases[found.databases[place]].place, format_id(int(found.ids[place]))
+        database, chunk = reader.databases[found.databases[place]].place, format_id(int(found.ids[place]))
         raise CorruptError(
-            f"the neighbours {opened.reader.name!r} name chunk {chunk}, which is not in {database}",
-            f"Find out more: {command_line('verify', opened.store.place)}, then: {command_line('verify', database)}",
+            f"the neighbours {reader.name!r} name chunk {chunk}, which is not in {database}",
+            f"Find out more: {command_line('verify', reader.store.place)}, then: {command_line('verify', database)}",
         )
     names = np.full(found.ids.size, None, np.object_)
-    for number, database in enumerate(opened.reader.databases):
+    for number, database in enumerate(reader.databases):
         here = found.databases.ravel() == number
         names[here] = read_document_ids(database, found.ids.ravel()[here])
     start = 0
     for block in blocks:
         some = slice(start, start + block.found.ids.size)
-        yield replace(block, pieces=Pieces(pieces.tokens[some], pieces.n_tokens[some]), found_in=names[some])
+        yield block, Pieces(pieces.tokens[some], pieces.n_tokens[some]), names[some]
         start = some.stop
 
 
-def _schema(k: int, chunk_length: int, token: pa.DataType) -> pa.Schema:
-    tokens = pa.list_(pa.list_(token, chunk_length), k)
-    lengths, texts = pa.list_(pa.int32(), k), pa.list_(pa.string(), k)
-    return pa.schema([
-        ("chunk", pa.int64()), ("document", pa.string()), ("source", pa.string()), ("index", pa.int32()),
-        ("text", pa.string()), ("tokens", pa.list_(token)),
-        ("neighbours", pa.list_(pa.int64(), k)), ("distances", pa.list_(pa.float32(), k)),
-        ("databases", pa.list_(pa.int16(), k)), ("neighbour_documents", texts),
-        ("neighbour_text", texts), ("neighbour_tokens", tokens), ("neighbour_lengths", lengths),
-        ("continuation_text", texts), ("continuation_tokens", tokens), ("continuation_lengths", lengths),
-    ])  # fmt: skip
+def _table(block: Block, pieces: Pieces, names: npt.NDArray[np.object_], tokenizer: Tokenizer) -> pa.Table:
+    """Return the rows of a block in the columns of an export."""
+    ids, chunks, rows = block.found.ids, block.chunks, block.rows
+    tokens, n_tokens = chunks.tokens[rows], chunks.n_tokens[rows]
+    texts = [tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1)]
+    near = {}
+    for piece, name in enumerate(("neighbour", "continuation")):
+        lengths = pieces.n_tokens[:, piece]
+        text = np.where(lengths > 0, np.array(texts[piece], np.object_), np.array(None))
+        near[f"{name}_text"] = _fixed(text.reshape(ids.shape), pa.string())
+        near[f"{name}_tokens"] = _fixed(pieces.tokens[:, piece].reshape(*ids.shape, -1))
+        near[f"{name}_lengths"] = _fixed(lengths.astype(np.int32).reshape(ids.shape))
+    offsets = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)]).astype(np.int32)
+    used = tokens[np.arange(tokens.shape[1]) < n_tokens[:, None]]
+    return pa.table({
+        "chunk": block.ids, "document": block.documents["id"], "source": block.documents["source"],
+        "index": chunks.index[rows], "text": pa.array(tokenizer.decode_text(tokens, n_tokens), pa.string()),
+        "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(used)),
+        "neighbours": _fixed(ids), "distances": _fixed(block.found.distances),
+        "databases": _fixed(np.where(ids == NO_NEIGHBOUR, -1, block.found.databases.astype(np.int16))),
+        "neighbour_documents": _fixed(names.reshape(ids.shape), pa.string()), **near,
+    })  # fmt: skip
 
 
-def _table(opened: ExportedTables, block: Block, schema: pa.Schema) -> pa.Table:
-    ids = block.found.ids
-    tokens = block.pieces.tokens.reshape(*ids.shape, 2, -1)
-    lengths = block.pieces.n_tokens.reshape(*ids.shape, 2)
-    databases = np.where(ids == NO_NEIGHBOUR, -1, block.found.databases.astype(np.int16))
-    flat = block.pieces
-    texts = [opened.tokenizer.decode_text(flat.tokens[:, piece], flat.n_tokens[:, piece]) for piece in (0, 1)]
-    text, following = np.where(flat.n_tokens.T > 0, np.array(texts, np.object_), np.array(None))
-    columns = [
-        pa.array(block.ids), block.documents, block.sources, pa.array(block.index),
-        opened.tokenizer.decode_text(block.tokens, block.n_tokens),
-        _lists(block.tokens, block.n_tokens, schema.field("tokens").type),
-        *(_fixed(values, schema.field(name).type) for name, values in (
-            ("neighbours", ids), ("distances", block.found.distances), ("databases", databases),
-            ("neighbour_documents", block.found_in),
-            ("neighbour_text", text), ("neighbour_tokens", tokens[:, :, 0]), ("neighbour_lengths", lengths[:, :, 0]),
-            ("continuation_text", following),
-            ("continuation_tokens", tokens[:, :, 1]), ("continuation_lengths", lengths[:, :, 1]),
-        )),
-    ]  # fmt: skip
-    return pa.table(columns, schema=schema)
-
-
-def _fixed(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    sizes = []
-    while pa.types.is_fixed_size_list(kind):
-        sizes.append(kind.list_size)
-        kind = kind.value_type
-    array = pa.array(np.ascontiguousarray(values, kind.to_pandas_dtype()).reshape(-1), kind)
-    for size in reversed(sizes):
+def _fixed(values: npt.NDArray[Any], kind: pa.DataType | None = None) -> pa.Array:
+    """Return values [n, k, ...] as n lists of fixed sizes."""
+    array = pa.array(np.ascontiguousarray(values).reshape(-1), kind)
+    for size in reversed(values.shape[1:]):
         array = pa.FixedSizeListArray.from_arrays(array, size)
     return array
-
-
-def _lists(tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    used = np.arange(tokens.shape[1]) < n_tokens[:, None]
-    offsets = np.concatenate([[0], np.cumsum(n_tokens, dtype=np.int64)]).astype(np.int32)
-    values = pa.array(tokens[used].astype(kind.value_type.to_pandas_dtype()))
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
 def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[str, int]:
@@ -215,25 +179,24 @@ def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[s
 
     Returns the counts that ``ExportResult`` has.
     """
-    own = opened.store.identity
-    columns = _schema(opened.k, own.chunk_length, pa.uint16() if own.tokenizer.token_bytes == 2 else pa.uint32())
+    tokenizer = stored_tokenizer(opened.reader.store)
     counts = dict.fromkeys(("chunks", "documents", "tokens", "neighbours", "without_neighbours"), 0)
     part, last, writer = -1, -1, cast(Any, None)
     with ExitStack() as files:
-        for block in read_blocks(opened):
-            path = folder / f"part-{block.part:06d}.parquet"
-            if block.part != part:
+        for block, pieces, names in read_blocks(opened):
+            table, chunks = _table(block, pieces, names, tokenizer), block.chunks
+            path = folder / f"part-{chunks.part:06d}.parquet"
+            if chunks.part != part:
                 files.close()
-                part, last = block.part, -1
-                writer = files.enter_context(pq.ParquetWriter(path, columns, compression="zstd", **_SETTINGS))
-            there = block.found.ids != NO_NEIGHBOUR
-            counts["chunks"] += len(block.ids)
-            counts["documents"] += int((np.diff(block.doc, prepend=last) != 0).sum())  # the first may be counted
-            counts["tokens"] += int(block.n_tokens.sum())
+                part, last = chunks.part, -1
+                writer = files.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd", **_SETTINGS))
+            there, doc = block.found.ids != NO_NEIGHBOUR, chunks.doc[block.rows]
+            counts["chunks"] += len(doc)
+            counts["documents"] += int((np.diff(doc, prepend=last) != 0).sum())  # the first may be counted
+            counts["tokens"] += int(chunks.n_tokens[block.rows].sum())
             counts["neighbours"] += int(there.sum())
             counts["without_neighbours"] += int((~there.any(axis=1)).sum())
-            last = int(block.doc[-1])
-            table = _table(opened, block, columns)
+            last = int(doc[-1])
             disk.announce("write", path)
             writer.write_table(table)
             report(table.num_rows)
@@ -309,7 +272,7 @@ def export(root: str | Path, output: str | Path, *, table: str | None = None, k:
 
 def _check_complete(opened: ExportedTables) -> None:
     """Raise ``UsageError`` if a part with live keys has no table, as its chunks would get no neighbours."""
-    store = opened.store
+    store = opened.reader.store
     missing = [part for part in store.state.parts() if part not in opened.tabled]
     chunks = count_keys_of(store, missing, opened.tombstones)
     if not chunks:

@@ -226,7 +226,7 @@ def _dataset(it: _Purged, name: str) -> Returned:
 
 def _export(it: _Purged, name: str) -> Returned:
     opened = open_tables(it.store, name)
-    for block in read_blocks(opened):
+    for block, _, _ in read_blocks(opened):
         yield np.column_stack([block.ids, _own(opened.reader, block.found.ids, block.found.databases)])
 
 
