@@ -26,8 +26,8 @@ _COMMANDS = {
     "index": "retrotool.index.command",
     "neighbours": "retrotool.neighbours.command",
     "search": "retrotool.search.command",
-    "documents": "retrotool.inspect.documents_command",
-    "show": "retrotool.inspect.documents_command",
+    "documents": "retrotool.inspect.command",
+    "show": "retrotool.inspect.command",
     "inspect": "retrotool.inspect.command",
     "leakage": "retrotool.leakage.command",
     "purge": "retrotool.purge.command",
@@ -37,11 +37,11 @@ _COMMANDS = {
     "affected": "retrotool.purge.command",
     "export": "retrotool.export.command",
     "info": "retrotool.info.command",
-    "log": "retrotool.info.log_command",
-    "verify": "retrotool.info.verify_command",
+    "log": "retrotool.info.command",
+    "verify": "retrotool.info.command",
     "repair": "retrotool.repair.command",
     "plan": "retrotool.plan.command",
-    "doctor": "retrotool.info.doctor_command",
+    "doctor": "retrotool.info.command",
 }
 """The module of each command, in the order of ``--help``.
 

@@ -1,4 +1,4 @@
-"""``retrotool info``."""
+"""``retrotool info``, ``log``, ``verify`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, opt
-from retrotool.errors import UsageError
+from retrotool.cli.options import Json, StoreArgument, arg, complete_stores, opt
+from retrotool.errors import CorruptError, UsageError
 
 if TYPE_CHECKING:
+    from retrotool.info.doctor import Diagnosis
+    from retrotool.info.log_entries import LogEntry, LogVerification
     from retrotool.info.run import Info
+    from retrotool.info.verify import Verification
 
 EPILOG = """\b
 Examples:
@@ -20,8 +25,28 @@ Examples:
   retrotool info store --json
   retrotool info store --files --csv
   retrotool info store --sources"""
+LOG_EPILOG = """\b
+Examples:
+  retrotool log store
+  retrotool log store --last 3
+  retrotool log store --json
 
-_BAR, _SOURCES = 40, 8
+Each line has the commit's number, time, hash (12 digits; all with --json) and command, and the files that it added
+(+), replaced (±) and removed (-), with their rows in parentheses. retrotool verify STORE --log checks the log."""
+VERIFY_EPILOG = """\b
+Examples:
+  retrotool verify store
+  retrotool verify store --json
+  retrotool verify store --log
+
+Exit codes: 0 OK; 12 a problem was found, or concurrent erases kept removing files."""
+DOCTOR_EPILOG = """\b
+Examples:
+  retrotool doctor
+  retrotool doctor store --json
+
+Exit codes: 0 nothing is broken; 1 something is."""
+_HEADER = "commit  time (UTC)           hash          command     changes"
 
 
 def command(
@@ -132,3 +157,135 @@ def _neighbours(info: Info, name: str) -> str:
         words += f"; edited: {output.count(edits['rows'], 'row')} set, {output.count(edits['bans'], 'ban')}"
     how = f"index {about['index']!r}" if about["index"] else "exact search"
     return f"{about['saved']} saved for {rows}{database}, {how}, encoder {about['encoder']}{made}{words}"
+
+
+def log_command(
+    store: StoreArgument,
+    last: Annotated[int | None, opt("Show only the N newest commits.", "--last", metavar="N")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the commits of a store, the newest last."""
+    with output.errors(as_json):
+        from retrotool.info import log_entries
+
+        entries = log_entries.log_entries(store, last)
+        if not as_json:
+            typer.echo(_HEADER)
+        output.show_each("commits", entries, as_json, _entry_text)
+
+
+def _entry_text(entry: LogEntry) -> str:
+    replaced = {kind for kind, counts in entry.added.items() if entry.removed.get(kind) == counts["files"]}
+    done = [
+        f"{'±' if kind in replaced else '+'}{counts['files']:,} {kind} ({counts['rows']:,})"
+        for kind, counts in entry.added.items()
+    ]
+    done += [f"-{n:,} {kind}" for kind, n in entry.removed.items() if kind not in replaced]
+    if not done:
+        done = [f"set {key}" for key in entry.records]
+    words = ", ".join(done)
+    for purge in entry.purges:
+        verb = {"erase": "erased ", "undo": "undid "}.get(entry.command, "")
+        by = f" by {purge['who']}" if purge["who"] and entry.command != "erase" else ""
+        words += f"; {verb}{purge['purge']}" + output.one_line(f"{by}: {purge['reason']}")
+    return f"{entry.number:>6}  {entry.time[:19]}  {entry.sha256[:12]}  {entry.command:<11} {words}".rstrip()
+
+
+def verify_command(
+    store: StoreArgument,
+    log: Annotated[bool, opt("Check only the log, its chain, fold and checkpoints.", "--log")] = False,
+    head: Annotated[
+        str | None, opt("With --log: a head from an earlier check, which the log must contain.", metavar="SHA256")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every checksum, row count and cross-reference of a store; name what repairs each problem.
+
+    The printed hashes are equal for stores of equal content, however these were built: content (tokens of
+    live chunks), ids (which chunk has which id), tombstones, embeddings, indexes, neighbours, and
+    materialised neighbours.
+
+    With --log, the hash of the last entry (head) is printed. Keep it elsewhere: anyone who can write to the
+    store can rewrite the whole log, and only --head with a hash that you kept detects that.
+    """
+    with output.errors(as_json):
+        if head is not None and not log:
+            raise UsageError("--head needs --log")
+        found: LogVerification | Verification
+        if log:
+            from retrotool.info.log_entries import verify_log
+
+            found = verify_log(store, head)
+            output.show(found, as_json, _log_text)
+        else:
+            from retrotool.engine.progress import counting
+            from retrotool.info import verify
+
+            with counting("verify", "B", verify.bytes_to_verify(store)) as report:
+                found = verify.verify(store, report)
+            output.show(found, as_json, _verified_text)
+        if not found.ok:
+            raise typer.Exit(CorruptError.exit_code)
+
+
+def _verdict(found: LogVerification | Verification) -> str:
+    return "OK" if found.ok else f"FAILED: {output.count(len(found.problems), 'problem')}"
+
+
+def _log_text(found: LogVerification) -> str:
+    checked = f"{output.count(found.commits, 'commit')}, {output.count(found.checkpoints, 'checkpoint')}"
+    lines = [f"{checked}: {_verdict(found)}", *(f"  problem: {problem}" for problem in found.problems)]
+    if found.kept is not None:
+        lines.append(f"  kept  is commit {found.kept}: the log up to there is unchanged")
+    if found.head:
+        lines.append(f"  head  {found.head}")
+    return "\n".join(lines)
+
+
+def _verified_text(found: Verification) -> str:
+    from retrotool.info.problems import problem_lines
+
+    checked = f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}"
+    opened = checked if found.commit >= 0 else "The store can't be opened"
+    lines = [f"{opened}: {_verdict(found)}", *problem_lines(found.problems)]
+    if found.foreign:
+        lines.append(f"  not checked: {output.count(len(found.foreign), 'file')} that retrotool did not make")
+        lines += [f"    {output.one_line(path)}" for path in found.foreign]
+    if found.unnamed:
+        files = output.count(found.unnamed, "file")
+        lines.append(
+            f"  uncommitted: {files} of running or interrupted commands; the next writing command removes leftovers"
+        )
+    hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
+    shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}
+    width = max(map(len, shown), default=0) + 1
+    lines += [f"  {name:<{width}} {value}" for name, value in shown.items()]
+    return "\n".join(lines)
+
+
+def doctor_command(
+    store: Annotated[
+        str | None, arg("Directory of a store, to check its place too.", metavar="[STORE]", complete=complete_stores)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine for what makes commands slow or stop: packages, devices, limits, disks.
+
+    With STORE, also measures how long a durable write takes there, and compares the clocks.
+    """
+    with output.errors(as_json):
+        from retrotool.info import doctor
+
+        found = doctor.doctor(store)
+        output.show(found, as_json, _checks_text)
+        if not found.ok:
+            raise typer.Exit(output.EXIT_FAILED)
+
+
+def _checks_text(found: Diagnosis) -> str:
+    width = max(len(check.name) for check in found.checks)
+    lines = []
+    for check in found.checks:
+        lines.append(f"{check.status:<4}  {check.name:<{width}}  {check.found}")
+        lines += [f"{'':{width + 8}}{check.advice}"] if check.advice else []
+    return "\n".join(lines)

@@ -36,9 +36,7 @@ from retrotool.embed import command as embed_command
 from retrotool.export import command as export_command
 from retrotool.index import command as index_command
 from retrotool.info import command as info_command
-from retrotool.info import doctor_command, log_command, verify_command
 from retrotool.inspect import command as inspect_command
-from retrotool.inspect import documents_command
 from retrotool.leakage import command as leakage_command
 from retrotool.neighbours import command as neighbours_command
 from retrotool.plan import command as plan_command
@@ -51,12 +49,12 @@ from retrotool.train.dataset import RetroDataset
 COMMANDS = {
     "build": build_command,
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
-    "search": search_command, "documents": documents_command, "show": documents_command,
+    "search": search_command, "documents": inspect_command, "show": inspect_command,
     "inspect": inspect_command, "leakage": leakage_command,
     "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
     "affected": purge_command, "export": export_command, "info": info_command,
-    "log": log_command, "verify": verify_command, "repair": repair_command, "plan": plan_command,
-    "doctor": doctor_command,
+    "log": info_command, "verify": info_command, "repair": repair_command, "plan": plan_command,
+    "doctor": info_command,
 }  # fmt: skip
 Run = Callable[..., tuple[int, str, str]]
 TROUBLE = re.compile("error|warning|traceback", re.IGNORECASE)
