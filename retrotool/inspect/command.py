@@ -68,10 +68,7 @@ def command(
             raise UsageError(f"--chunk {chunk!r} is not a chunk id", "Give PART:ROW, such as 0:4, or a number.")
         if document is not None:
             check_utf8("--document", document)
-        result = inspect_run.inspect(
-            store, Choice(number, document, random, seed or 0), table=table, k=k, page=html,
-            keep=as_json or html is None,
-        )  # fmt: skip
+        result = inspect_run.inspect(store, Choice(number, document, random, seed or 0), table=table, k=k, page=html)
         output.show(result, as_json, _text, styled=True)
 
 
@@ -94,7 +91,7 @@ def _paragraphs(result: InspectResult) -> Iterator[output.Paragraph]:
             f"{output.count(result.shown, 'chunk')} with {output.count(result.neighbours, 'neighbour')}{without}; "
             f"{result.marked:,} of them with a common run of {result.marked_from} tokens or more."
         )
-    for chunk in result.chunks:
+    for chunk in () if result.page else result.chunks:
         yield output.Paragraph()
         yield from _chunk(chunk, several, bool(result.tables))
 

@@ -5,8 +5,7 @@ tokens, and the texts are cut around it. Chunks of different tokenizers, or of m
 without a run.
 
 Cost: per block, each row group and documents file that holds a neighbour is read once; about 20,000
-neighbours per second and core. Memory: one block with its texts, about 9 kB per neighbour, for any number of
-chunks.
+neighbours per second and core. Memory: about 9 kB per neighbour.
 """
 
 from __future__ import annotations
@@ -135,110 +134,64 @@ _Place = tuple[str, str, int, int]  # id and source of a chunk's document, posit
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """Chunk ids [n], their ``tokens`` [n, chunk_length], and their neighbours [n, k]."""
+class TableRead:
+    """A neighbour table that was read, and its database."""
 
-    chunks: Ids
-    tokens: npt.NDArray[Any]
-    n_tokens: Ids
-    key: npt.NDArray[np.bool_]
-    near: Found
+    name: str
+    database: str
+    weight: float
+    index: str  # "": exact search
+    encoder: str
+    recall_at_10: float | None  # None: not measured
+    comparable: bool  # whether the tokens of the database can be compared with those of the query store
 
 
-class Inspector:
-    """Iterates over blocks of the chunks ``ids``, which are ascending, live, and in parts with tables.
-
-    ``result`` has the figures of the blocks that were read so far, and ``kept`` their chunks, if ``keep``.
-    """
-
-    def __init__(self, reader: NeighbourReader, k: int, ids: Ids, result: InspectResult, keep: bool) -> None:
-        self._reader, self._k, self._ids, self._keep = reader, k, ids, keep
-        self._store, self.result = reader.store, result
-        self.kept: list[InspectedChunk] = []
-        self._tokenizer = stored_tokenizer(reader.store)
-        self._tokenizers = [
-            self._tokenizer if _same_tokenizer(self._store, one) else stored_tokenizer(one) for one in reader.databases
-        ]
-
-    def __iter__(self) -> Iterator[list[InspectedChunk]]:
-        size = max(_BLOCK // max(self._k, 1), 1)
-        with counting("inspect", "chunk", len(self._ids)) as report:
-            for start in range(0, len(self._ids), size):
-                block = self._inspect(self._read(self._ids[start : start + size]))
-                self.result = self.result.adding(block)
-                if self._keep:
-                    self.kept += block
-                yield block
-                report(len(block))
-
-    def _read(self, ids: Ids) -> _Block:
-        found: list[tuple[Any, ...]] = []
-        for part, rows in rows_by_part(ids):
-            groups, place = _row_groups(rows)
-            chunks = parts.read_chunks(self._store, part, groups)
-            near = self._reader.read(part, self._k, groups) if self._k else Found.nothing(len(chunks), 0)
-            found.append((
-                chunks.tokens[place], chunks.n_tokens[place].astype(np.int64), chunks.key[place],
-                near.ids[place], near.distances[place], near.databases[place],
-            ))  # fmt: skip
-        tokens, n_tokens, key, *neighbours = (np.concatenate(column) for column in zip(*found, strict=True))
-        return _Block(ids, tokens, n_tokens, key, Found(*neighbours))
-
-    def _inspect(self, block: _Block) -> list[InspectedChunk]:
-        k = block.near.ids.shape[1]
-        near: list[InspectedNeighbour | None] = [None] * block.near.ids.size
-        for number in range(len(self._tokenizers)):
-            own = (block.near.databases == number) & (block.near.ids != NO_NEIGHBOUR)
-            self._describe(block, number, np.flatnonzero(own), near)
-        places = _find_places(self._store, block.chunks)
-        texts = self._tokenizer.decode_text(block.tokens, block.n_tokens)
-        return [
-            InspectedChunk(
-                chunk, *place, int(block.n_tokens[i]), bool(block.key[i]), texts[i],
-                tuple(one for one in near[i * k : (i + 1) * k] if one is not None),
+def _read_chunks(reader: NeighbourReader, k: int, tables: Sequence[TableRead], ids: Ids) -> Iterator[InspectedChunk]:
+    """Yield some chunks, whose ids ascend, with their neighbours."""
+    store, found = reader.store, list[tuple[Any, ...]]()
+    for part, rows in rows_by_part(ids):
+        groups, at = _row_groups(rows)
+        chunks = parts.read_chunks(store, part, groups)
+        some = reader.read(part, k, groups) if k else Found.nothing(len(chunks), 0)
+        own = chunks.tokens[at], chunks.n_tokens[at].astype(np.int64), chunks.key[at]
+        found.append((*own, some.ids[at], some.distances[at], some.databases[at]))
+    tokens, n_tokens, key, *columns = (np.concatenate(column) for column in zip(*found, strict=True))
+    all_ids, distances, which = (column.ravel() for column in columns)
+    near = dict[int, InspectedNeighbour]()
+    for number, (member, table) in enumerate(zip(reader.members, tables, strict=True)):
+        mine = np.flatnonzero((which == number) & (all_ids != NO_NEIGHBOUR))
+        pieces = read_pieces(member.store, member.tombstones, all_ids[mine])
+        rows = mine // k
+        runs = _runs(store, tokens[rows], n_tokens[rows], pieces) if table.comparable else [None] * len(mine)
+        tokenizer, has_next = stored_tokenizer(member.store), pieces.n_tokens[:, 1] > 0
+        texts = (tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1))
+        places = _find_places(member.store, all_ids[mine])
+        for i, place, text, following, more, run in zip(mine.tolist(), places, *texts, has_next, runs, strict=True):
+            near[i] = InspectedNeighbour(
+                int(all_ids[i]), float(distances[i]), *place, table.database, text, following if more else None, run
             )
-            for i, (chunk, place) in enumerate(zip(block.chunks.tolist(), places, strict=True))
-        ]  # fmt: skip
+    texts_of_chunks = stored_tokenizer(store).decode_text(tokens, n_tokens)
+    for i, (chunk, place) in enumerate(zip(ids.tolist(), _find_places(store, ids), strict=True)):
+        own_near = tuple(near[j] for j in range(i * k, (i + 1) * k) if j in near)
+        yield InspectedChunk(chunk, *place, int(n_tokens[i]), bool(key[i]), texts_of_chunks[i], own_near)
 
-    def _describe(self, block: _Block, number: int, some: Ids, near: list[InspectedNeighbour | None]) -> None:
-        """Set the items ``some`` of the raveled neighbours [n · k], which belong to database ``number``."""
-        ids = block.near.ids.ravel()[some]
-        member = self._reader.members[number]
-        pieces = read_pieces(member.store, member.tombstones, ids)
-        places = _find_places(member.store, ids)
-        distances = block.near.distances.ravel()[some].tolist()
-        tokenizer, name = self._tokenizers[number], member.store.place
-        texts, following = (
-            tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1)
-        )
-        comparable = self.result.tables[number].comparable
-        runs = self._runs(block, some // block.near.ids.shape[1], pieces) if comparable else None
-        for i, (at, place) in enumerate(zip(some.tolist(), places, strict=True)):
-            near[at] = InspectedNeighbour(
-                int(ids[i]), distances[i], *place, name, texts[i],
-                following[i] if pieces.n_tokens[i, 1] else None, runs[i] if runs is not None else None,
-            )  # fmt: skip
 
-    def _runs(self, block: _Block, rows: Ids, pieces: Pieces) -> list[CommonRun]:
-        tokens, n_tokens = block.tokens[rows], block.n_tokens[rows]
-        found = longest_common(tokens, n_tokens, *pieces.joined())
-        n_first = pieces.n_tokens[:, 0]
-        stop = found.other + found.length
-        split = self._tokenizer
-        chunks = split_texts(split, tokens, n_tokens, found.start, found.start + found.length)
-        texts = split_texts(split, pieces.tokens[:, 0], n_first, found.other, np.minimum(stop, n_first))
-        following = split_texts(
-            split, pieces.tokens[:, 1], pieces.n_tokens[:, 1], np.maximum(found.other - n_first, 0), stop - n_first
+def _runs(store: Store, tokens: npt.NDArray[Any], n_tokens: Ids, pieces: Pieces) -> list[CommonRun]:
+    """Return what each of n chunks has in common with a neighbour."""
+    found = longest_common(tokens, n_tokens, *pieces.joined())
+    start, other, length, n_first = found.start, found.other, found.length, pieces.n_tokens[:, 0]
+    stop, split = other + length, stored_tokenizer(store)
+    chunks = split_texts(split, tokens, n_tokens, start, start + length)
+    texts = split_texts(split, pieces.tokens[:, 0], n_first, other, np.minimum(stop, n_first))
+    n_next, begin = pieces.n_tokens[:, 1], np.maximum(other - n_first, 0)
+    following = split_texts(split, pieces.tokens[:, 1], n_next, begin, stop - n_first)
+    return [
+        CommonRun(
+            n, n / store.identity.chunk_length, int(start[i]), int(other[i]), n >= MARKED_FROM, chunks[i], texts[i],
+            following[i] if n_next[i] else None,
         )
-        length = self._store.identity.chunk_length
-        return [
-            CommonRun(
-                int(found.length[i]), int(found.length[i]) / length, int(found.start[i]), int(found.other[i]),
-                bool(found.length[i] >= MARKED_FROM), chunks[i], texts[i],
-                following[i] if pieces.n_tokens[i, 1] else None,
-            )
-            for i in range(len(rows))
-        ]  # fmt: skip
+        for i, n in enumerate(length.tolist())
+    ]  # fmt: skip
 
 
 def _same_tokenizer(one: Store, other: Store) -> bool:
@@ -282,19 +235,6 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class TableRead:
-    """A neighbour table that was read, and its database."""
-
-    name: str
-    database: str
-    weight: float
-    index: str  # "": exact search
-    encoder: str
-    recall_at_10: float | None  # None: not measured
-    comparable: bool  # whether the tokens of the database can be compared with those of the query store
-
-
-@dataclass(frozen=True, slots=True)
 class InspectResult:
     """What ``inspect`` shows: ``shown`` chunks, of which ``without`` have none of the ``neighbours``."""
 
@@ -306,31 +246,14 @@ class InspectResult:
     tables: tuple[TableRead, ...]
     chunk_length: int
     marked_from: int
-    shown: int = 0
-    neighbours: int = 0
-    without: int = 0
-    marked: int = 0  # chunks that share a run of ``marked_from`` tokens or more with a neighbour
-    farthest: float = 0.0
-    histogram: tuple[int, ...] = (0,) * _BINS  # chunks by the r of their longest run, in eighths; the last has r = 1
-    chunks: tuple[InspectedChunk, ...] = ()
+    shown: int
+    neighbours: int
+    without: int
+    marked: int  # chunks that share a run of ``marked_from`` tokens or more with a neighbour
+    farthest: float
+    histogram: tuple[int, ...]  # chunks by the r of their longest run, in eighths; the last has r = 1
+    chunks: tuple[InspectedChunk, ...]
     page: str = ""
-
-    def adding(self, block: Sequence[InspectedChunk]) -> InspectResult:
-        """Return the result with the figures of ``block`` added; the chunks themselves are not kept."""
-        histogram = list(self.histogram)
-        for chunk in block:
-            if chunk.neighbours:
-                histogram[min(int(chunk.longest_run() * _BINS / self.chunk_length), _BINS - 1)] += 1
-        distances = [near.distance for chunk in block for near in chunk.neighbours]
-        return replace(
-            self,
-            shown=self.shown + len(block),
-            neighbours=self.neighbours + len(distances),
-            without=self.without + sum(not chunk.neighbours for chunk in block),
-            marked=self.marked + sum(chunk.longest_run() >= self.marked_from for chunk in block),
-            farthest=max(self.farthest, *distances) if distances else self.farthest,
-            histogram=tuple(histogram),
-        )
 
 
 def inspect(
@@ -340,12 +263,10 @@ def inspect(
     table: str | None = None,
     k: int | None = None,
     page: str | Path | None = None,
-    keep: bool = True,
 ) -> InspectResult:
     """Show chunks of the query store ``root`` with their ``k`` nearest neighbours (default: the table's k).
 
-    ``table`` is by default main, or the only one. ``page``: also write them as HTML to this file. ``keep``
-    False: the result has the figures only, so that memory does not grow with the number of chunks.
+    ``table`` is by default main, or the only one. ``page``: also write them as HTML to this file.
     """
     if page is not None:
         check_file("--html", page)
@@ -353,18 +274,20 @@ def inspect(
         raise UsageError("give one of --chunk, --document and --random")
     if choice.random is not None and choice.random < 1:
         raise UsageError(f"--random {choice.random} is less than 1")
-    return retry_overtaken(lambda: _inspect(Store.open(root), choice, table, k, page, keep))
+    result = retry_overtaken(lambda: _inspect(Store.open(root), choice, table, k))
+    if page is not None:
+        result = replace(result, page=str(page))
+        pages.write_page(page, "inspect.html", result=result)
+    return result
 
 
-def _inspect(
-    store: Store, choice: Choice, table: str | None, k: int | None, page: str | Path | None, keep: bool
-) -> InspectResult:
+def _inspect(store: Store, choice: Choice, table: str | None, k: int | None) -> InspectResult:
     has_any = table is not None or store.state.with_prefix("neighbours:")
-    neighbours = NeighbourReader(store, table if has_any else "")
-    k = neighbours.choose_k(k) if has_any else 0
-    ids, chosen = _choose(store, neighbours, choice)
-    length, tables = store.identity.chunk_length, []
-    for member in neighbours.members:
+    reader = NeighbourReader(store, table if has_any else "")
+    k = reader.choose_k(k) if has_any else 0
+    ids, chosen = _choose(store, reader, choice)
+    length, tables, chunks = store.identity.chunk_length, list[TableRead](), list[InspectedChunk]()
+    for member in reader.members:
         record = store.state.records[f"neighbours:{member.table}"]
         index = index_record(member.store.state, record["index"])
         comparable = length <= LONGEST and _same_tokenizer(store, member.store)
@@ -372,17 +295,21 @@ def _inspect(
             member.table, member.store.place, member.weight, str(record["index"]), str(record["encoder"]),
             None if index is None else index.recall_at_10, comparable,
         ))  # fmt: skip
-    result = InspectResult(
-        store.place, store.state.number, neighbours.name, chosen, k, tuple(tables), length, MARKED_FROM,
-        page=str(page or ""),
+    size = max(_BLOCK // max(k, 1), 1)
+    with counting("inspect", "chunk", len(ids)) as report:
+        for start in range(0, len(ids), size):
+            chunks += _read_chunks(reader, k, tables, ids[start : start + size])
+            report(len(chunks) - start)
+    histogram, distances = [0] * _BINS, [near.distance for chunk in chunks for near in chunk.neighbours]
+    for chunk in chunks:
+        if chunk.neighbours:
+            histogram[min(int(chunk.longest_run() * _BINS / length), _BINS - 1)] += 1
+    return InspectResult(
+        store.place, store.state.number, reader.name, chosen, k, tuple(tables), length, MARKED_FROM, len(chunks),
+        neighbours=len(distances), without=sum(not chunk.neighbours for chunk in chunks),
+        marked=sum(chunk.longest_run() >= MARKED_FROM for chunk in chunks), farthest=max(distances, default=0.0),
+        histogram=tuple(histogram), chunks=tuple(chunks),
     )  # fmt: skip
-    blocks = Inspector(neighbours, k, ids, result, keep)
-    if page is None:
-        for _ in blocks:
-            pass
-    else:
-        pages.write_page(page, "inspect.html", blocks=blocks)
-    return replace(blocks.result, chunks=tuple(blocks.kept))
 
 
 def _choose(store: Store, reader: NeighbourReader, choice: Choice) -> tuple[Ids, str]:

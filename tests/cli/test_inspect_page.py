@@ -144,7 +144,7 @@ def test_an_error_meanwhile_leaves_nothing(built_store: Path, tmp_path: Path, mo
     def fail(*_: object) -> None:
         raise StorageError("broken")
 
-    monkeypatch.setattr("retrotool.inspect.run.InspectResult.adding", fail)
+    monkeypatch.setattr("retrotool.inspect.run.InspectedChunk.segments", fail)
     with pytest.raises(StorageError, match="broken"):
         api.inspect(built_store, Choice(chunk=0), page=tmp_path / "page.html")
     assert not list(tmp_path.iterdir())

@@ -103,8 +103,6 @@ def test_blocks_do_not_show(built_store: Path, monkeypatch: pytest.MonkeyPatch) 
     whole = api.inspect(built_store, EVERYTHING, k=3)
     monkeypatch.setattr("retrotool.inspect.run._BLOCK", 21)
     assert api.inspect(built_store, EVERYTHING, k=3) == whole
-    without = api.inspect(built_store, EVERYTHING, k=3, keep=False)
-    assert without.chunks == () and without.histogram == whole.histogram and without.shown == whole.shown
 
 
 def test_random_chunks_are_drawn_by_seed_from_all_parts(store_copy: Path, tmp_path: Path) -> None:
