@@ -150,11 +150,11 @@ def _read_chunks(reader: NeighbourReader, k: int, tables: Sequence[TableRead], i
     """Yield some chunks, whose ids ascend, with their neighbours."""
     store, found = reader.store, list[tuple[Any, ...]]()
     for part, rows in rows_by_part(ids):
-        groups, at = _row_groups(rows)
+        groups, some = _row_groups(rows)
         chunks = parts.read_chunks(store, part, groups)
-        some = reader.read(part, k, groups) if k else Found.nothing(len(chunks), 0)
-        own = chunks.tokens[at], chunks.n_tokens[at].astype(np.int64), chunks.key[at]
-        found.append((*own, some.ids[at], some.distances[at], some.databases[at]))
+        near_of = reader.read(part, k, groups) if k else Found.nothing(len(chunks), 0)
+        own = chunks.tokens[some], chunks.n_tokens[some].astype(np.int64), chunks.key[some]
+        found.append((*own, near_of.ids[some], near_of.distances[some], near_of.databases[some]))
     tokens, n_tokens, key, *columns = (np.concatenate(column) for column in zip(*found, strict=True))
     all_ids, distances, which = (column.ravel() for column in columns)
     near = dict[int, InspectedNeighbour]()
@@ -163,13 +163,15 @@ def _read_chunks(reader: NeighbourReader, k: int, tables: Sequence[TableRead], i
         pieces = read_pieces(member.store, member.tombstones, all_ids[mine])
         rows = mine // k
         runs = _runs(store, tokens[rows], n_tokens[rows], pieces) if table.comparable else [None] * len(mine)
-        tokenizer, has_next = stored_tokenizer(member.store), pieces.n_tokens[:, 1] > 0
-        texts = (tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1))
-        places = _find_places(member.store, all_ids[mine])
-        for i, place, text, following, more, run in zip(mine.tolist(), places, *texts, has_next, runs, strict=True):
-            near[i] = InspectedNeighbour(
-                int(all_ids[i]), float(distances[i]), *place, table.database, text, following if more else None, run
-            )
+        tokenizer = stored_tokenizer(member.store)
+        texts, following = (
+            tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1)
+        )
+        for i, (at, place) in enumerate(zip(mine.tolist(), _find_places(member.store, all_ids[mine]), strict=True)):
+            near[at] = InspectedNeighbour(
+                int(all_ids[at]), float(distances[at]), *place, table.database, texts[i],
+                following[i] if pieces.n_tokens[i, 1] else None, runs[i],
+            )  # fmt: skip
     texts_of_chunks = stored_tokenizer(store).decode_text(tokens, n_tokens)
     for i, (chunk, place) in enumerate(zip(ids.tolist(), _find_places(store, ids), strict=True)):
         own_near = tuple(near[j] for j in range(i * k, (i + 1) * k) if j in near)
