@@ -13,10 +13,10 @@ from retrotool.embed.run import embed as embed
 from retrotool.export.run import export as export
 from retrotool.index.run import index as index
 from retrotool.info.doctor import doctor as doctor
-from retrotool.info.file_list import list_files as list_files
 from retrotool.info.log_entries import log_entries as log_entries
 from retrotool.info.log_entries import verify_log as verify_log
 from retrotool.info.run import info as info
+from retrotool.info.run import list_files as list_files
 from retrotool.info.source_counts import count_sources as count_sources
 from retrotool.info.verify import verify as verify
 from retrotool.inspect.run import inspect as inspect

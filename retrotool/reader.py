@@ -100,7 +100,7 @@ class Reader:
         self._store = store
         self.path = store.place
         self.chunk_length = store.identity.chunk_length  # tokens per chunk
-        self._encoders = dict[tuple[str, str], Encoder]()
+        self._encoder = lru_cache(None)(partial(load_encoder, store))
         self._open_view()
 
     def __repr__(self) -> str:
@@ -446,11 +446,7 @@ class Reader:
 
     def load_encoder(self, index: str | None = None, device: str = "auto") -> Encoder:
         """Load the encoder of an index, once; ``UsageError`` if it is unavailable or has changed."""
-        name = self.database(index).encoder
-        key = (str(self._store.state.records[f"encoder:{name}"]["sha256"]), device)
-        if key not in self._encoders:
-            self._encoders[key] = load_encoder(self._store, name, device)
-        return self._encoders[key]
+        return self._encoder(self.database(index).encoder, device)
 
 
 def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

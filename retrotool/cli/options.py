@@ -63,44 +63,33 @@ def complete_stores(incomplete: str) -> list[str]:
     return []
 
 
-def _complete_names(context: typer.Context, incomplete: str, names: Callable[[State], Iterable[str]]) -> list[str]:
-    from retrotool.errors import RetrotoolError
-    from retrotool.store.store import Store
+def _completer(names: Callable[[State], Iterable[str]]) -> Completion:
+    """Return the completion of names that the state of the command's store has."""
 
-    # Before an option without its value, arguments are not parsed. STORE is the first after the command.
-    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
-    with contextlib.suppress(RetrotoolError, OSError, ValueError, IndexError):
-        store = context.params.get("store") or shlex.split(line)[2]
-        return [name for name in names(Store.open(store).state) if name.startswith(incomplete)]
-    return []
+    def complete(context: typer.Context, incomplete: str) -> list[str]:
+        from retrotool.errors import RetrotoolError
+        from retrotool.store.store import Store
 
+        # Before an option without its value, arguments are not parsed. STORE is the first after the command.
+        line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+        with contextlib.suppress(RetrotoolError, OSError, ValueError, IndexError):
+            store = context.params.get("store") or shlex.split(line)[2]
+            return [name for name in names(Store.open(store).state) if name.startswith(incomplete)]
+        return []
 
-def complete_purges(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the ids of the store's purges."""
-    prefix = "purge:"
-    return _complete_names(context, incomplete, lambda state: ["last", *state.with_prefix(prefix)])
-
-
-def complete_indexes(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the names of the store's indexes."""
-    return _complete_names(context, incomplete, lambda state: state.names("index"))
+    return complete
 
 
-def complete_tables(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the names of the store's neighbour tables."""
-    return _complete_names(context, incomplete, lambda state: state.with_prefix("neighbours:"))
-
-
-def complete_encoders(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the names of the store's encoders."""
-    return _complete_names(context, incomplete, lambda state: state.names("embeddings"))
-
+complete_purges = _completer(lambda state: ["last", *state.with_prefix("purge:")])
+_complete_indexes = _completer(lambda state: state.names("index"))
+_complete_tables = _completer(lambda state: state.with_prefix("neighbours:"))
+_complete_encoders = _completer(lambda state: state.names("embeddings"))
 
 StoreArgument = Annotated[str, arg("Directory of the store.", metavar="STORE", complete=complete_stores)]
 Json = Annotated[bool, opt("Print one JSON object on stdout.", "--json")]
 EncoderOption = Annotated[
     str | None,
-    opt("Encoder whose embeddings to use, if the store has several.", metavar="NAME", complete=complete_encoders),
+    opt("Encoder whose embeddings to use, if the store has several.", metavar="NAME", complete=_complete_encoders),
 ]
 WhereOption = Annotated[
     str | None, opt("Only documents for which this expression over their columns is true.", metavar="EXPRESSION")
@@ -110,7 +99,7 @@ SourceOption = Annotated[
 ]
 IndexOption = Annotated[
     str | None,
-    opt("Index to search.  [default: the default index, else main]", metavar="NAME", complete=complete_indexes),
+    opt("Index to search.  [default: the default index, else main]", metavar="NAME", complete=_complete_indexes),
 ]
 
 
@@ -131,7 +120,7 @@ TableOption = Annotated[
         "Neighbour table to read.  [default: main, or the only one]",
         "--table",
         metavar="NAME",
-        complete=complete_tables,
+        complete=_complete_tables,
     ),
 ]
 Device = Annotated[str, _work("auto (a GPU if there is one), cpu, cuda or cuda:N.", "devices", "D")]

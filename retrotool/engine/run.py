@@ -106,11 +106,12 @@ class _Execution:
                             staging.stage(store.storage, staged)
                             del self.given_up[key]
                             self._check_enough(staged)
-                for key, reason in folding.fold(store, run).refused.items():
+                outcome = folding.fold(store, run)
+                for key in filter(outcome.get, outcome):
                     refused[key] += 1
                     if refused[key] >= ATTEMPTS:
                         label = self.known[key].label if key in self.known else key
-                        self.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
+                        self.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {outcome[key]}")
         except KeyboardInterrupt:
             folding.fold(store, run)
             raise

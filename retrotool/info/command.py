@@ -65,7 +65,7 @@ def command(
         if files and sources:
             raise UsageError("--files and --sources can't be combined", "Give one of them.")
         if files:
-            from retrotool.info.file_list import ListedFile, list_files
+            from retrotool.info.run import ListedFile, list_files
 
             listed = list_files(store)
             _show_list(listed, listed.files, ListedFile, as_csv, as_json)
