@@ -368,21 +368,10 @@ class Reader:
         k: int = SHOWN,
         index: str | None = None,
         encoder: Encoder | None = None,
-        *,
-        where: str | None = None,
-        nprobe: int | None = None,
-        rerank: int | None = None,
-        allow_missing: bool = False,
+        **options: Any,
     ) -> list[Neighbour]:
-        """Return the k live keys nearest to a text, or to a vector [d] of its encoder; or all if fewer.
-
-        ``encoder``: by default the index's, which is loaded once. ``where``: only chunks of ``documents`` for
-        which it is true; up to 262,144 are all compared, unless the operating point is given: ``nprobe``
-        (lists to probe) and ``rerank`` (candidates for 10 neighbours), by default the index's.
-        ``allow_missing`` is as for ``database``.
-        """
-        point = {"nprobe": nprobe, "rerank": rerank}
-        return self.search_many([text], k, index, encoder, where=where, allow_missing=allow_missing, **point)[0]
+        """Return the k live keys nearest to a text or vector; ``options`` are those of ``search_many``."""
+        return self.search_many([text], k, index, encoder, **options)[0]
 
     def search_many(
         self,
@@ -396,7 +385,13 @@ class Reader:
         rerank: int | None = None,
         allow_missing: bool = False,
     ) -> list[list[Neighbour]]:
-        """Return what ``search`` does for each text; 256 at a time are embedded and searched for."""
+        """Return the k live keys nearest to each text, or vector [d] of its encoder; or all if fewer.
+
+        ``encoder``: by default the index's, which is loaded once. ``where``: only chunks of ``documents`` for
+        which it is true; up to 262,144 are all compared, unless the operating point is given: ``nprobe``
+        (lists to probe) and ``rerank`` (candidates for 10 neighbours), by default the index's.
+        ``allow_missing`` is as for ``database``. 256 texts at a time are embedded and searched for.
+        """
         database: AnyDatabase = self.database(index, allow_missing=allow_missing)
         if where is not None:
             database = self._restricted(index, where, allow_missing, nprobe is None and rerank is None)

@@ -26,13 +26,14 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrotool.cli.command_lines import command_line, embed_command, table_command
+from retrotool.cli.command_lines import command_line, table_command
 from retrotool.cli.output import count
 from retrotool.cli.result_files import check_place, new_folder
-from retrotool.embed.search_scope import count_keys_of, embedded_parts
+from retrotool.embed.search_scope import count_keys_of
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, UsageError
+from retrotool.index.searching import commands_to_index
 from retrotool.neighbours.retrieved import Pieces, read_document_ids
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
 from retrotool.store import disk, parts
@@ -48,17 +49,7 @@ _REPEATED = ["document", "source", "neighbour_documents.list.element"]
 _SETTINGS: dict[str, Any] = {"use_dictionary": _REPEATED, "write_page_checksum": True, "write_page_index": True}
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedTables:
-    """What is exported: the live chunks of the reader's store, and k neighbours of each."""
-
-    reader: NeighbourReader
-    tombstones: Tombstones  # of the store
-    tabled: frozenset[int]  # parts that have tables; other chunks have no neighbours
-    k: int
-
-
-def open_tables(store: Store, table: str | None = None, k: int | None = None) -> ExportedTables:
+def open_tables(store: Store, table: str | None = None, k: int | None = None) -> tuple[NeighbourReader, int]:
     """Open a neighbour table or mixture, for ``k`` neighbours per chunk; see ``export`` for the defaults.
 
     Raises ``UsageError`` if it, a database or k neighbours are missing, if a table is out of date, or if a
@@ -67,10 +58,9 @@ def open_tables(store: Store, table: str | None = None, k: int | None = None) ->
     reader = NeighbourReader(store, table)
     k = reader.choose_k(k)
     check_same_tokens(store, reader.databases)
-    tabled = reader.parts()
-    for part in tabled:
+    for part in reader.parts():
         reader.entries(part)  # checks that the ids are still valid
-    return ExportedTables(reader, read_tombstones(store), frozenset(tabled), k)
+    return reader, k
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +74,14 @@ class Block:
     found: Found  # neighbours [n, k]
 
 
-def read_blocks(opened: ExportedTables) -> Iterator[tuple[Block, Pieces, npt.NDArray[np.object_]]]:
+def read_blocks(reader: NeighbourReader, k: int) -> Iterator[tuple[Block, Pieces, npt.NDArray[np.object_]]]:
     """Yield all live chunks by ascending id, in blocks that are not empty.
 
     With each come the tokens of its neighbours and their continuations [n · k], and the ids of the
     neighbours' documents [n · k], None without a neighbour.
     """
-    store, k = opened.reader.store, opened.k
+    store = reader.store
+    tombstones, tabled = read_tombstones(store), frozenset(reader.parts())  # chunks of other parts have no neighbours
     most = HELD_BYTES // (2 * k * store.identity.chunk_length * store.identity.tokenizer.token_bytes) - ROW_GROUP
     waiting, held = list[Block](), 0
     for part in store.state.parts():
@@ -99,22 +90,22 @@ def read_blocks(opened: ExportedTables) -> Iterator[tuple[Block, Pieces, npt.NDA
         for group in range(-(-parts.part_entry(store, "chunks", part).rows // ROW_GROUP)):
             chunks = parts.read_chunks(store, part, [group])
             ids = parts.chunk_ids(part, group * ROW_GROUP + np.arange(len(chunks)))
-            live = np.flatnonzero((chunks.n_tokens > 0) & ~opened.tombstones.contains(ids))
+            live = np.flatnonzero((chunks.n_tokens > 0) & ~tombstones.contains(ids))
             if not len(live):
                 continue
-            found = opened.reader.read(part, k, [group]) if part in opened.tabled else Found.nothing(len(ids), k)
+            found = reader.read(part, k, [group]) if part in tabled else Found.nothing(len(ids), k)
             if len(found.ids) != len(ids):
-                of = f"the neighbours {opened.reader.name!r} of part {part}"
+                of = f"the neighbours {reader.name!r} of part {part}"
                 raise store.corrupt(f"{of} have {len(found.ids):,} rows, not {len(ids):,}")
             for rows in np.split(live, range(TEXTS // k, len(live), TEXTS // k)):
                 named = documents.take(pa.array(chunks.doc[rows]))
                 waiting.append(Block(ids[rows], rows, chunks, named, found.take(rows)))
             held += len(live)
             if held > most:
-                yield from _with_pieces(opened.reader, waiting)
+                yield from _with_pieces(reader, waiting)
                 waiting, held = [], 0
     if waiting:
-        yield from _with_pieces(opened.reader, waiting)
+        yield from _with_pieces(reader, waiting)
 
 
 def _with_pieces(
@@ -174,16 +165,16 @@ def _fixed(values: npt.NDArray[Any], kind: pa.DataType | None = None) -> pa.Arra
     return array
 
 
-def write_export(opened: ExportedTables, folder: Path, report: Report) -> dict[str, int]:
+def write_export(reader: NeighbourReader, k: int, folder: Path, report: Report) -> dict[str, int]:
     """Write ``part-<number>.parquet`` for each part with live chunks: zstd, with page checksums.
 
     Returns the counts that ``ExportResult`` has.
     """
-    tokenizer = stored_tokenizer(opened.reader.store)
+    tokenizer = stored_tokenizer(reader.store)
     counts = dict.fromkeys(("chunks", "documents", "tokens", "neighbours", "without_neighbours"), 0)
     part, last, writer = -1, -1, cast(Any, None)
     with ExitStack() as files:
-        for block, pieces, names in read_blocks(opened):
+        for block, pieces, names in read_blocks(reader, k):
             table, chunks = _table(block, pieces, names, tokenizer), block.chunks
             path = folder / f"part-{chunks.part:06d}.parquet"
             if chunks.part != part:
@@ -240,23 +231,24 @@ def export(root: str | Path, output: str | Path, *, table: str | None = None, k:
     """
     target = check_place("OUTPUT", output)
     store = Store.open(root)
-    opened = open_tables(store, table, k)
-    _check_complete(opened)
+    reader, k = open_tables(store, table, k)
+    tombstones = read_tombstones(store)
+    _check_complete(reader, tombstones)
     rows = sum(parts.part_entry(store, "chunks", part).rows for part in store.state.parts())
-    total = rows - len(opened.tombstones.ids)
+    total = rows - len(tombstones)
     if not total:
         raise UsageError(f"{root} has no live chunks to export")
     with new_folder(target) as folder:
         with counting("export", "chunk", total) as report:
-            counts = write_export(opened, folder, report)
+            counts = write_export(reader, k, folder, report)
         disk.write(folder / "tokenizer.json", store.tokenizer_json())
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         databases = tuple(
             ExportedDatabase(number, member.table, member.weight, member.store.identity.uuid, member.store.state.number)
-            for number, member in enumerate(opened.reader.members)
+            for number, member in enumerate(reader.members)
         )
         result = ExportResult(
-            str(output), store.identity.uuid, store.state.number, opened.reader.name, opened.k,
+            str(output), store.identity.uuid, store.state.number, reader.name, k,
             store.identity.chunk_length, databases, **counts, bytes=sum(files.values()),
         )  # fmt: skip
         tokenizer = store.identity.tokenizer
@@ -270,26 +262,23 @@ def export(root: str | Path, output: str | Path, *, table: str | None = None, k:
     return result
 
 
-def _check_complete(opened: ExportedTables) -> None:
+def _check_complete(reader: NeighbourReader, tombstones: Tombstones) -> None:
     """Raise ``UsageError`` if a part with live keys has no table, as its chunks would get no neighbours."""
-    store = opened.reader.store
-    missing = [part for part in store.state.parts() if part not in opened.tabled]
-    chunks = count_keys_of(store, missing, opened.tombstones)
+    store = reader.store
+    missing = sorted(set(store.state.parts()) - set(reader.parts()))
+    chunks = count_keys_of(store, missing, tombstones)
     if not chunks:
         return
     commands = list[str]()
-    for member in opened.reader.members:
-        if set(missing).issubset(int(slot) for slot in store.state.group("neighbours", member.table)):
-            continue
-        record = store.state.records[f"neighbours:{member.table}"]
-        if not set(missing).issubset(embedded_parts(store, str(record["encoder"]))):
-            commands.append(embed_command(store, str(record["encoder"])))
-        if member.within and record["index"]:  # else the new chunks are never found
-            commands.append(command_line("index", store, name=str(record["index"])))
-        commands.append(table_command(store, member.table, member.store))
+    for member in reader.members:
+        if not set(missing).issubset(int(slot) for slot in store.state.group("neighbours", member.table)):
+            record = store.state.records[f"neighbours:{member.table}"]
+            index = str(record["index"]) if member.within else ""  # else the new chunks are never found
+            commands += commands_to_index(store, str(record["encoder"]), index or None)
+            commands.append(table_command(store, member.table, member.store))
     shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
     raise UsageError(
         f"{count(chunks, 'chunk')} of {store.place} {'has' if chunks == 1 else 'have'} no neighbours "
-        f"{opened.reader.name!r} yet (part{'s' * (len(missing) > 1)} {shown})",
+        f"{reader.name!r} yet (part{'s' * (len(missing) > 1)} {shown})",
         "Compute them:\n" + "\n".join(f"  {command}" for command in dict.fromkeys(commands)),
     )

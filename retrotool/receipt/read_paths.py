@@ -225,9 +225,9 @@ def _dataset(it: _Purged, name: str) -> Returned:
 
 
 def _export(it: _Purged, name: str) -> Returned:
-    opened = open_tables(it.store, name)
-    for block, _, _ in read_blocks(opened):
-        yield np.column_stack([block.ids, _own(opened.reader, block.found.ids, block.found.databases)])
+    reader, k = open_tables(it.store, name)
+    for block, _, _ in read_blocks(reader, k):
+        yield np.column_stack([block.ids, _own(reader, block.found.ids, block.found.databases)])
 
 
 def _inspect(it: _Purged, name: str) -> Returned:

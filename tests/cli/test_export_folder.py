@@ -26,9 +26,9 @@ from retrotool.cli import result_files
 from retrotool.cli.result_files import check_place, new_folder
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.export import run as export_run
-from retrotool.export.run import ExportedTables
 from retrotool.inspect.run import Choice
 from retrotool.neighbours.run import SearchOptions
+from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.store import disk, leases, neighbour_tables
 from retrotool.store.neighbour_tables import NeighbourTable
 from retrotool.store.parts import format_id
@@ -280,7 +280,7 @@ def test_a_table_that_names_no_chunk_of_its_database_ends_it(
 def test_an_erase_meanwhile_ends_it(store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = export_run.open_tables
 
-    def open_then_erase(*arguments: object) -> ExportedTables:
+    def open_then_erase(*arguments: object) -> tuple[NeighbourReader, int]:
         found = opened(*arguments)
         api.purge(store_copy, api.Selectors(where="source = 'a'"), reason="test", erase=True)
         return found
