@@ -178,7 +178,7 @@ def write_tables(store: Path, k: int, text: bool = False) -> None:
             ids = (np.array(opened.state.parts())[place] << 32) + rng.integers(0, sizes[place])
             table = NeighbourTable(ids, np.sort(rng.random((rows, SAVED), np.float32), axis=1))
             name = FileName.new(run.id, "neighbours", part_slot(part), "parquet", "main")
-            number, own = opened.state.number, opened.identity
+            number = opened.state.number
             about = {
                 "version": "", "index": "", "encoder": "", "commit": number, "head": opened.state.head[:16],
                 "purges": "", "searched": [],
@@ -188,7 +188,6 @@ def write_tables(store: Path, k: int, text: bool = False) -> None:
                     opened, name, table, database=uuid, commit=number, uri="",
                     about={**about, "text": k} if text else about,
                     text=read_text_of(opened, read_tombstones(opened), table, k) if text else None,
-                    chunk_bytes=own.chunk_length * own.tokenizer.token_bytes,
                 )
             )  # fmt: skip
         old = tuple(entry.path for entry in opened.state.group("neighbours", "main").entries())

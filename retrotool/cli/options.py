@@ -116,12 +116,7 @@ DevicesOption = Annotated[
 ]
 TableOption = Annotated[
     str | None,
-    opt(
-        "Neighbour table to read.  [default: main, or the only one]",
-        "--table",
-        metavar="NAME",
-        complete=_complete_tables,
-    ),
+    opt("Table to read.  [default: main, or the only one]", "--table", metavar="NAME", complete=_complete_tables),
 ]
 Device = Annotated[str, _work("auto (a GPU if there is one), cpu, cuda or cuda:N.", "devices", "D")]
 ShardOption = Annotated[

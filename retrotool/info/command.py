@@ -218,11 +218,9 @@ def verify_command(
             found = verify_log(store, head)
             output.show(found, as_json, _log_text)
         else:
-            from retrotool.engine.progress import counting
-            from retrotool.info import verify
+            from retrotool.info.verify import verify
 
-            with counting("verify", "B", verify.bytes_to_verify(store)) as report:
-                found = verify.verify(store, report)
+            found = verify(store)
             output.show(found, as_json, _verified_text)
         if not found.ok:
             raise typer.Exit(CorruptError.exit_code)

@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.chunk.chunker import id_hash
+from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_files import read_trained
@@ -165,35 +166,20 @@ class _Checked:
         return keys
 
 
-def verify(root: str | Path, report: Report = lambda _: None) -> Verification:
+def verify(root: str | Path) -> Verification:
     """Check every file of a store, and compute the hashes by which stores are compared.
 
     A store that is too damaged to open is reported as a problem. Raises ``ErasedError`` if other processes
     keep removing files.
     """
-    reported = 0
-
-    def counted(n: int) -> None:
-        nonlocal reported
-        reported += n
-        report(n)
-
     try:
-        return retry_overtaken(lambda: check_store(Store.open(root), counted), lambda: counted(-reported))
+        return retry_overtaken(lambda: check_store(Store.open(root)))
     except CorruptError as error:
         advice = error.advice or "Restore the store from a backup."
         return Verification(False, -1, [Problem("store", "", str(error), advice)])
 
 
-def bytes_to_verify(root: str | Path) -> int:
-    """Return the number of bytes that ``verify`` will check, 0 if the store is too damaged to open."""
-    try:
-        return Store.open(root).state.bytes()
-    except CorruptError:
-        return 0
-
-
-def check_store(store: Store, report: Report = lambda _: None) -> Verification:
+def check_store(store: Store) -> Verification:
     """Check the store at its view. Raises ``ErasedError`` if a newer commit removes one of its files."""
     result = Verification(True, store.state.number)
     checked = _Checked(store, result.problems)
@@ -208,7 +194,8 @@ def check_store(store: Store, report: Report = lambda _: None) -> Verification:
     for path in staging.broken(store.storage):
         checked.add(path, f"{path} {broken}")
     result.foreign, result.unnamed = foreign_files(store), len(unnamed_files(store))
-    _check_files(checked, result, report)
+    with counting("verify", "B", store.state.bytes()) as report:
+        _check_files(checked, result, report)
     with checked.noting("", "tombstones"):
         checked.tombstones = read_tombstones(store)
         result.tombstones = hashlib.blake2b(checked.tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()

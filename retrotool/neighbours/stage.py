@@ -373,7 +373,7 @@ class NeighboursWorker:
             text = read_text_of(database.store, database.tombstones, table, stage.k, old)
         entry = neighbour_tables.write_table(
             store, name, table, database=record["database"], commit=commit, uri=record["uri"], about=about,
-            text=text, chunk_bytes=store.identity.chunk_length * store.identity.tokenizer.token_bytes,
+            text=text,
         )  # fmt: skip
         old_path = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]

@@ -11,7 +11,7 @@ Cost: reading the store once, and again after each round; and the work to make t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import SearchableRows, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_devices, find_encoder
-from retrotool.engine.progress import counting
 from retrotool.errors import AbortError, CorruptError, RetrotoolError, StorageError, UsageError
 from retrotool.index.index_files import write_index
 from retrotool.index.index_records import RECALL, RECALL_SAMPLE, SHARD, IndexFiles
@@ -32,7 +31,7 @@ from retrotool.index.run import Options, index
 from retrotool.index.stage import IndexStage
 from retrotool.index.training import train
 from retrotool.info.problems import Problem, problem_with
-from retrotool.info.verify import Verification, bytes_to_verify, verify
+from retrotool.info.verify import Verification, verify
 from retrotool.neighbours.filters import Filters
 from retrotool.neighbours.stage import NeighboursStage, database_of
 from retrotool.store import log
@@ -96,8 +95,7 @@ def repair(root: str | Path, *, dry_run: bool = False, devices: str = "auto") ->
 
 def _verified(root: str | Path) -> Verification:
     """Verify a store; damaged checkpoints, which readers ignore, are problems too."""
-    with counting("verify", "B", bytes_to_verify(root)) as report:
-        found = verify(root, report)
+    found = verify(root)
     if found.commit >= 0:
         store = Store.open(root)
         torn = [path for _, path in checkpoint_files(store.storage) if not _is_checkpoint(store, path)]
@@ -130,10 +128,12 @@ class _Round:
     failed: dict[str, str]
 
     def work(self) -> None:
+        ways = {"embeddings": self._embed, "index": self._index, "neighbours": self._search, "scans": self._drop}
         with writing(self.store) as run:  # which also removes broken entries of staging/
             self._replace_checkpoints(run)
-            for kind, rebuild in self._ways().items():
-                broken = self._broken(kind)
+            for kind, rebuild in ways.items():
+                files = self.store.refresh().files()
+                broken = [entry for entry in files if entry.path in self.wanted and entry.kind == kind]
                 for name in dict.fromkeys(entry.name for entry in broken):
                     mine = [entry for entry in broken if entry.name == name]
                     try:
@@ -143,12 +143,6 @@ class _Round:
                     except RetrotoolError as error:
                         reason = f"It can't be rebuilt: {error}. {error.advice}"
                         self.failed.update((one.path, reason) for one in mine if self.store.refresh().has(one.path))
-
-    def _ways(self) -> dict[str, Callable[[Run, str, Sequence[FileEntry]], object]]:
-        return {"embeddings": self._embed, "index": self._index, "neighbours": self._search, "scans": self._drop}
-
-    def _broken(self, kind: str) -> list[FileEntry]:
-        return [entry for entry in self.store.refresh().files() if entry.path in self.wanted and entry.kind == kind]
 
     def _replace_checkpoints(self, run: Run) -> None:
         bad = [path for _, path in checkpoint_files(self.store.storage) if path in self.wanted]
@@ -195,7 +189,8 @@ class _Round:
         file = FileName.new(run.id, "index", entry.slot, "faiss", name)
         new = write_index(store, to_faiss(made.trained), file, entry.about)
         if new.sha256 == entry.sha256:
-            store.commit(run, lambda state: _replacing(state, entry, new))
+            replaced = Draft("repair", add=(new,), remove=(entry.path,))
+            store.commit(run, lambda state: replaced if state.has(entry.path) else None)
         if not store.state.has(new.path):
             store.storage.delete(with_sums(new.path))
         return new.sha256 == entry.sha256
@@ -209,16 +204,15 @@ class _Round:
         engine.execute(stage, self.store, run, workers=len(self.devices))
 
     def _drop(self, run: Run, _: str, broken: Sequence[FileEntry]) -> None:
-        for entry in broken:
-            self.store.commit(run, lambda state, entry=entry: _replacing(state, entry))  # type: ignore[misc]
+        def remove(state: State) -> Draft | None:
+            left = tuple(filter(state.has, _paths(broken)))
+            return Draft("repair", remove=left) if left else None
+
+        self.store.commit(run, remove)
 
 
 def _paths(entries: Sequence[FileEntry]) -> tuple[str, ...]:
     return tuple(entry.path for entry in entries)
-
-
-def _replacing(state: State, old: FileEntry, *new: FileEntry) -> Draft | None:
-    return Draft("repair", add=new, remove=(old.path,)) if state.has(old.path) else None
 
 
 def _recorded_dtype(store: Store, encoder: str, device: str) -> str:

@@ -70,17 +70,15 @@ def write_table(
     uri: str,
     about: dict[str, Any],
     text: Iterable[NeighbourText] | None = None,
-    chunk_bytes: int = 0,
 ) -> FileEntry:
     """Write a part's neighbours, found in commit ``commit`` of the store ``database`` (uuid) at ``uri``.
 
-    ``text`` yields row groups with the tokens of ``about["text"]`` neighbours, ``chunk_bytes`` bytes per
-    chunk.
+    ``text`` yields row groups with the tokens of ``about["text"]`` neighbours.
     """
     metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.uri": uri}
     saved = table.ids.shape[1]
     own = [("ids", pa.list_(pa.int64(), saved)), ("distances", pa.list_(pa.float32(), saved))]
-    more = () if text is None else text_schema(int(about["text"]), chunk_bytes)
+    more = () if text is None else text_schema(store, int(about["text"]))
     schema = pa.schema([*own, *more], metadata=metadata)
 
     def groups() -> Iterator[pa.Table]:
@@ -96,8 +94,9 @@ def write_table(
     return parts.write_batches(store, name, schema, groups(), row_group=ROW_GROUP, about=about)
 
 
-def text_schema(k: int, chunk_bytes: int) -> pa.Schema:
+def text_schema(store: Store, k: int) -> pa.Schema:
     """Return the additional columns of a table that has the tokens of k neighbours."""
+    chunk_bytes = store.identity.chunk_length * store.identity.tokenizer.token_bytes
     ids, distances = pa.list_(pa.int64(), k), pa.list_(pa.float32(), k)
     n_tokens, tokens = pa.list_(pa.int32(), 2 * k), pa.binary(2 * k * chunk_bytes)
     columns = {"text_ids": ids, "text_distances": distances, "text_n_tokens": n_tokens, "text_tokens": tokens}
@@ -135,7 +134,7 @@ def read_text(
 ) -> NeighbourText:
     """Read the tokens of a part's first neighbours as they are stored; [n, k, 2, 0] without ``tokens``."""
     own, k = store.identity, text_size(entry)
-    form = text_schema(k, own.chunk_length * own.tokenizer.token_bytes)
+    form = text_schema(store, k)
     columns = form.names if tokens else form.names[:-1]
     arrow = parts.read_parquet(store, entry, columns, row_groups)
     if any(arrow.schema.field(column).type != form.field(column).type for column in columns):

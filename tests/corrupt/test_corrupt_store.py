@@ -232,13 +232,11 @@ def erase_when(monkeypatch: pytest.MonkeyPatch, store: Path, name: str, times: i
 
 @pytest.mark.parametrize("name", ["_check_log", "_check_files", "_check_part", "_digest_files"])
 def test_an_erase_beside_it_is_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    reported: list[int] = []
     erase_when(monkeypatch, store, name, 2)
-    found = api.verify(store, reported.append)
+    found = api.verify(store)
     monkeypatch.undo()
     assert found == api.verify(store)
     assert found.ok
-    assert sum(reported) == found.bytes, "progress begins again too"
 
 
 def test_where_files_are_erased_all_the_time_nothing_is_said_of_the_store(
