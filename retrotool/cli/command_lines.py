@@ -84,12 +84,8 @@ def embed_command(store: Store, encoder: str, into: Store | None = None) -> str:
     dimension = int(record["dimension"]) if record.get("truncated") else None
     others = {} if into is None else into.state.with_prefix("encoder:")
     is_known = any(other["sha256"] == record["sha256"] for other in others.values())
+    is_default = encoder == default_name(origin, given, dimension) and not is_known
     return command_line(
-        "embed",
-        (into or store).place,
-        **source,
-        encoder=None if origin == BUNDLED else origin,
-        name=None if encoder == default_name(origin, given, dimension) and not is_known else encoder,
-        pooling=given,
-        dimension=dimension,
-    )
+        "embed", (into or store).place, **source, encoder=None if origin == BUNDLED else origin,
+        name=None if is_default else encoder, pooling=given, dimension=dimension,
+    )  # fmt: skip

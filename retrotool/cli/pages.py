@@ -40,11 +40,7 @@ def _sha256(text: str) -> str:
 
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("retrotool.cli"),
-    autoescape=True,
-    finalize=_visible,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+    loader=PackageLoader("retrotool.cli"), autoescape=True, finalize=_visible, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 _TEMPLATES.filters.update(counted=output.count, sha256=_sha256, thousands="{:,}".format, chunk=format_id)

@@ -305,11 +305,9 @@ def _check_part(checked: _Checked, part: int) -> PartDigest:
 
 
 def _digest_files(store: Store, kind: str) -> str:
-    lines, names = list[str](), store.state.names(kind)
-    for name in names:
-        entries = store.state.group(kind, name).items()
-        lines += [f"{kind}/{name}/{slot} {entry.sha256}" for slot, entry in entries if slot != RECALL]
-    return _lines_digest(lines) if names else ""
+    files = [entry for name in store.state.names(kind) for entry in store.state.group(kind, name).entries()]
+    lines = [f"{kind}/{one.name}/{one.slot} {one.sha256}" for one in files if one.slot != RECALL]
+    return _lines_digest(lines) if files else ""
 
 
 def _check_chunk_ids(checked: _Checked, ids: Ids, path: str, what: str = "") -> bool:

@@ -31,6 +31,7 @@ from retrotool.store.store import Store
 
 ROW_GROUP = 8192
 _UNIQUE = frozenset(("tokens", "distances"))  # files with such columns: a dictionary would save nothing
+_CHECKED: dict[str, Any] = {"write_page_checksum": True, "write_page_index": True}
 HASH_BYTES = 16
 PART_SHIFT = 32
 _ROW_MASK = (1 << PART_SHIFT) - 1
@@ -190,14 +191,8 @@ def write_batches(
     def write(sink: Sink) -> int:
         nonlocal keys
         rows = 0
-        with pq.ParquetWriter(
-            sink,
-            schema,
-            compression="zstd",
-            use_dictionary=_UNIQUE.isdisjoint(schema.names),
-            write_page_checksum=True,
-            write_page_index=True,
-        ) as writer:
+        repeats = _UNIQUE.isdisjoint(schema.names)
+        with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=repeats, **_CHECKED) as writer:
             for batch in batches:
                 writer.write_table(batch, row_group_size=row_group)
                 rows += batch.num_rows

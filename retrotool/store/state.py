@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from retrotool.errors import ConflictError, CorruptError
+from retrotool.errors import CorruptError
 from retrotool.store import schema, specs
 from retrotool.store.log import Commit, Draft, FileEntry
 from retrotool.store.paths import UNNUMBERED_KINDS, FileName, part_slot
@@ -215,12 +215,6 @@ class State:
                 del records[removed]
             number, head = commit.number, commit.sha256
         return State(number, head, groups, records)
-
-    def check(self, draft: Draft) -> None:
-        """Check that ``draft`` can be committed on this state, else raise ``ConflictError``."""
-        reason = self.conflict(draft)
-        if reason is not None:
-            raise ConflictError(f"{draft.kind}: {reason}", "Run the same command again.")
 
 
 def encode_checkpoint(state: State) -> bytes:

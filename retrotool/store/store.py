@@ -200,7 +200,8 @@ class Store:
             draft = build(state)
             if draft is None:
                 return state
-            state.check(draft)
+            if reason := state.conflict(draft):
+                raise ConflictError(f"{draft.kind}: {reason}", "Run the same command again.")
             for path in draft.remove:
                 self.storage.stat(path)  # refuses symbolic links
             if self._append(run, state, draft):
