@@ -69,7 +69,7 @@ class BuildPlan:
 
 
 def plan_build(root: str | Path, inputs: Sequence[str] = (), options: BuildOptions | None = None) -> BuildPlan:
-    """Return what ``build`` would run; ``UsageError`` if nothing is, or an input can't be read."""
+    """Return what ``build`` would run; ``UsageError`` if that is nothing, or an input can't be read."""
     given = options or BuildOptions()
     quiet = replace(given.chunk or ChunkOptions(), note=lambda _: None)  # ``chunk`` prints the notes
     find_readable([name for name in inputs if name != STANDARD_INPUT], quiet)

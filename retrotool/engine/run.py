@@ -106,12 +106,11 @@ class _Execution:
                             staging.stage(store.storage, staged)
                             del self.given_up[key]
                             self._check_enough(staged)
-                outcome = folding.fold(store, run)
-                for key in filter(outcome.get, outcome):
+                for key, reason in folding.fold(store, run).refused.items():
                     refused[key] += 1
                     if refused[key] >= ATTEMPTS:
                         label = self.known[key].label if key in self.known else key
-                        self.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {outcome[key]}")
+                        self.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
         except KeyboardInterrupt:
             folding.fold(store, run)
             raise

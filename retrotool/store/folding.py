@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,15 @@ from retrotool.store.sums import with_sums
 Outcome = dict[str, str]  # reasons of refusal by key; "" for tasks that are committed
 
 
-def fold(store: Store, run: Run) -> Outcome:
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The result of a fold: keys of committed tasks, and the reasons of refused tasks by key."""
+
+    committed: frozenset[str]
+    refused: Mapping[str, str]
+
+
+def fold(store: Store, run: Run) -> Folded:
     """Commit every staged task that is compatible with the newest state, and drop the others."""
     store.refresh()
     staged = read_staged(store.storage)
@@ -42,7 +51,8 @@ def fold(store: Store, run: Run) -> Outcome:
     for _, tasks in sorted(alike.items()):
         outcome |= _commit(store, run, tasks)
     _forget(store, [staged[task] for task in outcome])
-    return outcome
+    refused = {task: reason for task, reason in outcome.items() if reason}
+    return Folded(frozenset(outcome).difference(refused), refused)
 
 
 def _commit(store: Store, run: Run, tasks: Sequence[Staged]) -> Outcome:

@@ -38,7 +38,7 @@ def nothing(_: int) -> None:
     """Ignores reports."""
 
 
-def one_by_one(stage: EmbedStage | IndexStage, store: Store, run: Run, task: Task) -> folding.Outcome:
+def one_by_one(stage: EmbedStage | IndexStage, store: Store, run: Run, task: Task) -> folding.Folded:
     engine.perform(stage.open(store), store.storage, task, run.id, nothing)
     return folding.fold(store, run)
 
@@ -66,7 +66,7 @@ def test_no_part_gets_into_two_shards(chunked: Path, tiny_encoder: Path) -> None
         assert [t.inputs["parts"] for t in late] == [[0], [1], [2]]
         for task in early:
             one_by_one(stage, one, run, task)
-        refused = [reason for task in late for reason in one_by_one(stage, other, rival, task).values() if reason]
+        refused = [reason for task in late for reason in one_by_one(stage, other, rival, task).refused.values()]
     assert len(refused) == 2, "what no other process did is kept"
     api.embed(chunked, encoder=str(tiny_encoder))
     api.index(chunked, options=Options(IndexOptions(shard_rows=40)))
@@ -86,9 +86,9 @@ def test_vectors_of_two_encoders_do_not_mix_under_one_name(chunked: Path, tmp_pa
         for stage, task in zip(stages, (first, second), strict=True):
             engine.perform(stage.open(store), store.storage, task, run.id, nothing)
         folded = folding.fold(store, run)
-        assert sorted(map(bool, folded.values())) == [False, True]
+        assert len(folded.committed) == 1 and len(folded.refused) == 1
     with pytest.raises(UsageError, match="another encoder under the name"):
-        api.embed(chunked, encoder=str(other if not folded[first.key] else one))
+        api.embed(chunked, encoder=str(other if first.key in folded.committed else one))
 
 
 def test_an_index_is_gone_on_with_by_the_encoder_it_was_trained_for(

@@ -222,7 +222,7 @@ def test_an_embed_that_began_before_the_erase_does_not_bring_the_vector_back(
         api.purge(store_path, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test", erase=True)
         assert staging.stage(store.storage, late)
         folded = folding.fold(store, run)
-        assert [key for key, reason in folded.items() if reason] == [task.key]
+        assert list(folded.refused) == [task.key]
     assert vector not in everything(store_path)
     api.embed(store_path, encoder=str(tiny_encoder))
     assert vector not in everything(store_path)
