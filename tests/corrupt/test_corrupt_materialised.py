@@ -37,7 +37,7 @@ def lie(store: Path, change: Change) -> list[str]:
         record = opened.state.records["neighbours:main"]
         written = neighbour_tables.write_table(
             opened, liar.name(old), neighbour_tables.read_table(opened, old), database=record["database"], commit=0,
-            uri=record["uri"], about=old.about, text=[change(copy) or copy], chunk_bytes=128,
+            uri=record["uri"], about=old.about, text=[change(copy) or copy],
         )  # fmt: skip
         liar.commit(written, old)
     return [problem.text for problem in api.verify(store).problems]

@@ -173,7 +173,7 @@ def _with_text(store: Store, run: Run, state: State, k: int) -> Draft:
             neighbour_tables.write_table(
                 store, FileName.new(run.id, name.kind, name.slot, name.extension, name.name), table,
                 database=store.identity.uuid, commit=0, uri="", about={**entry.about, "text": k},
-                text=read_text_of(store, Tombstones(np.zeros(0, np.int64)), table, k), chunk_bytes=128,
+                text=read_text_of(store, Tombstones(np.zeros(0, np.int64)), table, k),
             )
         )  # fmt: skip
     return Draft("neighbours", add=tuple(add), remove=tuple(entry.path for entry in old))
