@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
-from retrotool.cli.command_lines import SHOWN, table_command
+from retrotool.cli.command_lines import SHOWN
 from retrotool.embed.search_scope import live_rows, pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder, Rows
@@ -354,12 +354,8 @@ class Reader:
     def _read_neighbours(self, name: str, part: int, group: int) -> Found:
         """Read all saved neighbours of the rows of a row group, [rows, saved]."""
         reader, _ = self._tables(name)
-        for member in reader.members:
-            if self._store.state.part_file("neighbours", part, member.table) is None:
-                raise UsageError(
-                    f"part {part} has no neighbours {member.table!r} yet",
-                    f"Compute them: {table_command(self._store, member.table, member.store)}",
-                )
+        if any(self._store.state.part_file("neighbours", part, one.table) is None for one in reader.members):
+            raise UsageError(f"part {part} has no neighbours {name!r} yet", reader.advice())
         return reader.read(part, sys.maxsize, [group])
 
     def search(

@@ -9,14 +9,10 @@ from typing import Any
 
 from retrotool.store.store import Store
 
-K = 2
-"""Default number of neighbours read from a table."""
-SAVED = 20
-"""Default number of neighbours saved."""
-SHOWN = 5
-"""Default number of chunks that ``search`` returns."""
-COMPARED = 10
-"""Neighbours that ``leakage`` compares a chunk with."""
+K = 2  # default number of neighbours read from a table
+SAVED = 20  # default number of neighbours saved
+SHOWN = 5  # default number of chunks that ``search`` returns
+COMPARED = 10  # neighbours that ``leakage`` compares a chunk with
 
 
 def command_line(command: str, store: Store | str | Path, **options: object) -> str:

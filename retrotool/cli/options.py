@@ -128,8 +128,7 @@ NoWaitOption = Annotated[
 WorkersOption = Annotated[int | None, _work("Worker processes.  [default: one per core]", "workers", "N", least=1)]
 ScratchOption = Annotated[str | None, _work("Folder for scratch files.  [default: the system's]", "scratch", "DIR")]
 
-LEAST_MEMORY = 16 << 20
-"""The smallest ``--memory``, in bytes."""
+LEAST_MEMORY = 16 << 20  # the smallest ``--memory``, in bytes
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30, "t": 10**12, "ti": 2**40}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BOM = b"\xef\xbb\xbf"

@@ -24,8 +24,7 @@ from retrotool.store.leases import Run
 from retrotool.store.local_storage import LocalStorage
 
 _RUN = re.compile("[0-9a-f]{8}")
-_SETTLED_SECONDS = 60.0
-"""The longest time that a folder is without a run while it is created or finished."""
+_SETTLED_SECONDS = 60.0  # the longest that a folder is without a run while it is created or finished
 
 
 def check_file(option: str, file: str | Path, *, new: bool = False) -> None:

@@ -22,8 +22,8 @@ from retrotool.store.storage import Storage, storage_at, where
 from retrotool.store.verify_log import check_log
 
 _PURGE = "purge:"
+# By command, the fields of a purge's record that have the reason and the person.
 _ABOUT = {"purge": ("reason", "who"), "erase": ("reason", "who"), "undo": ("undone_reason", "undone_by")}
-"""By command, the fields of a purge's record that have the reason and the person."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,12 +259,7 @@ class InspectResult:
 
 
 def inspect(
-    root: str | Path,
-    choice: Choice,
-    *,
-    table: str | None = None,
-    k: int | None = None,
-    page: str | Path | None = None,
+    root: str | Path, choice: Choice, *, table: str | None = None, k: int | None = None, page: str | Path | None = None
 ) -> InspectResult:
     """Show chunks of the query store ``root`` with their ``k`` nearest neighbours (default: the table's k).
 
