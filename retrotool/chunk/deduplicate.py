@@ -44,16 +44,8 @@ from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import (
-    PREFIX,
-    REPLACED,
-    Tombstones,
-    Weight,
-    read_tombstones,
-    weigh_chunks,
-    weight_of,
-    write_tombstones,
-)
+from retrotool.store.tombstones import PREFIX, REPLACED, Tombstones, read_tombstones, write_tombstones
+from retrotool.store.weights import Weight, weigh_chunks, weight_of
 
 _COUNTED_SOURCES = 100_000
 _EXAMPLES = 3

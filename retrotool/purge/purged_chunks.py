@@ -49,14 +49,13 @@ from retrotool.store.tombstones import (
     PREFIX,
     Record,
     Tombstones,
-    Weights,
     may_name,
     named_chunks,
     read_rejected,
     read_tombstones,
     standing_purges,
-    weight_of,
 )
+from retrotool.store.weights import Weights, weight_of
 
 NAMED = 3
 _LISTED = 20

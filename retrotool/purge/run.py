@@ -43,7 +43,8 @@ from retrotool.store.parts import ROW_GROUP, distinct_parts, rows_by_part, split
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import PREFIX, named_chunks, tombstone_paths, weight_of, write_tombstones
+from retrotool.store.tombstones import PREFIX, named_chunks, tombstone_paths, write_tombstones
+from retrotool.store.weights import weight_of
 from retrotool.tokenizers import stored_tokenizer
 
 EXAMPLES, LARGEST = 10, 10

@@ -38,15 +38,8 @@ from retrotool.store.blocked import Hashes, read_blocked
 from retrotool.store.parts import Ids, rows_by_part
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import (
-    Record,
-    Tombstones,
-    Weights,
-    named_chunks,
-    read_tombstones,
-    standing_purges,
-    weigh_chunks,
-)
+from retrotool.store.tombstones import Record, Tombstones, named_chunks, read_tombstones, standing_purges
+from retrotool.store.weights import Weights, weigh_chunks
 
 _ADVICE = "Nothing was purged. See: retrotool purge --help"
 

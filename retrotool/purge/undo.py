@@ -47,17 +47,14 @@ from retrotool.store.tombstones import (
     KEPT,
     PREFIX,
     Tombstones,
-    Weight,
-    Weights,
     missed_spans,
     named_chunks,
     read_tombstones,
     standing_purges,
     tombstone_paths,
-    weigh_chunks,
-    weight_of,
     write_tombstones,
 )
+from retrotool.store.weights import Weight, Weights, weigh_chunks, weight_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """Tombstones: the chunks that are purged, and those of undone purges. Every reader applies them.
 
-Also what chunks weigh: what a purge takes from the totals of a store.
-
 A purge is a sorted file of chunk ids; the set of a view is their union, 8 bytes of memory per chunk. Undoing
 a purge removes its file from the state and keeps a copy in ``undone/`` for views from before.
 
@@ -13,7 +11,7 @@ files miss chunks (``missed_spans``). Indexes do not: they hold purged chunks un
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,7 @@ from retrotool.errors import ConflictError, ErasedError
 from retrotool.ranges import is_in
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
-from retrotool.store.parts import Ids, distinct_parts, row_of, rows_by_part, slice_of_part
+from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -201,48 +199,3 @@ def tombstones_naming(store: Store, purged: Tombstones) -> list[str]:
         if slot.partition(".")[0] in purges and may_name(store, slot, purged)
         if read_tombstones(store, slot).contains(purged.ids).any()
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """What some chunks add to the totals of a store or take from them."""
-
-    chunks: int = 0
-    documents: int = 0
-    tokens: int = 0
-
-    def __add__(self, other: Weight) -> Weight:
-        return Weight(self.chunks + other.chunks, self.documents + other.documents, self.tokens + other.tokens)
-
-    def as_counts(self) -> dict[str, int]:
-        """Return the counts by their names in records."""
-        return {"chunks": self.chunks, "documents": self.documents, "tokens": self.tokens}
-
-
-Weights = Mapping[int, Weight]  # by part
-
-
-def weight_of(weights: Weights, numbers: Container[int] | None = None) -> Weight:
-    """Return the sum of weights of the parts ``numbers``, or of all."""
-    return sum((weight for part, weight in weights.items() if numbers is None or part in numbers), Weight())
-
-
-def weigh_chunks(store: Store, chunks: Ids, others: Tombstones) -> tuple[Ids, Weights]:
-    """Return the ``chunks`` that are neither erased nor in ``others``, ascending, and their weights.
-
-    A document counts if its only live chunks, besides ``others``, are among them.
-    """
-    live = [np.zeros(0, np.int64)]
-    weights = {}
-    for part, rows in rows_by_part(chunks[~others.contains(chunks)]):
-        table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc", "n_tokens"])
-        doc, n_tokens = table["doc"].to_numpy(), table["n_tokens"].to_numpy()
-        mine = rows[n_tokens[rows] > 0]
-        alive = n_tokens > 0
-        alive[others.rows(part)] = False
-        had = np.bincount(doc[alive], minlength=int(doc[-1]) + 1)
-        # All live chunks of a document that ends are among these.
-        ended = int(((had > 0) & (np.bincount(doc[mine], minlength=len(had)) == had)).sum())
-        weights[part] = Weight(len(mine), ended, int(n_tokens[mine].sum()))
-        live.append(parts.chunk_ids(part, mine))
-    return np.concatenate(live), weights
