@@ -155,19 +155,14 @@ def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:
         yield Step("neighbours", command_line("neighbours", root), partial(neighbours, root, search=search))
     for name in tables:
         assert store is not None, "it has a table"
-        if not any(name == table for mixture in tables if mixture != name for table, _ in members_of(store, mixture)):
-            yield _neighbours_step(store, name, devices)
-
-
-def _neighbours_step(store: Store, name: str, devices: str) -> Step:
-    """Return the step that updates a table, or the tables of a mixture, as they were made."""
-    table = members_of(store, name)[0][0]
-    database, record = database_of(store, table)
-    exact = not record["index"]
-    search = SearchOptions(exact, record["encoder"] if exact else None, devices=devices)
-    queries = None if database is store else store.place
-    work = partial(
-        neighbours, database.place, queries=queries, name=name, k=record["k"], saved=record["saved"],
-        index=record["index"] or None, search=search,
-    )  # fmt: skip
-    return Step("neighbours", table_command(store, table, database), work)
+        if any(name == table for mixture in tables if mixture != name for table, _ in members_of(store, mixture)):
+            continue
+        table = members_of(store, name)[0][0]  # of a mixture, the first: its command updates all
+        database, record = database_of(store, table)
+        exact = not record["index"]
+        update = partial(
+            neighbours, database.place, queries=None if database is store else store.place, name=name, k=record["k"],
+            saved=record["saved"], index=record["index"] or None,
+            search=SearchOptions(exact, record["encoder"] if exact else None, devices=devices),
+        )  # fmt: skip
+        yield Step("neighbours", table_command(store, table, database), update)

@@ -19,14 +19,12 @@ import typer
 from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
 EXIT_FAILED = 1
+# Documents are hostile: escapes of characters that move the cursor, colour the terminal, break lines or change
+# the text direction.
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS |= {
     number: f"\\u{number:04x}" for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
 }
-"""Escapes of characters that move the cursor, colour the terminal, break lines or change the text direction.
-
-Documents are hostile.
-"""
 _IN_JSON = {number: f"\\u{number:04x}" for number in _CONTROLS if number >= 0x7F}
 """The same for JSON, where characters below 0x20 are escaped already; readers get the characters."""
 _INSIDE = {number: shown for number, shown in _CONTROLS.items() if chr(number) not in "\t\n"}

@@ -130,7 +130,9 @@ class _Round:
     def work(self) -> None:
         ways = {"embeddings": self._embed, "index": self._index, "neighbours": self._search, "scans": self._drop}
         with writing(self.store) as run:  # which also removes broken entries of staging/
-            self._replace_checkpoints(run)
+            if bad := [path for _, path in checkpoint_files(self.store.storage) if path in self.wanted]:
+                self.store.storage.delete(bad)
+                self.store.write_checkpoint(run)
             for kind, rebuild in ways.items():
                 files = self.store.refresh().files()
                 broken = [entry for entry in files if entry.path in self.wanted and entry.kind == kind]
@@ -143,12 +145,6 @@ class _Round:
                     except RetrotoolError as error:
                         reason = f"It can't be rebuilt: {error}. {error.advice}"
                         self.failed.update((one.path, reason) for one in mine if self.store.refresh().has(one.path))
-
-    def _replace_checkpoints(self, run: Run) -> None:
-        bad = [path for _, path in checkpoint_files(self.store.storage) if path in self.wanted]
-        if bad:
-            self.store.storage.delete(bad)
-            self.store.write_checkpoint(run)
 
     def _embed(self, run: Run, name: str, broken: Sequence[FileEntry]) -> None:
         record = self.store.state.records[f"encoder:{name}"]
