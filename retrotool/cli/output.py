@@ -19,8 +19,8 @@ import typer
 from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
 EXIT_FAILED = 1
-# Documents are hostile: escapes of characters that move the cursor, colour the terminal, break lines or change
-# the text direction.
+# Documents are hostile: escapes of characters that move the cursor, colour the terminal, break lines or
+# change the text direction.
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
 _CONTROLS |= {
     number: f"\\u{number:04x}" for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
