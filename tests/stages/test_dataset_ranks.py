@@ -39,6 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
 def test_two_epochs_of_four_ranks_and_two_workers_give_every_sequence_once_each(
     store: Path, batch_size: int | None, drop_last: bool
 ) -> None:
+    """The first epoch without workers, the second with them."""
     everything = Counter(slots(dataset_of(store)))
     empty = (-1,) * 128
     orders = []
@@ -48,7 +49,7 @@ def test_two_epochs_of_four_ranks_and_two_workers_give_every_sequence_once_each(
         for rank in range(4):
             dataset = dataset_of(store, rank=rank, world_size=4, batch_size=batch_size, drop_last=drop_last)
             dataset.set_epoch(epoch)
-            batches = list(DataLoader(dataset, batch_size=None, num_workers=2))
+            batches = list(DataLoader(dataset, batch_size=None, num_workers=2 * epoch))
             items = batches if batch_size is None else flat(batches)
             assert len(batches) == len(dataset)
             found += slots(items)
@@ -184,10 +185,11 @@ def test_workers_that_stay_take_in_the_next_epoch(store: Path) -> None:
 
 
 def test_a_dataset_can_be_sent_to_spawned_workers(store: Path) -> None:
+    """It is pickled for a process of a fork server as for one that is spawned."""
     dataset = dataset_of(store, batch_size=4)
     dataset.set_epoch(1)
     plain = list(dataset)
-    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="forkserver")
     assert same(list(loader), plain, but=("cursor",))
 
 
@@ -280,7 +282,7 @@ def _rank_of(rank: int, folder: Path, store: Path, results: Any) -> None:
 
 def test_ranks_of_torch_distributed_agree_on_a_commit(tmp_path: Path, store: Path) -> None:
     mine = copy_store(store, tmp_path / "store")
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")  # as separate as spawned, without its imports
     results = context.Queue()
     os.environ.pop("RANK", None)
     processes = [context.Process(target=_rank_of, args=(rank, tmp_path, mine, results)) for rank in (0, 1)]
