@@ -159,5 +159,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path, base):
         assert found == rows
         return most
 
-    small = peak(6_000)  # 7 MB
-    assert peak(18_000) < small + (4 << 20)
+    small = peak(3_000)  # 3.5 MB
+    assert peak(9_000) < small + (4 << 20)

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import zstandard
+from conftest import times
 from hypothesis import given
 from hypothesis import strategies as st
 from source_help import PACK, input_of, rows_of, zstd
@@ -185,7 +186,7 @@ def test_frames_with_a_large_window_are_read(folder):
 
 @pytest.mark.parametrize("kind", ["zst", "gz", "bz2", "xz"])
 def test_a_bomb_is_one_row_set_aside_in_little_memory(folder, kind):
-    size = 1 << 28 if kind in ("bz2", "xz") else 1 << 30
+    size = times(1 << 28, 1 << 30) if kind in ("gz", "zst") else 1 << 28
     path = folder / f"bomb.jsonl.{kind}"
     if kind == "zst":
         writer = zstandard.ZstdCompressor().compressobj()

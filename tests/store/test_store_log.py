@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import times
 from memory_storage import MemoryFile
 from store_help import (
     assert_whole,
@@ -230,7 +231,7 @@ def test_a_store_moved_to_a_file_system_without_hard_links_takes_no_commit(
     assert Store.open(root).state.number == 5
 
 
-WRITERS, COMMITS = 16, 50
+WRITERS, COMMITS = 16, times(25, 50)
 
 
 @pytest.mark.slow
