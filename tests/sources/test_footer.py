@@ -47,7 +47,9 @@ def test_no_changed_byte_of_a_footer_raises_or_ends_the_process(tmp_path):
     pq.write_table(TABLE, tmp_path / "a.parquet", row_group_size=50)
     pq.write_table(TABLE.slice(0, 30), tmp_path / "b.parquet", write_page_checksum=True, store_schema=False)
     pq.write_table(TABLE.select(["text"]), tmp_path / "c.parquet", write_page_index=True, store_schema=False)
-    ended = subprocess.run([sys.executable, __file__, tmp_path, "0", str(times(400, 1500))], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, __file__, tmp_path, "0", str(times(400, 1500))], capture_output=True, text=True
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
 
 

@@ -1,4 +1,4 @@
-"""Hundreds of canaries, a thousand in nightly runs, in every kind of file: all are found before an erase, and none is after.
+"""Canaries, hundreds or in nightly runs a thousand, in every kind of file: all found before an erase, and none after.
 
 The scan knows the canaries from outside, not from the store: strings, hashes, token runs and vectors are made here, by
 the tokenizer and from the files as numpy reads them. It looks at every byte of every file, and at what the bytes stand
@@ -171,7 +171,11 @@ def test_a_thousand_canaries(
     tokenizer = byte_level_tokenizer if records else tiny_encoder / "tokenizer.json"
     source = corpus(tmp_path, records=records)
     api.chunk(
-        store, [str(source)], tokenizer=str(tokenizer if records else tiny_encoder), part_size=2 * CANARIES, fields=fields
+        store,
+        [str(source)],
+        tokenizer=str(tokenizer if records else tiny_encoder),
+        part_size=2 * CANARIES,
+        fields=fields,
     )
     if not records:  # the encoder reads its own tokens
         api.embed(store, encoder=str(tiny_encoder))

@@ -147,7 +147,9 @@ def test_sums_that_are_damaged_are_noticed(store: Store, what: str) -> None:
 def make_index(store: Store, factory: str) -> tuple[FileEntry, Any]:
     index = faiss.index_factory(32, factory)
     if isinstance(index, faiss.IndexPreTransform):
-        faiss.downcast_index(index.index).do_polysemous_training = False  # most of the time, and of no use here
+        # Most of the time, and of no use here.
+        faiss.downcast_index(index.index).do_polysemous_training = False
+        faiss.downcast_VectorTransform(index.chain.at(0)).niter = 2
     values = np.random.default_rng(3).normal(size=(4000, 32)).astype(np.float32)
     index.train(values)
     index.add_with_ids(values, np.arange(4000))
@@ -164,7 +166,11 @@ def test_every_flipped_bit_of_an_index_is_noticed(store: Store, factory: str) ->
     entry, index = make_index(store, factory)
     path, seen = stored_file(store, entry.path), viewing(store, entry)
     whole, due = path.read_bytes(), read_lists(viewing(store, entry), entry, index)
-    places = [*range(0, 400, times(19, 9)), *random.Random(4).sample(range(entry.bytes), times(40, 100)), entry.bytes - 1]
+    places = [
+        *range(0, 400, times(19, 9)),
+        *random.Random(4).sample(range(entry.bytes), times(40, 100)),
+        entry.bytes - 1,
+    ]
     noticed = 0
     for place in places:
         flip(path, place)

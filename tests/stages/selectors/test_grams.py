@@ -105,7 +105,9 @@ def test_few_hashes_collide() -> None:
         for n in (8, 13):
             table = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint16), n)
             runs = len(distinct_rows(table)[0])
-            assert runs - len(distinct(gram_hashes(tokens.astype(np.uint16), n))) < times(30, 250)  # by chance 7, and 116
+            assert runs - len(distinct(gram_hashes(tokens.astype(np.uint16), n))) < times(
+                30, 250
+            )  # by chance 7, and 116
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 5), min_size=1, max_size=30), st.sampled_from(["<u2", "<u4"]))
