@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def near(ours: retrotool.Reader, chunk: int, theirs: retrotool.Reader, i: int) -
 def check(weights: dict[str, float], name: str = "m", *, copies: bool = True, k: int = 6) -> None:
     """What the API and the reader of tables give is what is expected, ties aside."""
     reader, true = retrotool.open("training"), expected(weights, copies=copies)
+    opened = functools.cache(retrotool.open)
     tables = NeighbourReader(Store.open("training"), name)
     found = [tables.read(part, k) for part in tables.parts()]
     ids, which = (np.concatenate([getattr(one, field) for one in found]) for field in ("ids", "databases"))
@@ -94,14 +96,14 @@ def check(weights: dict[str, float], name: str = "m", *, copies: bool = True, k:
             (Path(tables.databases[w].place).name, i) for w, i in zip(which[row], ids[row], strict=True) if i >= 0
         ] == [(Path(path).name, i) for path, i, _ in places]
         for neighbour in reader.neighbours(chunk, name, 3):
-            own = retrotool.open(neighbour.database)
+            own = opened(neighbour.database)
             assert own.chunk(neighbour.id).text == neighbour.chunk.text
             assert neighbour.chunk.document != reader.chunk(chunk).document
     pieces = tables.pieces(found[0])
     flat = list(zip(found[0].databases.ravel().tolist(), found[0].ids.ravel().tolist(), strict=True))
     for place in range(0, len(flat), 7):
         database, i = flat[place]
-        tokens = retrotool.open(tables.databases[database].place).chunk(i).tokens.tolist() if i >= 0 else []
+        tokens = opened(tables.databases[database].place).chunk(i).tokens.tolist() if i >= 0 else []
         assert pieces.tokens[place, 0, : pieces.n_tokens[place, 0]].tolist() == tokens
 
 
