@@ -12,6 +12,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,17 +92,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+_frozen = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_setup() -> None:
+    """What is imported by now stays: it need not be looked through for garbage again."""
+    global _frozen
+    if len(sys.modules) > _frozen + 200:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Stores of a test that is over take no memory."""
     if memory_storage.is_everywhere() and "tmp_path" in getattr(item, "funcargs", {}):
         memory_storage.forget(item.funcargs["tmp_path"])
-
-
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: it need not be looked through for garbage again."""
-    gc.collect()
-    gc.freeze()
 
 
 def make_text(seed: int, words: int) -> str:
