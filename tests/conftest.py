@@ -331,18 +331,29 @@ def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Encoder, "verify", verified)
 
 
+_tokenizers: dict[bytes, dict[str, Any]] = {}
 _tables: dict[bytes, Any] = {}
 _findings: dict[bytes, Any] = {}
 
 
 @pytest.fixture(autouse=True)
 def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer's bytes, and where tokie is like it, are found out once a process; where this is tested, always."""
+    """A tokenizer is loaded, its bytes, and where tokie is like it, are found out once a process.
+
+    Where this is tested, every time.
+    """
     if request.path.parent.name == "tokenizers":
         return
     from retrotool.tokenizers import Tokenizer, fast
+    from retrotool.tokenizers.tokenizer import TokenizerFile
 
-    spell, find_out = Tokenizer._byte_table.func, fast._guard
+    load, spell, find_out = Tokenizer.__init__, Tokenizer._byte_table.func, fast._guard
+
+    def loaded(tokenizer: Tokenizer, file: TokenizerFile) -> None:
+        if file.content not in _tokenizers:
+            load(tokenizer, file)
+            _tokenizers[file.content] = dict(vars(tokenizer))
+        vars(tokenizer).update(_tokenizers[file.content], file=file)
 
     def byte_table(tokenizer: Tokenizer) -> Any:
         if tokenizer.file.content not in _tables:
@@ -357,6 +368,7 @@ def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         )
         return found
 
+    monkeypatch.setattr(Tokenizer, "__init__", loaded)
     monkeypatch.setattr(Tokenizer, "_byte_table", property(byte_table))
     monkeypatch.setattr(fast, "_guard", guard)
 
