@@ -294,17 +294,32 @@ def quick_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 _loaded: dict[tuple[object, ...], tuple[str, str, Any]] = {}
 _verified: dict[tuple[object, ...], float] = {}
+_hashed: dict[tuple[object, ...], str] = {}
+LARGE = 16 << 20
+"""Bytes of a file of a model that is too large to be hashed again and again."""
 
 
 @pytest.fixture(autouse=True)
 def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model is loaded once a process, and not verified again once it was right; where this is tested, every time."""
+    """A model is loaded once a process, hashed once if it is large, and not verified again once it was right.
+
+    Where this is tested, every time.
+    """
     if request.path.parent.name == "encoder" or request.path.name.startswith("test_embed"):
         return
-    from retrotool.encoder import Encoder
+    from retrotool.encoder import Encoder, encoder_identity
     from retrotool.encoder.encoder import LEAST_COSINE
 
-    load, verify = Encoder._load, Encoder.verify
+    load, verify, sha256 = Encoder._load, Encoder.verify, encoder_identity._sha256
+
+    def hashed(file: Path) -> str:
+        status = file.stat()
+        if status.st_size < LARGE:
+            return sha256(file)
+        key = (file, status.st_size, status.st_mtime_ns)
+        if key not in _hashed:
+            _hashed[key] = sha256(file)
+        return _hashed[key]
 
     def loaded(encoder: Encoder, way: str) -> None:
         key = (encoder.identity, encoder._path, encoder.device, encoder.dtype, way)
@@ -327,6 +342,7 @@ def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         else:
             encoder.cosine = _verified[key]
 
+    monkeypatch.setattr(encoder_identity, "_sha256", hashed)
     monkeypatch.setattr(Encoder, "_load", loaded)
     monkeypatch.setattr(Encoder, "verify", verified)
 
