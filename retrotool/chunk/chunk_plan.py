@@ -124,7 +124,7 @@ class ChunkOptions:
     keep_end: bool = False  # whether a token with which all documents end may be text
     part_size: int = PART_SIZE
     workers: int = 1
-    skip_missing: bool = False
+    exclude: tuple[str, ...] = ()  # patterns of files and folders to leave out, also of interrupted work
     duplicates: Duplicates = "skip"
     existing: Existing | None = None  # None: as the plan says; skip for a new one
     allow_purged: bool = False

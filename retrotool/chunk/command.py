@@ -35,7 +35,7 @@ EPILOG = """\b
 Examples:
   retrotool chunk store corpus/*.jsonl.zst
   retrotool chunk store papers.parquet --text-field body --id-field doi --keep year
-  retrotool chunk store corpus/ --dry-run
+  retrotool chunk store corpus/ --exclude '*.html' --dry-run
   retrotool chunk answers pairs.jsonl --key-field question --value-field answer
   retrotool chunk wiki-store wiki.idx --tokenizer minilm --end-of-document 102
   retrotool chunk notes-store notes/ --format text --encoding latin-1
@@ -89,6 +89,13 @@ def command(
         str | None, _reading("Text between documents in .txt files, such as '\\n\\n'.", metavar="S")
     ] = None,
     max_document: Annotated[str, _reading("Reject longer texts.", metavar="SIZE")] = "64MiB",
+    exclude: Annotated[
+        list[str] | None,
+        _input(
+            "Leave out files and folders by name or end of path, such as '*.html' or 'drafts/*'; repeatable.",
+            metavar="PATTERN",
+        ),
+    ] = None,
     duplicates: Annotated[
         Literal["skip", "keep", "fail"],
         _input("Documents that repeat an id of the run, or any text: skip, keep, or fail.", metavar="skip|keep|fail"),
@@ -108,9 +115,6 @@ def command(
             "Stop after more rejected rows; the rest of a damaged file is one row.  [default: never]", metavar="N|P%"
         ),
     ] = None,
-    skip_missing: Annotated[
-        bool, _input("Skip inputs of an interrupted run that are missing or changed.", "--skip-missing")
-    ] = False,
     part_size: Annotated[int, _work("Chunks per part.", metavar="N")] = PART_SIZE,
     scratch: ScratchOption = None,
     workers: WorkersOption = None,
@@ -151,7 +155,7 @@ def command(
         )
         options = ChunkOptions(
             fields=fields, require_id=id_field is not None, format=format, encoding=encoding, part_size=part_size,
-            keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, skip_missing=skip_missing,
+            keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, exclude=tuple(exclude or ()),
             duplicates=duplicates, existing=existing, allow_purged=allow_purged,
             max_bad=MaxBad.parse(max_bad), exact_tokenizer=exact_tokenizer, wait=not no_wait, note=output.note,
         )  # fmt: skip

@@ -184,15 +184,15 @@ def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: C
     names = [file.path for file in resumed if file.path not in given and not is_spooled(file)]
     if names:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        skip = "" if options.skip_missing else " To skip an input, move it away and add --skip-missing."
+        skip = "" if options.exclude else " To leave an input out, add --exclude."
         options.note(f"Resuming interrupted work: {names[0]}{more}.{skip}")
 
 
 def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile | None = None) -> list[InputFile]:
     """Return the files behind the inputs; raise ``UsageError`` if one can't be read with these options."""
-    sources.check_fields(options.fields)
     try:
-        found = sources.survey(inputs, stdin, sources.base_of(options.format), sources.encoding_of(options.encoding))
+        base, encoding = sources.base_of(options.format), sources.encoding_of(options.encoding)
+        found = sources.survey(inputs, stdin, base, encoding, options.exclude)
         for file in found.files:
             sources.check_input(file, options.fields, keep_end=options.keep_end)
             with Path(file.path).open("rb"):
@@ -202,6 +202,10 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile
     if found.left_out:
         skipped = output.count(len(found.left_out), "file")
         options.note(f"{skipped} of unknown format skipped, such as {found.left_out[0]}. To read all: --format.")
+    if found.excluded:
+        if not found.files:
+            raise UsageError("--exclude matches every input", "Change the pattern. Nothing was changed.")
+        options.note(f"{output.count(len(found.excluded), 'path')} excluded, such as {found.excluded[0]}.")
     return found.files
 
 
@@ -237,6 +241,8 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
     for value in (fields.text, fields.id, fields.key, fields.value, fields.tokens, fields.separator, *fields.keep):
         check_utf8("field or separator", value or "")
     check_utf8("RETROTOOL_WHO", user_name())
+    if not all(Path(pattern).parts for pattern in options.exclude):
+        raise UsageError("--exclude: a pattern is empty", "Give a name or a path, such as '*.html' or 'drafts/*'.")
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
             raise UsageError(
@@ -250,6 +256,11 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
         raise UsageError(f"--max-document {fields.max_document:,} is not between 1 byte and 1 TiB")
     if (fields.key is None) != (fields.value is None):
         raise UsageError("--key-field and --value-field must be given together", "Give both, or neither.")
+    if fields.tokens is not None and (fields.key is not None or fields.value is not None):
+        raise UsageError(
+            "--tokens-field can't be used with --key-field and --value-field",
+            "Key-value records are made of text; give one or the other.",
+        )
     if not 0 <= options.check <= 1:
         raise UsageError(f"check={options.check} is not a share between 0 and 1")
     return replace(options, fields=fields)
@@ -259,7 +270,7 @@ def _work(
     store: Store, run: Run, plans: Sequence[str], options: ChunkOptions, changed: frozenset[str] = frozenset()
 ) -> str:
     """Execute all units; return why it stopped early, or "". ``changed``: inputs that are read again."""
-    stage = ChunkStage(options.skip_missing, changed, options.check, run.id)
+    stage = ChunkStage(options.exclude, changed, options.check, run.id)
     store.refresh()
     counts = Counter(_counts_of(store, plans))
 

@@ -9,7 +9,9 @@ document.
 from __future__ import annotations
 
 import functools
+import glob
 import itertools
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -56,7 +58,7 @@ GIVEN_UP = "given up"  # start of the reason for an input that was not read and 
 class ChunkStage:
     """The units of all unfinished plans, except standard input of other runs that are live."""
 
-    skip_missing: bool = False  # reject inputs that are missing or changed since they were planned
+    exclude: tuple[str, ...] = ()  # patterns of inputs to leave out, although they were planned
     changed: frozenset[str] = frozenset()  # paths whose change is rejected, as they are read again
     check: float = 0.001  # share of documents whose tokens are compared with ``tokenizers``
     run: str = ""
@@ -264,18 +266,19 @@ def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage
     if is_spooled(file) and plan.owner != stage.run:
         bad.append(Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again"))
         return
-    given_up = stage.skip_missing
+    given_up = sources.is_excluded(Path(file.path), stage.exclude)
     try:
         size = Path(file.path).stat().st_size
         problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
-        given_up |= file.path in stage.changed
+        given_up |= bool(problem) and file.path in stage.changed
     except OSError as error:
         problem = error.strerror or str(error)
-    if problem and given_up:
-        bad.append(Rejected(0, f"{GIVEN_UP}: {problem}"))
+    if given_up:
+        bad.append(Rejected(0, f"{GIVEN_UP}: {problem or 'excluded'}"))
         return
     if problem:
-        advice = "Restore it and run the same command again, or skip it with --skip-missing."
+        leave = f"--exclude {shlex.quote(glob.escape(file.path))}"
+        advice = f"Restore it and run the same command again, or leave it out with {leave}."
         raise TaskError(f"{file.path}: {problem}", advice)
     for row in sources.read_input(file, plan.fields, piece.where):
         if isinstance(row, Rejected) and not row.damage:

@@ -6,11 +6,11 @@ for the rest. Memory is bounded by the longest document (``Fields.max_document``
 """
 
 from retrotool.sources.heads import check_heads
-from retrotool.sources.inputs import WHOLE, InputFile, Slice, base_of, encoding_of, find_inputs, survey
-from retrotool.sources.read import check_fields, check_input, cut_input, read_input
+from retrotool.sources.inputs import WHOLE, InputFile, Slice, base_of, encoding_of, find_inputs, is_excluded, survey
+from retrotool.sources.read import check_input, cut_input, read_input
 from retrotool.sources.records import Document, Fields, Rejected, excerpt, reason_of
 
 __all__ = [
-    "WHOLE", "Document", "Fields", "InputFile", "Rejected", "Slice", "base_of", "check_fields", "check_heads",
-    "check_input", "cut_input", "encoding_of", "excerpt", "find_inputs", "read_input", "reason_of", "survey",
+    "WHOLE", "Document", "Fields", "InputFile", "Rejected", "Slice", "base_of", "check_heads", "check_input",
+    "cut_input", "encoding_of", "excerpt", "find_inputs", "is_excluded", "read_input", "reason_of", "survey",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import glob
 import itertools
 import shlex
 from collections import Counter
@@ -41,7 +42,7 @@ def check_heads(files: Sequence[InputFile], fields: Fields, *, require_id: bool 
     for file in dict.fromkeys(looked_at):
         lacking, texts, read = _head(file, fields, [*named, *fields.keep])
         for name in (name for name in named if name in lacking):
-            raise _no_field(file, name, named[name], texts, read)
+            raise _no_field(file, name, named[name], texts, read, is_only=len(files) == 1)
         absent = [name for name in absent if not texts or name in lacking]
         decided &= bool(texts) and file.base in ("csv", "tsv", "parquet", "arrow")
     if len(set(looked_at)) == len(files):
@@ -105,16 +106,17 @@ def _texts(row: Mapping[str, Any], prefix: str = "", depth: int = 1) -> Iterator
             yield prefix + name, len(value) if isinstance(value, str) else 0
 
 
-def _no_field(file: InputFile, name: str, option: str, texts: Counter[str], read: int) -> UsageError:
+def _no_field(file: InputFile, name: str, option: str, texts: Counter[str], read: int, *, is_only: bool) -> UsageError:
     likely = difflib.get_close_matches(name, list(texts), 1)
     if option == "--text-field":
         likely = [longest for longest, size in texts.most_common(1) if size] or likely
     advice = f"Name it: {option} {shlex.quote(likely[0])}" if likely else f"Name it with {option}"
-    leave = f"leave {option} out to use a hash of the text" if option == "--id-field" else "leave this input out"
+    ways = [f"leave {option} out to use a hash of the text"] if option == "--id-field" else []
+    ways += [] if is_only else [f"leave this input out with --exclude {shlex.quote(glob.escape(file.name))}"]
     which = f"none of the first {read:,} rows" if read == ROWS or texts.total() > TEXT else "no row"
     return UsageError(
         f"{which} of {file.name} has {name!r}. It has: {column_names(list(texts))}",
-        f"{advice}, or {leave}. Nothing was changed.",
+        f"{', or '.join([advice, *ways])}. Nothing was changed.",
     )
 
 

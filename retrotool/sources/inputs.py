@@ -132,10 +132,11 @@ def _input_format(name: str, base: str | None = None) -> str | None:
 
 
 class Survey(NamedTuple):
-    """The input files that were found, and the files in folders that were skipped."""
+    """The input files that were found, the files in folders that were skipped, and what was excluded."""
 
     files: list[InputFile]
     left_out: list[Path]
+    excluded: list[Path]
 
 
 def base_of(name: str | None) -> str | None:
@@ -161,14 +162,17 @@ def find_inputs(inputs: Sequence[str], standard_input: InputFile | None = None) 
 
 
 def survey(
-    inputs: Sequence[str], standard_input: InputFile | None = None, base: str | None = None, encoding: str = ""
-) -> Survey:
-    """Find inputs as ``find_inputs`` does; also return what was skipped in folders, sorted.
+    inputs: Sequence[str], standard_input: InputFile | None = None, base: str | None = None, encoding: str = "",
+    exclude: Sequence[str] = (),
+) -> Survey:  # fmt: skip
+    """Find inputs as ``find_inputs`` does; also return what was skipped in folders and excluded, sorted.
 
-    ``base``: the format of every file, whatever its name; ``encoding``: that of files of text.
+    ``base``: the format of every file, whatever its name; ``encoding``: that of files of text; ``exclude``:
+    patterns of files and folders to leave out (``is_excluded``).
     """
     found: dict[Path, InputFile] = {}
     left_out: set[Path] = set()
+    excluded: set[Path] = set()
     for given in itertools.chain.from_iterable(map(_expand, inputs)):
         if given == STANDARD_INPUT:
             if standard_input is None:
@@ -177,10 +181,13 @@ def survey(
             continue
         path = _token_file(Path(given))
         mode = _mode(path, given)
-        if stat.S_ISDIR(mode):
-            folder = _Folder(path, base)
+        if is_excluded(path, exclude):
+            excluded.add(path)
+        elif stat.S_ISDIR(mode):
+            folder = _Folder(path, base, exclude)
             folder.walk()
-            if not folder.files:
+            excluded |= folder.excluded
+            if not folder.files and not folder.excluded:
                 raise UsageError(f"{given} has no file of a known format", _KNOWN_FORMATS)
             for file in sorted(folder.files, key=folder.files.__getitem__):
                 name = (path.resolve().name / file.relative_to(path)).as_posix()
@@ -195,7 +202,13 @@ def survey(
             found.setdefault(path.resolve(), _describe(path, "/".join(named), base))
     unread = sorted(file for file in left_out if file.resolve() not in found)
     files = _tell_apart(list(found.values()))
-    return Survey([replace(one, encoding=encoding) if one.base in ENCODABLE else one for one in files], unread)
+    files = [replace(one, encoding=encoding) if one.base in ENCODABLE else one for one in files]
+    return Survey(files, unread, sorted(excluded))
+
+
+def is_excluded(path: Path, patterns: Sequence[str]) -> bool:
+    """Return whether a pattern matches the end of a path: its name, or the names of folders and its name."""
+    return bool(patterns) and any(map(path.absolute().match, patterns))
 
 
 def _expand(given: str) -> list[str]:
@@ -240,12 +253,14 @@ def _not_regular(path: Path) -> UsageError:
 
 @dataclass(slots=True)
 class _Folder:
-    """The files in a folder: inputs, each with its sort key, and those skipped."""
+    """The files in a folder: inputs, each with its sort key, and those skipped; and what is excluded."""
 
     path: Path
     base: str | None = None
+    exclude: Sequence[str] = ()
     files: dict[Path, Path] = field(default_factory=dict)
     left_out: set[Path] = field(default_factory=set)
+    excluded: set[Path] = field(default_factory=set)
     _links: set[Path] = field(default_factory=set)
     _broken: set[Path] = field(default_factory=set)
     _seen: set[tuple[int, int]] = field(default_factory=set)
@@ -276,11 +291,17 @@ class _Folder:
                 folders.clear()
                 self.files.update({file: here / f"{i:09d}" for i, file in enumerate(listed)})
             else:
-                folders[:] = _not_hidden(folders)
-                for name in _not_hidden(names):
+                folders[:] = self._wanted(here, folders)
+                for name in self._wanted(here, names):
                     self._add(here / name)
             links = [folder for folder in folders if (here / folder).is_symlink()]
             self._links.update(here / folder for folder in links)
+
+    def _wanted(self, here: Path, names: Sequence[str]) -> list[str]:
+        shown = [name for name in names if not name.startswith(".")]
+        dropped = [name for name in shown if is_excluded(here / name, self.exclude)]
+        self.excluded.update(here / name for name in dropped)
+        return [name for name in shown if name not in dropped]
 
     def _add(self, file: Path) -> None:
         if _token_file(file) != file or file.name.endswith(OFFSETS):
@@ -305,10 +326,6 @@ class _Folder:
 
 def _refuse(error: OSError) -> NoReturn:
     raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
-
-
-def _not_hidden(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not name.startswith(".")]
 
 
 def _tell_apart(files: list[InputFile]) -> list[InputFile]:

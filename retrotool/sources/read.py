@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from retrotool.errors import InputError, RetrotoolError, UsageError
+from retrotool.errors import InputError, RetrotoolError
 from retrotool.sources import columnar, csv_rows, json_array, lines, tokens, warc
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, Rejected, reason_of
@@ -68,18 +68,10 @@ def _named(row: Document | Rejected, encoding: str) -> Document | Rejected:
     return row._replace(reason=row.reason.replace("invalid UTF-8", f"invalid {encoding}"))
 
 
-def check_fields(fields: Fields) -> None:
-    """Raise ``UsageError`` if options contradict each other for every input."""
-    if fields.tokens is not None and (fields.key is not None or fields.value is not None):
-        raise UsageError(
-            "--tokens-field can't be used with --key-field and --value-field",
-            "Key-value records are made of text; give one or the other.",
-        )
-
-
 def check_input(file: InputFile, fields: Fields, *, keep_end: bool = True) -> None:
-    """Raise ``UsageError`` if ``fields`` lack what a file needs, or contradict it; ignore damage."""
-    check_fields(fields)
+    """Raise ``UsageError`` if ``fields`` lack what a file needs or contradict it, or a package lacks."""
+    if file.base in ("html", "warc"):
+        warc.check_extra(file)
     if file.base != "tokens" or file.size == 0:
         return
     try:

@@ -15,7 +15,9 @@ Cost: framing 1 ms per MB, HTML about 40 ms per MB; memory for one record, four 
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrotool.errors import InputError, UsageError
@@ -50,10 +52,9 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"  # text does n
 def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Yield documents of an archive's records; lines are records from 1, positions byte offsets."""
     del where
-    try:
-        from fastwarc.warc import ArchiveIterator
-    except ImportError as error:
-        raise _needs_extra("FastWARC") from error
+    check_extra(file)
+    from fastwarc.warc import ArchiveIterator
+
     limit = _HTML_OVERHEAD * fields.max_document + (1 << 20)
     number = offset = 0
     with contextlib.closing(file.blocks()) as blocks:
@@ -97,8 +98,18 @@ class _Stream:
         return self._place
 
 
-def _needs_extra(name: str) -> UsageError:
-    return UsageError(f"reading HTML and WARC files needs {name}", "Install it with: pip install fastwarc resiliparse")
+def check_extra(file: InputFile) -> None:
+    """Raise ``UsageError`` if the packages that read web pages are not installed."""
+    try:
+        import fastwarc.warc  # noqa: F401
+        import resiliparse.extract.html2text  # noqa: F401
+    except ImportError as error:
+        ending = "".join(Path(file.name).suffixes[-1 - bool(file.compression) :])
+        raise UsageError(
+            f"{file.name}: reading HTML and WARC files needs FastWARC and Resiliparse",
+            "Install them with: pip install fastwarc resiliparse\n"
+            f"Or leave such files out with --exclude {shlex.quote('*' + ending)}. Nothing was changed.",
+        ) from error
 
 
 def _check_size(record: WarcRecord) -> None:
@@ -176,6 +187,7 @@ def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
 def read_html(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Yield the document of an HTML file."""
     del where
+    check_extra(file)
     found = read_whole(file, _HTML_OVERHEAD * fields.max_document)
     if isinstance(found, Rejected) or found.data is None:
         yield found if isinstance(found, Rejected) else text_document(found, file, fields)
@@ -197,11 +209,9 @@ def _text(content_type: str, body: bytes) -> str:
     if media not in _HTML and media != "text/plain":
         what = media if media in _MEDIA else f"content of {'another' if media else 'no'} type"
         raise BadRow(f"{what} is neither HTML nor plain text")
-    try:
-        from resiliparse.extract.html2text import extract_plain_text
-        from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
-    except ImportError as error:
-        raise _needs_extra("Resiliparse") from error
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
+
     charset = parameters.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
     named = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
     encoding = named or detect_encoding(body, from_html_meta=True) or "utf-8"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,6 +63,9 @@ REFUSALS = {
     "another chunk length": ("store new.jsonl --chunk-length 32", "store has chunks of 64 tokens, not 32"),
     "no chunk length": ("fresh new.jsonl --chunk-length 0", "--chunk-length 0 is not between 1 and 4096"),
     "no part size": ("store new.jsonl --part-size 0", "--part-size 0 is not between 1 and 2^31 - 1"),
+    "every file excluded": ("store new.jsonl --exclude *.jsonl", "--exclude matches every input"),
+    "an empty pattern": ("store new.jsonl --exclude .", "--exclude: a pattern is empty"),
+    "tokens and a key": ("store new.jsonl --tokens-field a --key-field b --value-field c", "--tokens-field can't be"),
     "a column twice": ("store new.jsonl --keep key", "--keep key: the store has its own column of this name"),
     "a store that is a file": ("file new.jsonl", "file is a file; a store is a directory"),
     "a directory of others": ("foreign new.jsonl", "foreign is not empty and not a store"),
@@ -123,6 +129,28 @@ def test_what_may_not_be_read_is_refused_by_name(name, folder):
     assert verified(folder / "store") == before
 
 
+def test_an_input_that_stops_a_folder_can_be_excluded_as_the_error_says(folder):
+    store, corpus = folder / "store", folder / "corpus"
+    corpus.mkdir()
+    for name, row in (("a.jsonl", NEW[0]), ("b.jsonl", {"id": 1, "words": "Other."}), ("c[1].jsonl", {"title": "x"})):
+        write_rows(corpus / name, [row])
+    (corpus / "page.html").write_text("<p>A page of text.</p>")
+    before = snapshot(folder)
+    given: list[str] = []
+    with mock.patch.dict(sys.modules, {"fastwarc.warc": None}):
+        for _ in range(3):
+            refused = run_chunk(store, corpus, *given)
+            assert (refused.exit_code, snapshot(folder)) == (2, before)
+            assert "error: " in refused.stderr
+            (pattern,) = re.findall(r"with --exclude (.*)\. Nothing was changed\.$", refused.stderr, re.MULTILINE)
+            given += ["--exclude", *shlex.split(pattern)]
+        assert given[1::2] == ["*.html", "corpus/b.jsonl", "corpus/c[[]1].jsonl"]
+        added = run_chunk(store, corpus, *given)
+    assert added.exit_code == 0
+    assert f"3 paths excluded, such as {corpus}/b.jsonl.\n" in added.stderr
+    assert [row["id"] for row in documents(store)] == [row["id"] for row in (*ROWS, *NEW)]
+
+
 CHANGES = {
     "longer": (lambda path: path.write_text(path.read_text() * 2), "it had 40 bytes when it was planned, now 80"),
     "empty": (lambda path: path.write_text(""), "it had 40 bytes when it was planned, now 0"),
@@ -146,11 +174,12 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     result = run_chunk(store, path)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"error: {path}: {reason}\n")
+    assert f"leave it out with --exclude {path}." in result.stderr
     assert verified(store).content == before
     monkeypatch.undo()
     waiting = copy_store(store, folder / "waiting")
 
-    given_up = run_chunk(store, folder / "rows.jsonl", "--skip-missing")
+    given_up = run_chunk(store, folder / "rows.jsonl", "--exclude", "new.*")
     assert given_up.exit_code == 3
     assert given_up.stderr == f"Resuming interrupted work: {path}.\n"
     assert quarantine(store) == [(str(path), 0, f"given up: {reason}")]
@@ -163,8 +192,7 @@ def test_a_file_that_changes_between_plan_and_work_waits_until_it_is_back_or_giv
     finished = run_chunk(waiting, folder / "rows.jsonl")
     assert finished.exit_code == 0
     assert finished.stderr == (
-        f"Resuming interrupted work: {path}. To skip an input, move it away and add --skip-missing.\n"
-        f"Next: retrotool embed {waiting}\n"
+        f"Resuming interrupted work: {path}. To leave an input out, add --exclude.\nNext: retrotool embed {waiting}\n"
     )
     assert run_chunk(store, path).exit_code == 0  # what was given up can be given again
     assert verified(waiting).content == verified(store).content != before

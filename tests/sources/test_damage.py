@@ -22,7 +22,6 @@ from retrotool.sources import (
     Document,
     Fields,
     Rejected,
-    check_fields,
     check_input,
     cut_input,
     read_input,
@@ -216,14 +215,3 @@ def test_files_beside_that_become_shorter_while_they_are_read_are_damage(tmp_pat
     assert all(isinstance(row, Document) for row in first)
     assert last.damage
     assert "a.offsets.npy was truncated" in last.reason
-
-
-def test_settings_that_contradict_each_other_are_refused_for_any_file(tmp_path):
-    file = input_of(tmp_path / "a.jsonl", LINES)
-    for settings in ({"key": "k", "value": "v"}, {"key": "k"}, {"value": "v"}):
-        fields = Fields(tokens="ids", **settings)
-        for refuse in (lambda fields=fields: check_input(file, fields), lambda fields=fields: check_fields(fields)):
-            with pytest.raises(UsageError, match="--tokens-field can't be used with"):
-                refuse()
-    check_input(file, Fields(tokens="ids"))
-    check_input(file, Fields(key="k", value="v"))

@@ -197,7 +197,23 @@ def test_what_is_also_given_by_name_is_not_left_out(here):
     assert names_of("c", "c/w.bin") == ["c/a.jsonl", "c/w.bin"]
 
 
+def test_files_and_folders_are_excluded_by_the_end_of_their_path(here):
+    make("c/a.jsonl", "c/b.html", "c/drafts/d.jsonl", "c/x/drafts.jsonl", "c/x/y/b.jsonl", "c/x/.html", "e.jsonl")
+
+    def left(*patterns: str) -> list[str]:
+        return [file.name for file in survey(["c", "e.jsonl"], exclude=patterns).files]
+
+    rest = ["c/a.jsonl", "c/x/drafts.jsonl", "c/x/y/b.jsonl"]
+    assert left("*.html", "drafts") == [*rest, "e.jsonl"]
+    assert left("b.*", "c/drafts/*", "y/b.jsonl") == ["c/a.jsonl", "c/x/drafts.jsonl", "e.jsonl"]
+    assert left(str(here / "c/x"), "*.html", "e.*") == ["c/a.jsonl", "c/drafts/d.jsonl"]
+    assert left("c") == ["e.jsonl"]
+    assert left("x/b.jsonl", "A.jsonl", "*.html") == [rest[0], "c/drafts/d.jsonl", *rest[1:], "e.jsonl"]
+    excluded = survey(["c"], exclude=("*.html", "drafts", "b.jsonl")).excluded
+    assert [str(path) for path in excluded] == ["c/b.html", "c/drafts", "c/x/y/b.jsonl"]
+
+
 def test_a_store_among_the_inputs_is_none_of_them(here):
     make("c/a.jsonl", "c/store/store.json", "c/store/chunks/x.parquet", "c/store/tokens.xyz")
-    assert survey(["c"])._replace(files=[]) == ([], [])
+    assert survey(["c"])._replace(files=[]) == ([], [], [])
     assert names_of("c") == ["c/a.jsonl"]

@@ -81,7 +81,10 @@ def test_extracts_give_their_text_as_it_is(tmp_path):
 def test_without_the_extra_archives_are_refused_with_advice(tmp_path, module):
     with patch.dict(sys.modules, {module: None}), pytest.raises(UsageError) as refused:
         rows_of(tmp_path / "a.warc", response(PAGE.encode()))
-    assert refused.value.advice == "Install it with: pip install fastwarc resiliparse"
+    assert refused.value.advice == (
+        "Install them with: pip install fastwarc resiliparse\n"
+        "Or leave such files out with --exclude '*.warc'. Nothing was changed."
+    )
 
 
 ENCODED = {
