@@ -176,21 +176,25 @@ def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: 
 
 def commit_plan(
     store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions, findings: Findings | None = None
-) -> tuple[str | None, int]:
-    """Plan those ``files`` that are new to the store; return the plan's id, if any, and the number known."""
+) -> tuple[str | None, dict[str, tuple[str, ...]]]:
+    """Plan those ``files`` that are new to the store.
+
+    Return the plan's id, if any, and for the path of each other file the plans that read it.
+    """
     hashes = hashes_of(store, files, options.fields)
     others = leases.others(store.storage, run.id)
-    n_known = 0
+    read: dict[str, tuple[str, ...]] = {}
     plan_id = secrets.token_hex(4)
 
     def build(state: State) -> Draft | None:
-        nonlocal n_known
+        read.clear()
         known = known_inputs(store, state, options, others)
         new: dict[str, tuple[InputFile, str]] = {}
         for file, (fingerprint, place) in zip(files, hashes, strict=True):
             if fingerprint not in known.fingerprints and fingerprint not in new:
                 new[fingerprint] = (file, place)
-        n_known = len(files) - len(new)
+            else:
+                read[file.path] = known.readers.get(place, ())
         if not new:
             return None
         chosen, places = zip(*new.values(), strict=True)
@@ -210,7 +214,7 @@ def commit_plan(
         return Draft("plan", settings, add=(entry,), records={f"plan:{plan_id}": record, **found})
 
     state = retry_overtaken(lambda: store.commit(run, build))  # a plan may be finished while its files are read
-    return (plan_id if f"plan:{plan_id}" in state.records else None), n_known
+    return (plan_id if f"plan:{plan_id}" in state.records else None), read
 
 
 def known_findings(state: State) -> Findings | None:

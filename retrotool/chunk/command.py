@@ -115,7 +115,9 @@ def command(
             "Stop after more rejected rows; the rest of a damaged file is one row.  [default: never]", metavar="N|P%"
         ),
     ] = None,
-    part_size: Annotated[int, _work("Chunks per part.", metavar="N")] = PART_SIZE,
+    part_size: Annotated[
+        int, _work("Chunks with which a part ends; units of work may end it before.", metavar="N")
+    ] = PART_SIZE,
     scratch: ScratchOption = None,
     workers: WorkersOption = None,
     no_wait: NoWaitOption = False,
@@ -187,7 +189,8 @@ def chunk_text(store: str, result: ChunkResult) -> str:
 
     lines = []
     if result.known_inputs:
-        lines.append(f"{output.count(result.known_inputs, 'input')} skipped: already in the store.")
+        but = f", but for {output.count(result.known_rejected, 'rejected row')}" if result.known_rejected else ""
+        lines.append(f"{output.count(result.known_inputs, 'input')} skipped: already in the store{but}.")
     if not result.documents:
         lines += [] if result.known_inputs and not result.parts else [f"No new documents (commit {result.commit})."]
     else:
@@ -205,9 +208,10 @@ def chunk_text(store: str, result: ChunkResult) -> str:
     if result.duplicates:
         largest = sorted(result.duplicates_by_source.items(), key=lambda item: (-item[1], item[0]))[:3]
         where = ", ".join(f"{n:,} from {source}" for source, n in largest)
-        lines.append(
-            f"{output.count(result.duplicates, 'document')} skipped: duplicate text{f' ({where})' if where else ''}."
-        )
+        pairs = [map(output.one_line, pair) for pair in result.duplicate_examples[:1]]
+        example = "".join(f", such as {copy}, a copy of {original}" for copy, original in pairs)
+        skipped = output.count(result.duplicates, "document")
+        lines.append(f"{skipped} skipped: duplicate text{f' ({where})' if where else ''}{example}.")
     if result.unchanged:
         lines.append(f"{output.count(result.unchanged, 'document')} unchanged.")
     lines += _update_lines(store, result)
@@ -222,9 +226,15 @@ def chunk_text(store: str, result: ChunkResult) -> str:
         lines.append(f"{output.count(result.rejected, 'row')} rejected:")
         lines.append(output.table([_row(reason) for reason in reasons[:10]]))
         if (more := len(reasons) - 10) > 0:
-            lines.append(f"  and {output.count(more, 'other reason')}, in the store's quarantine/ files.")
+            lines.append(f"  and {output.count(more, 'other reason')}")
         if any("invalid UTF-8" in reason.reason for reason in result.reasons):
             lines.append("If the text is in another encoding, name it, such as --encoding latin-1.")
+    if result.rejected or result.known_rejected:
+        others = f" and {len(result.quarantine) - 3:,} more" if len(result.quarantine) > 3 else ""
+        lines.append(
+            f"Rejected rows are listed in {', '.join(result.quarantine[:3])}{others} (Parquet).\n"
+            "They are read again when their input has changed."
+        )
     if result.stopped:
         lines.append(
             f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again, or raise "

@@ -49,6 +49,7 @@ from retrotool.store.weights import Weight, weigh_chunks, weight_of
 
 _COUNTED_SOURCES = 100_000
 _EXAMPLES = 3
+_SEARCHED_PARTS = 16  # for the originals of examples
 BY_ID = "duplicate document id"
 BY_TEXT = "duplicate text"
 DIFFERING = "another text than the stored document of this id"
@@ -70,7 +71,8 @@ class DuplicateCounts:
     * ``unchanged``, ``differing``: the store had their ids before, with the same or another text.
     * ``replaced``, ``removed``: documents of earlier plans that leave the store, by the purge ``purge``.
     * ``documents``, ``chunks``, ``tokens``: what is dropped of all these.
-    * ``examples``: ids of some of ``differing``. ``not_mirrored``: inputs of which nothing was removed.
+    * ``examples``: ids of some of ``differing``; ``copies``: of some of ``by_text``, and what they repeat.
+    * ``not_mirrored``: inputs of which nothing was removed.
     """
 
     by_id: int = 0
@@ -82,6 +84,7 @@ class DuplicateCounts:
     purge: str = ""
     documents: int = 0
     examples: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
     not_mirrored: tuple[str, ...] = ()
     chunks: int = 0
     tokens: int = 0
@@ -158,7 +161,7 @@ def _finishing(
     update, places, kinds = _find(store, plan_id, plan, tombstones, duplicates, chosen)
     counts = DuplicateCounts(
         replaced=len(update.replaced), removed=len(update.removed), not_mirrored=update.not_mirrored,
-        examples=_ids_of(store, update.differing[:_EXAMPLES]),
+        examples=_ids_of(store, update.differing[:_EXAMPLES]), copies=_copies(store, places, kinds, tombstones),
     )  # fmt: skip
     chunks: list[npt.NDArray[np.int64]] = []
     kept = (_BY_ID, _BY_TEXT) if duplicates == "keep" else ()
@@ -298,6 +301,24 @@ def _ids_of(store: Store, places: Places) -> tuple[str, ...]:
     for part, docs in parts.rows_by_part(places):
         found += parts.read_documents(store, part, ["id"])["id"].take(pa.array(docs)).to_pylist()
     return tuple(found)
+
+
+def _copies(
+    store: Store, places: Places, kinds: npt.NDArray[np.int8], tombstones: Tombstones
+) -> tuple[tuple[str, str], ...]:
+    """Return ids of documents that repeat a text, and of live ones of the newest parts with it."""
+    repeats: dict[bytes, str] = {}
+    for part, docs in parts.rows_by_part(places[kinds == _BY_TEXT][:_EXAMPLES]):
+        table = parts.read_documents(store, part, ["id", "text_hash"]).take(pa.array(docs))
+        repeats |= zip(table["text_hash"].to_pylist(), table["id"].to_pylist(), strict=True)
+    found: dict[bytes, str] = {}
+    for part in store.state.all_parts()[-_SEARCHED_PARTS:] if repeats else ():
+        hashes = parts.read_documents(store, part, ["text_hash"])["text_hash"]
+        docs = np.flatnonzero(pc.is_in(hashes, value_set=pa.array(repeats, hashes.type)).to_numpy())
+        dropped = row_of(places[slice_of_part(places, part)])
+        docs = np.setdiff1d(docs, np.union1d(dropped, chunk_plan.documents_within(store, part, tombstones)))
+        found |= zip(hashes.take(pa.array(docs)).to_pylist(), _ids_of(store, parts.chunk_ids(part, docs)), strict=True)
+    return tuple((name, found[text]) for text, name in repeats.items() if found.get(text, name) != name)
 
 
 def _known(store: Store, plan_id: str, plan: ChunkPlan) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from retrotool.chunk.run import (
 from retrotool.engine.progress import Progress
 from retrotool.errors import UsageError
 from retrotool.sources import Document, InputFile, Rejected, Slice, streams
+from retrotool.sources.records import content_hash
 from retrotool.store import parts
 from retrotool.store.identity import is_store
 from retrotool.store.storage import storage_at
@@ -140,6 +141,7 @@ class _Sampler:
         self._vocabulary, self._chunk_length = tokenizer.vocabulary, chunk_length
         self._dtype = parts.token_dtype(tokenizer.identity.token_bytes)
         self._options = options
+        self._seen: set[str | bytes] = set()
         self.rejected: list[tuple[str, Rejected]] = []  # with the path of its input
 
     def sample(self, files: Sequence[InputFile]) -> dict[str, _Sample]:
@@ -160,6 +162,13 @@ class _Sampler:
                 break
         return samples
 
+    def _repeats(self, document: Document) -> bool:
+        """Return whether the sample had this id or text before."""
+        keys: set[str | bytes] = {document.id, content_hash(document.text, document.value, document.tokens)}
+        known = not self._seen.isdisjoint(keys)
+        self._seen |= keys
+        return known
+
     def _add(self, sample: _Sample, file: InputFile, where: Slice, share: float, characters: int) -> None:
         started = time.process_time()
         batch: list[Document] = []
@@ -169,7 +178,8 @@ class _Sampler:
                 bad += 1
                 self.rejected.append((file.path, row._replace(line=0) if where.first else row))
             else:
-                batch.append(row)
+                if self._options.duplicates != "skip" or not self._repeats(row):
+                    batch.append(row)
                 text += len(row.text) + len(row.value or "") + (0 if row.tokens is None else 4 * len(row.tokens))
             if text >= characters:
                 break

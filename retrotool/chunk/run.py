@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,12 +18,12 @@ from retrotool import engine, sources
 from retrotool.chunk import CHUNK_LENGTH, chunk_plan
 from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
-from retrotool.chunk.quarantine import without_numbers
+from retrotool.chunk.quarantine import quarantine_files, without_numbers
 from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
 from retrotool.cli.options import check_utf8
 from retrotool.engine.progress import Progress
-from retrotool.errors import AbortError, ErasedError, UsageError
+from retrotool.errors import AbortError, CorruptError, ErasedError, UsageError
 from retrotool.machine import user_name
 from retrotool.sources import InputFile
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
@@ -77,10 +78,13 @@ class ChunkResult:
     parts: int
     known_inputs: int
     commit: int
+    known_rejected: int = 0  # rows of the inputs that were known, which were rejected before
     duplicate_ids: int = 0  # documents skipped for their id, also among the ``reasons``
     stopped: str = ""  # why not everything was done
     exceeded: str = ""  # the limit on rejected rows that was exceeded, though everything was done
     reasons: tuple[RejectedReason, ...] = ()
+    quarantine: tuple[str, ...] = ()  # Parquet files that list the rejected rows
+    duplicate_examples: tuple[tuple[str, str], ...] = ()  # ids of some, and of documents with their text
     duplicates_by_source: Mapping[str, int] = field(default_factory=dict)
     differing: int = 0  # documents left out, as the store has another text under their ids
     differing_examples: tuple[str, ...] = ()  # some of their ids
@@ -125,7 +129,7 @@ def chunk(
         _note_resumed(store, run, files, chosen)
         if chosen.exact_tokenizer:
             chunk_plan.use_exact_tokenizer(store, run, "--exact-tokenizer was given")
-        known = 0
+        known: dict[str, tuple[str, ...]] = {}
         changed: frozenset[str] = frozenset()
         if files:
             with Progress("chunk", doing="checking the tokenizer"):
@@ -153,17 +157,26 @@ def chunk(
     counts = {**_counts_of(store, plans), "rejected": rejected, "damaged": damaged}
     counts["unchanged"] = counts.pop("known_documents")
     left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
-    _note_missing_columns(store, before, chosen, known)
+    known_rejected, listed = _rejected_before(store, known)
+    listed += [store.where(entry.path) for plan in plans for entry in quarantine_files(state, plan)]
+    listed += [store.where(unit.quarantine.path) for unit in units if unit.quarantine is not None]
+    _note_known(store, before, chosen, known)
+    if chosen.existing == "mirror" and any(Path(name).is_dir() for name in inputs):
+        purge = f"""retrotool purge {shlex.quote(store.place)} --where "input = 'NAME'" --reason ..."""
+        chosen.note(f"Documents of files that were deleted or renamed stay. To remove them: {purge}")
     return ChunkResult(
         **counts,
         parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
         duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
-        known_inputs=known,
+        known_inputs=len(known),
+        known_rejected=known_rejected,
         commit=state.number,
         duplicate_ids=by_id,
         stopped=stopped,
         exceeded=exceeded,
         reasons=reasons,
+        quarantine=tuple(listed),
+        duplicate_examples=tuple(pair for one in repeats.values() for pair in one.copies),
         duplicates_by_source=dict(sum(left_out, Counter[str]())),
         **{name: sum(record.get(name, 0) for record in records) for name in ("differing", "replaced", "removed")},
         differing_examples=tuple(name for one in repeats.values() for name in one.examples),
@@ -382,12 +395,31 @@ def _reasons(
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
 
 
-def _note_missing_columns(store: Store, old: Sequence[int], options: ChunkOptions, known: int) -> None:
+def _rejected_before(store: Store, known: Mapping[str, Collection[str]]) -> tuple[int, list[str]]:
+    """Return how many rows of known inputs were rejected, and the files that list them."""
+    found: dict[str, int] = {}
+    paths = pa.array(known, pa.string())
+    for plan in sorted(set().union(*known.values())):
+        for entry in quarantine_files(store.state, plan):
+            with contextlib.suppress(ErasedError, CorruptError):  # which do not concern this run
+                tables = parts.read_tables(store, entry, ["input"])
+                rows = sum(pc.sum(pc.is_in(table["input"], paths)).as_py() or 0 for table in tables)
+                found |= {store.where(entry.path): rows} if rows else {}
+    return sum(found.values()), list(found)
+
+
+def _note_known(store: Store, old: Sequence[int], options: ChunkOptions, known: Mapping[str, Collection[str]]) -> None:
+    """Note options that do nothing for inputs that the store has."""
+    what = f"{output.count(len(known), 'input')} already in the store"
+    records = [store.state.records[f"plan:{plan}"] for plan in set().union(*known.values())]
+    skipped = sum(one["duplicates_by_id"] + one["duplicates_by_text"] for one in records if "duplicates" in one)
+    if options.duplicates == "keep" and skipped:
+        options.note(f"--duplicates keep: {what} without duplicates, and not read again. A new store would keep them.")
     with contextlib.suppress(ErasedError):  # by another process
         columns = {name for part in old[:_CHECKED_PARTS] for name in _columns(store, part)}
         lost = [name for name in options.fields.keep if name not in columns]
         if lost and known and old:
-            options.note(f"--keep {', '.join(lost)}: {output.count(known, 'input')} already in the store without it.")
+            options.note(f"--keep {', '.join(lost)}: {what} without it, and not read again. A new store would have it.")
 
 
 def _columns(store: Store, part: int) -> list[str]:

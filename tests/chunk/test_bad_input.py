@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,9 +171,9 @@ def test_reasons_are_counted_and_placed(store, tmp_path):
     lines_said = run_chunk(store, path).stdout.splitlines()
     assert lines_said[1] == "13 rows rejected:"
     assert lines_said[2].split() == ["2", "'text'", "is", "null", "first:", f"{path},", "line", "2"]
-    assert len(lines_said) == 14
-    assert "and 2 other reasons" in lines_said[-2]
-    assert "--encoding" in lines_said[-1]
+    assert len(lines_said) == 16
+    assert "and 2 other reasons" in lines_said[-4]
+    assert "--encoding" in lines_said[-3]
 
 
 def test_reasons_that_differ_in_numbers_alone_are_one(store, tmp_path):
@@ -244,7 +245,8 @@ def test_a_repeated_text_is_reported_alike_with_and_without_ids(store, tmp_path)
     assert results[0].exit_code == results[1].exit_code == 0
     assert "1 document skipped: duplicate text (" in results[0].stdout
     note = "3 documents have no id: a hash of the text is used.\n"
-    assert results[0].stdout.replace("/with/", "/without/") == results[1].stdout.replace(note, "")
+    with_ids = results[0].stdout.replace("/with/", "/without/").replace(", such as 2, a copy of 0", "")
+    assert with_ids == results[1].stdout.replace(note, "")
 
 
 def test_duplicates_are_placed_as_rows_are_in_each_format(store, tmp_path):
@@ -291,3 +293,37 @@ def test_lines_are_those_of_the_file_in_each_range_of_it(store, tmp_path, monkey
     path = write_rows(tmp_path / "rows.jsonl", rows)
     assert run_chunk(store, path).exit_code == 3
     assert quarantine(store) == [(str(path), i + 1, "no field 'text'") for i in bad]
+
+
+def test_rejected_rows_are_listed_in_a_printed_file_and_read_again_once_their_input_has_changed(store, tmp_path):
+    path = write_rows(tmp_path / "new.jsonl", [GOOD[0], b"{", GOOD[1], {"id": "bad", "text": None}])
+    other = write_rows(tmp_path / "other.jsonl", [b"[1]", GOOD[2]])
+    first = run_chunk(store, path, other)
+    assert first.exit_code == 3
+    for result, skipped in ((first, ""), (run_chunk(store, path), "1 input skipped: already in the store, but for 2 ")):
+        assert result.stdout.startswith(skipped)
+        (listed,) = re.findall(r"^Rejected rows are listed in (\S+) \(Parquet\)\.$", result.stdout, re.MULTILINE)
+        rows = pq.read_table(listed, columns=["input", "line", "reason"]).to_pylist()
+        assert [(row["input"], row["line"]) for row in rows] == [(str(path), 2), (str(path), 4), (str(other), 1)]
+        assert rows[1]["reason"] == "'text' is null"
+        assert "They are read again when their input has changed.\n" in result.stdout
+    write_rows(path, [GOOD[0], {"id": "repaired", "text": "Good now."}, GOOD[1], b"{"])
+    again = json.loads(run_chunk(store, path, "--json").stdout)
+    assert (again["documents"], again["unchanged"], again["rejected"], again["known_inputs"]) == (1, 2, 1, 0)
+
+
+def test_a_copy_is_named_with_what_it_copies_and_options_for_inputs_that_are_not_read_again_are_noted(store, tmp_path):
+    rows = [GOOD[0], {**GOOD[0], "id": "copy"}, {**BEFORE[0], "id": "after"}, {"text": "No id."}, {"text": "No id."}]
+    path = write_rows(tmp_path / "new.jsonl", [*rows, {"id": "good-0", "text": "Other."}])
+    added = run_chunk(store, path)
+    copied = "3 documents skipped: duplicate text (3 from new.jsonl), such as copy, a copy of good-0.\n"
+    assert copied.replace("new.jsonl", path.as_posix().lstrip("/")) in added.stdout
+    assert "Rejected" not in added.stdout
+    found = json.loads(run_chunk(store, write_rows(tmp_path / "b.jsonl", [{**BEFORE[0], "id": "b"}]), "--json").stdout)
+    assert found["duplicate_examples"] == [["b", "before"]]
+    for option, what in (("--duplicates", "keep"), ("--keep", "year")):
+        again = run_chunk(store, path, option, what)
+        assert again.exit_code == 0
+        assert f"{option} {what}: 1 input already in the store without " in again.stderr
+        assert ", and not read again. A new store would " in again.stderr
+    assert "--duplicates keep:" not in run_chunk(store, tmp_path / "b.jsonl").stderr

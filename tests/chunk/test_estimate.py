@@ -40,6 +40,19 @@ def test_of_a_large_input_a_sample_is_enough(tmp_path, byte_level_tokenizer):
     assert said["tokens"] == pytest.approx(came["tokens"], rel=0.25)
 
 
+def test_an_estimate_from_all_rows_counts_repeats_as_the_run_does(tmp_path, byte_level_tokenizer):
+    other = [{**ROWS[7], "id": "copy"}, {**ROWS[8], "text": "another text"}, {**ROWS[9], "id": 1000}]
+    paths = [write_rows(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((ROWS[:50], [*other, *BAD]))]
+    arguments = [*paths, "--tokenizer", byte_level_tokenizer, "--json"]
+    for duplicates, expected in (("skip", 50), ("keep", 53)):
+        given = [*arguments, "--duplicates", duplicates]
+        said = json.loads(run_chunk(tmp_path / duplicates, *given, "--dry-run").stdout)
+        came = json.loads(run_chunk(tmp_path / duplicates, *given).stdout)
+        counts = ("documents", "tokens", "chunks", "parts", "rejected")
+        assert [said[name] for name in counts] == [came[name] for name in counts]
+        assert said["documents"] == expected
+
+
 def test_inputs_that_the_store_has_are_not_estimated(tmp_path, byte_level_tokenizer):
     paths = [write_rows(tmp_path / f"{i}.jsonl", ROWS[100 * i : 100 * i + 100]) for i in range(2)]
     run_chunk(tmp_path / "store", paths[0], "--tokenizer", byte_level_tokenizer)

@@ -311,3 +311,23 @@ def test_interrupted_work_goes_on_as_it_was_begun(store: Path, monkeypatch: pyte
 
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_mirrored_folder_keeps_documents_of_files_that_are_gone_until_the_printed_command_removes_them(
+    store: Path,
+) -> None:
+    folder = store.parent / "days"
+    folder.mkdir()
+    new = [{**row, "id": f"new-{i}", "text": f"{row['text']} {i}"} for i, row in enumerate(ROWS)]
+    for i in range(3):
+        write_rows(folder / f"{i}.jsonl", new[4 * i : 4 * i + 4])
+    chunk(store, folder, "--existing", "mirror")
+    (folder / "1.jsonl").unlink()
+    (folder / "2.jsonl").rename(folder / "two.jsonl")
+    result = run_chunk(store, folder, "--existing", "mirror")
+    assert (result.exit_code, result.stdout) == (0, "2 inputs skipped: already in the store.\n")
+    assert "Documents of files that were deleted or renamed stay. To remove them: " in result.stderr
+    check_same(store, [*ROWS, *new])
+    command = result.stderr.partition("To remove them: ")[2].splitlines()[0].replace("NAME", "days/1.jsonl")
+    assert run_cli(*shlex.split(command)[1:], "--yes").exit_code == 0
+    check_same(store, [*ROWS, *new[:4], *new[8:]])
