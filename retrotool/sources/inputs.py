@@ -46,7 +46,6 @@ COMPRESSIBLE = (*ENCODABLE, "warc")  # formats of compressed files
 _PACKED = ", ".join(suffix for suffix, base in FORMATS.items() if base in COMPRESSIBLE)
 _KNOWN_FORMATS = f"Known formats: {', '.join(FORMATS)}; {_PACKED} also with {', '.join(COMPRESSIONS)}."
 IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt", "html")  # whose positions are byte offsets; else rows from 1
-OFFSETS = ".offsets.npy"  # suffix of the file with the beginnings of a token file's documents
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
 _NOTHING_CHANGED = "Check the path; nothing was read or changed."
@@ -112,14 +111,10 @@ class InputFile:
             for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
-        is_plain = self.base == "tokens" and not self.path.endswith(".idx")
-        for beside in _companions(Path(self.path)) if is_plain else ():
+        beside = Path(self.path).with_suffix(".idx")
+        if self.base == "tokens" and beside != Path(self.path) and beside.is_file():
             digest.update(replace(self, path=str(beside), size=beside.stat().st_size, format="").fingerprint().encode())
         return digest.hexdigest()
-
-
-def _companions(path: Path) -> list[Path]:
-    return [beside for suffix in (".idx", OFFSETS) if (beside := path.with_suffix(suffix)).is_file()]
 
 
 def _input_format(name: str, base: str | None = None) -> str | None:
@@ -304,7 +299,7 @@ class _Folder:
         return [name for name in shown if name not in dropped]
 
     def _add(self, file: Path) -> None:
-        if _token_file(file) != file or file.name.endswith(OFFSETS):
+        if _token_file(file) != file:
             return  # read with its token file
         try:
             regular = stat.S_ISREG(file.stat().st_mode)
@@ -315,7 +310,9 @@ class _Folder:
                 _refuse(error)
             return
         # Without an index it may be weights or vectors: tokens only if named.
-        is_unclear = not self.base and file.suffix.lower() in (".bin", ".npy") and not _companions(file)
+        is_unclear = (
+            not self.base and file.suffix.lower() in (".bin", ".npy") and not file.with_suffix(".idx").is_file()
+        )
         if _input_format(file.name, self.base) is None or (regular and is_unclear):
             self.left_out.add(file)
         elif regular:

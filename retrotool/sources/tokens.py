@@ -10,12 +10,11 @@ A plain file has only little-endian ids: uint16 in ``.u16``, uint32 in ``.u32``,
 
   There are d - 1 documents, each a range of sequences. Rejected are documents with sequences of a mode other
   than 0, which are not text, and those whose sequences are not adjacent.
-* ``NAME.offsets.npy``: integers [documents + 1], each document's first token, and the number of tokens.
 * ``Fields.end_of_document``: the id after each document, which is not part of it.
 
 Slices are runs of documents, or byte ranges with end marks. The first document outside the file rejects the
 rest. Cost: the disk's rate, about 4 µs per document, and BLAKE2b of four bytes per token. Memory: a block, a
-window of the index, a document.
+document, and about 100 bytes per document of a slice with an index.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import bisect
 import itertools
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +32,10 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import InputError, UsageError
-from retrotool.sources.inputs import OFFSETS, WHOLE, InputFile, Slice
+from retrotool.sources.inputs import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, Rejected, content_hash, excerpt, reason_of, too_many_tokens
 
 BLOCK_BYTES = 1 << 20
-WINDOW_DOCUMENTS = 1 << 14
-WINDOW_SEQUENCES = 1 << 20
 _NUMPY = b"\x93NUMPY"
 _DESCRIPTION = b"'descr'"
 _NUMPY_HEAD_BYTES = 64  # enough to recognise a header with a damaged beginning
@@ -147,8 +144,6 @@ def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docum
         raise InputError(str(error)) from error
     if array.index is not None:
         return _documents(_by_index(file, array.index, where), file, fields, dtype, where.start)
-    if _offsets(file).is_file():
-        return _documents(_by_offsets(file, array, dtype, where), file, fields, dtype, where.start)
     return _documents(_by_marks(file, fields, array, dtype, where), file, fields, dtype, None)
 
 
@@ -158,29 +153,20 @@ def cut_tokens(file: InputFile, target: int) -> list[Slice]:
         return [WHOLE]
     array = _open_array(file)
     count = -(-file.size // target)
-    if array.index is None and not _offsets(file).is_file():
+    if array.index is None:
         steps = (file.size - array.begin) // _ALIGNED
         edges = sorted({array.begin + _ALIGNED * (steps * i // count) for i in range(count)})
         return [Slice(a, b, 0 if a == array.begin else a, b) for a, b in itertools.pairwise([*edges, file.size])]
-    total, begin = _beginnings(file, array)
-    if total < 2:
-        return [WHOLE]
-    places = {bisect.bisect_left(range(total), file.size * i // count, key=begin) for i in range(1, count)}
-    return [Slice(a, b, a, b) for a, b in itertools.pairwise(sorted(places | {0, total}))]
-
-
-def _beginnings(file: InputFile, array: TokenArray) -> tuple[int, Callable[[int], int]]:
-    if array.index is None:
-        offsets = _open_offsets(file)
-        scale = (file.size - array.begin) / max(offsets.at(-1), 1)
-        return len(offsets) - 1, lambda number: int(offsets.at(number) * scale)
-    index = array.index
+    index, total = array.index, len(array.index.boundaries) - 1
 
     def begin(number: int) -> int:
         sequence = index.boundaries.at(number)
         return index.pointers.at(sequence) if 0 <= sequence < len(index.pointers) else file.size
 
-    return len(index.boundaries) - 1, begin
+    if total < 2:
+        return [WHOLE]
+    places = {bisect.bisect_left(range(total), file.size * i // count, key=begin) for i in range(1, count)}
+    return [Slice(a, b, a, b) for a, b in itertools.pairwise(sorted(places | {0, total}))]
 
 
 def _documents(
@@ -263,52 +249,21 @@ def _by_marks(
         _check_end(file, array, dtype)
 
 
-def _by_number(total: int, ranges: Callable[[int, int], tuple[Ranges, str]], where: Slice) -> Iterator[Ranges]:
-    """Yield the documents of a slice by ``ranges(start, stop)``, which may return fewer, and a problem."""
-    end = total if where.end is None else where.end
-    if end > total:
-        raise InputError(f"{total:,} documents are listed, {end:,} were when it was planned")
-    start = where.start
-    while start < end:
-        found, broken = ranges(start, min(start + WINDOW_DOCUMENTS, end))
-        yield found
-        start += len(found.begins)
-        if broken:
-            left = f"the rest of {total:,} documents is lost"
-            raise InputError(f"broken off after document {start:,}: the next {broken}; {left}")
-
-
-def _by_offsets(file: InputFile, array: TokenArray, dtype: np.dtype[Any], where: Slice) -> Iterator[Ranges | Rejected]:
-    offsets = _open_offsets(file)
-    have = (file.size - array.begin) // dtype.itemsize
-    total = len(offsets) - 1
-
-    def ranges(start: int, stop: int) -> tuple[Ranges, str]:
-        places = offsets[start : stop + 1]
-        places = places if places.itemsize == 8 else places.astype(np.int64)
-        # Clip places outside the file, so that no product below can overflow.
-        edges = places.clip(-1 if places.dtype.kind == "i" else 0, have + 1).astype(np.int64)
-        good = _leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= have))
-        bounds = array.begin + edges[: good + 1] * dtype.itemsize
-        broken = f"spans tokens {places[good]:,} to {places[good + 1]:,} of {have:,}" if good < stop - start else ""
-        return Ranges(bounds[:-1], bounds[1:], {}), broken
-
-    if where.start == 0 and 0 < offsets.at(0) <= have:
-        yield Rejected(0, f"the first {offsets.at(0):,} of {have:,} tokens belong to no document")
-    yield from _by_number(total, ranges, where)
-    if where.end in (None, total):
-        if 0 <= offsets.at(-1) < have:
-            yield Rejected(0, f"the last {have - offsets.at(-1):,} of {have:,} tokens belong to no document")
-        _check_end(file, array, dtype)
-
-
 def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[Ranges | Rejected]:
     sequences, documents = len(index.lengths), max(0, len(index.boundaries) - 1)
     first, last = (index.boundaries.at(0), index.boundaries.at(-1)) if documents else (sequences, sequences)
     if where.start == 0 and first > 0:
         yield Rejected(0, f"the first {first:,} of {sequences:,} sequences belong to no document")
-    yield from _by_number(documents, lambda start, stop: _ranges_of_index(index, start, stop, file.size), where)
-    if where.end not in (None, documents):
+    end = documents if where.end is None else where.end
+    if end > documents:
+        raise InputError(f"{documents:,} documents are listed, {end:,} were when it was planned")
+    found, broken = _ranges_of_index(index, where.start, end, file.size)
+    yield found
+    if broken:
+        after = where.start + len(found.begins)
+        left = f"the rest of {documents:,} documents is lost"
+        raise InputError(f"broken off after document {after:,}: the next {broken}; {left}")
+    if end < documents:
         return
     if 0 <= last < sequences:
         yield Rejected(0, f"the last {sequences - last:,} of {sequences:,} sequences belong to no document")
@@ -318,15 +273,13 @@ def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[R
 
 
 def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> tuple[Ranges, str]:
-    """Return where documents ``start`` to ``stop`` are; fewer if they have many sequences."""
+    """Return where documents ``start`` to ``stop`` are, and what is wrong with the next, if not all are."""
     edges = index.boundaries[start : stop + 1].astype(np.int64)
     good = _leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= len(index.lengths)))
     broken = ""
     if good < len(edges) - 1:
         broken = f"spans sequences {edges[good]:,} to {edges[good + 1]:,} of {len(index.lengths):,}"
     low, high = (int(edges[0]), int(edges[good])) if good else (0, 0)
-    if high - low > WINDOW_SEQUENCES and good > 1:
-        return _ranges_of_index(index, start, start + good // 2, size)
     width = index.dtype.itemsize
     lengths, begins = index.lengths[low:high].astype(np.int64), index.pointers[low:high].astype(np.int64)
     negative = (lengths < 0) | (begins < 0)
@@ -364,10 +317,6 @@ def _leading(good: npt.NDArray[np.bool_]) -> int:
     return len(good) if good.all() else int(np.argmin(good))
 
 
-def _offsets(file: InputFile) -> Path:
-    return Path(file.path).with_suffix(OFFSETS)
-
-
 def _open_array(file: InputFile) -> TokenArray:
     path = Path(file.path)
     if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
@@ -403,17 +352,6 @@ def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
             problem = reason_of(error) or type(error).__name__
             raise InputError(f"the numpy header of {path.name} is damaged: {problem}") from error
     raise InputError(f"{path.name} is in numpy format {version[0]}.{version[1]}, which is not supported")
-
-
-def _open_offsets(file: InputFile) -> OnDisk:
-    path = _offsets(file)
-    shape, dtype, begin = _numpy_header(path)
-    if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 1:
-        raise InputError(f"{path.name} is not a list of places: {dtype.name} of shape {list(shape)}")
-    size = path.stat().st_size
-    if size != begin + shape[0] * dtype.itemsize:
-        raise InputError(f"{path.name} is damaged: {shape[0]:,} places do not make its {size:,} bytes")
-    return OnDisk(path, dtype, begin, shape[0])
 
 
 def open_megatron_index(path: Path) -> MegatronIndex:
@@ -466,10 +404,10 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
             "Leave --format out for this file, or rename the file if its suffix is wrong.",
         )
     mark = fields.end_of_document
-    if mark is None and array.index is None and not _offsets(file).is_file():
+    if mark is None and array.index is None:
         raise UsageError(
             f"the ends of documents in {file.name} are not specified",
-            f"Give --end-of-document with the id after each document, or put {_offsets(file).name} beside it.",
+            "Give --end-of-document with the id after each document, or put Megatron's index, NAME.idx, beside it.",
         )
     if mark is not None and not np.iinfo(dtype).min <= mark <= np.iinfo(dtype).max:
         raise UsageError(

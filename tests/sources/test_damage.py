@@ -185,15 +185,6 @@ def test_a_damaged_header_of_numpy_sets_the_file_aside_by_name(tmp_path, damage)
     assert "a.npy is" in row.reason
 
 
-@pytest.mark.parametrize("damage", HEADERS)
-def test_damaged_offsets_set_their_file_aside_by_name(tmp_path, damage):
-    np.save(tmp_path / "a.offsets.npy", np.array([0, 5, 60], dtype="u2"))
-    (tmp_path / "a.offsets.npy").write_bytes(HEADERS[damage]((tmp_path / "a.offsets.npy").read_bytes()))
-    (row,) = plan_and_read(tmp_path / "a.u16", np.arange(60, dtype="<u2").tobytes(), Fields())
-    assert row.damage
-    assert "a.offsets.npy is" in row.reason
-
-
 def test_a_damaged_index_sets_its_file_aside_by_name(tmp_path):
     write_megatron(tmp_path / "c", [[[1, 2]], [[3]]], "<u2")
     (tmp_path / "c.idx").write_bytes((tmp_path / "c.idx").read_bytes()[:-1])
@@ -202,16 +193,13 @@ def test_a_damaged_index_sets_its_file_aside_by_name(tmp_path):
     assert "c.idx is damaged" in row.reason
 
 
-def test_files_beside_that_become_shorter_while_they_are_read_are_damage(tmp_path):
-    path = tmp_path / "a.u16"
-    path.write_bytes(np.arange(60_000, dtype="<u2").tobytes())
-    np.save(tmp_path / "a.offsets.npy", np.arange(60_001))
-    with patch("retrotool.sources.tokens.WINDOW_DOCUMENTS", 1000):
-        rows = read_input(input_of(path), Fields())
-        first = [next(rows) for _ in range(1000)]
-        with (tmp_path / "a.offsets.npy").open("r+b") as file:
-            file.truncate(4000)
-        *_, last = rows
+def test_a_token_file_that_becomes_shorter_while_it_is_read_is_damage(tmp_path):
+    write_megatron(tmp_path / "a", [[[i % 1000] * 20] for i in range(60_000)], "<u2")
+    rows = read_input(input_of(tmp_path / "a.bin"), Fields())
+    first = [next(rows) for _ in range(1000)]
+    with (tmp_path / "a.bin").open("r+b") as file:
+        file.truncate(4000)
+    *_, last = rows
     assert all(isinstance(row, Document) for row in first)
     assert last.damage
-    assert "a.offsets.npy was truncated" in last.reason
+    assert "the file was truncated while it was read" in last.reason

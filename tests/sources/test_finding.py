@@ -184,7 +184,7 @@ def test_a_folder_that_may_not_be_listed_is_refused(here):
 
 def test_what_is_left_out_in_folders_is_reported(here):
     make("c/a.jsonl", "c/b.jsonl.lz4", "c/sub/c.docx", "c/w.bin", "c/v.npy", "c/.hidden.docx", "c/.git/config")
-    make("c/t.bin", "c/t.idx", "c/p.u16", "c/p.offsets.npy")
+    make("c/t.bin", "c/t.idx", "c/p.u16")
     found = survey(["c", "c/a.jsonl"])
     assert found.files == find_inputs(["c"])
     assert [file.name for file in found.files] == ["c/a.jsonl", "c/p.u16", "c/t.bin"]

@@ -31,8 +31,6 @@ def test_an_indexed_dataset_gives_its_documents(folder, corpus, dtype, block):
     expected = [list(itertools.chain(*document)) for document in corpus]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "BLOCK_BYTES", block)
-        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
-        patch.setattr(tokens, "WINDOW_SEQUENCES", 4)
         found = list(read_input(file, Fields(keep=("a",))))
     if not file.size:
         assert found == [Rejected(0, "the file is empty")]

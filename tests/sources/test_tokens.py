@@ -1,8 +1,7 @@
-"""Plain token files: documents are what stands between marks or offsets, whole or in slices; damage is named once."""
+"""Plain token files: documents are what stands between marks, whole or in slices; damage is named once."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from retrotool.sources import (
     Slice,
     check_input,
     cut_input,
-    find_inputs,
     read_input,
     tokens,
 )
@@ -89,92 +87,30 @@ def test_long_documents_are_cut_into_several_slices(tmp_path):
     assert [len(ids) for ids in ids_of(over)] == [99, 0, 1]
 
 
-@given(st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=10), st.sampled_from(["bin", "npy"]), blocks)
-def test_offsets_beside_a_file_say_where_its_documents_are(folder, corpus, kind, block):
-    path = folder / f"placed.{kind}"
-    flat = np.array(list(itertools.chain(*corpus)), "<u4")
-    if kind == "npy":
-        np.save(path, flat)
-    else:
-        path.write_bytes(flat.tobytes())
-    np.save(folder / "placed.offsets.npy", np.cumsum([0, *map(len, corpus)]))
-    file = input_of(path)
-    fields = Fields(token_dtype="uint32", end_of_document=MARK)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "BLOCK_BYTES", block)
-        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
-        whole = list(read_input(file, fields))
-        together = [row for where in cut_input(file, fields, 16) for row in read_input(file, fields, where)]
-    if file.size:
-        assert ids_of(whole) == [ids[:-1] if ids[-1:] == [MARK] else ids for ids in corpus]
-        assert comparable(together) == comparable(whole)
-
-
-@pytest.mark.parametrize(
-    ("places", "reason"),
-    [([1, 3, 2, 8], "tokens 3 to 2"), ([1, 3, -4, 8], "tokens 3 to -4"), ([1, 3, 99, 100], "tokens 3 to 99")],
-)
-def test_offsets_that_lead_outside_reject_the_rest(tmp_path, places, reason):
-    path = tmp_path / "c.u16"
-    path.write_bytes(np.arange(10, dtype="<u2").tobytes())
-    np.save(tmp_path / "c.offsets.npy", np.array(places))
-    first, found, last = read_input(input_of(path), Fields())
-    assert first == Rejected(0, "the first 1 of 10 tokens belong to no document")
-    assert found.tokens.tolist() == [1, 2]
-    lost = f"broken off after document 1: the next spans {reason} of 10; the rest of 3 documents is lost"
-    assert last == Rejected(2, lost, damage=True)
-
-
 def test_of_a_cut_off_plain_file_the_documents_before_come_out(tmp_path):
     path = tmp_path / "c.u16"
     path.write_bytes(np.arange(10, dtype="<u2").tobytes()[:-1])
     *found, last = read_input(input_of(path), Fields(end_of_document=5))
     assert ids_of(found) == [[0, 1, 2, 3, 4], [6, 7, 8]]
     assert last == Rejected(3, "broken off inside a token: 1 bytes after token 9", damage=True)
-    np.save(tmp_path / "c.offsets.npy", np.array([0, 4, 8, 10]))
-    *found, last = read_input(input_of(path), Fields())
-    assert ids_of(found) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert (last.line, last.damage) == (3, True)
-    assert "the next spans tokens 8 to 10 of 9" in last.reason
 
 
-CUT_OFF = {
-    "plain": lambda path, corpus: np.save(path.with_suffix(".offsets.npy"), np.cumsum([0, *map(len, corpus)])),
-    "numpy": lambda path, corpus: np.save(path.with_suffix(".offsets.npy"), np.cumsum([0, *map(len, corpus)])),
-    "Megatron": lambda path, corpus: write_megatron(path, [[document] for document in corpus], "<u2"),
-}
-
-
-@given(
-    st.lists(sequences, min_size=1, max_size=30), st.sampled_from(sorted(CUT_OFF)), st.floats(0, 1), st.integers(4, 60)
-)
-def test_a_file_cut_off_anywhere_is_damage_however_it_is_sliced(folder, corpus, kind, left, target):
-    for beside in folder.glob("cut.*"):
-        beside.unlink()
-    suffix = {"plain": ".u16", "numpy": ".npy"}.get(kind, ".bin")
-    path = folder / f"cut{suffix}"
-    flat = np.array(list(itertools.chain(*corpus)), "<u2")
-    if kind == "numpy":
-        np.save(path, flat)
-    elif kind == "plain":
-        path.write_bytes(flat.tobytes())
-    CUT_OFF[kind](path, corpus)
+@given(st.lists(sequences, min_size=1, max_size=30), st.floats(0, 1), st.integers(4, 60))
+def test_a_file_cut_off_anywhere_is_damage_however_it_is_sliced(folder, corpus, left, target):
+    path = folder / "cut.bin"
+    write_megatron(path, [[document] for document in corpus], "<u2")
     data = path.read_bytes()
-    begin = len(data) - flat.nbytes
-    path.write_bytes(data[: begin + int(left * flat.nbytes)])
+    path.write_bytes(data[: int(left * len(data))])
     file = input_of(path)
     if not file.size:
         return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "WINDOW_DOCUMENTS", 3)
-        whole = list(read_input(file, Fields()))
-        slices = cut_input(file, Fields(), target)
-        together = [row for where in slices for row in read_input(file, Fields(), where)]
+    whole = list(read_input(file, Fields()))
+    together = [row for where in cut_input(file, Fields(), target) for row in read_input(file, Fields(), where)]
     assert [row.tokens.tolist() for row in together if isinstance(row, Document)] == [
         row.tokens.tolist() for row in whole if isinstance(row, Document)
     ]
     assert any(row.damage for row in together if isinstance(row, Rejected)) == (file.size < len(data))
-    ends = begin + np.cumsum([len(document) for document in corpus]) * 2
+    ends = np.cumsum([len(document) for document in corpus]) * 2
     before = sum(1 for end in ends if end <= file.size)
     assert ids_of(whole[:before]) == corpus[:before]
     reported = [row.damage for row in whole[before:]]
@@ -182,34 +118,22 @@ def test_a_file_cut_off_anywhere_is_damage_however_it_is_sliced(folder, corpus, 
 
 
 def test_each_slice_rejects_the_documents_that_it_lost(tmp_path):
-    path = tmp_path / "c.u16"
-    path.write_bytes(np.arange(50, dtype="<u2").tobytes())
-    np.save(tmp_path / "c.offsets.npy", np.arange(0, 101, 5))
-    file = input_of(path)
+    write_megatron(tmp_path / "c", [[list(range(i, i + 5))] for i in range(0, 100, 5)], "<u2")
+    with (tmp_path / "c.bin").open("r+b") as stream:
+        stream.truncate(100)
+    file = input_of(tmp_path / "c.bin")
     slices = [Slice(a, b, a, b) for a, b in ((0, 8), (8, 14), (14, 20))]
     first, second, third = ([*read_input(file, Fields(), where)] for where in slices)
     assert ids_of(first) == [list(range(i, i + 5)) for i in range(0, 40, 5)]
     assert ids_of(second) == [list(range(40, 45)), list(range(45, 50)), []]
     assert [(row.line, row.damage) for row in (second[-1], *third)] == [(3, True), (1, True)]
-    assert "broken off after document 10: the next spans tokens 50 to 55 of 50" in second[-1].reason
+    assert "broken off after document 10: the next has sequence 10, which is beyond the end" in second[-1].reason
 
 
 def test_a_list_of_fewer_documents_than_when_it_was_planned_is_damage(tmp_path):
-    path = tmp_path / "c.u16"
-    path.write_bytes(np.arange(10, dtype="<u2").tobytes())
-    np.save(tmp_path / "c.offsets.npy", np.array([0, 5, 10]))
-    (row,) = read_input(input_of(path), Fields(), Slice(2, 3, 2, 3))
+    write_megatron(tmp_path / "c", [[[0, 1]], [[2, 3]]], "<u2")
+    (row,) = read_input(input_of(tmp_path / "c.bin"), Fields(), Slice(2, 3, 2, 3))
     assert row == Rejected(1, "2 documents are listed, 3 were when it was planned", damage=True)
-
-
-@pytest.mark.parametrize("dtype", ["i1", "u1", "<i2", ">u4", "<u8"])
-def test_places_may_be_of_any_integer_type(tmp_path, dtype):
-    path = tmp_path / "c.u16"
-    path.write_bytes(np.arange(300, dtype="<u2").tobytes())
-    np.save(tmp_path / "c.offsets.npy", np.array([0, 100, 120], dtype))
-    *found, last = read_input(input_of(path), Fields())
-    assert ids_of(found) == [list(range(100)), list(range(100, 120))]
-    assert last.reason == "the last 180 of 300 tokens belong to no document"
 
 
 def test_of_a_cut_off_array_the_documents_before_come_out(tmp_path):
@@ -300,9 +224,3 @@ def test_an_end_mark_that_the_type_has_not_is_refused(tmp_path, name, write):
     for mark in (65536, 70_000, -1):
         with pytest.raises(UsageError, match=f"--end-of-document {mark} is not in the range of uint16"):
             check_input(file, Fields(token_dtype=dtype, end_of_document=mark))
-
-
-def test_offsets_are_no_input(tmp_path):
-    (tmp_path / "c.u16").write_bytes(b"\1\0")
-    np.save(tmp_path / "c.offsets.npy", np.array([0, 1]))
-    assert [file.name for file in find_inputs([str(tmp_path)])] == [f"{tmp_path.name}/c.u16"]
