@@ -23,7 +23,6 @@ import pyarrow.compute as pc
 
 from retrotool import sources
 from retrotool.chunk import PART_SIZE
-from retrotool.cli.output import count
 from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.ranges import expand_ranges
 from retrotool.sources import Fields, InputFile, Slice
@@ -48,7 +47,6 @@ EXACT = "tokenizers"  # record of why this store is tokenised by ``tokenizers`` 
 SMALL_PLAN = 12 << 20  # bytes of text that do not pay for starting the fast tokenizer
 Duplicates = Literal["skip", "keep", "fail"]
 Existing = Literal["skip", "replace", "fail", "mirror"]
-_LEAST_ROWS = 1000  # below which a share is not checked before all input was read
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
 HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")  # key and text hash of a document
@@ -81,39 +79,6 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class MaxBad:
-    """A limit on rejected ``rows``, or on their ``share``; the rest of a damaged file counts as one row."""
-
-    rows: int | None = None
-    share: float | None = None
-
-    @classmethod
-    def parse(cls, text: str | None) -> MaxBad:
-        """Parse ``100`` or ``0.5%``; None means any number."""
-        if text is None:
-            return cls()
-        with contextlib.suppress(ValueError):
-            if text.endswith("%"):
-                share = float(text[:-1]) / 100
-                if 0 <= share <= 1:
-                    return cls(share=share)
-            elif (rows := int(text)) >= 0:
-                return cls(rows=rows)
-        raise UsageError(f"--max-bad {text}: give a number of rows, such as 100, or a share, such as 0.5%")
-
-    def exceeded(self, counts: Mapping[str, Any], *, last: bool = False) -> str:
-        """Return why a run with these counts must stop, or "". ``last``: all input was read."""
-        bad = counts["rejected"]
-        if self.rows is not None:
-            return f"{count(bad, 'row')} rejected, more than --max-bad {self.rows:,}" if bad > self.rows else ""
-        if self.share is not None:
-            read = counts["documents"] + bad + counts["blocked"] + counts["known_documents"]
-            if (read >= _LEAST_ROWS or not self.share or last) and bad > self.share * read:
-                return f"{bad:,} of {count(read, 'row')} rejected, more than --max-bad {100 * self.share:g}%"
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
 class ChunkOptions:
     """Options of ``chunk``. ``check``: share of documents whose tokens are compared with ``tokenizers``."""
 
@@ -128,7 +93,7 @@ class ChunkOptions:
     duplicates: Duplicates = "skip"
     existing: Existing | None = None  # None: as the plan says; skip for a new one
     allow_purged: bool = False
-    max_bad: MaxBad = field(default_factory=MaxBad)
+    max_bad: int | None = None  # rejected rows that do not stop the run; None: any number
     check: float = 0.001
     exact_tokenizer: bool = False
     wait: bool = True  # for standard input that another run reads

@@ -58,7 +58,7 @@ def command(
     tokenizer: Annotated[
         str | None,
         opt(
-            "bytes-32k, minilm, tokenizer.json, model directory, .model, .tiktoken, or hub name.  "
+            "bytes-32k, minilm, tokenizer.json, model directory, .model, or hub name.  "
             "[default: the store's; for a new store, bytes-32k, which is lossless]",
             metavar="T",
         ),
@@ -110,9 +110,11 @@ def command(
     ] = None,
     allow_purged: Annotated[bool, _input("Add documents even if they were purged before.", "--allow-purged")] = False,
     max_bad: Annotated[
-        str | None,
+        int | None,
         _input(
-            "Stop after more rejected rows; the rest of a damaged file is one row.  [default: never]", metavar="N|P%"
+            "Stop after more rejected rows; the rest of a damaged file is one row.  [default: never]",
+            metavar="N",
+            least=0,
         ),
     ] = None,
     part_size: Annotated[
@@ -140,7 +142,7 @@ def command(
     with output.errors(as_json):
         from retrotool.chunk import estimate as chunk_estimate
         from retrotool.chunk import run as chunk_run
-        from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
+        from retrotool.chunk.chunk_plan import ChunkOptions
         from retrotool.sources import Fields
 
         use_scratch(scratch)
@@ -159,7 +161,7 @@ def command(
             fields=fields, require_id=id_field is not None, format=format, encoding=encoding, part_size=part_size,
             keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, exclude=tuple(exclude or ()),
             duplicates=duplicates, existing=existing, allow_purged=allow_purged,
-            max_bad=MaxBad.parse(max_bad), exact_tokenizer=exact_tokenizer, wait=not no_wait, note=output.note,
+            max_bad=max_bad, exact_tokenizer=exact_tokenizer, wait=not no_wait, note=output.note,
         )  # fmt: skip
         given = list(inputs or ())
         if dry_run:

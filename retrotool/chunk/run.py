@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from retrotool import engine, sources
 from retrotool.chunk import CHUNK_LENGTH, chunk_plan
-from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad
+from retrotool.chunk.chunk_plan import ChunkOptions
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
 from retrotool.chunk.quarantine import quarantine_files, without_numbers
 from retrotool.chunk.stage import ChunkStage
@@ -137,13 +137,13 @@ def chunk(
             changed = frozenset(file.path for file in chunk_plan.changed_inputs(store, run, files, chosen))
             if changed and plans:
                 # The documents of a changed input are known only when no plan is open.
-                _work(store, run, plans, replace(chosen, max_bad=MaxBad()), changed)
+                _work(store, run, plans, replace(chosen, max_bad=None), changed)
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
             plan, known = chunk_plan.commit_plan(store, run, files, chosen, findings)
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
-        exceeded = "" if stopped else chosen.max_bad.exceeded(_counts_of(store, open_plans), last=True)
+        exceeded = "" if stopped else _too_many(_counts_of(store, open_plans)["rejected"], chosen)
         if not stopped:
             with Progress("chunk", doing="looking for duplicates"):
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
@@ -285,13 +285,14 @@ def _work(
     """Execute all units; return why it stopped early, or "". ``changed``: inputs that are read again."""
     stage = ChunkStage(options.exclude, changed, options.check, run.id)
     store.refresh()
-    counts = Counter(_counts_of(store, plans))
+    rejected = _counts_of(store, plans)["rejected"]
 
     def is_enough(staged: Staged) -> bool:
-        counts.update(staged.unit.counts if staged.unit is not None else {})
-        return bool(options.max_bad.exceeded(counts))
+        nonlocal rejected
+        rejected += 0 if staged.unit is None else staged.unit.counts["rejected"]
+        return bool(_too_many(rejected, options))
 
-    if (reason := options.max_bad.exceeded(counts)) and _has_units(store):
+    if (reason := _too_many(rejected, options)) and _has_units(store):
         return reason
     try:
         engine.execute(stage, store, run, workers=options.workers, enough=is_enough, wait=options.wait)
@@ -304,7 +305,15 @@ def _work(
             "samples. To check all of it, chunk its inputs into another store with --exact-tokenizer and compare the "
             "contents that retrotool verify prints.",
         ) from error
-    return options.max_bad.exceeded(counts) if _has_units(store) else ""
+    return _too_many(rejected, options) if _has_units(store) else ""
+
+
+def _too_many(rejected: int, options: ChunkOptions) -> str:
+    """Return why a run with so many rejected rows stops, or ""."""
+    limit = options.max_bad
+    if limit is None or rejected <= limit:
+        return ""
+    return f"{output.count(rejected, 'row')} rejected, more than --max-bad {limit:,}"
 
 
 def _has_units(store: Store) -> bool:

@@ -4,40 +4,31 @@ A SentencePiece ``.model`` (arXiv 1808.06226) is converted and compared with Sen
 scripts and of the model's pieces; about a second for 32,000 pieces. Differences may remain where a Unigram
 model has two splits of the same score, and where a character map meets rare sequences of combining marks.
 Control pieces (``<s>``) are never found in text.
-
-A tiktoken file has only tokens; its name selects the splitting pattern and special tokens. tiktoken joins the
-two neighbours that make the token of the lowest rank, so every way to make a token of two others is a merge,
-in the order of ranks. Results may differ only for overlapping merges of the same token, in runs of one letter
-that no token holds.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 
 from retrotool.errors import UsageError
-from retrotool.tokenizers.cut import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
-from retrotool.tokenizers.tokenizer import TokenizerFile, byte_level_alphabet
+from retrotool.tokenizers.tokenizer import TokenizerFile
 
 if TYPE_CHECKING:
     import tokenizers
 
 BUNDLED = "minilm"
 DEFAULT_TOKENIZER = "bytes-32k"  # in the package, made by tools/make_tokenizer.py
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model")
 _ADVICE = (
-    "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it, a SentencePiece .model, a .tiktoken "
-    "file, or a directory with one of them."
+    "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it, a SentencePiece .model, or a "
+    "directory with one of them. The hub has a tokenizer.json for tiktoken's encodings, too."
 )
 _MOST_BYTES = 128 << 20  # the largest in use have a third
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -100,14 +91,10 @@ def find_tokenizer(name: str) -> TokenizerFile:
             read = [_read_file(one, name) for one in files]
             return TokenizerFile(name, read[0] if whole.exists() else _from_directory(path, name))
         content = _read_file(path, name)
-        # Check the content, as a ``tokenizer.model`` may be of several kinds.
         if content.lstrip()[:1] != b"{":
-            if _token_and_rank(content[: content.find(b"\n")]) is not None:
-                content = convert_tiktoken(content, name)
-            elif path.suffix == ".model":
-                content = convert_sentencepiece(content, name)
-            else:
+            if path.suffix != ".model":
                 raise UsageError(f"tokenizer {name!r}: {path} has an unknown format", _ADVICE)
+            content = convert_sentencepiece(content, name)
         return TokenizerFile(name, content)
     except OSError as error:
         raise UsageError(f"tokenizer {name!r}: {path} can't be read ({error.strerror})", _ADVICE) from error
@@ -250,96 +237,3 @@ def _merges(model: Any) -> list[tuple[str, str]]:
         if piece[:end] in scores and piece[end:] in scores
     ]
     return [(left, right) for _, _, left, right in sorted(ranked)]
-
-
-_GPT2 = (GPT2_PATTERN, {"endoftext": 50256})
-ENCODINGS: dict[str, tuple[str, Mapping[str, int]]] = {  # splitting pattern, and ids of special tokens
-    "gpt2": _GPT2,
-    "r50k_base": _GPT2,
-    "p50k_base": _GPT2,
-    "p50k_edit": (GPT2_PATTERN, {"endoftext": 50256, "fim_prefix": 50281, "fim_middle": 50282, "fim_suffix": 50283}),
-    "cl100k_base": (
-        CL100K_PATTERN,
-        {"endoftext": 100257, "fim_prefix": 100258, "fim_middle": 100259, "fim_suffix": 100260, "endofprompt": 100276},
-    ),
-    "o200k_base": (O200K_PATTERN, {"endoftext": 199999, "endofprompt": 200018}),
-}
-
-
-def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:
-    """Parse a line of a tiktoken file, a token in base64 and its rank; return None for other lines."""
-    encoded, _, rank = line.partition(b" ")
-    try:
-        token = base64.b64decode(encoded, validate=True)
-    except binascii.Error:
-        return None
-    return (token, int(rank)) if token and rank.isdigit() else None
-
-
-def convert_tiktoken(content: bytes, name: str) -> bytes:
-    """Convert a tiktoken file; the last part of ``name`` is the name of its encoding."""
-    stem = Path(name).name.partition(".")[0]
-    encoding = ENCODINGS.get(stem)
-    if encoding is None:
-        raise UsageError(
-            f"tokenizer {name!r}: a tiktoken file is known by its name, but {stem!r} is not a known encoding",
-            f"Name the file after its encoding ({', '.join(f'{known}.tiktoken' for known in ENCODINGS)}), or convert "
-            "it to a tokenizer.json.",
-        )
-    pattern, names = encoding
-    ranks = _read(content, name)
-    letters = {byte: letter for letter, byte in byte_level_alphabet().items()}
-
-    def spelled(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    merges = [
-        f"{spelled(token[:end])} {spelled(token[end:])}"
-        for token in sorted(ranks, key=ranks.__getitem__)
-        for end in _ends(token, ranks)
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    splitter: dict[str, Any] = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
-    if pattern == GPT2_PATTERN:
-        splitter = {**byte_level, "use_regex": True}  # has this pattern built in
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = {f"<|{token}|>": number for token, number in names.items() if number not in ranks.values()}
-    fields = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": number, "content": token, **flags, "special": True} for token, number in special.items()
-        ],
-        "pre_tokenizer": splitter,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            # With special tokens, whose ids would otherwise be renumbered.
-            "vocab": {**{spelled(token): rank for token, rank in ranks.items()}, **special},
-            "merges": merges,
-            "ignore_merges": True,  # a word that is a token is that token, as in tiktoken
-        },
-    }
-    return orjson.dumps(fields)
-
-
-def _ends(token: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    found = [end for end in range(1, len(token)) if token[:end] in ranks and token[end:] in ranks]
-    return sorted(found, key=lambda end: (ranks[token[:end]], ranks[token[end:]]))
-
-
-def _read(content: bytes, name: str) -> dict[bytes, int]:
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line:
-            continue
-        if (found := _token_and_rank(line)) is None:
-            raise UsageError(f"tokenizer {name!r}: line {number:,} is not a token in base64 and its rank")
-        ranks[found[0]] = found[1]
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise UsageError(
-            f"tokenizer {name!r} has no token for {len(missing)} of the 256 bytes: the file is truncated, or not a "
-            "byte-level encoding"
-        )
-    return ranks

@@ -56,7 +56,9 @@ def test_fields_to_keep_of_inputs_that_the_store_has_are_reported_of(store, tmp_
     first = tmp_path / "first.jsonl"
     result = run_chunk(store, first, "--keep", "year")
     assert result.stdout == "1 input skipped: already in the store.\n"
-    assert result.stderr.endswith("\n--keep year: 1 input already in the store without it.\n")
+    assert result.stderr.endswith(
+        "\n--keep year: 1 input already in the store without it, and not read again. A new store would have it.\n"
+    )
     kept = write_rows(tmp_path / "kept.jsonl", ROWS)
     for said in (f"Next: retrotool embed {store}\n", ""):
         assert run_chunk(store, kept, "--keep", "year").stderr == said, "the tutorial does it twice"

@@ -13,7 +13,7 @@ from conftest import make_rows
 
 from retrotool import api
 from retrotool.chunk import chunk_plan
-from retrotool.chunk.chunk_plan import ChunkOptions, MaxBad, commit_plan
+from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
 from retrotool.chunk.stage import ChunkStage
 from retrotool.sources import Fields, find_inputs
 from retrotool.store import staging
@@ -107,7 +107,7 @@ def test_damage_that_waits_to_be_committed_counts_when_the_run_is_resumed(tmp_pa
         assert len(tasks) > 5
         staging.stage(opened.storage, ChunkStage().open(opened)(tasks[-1], run.id, int))
     for _ in range(2):
-        found = api.chunk(store, list(map(str, names)), max_bad=MaxBad(rows=0))
+        found = api.chunk(store, list(map(str, names)), max_bad=0)
         assert found.stopped
         assert (found.damaged, found.rejected) == (1, 1)
         assert [reason.input for reason in found.reasons] == [str(names[-1])]
