@@ -1,4 +1,4 @@
-"""Rejected rows of a unit, 24 bytes each in memory, as a wrong ``--text-field`` can reject every row.
+"""Rejected rows of a unit, about 30 bytes each in memory, as a wrong ``--text-field`` can reject every row.
 
 Only the first rows keep an excerpt, and only the first ten thousand reasons keep their numbers.
 """
@@ -6,10 +6,8 @@ Only the first rows keep an excerpt, and only the first ten thousand reasons kee
 from __future__ import annotations
 
 import re
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
 import pyarrow as pa
 
 from retrotool.errors import InputError
@@ -24,6 +22,10 @@ from retrotool.store.store import Store
 _BATCH_ROWS = 1 << 16
 EXCERPTS = 1000
 REASONS = 10_000
+_NAMES = pa.dictionary(pa.int32(), pa.string())
+_PACKED = pa.schema([
+    field.with_type(_NAMES) if field.name in ("input", "reason") else field for field in parts.QUARANTINE_SCHEMA
+])  # fmt: skip
 _NUMBER = re.compile(r"(?<!UTF-)\d[\d,.]*")
 
 
@@ -36,62 +38,54 @@ class Quarantine:
     """Collects rejected rows, input by input, and writes a quarantine file."""
 
     def __init__(self) -> None:
-        self._inputs: list[str] = []
-        self._reasons: dict[str, int] = {}
-        self._input, self._reason = array("i"), array("i")
-        self._line, self._offset = array("q"), array("q")
-        self._excerpts: list[str] = []
-        self.damage: set[int] = set()  # rows that stand for the rest of a damaged file
+        self._input = ""
+        self._rows: list[tuple[str, int, int | None, str, str, bool]] = []
+        self._packed: list[pa.Table] = []
+        self._reasons: set[str] = set()
+        self._count = 0
+        self.damaged = 0  # rows that stand for the rest of a damaged file
         self._lines_before: Callable[[], int] = int
         self._before: int | None = None
 
     def __len__(self) -> int:
-        return len(self._line)
+        return self._count
 
     def open(self, path: str, lines_before: Callable[[], int] = int) -> None:
         """Start with the input at ``path`` or a range of it, which ``lines_before()`` lines precede."""
-        self._inputs.append(path)
-        self._lines_before, self._before = lines_before, None
+        self._input, self._lines_before, self._before = path, lines_before, None
 
     def append(self, row: Rejected) -> None:
         """Add a row of the open input."""
-        if row.damage:
-            self.damage.add(len(self))
-        if len(self) < EXCERPTS:
-            self._excerpts.append(row.excerpt)
-        self._input.append(len(self._inputs) - 1)
         reason = row.reason
         if len(self._reasons) >= REASONS and reason not in self._reasons:
             reason = without_numbers(reason)
-        self._reason.append(self._reasons.setdefault(reason, len(self._reasons)))
+        self._reasons.add(reason)
         if row.line and self._before is None:
             try:
                 self._before = self._lines_before()
             except InputError:
                 self._before = -1  # damaged before the range; offsets are still known
-        self._line.append(0 if not row.line or self._before == -1 else row.line + (self._before or 0))
-        self._offset.append(row.offset)
+        line = 0 if not row.line or self._before == -1 else row.line + (self._before or 0)
+        offset = row.offset if row.offset >= 0 else None
+        excerpt = row.excerpt if self._count < EXCERPTS else ""
+        self._rows.append((self._input, line, offset, reason, excerpt, row.damage))
+        self._count += 1
+        self.damaged += row.damage
+        if len(self._rows) == _BATCH_ROWS:
+            self._pack()
+
+    def _pack(self) -> None:
+        columns = zip(*self._rows, strict=True)
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, _PACKED.types, strict=True)]
+        self._packed.append(pa.Table.from_arrays(arrays, schema=_PACKED))
+        self._rows = []
 
     def write(self, store: Store, name: FileName) -> FileEntry | None:
         """Write the quarantine file; None if no row was rejected."""
-        return parts.write_batches(store, name, parts.QUARANTINE_SCHEMA, self._batches()) if len(self) else None
-
-    def _batches(self) -> Iterator[pa.Table]:
-        inputs, reasons = pa.array(self._inputs, pa.string()), pa.array(list(self._reasons), pa.string())
-        for start in range(0, len(self), _BATCH_ROWS):
-            stop = min(start + _BATCH_ROWS, len(self))
-            rows = slice(start, stop)
-            excerpts = self._excerpts[rows]
-            offset = np.array(self._offset[rows])
-            columns = [
-                inputs.take(pa.array(np.array(self._input[rows]))),
-                pa.array(np.array(self._line[rows]), pa.int64()),
-                pa.array(offset, pa.int64(), mask=offset < 0),
-                reasons.take(pa.array(np.array(self._reason[rows]))),
-                pa.array(excerpts + [""] * (stop - start - len(excerpts)), pa.string()),
-                pa.array([i in self.damage for i in range(start, stop)]),
-            ]
-            yield pa.table(columns, schema=parts.QUARANTINE_SCHEMA)
+        if self._rows:
+            self._pack()
+        tables = (table.cast(parts.QUARANTINE_SCHEMA) for table in self._packed)
+        return parts.write_batches(store, name, parts.QUARANTINE_SCHEMA, tables) if self._count else None
 
 
 def quarantine_files(state: State, plan_id: str) -> list[FileEntry]:

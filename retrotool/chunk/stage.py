@@ -124,7 +124,7 @@ def _staged(
 ) -> Staged:  # fmt: skip
     plan_id, index = task.inputs["plan"], task.inputs["unit"]
     quarantine = bad.write(store, FileName.new(run, "quarantine", _slot(task), "parquet"))
-    counts = {**counts, "rejected": len(bad), "damaged": len(bad.damage)}
+    counts = {**counts, "rejected": len(bad), "damaged": bad.damaged}
     unit = Unit(plan_id, index, files, quarantine, counts, None if blocked is None else blocked.slots, seen)
     return Staged(task.key, "chunk", run, reads=(task.inputs["path"],), unit=unit)
 
