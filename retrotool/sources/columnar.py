@@ -1,6 +1,6 @@
 """Parquet and Arrow input: only the columns needed, a few MiB of rows at a time.
 
-* A batch is processed in windows by the bytes of its texts. A value that Python can't represent (broken
+* A batch is processed in windows of rows. A value that Python can't represent (broken
   UTF-8, a distant time) rejects only its row.
 * At a damaged Parquet page the row group is read again in small steps, so that every row before it comes out.
   Column chunks in the footer are not used: pyarrow's accessor crashes the process if the footer is damaged.
@@ -40,7 +40,6 @@ from retrotool.sources.records import (
     too_many_tokens,
 )  # fmt: skip
 
-WINDOW_BYTES = 8 << 20
 WINDOW_ROWS = 4096
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
@@ -227,19 +226,9 @@ def documents_of_batch(
     """Yield documents of a batch; its first row is ``line`` of the slice and ``position`` of the file."""
     columns = ((name, _column(batch, name)) for name in fields.wanted)
     arrays = {name: _plain(array) for name, array in columns if array is not None}
-    for start, end in _row_windows(arrays, batch.num_rows):
-        window = {name: array.slice(start, end - start) for name, array in arrays.items()}
+    for start in range(0, batch.num_rows, WINDOW_ROWS):
+        window = {name: array.slice(start, WINDOW_ROWS) for name, array in arrays.items()}
         yield from _window(window, fields, source, line + start, position + start)
-
-
-def _row_windows(arrays: dict[str, pa.Array], rows: int) -> Iterator[tuple[int, int]]:
-    ends = sum(map(_lengths, arrays.values()), np.zeros(rows, np.int64)).cumsum()
-    start, before = 0, 0
-    while start < rows:
-        end = int(np.searchsorted(ends, before + WINDOW_BYTES, side="right"))
-        end = min(max(end, start + 1), start + WINDOW_ROWS, rows)
-        yield start, end
-        start, before = end, int(ends[end - 1])
 
 
 def _window(

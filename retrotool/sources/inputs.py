@@ -280,11 +280,10 @@ class _Folder:
                 folders.clear()  # a store is not an input
                 continue
             self._seen.add((status.st_dev, status.st_ino))
-            if (splits := _saved_splits(here, names)) is not None:
-                folders[:] = splits
-            elif (listed := _saved_files(here, names)) is not None:
-                folders.clear()
-                self.files.update({file: here / f"{i:09d}" for i, file in enumerate(listed)})
+            if (saved := _saved(here, names)) is not None:
+                folders[:] = [name for name in saved if not name.endswith(".arrow")]
+                files = [here / name for name in saved if name.endswith(".arrow")]
+                self.files.update({file: here / f"{i:09d}" for i, file in enumerate(files)})
             else:
                 folders[:] = self._wanted(here, folders)
                 for name in self._wanted(here, names):
@@ -347,48 +346,34 @@ def _describe(path: Path, name: str, base: str | None) -> InputFile:
     return InputFile(absolute, name, path.stat().st_size, kind)
 
 
-def _saved_splits(folder: Path, names: Collection[str]) -> list[str] | None:
-    """Return the split subfolders of a saved dataset, in its order; None if the folder is not one."""
-    if "dataset_dict.json" not in names:
+def _saved(folder: Path, names: Collection[str]) -> list[str] | None:
+    """Return the Arrow files or splits that a saved dataset lists, in its order; None for other folders."""
+    inside = ""
+    if "dataset_dict.json" in names:
+        listed, inside = _saved_json(folder / "dataset_dict.json").get("splits"), "state.json"
+    elif {"state.json", "dataset_info.json"} <= set(names):
+        state = _saved_json(folder / "state.json")
+        if any(state.get(key) for key in _INDICES):
+            raise UsageError(
+                f"{folder} has a row selection (indices mapping), which is not supported",
+                "Save it again: datasets.load_from_disk(folder).flatten_indices().save_to_disk(other).",
+            )
+        listed = state.get("_data_files")
+    else:
         return None
-    splits = _saved_json(folder / "dataset_dict.json").get("splits")
-    if not isinstance(splits, list):
-        raise UsageError(f"{folder / 'dataset_dict.json'} names no splits", "Save the dataset again.")
-    for split in splits:
-        _inside(folder, split)
-        if not (folder / split / "state.json").is_file():
-            raise UsageError(f"{folder}: the split {split!r} is missing", "Save the dataset again.")
-    return splits
-
-
-def _saved_files(folder: Path, names: Collection[str]) -> list[Path] | None:
-    """Return the Arrow files of a saved dataset, in its order; None if the folder is not one."""
-    if not {"state.json", "dataset_info.json"} <= set(names):
-        return None
-    state = _saved_json(folder / "state.json")
-    listed = state.get("_data_files")
     if not isinstance(listed, list):
         return None  # another program's state.json
-    if any(state.get(key) for key in _INDICES):
-        raise UsageError(
-            f"{folder} has a row selection (indices mapping), which is not supported",
-            "Save it again: datasets.load_from_disk(folder).flatten_indices().save_to_disk(other).",
-        )
-    files = []
+    found = []
     for entry in listed:
-        name = entry.get("filename") if isinstance(entry, dict) else None
-        _inside(folder, name)
-        if not str(name).endswith(".arrow"):
-            raise UsageError(f"{folder} lists {name}, which is not an Arrow file", "Save the dataset again.")
-        if not (folder / str(name)).is_file():
-            raise UsageError(f"{folder}: {name} is listed in state.json, but missing", "Copy the whole folder again.")
-        files.append(folder / str(name))
-    return files
-
-
-def _inside(folder: Path, name: object) -> None:
-    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-        raise UsageError(f"{folder} lists {name!r}, which is not a name in it", "Save the dataset again.")
+        name = entry.get("filename") if isinstance(entry, dict) else entry
+        is_name = name == Path(str(name)).name and name not in ("", ".", "..")
+        if not (isinstance(name, str) and is_name) or bool(inside) == name.endswith(".arrow"):
+            what = "split" if inside else "Arrow file"
+            raise UsageError(f"{folder} lists {name!r}, which is not the name of a {what}", "Save the dataset again.")
+        if not (folder / name / inside).is_file():
+            raise UsageError(f"{folder}: {name} is listed, but missing", "Copy the whole folder again.")
+        found.append(name)
+    return found
 
 
 def _saved_json(path: Path) -> dict[str, Any]:

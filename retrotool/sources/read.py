@@ -8,7 +8,6 @@ system, out of memory, and ``UsageError`` for options that contradict the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -20,26 +19,15 @@ from retrotool.sources.records import Document, Fields, Rejected, reason_of
 Rows = Generator[Document | Rejected]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How to read a format, and to cut a file into slices of about ``target`` bytes of text, if possible."""
-
-    read: Callable[[InputFile, Fields, Slice], Iterator[Document | Rejected]]
-    cut: Callable[[InputFile, int], list[Slice]] | None = None
-
-
-FORMATS = {
-    "arrow": Format(columnar.read_arrow_file, columnar.cut_arrow),
-    "csv": Format(csv_rows.read_csv),
-    "html": Format(warc.read_html),
-    "json": Format(json_array.read_json),
-    "jsonl": Format(lines.read_jsonl, lines.cut_byte_ranges),
-    "parquet": Format(columnar.read_parquet_file, columnar.cut_parquet),
-    "tokens": Format(tokens.read_tokens, tokens.cut_tokens),
-    "tsv": Format(csv_rows.read_csv),
-    "txt": Format(lines.read_txt, lines.cut_byte_ranges),
-    "warc": Format(warc.read_warc),
-}
+READERS: dict[str, Callable[[InputFile, Fields, Slice], Iterator[Document | Rejected]]] = {
+    "arrow": columnar.read_arrow_file, "csv": csv_rows.read_csv, "html": warc.read_html, "json": json_array.read_json,
+    "jsonl": lines.read_jsonl, "parquet": columnar.read_parquet_file, "tokens": tokens.read_tokens,
+    "tsv": csv_rows.read_csv, "txt": lines.read_txt, "warc": warc.read_warc,
+}  # fmt: skip
+CUTTERS: dict[str, Callable[[InputFile, int], list[Slice]]] = {  # into slices of about so many bytes of text
+    "arrow": columnar.cut_arrow, "jsonl": lines.cut_byte_ranges, "parquet": columnar.cut_parquet,
+    "tokens": tokens.cut_tokens, "txt": lines.cut_byte_ranges,
+}  # fmt: skip
 
 
 def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
@@ -48,7 +36,7 @@ def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
         if file.size == 0:
             yield Rejected(0, "the file is empty")
         else:
-            rows = FORMATS[file.base].read(file, fields, where)
+            rows = READERS[file.base](file, fields, where)
             yield from (_named(row, file.encoding) for row in rows) if file.encoding else rows
     except InputError as error:
         yield Rejected(error.position, str(error), excerpt=error.excerpt, damage=True)
@@ -85,7 +73,7 @@ def check_input(file: InputFile, fields: Fields, *, keep_end: bool = True) -> No
 
 def cut_input(file: InputFile, fields: Fields, target: int) -> list[Slice]:
     """Return a file's slices of about ``target`` bytes of text, in order."""
-    cutter = FORMATS[file.base].cut
+    cutter = CUTTERS.get(file.base)
     is_one = bool(file.encoding) or (file.base == "txt" and not fields.separator)
     if cutter is None or file.size == 0 or is_one:
         return [WHOLE]

@@ -27,7 +27,7 @@ from retrotool.sources import (
     read_input,
     reason_of,
 )
-from retrotool.sources.read import FORMATS, Format
+from retrotool.sources.read import CUTTERS, READERS
 
 TABLE = pa.table({"text": [f"text {i} " * (i % 5) for i in range(60)], "ids": [[i, 1] for i in range(60)]})
 
@@ -111,9 +111,9 @@ def test_whatever_a_library_raises_of_a_file_is_damage_of_it(tmp_path, error):
         yield
 
     file = input_of(tmp_path / "a.jsonl", LINES)
-    with patch.dict(FORMATS, {"jsonl": Format(fail, fail)}):
+    with patch.dict(READERS, {"jsonl": fail}), patch.dict(CUTTERS, {"jsonl": fail}):
         (row,) = read_input(file, Fields())
-    with patch.dict(FORMATS, {"jsonl": Format(fail, lambda *given: list(fail()))}):
+    with patch.dict(CUTTERS, {"jsonl": lambda *given: list(fail())}):
         assert cut_input(file, Fields(), 1) == [WHOLE]
     assert (row.line, row.damage) == (0, True)
     first = "…" if isinstance(error, KeyError) else str(error).partition("\n")[0]  # what it quotes may be the file's
@@ -156,7 +156,7 @@ def test_what_is_not_the_fault_of_a_file_is_raised_as_it_is(tmp_path, error):
         raise error
 
     file = input_of(tmp_path / "a.jsonl", LINES)
-    with patch.dict(FORMATS, {"jsonl": Format(fail, fail)}):
+    with patch.dict(READERS, {"jsonl": fail}), patch.dict(CUTTERS, {"jsonl": fail}):
         for use in (lambda: list(read_input(file, Fields())), lambda: cut_input(file, Fields(), 1)):
             with pytest.raises(type(error)) as raised:
                 use()

@@ -75,14 +75,13 @@ def row_by_row(content: list[dict[str, Any]], fields: Fields, name: str) -> list
     return [document_of(row, fields, name, n, n) for n, row in enumerate(content, 1)]
 
 
-@given(records, field_choices, text_types, st.integers(1, 9), st.integers(1, 40), st.integers(1, 40))
-def test_columns_give_what_rows_would(folder, content, fields, text_type, group, window_bytes, window_rows):
+@given(records, field_choices, text_types, st.integers(1, 9), st.integers(1, 40))
+def test_columns_give_what_rows_would(folder, content, fields, text_type, group, window_rows):
     table = pa.Table.from_pylist(content, schema=SCHEMA)
     content = table.to_pylist()
     table = table.set_column(1, "text", table["text"].cast(text_type))
     file = write(folder / "columns.parquet", table, row_group_size=group)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columnar, "WINDOW_BYTES", window_bytes)
         patch.setattr(columnar, "WINDOW_ROWS", window_rows)
         found = list(read_input(file, fields))
     expected = row_by_row(content, fields, file.name)
