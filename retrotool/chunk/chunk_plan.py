@@ -279,22 +279,18 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
         numbers and max(numbers) >= n
     ):
         raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not match")
-    return ChunkPlan(
-        files=tuple(InputFile(path=one["uri"], **_fields_of(InputFile, one)) for one in content["files"]),
-        fingerprints=tuple(content["fingerprints"]),
-        places=tuple(content["places"]),
-        fields=Fields(**{**_fields_of(Fields, content["fields"]), "keep": tuple(content["fields"]["keep"])}),
-        part_size=content["part_size"],
-        units=tuple(
+    fields = {**_fields_of(Fields, content["fields"]), "keep": tuple(content["fields"]["keep"])}
+    found = {
+        **_fields_of(ChunkPlan, content),
+        "files": tuple(InputFile(path=one["uri"], **_fields_of(InputFile, one)) for one in content["files"]),
+        "fingerprints": tuple(content["fingerprints"]), "places": tuple(content["places"]), "fields": Fields(**fields),
+        "units": tuple(
             tuple(InputPiece(p["file"], p["weight"], Slice(**_fields_of(Slice, p["where"]))) for p in unit)
             for unit in content["units"]
         ),
-        fast=content["fast"],
-        allow_purged=content["allow_purged"],
-        read_before={int(number): tuple(plans) for number, plans in content["read_before"].items()},
-        owner=content.get("owner", ""),
-        existing=content.get("existing", "skip"),
-    )
+        "read_before": {int(number): tuple(plans) for number, plans in content["read_before"].items()},
+    }  # fmt: skip
+    return ChunkPlan(**found)
 
 
 @dataclass(slots=True)

@@ -242,8 +242,6 @@ def chunk_text(store: str, result: ChunkResult) -> str:
             f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again, or raise "
             "the limit, such as --max-bad 1000."
         )
-    elif result.exceeded:
-        lines.append(f"Limit exceeded: {result.exceeded}. All input was read, and the other rows are kept.")
     if result.damaged and not result.stopped:
         lines.append(
             f"The rest of {output.count(result.damaged, 'damaged input')} was not read; everything else was. "

@@ -141,7 +141,9 @@ def _finish(
             )
             if not same or newest.records["totals"] != seen.records["totals"]:
                 raise ConflictError("the store changed while duplicates were searched", "Run the same command again.")
-            return replace(draft, records={**draft.records, **_purge_record(newest, plan_id, counts, weight)})
+            purge = replaced_record(newest, plan_id, weight, "chunk replaced or removed the documents")
+            purges = {PREFIX + counts.purge: purge} if counts.purge else {}
+            return replace(draft, records={**draft.records, **purges})
 
         store.commit(run, build)  # if it loses the race, clean-up removes its files
         return counts
@@ -156,7 +158,12 @@ def _finishing(
 ) -> tuple[Draft, DuplicateCounts, Weight]:
     """Return the commit that finishes a plan, but for the record of its purge, and what the purge takes."""
     plan = chunk_plan.read_plan(store, entry)
-    chosen = _choose(plan, existing)
+    if plan.existing == "fail" and existing == "mirror":
+        raise UsageError(
+            "--existing mirror: interrupted work was begun with --existing fail",
+            "Finish it with skip or replace first.",
+        )
+    chosen = (existing or "skip") if plan.existing == "fail" else plan.existing
     tombstones = read_tombstones(store)
     update, places, kinds = _find(store, plan_id, plan, tombstones, duplicates, chosen)
     counts = DuplicateCounts(
@@ -203,18 +210,6 @@ def _finishing(
         remove=(entry.path, *parted, *seen), records=_counted(store, plan_id, counts, duplicates, chosen, weight),
     )  # fmt: skip
     return draft, counts, weight
-
-
-def _choose(plan: ChunkPlan, existing: Existing | None) -> Existing:
-    """Return what to do about ids that the store has."""
-    if plan.existing != "fail":
-        return plan.existing
-    if existing == "mirror":
-        raise UsageError(
-            "--existing mirror: interrupted work was begun with --existing fail",
-            "Finish it with skip or replace first.",
-        )
-    return existing or "skip"
 
 
 def _fail(
@@ -303,9 +298,7 @@ def _ids_of(store: Store, places: Places) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _copies(
-    store: Store, places: Places, kinds: npt.NDArray[np.int8], tombstones: Tombstones
-) -> tuple[tuple[str, str], ...]:
+def _copies(store: Store, places: Places, kinds: Kinds, tombstones: Tombstones) -> tuple[tuple[str, str], ...]:
     """Return ids of documents that repeat a text, and of live ones of the newest parts with it."""
     repeats: dict[bytes, str] = {}
     for part, docs in parts.rows_by_part(places[kinds == _BY_TEXT][:_EXAMPLES]):
@@ -358,13 +351,6 @@ def _counted(
         },
         "pending": int(state.records.get("pending", 0)) - len(chunk_plan.parts_of_plan(state, plan_id)),
     }  # fmt: skip
-
-
-def _purge_record(state: State, plan_id: str, counts: DuplicateCounts, weight: Weight) -> dict[str, Any]:
-    """Return the record of the purge of outdated documents, if there are any."""
-    if not counts.purge:
-        return {}
-    return {PREFIX + counts.purge: replaced_record(state, plan_id, weight, "chunk replaced or removed the documents")}
 
 
 def replaced_record(state: State, plan_id: str, weight: Weight, reason: str, who: str | None = None) -> dict[str, Any]:

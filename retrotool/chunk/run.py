@@ -81,7 +81,6 @@ class ChunkResult:
     known_rejected: int = 0  # rows of the inputs that were known, which were rejected before
     duplicate_ids: int = 0  # documents skipped for their id, also among the ``reasons``
     stopped: str = ""  # why not everything was done
-    exceeded: str = ""  # the limit on rejected rows that was exceeded, though everything was done
     reasons: tuple[RejectedReason, ...] = ()
     quarantine: tuple[str, ...] = ()  # Parquet files that list the rejected rows
     duplicate_examples: tuple[tuple[str, str], ...] = ()  # ids of some, and of documents with their text
@@ -143,7 +142,6 @@ def chunk(
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
-        exceeded = "" if stopped else _too_many(_counts_of(store, open_plans)["rejected"], chosen)
         if not stopped:
             with Progress("chunk", doing="looking for duplicates"):
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
@@ -173,7 +171,6 @@ def chunk(
         commit=state.number,
         duplicate_ids=by_id,
         stopped=stopped,
-        exceeded=exceeded,
         reasons=reasons,
         quarantine=tuple(listed),
         duplicate_examples=tuple(pair for one in repeats.values() for pair in one.copies),
@@ -261,12 +258,13 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
             raise UsageError(
                 f"--keep {name}: the store has its own column of this name", "Rename the field in the input."
             )
-    if options.part_size < 1 or options.part_size >= 1 << 31:
-        raise UsageError(f"--part-size {options.part_size} is not between 1 and 2^31 - 1")
-    if fields.end_of_document is not None and not 0 <= fields.end_of_document < 1 << 32:
-        raise UsageError(f"--end-of-document {fields.end_of_document} is not between 0 and 2^32 - 1")
-    if not 0 < fields.max_document < 1 << 40:
-        raise UsageError(f"--max-document {fields.max_document:,} is not between 1 byte and 1 TiB")
+    for option, number, allowed, named in (
+        ("--part-size", options.part_size, range(1, 1 << 31), "1 and 2^31 - 1"),
+        ("--end-of-document", fields.end_of_document or 0, range(1 << 32), "0 and 2^32 - 1"),
+        ("--max-document", fields.max_document, range(1, 1 << 40), "1 byte and 1 TiB"),
+    ):
+        if number not in allowed:
+            raise UsageError(f"{option} {number} is not between {named}")
     if (fields.key is None) != (fields.value is None):
         raise UsageError("--key-field and --value-field must be given together", "Give both, or neither.")
     if fields.tokens is not None and (fields.key is not None or fields.value is not None):
@@ -292,10 +290,9 @@ def _work(
         rejected += 0 if staged.unit is None else staged.unit.counts["rejected"]
         return bool(_too_many(rejected, options))
 
-    if (reason := _too_many(rejected, options)) and _has_units(store):
-        return reason
     try:
-        engine.execute(stage, store, run, workers=options.workers, enough=is_enough, wait=options.wait)
+        if not _too_many(rejected, options):
+            engine.execute(stage, store, run, workers=options.workers, enough=is_enough, wait=options.wait)
     except TokensDiffer as error:
         chunk_plan.use_exact_tokenizer(store, run, error.summary)
         folding.fold(store, run)  # removes the units that are void now
@@ -425,11 +422,8 @@ def _note_known(store: Store, old: Sequence[int], options: ChunkOptions, known: 
     if options.duplicates == "keep" and skipped:
         options.note(f"--duplicates keep: {what} without duplicates, and not read again. A new store would keep them.")
     with contextlib.suppress(ErasedError):  # by another process
-        columns = {name for part in old[:_CHECKED_PARTS] for name in _columns(store, part)}
+        entries = [parts.part_entry(store, "documents", part) for part in old[:_CHECKED_PARTS]]
+        columns = {name for entry in entries for name in parts.read_schema(store, entry).names}
         lost = [name for name in options.fields.keep if name not in columns]
         if lost and known and old:
             options.note(f"--keep {', '.join(lost)}: {what} without it, and not read again. A new store would have it.")
-
-
-def _columns(store: Store, part: int) -> list[str]:
-    return list(parts.read_schema(store, parts.part_entry(store, "documents", part)).names)

@@ -54,10 +54,7 @@ _TEXT = (
     pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
     pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary,
 )  # fmt: skip
-_LISTS = (
-    pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view,
-    pa.types.is_fixed_size_list,
-)  # fmt: skip
+_LISTS = (pa.ListType, pa.LargeListType, pa.ListViewType, pa.LargeListViewType, pa.FixedSizeListType)
 
 
 def _steps(schema: pa.Schema, name: str) -> list[int | str] | None:
@@ -100,10 +97,6 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in _TEXT)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in _LISTS)
-
-
 def _plain(array: pa.Array) -> pa.Array:
     """Remove extension types and run-length encoding; make text large_binary, without copying."""
     if isinstance(array, pa.ExtensionArray):
@@ -125,7 +118,7 @@ def _lengths(array: pa.Array) -> npt.NDArray[np.int64]:
         return np.asarray(inner[places])
     if _is_text(array.type):
         counted, width = pc.binary_length(array), 1
-    elif _is_list(array.type):
+    elif isinstance(array.type, _LISTS):
         counted, width = pc.list_value_length(array), 8
     else:
         return np.zeros(len(array), np.int64)
@@ -168,33 +161,15 @@ def _value(one: pa.Array, place: int, unreadable: dict[int, str]) -> Any:
 
 
 def _token_rows(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
-    """Return each row's token ids as a view of one array; other types as ``values`` does."""
-    if not _is_list(array.type) or not pa.types.is_integer(array.type.value_type):
+    """Return each row's token ids as an array; other types as ``values`` does."""
+    if not isinstance(array.type, _LISTS) or not pa.types.is_integer(array.type.value_type):
         return _values(array, unreadable)
-    begins, ends = _bounds(array)
-    valid = array.is_valid().to_numpy(zero_copy_only=False)
-    known = valid & (ends > begins)
-    low, high = (int(begins[known].min()), int(ends[known].max())) if known.any() else (0, 0)
-    begins, ends = np.where(known, begins - low, 0), np.where(known, ends - low, 0)
-    flat = array.values.slice(low, high - low)
-    numbers = (flat.fill_null(0) if flat.null_count else flat).to_numpy(zero_copy_only=False)
-    if flat.null_count:
-        counted = np.concatenate([[0], np.cumsum(flat.is_null().to_numpy(zero_copy_only=False))])
-        for i in np.flatnonzero(counted[ends] > counted[begins]).tolist():
-            unreadable.setdefault(i, "a token id is null")
-    spans = zip(begins.tolist(), ends.tolist(), valid.tolist(), strict=True)
-    return [numbers[begin:end] if is_valid else None for begin, end, is_valid in spans]
-
-
-def _bounds(array: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return where each list begins and ends in ``array.values``; null lists have arbitrary bounds."""
-    if pa.types.is_fixed_size_list(array.type):
-        places = (array.offset + np.arange(len(array) + 1, dtype=np.int64)) * array.type.list_size
-        return places[:-1], places[1:]
-    places = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-    if pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type):
-        return places, places + array.sizes.to_numpy(zero_copy_only=False)
-    return places[:-1], places[1:]
+    if not array.flatten().null_count and not isinstance(array.type, pa.ListViewType | pa.LargeListViewType):
+        return list(array.to_numpy(zero_copy_only=False))
+    rows: list[Any] = array.to_pylist()  # numpy would make floating-point numbers of rows with null, and knows no views
+    for i in (i for i, row in enumerate(rows) if row is not None and None in row):
+        unreadable.setdefault(i, "a token id is null")
+    return rows
 
 
 def head_of_table(file: InputFile, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -251,7 +226,7 @@ def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]
     """Mask values over the size limit, so that they are not decoded; add them to ``reasons``."""
     limit = fields.max_document
     sizes: npt.NDArray[np.int64] = _lengths(array)
-    if _is_list(array.type):
+    if isinstance(array.type, _LISTS):
         sizes = sizes // 8 * TOKEN_BYTES
     over = sizes > limit
     if not over.any():

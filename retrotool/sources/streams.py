@@ -151,8 +151,6 @@ def frames_of(path: Path) -> list[Frame] | None:
     with path.open("rb") as file:
         descriptor = file.fileno()
         size = os.fstat(descriptor).st_size
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         try:
             while offset < size:
                 magic, length = struct.unpack("<II", os.pread(descriptor, 8, offset))

@@ -257,30 +257,12 @@ def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[R
     end = documents if where.end is None else where.end
     if end > documents:
         raise InputError(f"{documents:,} documents are listed, {end:,} were when it was planned")
-    found, broken = _ranges_of_index(index, where.start, end, file.size)
-    yield found
-    if broken:
-        after = where.start + len(found.begins)
-        left = f"the rest of {documents:,} documents is lost"
-        raise InputError(f"broken off after document {after:,}: the next {broken}; {left}")
-    if end < documents:
-        return
-    if 0 <= last < sequences:
-        yield Rejected(0, f"the last {sequences - last:,} of {sequences:,} sequences belong to no document")
-    reach = index.pointers.at(-1) + index.lengths.at(-1) * index.dtype.itemsize if sequences else 0
-    if 0 <= reach < file.size:
-        yield Rejected(0, f"{file.size - reach:,} bytes after the last sequence belong to no document")
-
-
-def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> tuple[Ranges, str]:
-    """Return where documents ``start`` to ``stop`` are, and what is wrong with the next, if not all are."""
-    edges = index.boundaries[start : stop + 1].astype(np.int64)
-    good = _leading((edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= len(index.lengths)))
-    broken = ""
-    if good < len(edges) - 1:
-        broken = f"spans sequences {edges[good]:,} to {edges[good + 1]:,} of {len(index.lengths):,}"
+    edges = index.boundaries[where.start : end + 1].astype(np.int64)
+    in_order = (edges[:-1] >= 0) & (edges[1:] >= edges[:-1]) & (edges[1:] <= sequences)
+    good = int(np.argmin(np.append(in_order, False)))
+    broken = "" if good == len(in_order) else f"spans sequences {edges[good]:,} to {edges[good + 1]:,} of {sequences:,}"
     low, high = (int(edges[0]), int(edges[good])) if good else (0, 0)
-    width = index.dtype.itemsize
+    width, size = index.dtype.itemsize, file.size
     lengths, begins = index.lengths[low:high].astype(np.int64), index.pointers[low:high].astype(np.int64)
     negative = (lengths < 0) | (begins < 0)
     # Clip, so that no product or sum below can overflow.
@@ -292,10 +274,21 @@ def _ranges_of_index(index: MegatronIndex, start: int, stop: int, size: int) -> 
         why = "has a negative length or place" if negative[place] else f"is beyond the end of the file, {size:,} bytes"
         broken = f"has sequence {low + place:,}, which {why}"
         good = int(np.searchsorted(edges[1 : good + 1] - low, place, side="right"))
-    first, last = edges[:good] - low, edges[1 : good + 1] - low
-    begin = np.append(begins, 0)[first]
-    end = np.where(last > first, np.append(0, ends)[last], begin)
-    return Ranges(begin, end, _unusable(index, low, first, last, begins, ends)), broken
+    from_, to = edges[:good] - low, edges[1 : good + 1] - low
+    begin = np.append(begins, 0)[from_]
+    yield Ranges(
+        begin, np.where(to > from_, np.append(0, ends)[to], begin), _unusable(index, low, from_, to, begins, ends)
+    )
+    if broken:
+        left = f"the rest of {documents:,} documents is lost"
+        raise InputError(f"broken off after document {where.start + good:,}: the next {broken}; {left}")
+    if end < documents:
+        return
+    if 0 <= last < sequences:
+        yield Rejected(0, f"the last {sequences - last:,} of {sequences:,} sequences belong to no document")
+    reach = index.pointers.at(-1) + index.lengths.at(-1) * index.dtype.itemsize if sequences else 0
+    if 0 <= reach < file.size:
+        yield Rejected(0, f"{file.size - reach:,} bytes after the last sequence belong to no document")
 
 
 def _unusable(
@@ -313,10 +306,6 @@ def _unusable(
     return reasons
 
 
-def _leading(good: npt.NDArray[np.bool_]) -> int:
-    return len(good) if good.all() else int(np.argmin(good))
-
-
 def _open_array(file: InputFile) -> TokenArray:
     path = Path(file.path)
     if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
@@ -329,29 +318,24 @@ def _open_array(file: InputFile) -> TokenArray:
                 raise InputError(f"the numpy header of {path.name} has a damaged beginning", excerpt=excerpt(head[:6]))
             suffix = _SUFFIX_DTYPES.get(path.suffix.lower())
             return TokenArray(np.dtype(suffix) if suffix else None, 0, "suffix")
-    shape, dtype, begin = _numpy_header(path)
-    if len(shape) != 1 or dtype.kind not in "iu":
-        raise InputError(f"an array of {dtype.name} of shape {list(shape)}, not token ids in one dimension")
-    return TokenArray(dtype, begin, "header", shape[0])
-
-
-def _numpy_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Return shape, type, and the byte where the numbers begin."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with path.open("rb") as stream:
+        stream.seek(0)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         try:
-            version = np.lib.format.read_magic(stream)
-            if version in readers:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about files of Python 2
-                    shape, _, dtype = readers[version](stream)
-                return shape, dtype, stream.tell()
+            numbers = np.lib.format.read_magic(stream)
+            if numbers not in readers:
+                raise InputError(f"{path.name} is in numpy format {numbers[0]}.{numbers[1]}, which is not supported")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about files of Python 2
+                shape, _, dtype = readers[numbers](stream)
         except Exception as error:  # a header is parsed as Python code, so anything may be raised
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | InputError):
                 raise
             problem = reason_of(error) or type(error).__name__
             raise InputError(f"the numpy header of {path.name} is damaged: {problem}") from error
-    raise InputError(f"{path.name} is in numpy format {version[0]}.{version[1]}, which is not supported")
+        begin = stream.tell()
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise InputError(f"an array of {dtype.name} of shape {list(shape)}, not token ids in one dimension")
+    return TokenArray(dtype, begin, "header", shape[0])
 
 
 def open_megatron_index(path: Path) -> MegatronIndex:

@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
 _HTML = ("text/html", "application/xhtml+xml")
-_MEDIA = (  # types that reasons may name without quoting the input
-    "application/javascript", "application/json", "application/octet-stream", "application/pdf", "application/xml",
-    "application/zip", "image/gif", "image/jpeg", "image/png", "image/svg+xml", "image/webp", "text/css",
-    "text/javascript", "text/xml",
-)  # fmt: skip
 _NOT_ROWS = ("warcinfo", "request", "metadata", "revisit")
 FIELDS = ("text", "type", "date", "content_type", "status", "id", "uri", "record_id")
 _ROWS = ("response", "resource", "conversion", "continuation")
@@ -44,7 +39,6 @@ _LONGEST_NUMBER = 18  # digits of a size
 _END_OF_RECORD = (b"\r\n\r\n", b"\n\n")
 _CODINGS = {"gzip": ("gz",), "x-gzip": ("gz",), "zstd": ("zst",), "deflate": ("zlib", "deflate")}
 _NOT_CODED = ("", "identity", "none", "utf-8", "utf8")
-_NAMES = {"br": "Brotli", "compress": "compress", "x-compress": "compress"}
 _LOOKED_AT = 1024
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"  # text does not have these
 
@@ -207,8 +201,7 @@ def _text(content_type: str, body: bytes) -> str:
     media, _, parameters = content_type.partition(";")
     media = media.strip().lower()
     if media not in _HTML and media != "text/plain":
-        what = media if media in _MEDIA else f"content of {'another' if media else 'no'} type"
-        raise BadRow(f"{what} is neither HTML nor plain text")
+        raise BadRow(f"content of {'another' if media else 'no'} type is neither HTML nor plain text")
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
@@ -244,8 +237,7 @@ def _decoded(body: bytes, coding: str, limit: int) -> bytes:
     if coding in _NOT_CODED:
         return body
     if coding not in _CODINGS:
-        name = _NAMES.get(coding, "an unknown coding")
-        raise BadRow(f"its content is compressed with {name}, which is not supported")
+        raise BadRow("its content is compressed in a way that is not supported")
     problem = ""
     for compression in _CODINGS[coding]:
         pieces, size = [], 0

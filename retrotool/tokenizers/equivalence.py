@@ -241,25 +241,18 @@ class Guard:
     def _classify(self, points: npt.NDArray[np.uint32]) -> None:
         known = np.array([unicodedata.category(chr(point)) != "Cn" for point in points.tolist()], bool)
         self._states[points[~known]] = _UNSAFE
-        self._states[points[known]] = _SAFE
-        suspects = self._frame_by_frame(points[known], self._strict)
-        harmless = [point for point in suspects.tolist() if not self._crossed(point)]
-        self._states[harmless] = _SAFE
-
-    def _frame_by_frame(self, points: npt.NDArray[np.uint32], pair: Pair) -> npt.NDArray[np.uint32]:
-        """Set the states of ``points`` by how ``pair`` treats the two frames; return the unsafe ones."""
+        points = points[known]
         for start in range(0, len(points), 2048):
             some = points[start : start + 2048]
-            self._states[some] = np.where(self._wrong_in(self.frames[0], some, pair), _QUOTABLE, _SAFE)
+            self._states[some] = np.where(self._wrong_in(self.frames[0], some), _QUOTABLE, _SAFE)
             suspects = some[self._states[some] == _QUOTABLE]
-            self._states[suspects[self._wrong_in(self.frames[1], suspects, pair)]] = _UNSAFE
-        wrong: npt.NDArray[np.bool_] = self._states[points] != _SAFE
-        return points[wrong]
+            self._states[suspects[self._wrong_in(self.frames[1], suspects)]] = _UNSAFE
+        harmless = [point for point in points[self._states[points] != _SAFE].tolist() if not self._crossed(point)]
+        self._states[harmless] = _SAFE
 
-    @staticmethod
-    def _wrong_in(frame: str, points: npt.NDArray[np.uint32], pair: Pair) -> npt.NDArray[np.bool_]:
+    def _wrong_in(self, frame: str, points: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         texts = [frame.format(chr(point)) for point in points.tolist()]
-        return _unlike(pair, texts) if texts else np.zeros(0, bool)
+        return _unlike(self._strict, texts) if texts else np.zeros(0, bool)
 
     def _unsafe_ascii(self, neighbours: Sequence[tuple[str, str]], tokens: Sequence[str]) -> list[str]:
         """Return unsafe characters, and unsafe pairs of the others."""
