@@ -292,10 +292,9 @@ def find_repeated_texts(
 
 
 def _ids_of(store: Store, places: Places) -> tuple[str, ...]:
-    found: list[str] = []
-    for part, docs in parts.rows_by_part(places):
-        found += parts.read_documents(store, part, ["id"])["id"].take(pa.array(docs)).to_pylist()
-    return tuple(found)
+    by_part = parts.rows_by_part(places)
+    columns = (parts.read_documents(store, part, ["id"])["id"].take(pa.array(docs)) for part, docs in by_part)
+    return tuple(name for column in columns for name in column.to_pylist())
 
 
 def _copies(store: Store, places: Places, kinds: Kinds, tombstones: Tombstones) -> tuple[tuple[str, str], ...]:

@@ -112,9 +112,9 @@ def estimate(
     with Progress("chunk", doing="chunking a sample"):
         sampler = _Sampler(loaded, chunk_length, options)
         samples = sampler.sample(files)
-    sizes: dict[str, int] = {}
+    sizes = Counter[str]()
     for file in files:
-        sizes[file.format] = sizes.get(file.format, 0) + file.size
+        sizes[file.format] += file.size
     whole = _Sample()
     for kind, sample in samples.items():
         factor = max(1.0, sizes[kind] / sample.read) if sample.read else 0.0

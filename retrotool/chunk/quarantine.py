@@ -22,9 +22,9 @@ from retrotool.store.store import Store
 _BATCH_ROWS = 1 << 16
 EXCERPTS = 1000
 REASONS = 10_000
-_NAMES = pa.dictionary(pa.int32(), pa.string())
 _PACKED = pa.schema([
-    field.with_type(_NAMES) if field.name in ("input", "reason") else field for field in parts.QUARANTINE_SCHEMA
+    field.with_type(pa.dictionary(pa.int32(), pa.string())) if field.name in ("input", "reason") else field
+    for field in parts.QUARANTINE_SCHEMA
 ])  # fmt: skip
 _NUMBER = re.compile(r"(?<!UTF-)\d[\d,.]*")
 

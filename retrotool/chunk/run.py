@@ -163,23 +163,17 @@ def chunk(
         purge = f"""retrotool purge {shlex.quote(store.place)} --where "input = 'NAME'" --reason ..."""
         chosen.note(f"Documents of files that were deleted or renamed stay. To remove them: {purge}")
     return ChunkResult(
-        **counts,
+        **counts, known_inputs=len(known), known_rejected=known_rejected, commit=state.number, duplicate_ids=by_id,
         parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
         duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
-        known_inputs=len(known),
-        known_rejected=known_rejected,
-        commit=state.number,
-        duplicate_ids=by_id,
-        stopped=stopped,
-        reasons=reasons,
-        quarantine=tuple(listed),
+        stopped=stopped, reasons=reasons, quarantine=tuple(listed),
         duplicate_examples=tuple(pair for one in repeats.values() for pair in one.copies),
         duplicates_by_source=dict(sum(left_out, Counter[str]())),
         **{name: sum(record.get(name, 0) for record in records) for name in ("differing", "replaced", "removed")},
         differing_examples=tuple(name for one in repeats.values() for name in one.examples),
         purges=tuple(purge for purge, of in chunk_plan.purges_of_plans(state).items() if of in plans),
         not_mirrored=tuple(name for one in repeats.values() for name in one.not_mirrored),
-    )
+    )  # fmt: skip
 
 
 def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> None:
@@ -307,10 +301,9 @@ def _work(
 
 def _too_many(rejected: int, options: ChunkOptions) -> str:
     """Return why a run with so many rejected rows stops, or ""."""
-    limit = options.max_bad
-    if limit is None or rejected <= limit:
+    if options.max_bad is None or rejected <= options.max_bad:
         return ""
-    return f"{output.count(rejected, 'row')} rejected, more than --max-bad {limit:,}"
+    return f"{output.count(rejected, 'row')} rejected, more than --max-bad {options.max_bad:,}"
 
 
 def _has_units(store: Store) -> bool:

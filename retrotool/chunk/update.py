@@ -169,9 +169,8 @@ def _live_with(store: Store, numbers: range, tombstones: Tombstones, keys: Hashe
 
 
 def _values(keys: Hashes) -> pa.Array:
-    return parts.fixed_binary(np.frombuffer(np.unique(keys).tobytes(), np.uint8).reshape(-1, HASH_BYTES)).cast(
-        pa.binary()
-    )
+    distinct = np.frombuffer(np.unique(keys).tobytes(), np.uint8).reshape(-1, HASH_BYTES)
+    return parts.fixed_binary(distinct).cast(pa.binary())
 
 
 def _with_keys(table: pa.Table, wanted: pa.Array) -> npt.NDArray[np.int64]:

@@ -30,7 +30,6 @@ from retrotool.sources.records import (
 from retrotool.sources.streams import BrokenStream
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-_MOST_FIELD_CHARACTERS = (1 << 31) - 1  # lifts the limit of ``csv``; records are limited here
 
 
 class Record(NamedTuple):
@@ -87,7 +86,7 @@ def _missing(names: Sequence[str], fields: Fields) -> str:
 
 def records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Record]:
     """Yield records of at most ``limit`` bytes; raise ``InputError`` after the last readable one."""
-    csv.field_size_limit(_MOST_FIELD_CHARACTERS)
+    csv.field_size_limit((1 << 31) - 1)  # no limit: records are limited here
     lines = _Lines(stream, limit)
     reader = csv.reader(lines.texts(), delimiter=delimiter, strict=True)
     number = 0

@@ -48,8 +48,6 @@ _KNOWN_FORMATS = f"Known formats: {', '.join(FORMATS)}; {_PACKED} also with {', 
 IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt", "html")  # whose positions are byte offsets; else rows from 1
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
-_NOTHING_CHANGED = "Check the path; nothing was read or changed."
-_INDICES = ("_indices_files", "_indices_data_files")
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _PIPE_ADVICE = "Pipe text into the command, or give a file instead of -."
 _PROC = Path("/proc")
@@ -235,7 +233,7 @@ def _mode(path: Path, given: str) -> int:
         if number in _NOTHING_THERE and os.path.islink(path):  # noqa: PTH114 - has an answer for any name
             raise _link_to_nothing(path) from error
         reason = "no such file or folder" if number in _NOTHING_THERE else os.strerror(number)
-        raise UsageError(f"{given}: {reason}", _NOTHING_CHANGED) from error
+        raise UsageError(f"{given}: {reason}", "Check the path; nothing was read or changed.") from error
 
 
 def _link_to_nothing(path: Path) -> UsageError:
@@ -353,7 +351,7 @@ def _saved(folder: Path, names: Collection[str]) -> list[str] | None:
         listed, inside = _saved_json(folder / "dataset_dict.json").get("splits"), "state.json"
     elif {"state.json", "dataset_info.json"} <= set(names):
         state = _saved_json(folder / "state.json")
-        if any(state.get(key) for key in _INDICES):
+        if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
             raise UsageError(
                 f"{folder} has a row selection (indices mapping), which is not supported",
                 "Save it again: datasets.load_from_disk(folder).flatten_indices().save_to_disk(other).",
