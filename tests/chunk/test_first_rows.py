@@ -43,7 +43,7 @@ def test_a_field_that_no_row_has_names_those_that_are_there_and_writes_nothing(n
         result = run_chunk(tmp_path / "store", path, *dry)
         assert (result.exit_code, result.stdout) == (2, "")
         assert f"no row of {path.relative_to('/')} has 'text'. {THERE}\n" in result.stderr
-        assert "Name it: --text-field content.body, or leave this input out." in result.stderr
+        assert "Name it: --text-field content.body. Nothing was changed." in result.stderr
         wrong = run_chunk(tmp_path / "store", path, "--text-field", "content.body", "--id-field", "uuidd", *dry)
         assert wrong.exit_code == 2
         assert f"has 'uuidd'. {THERE}\nName it: --id-field uuid, or leave --id-field out" in wrong.stderr
