@@ -22,7 +22,7 @@ from retrotool.info.verify import verify as verify
 from retrotool.inspect.run import inspect as inspect
 from retrotool.inspect.show import show_item as show_item
 from retrotool.leakage.run import leakage as leakage
-from retrotool.neighbours.run import edit_neighbours as edit_neighbours
+from retrotool.neighbours.edits import edit_neighbours as edit_neighbours
 from retrotool.neighbours.run import neighbours as neighbours
 from retrotool.plan.run import plan as plan
 from retrotool.purge.affected import affected as affected

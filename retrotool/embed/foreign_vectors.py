@@ -3,10 +3,11 @@
 Rows of ``.npy`` files, in the order of the files' names, are the rows of chunk files by part and row: of all
 parts, or of the parts without vectors. Which ones is recorded with a fingerprint of the files, so that the
 same files resume a run that was killed. Rows of erased chunks, and of values of key-value records, are
-ignored. Rows of Parquet files name their chunks, in any order; purged chunks may be missing.
+ignored. Rows of Parquet files name their chunks, in any order; purged chunks may be missing. All are checked
+before the first is stored, so that wrong files change nothing.
 
-Cost: ``.npy`` files are mapped and read once. Of Parquet files, the row groups that overlap a block of a part
-are read for it: each about once if they are sorted by chunk number. Memory: a block, and a row group.
+Cost: files are read twice, ``.npy`` files mapped. Of Parquet files, the row groups that overlap a block of a
+part are read for it: each about once if they are sorted by chunk number. Memory: a block, and a row group.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrotool import engine
 from retrotool.cli.output import count
 from retrotool.embed.stage import EmbedStage, check_encoder_identity, unfinished_part
 from retrotool.encoder import EncoderIdentity
+from retrotool.engine.progress import counting
 from retrotool.engine.task import Report, Task
 from retrotool.errors import UsageError
 from retrotool.ranges import consecutive_ranges, within
@@ -41,7 +44,7 @@ _BLOCK_BYTES = 256 << 20  # of vectors held at a time
 _BATCH = 8192  # rows read from a Parquet file at a time
 _SHOWN = 3  # chunks that an error lists
 _FORMS = "Give .npy files [rows, dimension], or Parquet files with the columns chunk and vector (a list of floats)."
-_AGAIN = "Correct the files and run the same command again: finished parts are kept."
+_AGAIN = "Nothing was stored. Correct the files and run the same command again."
 _Found = tuple[npt.NDArray[np.int64], npt.NDArray[Any], str, int]  # see ``VectorFiles``
 
 
@@ -160,27 +163,41 @@ def parts_given(store: Store, files: VectorFiles, encoder: str) -> tuple[int, ..
 
     For Parquet files, return all parts. ``UsageError`` if the number of rows does not decide it.
     """
-    everything, done = store.state.parts(), store.state.group("embeddings", encoder)
-    lacking = [part for part in everything if done.get(part_slot(part)) is None]
+    everything, done = tuple(store.state.parts()), store.state.group("embeddings", encoder)
+    lacking = tuple(part for part in everything if done.get(part_slot(part)) is None)
     if files.column or not lacking:
-        return tuple(lacking)
+        return lacking
 
     def rows_of(some: Sequence[int]) -> int:
         return sum(parts.part_entry(store, "chunks", part).rows for part in some)
 
-    abouts, rows = [entry.about or {} for entry in done.entries()], sum(files.rows)
-    uses = {(about["from"], tuple(map(tuple, about["parts"]))) for about in abouts if "from" in about}
-    used = [(digest, tuple(sorted(within(spans, everything)))) for digest, spans in uses]
-    same = [some for digest, some in used if digest == files.fingerprint]
-    known = same or [tuple(everything), tuple(lacking), *(some for _, some in used)]
+    uses = [about for entry in done.entries() if (about := entry.about or {}).get("from") == files.fingerprint]
+    known = {tuple(sorted(within(about["parts"], everything))) for about in uses} or {everything, lacking}
+    rows, left, total = sum(files.rows), rows_of(lacking), rows_of(everything)
     fitting = {some for some in known if rows_of(some) == rows and not set(lacking).isdisjoint(some)}
     if len(fitting) != 1:
-        left, all_rows = rows_of(lacking), count(rows_of(everything), "chunk")
+        live = total - sum(len(read_tombstones(store).rows(part)) for part in everything)
+        reason = "Chunks were added since the vectors were made, or some are missing."
+        if rows == live:
+            reason = f"{rows:,} chunks are live: those that were purged have no rows in the files."
+        elif rows > total:
+            reason = "They are of another store, or several files have the same vectors."
         raise UsageError(
-            f"the files have {rows:,} vectors, but {left:,} of {all_rows} have none yet",
-            "Give those of all or of these, purged or not, by part and row; or Parquet files with chunk ids.",
+            f"the files have {rows:,} vectors, but the store has {count(total, 'chunk')}, purged ones included, "
+            f"of which {left:,} have no vectors yet",
+            f"{reason}\nGive one row for each of these {left:,}{f' or of all {total:,}' if left < total else ''}, by "
+            "part and row, or Parquet files that name the chunks.",
         )
     return fitting.pop()
+
+
+def check_vectors(store: Store, stage: EmbedStage) -> None:
+    """Check all vectors that are to be stored; raise ``UsageError`` for the first that can't be."""
+    tasks, worker = engine.plan_tasks(stage, store), ForeignWorker(store, stage)
+    with counting("check", "chunk", sum(task.weight for task in tasks)) as report:
+        for task in tasks:
+            for _ in worker.blocks(task, report):
+                pass
 
 
 class ForeignWorker:
@@ -198,16 +215,18 @@ class ForeignWorker:
         if entry is None:
             return None
         name = FileName.new(run, "embeddings", part_slot(task.inputs["part"]), "npy", identity.name)
-        blocks = self._blocks(task, entry.rows, report)
+        blocks = self.blocks(task, report)
         written = write_vector_blocks(self._store, name, entry.rows, identity.dimension, blocks)
         written, settings = replace(written, about=self._about), {"encoder": identity.name}
         records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
         measured = {"tokens": 0.0, "forward": 0.0, "working": time.perf_counter() - begun}
         return Staged(task.key, "embed", run, settings, (entry.path,), (written,), records=records, measured=measured)
 
-    def _blocks(self, task: Task, rows: int, report: Report) -> Iterator[npt.NDArray[np.float16]]:
+    def blocks(self, task: Task, report: Report) -> Iterator[npt.NDArray[np.float16]]:
+        """Yield a part's vectors in blocks of rows; raise ``UsageError`` if some are wrong or missing."""
         files, part, by_row = self._files, int(task.inputs["part"]), not self._files.column
         embedded = parts.read_embedded(self._store, part)
+        rows = len(embedded)
         purged = np.zeros(rows, np.bool_)
         purged[read_tombstones(self._store).rows(part)] = True
         size = max(1, _BLOCK_BYTES // (2 * files.dimension))

@@ -9,7 +9,7 @@ from typing import Any
 
 from retrotool import engine
 from retrotool.cli.command_lines import command_line
-from retrotool.embed.foreign_vectors import find_vectors, foreign_identity, parts_given
+from retrotool.embed.foreign_vectors import check_vectors, find_vectors, foreign_identity, parts_given
 from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.store_encoder import compare, draw_sample
@@ -118,6 +118,8 @@ def embed(
     done = _Done()
     with writing(store) as run:
         _update_origin(store, run, identity)
+        if files is not None:
+            retry_overtaken(lambda: check_vectors(store, stage), store.renew)
         engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait)
         elsewhere = engine.count_elsewhere(stage, store, run)
         checked = _check(store, run, encoder, identity, found[0]) if check else None

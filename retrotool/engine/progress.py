@@ -1,8 +1,8 @@
 """Progress on stderr: a bar on a terminal, a line a minute elsewhere. Workers report through pipes.
 
 The rate is that of the whole time since the first report, so the time left does not jump. Without a terminal
-there is a line after two seconds, one a minute and one at the end; what takes less time prints nothing.
-TQDM_DISABLE=1 turns all of it off.
+there is a line after two seconds, one a minute and one at the end; what takes less time prints nothing. The
+last line has the whole time, with loading, and no rate. TQDM_DISABLE=1 turns all of it off.
 """
 
 from __future__ import annotations
@@ -107,30 +107,28 @@ class Progress:
             now = self._clock()
             if now < self._due:
                 return
-            if not self._terminal:
-                self._due = now + _LOG_SECONDS
-                self._print(self._now())
-                return
-            self._due = now + _DRAW_SECONDS
+            self._due = now + (_DRAW_SECONDS if self._terminal else _LOG_SECONDS)
+            self._put(self._now())
+
+    def close(self) -> None:
+        """Print the last line, or leave it as the bar; remove that of something short."""
+        lasted = self._clock() - self._begun
+        if self._first is not None and (lasted > SHORT_SECONDS if self._terminal else self._lines):
+            self._bar.leave = True
+            ended = f"{self._counts()} in" if self._done else "no task was finished, stopped after"
+            self._put(f"{ended} {duration(lasted)}")
+        self._bar.close()
+
+    def _put(self, line: str) -> None:
+        if self._terminal:
             share = "{percentage:3.0f}%|{bar}| " if self._first and self._total else ""
             self._bar.bar_format = f"{self._name}: {share}{{desc}}"
             self._bar.n = min(self._done / self._total, 1.0) if self._total else 0
-            self._bar.set_description_str(self._now())
-
-    def close(self) -> None:
-        """Print the last line, or leave the bar as it is; remove that of something short."""
-        lasted = self._clock() - self._begun
-        if self._first is not None and self._terminal and lasted > SHORT_SECONDS:
-            self._bar.leave, self._due = True, self._begun
-            self.show()
-        elif self._first is not None and self._lines:
-            self._print(", ".join([f"{self._counts()} in {duration(lasted)}", *self._rate()[1:]]))
-        self._bar.close()
-
-    def _print(self, line: str) -> None:
-        self._lines += 1
-        sys.stderr.write(f"{self._name}: {line}\n")
-        sys.stderr.flush()
+            self._bar.set_description_str(line)
+        else:
+            self._lines += 1
+            sys.stderr.write(f"{self._name}: {line}\n")
+            sys.stderr.flush()
 
     def _now(self) -> str:
         if self._doing or self._first is None:

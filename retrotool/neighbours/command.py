@@ -41,7 +41,9 @@ def command(
     queries: Annotated[str | None, opt("Store of the query chunks.  [default: STORE]", metavar="STORE2")] = None,
     k: Annotated[int, opt("Neighbours per chunk that readers return by default.", "-k", metavar="K")] = K,
     saved: Annotated[int, opt("Neighbours per chunk to save, a reserve for later purges.", metavar="N")] = SAVED,
-    name: Annotated[str, opt("Name of the table, which is stored in the query store.", metavar="NAME")] = "main",
+    name: Annotated[
+        str | None, opt("Name of the table, which is stored in the query store.  [default: main]", metavar="NAME")
+    ] = None,
     index: IndexOption = None,
     database: Annotated[
         list[str] | None,
@@ -69,7 +71,8 @@ def command(
     A table has the neighbours of each chunk, nearest first, with squared L2 distances, padded with -1 and
     infinity. Documents of two stores are the same if their ids are. Purged chunks are never found, and are
     masked in existing tables. Run the command again after a purge to refill rows with fewer than K
-    neighbours, and after the database has grown: only new chunks are searched.
+    neighbours, and after the database has grown: only new chunks are searched. A run with another index
+    replaces a table only if --name names it.
 
     Near copies have half or more of a chunk's runs of 8 tokens. A small store without an index is searched
     exactly. --database makes a mixture: one table per database, merged on reading; it can also give STORE a
@@ -83,6 +86,7 @@ def command(
     """
     with output.errors(as_json):
         from retrotool.neighbours import run as neighbours_run
+        from retrotool.neighbours.edits import edit_neighbours
         from retrotool.neighbours.filters import FilterOptions
         from retrotool.neighbours.run import SearchOptions
 
@@ -91,7 +95,8 @@ def command(
             searching = (queries, index, database, exact, materialise, encoder, memory, shard)
             if any((*filtering, *searching)) or (k, saved) != (K, SAVED):
                 raise UsageError("--edit can't be combined with options other than --name")
-            done = neighbours_run.edit_neighbours(store, edit, name=name)
+            name = "main" if name is None else name
+            done = edit_neighbours(store, edit, name=name)
             now = f"{output.count(done.rows, 'row')} set, {output.count(done.bans, 'ban')} (commit {done.commit})"
             output.show(done, as_json, lambda _: f"Edits of {name!r}: {now}.")
             return
@@ -115,7 +120,8 @@ def command(
         for path in result.unaware:
             output.note(f"{path} is not writable, so it can't record this store: an erase there won't list it.")
         if result.queries and not (shard or result.next or result.in_other_runs or as_json):
-            output.note(f"Next: {command_line('inspect', queries or store, table=None if name == 'main' else name)}")
+            table = None if result.name == "main" else result.name
+            output.note(f"Next: {command_line('inspect', queries or store, table=table)}")
         if result.next:
             output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
 

@@ -11,12 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import orjson
 
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
@@ -27,7 +23,7 @@ from retrotool.encoder import find_devices
 from retrotool.engine.progress import Progress
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import default_index
-from retrotool.index.searching import NO_INDEX, Vectors, commands_to_index, pick_index
+from retrotool.index.searching import NO_INDEX, commands_to_index, pick_index
 from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders, database_of, members_of, table_record
@@ -35,8 +31,7 @@ from retrotool.neighbours.table_reader import check_same_tokens
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
-from retrotool.store.neighbour_tables import BANNED, ENTRY, EVERY, NO_NEIGHBOUR, commit_edits, read_edits
-from retrotool.store.parts import distinct_parts, format_id, parse_id, part_entry, split_id
+from retrotool.store.neighbour_tables import commit_edits, read_edits
 from retrotool.store.paths import check_name
 from retrotool.store.state import State
 from retrotool.store.store import Store, check_compatible, retry_overtaken
@@ -109,7 +104,7 @@ def neighbours(
     queries: str | Path | None = None,
     k: int = K,
     saved: int = SAVED,
-    name: str = "main",
+    name: str | None = None,
     index: str | None = None,
     search: SearchOptions | None = None,
     filters: FilterOptions | None = None,
@@ -118,9 +113,11 @@ def neighbours(
 ) -> NeighboursResult:
     """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: ``root`` itself).
 
-    ``databases``: more databases with their weights, which makes a mixture. ``materialise``: also store the
-    tokens of the first k neighbours; later runs update them.
+    ``name`` is by default main; only if it is given, a table of another index is replaced. ``databases``:
+    more databases with their weights, which makes a mixture. ``materialise``: also store the tokens of the
+    first k neighbours; later runs update them.
     """
+    may_replace, name = name is not None, "main" if name is None else name
     search, filters = search or SearchOptions(), filters or FilterOptions()
     if not 1 <= k <= saved:
         raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
@@ -147,6 +144,9 @@ def neighbours(
             search.encoder, search.memory, devices, search.shard, applied, text,
         ))  # fmt: skip
     _check(store, stages)
+    if not may_replace:
+        for stage in stages:
+            _check_same_index(store, name, stage, by_default=index is None and not search.exact)
     asked_for = bool(filters.as_record())
     if asked_for:
         check_some_left([stage.filters for stage in stages], store, opened)
@@ -188,6 +188,18 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
             "distances can't be compared",
             "Give indexes of one encoder with --index, or make separate tables with --name.",
         )
+
+
+def _check_same_index(store: Store, name: str, stage: NeighboursStage, *, by_default: bool) -> None:
+    """Refuse to replace a table by one of another index, but for the first index after an exact search."""
+    known = store.state.records.get(stage.key)
+    if known is None or known["index"] == stage.index or (by_default and known["index"] == NO_INDEX):
+        return
+    old, new = (f"the index {one!r}" if one else "exact search" for one in (known["index"], stage.index))
+    raise UsageError(
+        f"the neighbours {stage.table!r} are by {old}, this run is by {new}; nothing was changed",
+        f"Add --name {stage.index or 'exact'} to make a second table, or --name {name} to replace this one.",
+    )
 
 
 def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, wait: bool) -> DatabaseResult:
@@ -344,81 +356,3 @@ def _free_name(state: State, name: str, database: Store, taken: Sequence[str]) -
         if table not in taken and (record is None or record.get("database") == database.identity.uuid):
             return check_name(table, "--name")
         number += 1
-
-
-_EDITS, _UNCHANGED = {("neighbours", list), ("ban", list), ("reset", bool)}, "Nothing was changed."
-_LINES = 'Give a "chunk" (for all rows none) and one of "neighbours": ["0:3", ...], "ban": ["0:3", ...], "reset": true.'
-
-
-@dataclass(frozen=True, slots=True)
-class EditResult:
-    """Result of ``edit_neighbours``: the table now has ``rows`` that are set, and ``bans``."""
-
-    commit: int
-    rows: int
-    bans: int
-
-
-def edit_neighbours(root: str | Path, file: str | Path, *, name: str = "main") -> EditResult:
-    """Set and ban neighbours in a table of the store ``root``, by the JSON lines of ``file``, in order.
-
-    ``UsageError`` names the first line that can't be applied; nothing is changed then.
-    """
-    store = Store.open(root)
-    try:
-        lines = Path(file).read_bytes().splitlines()
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}", _UNCHANGED) from error
-    named = [(f"{file}, line {number:,}", line) for number, line in enumerate(lines, 1)]
-    with writing(store) as run:
-        retry_overtaken(lambda: _edit(store, run, name, named), store.renew)
-    (entry,) = store.state.group("edits", name).entries()
-    return EditResult(store.state.number, **(entry.about or {}))
-
-
-def _edit(store: Store, run: Run, table: str, lines: Sequence[tuple[str, bytes]]) -> None:
-    database, record = database_of(store, table)
-    within, encoder = bool(record["within"]), str(record["encoder"])
-    entries, since = read_edits(store, table).tolist(), dict[int, int]()  # since: a chunk's first entry that counts
-    purged = {place: read_tombstones(place) for place in (store, database)}
-    stored = {place: Vectors(place, encoder) for place in purged}
-    own = cache(lambda part: search_scope.own_documents(store, part, database, purged[database], within=within))
-
-    def vector(where: str, place: Store, one: int) -> Any:
-        (part, row), number = split_id(one), np.array([one])
-        entry = place.state.part_file("embeddings", part, encoder) if place.state.is_live(part) else None
-        is_live = entry is not None and row < entry.rows and not purged[place].contains(number).any()
-        if not (is_live and (found := stored[place](number)).any()):
-            raise UsageError(f"{where}: {place.place} has no live chunk {format_id(one)} with a vector", _UNCHANGED)
-        return found.astype(np.float64)
-
-    for where, text in lines:
-        try:
-            line = orjson.loads(text)
-            chunk: Any = parse_id(line.pop("chunk")) if "chunk" in line else EVERY
-            ((what, given),) = line.items()
-            ids: list[Any] = [] if given is True else [parse_id(one) for one in given]
-        except (ValueError, TypeError, AttributeError):
-            chunk, what, given, ids = None, "", (), []
-        if None in (chunk, *ids) or (what, type(given)) not in _EDITS or (what, chunk) == ("neighbours", EVERY):
-            raise UsageError(f"{where} is not an edit", _LINES)
-        theirs, distances = [vector(where, database, one) for one in ids], [BANNED] * len(ids)
-        if what != "ban":
-            since[chunk] = len(entries)
-        if what != "reset" and chunk != EVERY:
-            ours = vector(where, store, chunk)
-        if what == "neighbours":
-            part, row = split_id(chunk)
-            mine, near = own(part).take(np.array([row])), np.array(ids, np.int64)
-            is_mine = (mine.first <= near) & (near <= mine.last)
-            is_mine |= mine.repeats is not None and mine.repeats.documents(near) == mine.document
-            if is_mine.any() or len(set(ids)) < len(ids) or len(ids) > record["saved"]:
-                rule = f"at most {record['saved']:,} different neighbours, none in the chunk's own document"
-                raise UsageError(f"{where}: a chunk can have {rule}", _UNCHANGED)
-            distances = [float(((one - ours) ** 2).sum()) for one in theirs]
-            entries.append((chunk, NO_NEIGHBOUR, BANNED))
-        entries += [(chunk, one, distance) for one, distance in zip(ids, distances, strict=True)]
-    kept = dict.fromkeys(one for number, one in enumerate(entries) if number >= since.get(one[0], 0))
-    named = np.array([one for chunk, near, _ in kept for one in (chunk, near if within else EVERY)], np.int64)
-    reads = [part_entry(store, "chunks", part).path for part in distinct_parts(named[named != EVERY])]
-    commit_edits(store, run, table, np.array(sorted(kept, key=lambda one: one[0]), ENTRY), reads)

@@ -370,7 +370,7 @@ def test_in_a_log_there_is_a_line_at_the_start_one_a_minute_and_one_at_the_end(m
         "embed: 1.66M of 40.0M chunks, 31,000/s, 21 min left",
         "embed: 3.52M of 40.0M chunks, 31,000/s, 20 min left",
         "embed: 40.0M of 40.0M chunks, 30,000/s",
-        "embed: 40.0M of 40.0M chunks in 22 min, 30,000/s",
+        "embed: 40.0M of 40.0M chunks in 22 min",
     ]
 
 
@@ -397,7 +397,7 @@ def test_a_wait_is_reported_each_minute_until_work_goes_on(monkeypatch):
     progress.update(201)
     progress.close()
     waiting = "embed: 100 of 300 chunks, waiting for part 3, held by run 01234567"
-    assert file.getvalue().splitlines() == [waiting, waiting, "embed: 301 of 301 chunks in 2 min, 2/s"]
+    assert file.getvalue().splitlines() == [waiting, waiting, "embed: 301 of 301 chunks in 2 min"]
 
 
 def test_on_a_terminal_there_is_one_bar_from_the_start_whose_time_left_does_not_jump(monkeypatch):
@@ -419,7 +419,19 @@ def test_on_a_terminal_there_is_one_bar_from_the_start_whose_time_left_does_not_
             left.append(float(re.search(r"(\d+) (?:s|min) left", bar)[1]))
     assert all(abs(one - other) <= 2 + one / 4 for one, other in itertools.pairwise(left)), left
     progress.close()
-    assert "\n" in file.getvalue(), "it stays when it is done"
+    assert re.search(r"95%\|.*\| 190 of 200 chunks in \d+ s *\n", file.getvalue()), "it stays, as long as a log's line"
+
+
+@pytest.mark.parametrize("file", [Terminal(), io.StringIO()])
+def test_a_run_that_stops_before_a_task_is_finished_says_so(monkeypatch, file):
+    progress, clock = shown_by(monkeypatch, file, total=300)
+    clock.now += 3
+    progress.update(70)
+    progress.update(-70)  # the task was interrupted
+    clock.now += 9
+    progress.close()
+    last = re.split(r"[\r\n]", file.getvalue().strip())[-1].split("| ")[-1].removeprefix("embed: ")
+    assert last == "no task was finished, stopped after 12 s"
 
 
 def test_nothing_is_shown_where_it_is_turned_off(monkeypatch):

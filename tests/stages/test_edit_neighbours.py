@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cli, make_rows
+from conftest import Cli, make_rows, write_jsonl
 from dataset_help import check_items, chunk, two_stores
 from oracle import read_plain, saved_neighbours
 from restore_help import once_before
@@ -151,32 +151,39 @@ def test_edits_purges_undos_and_later_runs_in_any_order(store: Path, tiny_encode
 
 
 BAD = {
-    "[]": "is not an edit",
-    "{": "is not an edit",
-    '{"chunk": "0:5", "neighbour": ["0:9"]}': "is not an edit",
-    '{"chunk": 5, "ban": ["0:9"]}': "is not an edit",
-    '{"chunk": "0:x", "ban": ["0:9"]}': "is not an edit",
-    '{"neighbours": ["0:9"]}': "is not an edit",
-    '{"ban": "12"}': "is not an edit",
-    '{"chunk": "0:5", "reset": false}': "is not an edit",
-    '{"chunk": "0:5", "ban": ["0:9"], "reset": true}': "is not an edit",
-    '{"chunk": "0:999", "ban": ["0:9"]}': "store has no live chunk 0:999 with a vector",
-    '{"chunk": "0:5", "neighbours": ["7:0"]}': "store has no live chunk 7:0 with a vector",
-    '{"ban": ["0:16"]}': "store has no live chunk 0:16 with a vector",  # purged
-    '{"chunk": "0:16", "ban": ["0:5"]}': "store has no live chunk 0:16 with a vector",
-    '{"chunk": "FIRST", "neighbours": ["0:12", "NEXT"]}': "none in the chunk's own document",
-    '{"chunk": "0:5", "neighbours": ["0:12", "0:12"]}': "a chunk can have at most 8 different neighbours",
-    '{"chunk": "0:0", "neighbours": ["0:6","0:7","0:8","0:9","0:10","0:11","0:12","0:13","0:14"]}': "at most 8",
-}
+    "[]": 'is not an object with one of "neighbours", "ban" and "reset"',
+    "{": "is not JSON: unexpected end of data",
+    '{"chunk": "0:5", "neighbour": ["0:9"]}': "is not an object with one of",
+    '{"chunk": 5, "ban": ["0:9"]}': ": 5 is not a chunk's id in quotes",
+    '{"chunk": "0:x", "ban": ["0:9"]}': ': "0:x" is not a chunk',
+    '{"chunk": "0:5", "ban": ["0:9", null]}': ": null is not a chunk",
+    '{"neighbours": ["0:9"]}': 'has "neighbours", but no "chunk" that they belong to',
+    '{"ban": "12"}': ': "ban" is not a list of chunks',
+    '{"chunk": "0:5", "reset": false}': ': "reset" is not true',
+    '{"chunk": "0:5", "ban": ["0:9"], "reset": true}': "is not an object with one of",
+    '{"chunk": "0:999", "ban": ["0:9"]}': ": store has no chunk 0:999",
+    '{"chunk": "0:5", "neighbours": ["7:0"]}': ": store has no chunk 7:0",
+    '{"ban": ["0:16"]}': ": chunk 0:16 of store was purged",
+    '{"chunk": "0:16", "ban": ["0:5"]}': ": chunk 0:16 of store was purged",
+    '{"chunk": "FIRST", "neighbours": ["0:12", "NEXT"]}': ": NEXT is in the same document as FIRST",
+    '{"chunk": "0:5", "neighbours": ["0:12", "0:12"]}': ": a neighbour occurs twice",
+    '{"chunk": "0:0", "neighbours": ["0:6","0:7","0:8","0:9","0:10","0:11","0:12","0:13","0:14"]}':
+        ": 9 neighbours, the table has 8",
+    '{"chunk": "LATE", "ban": ["0:5"]}': ": chunk LATE of store has no vector of the encoder 'tiny'",
+}  # fmt: skip
 
 
-def test_a_line_that_can_not_be_applied_is_named_and_nothing_is_changed(store: Path) -> None:
+def test_a_line_that_can_not_be_applied_is_named_and_nothing_is_changed(store: Path, tiny_encoder: Path) -> None:
     reader = retrotool.open(store)
     first = next(i for i in range(10) if reader.chunk(i).document == reader.chunk(i + 1).document)
     purge(store, 16)
-    commit, file = api.info(store).commit, store.parent / "bad.jsonl"
+    added = api.chunk(store, [str(write_jsonl(store.parent / "late.jsonl", make_rows(1, first=90, words=60)))])
+    commit, file = added.commit, store.parent / "bad.jsonl"
+    names = {"FIRST": format_id(first), "NEXT": format_id(first + 1)}
+    names["LATE"] = format_id(int(retrotool.open(store).chunk_ids(len(api.info(store).parts) - 1)[0]))
     for line, why in BAD.items():
-        line = line.replace("FIRST", format_id(first)).replace("NEXT", format_id(first + 1))
+        for name, number in names.items():
+            line, why = line.replace(name, number), why.replace(name, number)
         file.write_text(f'{{"ban": ["0:7"]}}\n{line}\n')
         with pytest.raises(UsageError) as raised:
             api.edit_neighbours("store", file)
@@ -270,5 +277,8 @@ def test_story_on_the_command_line(store: Path, tiny_encoder: Path, cli: Cli) ->
     assert other.returncode == 2 and "the neighbours 'main' were edited, with distances by" in other.stderr
     wrong = cli("neighbours", "store", "--edit", "reset.jsonl", "--exact")
     assert (wrong.returncode, wrong.stderr) == (2, "error: --edit can't be combined with options other than --name\n")
+    Path("empty.jsonl").write_text("\n\n")
+    empty = cli("neighbours", "store", "--edit", "empty.jsonl")
+    assert (empty.returncode, empty.stderr.splitlines()[0]) == (2, "error: empty.jsonl is empty")
     missing = cli("neighbours", "store", "--edit", "nothing.jsonl")
     assert missing.returncode == 2 and "nothing.jsonl: No such file" in missing.stderr

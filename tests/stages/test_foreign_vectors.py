@@ -131,7 +131,7 @@ def test_later_chunks_are_given_by_files_of_these_or_of_all(store: Path, tmp_pat
     api.embed(store, encoder="model", vectors=tmp_path / "0.npy")
     parts = len(api.info(store).parts)
     add(store, 100)
-    with pytest.raises(UsageError, match=r"the files have \d+ vectors, but \d+ of \d+ chunks have none yet"):
+    with pytest.raises(UsageError, match=r"the files have \d+ vectors, .*of which \d+ have no vectors yet"):
         api.embed(store, encoder="model", vectors=tmp_path / "0.npy")
     np.save(tmp_path / "1.npy", vector_of(ids_of(store, parts)))
     api.embed(store, encoder="model", vectors=tmp_path / "1.npy")
@@ -145,23 +145,50 @@ def test_later_chunks_are_given_by_files_of_these_or_of_all(store: Path, tmp_pat
     check_stored(store)
 
 
-def test_a_run_that_failed_is_resumed_by_the_same_files_also_after_more_was_chunked(
-    store: Path, tmp_path: Path
+def test_a_run_that_was_killed_is_resumed_by_the_same_files_also_after_more_was_chunked(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vectors = vector_of(ids_of(store))
-    np.save(tmp_path / "bad.npy", np.where(np.arange(len(vectors))[:, None] == 20, np.nan, vectors))
-    with pytest.raises(UsageError, match=r"bad.npy: the vector of chunk \d:\d+ \(row 20\) has NaN"):
-        api.embed(store, encoder="model", vectors=tmp_path / "bad.npy")
+    np.save(tmp_path / "v.npy", vector_of(ids_of(store)))
+
+    def stop(worker: foreign_vectors.ForeignWorker, task: Any, *rest: Any) -> Any:
+        if task.inputs["part"] == 2:
+            raise KeyboardInterrupt
+        return begun(worker, task, *rest)
+
+    begun = foreign_vectors.ForeignWorker.__call__
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(foreign_vectors.ForeignWorker, "__call__", stop)
+        api.embed(store, encoder="model", vectors=tmp_path / "v.npy")
     done = api.info(store).encoders["model"]["parts"]
     assert 0 < done < len(api.info(store).parts)
     add(store, 100)
-    np.save(tmp_path / "good.npy", vectors)
-    made = api.embed(store, encoder="model", vectors=tmp_path / "good.npy")
+    made = api.embed(store, encoder="model", vectors=tmp_path / "v.npy")
     assert made.parts == len(api.info(store).parts) - done - 1
     left = ids_of(store, len(api.info(store).parts) - 1)
     as_parquet(tmp_path / "left.parquet", left)
     api.embed(store, encoder="model", vectors=tmp_path / "left.parquet")
     check_stored(store)
+
+
+def test_a_wrong_vector_in_the_last_part_leaves_the_store_as_it_was(store: Path, tmp_path: Path, cli: Cli) -> None:
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    np.save(tmp_path / "v.npy", put(vector_of(ids_of(store)), -1, np.nan))
+    failed = cli("embed", store, "--from", tmp_path / "v.npy", "--encoder", "model")
+    assert failed.returncode == 2
+    assert failed.stderr.endswith("Nothing was stored. Correct the files and run the same command again.\n")
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()} == before
+    np.save(tmp_path / "w.npy", np.ones((len(ids_of(store)), D + 1)))
+    assert cli("embed", store, "--from", tmp_path / "w.npy", "--encoder", "model").returncode == 0, "another dimension"
+
+
+def test_a_wrong_number_of_rows_is_refused_with_the_numbers_and_the_likely_reason(store: Path, tmp_path: Path) -> None:
+    rows, live = len(ids_of(store)), api.info(store).chunks
+    for n, reason in ((live, f"{live} chunks are live"), (rows - 1, "were added since"), (rows + 1, "another store")):
+        np.save(tmp_path / "v.npy", np.ones((n, D)))
+        with pytest.raises(UsageError) as raised:
+            api.embed(store, encoder="model", vectors=tmp_path / "v.npy")
+        assert f"have {n} vectors, but the store has {rows} chunks, purged ones included" in str(raised.value)
+        assert reason in raised.value.advice and f"one row for each of these {rows}, by part" in raised.value.advice
 
 
 def matrix(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path, np.ndarray], None]:
@@ -194,7 +221,7 @@ def pair(folder: Path, ids: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (matrix(lambda v: v[:-1]), r"the files have \d+ vectors, but \d+ of \d+ chunks have none"),
+        (matrix(lambda v: v[:-1]), r"the files have \d+ vectors, but the store has \d+ chunks"),
         (matrix(lambda v: v.astype(np.int8)), r"v.npy: int8 \[\d+, 12\], not float"),
         (matrix(lambda v: v[0]), r"v.npy: float64 \[12\], not float \[rows, dimension\]"),
         (matrix(lambda v: v.astype(object)), "v.npy: not a whole .npy file: Array can't be memory-mapped"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_encoder, make_rows, write_jsonl
+from conftest import Cli, make_encoder, make_rows, write_jsonl
 from oracle import brute_force, read_plain, saved_neighbours
 from stored import copy_store, move_store, stored_file
 
@@ -81,7 +81,7 @@ def test_tables_of_another_index_do_not_stay_under_the_name(tmp_path: Path, tiny
     chunk(store, tiny_encoder, make_rows(20, first=100))
     api.index(store, encoder="tiny")
     api.neighbours(store)
-    result = api.neighbours(store, index="second")
+    result = api.neighbours(store, name="main", index="second")
     assert result.not_embedded == result.not_indexed == len(retrotool.open(store).chunk_ids(1)) > 0
     reader = retrotool.open(store)
     place = int(reader.chunk_ids(0)[3])
@@ -104,7 +104,7 @@ def test_a_run_with_another_index_that_was_killed_leaves_nothing_mixed(store_cop
     with pytest.raises(UsageError, match="part 0 has no neighbours 'main' of the index 'main' yet"):
         reader.neighbours(int(reader.chunk_ids(0)[0]))
     assert reader.neighbours(int(reader.chunk_ids(1)[0])), "of the first run"
-    assert api.neighbours(store_copy, index="other").queries < api.info(store_copy).keys
+    assert api.neighbours(store_copy, name="main", index="other").queries < api.info(store_copy).keys
     reader.refresh()
     assert reader.neighbours(int(reader.chunk_ids(0)[0])) and reader.neighbours(int(reader.chunk_ids(1)[0]))
 
@@ -229,3 +229,21 @@ def test_nothing_is_read_to_find_that_nothing_is_to_be_done(store_copy: Path, mo
     assert api.neighbours(store_copy, name="later").queries == 0
     with pytest.raises(UsageError, match="reads a table"):
         api.neighbours(store_copy)
+
+
+def test_a_run_by_another_index_replaces_a_table_only_if_it_is_named(store_copy: Path, cli: Cli) -> None:
+    api.index(store_copy, name="other")
+    commit = api.info(store_copy).commit
+    for options, new in (
+        (("--index", "other"), "the index 'other'; nothing was changed\nAdd --name other"),
+        (("--exact",), "exact search; nothing was changed\nAdd --name exact"),
+    ):
+        refused = cli("neighbours", store_copy, *options)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: the neighbours 'main' are by the index 'main', this run is by " + new)
+        assert refused.stderr.endswith(" to make a second table, or --name main to replace this one.\n")
+    assert api.info(store_copy).commit == commit
+    assert cli("neighbours", store_copy, "--index", "other", "--name", "second").returncode == 0
+    assert cli("neighbours", store_copy, "--index", "other", "--name", "main").returncode == 0
+    assert cli("neighbours", store_copy).returncode == 2, "the default is not the index of the table, either"
+    assert {table["index"] for table in api.info(store_copy).neighbours.values()} == {"other"}
