@@ -106,8 +106,9 @@ def embed_text(store: str, result: EmbedResult) -> str:
             f"Least cosine with transformers in float32: {result.cosine:.5f}"
         )
     if result.seconds > _MIN_SECONDS_FOR_RATE:
+        chunks, tokens = result.chunks / result.seconds, result.tokens / result.seconds
         busy = f"forward {100 * result.busy:.0f} % of the time"
-        lines.append(f"{result.tokens / result.seconds:,.0f} tokens/s without loading; {busy}.")
+        lines.append(f"Without loading: {chunks:,.0f} chunks/s, {tokens:,.0f} tokens/s; {busy}.")
     if result.in_other_runs:
         are = "is" if result.in_other_runs == 1 else "are"
         lines.append(

@@ -84,10 +84,6 @@ class EmbedStage:
         """Return the bytes of a part's vectors."""
         return parts.part_entry(store, "chunks", int(task.inputs["part"])).rows * self.identity.dimension * 2
 
-    def of_worker(self, number: int) -> EmbedStage:
-        """Return the stage on the device of worker ``number``."""
-        return replace(self, devices=(self.devices[number % len(self.devices)],))
-
     def open(self, store: Store) -> Worker:
         """Load the encoder, if vectors are not given."""
         from retrotool.embed.foreign_vectors import ForeignWorker

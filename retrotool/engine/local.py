@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -21,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import OpenError, PerWorker, Stage, Task, Update, Worker, perform_reporting
+from retrotool.engine.task import OpenError, Stage, Task, Update, Worker, perform_reporting
 from retrotool.lazy import leave_pandas_out
 from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
@@ -48,7 +49,9 @@ def _open_worker(
     # Otherwise the libraries of each worker would start one thread per core.
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    own = stage.of_worker(number) if isinstance(stage, PerWorker) else stage
+    own: Any = stage
+    if devices := getattr(stage, "devices", ()):
+        own = dataclasses.replace(own, devices=(devices[number % len(devices)],))
     opened: Worker | Exception
     try:
         opened = own.open(Store.open(storage))

@@ -52,7 +52,7 @@ class Worker(Protocol):
 
 
 class Stage(Protocol):
-    """A kind of work."""
+    """A kind of work. Of its ``devices``, if it has some, each worker process gets one."""
 
     @property
     def name(self) -> str:
@@ -91,14 +91,6 @@ class Sized(Protocol):
 
     def size_of(self, store: Store, task: Task) -> int:
         """Return about how many bytes a task writes, rather too few than too many."""
-
-
-@runtime_checkable
-class PerWorker(Protocol):
-    """A stage that differs between worker processes, for example by device."""
-
-    def of_worker(self, number: int) -> Stage:
-        """Return the stage for worker ``number``, from 0."""
 
 
 def check_there(store: Store, paths: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ Examples:
   retrotool index store --name small --memory 500MB
   retrotool index store --name wide --factory IVF4,SQ8
   retrotool index store --tune --target-recall 0.9
-  retrotool index store --evaluate --sample 5000
+  retrotool index store --tune --sample 5000
   retrotool index store --retrain
   retrotool index store --shard 3/16
   retrotool index store --merge
@@ -70,9 +70,6 @@ def command(
     tune: Annotated[
         bool, opt("Measure again and choose the cheapest operating point that reaches the target.", "--tune")
     ] = False,
-    evaluate: Annotated[
-        bool, opt("Measure again at the current operating point; build nothing.", "--evaluate")
-    ] = False,
     retrain: Annotated[bool, opt("Train and build beside the current index, then switch.", "--retrain")] = False,
     merge: Annotated[bool, opt("Merge the small shards of parts added later.", "--merge")] = False,
     default: Annotated[bool, opt("Make it the default index.", "--default")] = False,
@@ -90,23 +87,16 @@ def command(
         from retrotool.ann.choice import IndexOptions
         from retrotool.index import run as index_run
 
-        other = {"tune": tune, "retrain": retrain, "merge": merge, "default": default}
-        building = {
-            "nlist": nlist, "code": code, "factory": factory, "shard_size": shard_size, "shard": shard,
-            "encoder": encoder,
-        }  # fmt: skip
         if drop:
-            _refuse("--drop", evaluate=evaluate, **other, target_recall=target_recall, memory=memory, **building)
+            _refuse_with_drop(
+                tune=tune, retrain=retrain, merge=merge, default=default, target_recall=target_recall, memory=memory,
+                nlist=nlist, code=code, factory=factory, shard_size=shard_size, shard=shard, encoder=encoder,
+            )  # fmt: skip
             if name is None:
                 raise UsageError("--drop needs the name of the index", "Give it with --name.")
             output.show(index_run.drop(store, name=name), as_json, _dropped)
             return
         size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
-        if evaluate:
-            _refuse("--evaluate", **other, target_recall=target_recall, **building)
-            found = index_run.evaluate(store, name=name, sample=sample, devices=devices, memory=size)
-            output.show(found, as_json, index_text)
-            return
         wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
         options = index_run.Options(
             wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default, not no_wait
@@ -120,10 +110,10 @@ def command(
             output.note("\n".join(f"  {command}" for command in result.next))
 
 
-def _refuse(option: str, **others: object) -> None:
-    given = [f"--{name.replace('_', '-')}" for name, on in others.items() if on not in (None, False)]
-    if given:
-        raise UsageError(f"{option} and {given[0]} can't be combined", "Give only one of them.")
+def _refuse_with_drop(**others: object) -> None:
+    for name, on in others.items():
+        if on not in (None, False):
+            raise UsageError(f"--drop and --{name.replace('_', '-')} can't be combined", "Give only one of them.")
 
 
 def _dropped(result: Dropped) -> str:

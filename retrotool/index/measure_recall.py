@@ -19,7 +19,7 @@ from retrotool.errors import ConflictError
 from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import RECALL, IndexFiles, IndexRecord, ShardRecord, TrainingRecord, index_key
 from retrotool.index.recall import Measurement, Searched, find_truth, measure_recall
-from retrotool.index.searching import Point, Vectors, room_in
+from retrotool.index.searching import Vectors, room_in
 from retrotool.index.stage import superseded
 from retrotool.machine import give_memory_back
 from retrotool.store.leases import Run
@@ -45,25 +45,23 @@ def measure_until_committed(
     target: float,
     *,
     sample: int,
-    keep: bool = False,
     device: str = "cpu",
     memory: int | None = None,
 ) -> None:
     """Measure a generation of an index and commit its record, which makes it the current one.
 
-    Retries if another process interferes. ``keep``: measure at the recorded point. ``memory`` is in bytes.
+    Retries if another process interferes. ``memory`` is in bytes.
     """
 
     def attempt() -> None:
         files = IndexFiles(store.state, name, generation)
-        training, before = files.training, files.record
+        training = files.training
         if training is None:
             raise superseded(name)
         _, trained = read_trained(store, name, generation)
         encoder, numbers = training.encoder, files.parts
         room = room_in(training.asked.memory if memory is None else memory)
         opened = list(read_shards(store, name, trained, generation=generation))
-        at = Point(before.nprobe, before.depth) if keep and before is not None else None
         with counting("exact search", "part", len(numbers)) as report:
             truth = find_truth(store, encoder, numbers, report, sample=sample, device=device, room=room)
         give_memory_back()
@@ -73,7 +71,7 @@ def measure_until_committed(
             trained_on = np.isin(part_of(truth.ids), seen)
             new_or_not = np.where(trained_on, "trained on", "added since").astype(object)
             groups = {"source": truth.sources, "part": new_or_not}
-            found = measure_recall(truth, index, target, at=at, groups=groups, report=report, device=device, room=room)
+            found = measure_recall(truth, index, target, groups=groups, report=report, device=device, room=room)
         record = asdict(_record(files, training, found, target))
         path = FileName.new(run.id, "index", RECALL, "json", name)
         file = write_json_file(store, path, {**record, **asdict(found)}, len(found.curve))

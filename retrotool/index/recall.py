@@ -30,7 +30,7 @@ from retrotool.ann.trained import Trained
 from retrotool.embed import search_scope
 from retrotool.engine.task import Report
 from retrotool.index.index_records import RECALL_SAMPLE
-from retrotool.index.searching import TUNED_K, Point, Vectors, are_among, nearest_of, rows_in
+from retrotool.index.searching import TUNED_K, Vectors, are_among, nearest_of, rows_in
 from retrotool.machine import give_memory_back
 from retrotool.store import parts
 from retrotool.store.parts import chunk_ids, rows_by_part
@@ -91,17 +91,14 @@ def measure_recall(
     database: Searched,
     target: float,
     *,
-    at: Point | None = None,
     groups: Mapping[str, npt.NDArray[np.object_]] | None = None,
     report: Callable[[int], object] = lambda _: None,
     device: str = "cpu",
     room: int = ROOM,
 ) -> Measurement:
-    """Measure the curve up to well above ``target``, or only the point ``at``; report each ``nprobe``."""
+    """Measure the curve up to well above ``target``; report each ``nprobe``."""
     whole = isinstance(database.trained.codec, Whole)
     depths, last = (DEPTH + SPARE,) if whole else DEPTHS, max(database.trained.nlist, 1)
-    if at is not None:
-        depths, last = tuple(sorted({*depths, at.depth})), at.nprobe
     grid = [*sorted(n for i in range(31) for n in (1 << i, 3 << i) if n < last), last]
     search = _Curve(truth, database, depths, device, room)
     curve: list[Recall] = []
@@ -111,16 +108,13 @@ def measure_recall(
         report(1)
         # Continue past the target: more lists with fewer candidates may be cheaper.
         reached += curve[-1].recall_at_10 - curve[-1].error >= target
-        if at is None and reached > (0 if whole else _BEYOND):
+        if reached > (0 if whole else _BEYOND):
             break
     if truth.share < 1:
         search.thorough(curve[-1].nprobe, _budget_on(device))
         curve = [search.recall(p.nprobe, p.depth) for p in curve]
-    if at is not None:
-        chosen = next(p for p in curve if p.nprobe == at.nprobe and (whole or p.depth == at.depth))
-    else:
-        good = [p for p in curve if p.recall_at_10 - p.error >= target]
-        chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
+    good = [p for p in curve if p.recall_at_10 - p.error >= target]
+    chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
     holds = chosen.recall_at_10 - chosen.error >= target or not len(truth)
     by_query = search.hits(chosen.nprobe, chosen.depth, TUNED_K)
     by_group = {kind: _by_group(by_query, labels, search.sampled) for kind, labels in (groups or {}).items()}

@@ -1,4 +1,4 @@
-"""Run ``index``: build what is new and measure it; retrain, merge, evaluate or drop an index."""
+"""Run ``index``: build what is new and measure it; retrain, merge or drop an index."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from retrotool.index.index_records import (
 )
 from retrotool.index.measure_recall import Drift, drift, measure_until_committed
 from retrotool.index.recall import Recall
-from retrotool.index.searching import commands_to_index, pick_index
+from retrotool.index.searching import commands_to_index
 from retrotool.index.stage import IndexStage, choose_for, superseded
 from retrotool.ranges import consecutive_ranges
 from retrotool.store import parts
@@ -136,27 +136,6 @@ def index(
         if options.default and store.refresh().records.get(DEFAULT) != name and index_record(store.state, name):
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
     return retry_overtaken(lambda: describe(store, name, before=before, elsewhere=elsewhere))
-
-
-def evaluate(
-    root: str | Path,
-    *,
-    name: str | None = None,
-    sample: int = RECALL_SAMPLE,
-    devices: str = "auto",
-    memory: int | None = None,
-) -> IndexResult:
-    """Measure the recall of an index with ``sample`` random chunks at its operating point; build nothing."""
-    store = Store.open(root)
-    name = pick_index(store, name)
-    record = index_record(store.state, name)
-    assert record is not None, "pick_index found it"
-    with writing(store) as run:
-        generation, device = IndexFiles(store.state, name).generation, find_devices(devices)[0]
-        measure_until_committed(
-            store, run, name, generation, record.target, sample=sample, keep=True, device=device, memory=memory
-        )
-    return retry_overtaken(lambda: describe(store, name))
 
 
 def drop(root: str | Path, *, name: str) -> Dropped:

@@ -66,10 +66,6 @@ class IndexStage:
     name: str = field(default="index", init=False)
     unit: str = field(default="chunk", init=False)
 
-    def of_worker(self, number: int) -> IndexStage:
-        """Return the stage for a worker process, with its own device."""
-        return replace(self, devices=(self.devices[number % len(self.devices)],))
-
     def files(self, state: State) -> IndexFiles:
         """Return the files of the generation being built."""
         return IndexFiles(state, self.index, self.generation)

@@ -76,10 +76,6 @@ class NeighboursStage:
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
-    def of_worker(self, number: int) -> NeighboursStage:
-        """Return the stage of a worker process, with its own device."""
-        return replace(self, devices=(self.devices[number % len(self.devices)],))
-
     def open_database(self, queries: Store) -> AnyDatabase:
         """Open the newest commit of the database, restricted to the sources that the filters allow."""
         store, allows = Store.open(self.database), self.filters.allows(queries)

@@ -79,7 +79,7 @@ def commands() -> Iterator[list[str]]:
         ["documents", "STORE", "--limit", "0"], ["documents", "STORE", "--where", "kept = '\x1b'"],
         ["show", "STORE", f"3 {PAYLOADS[3]}"], ["show", "STORE", "0:1"], ["show", "STORE", "\x1b\u202e"],
         ["inspect", "STORE", "--random", "60"], ["leakage", "STORE", "--queries", "STORE"],
-        ["index", "STORE", "--evaluate"], ["chunk", "STORE", "FILE", "--dry-run"], ["chunk", "STORE2", "FILE"],
+        ["index", "STORE", "--tune"], ["chunk", "STORE", "FILE", "--dry-run"], ["chunk", "STORE2", "FILE"],
         ["embed", "STORE"], ["neighbours", "STORE"], ["export", "STORE", "OUT"], ["affected", "STORE"],
         ["purge", "STORE", "--pattern", "words that", "--dry-run"],
         ["purge", "STORE", "--like", SHARED, "--within", "1e6", "--dry-run"],

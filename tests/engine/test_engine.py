@@ -151,14 +151,11 @@ class NoStage(TouchStage):
     """One of whose workers can't be opened."""
 
     broken: int = 0
-    number: int = -1
-
-    def of_worker(self, number: int) -> NoStage:
-        return replace(self, number=number)
+    devices: tuple[int, ...] = (0, 1)
 
     def open(self, store: Store) -> TouchWorker:
-        (Path(self.marks) / f"open-{self.number}-{os.getpid()}").touch()
-        if self.number == self.broken:
+        (Path(self.marks) / f"open-{self.devices[0]}-{os.getpid()}").touch()
+        if self.devices[0] == self.broken:
             raise UsageError("no such device", "name another")
         return super().open(store)
 

@@ -17,7 +17,6 @@ from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.ann.excluded import Queries
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index import run as index_run
 from retrotool.index.run import Options
 from retrotool.index.searching import Database, Point
 from retrotool.repair import run as repair_run
@@ -187,7 +186,7 @@ def test_nothing_is_said_of_recall_where_there_is_nothing_to_find(tmp_path: Path
     assert reported.returncode == 0 and "Recall was not measured" in reported.stdout
 
 
-def test_a_copy_of_a_store_is_evaluated_where_it_lies(lists: Path, tmp_path: Path) -> None:
+def test_a_copy_of_a_store_is_measured_where_it_lies(lists: Path, tmp_path: Path) -> None:
     moved = copy_store(lists, tmp_path / "a place, with spaces")
-    found = index_run.evaluate(moved, name="lists", memory=20_000_000)
+    found = api.index(moved, name="lists", options=Options(IndexOptions(memory=20_000_000), tune=True))
     assert found.queries == int(np.prod(read_plain(moved).ids.shape))

@@ -60,10 +60,9 @@ def check(store: Path, name: str) -> None:
         [("index", *LISTS), ("index", "--name", "lists", "--drop")],
         [("index", "--name", "lists", "--retrain"), ("index", *LISTS)],
         [("index", *LISTS), ("purge", "--where", "id = 'doc-3' OR id = 'doc-210'", "--reason", "test", "--erase")],
-        [("index", "--name", "lists", "--merge"), ("index", "--name", "lists", "--evaluate")],
         [("index", "--name", "lists", "--merge"), ("index", "--name", "lists", "--tune")],
     ],
-    ids=["shards", "new", "drop", "retrain", "erase", "evaluate", "tune"],
+    ids=["shards", "new", "drop", "retrain", "erase", "tune"],
 )  # fmt: skip
 def test_two_processes_at_one_index(embedded: Path, tmp_path: Path, calls: list[tuple[object, ...]]) -> None:
     store = copy_store(embedded, tmp_path / "store")

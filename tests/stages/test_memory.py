@@ -80,7 +80,7 @@ def test_memory_stays_under_what_was_asked_however_large_the_store(stores: dict[
     built, building = run("index", stores[LARGE], *asked)
     assert built["vectors"] == LARGE and built["nlist"] > 1 and built["target_met"]
     assert building - program <= ASKED
-    again, evaluating = run("index", stores[LARGE], "--evaluate", "--sample", 2000)
+    again, evaluating = run("index", stores[LARGE], "--tune", "--sample", 2000)
     assert evaluating - program <= ASKED, "what it was trained in counts from then on"
     assert abs(again["recall_at_10"] - built["recall_at_10"]) <= built["recall_error"] + again["recall_error"]
     merged, merging = run("index", stores[LARGE], "--merge")
