@@ -214,8 +214,9 @@ def test_what_was_asked_for_is_kept_until_something_else_is(built_copy: Path) ->
 @pytest.mark.parametrize(
     "given",
     [
-        ("--drop", "--name", "main", "--memory", "1GB"), ("--drop", "--name", "main", "--tune"), ("--drop", "--nlist", "4"),
-        ("--drop", "--target-recall", "0.9"), ("--drop", "--shard", "0/2"), ("--retrain", "--merge"), ("--retrain", "--shard", "0/2"),
+        ("--drop", "--name", "main", "--memory", "1GB"), ("--drop", "--name", "main", "--tune"),
+        ("--drop", "--nlist", "4"), ("--drop", "--target-recall", "0.9"), ("--drop", "--shard", "0/2"),
+        ("--retrain", "--merge"), ("--retrain", "--shard", "0/2"),
     ],
 )  # fmt: skip
 def test_options_that_would_be_ignored_are_refused(
