@@ -26,9 +26,8 @@ from safetensors.torch import load_file
 
 from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import is_lost, is_out_of_memory
-from retrotool.encoder.encoder_identity import EncoderIdentity, read_config
+from retrotool.encoder.encoder_identity import EncoderIdentity, read_config, read_modules
 from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
-from retrotool.encoder.sentence_modules import read_modules
 from retrotool.errors import UsageError
 from retrotool.machine import cores
 

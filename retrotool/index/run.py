@@ -24,8 +24,7 @@ from retrotool.index.index_records import (
     index_key,
     index_record,
 )
-from retrotool.index.measure_recall import Drift, drift, measure_until_committed
-from retrotool.index.recall import Recall
+from retrotool.index.recall import Drift, Recall, drift, measure_until_committed
 from retrotool.index.searching import commands_to_index
 from retrotool.index.stage import IndexStage, choose_for, superseded
 from retrotool.ranges import consecutive_ranges

@@ -26,7 +26,7 @@ from retrotool.encoder import find_devices, find_encoder
 from retrotool.errors import AbortError, CorruptError, RetrotoolError, StorageError, UsageError
 from retrotool.index.index_files import write_index
 from retrotool.index.index_records import RECALL, RECALL_SAMPLE, SHARD, IndexFiles
-from retrotool.index.measure_recall import measure_until_committed
+from retrotool.index.recall import measure_until_committed
 from retrotool.index.run import Options, index
 from retrotool.index.stage import IndexStage
 from retrotool.index.training import train

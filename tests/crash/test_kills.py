@@ -34,7 +34,6 @@ from retrotool.ann.choice import IndexOptions
 from retrotool.chunk import hash_partitions
 from retrotool.chunk import run as chunk_run
 from retrotool.chunk.deduplicate import finish_plans
-from retrotool.embed import pieces
 from retrotool.embed import stage as embed_stage
 from retrotool.errors import UsageError
 from retrotool.index import run as index_run
@@ -226,7 +225,7 @@ def embed_in_pieces(store: Path, encoder: Path) -> None:
     """Every block of four rows is staged as a piece of its part."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embed_stage, "_BLOCK_ROWS", (4, 4))
-        patch.setattr(pieces, "PIECE_SECONDS", 0.0)
+        patch.setattr(embed_stage, "PIECE_SECONDS", 0.0)
         api.embed(store, encoder=str(encoder), devices="cpu")
 
 

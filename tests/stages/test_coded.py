@@ -517,7 +517,7 @@ def test_recall_from_a_sample_of_the_store_is_about_that_of_all(
             patch.setattr(recall, "BUDGET", 5_000_000)
             return find_truth(*arguments, **options)
 
-    monkeypatch.setattr("retrotool.index.measure_recall.find_truth", of_a_sample)
+    monkeypatch.setattr("retrotool.index.recall.find_truth", of_a_sample)
     sampled = api.index(built_copy, options=Options(tune=True, sample=1000))
     assert 0.3 < sampled.share < 0.5 and whole.share == 1
     (same,) = (p for p in sampled.curve if (p.nprobe, p.depth) == (whole.nprobe, whole.depth))

@@ -13,7 +13,6 @@ from stored import copy_store, stored_files
 
 import retrotool
 from retrotool import api
-from retrotool.embed import pieces
 from retrotool.embed import stage as embed_stage
 from retrotool.store import parts, staging
 from retrotool.store.storage import storage_at
@@ -24,9 +23,9 @@ AFTER, ROWS = 6, 62
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
 STOP = """
 import os
-from retrotool.embed import pieces, stage
+from retrotool.embed import stage
 from retrotool.store import staging
-stage._BLOCK_ROWS, pieces.PIECE_SECONDS = (16, 16), 0.0
+stage._BLOCK_ROWS, stage.PIECE_SECONDS = (16, 16), 0.0
 publish, published = staging.stage, []
 def stage_and_stop(storage, task):
     done = publish(storage, task)
@@ -134,7 +133,7 @@ def test_a_piece_is_staged_each_minute(
         return now[0]
 
     monkeypatch.setattr(staging, "stage", note)
-    monkeypatch.setattr(pieces.time, "monotonic", clock)
+    monkeypatch.setattr(embed_stage.time, "monotonic", clock)
     api.embed(chunked, encoder=str(tiny_encoder))
     assert staged[:2] == [(0, 13), (14, 61)], "three blocks each, by this clock"
     assert not stored_files(chunked, "staging/*")

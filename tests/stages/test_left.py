@@ -16,7 +16,7 @@ import retrotool
 from retrotool import api
 from retrotool import app as command_line
 from retrotool.errors import CorruptError, UsageError
-from retrotool.index import measure_recall
+from retrotool.index import recall
 from retrotool.store.store import Store
 
 
@@ -108,14 +108,14 @@ def test_an_erase_while_the_recall_is_measured_is_no_error(
     store = tmp_path / "store"
     api.chunk(store, [str(corpus)], tokenizer=str(tiny_encoder), part_size=100)
     api.embed(store, encoder=str(tiny_encoder))
-    measure, beside = measure_recall.find_truth, ["doc-9", "doc-70"]
+    measure, beside = recall.find_truth, ["doc-9", "doc-70"]
 
     def erasing(*arguments: object, **options: object) -> object:
         if beside:
             purge(store, beside.pop(), erase=True)
         return measure(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(measure_recall, "find_truth", erasing)
+    monkeypatch.setattr(recall, "find_truth", erasing)
     result = api.index(store)
     assert not beside
     assert (result.vectors, result.recall_at_10) == (api.info(store).chunks, 1.0)
