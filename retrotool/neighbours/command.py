@@ -28,7 +28,7 @@ EPILOG = """\b
 Examples:
   retrotool neighbours store
   retrotool neighbours database --queries training --name wiki -k 2 --saved 20
-  retrotool neighbours store --exact
+  retrotool neighbours store --exact --name exact
   retrotool neighbours store --name apart --max-overlap 0.5 --exclude-near-copies --exclude-source a
   retrotool neighbours database --queries training --name mixed --database database=1 --database training=2 --exact
   retrotool neighbours store --materialise

@@ -62,8 +62,6 @@ GPUS_A_HOST = 8
 TOKENS_A_DOCUMENT = 700
 _CENTROIDS = 256
 _HOUR = 3600.0
-_MOST_TOKENS = 10**14
-_MOST_BYTES = 10**15
 _MOST = 10**9
 WIDE = 768  # encoders with fewer dimensions have a separate rate: small matrices don't keep a device busy
 _EPYC = "an EPYC with AVX-512 BF16"
@@ -83,7 +81,7 @@ class Rate:
     source: str
 
 
-TABLE = (
+_RATES = (
     Rate("chunk", 21.5e6, "B/s", "core", f"{_EPYC}: text from files to Parquet"),
     Rate("embed", 3.6e14, "FLOP/s", "GPU", "an H100: 31,600 full chunks of BERT-base"),
     Rate("embed", 2.0e11, "FLOP/s", "core", _EPYC),
@@ -97,6 +95,7 @@ TABLE = (
     Rate("read", 2.0e9, "B/s", "host", _SSD),
     Rate("write", 1.0e9, "B/s", "host", _SSD),
 )
+TABLE = {(rate.stage, rate.per): rate for rate in _RATES}
 STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write")  # whose rate the caller can give
 
 
@@ -233,11 +232,11 @@ class _Work:
     def __post_init__(self) -> None:
         machines = self.machines
         for option, value, least, most in (
-            ("--tokens", self.tokens, 1, _MOST_TOKENS),
+            ("--tokens", self.tokens, 1, 10**14),
             ("--gpus", machines.gpus, 0, _MOST),
             ("--hosts", machines.hosts, 1, _MOST),
             ("--cores", machines.cores, 1, _MOST),
-            ("--memory-per-host", machines.memory, 1, _MOST_BYTES),
+            ("--memory-per-host", machines.memory, 1, 10**15),
             ("--tokens-per-document", self.tokens_per_document, 1, _MOST),
             ("--neighbours", self.saved, 1, 1000),
         ):
@@ -251,16 +250,13 @@ class _Work:
                 raise UsageError(f"--rate {stage}={rate:g} is not above 0 and at most {_MOST_RATE:g}")
         if not 0 < self.target_recall <= 1:
             raise UsageError(f"--target-recall {self.target_recall} is not above 0 and at most 1")
-        self.documents = -(-self.tokens // self.tokens_per_document)
-        m = self.chunk_length
-        half_full = -(-(2 * self.tokens + self.documents * (m - 1)) // (2 * m))
-        self.n = max(self.documents, half_full)
+        self.documents, m = -(-self.tokens // self.tokens_per_document), self.chunk_length
+        self.n = max(self.documents, -(-(2 * self.tokens + self.documents * (m - 1)) // (2 * m)))
         self.parts = -(-self.n // PART_SIZE)
         choice = self._choice = choose_index(self.n, self.encoder.hidden, IndexOptions(target=self.target_recall))
         self._shards = -(-self.n // default_shard_rows(choice, None))
         self._sample = sample_size(self.n, choice, None) if choice.nlist else 0
-        lists = LIST_BYTES * choice.nlist * self._shards
-        self._index_bytes = self.n * choice.bytes_per_vector + choice.trained_bytes + lists
+        of_lists = LIST_BYTES * choice.nlist * self._shards
         n, vector, saved = self.n, 2 * choice.d, NEIGHBOUR_BYTES * self.saved
         tokens = TOKEN_HUNDREDTHS * self.tokens // 100
         of_chunks = f"{ROW_BYTES} bytes per chunk and {TOKEN_HUNDREDTHS / 100} per token"
@@ -269,22 +265,21 @@ class _Work:
             Files("documents", DOCUMENT_BYTES * self.documents, f"{DOCUMENT_BYTES} bytes per document"),
             Files("chunks", ROW_BYTES * n + tokens, of_chunks),
             Files("embeddings", vector * n, f"{vector:,} bytes per chunk"),
-            Files("index", self._index_bytes, of_index),
+            Files("index", n * choice.bytes_per_vector + choice.trained_bytes + of_lists, of_index),
             Files("neighbours", saved * n, f"{saved:,} bytes per chunk, {self.saved} saved"),
         )
         self._bytes = {one.kind: one.bytes for one in self.files}
         self._device = "GPU" if self.machines.gpus else "core"
 
     def index(self) -> IndexPlan:
-        choice = self._choice
-        return IndexPlan(
-            **asdict(choice.shape()),
-            sample=self._sample,
-            sample_bytes=2 * choice.d * self._sample,
-            shards=self._shards,
-            memory=self._index_bytes,
-            hosts=-(-self._index_bytes // self.machines.memory),
-        )
+        choice, sample, memory = self._choice, self._sample, self._bytes["index"]
+        sizes: dict[str, Any] = {
+            "sample": sample,
+            "sample_bytes": 2 * choice.d * sample,
+            "shards": self._shards,
+            "memory": memory,
+        }
+        return IndexPlan(**asdict(choice.shape()), **sizes, hosts=-(-memory // self.machines.memory))
 
     def chunk(self) -> StagePlan:
         machines = self.machines
@@ -295,7 +290,7 @@ class _Work:
 
     def embed(self) -> StagePlan:
         length, encoder = self.tokens / self.n + SPECIAL_TOKENS, self.encoder
-        known = _of_table("embed" if encoder.hidden >= WIDE else "embed narrow", self._device)
+        known = TABLE["embed" if encoder.hidden >= WIDE else "embed narrow", self._device]
         chunks = known.value / (length * encoder.flops_per_token(length))
         seconds = self.n / self._use(Rate("embed", chunks, "chunks/s", self._device, known.source))
         feed = self.n / self._rate("feed", "core") if self.machines.gpus else 0.0
@@ -324,7 +319,7 @@ class _Work:
         return self._spread("neighbours", self._products("neighbours", flops), read, self._bytes["neighbours"])
 
     def _rate(self, stage: str, per: str) -> float:
-        return self._use(_of_table(stage, per))
+        return self._use(TABLE[stage, per])
 
     def _use(self, rate: Rate) -> float:
         given = self.given.get(rate.stage)
@@ -377,40 +372,27 @@ class _Work:
         return tuple(found)
 
 
-def _of_table(stage: str, per: str) -> Rate:
-    return next(rate for rate in TABLE if (rate.stage, rate.per) == (stage, per))
-
-
-_KNOWN = {"minilm": (6, 384), "bert-base": (12, 768), "bert-large": (24, 1024)}
-_FIELDS = {
-    "layers": ("num_hidden_layers", "n_layers"),
-    "hidden": ("hidden_size", "dim"),
-    "intermediate": ("intermediate_size", "hidden_dim"),
-}
+_KNOWN = {"minilm": "6x384", "bert-base": "12x768", "bert-large": "24x1024"}
+_FIELDS = (("num_hidden_layers", "n_layers"), ("hidden_size", "dim"), ("intermediate_size", "hidden_dim"))
 
 
 def find_shape(spec: str) -> EncoderShape:
     """Return the sizes of an encoder: a known name, LAYERSxHIDDEN, or a model directory."""
     path = Path(spec).expanduser()
-    if spec in _KNOWN:
-        layers, hidden = _KNOWN[spec]
-    elif sizes := re.fullmatch(r"(\d{1,4})x(\d{1,4})", spec):
-        layers, hidden = int(sizes[1]), int(sizes[2])
-    elif path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory with one.")
-        config = read_config(path)
-        sizes_of = {size: _size(file, config, names) for size, names in _FIELDS.items()}
-        return EncoderShape(path.absolute().name, **sizes_of)
-    else:
+    if sizes := re.fullmatch(r"(\d{1,4})x(\d{1,4})", _KNOWN.get(spec, spec)):
+        layers, hidden = map(int, sizes.groups())
+        if not layers or not hidden:
+            raise UsageError(f"encoder {spec!r}: layers and dimensions must not be 0")
+        return EncoderShape(spec, layers, hidden, 4 * hidden)
+    if not path.is_dir():
         raise UsageError(
             f"encoder {spec!r} is not a known name, and not a directory",
             f"Give {', '.join(_KNOWN)}, a model directory, or layers and hidden dimensions, such as 12x768.",
         )
-    if not layers or not hidden:
-        raise UsageError(f"encoder {spec!r}: layers and dimensions must not be 0")
-    return EncoderShape(spec, layers, hidden, 4 * hidden)
+    file = path / "config.json"
+    if not file.is_file():
+        raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory with one.")
+    return EncoderShape(path.absolute().name, *(_size(file, read_config(path), names) for names in _FIELDS))
 
 
 def _size(file: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:
