@@ -22,8 +22,7 @@ from machine import describe
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.embed.search_scope import own_documents, read_part_vectors, searchable_rows
-from retrotool.index.searching import AnyDatabase, Database, ExactDatabase
-from retrotool.index.source_filter import source_names
+from retrotool.index.searching import AnyDatabase, Database, ExactDatabase, source_names
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.store.store import Store
 

@@ -122,7 +122,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     from retrotool.ann import lists
     from retrotool.ann.codes import Whole
     from retrotool.ann.kmeans import assign, kmeans
-    from retrotool.ann.trained import Trained, to_faiss
+    from retrotool.ann.lists import Trained, to_faiss
 
     vectors, _, _ = export(arguments.store, arguments.encoder, folder, 0)
     if arguments.vectors > len(vectors):

@@ -28,8 +28,7 @@ from retrotool.embed.search_scope import live_rows, pick_encoder, read_part_vect
 from retrotool.embed.store_encoder import load_encoder
 from retrotool.encoder import Encoder, Rows
 from retrotool.errors import UsageError
-from retrotool.index.searching import AnyDatabase, Database, ExactDatabase, Point
-from retrotool.index.source_filter import AllowedChunks
+from retrotool.index.searching import AllowedChunks, AnyDatabase, Database, ExactDatabase, Point
 from retrotool.neighbours.stage import members_of, pick_table
 from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.store import parts

@@ -20,10 +20,9 @@ import numpy.typing as npt
 
 from retrotool.ann.excluded import Excluded, Ids, Mask, Queries
 from retrotool.ann.kmeans import assign
-from retrotool.ann.lists import JoinedLists, Lists
+from retrotool.ann.lists import Floats, JoinedLists, Lists, Trained
 from retrotool.ann.matmul import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
 from retrotool.ann.ranking import Fetch, Heaps, Nearest, largest
-from retrotool.ann.trained import Floats, Trained
 from retrotool.lazy import torch
 
 ROOM = 1 << 27  # bytes for distances and decoded vectors; more does not help

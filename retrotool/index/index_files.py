@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from retrotool.ann import lists
-from retrotool.ann.lists import InvertedLists
-from retrotool.ann.trained import Trained
+from retrotool.ann.lists import InvertedLists, Trained
 from retrotool.errors import CorruptError, StorageError
 from retrotool.index.index_records import IndexFiles
 from retrotool.store.log import FileEntry

@@ -27,10 +27,9 @@ import pyarrow as pa
 from retrotool.ann.choice import parse_factory
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Ids, Queries
-from retrotool.ann.lists import InvertedLists, OneList
+from retrotool.ann.lists import InvertedLists, OneList, Trained
 from retrotool.ann.ranking import Best, exact_distances
 from retrotool.ann.search import ROOM, SPARE, Search
-from retrotool.ann.trained import Trained
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.embed import search_scope
 from retrotool.engine.progress import counting

@@ -27,8 +27,7 @@ from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.errors import UsageError
-from retrotool.index.searching import AnyDatabase, rows_in
-from retrotool.index.source_filter import find_sources, source_names
+from retrotool.index.searching import AnyDatabase, find_sources, rows_in, source_names
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces

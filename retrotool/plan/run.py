@@ -46,8 +46,7 @@ from retrotool.cli.command_lines import SAVED
 from retrotool.cli.options import parse_count, parse_size
 from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
-from retrotool.index.stage import default_shard_rows
-from retrotool.index.training import sample_size
+from retrotool.index.stage import default_shard_rows, sample_size
 from retrotool.machine import cores as own_cores
 from retrotool.machine import memory_of_machine
 

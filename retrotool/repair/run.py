@@ -18,7 +18,7 @@ from pathlib import Path
 
 from retrotool import engine
 from retrotool.ann.choice import parse_factory
-from retrotool.ann.trained import to_faiss
+from retrotool.ann.lists import to_faiss
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import SearchableRows, embedded_parts
 from retrotool.embed.stage import EmbedStage
@@ -28,8 +28,7 @@ from retrotool.index.index_files import write_index
 from retrotool.index.index_records import RECALL, RECALL_SAMPLE, SHARD, IndexFiles
 from retrotool.index.recall import measure_until_committed
 from retrotool.index.run import Options, index
-from retrotool.index.stage import IndexStage
-from retrotool.index.training import train
+from retrotool.index.stage import IndexStage, train
 from retrotool.info.problems import Problem, problem_with
 from retrotool.info.verify import Verification, verify
 from retrotool.neighbours.filters import Filters

@@ -14,9 +14,9 @@ from retrotool.ann.choice import IndexChoice, parse_factory
 from retrotool.ann.codes import Product, Scalar, Whole, is_same_codec, train_product, train_rotation
 from retrotool.ann.excluded import Queries
 from retrotool.ann.kmeans import kmeans
+from retrotool.ann.lists import Trained, of_faiss, same_training, to_faiss
 from retrotool.ann.ranking import rerank
 from retrotool.ann.search import Search, nothing_banned
-from retrotool.ann.trained import Trained, of_faiss, same_training, to_faiss
 from retrotool.errors import CorruptError
 
 D = 16

@@ -14,7 +14,7 @@ import pytest
 from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
-from retrotool.ann.trained import Trained, to_faiss
+from retrotool.ann.lists import Trained, to_faiss
 from retrotool.store import neighbour_tables, parts, tombstones
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry

@@ -493,7 +493,7 @@ def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dic
 def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "later":  # as if the training had not drawn it
         zero = functools.partial(np.nan_to_num, copy=False)
-        monkeypatch.setattr("retrotool.index.training.check_finite", lambda _, vectors, *__: zero(vectors))
+        monkeypatch.setattr("retrotool.index.stage.check_finite", lambda _, vectors, *__: zero(vectors))
     part = api.info(copy).parts[2]
     path = stored_file(copy, part["embeddings"]["tiny"]["path"])
     vectors = np.load(path)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.train.order import Order, Share, cut_spans, length, slots_of
+from retrotool.train.dataset import Order, Share, cut_spans, length, slots_of
 
 COUNTS = st.lists(st.integers(0, 9), max_size=40).map(lambda counts: np.array(counts, np.int64))
 

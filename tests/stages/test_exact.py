@@ -14,10 +14,9 @@ from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Intervals, Queries
-from retrotool.ann.lists import InvertedLists, OneList, fill
+from retrotool.ann.lists import InvertedLists, OneList, Trained, fill, to_faiss
 from retrotool.ann.ranking import rerank
 from retrotool.ann.search import SPARE, Search, nothing_banned
-from retrotool.ann.trained import Trained, to_faiss
 from retrotool.embed.search_scope import embedded_parts, own_documents, read_part_vectors
 from retrotool.encoder import Encoder, Rows
 from retrotool.index.run import Options

@@ -19,7 +19,7 @@ from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.choice import IndexOptions
 from retrotool.ann.codes import Whole
-from retrotool.ann.trained import Trained, to_faiss
+from retrotool.ann.lists import Trained, to_faiss
 from retrotool.errors import CorruptError, StorageError
 from retrotool.index.index_files import write_index
 from retrotool.index.run import Options

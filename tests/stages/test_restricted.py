@@ -18,9 +18,9 @@ import retrotool
 from retrotool import api
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
+from retrotool.ann.lists import Trained, to_faiss
 from retrotool.ann.search import nearest_lists
-from retrotool.ann.trained import Trained, to_faiss
-from retrotool.index.source_filter import AllowedChunks, find_sources, probes_by_query, source_names
+from retrotool.index.searching import AllowedChunks, find_sources, probes_by_query, source_names
 from retrotool.neighbours.filters import Filters
 from retrotool.neighbours.stage import NeighboursStage
 from retrotool.store.store import Store

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from store_help import make_store, viewing
 from stored import stored_file
 
-from retrotool.ann.trained import of_faiss
+from retrotool.ann.lists import of_faiss
 from retrotool.errors import CorruptError
 from retrotool.index.index_files import read_shard, write_index
 from retrotool.store.log import FileEntry
