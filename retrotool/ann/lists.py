@@ -73,16 +73,10 @@ def same_training(one: Trained, other: Trained) -> bool:
     def equal(a: Floats | None, b: Floats | None) -> bool:
         return a is b if a is None or b is None else a.shape == b.shape and a.tobytes() == b.tobytes()
 
-    beside = one.nlist == other.nlist and 0 in (_rows(one), _rows(other))
-    return (
-        is_same_codec(one.codec, other.codec)
-        and equal(one.rotation, other.rotation)
-        and (beside or equal(one.centroids, other.centroids))
-    )
-
-
-def _rows(trained: Trained) -> int:
-    return -1 if trained.centroids is None else len(trained.centroids)
+    elsewhere = any(some is not None and not len(some) for some in (one.centroids, other.centroids))
+    beside = one.nlist == other.nlist and elsewhere
+    centroids = beside or equal(one.centroids, other.centroids)
+    return is_same_codec(one.codec, other.codec) and equal(one.rotation, other.rotation) and centroids
 
 
 def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:

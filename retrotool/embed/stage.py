@@ -196,16 +196,14 @@ class EmbedWorker:
         records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
         # What differs between workers is recorded with the file, as tasks with equal settings share a commit.
         entry = replace(entry, about={"cosine": pieces.cosine})
-        reads, measured = (str(task.inputs["path"]),), self._since_begun()
+        reads = (str(task.inputs["path"]),)
+        measured = {name: now - self._begun[name] for name, now in self._measure().items()}
         removed = () if replaces is None else (str(replaces),)
         return Staged(task.key, "embed", run, settings, reads, (entry,), removed, records=records, measured=measured)
 
     def _measure(self) -> dict[str, float]:
         work = self.encoder.work
         return {"tokens": work.tokens, "forward": work.seconds / work.lanes, "working": time.perf_counter()}
-
-    def _since_begun(self) -> dict[str, float]:
-        return {name: now - self._begun[name] for name, now in self._measure().items()}
 
     def _prepare(self, part: int) -> None:
         """Verify the encoder on chunks of the part, then prepare the fast tokenizer if it pays off."""

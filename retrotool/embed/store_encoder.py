@@ -2,7 +2,7 @@
 
 ``load_encoder`` uses the packed forward if that reproduces the stored vectors of a few chunks; otherwise
 ``transformers``, whose import takes longer than the rest of a search. ``draw_sample`` and ``compare`` serve
-``embed --check``: random chunks of up to 64 parts are compared with ``transformers`` in float32, by cosine
+``embed --check``: random chunks are compared with ``transformers`` in float32, by cosine
 and by recall@10 within the sample.
 """
 
@@ -14,20 +14,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.embed.search_scope import embedded_parts, read_part_vectors
+from retrotool.embed.search_scope import SearchableRows, embedded_parts, read_part_vectors
 from retrotool.encoder import Encoder, Rows, cosines
 from retrotool.encoder.encoder import LEAST_COSINE
 from retrotool.errors import NotFiniteError, UsageError
 from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP
 from retrotool.store.store import Store
+from retrotool.store.tombstones import read_tombstones
 from retrotool.store.vectors import check_finite
 from retrotool.tokenizers import stored_tokenizer
 
 SAMPLE = 2000
 _K = 10
-_PARTS = 64
-_GROUPS = 4
 _COMPARED = 8  # chunks to compare when an encoder is loaded
 
 
@@ -106,23 +105,16 @@ class VectorSample:
 
 def draw_sample(store: Store, encoder: Encoder, size: int = SAMPLE, seed: int = 0) -> VectorSample | None:
     """Draw up to ``size`` embedded chunks; None without any, ``CorruptError`` if a vector is not finite."""
-    rng = np.random.default_rng(seed)
-    numbers = embedded_parts(store, encoder.identity.name)
-    some = sorted(rng.permutation(numbers)[:_PARTS].tolist())
-    found: list[tuple[npt.NDArray[Any], ...]] = []
-    left = size
-    for place, part in enumerate(some):
-        rows = parts.part_entry(store, "chunks", part).rows
-        groups = sorted(rng.permutation(-(-rows // ROW_GROUP))[:_GROUPS].tolist())
-        chunks = parts.read_chunks(store, part, groups)
-        places = np.concatenate([np.arange(g * ROW_GROUP, min(rows, (g + 1) * ROW_GROUP)) for g in groups])
-        which = np.sort(rng.permutation(np.flatnonzero(chunks.embedded))[: -(-left // (len(some) - place))])
-        left -= len(which)
-        vectors = np.array(read_part_vectors(store, encoder.identity.name, part)[places[which]])
-        check_finite(store, vectors, part, places[which])
-        ids, document = parts.chunk_ids(part, places[which]), parts.chunk_ids(part, chunks.doc[which])
-        found.append((chunks.tokens[which], chunks.n_tokens[which], vectors, ids, document))
-    if left == size:
+    name, found = encoder.identity.name, list[tuple[npt.NDArray[Any], ...]]()
+    searchable = SearchableRows(store, embedded_parts(store, name), read_tombstones(store))
+    for part, rows in searchable.draw(min(size, sum(searchable.counts.values())), seed):
+        groups, place = np.unique(rows // ROW_GROUP, return_inverse=True)
+        chunks, place = parts.read_chunks(store, part, groups.tolist()), place * ROW_GROUP + rows % ROW_GROUP
+        vectors = np.array(read_part_vectors(store, name, part)[rows])
+        check_finite(store, vectors, part, rows)
+        ids, document = parts.chunk_ids(part, rows), parts.chunk_ids(part, chunks.doc[place])
+        found.append((chunks.tokens[place], chunks.n_tokens[place], vectors, ids, document))
+    if not found:
         return None
     tokens, n_tokens, vectors, ids, document = (np.concatenate(column) for column in zip(*found, strict=True))
     return VectorSample(EncoderRows(store, encoder).rows(tokens, n_tokens), vectors, ids, document)

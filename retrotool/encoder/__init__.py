@@ -8,12 +8,4 @@ from retrotool.encoder.devices import find_devices
 from retrotool.encoder.encoder import Encoder, cosines
 from retrotool.encoder.encoder_identity import EncoderIdentity, default_name, find_encoder
 
-__all__ = [
-    "Encoder",
-    "EncoderIdentity",
-    "Rows",
-    "cosines",
-    "default_name",
-    "find_devices",
-    "find_encoder",
-]
+__all__ = ["Encoder", "EncoderIdentity", "Rows", "cosines", "default_name", "find_devices", "find_encoder"]

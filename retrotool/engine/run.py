@@ -84,7 +84,9 @@ class _Execution:
                 folding.fold(store, run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
                 held = leases.claim_holders(store.storage, run.id) if any(task.claimed for task in tasks) else {}
-                left = {task.label: held[task.key] for task in tasks if task.key in held and self._is_waited_for(task)}
+                shard = getattr(stage, "shard", None)
+                waited = [task for task in tasks if shard is None or task.for_all or is_own(task, *shard)]
+                left = {task.label: held[task.key] for task in waited if task.key in held}
                 if isinstance(stage, Holds):
                     left |= stage.held(store)
                 tasks = [task for task in tasks if task.key not in held]
@@ -121,10 +123,6 @@ class _Execution:
                 f"{stage.name}: {self.known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
                 "The results of the other tasks are committed. Run the same command again to retry the rest.",
             ) from error
-
-    def _is_waited_for(self, task: Task) -> bool:
-        shard = getattr(self.stage, "shard", None)
-        return shard is None or task.for_all or is_own(task, *shard)
 
     def _await(self, left: Mapping[str, str], progress: Progress) -> None:
         """Wait until something changes about the tasks ``left``, by label, which are held by these runs."""

@@ -35,7 +35,6 @@ from retrotool.embed import search_scope
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import ConflictError
-from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.index_records import (
     RECALL,
     RECALL_SAMPLE,
@@ -45,7 +44,16 @@ from retrotool.index.index_records import (
     TrainingRecord,
     index_key,
 )
-from retrotool.index.searching import TUNED_K, Vectors, are_among, nearest_of, room_in, rows_in
+from retrotool.index.searching import (
+    TUNED_K,
+    Vectors,
+    are_among,
+    nearest_of,
+    read_shards,
+    read_trained,
+    room_in,
+    rows_in,
+)
 from retrotool.index.stage import superseded
 from retrotool.machine import give_memory_back
 from retrotool.store import parts
@@ -444,16 +452,17 @@ class Drift:
 
 def drift(files: IndexFiles) -> Drift:
     """Compare the contents of an index with what it was trained on."""
-    trained, entries, vectors = files.training, list(files.shards.values()), files.vectors
+    trained, vectors = files.training, files.vectors
     if trained is None:
         return Drift(0, vectors)
-    records = [ShardRecord.of(entry) for entry in entries]
-    seen = trained.sampled(part for one in records for part in one.parts)
-    fits = [(part in seen, *fit) for one in records for part, fit in zip(one.parts, one.fit, strict=True)]
+    records = [(ShardRecord.of(entry), entry.rows) for entry in files.shards.values()]
+    seen = trained.sampled(part for one, _ in records for part in one.parts)
+    fits = [(part in seen, *fit) for one, _ in records for part, fit in zip(one.parts, one.fit, strict=True)]
     table = np.array(fits, np.float64).reshape(-1, 4)
     old, new = table[table[:, 0] == 1, 1:], table[table[:, 0] == 0, 1:]
     errors = _ratio(old, new, 1, trained.error), _ratio(old, new, 2, trained.code_error)
-    uneven = _imbalance(records, [entry.rows for entry in entries])
+    known = [(one.imbalance, rows) for one, rows in records if one.imbalance is not None and rows]
+    uneven = float(np.average([v for v, _ in known], weights=[n for _, n in known])) if known else 1.0
     grown = vectors / trained.held if trained.held else 1.0
     found = Drift(int(new[:, 0].sum()), vectors, *errors, uneven, grown)
     # An exact index is not trained.
@@ -471,12 +480,6 @@ def _drift_due(found: Drift, imbalance: float) -> str:
         (found.grown > _GROWN, f"there are {found.grown:.1f} times as many vectors as at training"),
     )  # fmt: skip
     return next((why for is_so, why in signs if is_so), "")
-
-
-def _imbalance(records: Sequence[ShardRecord], vectors: Sequence[int]) -> float:
-    pairs = zip(records, vectors, strict=True)
-    known = [(one.imbalance, rows) for one, rows in pairs if one.imbalance is not None and rows]
-    return float(np.average([v for v, _ in known], weights=[n for _, n in known])) if known else 1.0
 
 
 def _ratio(old: Fits, new: Fits, column: int, sample: float) -> float:

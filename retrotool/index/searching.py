@@ -1,9 +1,10 @@
-"""Search a store: candidates from an index, re-ranked by the embeddings themselves; or exactly.
+"""Read and write the files of an index, and search a store: by an index, or exactly.
 
-Shards and embeddings are memory-mapped; only the probed lists and the candidates' vectors are read. The
-operating point, ``nprobe`` lists and ``depth`` candidates per 10 neighbours, comes from the index's record
-unless given. Exact search multiplies all queries with all vectors, part by part. For few vectors that is
-faster than building an index, and it is the truth that indexes are compared with.
+Candidates from an index are re-ranked by the embeddings themselves. Shards and embeddings are memory-mapped;
+only the probed lists and the candidates' vectors are read. The operating point, ``nprobe`` lists and
+``depth`` candidates per 10 neighbours, comes from the index's record unless given. Exact search multiplies
+all queries with all vectors, part by part. For few vectors that is faster than building an index, and it is
+the truth that indexes are compared with.
 
 If only some sources are searched, the documents' ``source`` is read at the first search and kept as one bit
 per chunk: 125 MB for a billion. Only allowed vectors of a list are decoded. A query's nearest lists may
@@ -14,9 +15,10 @@ to 0.967–1.000 (``benchmarks/neighbour_filters.py``).
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import chain, islice, pairwise
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import InvertedLists, Lists, OneList, SomeLists, Trained
@@ -33,8 +36,7 @@ from retrotool.ann.search import ROOM, SPARE, Search, nearest_lists, nothing_ban
 from retrotool.chunk.chunk_plan import documents_within
 from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
-from retrotool.errors import CorruptError, UsageError
-from retrotool.index.index_files import read_shards, read_trained
+from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.index.index_records import IndexFiles, IndexRecord, ShardRecord, default_index, index_key, index_record
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
@@ -42,8 +44,68 @@ from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import part_of, row_of
+from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
+from retrotool.store.vectors import MappedFile
+
+
+def read_trained(store: Store, name: str, generation: int | None = None) -> tuple[FileEntry, Trained]:
+    """Read the training of an index; raise ``CorruptError`` if it does not match the log, to the byte."""
+    entry = IndexFiles(store.state, name, generation).trained
+    if entry is None:
+        raise store.corrupt(f"index {name!r} has no training")
+    store.check_sum(entry)
+    with store.reading(entry) as storage:
+        return entry, lists.read_lists(storage.local(entry.path)).trained
+
+
+def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
+    """Map a shard; raise ``ErasedError`` if erased since the store was opened, ``CorruptError`` if broken."""
+    with store.reading(entry) as storage:
+        path = storage.local(entry.path)
+        file = MappedFile(store, entry, path)
+        # faiss reads everything before the lists at once, and may crash on unexpected bytes.
+        in_lists = 0 if trained is None or trained.centroids is None else entry.rows * (trained.codec.size + 8)
+        file.check(0, entry.bytes - in_lists)
+        shard = lists.read_lists(path, trained, file.check)
+    if len(shard) != entry.rows:
+        raise store.corrupt(f"{store.where(entry.path)} contains {len(shard):,} vectors, the log says {entry.rows:,}")
+    return shard
+
+
+def read_shards(
+    store: Store,
+    name: str,
+    trained: Trained | None = None,
+    missing: Callable[[FileEntry], object] | None = None,
+    *,
+    generation: int | None = None,
+) -> Iterator[InvertedLists]:
+    """Yield the shards of an index; pass broken ones to ``missing``, or raise ``CorruptError`` without it."""
+    for entry in IndexFiles(store.state, name, generation).shards.values():
+        try:
+            shard = read_shard(store, entry, trained)
+        except CorruptError:
+            if missing is None:
+                raise
+            missing(entry)
+        else:
+            yield shard
+
+
+def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
+    """Write a faiss index to the store."""
+    try:
+        return store.write(name, lambda sink: lists.write_lists(index, sink.write), about=about)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise StorageError(
+            f"{name.path}: {error.strerror}; earlier commits are unaffected",
+            "The file system or a process limit (ulimit -f) does not allow files of this size.",
+        ) from error
+
 
 Allows = Callable[[str], bool]  # checks whether a source may be searched
 
@@ -251,7 +313,7 @@ class Database(_Open):
         self.vectors = Vectors(store, self.encoder)
         self.missing: list[FileEntry] = []
         self._allow_missing = allow_missing
-        self._some: dict[int, SomeLists] = {}
+        self._allowed_in = cache(lambda shard: SomeLists(shard, self._is_wanted))
 
     @property
     def _files(self) -> IndexFiles:
@@ -355,11 +417,6 @@ class Database(_Open):
         """Return the re-rank depth, doubled under a source filter: codes are worse for far vectors."""
         depth = point.depth if self._allows is None else 2 * point.depth
         return Point(point.nprobe, depth).depth_for(k, self.trained)
-
-    def _allowed_in(self, shard: InvertedLists) -> SomeLists:
-        if id(shard) not in self._some:
-            self._some[id(shard)] = SomeLists(shard, self._is_wanted)
-        return self._some[id(shard)]
 
     def _is_wanted(self, ids: Ids) -> npt.NDArray[np.bool_]:
         return self._allowed.contains(ids) & ~self.tombstones.contains(ids)

@@ -32,8 +32,8 @@ from retrotool.embed import search_scope
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
-from retrotool.index.index_files import read_shard, read_trained, write_index
 from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, TrainingRecord, as_about
+from retrotool.index.searching import read_shard, read_trained, write_index
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import consecutive_ranges
@@ -229,18 +229,17 @@ class IndexWorker:
         # Shards include purged vectors, as a purge can be undone.
         left_out = Tombstones(np.union1d(read_rejected(store).ids, search_scope.erased_chunks(store).ids))
         memory = stage.wanted.memory
-        trained = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=progress)
+        trained, fit = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=progress)
         report(task.weight - int(done * task.weight))
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
             encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,
             held=search_scope.count_keys_of(store, rows, left_out), trained_parts=consecutive_ranges(list(rows)),
-            shard_rows=stage.wanted.shard_rows or default_shard_rows(choice, memory), asked=stage.wanted,
-            sample=trained.sample, seed=SEED, error=trained.error, code_error=trained.code_error,
-            imbalance=round(trained.imbalance, 3),
+            shard_rows=stage.wanted.shard_rows or default_shard_rows(choice, memory), asked=stage.wanted, seed=SEED,
+            **fit,
         )  # fmt: skip
         name = FileName.new(run, "index", slot, "faiss", stage.index)
-        entry = write_index(store, to_faiss(trained.trained), name, as_about(record))
+        entry = write_index(store, to_faiss(trained), name, as_about(record))
         settings = {"name": stage.index, "encoder": stage.encoder, "factory": choice.factory}
         return Staged(task.key, "index", run, settings, add=(entry,))
 
@@ -322,17 +321,6 @@ _MEASURED = 1 << 12
 _LEAST_CODE_SAMPLE = 16 * 256
 
 
-@dataclass(frozen=True, slots=True)
-class Training:
-    """A training and how it fits its ``sample`` of vectors; the fields are those of ``TrainingRecord``."""
-
-    trained: Trained
-    sample: int
-    error: float = 0.0
-    code_error: float = 0.0
-    imbalance: float = 1.0
-
-
 def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
     """Return the number of vectors to train on."""
     most = max(SAMPLES_PER_LIST * choice.nlist, codes.SAMPLE)
@@ -357,11 +345,15 @@ def train(
     memory: int | None = None,
     device: str = "cpu",
     report: ReportShare = lambda _: None,
-) -> Training:
-    """Train the index of ``choice`` on the searchable ``rows``; report shares of the work done."""
+) -> tuple[Trained, dict[str, Any]]:
+    """Train the index of ``choice`` on the searchable ``rows``; report shares of the work done.
+
+    Also return the fields of its ``TrainingRecord`` on how it fits the sample.
+    """
     if choice.nlist == 0:
         report(1.0)
-        return Training(Trained(choice.d, Whole(choice.coded, choice.code)), 0)
+        fit = {"sample": 0, "error": 0.0, "code_error": 0.0, "imbalance": 1.0}
+        return Trained(choice.d, Whole(choice.coded, choice.code)), fit
     n = sum(rows.counts.values())
     size = sample_size(n, choice, memory)
     sample = torch.from_numpy(draw_vectors(store, encoder, rows, size)).to(device)
@@ -384,7 +376,9 @@ def train(
     code_error = _code_error(codec, residuals[:_MEASURED])
     report(1.0 - _KMEANS_SHARE)
     uneven = imbalance(assigned.cpu().numpy(), choice.nlist)
-    return Training(trained, size, float(distances.mean()), code_error, uneven)
+    return trained, {
+        "sample": size, "error": float(distances.mean()), "code_error": code_error, "imbalance": round(uneven, 3),
+    }  # fmt: skip
 
 
 def imbalance(numbers: npt.NDArray[np.int64], nlist: int) -> float:

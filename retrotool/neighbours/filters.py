@@ -209,7 +209,9 @@ class Finder:
             for some in _in_steps(left, max(1, self._judged // wanted)):
                 found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
-                kept = _without(found, self._dropped(self._tombstones, rows[some], found.ids), self.saved)
+                dropped = self._dropped(self._tombstones, rows[some], found.ids)
+                distances, ids = np.where(dropped, np.float32(np.inf), found.distances), found.ids
+                kept = Best(distances, np.where(dropped, NO_NEIGHBOUR, ids)).nearest(self.saved)
                 best.put(some, kept)
                 short.append(some[whole & (kept.ids[:, -1] == NO_NEIGHBOUR)])
             if wanted >= self._most:
@@ -284,10 +286,3 @@ class Finder:
 def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
-
-
-def _without(found: Best, dropped: npt.NDArray[np.bool_], k: int) -> Best:
-    order = np.argsort(dropped, axis=1, kind="stable")[:, :k]
-    ids = np.where(dropped, NO_NEIGHBOUR, found.ids)
-    distances = np.where(dropped, np.float32(np.inf), found.distances)
-    return Best(np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1))

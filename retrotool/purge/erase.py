@@ -43,8 +43,8 @@ from retrotool.embed.search_scope import purges_erased
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError
-from retrotool.index.index_files import read_shard, write_index
 from retrotool.index.index_records import RECALL, SHARD, ShardRecord
+from retrotool.index.searching import read_shard, write_index
 from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import purged_chunks

@@ -31,8 +31,8 @@ import pyarrow as pa
 
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError, StorageError
-from retrotool.index.index_files import read_shard
 from retrotool.index.index_records import RECALL, SHARD
+from retrotool.index.searching import read_shard
 from retrotool.purge.erase import row_groups
 from retrotool.purge.purged_chunks import has_any
 from retrotool.store import gc, identity, leases, neighbour_tables, parts, staging

@@ -24,10 +24,10 @@ from retrotool.embed.search_scope import SearchableRows, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_devices, find_encoder
 from retrotool.errors import AbortError, CorruptError, RetrotoolError, StorageError, UsageError
-from retrotool.index.index_files import write_index
 from retrotool.index.index_records import RECALL, RECALL_SAMPLE, SHARD, IndexFiles
 from retrotool.index.recall import measure_until_committed
 from retrotool.index.run import Options, index
+from retrotool.index.searching import write_index
 from retrotool.index.stage import IndexStage, train
 from retrotool.info.problems import Problem, problem_with
 from retrotool.info.verify import Verification, verify
@@ -180,9 +180,10 @@ class _Round:
         rows = sorted(training.sampled(embedded_parts(store, training.encoder)))
         searchable = SearchableRows(store, rows, read_tombstones(store))
         choice = parse_factory(training.factory, training.dimension)
-        made = train(store, training.encoder, searchable, choice, memory=training.asked.memory, device=self.devices[0])
+        memory, device = training.asked.memory, self.devices[0]
+        made, _ = train(store, training.encoder, searchable, choice, memory=memory, device=device)
         file = FileName.new(run.id, "index", entry.slot, "faiss", name)
-        new = write_index(store, to_faiss(made.trained), file, entry.about)
+        new = write_index(store, to_faiss(made), file, entry.about)
         if new.sha256 == entry.sha256:
             replaced = Draft("repair", add=(new,), remove=(entry.path,))
             store.commit(run, lambda state: replaced if state.has(entry.path) else None)

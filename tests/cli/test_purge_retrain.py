@@ -10,8 +10,8 @@ import pytest
 from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.app import app
-from retrotool.index.index_files import read_trained
 from retrotool.index.run import Options
+from retrotool.index.searching import read_trained
 from retrotool.store.store import Store
 
 

@@ -21,7 +21,7 @@ from stored import copy_store, stored_file, stored_files
 import retrotool
 from retrotool import api
 from retrotool.ann import lists
-from retrotool.index.index_files import write_index
+from retrotool.index.searching import write_index
 from retrotool.receipt.verify_erasure import CHECKS
 from retrotool.store import disk, leases, parts
 from retrotool.store.folding import writing

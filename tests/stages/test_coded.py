@@ -443,7 +443,7 @@ def test_swapped_codes_are_found_by_verify(built_copy: Path) -> None:
         codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), n * ivf.code_size).copy()[::-1].copy()
         if n:
             ivf.invlists.update_entries(number, 0, n, faiss.swig_ptr(ids), faiss.swig_ptr(codes))
-    from retrotool.index.index_files import write_index
+    from retrotool.index.searching import write_index
     from retrotool.store.folding import writing
     from retrotool.store.log import Draft
     from retrotool.store.paths import FileName

@@ -21,8 +21,8 @@ from retrotool.ann.choice import IndexOptions
 from retrotool.ann.codes import Whole
 from retrotool.ann.lists import Trained, to_faiss
 from retrotool.errors import CorruptError, StorageError
-from retrotool.index.index_files import write_index
 from retrotool.index.run import Options
+from retrotool.index.searching import write_index
 from retrotool.store import disk
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.store.log import FileEntry

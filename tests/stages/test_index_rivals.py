@@ -14,8 +14,8 @@ from stored import copy_store
 from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.index import run as index_run
-from retrotool.index.index_files import read_shards, read_trained
 from retrotool.index.run import Options
+from retrotool.index.searching import read_shards, read_trained
 from retrotool.store.store import Store
 
 LISTS = ("--name", "lists", "--nlist", 4, "--code", "sq8", "--shard-size", 12)

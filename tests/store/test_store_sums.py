@@ -20,7 +20,7 @@ from stored import stored_file
 
 from retrotool.ann.lists import of_faiss
 from retrotool.errors import CorruptError
-from retrotool.index.index_files import read_shard, write_index
+from retrotool.index.searching import read_shard, write_index
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
