@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from retrotool import interrupts
 from retrotool.encoder import devices
-from retrotool.encoder.batches import Rows, batches, check_vocabulary
+from retrotool.encoder.encoder import Rows, batches, check_vocabulary
 from retrotool.encoder.encoder_identity import check_model, hash_model, longest_row
 from retrotool.errors import UsageError
 from retrotool.lazy import torch

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
-from retrotool.encoder.batches import Rows
 from retrotool.encoder.devices import is_lost, is_out_of_memory
+from retrotool.encoder.encoder import Rows
 from retrotool.encoder.encoder_identity import EncoderIdentity, read_config, read_modules
 from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
 from retrotool.errors import UsageError

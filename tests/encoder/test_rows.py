@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.encoder.batches import Rows, batches
+from retrotool.encoder.encoder import Rows, batches
 
 LISTS = st.lists(st.lists(st.integers(0, 1000), max_size=12), max_size=20)
 
