@@ -6,32 +6,38 @@ is wrong, none is applied. The new edits replace the file of the earlier ones, w
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from retrotool.ann.excluded import Excluded
 from retrotool.embed import search_scope
-from retrotool.errors import UsageError
+from retrotool.errors import CorruptError, UsageError
 from retrotool.index.searching import Vectors
 from retrotool.neighbours.stage import database_of
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.neighbour_tables import BANNED, ENTRY, EVERY, NO_NEIGHBOUR, commit_edits, read_edits
 from retrotool.store.parts import Ids, distinct_parts, format_id, parse_id, part_entry, split_id
+from retrotool.store.schema import check_value, load
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import read_tombstones
 
 _UNCHANGED = "Nothing was changed."
 _FORM = 'Give a "chunk" (for all rows none) and one of "neighbours": ["0:3", ...], "ban": ["0:3", ...], "reset": true.'
-_ACTIONS: dict[str, type[Any]] = {"neighbours": list, "ban": list, "reset": bool}
+_ID = re.compile("[0-9]{1,9}:[0-9]{1,9}|[0-9]{1,18}")
+_EDITS = {
+    "neighbours": {"chunk": _ID, "neighbours": [_ID]},
+    "ban": {"chunk?": _ID, "ban": [_ID]},
+    "reset": {"chunk?": _ID, "reset": frozenset((True,))},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +81,15 @@ class EditLine:
     def parse(cls, where: str, text: bytes) -> EditLine:
         """Read a line; raise ``UsageError`` if it is not an edit."""
         try:
-            line = orjson.loads(text)
-        except ValueError as error:
-            raise UsageError(f"{where} is not JSON: {error}", _FORM) from error
-        actions = [name for name in line if name != "chunk"] if isinstance(line, dict) else []
-        if len(actions) != 1 or actions[0] not in _ACTIONS:
-            raise UsageError(f'{where} is not an object with one of "neighbours", "ban" and "reset"', _FORM)
-        action, given = actions[0], line[actions[0]]
-        if not isinstance(given, _ACTIONS[action]) or given is False:
-            raise UsageError(f'{where}: "{action}" is not {"true" if action == "reset" else "a list of chunks"}', _FORM)
-        if action == "neighbours" and "chunk" not in line:
-            raise UsageError(f'{where} has "neighbours", but no "chunk" that they belong to', _FORM)
-
-        def parsed(named: Any) -> int:
-            chunk = parse_id(named) if isinstance(named, str) else None
-            if chunk is None:
-                raise UsageError(f"{where}: {orjson.dumps(named).decode()} is not a chunk's id in quotes", _FORM)
-            return chunk
-
-        chunk = parsed(line["chunk"]) if "chunk" in line else EVERY
-        return cls(where, chunk, action, tuple(map(parsed, given if action != "reset" else ())))
+            line = load(text, {}, where)
+            action = next((name for name in line if name != "chunk"), "")
+            if action not in _EDITS or line.keys() - {"chunk", action}:
+                raise UsageError(f'{where} is not an object with one of "neighbours", "ban" and "reset"', _FORM)
+            check_value(line, _EDITS[action], where)
+        except CorruptError as error:
+            raise UsageError(str(error), _FORM) from None
+        ids = [parse_id(one) or 0 for one in (line.get("chunk", "0"), *(line[action] if action != "reset" else ()))]
+        return cls(where, ids[0] if "chunk" in line else EVERY, action, tuple(ids[1:]))
 
     def refuse(self, why: str) -> NoReturn:
         """Raise ``UsageError``."""
