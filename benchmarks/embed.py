@@ -154,13 +154,15 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
         self.work.lanes, self.cosine = 1, 1.0
         self.use_fast_tokenizer()
 
+    usual = BATCH_TOKENS["cpu"]
     if rate is not None:
         Encoder.verify = paced  # type: ignore[method-assign, assignment]
+        BATCH_TOKENS["cpu"] = BATCH_TOKENS["cuda"]
     try:
-        batch_tokens = None if rate is None else BATCH_TOKENS["cuda"]
-        return api.embed(copy, encoder=model, devices=device, batch_tokens=batch_tokens, check=rate is None)
+        return api.embed(copy, encoder=model, devices=device, check=rate is None)
     finally:
         Encoder.verify = verify  # type: ignore[method-assign]
+        BATCH_TOKENS["cpu"] = usual
         shutil.rmtree(copy)
 
 

@@ -53,10 +53,6 @@ def command(
     dtype: Annotated[
         str, opt("auto (float16 on a GPU, else float32), float32, float16 or bfloat16.", metavar="DTYPE")
     ] = "auto",
-    batch_tokens: Annotated[
-        int | None,
-        opt("Tokens per batch; more take more memory.  [default: 65536 on a GPU, 2048 on a CPU]", metavar="N", least=1),
-    ] = None,
     shard: ShardOption = None,
     no_wait: NoWaitOption = False,
     check: Annotated[bool, opt("Compare 2,000 stored vectors with transformers in float32.", "--check")] = False,
@@ -78,7 +74,7 @@ def command(
 
         result = embed_run.embed(
             store, encoder=encoder, name=name, pooling=pooling, dimension=dimension, devices=devices, dtype=dtype,
-            batch_tokens=batch_tokens, shard=parse_shard(shard), check=check, vectors=vectors,
+            shard=parse_shard(shard), check=check, vectors=vectors,
             wait=not no_wait,
         )  # fmt: skip
         output.show(result, as_json, partial(embed_text, str(store)))

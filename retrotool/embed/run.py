@@ -14,7 +14,6 @@ from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.store_encoder import compare, draw_sample
 from retrotool.encoder import Encoder, EncoderIdentity, default_name, find_devices, find_encoder
-from retrotool.encoder.devices import batch_tokens_of
 from retrotool.engine.progress import Progress, counting
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.store.folding import writing
@@ -80,7 +79,6 @@ def embed(
     dimension: int | None = None,
     devices: str = "auto",
     dtype: str = "auto",
-    batch_tokens: int | None = None,
     shard: tuple[int, int] | None = None,
     check: bool = False,
     vectors: str | Path | None = None,
@@ -93,7 +91,6 @@ def embed(
     called ``encoder``. ``wait``: for parts that other runs embed.
     """
     store = Store.open(root)
-    batch_tokens_of("cpu", batch_tokens)
     engine.check_shard(shard)
     if vectors is not None:
         if encoder == BUNDLED:
@@ -114,7 +111,7 @@ def embed(
         names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
         identity = identity if not names or identity.name in names else replace(identity, name=names[0])
     given = () if files is None else parts_given(store, files, identity.name)
-    stage = EmbedStage(encoder, identity, tuple(found), dtype, batch_tokens, shard, files, given)
+    stage = EmbedStage(encoder, identity, tuple(found), dtype, shard, files, given)
     done = _Done()
     with writing(store) as run:
         _update_origin(store, run, identity)

@@ -58,7 +58,6 @@ class EmbedStage:
     identity: EncoderIdentity
     devices: tuple[str, ...] = ("auto",)
     dtype: str = "auto"
-    batch_tokens: int | None = None
     shard: tuple[int, int] | None = None
     files: VectorFiles | None = None
     given: tuple[int, ...] = ()
@@ -140,9 +139,7 @@ class EmbedWorker:
     def __init__(self, store: Store, stage: EmbedStage) -> None:
         self._store = store
         identity = stage.identity
-        self.encoder = Encoder(
-            stage.spec, stage.devices[0], stage.dtype, batch_tokens=stage.batch_tokens, **identity.settings
-        )
+        self.encoder = Encoder(stage.spec, stage.devices[0], stage.dtype, **identity.settings)
         if self.encoder.identity.sha256 != identity.sha256:
             raise UsageError(f"encoder {stage.spec!r} has just changed", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)

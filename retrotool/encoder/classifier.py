@@ -93,7 +93,7 @@ class Classifier:
         self._what = f"classifier {str(identity.path)!r}"
         devices.check_device(device)
         self.identity, self.device = identity, devices.pick_device(device)
-        self.batch_tokens = devices.batch_tokens_of(self.device, None)
+        self.batch_tokens = devices.BATCH_TOKENS[self.device.split(":")[0]]
         self._tokenizer = Tokenizer(find_tokenizer(str(identity.path)))
         self._before, self._after = self._tokenizer.special_tokens()
         self._model = load_pretrained(_SAVED_BY, self._what, identity.path, self.device, "float32")

@@ -11,7 +11,6 @@ from retrotool.lazy import torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # tokens of a batch: what fits a CPU's caches, or fills a GPU
-MOST_BATCH_TOKENS = 1 << 19
 
 
 def check_device(device: str, dtype: str = "auto") -> None:
@@ -58,13 +57,6 @@ def pick_dtype(device: str, dtype: str) -> str:
     """Return the type that ``auto`` means: float16 on a GPU, float32 on a CPU."""
     automatic = "float16" if device.startswith("cuda") else "float32"
     return automatic if dtype == "auto" else dtype
-
-
-def batch_tokens_of(device: str, asked: int | None) -> int:
-    """Return the tokens of a batch; raise ``UsageError`` above the limit of attention on a GPU."""
-    if asked is not None and not 1 <= asked <= MOST_BATCH_TOKENS:
-        raise UsageError(f"--batch-tokens {asked} is not between 1 and {MOST_BATCH_TOKENS}")
-    return asked or BATCH_TOKENS[device.split(":")[0]]
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

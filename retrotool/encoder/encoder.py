@@ -186,7 +186,7 @@ class Encoder:
         devices.check_device(device, dtype)
         self.device = devices.pick_device(device)
         self.dtype, self._asked = devices.pick_dtype(self.device, dtype), dtype
-        self.batch_tokens = devices.batch_tokens_of(self.device, batch_tokens)
+        self.batch_tokens = batch_tokens or devices.BATCH_TOKENS[self.device.split(":")[0]]
         self.work = Work()
         self.cosine: float | None = None  # the least with ``transformers`` in float32, set by ``verify``
         self._spec, self._path, self.say = spec, path, say

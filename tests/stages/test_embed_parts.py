@@ -18,6 +18,7 @@ from retrotool import api
 from retrotool.embed import stage as embed_stage
 from retrotool.embed import store_encoder
 from retrotool.encoder import Encoder, Rows, cosines, find_encoder
+from retrotool.encoder.devices import BATCH_TOKENS
 from retrotool.errors import CorruptError, NotFiniteError, RetrotoolError, UsageError
 from retrotool.store import log
 from retrotool.store.parts import ROW_GROUP, read_chunks
@@ -62,7 +63,8 @@ def test_blocks_of_any_size_give_each_chunk_its_own_vector(
 ) -> None:
     store = request.getfixturevalue("chunked" if straight else "by_text")
     monkeypatch.setattr(embed_stage, "_BLOCK_ROWS", (24, 24))
-    result = api.embed(store, encoder=str(tiny_encoder), batch_tokens=300)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 300)
+    result = api.embed(store, encoder=str(tiny_encoder))
     assert result.chunks == result.embedded == api.info(store).chunks
     assert result.parts == len(retrotool.open(store).parts()) > 2
     assert result.tokens > 40 * result.chunks, "real tokens and two special ones"
@@ -359,7 +361,6 @@ def _posing(path: Path, identity: object, *arguments: object, **options: object)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_tokens": 0}, "--batch-tokens 0"),
         ({"shard": (2, 2)}, "--shard 2/2"),
         ({"shard": (0, 0)}, "--shard 0/0"),
         ({"pooling": "max"}, "pooling 'max' is unknown"),
