@@ -29,7 +29,7 @@ from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import InvertedLists, OneList, Trained
 from retrotool.ann.ranking import Best, exact_distances
-from retrotool.ann.search import ROOM, SPARE, Search
+from retrotool.ann.search import SPARE, Search
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.embed import search_scope
 from retrotool.engine.progress import counting
@@ -37,7 +37,6 @@ from retrotool.engine.task import Report
 from retrotool.errors import ConflictError
 from retrotool.index.index_records import (
     RECALL,
-    RECALL_SAMPLE,
     IndexFiles,
     IndexRecord,
     ShardRecord,
@@ -115,22 +114,14 @@ class Measurement:
 
 
 def measure_recall(
-    truth: Truth,
-    database: Searched,
-    target: float,
-    *,
-    groups: Mapping[str, npt.NDArray[np.object_]] | None = None,
-    report: Callable[[int], object] = lambda _: None,
-    device: str = "cpu",
-    room: int = ROOM,
+    truth: Truth, database: Searched, target: float, groups: Mapping[str, npt.NDArray[np.object_]], report: Report
 ) -> Measurement:
     """Measure the curve up to well above ``target``; report each ``nprobe``."""
     whole = isinstance(database.trained.codec, Whole)
     depths, last = (DEPTH + SPARE,) if whole else DEPTHS, max(database.trained.nlist, 1)
     grid = [*sorted(n for i in range(31) for n in (1 << i, 3 << i) if n < last), last]
-    search = _Curve(truth, database, depths, device, room)
-    curve: list[Recall] = []
-    reached = 0
+    search = _Curve(truth, database, depths)
+    curve, reached = list[Recall](), 0
     for nprobe in grid:
         curve += search.at(nprobe)
         report(1)
@@ -139,32 +130,33 @@ def measure_recall(
         if reached > (0 if whole else _BEYOND):
             break
     if truth.share < 1:
-        search.thorough(curve[-1].nprobe, _budget_on(device))
+        search.thorough(curve[-1].nprobe, _budget_on(database.device))
         curve = [search.recall(p.nprobe, p.depth) for p in curve]
     good = [p for p in curve if p.recall_at_10 - p.error >= target]
     chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
     holds = chosen.recall_at_10 - chosen.error >= target or not len(truth)
     by_query = search.hits(chosen.nprobe, chosen.depth, TUNED_K)
-    by_group = {kind: _by_group(by_query, labels, search.sampled) for kind, labels in (groups or {}).items()}
+    by_group = {kind: _by_group(by_query, labels, search.sampled) for kind, labels in groups.items()}
     return Measurement(tuple(curve), chosen, holds, len(truth), truth.vectors, truth.share, by_group)
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """An index to measure: shards of a training, vectors for re-ranking, and the test for banned ids."""
+    """An index to measure: shards of a training, vectors to re-rank by, and the test for banned ids."""
 
     trained: Trained
     shards: Sequence[InvertedLists]
     vectors: Vectors
     banned: Callable[[Ids], npt.NDArray[np.bool_]]
+    device: str
+    room: int
 
 
 class _Curve:
     """Searches at increasing ``nprobe``. For a sampled truth, hits are kept per true neighbour."""
 
-    def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...], device: str, room: int) -> None:
+    def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...]) -> None:
         self._truth, self._database, self._depths = truth, database, depths
-        self._device, self._room = device, room
         # Exact indexes, and queries that are all vectors, have no sampling error.
         self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
         # By ``nprobe``, depth and k: number found [q] or, for a sampled truth, which were found [q, t].
@@ -175,22 +167,22 @@ class _Curve:
 
     def at(self, nprobe: int) -> list[Recall]:
         """Search at ``nprobe``; return the recall at all depths, the deepest last."""
-        scanned, searched, ranked, deepest = 0, 0.0, 0.0, max(self._depths)
+        database, scanned, searched, ranked, deepest = self._database, 0, 0.0, 0.0, max(self._depths)
         judged: dict[tuple[int, int], list[Any]] = {(depth, k): [] for depth in self._depths for k in _KS}
         nearer = [self._nearer[:0]]
         first = 0
-        for queries in self._truth.queries.blocks(rows_in(self._room, deepest, self._database.trained.d)):
+        for queries in self._truth.queries.blocks(rows_in(database.room, deepest, database.trained.d)):
             start = time.perf_counter()
             search = Search(
-                self._database.trained, queries, nprobe, deepest, self._database.banned, device=self._device,
-                room=self._room, rough=True,
+                database.trained, queries, nprobe, deepest, database.banned, device=database.device,
+                room=database.room, rough=True,
             )  # fmt: skip
-            search.add(*self._database.shards)
+            search.add(*database.shards)
             candidates = search.candidates
             scanned += search.scanned
             searched += time.perf_counter() - start
             start = time.perf_counter()
-            distances = exact_distances(queries.vectors, candidates, self._database.vectors)
+            distances = exact_distances(queries.vectors, candidates, database.vectors)
             ranked += time.perf_counter() - start
             truth = self._truth.best.take(slice(first, first + len(queries)))
             first += len(queries)
@@ -288,14 +280,7 @@ class Truth:
 
 
 def find_truth(
-    store: Store,
-    encoder: str,
-    numbers: list[int],
-    report: Report = lambda _: None,
-    *,
-    sample: int = RECALL_SAMPLE,
-    device: str = "cpu",
-    room: int = ROOM,
+    store: Store, encoder: str, numbers: list[int], report: Report, sample: int, device: str, room: int
 ) -> Truth:
     """Find the truth for random chunks of the parts ``numbers``; report each part searched."""
     tombstones = read_tombstones(store)
@@ -361,15 +346,7 @@ _ENOUGH = 50  # queries from new parts below which their recall means nothing
 
 
 def measure_until_committed(
-    store: Store,
-    run: Run,
-    name: str,
-    generation: int,
-    target: float,
-    *,
-    sample: int,
-    device: str = "cpu",
-    memory: int | None = None,
+    store: Store, run: Run, name: str, generation: int, target: float, sample: int, device: str, memory: int | None
 ) -> None:
     """Measure a generation of an index and commit its record, which makes it the current one.
 
@@ -386,15 +363,16 @@ def measure_until_committed(
         room = room_in(training.asked.memory if memory is None else memory)
         opened = list(read_shards(store, name, trained, generation=generation))
         with counting("exact search", "part", len(numbers)) as report:
-            truth = find_truth(store, encoder, numbers, report, sample=sample, device=device, room=room)
+            truth = find_truth(store, encoder, numbers, report, sample, device, room)
         give_memory_back()
         with counting("recall", "point") as report:
-            index = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains)
+            banned = read_tombstones(store).contains
+            index = Searched(trained, opened, Vectors(store, encoder), banned, device, room)
             seen = np.array(sorted(training.sampled(distinct_parts(truth.ids))), np.int64)
             trained_on = np.isin(part_of(truth.ids), seen)
             new_or_not = np.where(trained_on, "trained on", "added since").astype(object)
             groups = {"source": truth.sources, "part": new_or_not}
-            found = measure_recall(truth, index, target, groups=groups, report=report, device=device, room=room)
+            found = measure_recall(truth, index, target, groups, report)
         record = asdict(_record(files, training, found, target))
         path = FileName.new(run.id, "index", RECALL, "json", name)
         file = write_json_file(store, path, {**record, **asdict(found)}, len(found.curve))

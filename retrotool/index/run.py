@@ -128,10 +128,8 @@ def index(
         _check_training(store, stage, wanted)  # another run may have trained it
         elsewhere = engine.count_elsewhere(stage, store, run)
         if not elsewhere and (options.tune or not _is_measured(store.state, name, generation, wanted.target)):
-            measure_until_committed(
-                store, run, name, generation, wanted.target, sample=options.sample, device=devices[0],
-                memory=wanted.memory,
-            )  # fmt: skip
+            target, memory = wanted.target, wanted.memory
+            measure_until_committed(store, run, name, generation, target, options.sample, devices[0], memory)
         if options.default and store.refresh().records.get(DEFAULT) != name and index_record(store.state, name):
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
     return retry_overtaken(lambda: describe(store, name, before=before, elsewhere=elsewhere))

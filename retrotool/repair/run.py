@@ -170,7 +170,7 @@ class _Round:
         record = IndexFiles(store.refresh(), name).record
         if record is not None and (shards or any(entry.slot == RECALL for entry in broken)):
             generation, target = record.generation, record.target
-            measure_until_committed(store, run, name, generation, target, sample=RECALL_SAMPLE, device=device)
+            measure_until_committed(store, run, name, generation, target, RECALL_SAMPLE, device, None)
 
     def _train(self, run: Run, name: str, entry: FileEntry) -> bool:
         """Train with the recorded settings; replace the file and return True if that gave the same bytes."""
