@@ -4,7 +4,7 @@
   share a run that is too long (measured like r of ``leakage``), or if it is a near copy. More candidates are
   searched than are saved. A row with too few left is searched again for twice as many, from twice as many
   lists, up to ``MOST`` candidates.
-* By source: chunks are excluded before the search (``index.source_filter``). Sources are stored as keyed
+* By source: chunks are excluded before the search (``index.searching``). Sources are stored as keyed
   hashes.
 
 Candidates are compared in the order of their ids, so that the database's tokens are read once per 2 to 16

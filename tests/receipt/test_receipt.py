@@ -128,7 +128,7 @@ BLINDED = {
     ("reader",): {"chunks", "documents", "embeddings tiny", "inspect main"},
     ("index.searching",): {"search main", "exact search tiny"},
     ("neighbours.table_reader",): {"neighbours main"},
-    ("train.dataset", "train.order"): {"dataset main"},
+    ("train.dataset",): {"dataset main"},
     ("export.run",): {"export main"},
     ("leakage.run",): {"leakage main"},
 }
