@@ -36,8 +36,8 @@ from retrotool.chunk.chunker import id_hash
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
-from retrotool.index.searching import read_trained
 from retrotool.index.index_records import RECALL, SHARD, IndexFiles
+from retrotool.index.searching import read_trained
 from retrotool.info.problems import Problem, problem_with
 from retrotool.store import neighbour_tables, parts, paths, staging
 from retrotool.store.blocked import read_hashes
