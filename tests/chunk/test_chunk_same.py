@@ -136,7 +136,10 @@ def test_the_same_command_again_is_reported_to_be_nothing(tmp_path, plain):
     assert first.stdout.startswith("120 documents, ")
     before = verified(tmp_path / "store")
     again = run_chunk(tmp_path / "store", plain)
-    assert (again.exit_code, again.stdout) == (0, "1 input skipped: already in the store.\n")
+    assert again.exit_code == 0
+    assert again.stdout.startswith(
+        "1 input skipped: already in the store, but for 1 rejected row.\nRejected rows are listed in"
+    )
     assert verified(tmp_path / "store") == before
 
 
@@ -145,7 +148,7 @@ def test_new_inputs_are_added_and_nothing_else_changes(tmp_path, plain):
     before = documents(tmp_path / "store")
     more = write_rows(tmp_path / "more.jsonl", make_rows(3, first=500))
     result = run_chunk(tmp_path / "store", plain, more)
-    assert result.stdout.startswith("1 input skipped: already in the store.\n3 documents, ")
+    assert result.stdout.startswith("1 input skipped: already in the store, but for 1 rejected row.\n3 documents, ")
     after = documents(tmp_path / "store")
     assert after[: len(before)] == before
     assert [row["id"] for row in after[len(before) :]] == ["doc-500", "doc-501", "doc-502"]

@@ -109,4 +109,5 @@ def test_the_digest_is_of_what_is_materialised(store: Path) -> None:
     assert api.verify(store).materialised == before.materialised, "not of the file's name"
     lie(store, put("tokens", (0, 0, 0, 0), 1))
     after = api.verify(store)
-    assert after.materialised != before.materialised and after.neighbours == before.neighbours
+    assert after.materialised != before.materialised and after.neighbours in (before.neighbours, "")
+    assert after.ok or not after.materialised, "where the sample shows the damage there is none"

@@ -169,7 +169,7 @@ def test_a_worker_that_can_not_be_opened_ends_the_run_and_says_why(store: Store,
 
 
 def test_a_worker_that_is_killed_fails_its_own_task_alone_and_keeps_its_number(store: Store, tmp_path: Path) -> None:
-    stage = NoStage(str(tmp_path / "marks"), tasks=9, fail=((4, "die"), (7, "die")), broken=-1)
+    stage = NoStage(str(tmp_path / "marks"), tasks=9, fail=((4, "die"), (7, "die")), broken=-1, devices=(0, 1, 2))
     execute(store, stage, workers=3)
     assert len(store.state.group("selectors")) == 9
     assert [attempts(tmp_path, n) for n in range(9)] == [2 if n in (4, 7) else 1 for n in range(9)]

@@ -7,7 +7,6 @@ have left them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -33,6 +32,7 @@ from retrotool.encoder import Encoder, Rows
 from retrotool.errors import CorruptError, UsageError
 from retrotool.index import recall
 from retrotool.index import run as index_run
+from retrotool.index import stage as index_stage
 from retrotool.index.index_records import IndexFiles
 from retrotool.index.run import Options, describe
 from retrotool.index.searching import Database, Point
@@ -492,8 +492,14 @@ def test_parts_without_embeddings_are_left_out_and_counted(copy: Path, made: dic
 @pytest.mark.parametrize("where", ["in the sample", "later"])
 def test_a_vector_that_is_no_number_is_named(copy: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where == "later":  # as if the training had not drawn it
-        zero = functools.partial(np.nan_to_num, copy=False)
-        monkeypatch.setattr("retrotool.index.stage.check_finite", lambda _, vectors, *__: zero(vectors))
+        draw = index_stage.draw_vectors
+
+        def drawn(*arguments: Any) -> np.ndarray:
+            with monkeypatch.context() as patch:
+                patch.setattr(index_stage, "check_finite", lambda *_: None)
+                return np.nan_to_num(draw(*arguments))
+
+        monkeypatch.setattr(index_stage, "draw_vectors", drawn)
     part = api.info(copy).parts[2]
     path = stored_file(copy, part["embeddings"]["tiny"]["path"])
     vectors = np.load(path)

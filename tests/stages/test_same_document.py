@@ -102,5 +102,5 @@ def test_no_copy_can_be_made_a_neighbour_by_hand(kept: Path, tmp_path: Path) -> 
     file = tmp_path / "edits.jsonl"
     for other in same[1:]:
         file.write_text(f'{{"chunk": "0:{same[0]}", "neighbours": ["{format_id(other)}"]}}\n')
-        with pytest.raises(UsageError, match="own document"):
+        with pytest.raises(UsageError, match="is in the same document as"):
             api.edit_neighbours(kept, file)
