@@ -42,6 +42,7 @@ def command(
         Literal["skip", "replace", "fail", "mirror"] | None,
         opt("Documents of which the store has another text, as for chunk.", metavar="skip|replace|fail|mirror"),
     ] = None,
+    exclude: Annotated[list[str] | None, opt("Leave out files, as for chunk; repeatable.", metavar="PATTERN")] = None,
     dry_run: Annotated[bool, opt("Print the commands, and run none.", "--dry-run")] = False,
     devices: DevicesOption = "auto",
     scratch: ScratchOption = None,
@@ -63,7 +64,7 @@ def command(
         fields = Fields(text=text_field, id="id" if id_field is None else id_field, keep=tuple(keep or ()))
         options = ChunkOptions(
             fields=fields, require_id=id_field is not None, workers=workers or os.cpu_count() or 1, existing=existing,
-            note=output.note,
+            exclude=tuple(exclude or ()), note=output.note,
         )  # fmt: skip
         given = build_run.BuildOptions(tokenizer, options, encoder, devices)
         given_inputs = tuple(inputs or ())

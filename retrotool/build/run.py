@@ -115,6 +115,7 @@ def _chunk_line(root: str | Path, inputs: Sequence[str], tokenizer: str | None, 
     """Return the command line of ``chunk`` with the options that ``build`` has too."""
     fields = options.fields
     kept = [word for name in fields.keep for word in ("--keep", name)]
+    kept += [word for pattern in options.exclude for word in ("--exclude", pattern)]
     named = {
         "text-field": None if fields.text == "text" else fields.text,
         "id-field": fields.id if options.require_id else None,

@@ -134,3 +134,12 @@ def test_rejected_rows_end_it_with_exit_code_3_after_the_rest(tmp_path: Path, ti
 
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_files_that_are_left_out_are_left_out_by_the_command_that_is_run(tmp_path: Path, tiny_encoder: Path) -> None:
+    write_jsonl(tmp_path / "texts" / "one.jsonl", ROWS[:3])
+    write_jsonl(tmp_path / "texts" / "other.jsonl", [{"body": "no text"}])
+    build = ("build", tmp_path / "store", tmp_path / "texts", "--tokenizer", tiny_encoder, "--encoder", tiny_encoder)
+    assert run_cli(*build).exit_code == 2 and not (tmp_path / "store").exists()
+    ok(*build, "--exclude", "other.jsonl")
+    assert api.info(tmp_path / "store").documents == 3
