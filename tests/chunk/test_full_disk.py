@@ -26,7 +26,7 @@ def test_a_full_disk_stops_chunk_without_harm(how, tmp_path, byte_level_tokenize
     base, whole = tmp_path / "base", tmp_path / "whole"
     first = write_rows(tmp_path / "first.jsonl", make_rows(3))
     # No text repeats, so that there is nothing between what is committed and what stays.
-    rows = [{**row, "text": f"{row['id']} {row['text']}"} for row in make_rows(1500 if how == "mount" else 30, first=3)]
+    rows = [{**row, "text": f"{row['id']} {row['text']}"} for row in make_rows(1500 if how == "mount" else 12, first=3)]
     source = write_rows(tmp_path / "second.jsonl", [*rows, {"id": "empty", "text": ""}])
     run_chunk(base, first, "--tokenizer", byte_level_tokenizer)
     run_chunk(whole, first, source, "--tokenizer", byte_level_tokenizer)

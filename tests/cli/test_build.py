@@ -137,6 +137,7 @@ def _interrupt(*_: object, **__: object) -> None:
 
 
 def test_files_that_are_left_out_are_left_out_by_the_command_that_is_run(tmp_path: Path, tiny_encoder: Path) -> None:
+    (tmp_path / "texts").mkdir()
     write_jsonl(tmp_path / "texts" / "one.jsonl", ROWS[:3])
     write_jsonl(tmp_path / "texts" / "other.jsonl", [{"body": "no text"}])
     build = ("build", tmp_path / "store", tmp_path / "texts", "--tokenizer", tiny_encoder, "--encoder", tiny_encoder)

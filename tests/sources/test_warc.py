@@ -230,7 +230,7 @@ def test_bytes_changed_anywhere_lose_no_record_in_silence(tmp_path):
     whole = [INFO, REQUEST, response(b"one", "text/plain"), METADATA, packed, extract]
     data = b"".join(whole)
     for place in range(len(data)):
-        for byte in (0, 10, ord("x"), data[place] ^ 0x80):
+        for byte in (0, data[place] ^ 0x80) if place % 2 else (10, ord("x")):
             rows = rows_of(tmp_path / "a.warc", data[:place] + bytes([byte]) + data[place + 1 :])
             broken = any(isinstance(row, Rejected) and row.damage for row in rows)
             assert broken or len(rows) >= 3

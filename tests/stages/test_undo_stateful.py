@@ -111,7 +111,7 @@ class Purging(RuleBasedStateMachine):
 def test_purges_erases_and_restores_in_any_order(small_store: Path) -> None:
     Purging.source = small_store
     how = settings(
-        max_examples=settings.default.max_examples // 2,
+        max_examples=settings.default.max_examples // 3,
         stateful_step_count=12,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
