@@ -171,12 +171,18 @@ def is_here(lease: bytes) -> bool | None:
 
 def take_claim(storage: Storage, task: str, run: str) -> bool:
     """Claim a task for a run; False if a live run has it."""
-    last, owner = _newest_claim(storage, task)
-    if owner == run:  # left by a worker of this run that was killed
-        return True
-    if owner and is_alive(storage, owner, silence=CLAIM_SILENCE_SECONDS, now=renew(storage, run)):
-        return False
-    return storage.put_if_absent(_claim_path(task, last + 1), run, orjson.dumps({"run": run}))
+    while True:
+        last, owner = _newest_claim(storage, task)
+        if owner == run:  # left by a worker of this run that was killed
+            return True
+        if owner and is_alive(storage, owner, silence=CLAIM_SILENCE_SECONDS, now=renew(storage, run)):
+            return False
+        if not storage.put_if_absent(_claim_path(task, last + 1), run, orjson.dumps({"run": run})):
+            return False
+        # If the owner gave it back before it ended, others begin with the first epoch again.
+        if last < 0 or claimer(storage, _claim_path(task, last)) == owner:
+            return True
+        storage.delete([_claim_path(task, last + 1)])
 
 
 def release_claim(storage: Storage, task: str, run: str) -> None:

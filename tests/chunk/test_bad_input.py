@@ -31,6 +31,7 @@ from retrotool.chunk import chunk_plan
 from retrotool.chunk.deduplicate import DIFFERING
 from retrotool.sources import streams
 from retrotool.store import parts
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 
 BEFORE = [{"id": "before", "text": "What the store holds before the bad input comes."}]
@@ -303,7 +304,8 @@ def test_rejected_rows_are_listed_in_a_printed_file_and_read_again_once_their_in
     for result, skipped in ((first, ""), (run_chunk(store, path), "1 input skipped: already in the store, but for 2 ")):
         assert result.stdout.startswith(skipped)
         (listed,) = re.findall(r"^Rejected rows are listed in (\S+) \(Parquet\)\.$", result.stdout, re.MULTILINE)
-        rows = pq.read_table(listed, columns=["input", "line", "reason"]).to_pylist()
+        file = storage_at(store).local(Path(listed).relative_to(store).as_posix())
+        rows = pq.read_table(file, columns=["input", "line", "reason"]).to_pylist()
         assert [(row["input"], row["line"]) for row in rows] == [(str(path), 2), (str(path), 4), (str(other), 1)]
         assert rows[1]["reason"] == "'text' is null"
         assert "They are read again when their input has changed.\n" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -150,6 +151,27 @@ def test_of_two_that_claim_at_once_one_has_it_at_any_step(store: Store, runs: tu
         assert taken[0] == (step <= steps.index("link" if "link" in steps else "put_if_absent"))
         assert claims(store)[f"{key}-{before:08d}"] == (two if taken[0] else one)
     assert announced(lambda: leases.take_claim(store.storage, KEY, one)) == steps
+
+
+def test_a_claim_that_is_given_back_before_its_run_ends_is_not_that_of_a_dead_run(
+    store: Store, runs: tuple[str, str]
+) -> None:
+    """Else one that has just seen it would claim the next epoch, and another, who sees none, the first."""
+    one, two = runs
+    ending = contextlib.ExitStack()
+    third = ending.enter_context(Run(store.storage))
+    assert leases.take_claim(store.storage, KEY, third.id)
+
+    def end() -> None:
+        leases.release_claim(store.storage, KEY, third.id)
+        ending.close()
+        assert leases.take_claim(store.storage, KEY, two)
+
+    with at_step(0, end):  # the renewal before it is asked whether the owner is alive
+        assert not leases.take_claim(store.storage, KEY, one)
+    assert claims(store) == {f"{KEY}-00000000": two}
+    leases.release_claim(store.storage, KEY, two)
+    assert leases.take_claim(store.storage, KEY, one)
 
 
 @pytest.mark.parametrize("again", [False, True])
