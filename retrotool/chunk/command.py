@@ -230,7 +230,7 @@ def chunk_text(store: str, result: ChunkResult) -> str:
         if (more := len(reasons) - 10) > 0:
             lines.append(f"  and {output.count(more, 'other reason')}")
         if any("invalid UTF-8" in reason.reason for reason in result.reasons):
-            lines.append("If the text is in another encoding, name it, such as --encoding latin-1.")
+            lines.append("If a file has another encoding, chunk it alone and name that, such as --encoding latin-1.")
     if result.rejected or result.known_rejected:
         others = f" and {len(result.quarantine) - 3:,} more" if len(result.quarantine) > 3 else ""
         lines.append(

@@ -395,10 +395,11 @@ def _reasons(
 
 
 def _rejected_before(store: Store, known: Mapping[str, Collection[str]]) -> tuple[int, list[str]]:
-    """Return how many rows of known inputs were rejected, and the files that list them."""
+    """Return how many rows of known inputs were rejected when last read, and the files that list them."""
     found: dict[str, int] = {}
-    paths = pa.array(known, pa.string())
-    for plan in sorted(set().union(*known.values())):
+    last = {path: plans[-1] for path, plans in known.items() if plans}
+    for plan in sorted(set(last.values())):
+        paths = pa.array([path for path in last if last[path] == plan], pa.string())
         for entry in quarantine_files(store.state, plan):
             with contextlib.suppress(ErasedError, CorruptError):  # which do not concern this run
                 tables = parts.read_tables(store, entry, ["input"])

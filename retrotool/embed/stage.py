@@ -101,7 +101,7 @@ def check_encoder_identity(store: Store, identity: EncoderIdentity) -> Mapping[s
         raise UsageError(
             f"the store has embeddings of another encoder under the name {identity.name!r}, "
             f"of {record['dimension']} dimensions",
-            "Choose another name for the new one with --name.",
+            f"If it is the same model, give its options (--pooling {record['pooling']}); else another --name.",
         )
     return record
 

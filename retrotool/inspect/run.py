@@ -332,7 +332,7 @@ def _check_chunk(store: Store, view: Reader, chunk: int) -> int:
     if view.is_live([chunk])[0]:
         return chunk
     if 0 <= chunk < 1 << 63 and read_tombstones(store).contains(np.array([chunk]))[0]:
-        raise UsageError(f"chunk {format_id(chunk)} was purged")
+        raise UsageError(f"chunk {format_id(chunk)} is not live: it was purged, or is a duplicate")
     known = store.state.parts()
     if not known:
         raise UsageError(

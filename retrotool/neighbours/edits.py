@@ -151,7 +151,7 @@ class _LiveChunks:
         if not state.is_live(part) or row >= part_entry(self._store, "chunks", part).rows:
             line.refuse(f"{place} has no chunk {name}")
         if self.purged.contains(ids).any():
-            line.refuse(f"chunk {name} of {place} was purged")
+            line.refuse(f"chunk {name} of {place} is not live: it was purged, or is a duplicate")
         has_vectors = state.part_file("embeddings", part, self._encoder) is not None
         if not has_vectors or not (vector := self._vectors(ids)).any():
             line.refuse(f"chunk {name} of {place} has no vector of the encoder {self._encoder!r}")

@@ -149,7 +149,7 @@ class NeighboursStage:
             raise UsageError(of, "Give another --name.")
         if known["encoder"] != record["encoder"] and state.file("edits", "all", self.table) is not None:
             edited = f"the neighbours {self.table!r} were edited, with distances by the encoder {known['encoder']!r}"
-            raise UsageError(edited, "Give another --name.")
+            raise UsageError(edited, "Give an --index of that encoder, or another --name.")
 
     def claim(self, state: State, record: dict[str, Any]) -> Draft | None:
         """Build the commit that sets the record and removes tables of another index or filters."""

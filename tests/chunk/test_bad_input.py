@@ -312,6 +312,8 @@ def test_rejected_rows_are_listed_in_a_printed_file_and_read_again_once_their_in
     write_rows(path, [GOOD[0], {"id": "repaired", "text": "Good now."}, GOOD[1], b"{"])
     again = json.loads(run_chunk(store, path, "--json").stdout)
     assert (again["documents"], again["unchanged"], again["rejected"], again["known_inputs"]) == (1, 2, 1, 0)
+    known = json.loads(run_chunk(store, path, other, "--json").stdout)
+    assert known["known_rejected"] == 2, "those of the newest versions alone"
 
 
 def test_a_copy_is_named_with_what_it_copies_and_options_for_inputs_that_are_not_read_again_are_noted(store, tmp_path):

@@ -163,8 +163,8 @@ BAD = {
     '{"chunk": "0:5", "ban": ["0:9"], "reset": true}': "is not an object with one of",
     '{"chunk": "0:999", "ban": ["0:9"]}': ": store has no chunk 0:999",
     '{"chunk": "0:5", "neighbours": ["7:0"]}': ": store has no chunk 7:0",
-    '{"ban": ["0:16"]}': ": chunk 0:16 of store was purged",
-    '{"chunk": "0:16", "ban": ["0:5"]}': ": chunk 0:16 of store was purged",
+    '{"ban": ["0:16"]}': ": chunk 0:16 of store is not live: it was purged, or is a duplicate",
+    '{"chunk": "0:16", "ban": ["0:5"]}': ": chunk 0:16 of store is not live: it was purged, or is a duplicate",
     '{"chunk": "FIRST", "neighbours": ["0:12", "NEXT"]}': ": NEXT is in the same document as FIRST",
     '{"chunk": "0:5", "neighbours": ["0:12", "0:12"]}': ": a neighbour occurs twice",
     '{"chunk": "0:0", "neighbours": ["0:6","0:7","0:8","0:9","0:10","0:11","0:12","0:13","0:14"]}':

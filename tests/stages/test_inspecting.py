@@ -139,7 +139,7 @@ def test_what_is_purged_is_not_shown(store_copy: Path, tmp_path: Path, erase: bo
     shown = [near for chunk in after.chunks for near in chunk.neighbours]
     assert not set(targets) & {near.id for near in shown}
     assert all(near.continuation is None for near in shown if near.id + 1 in targets)
-    with pytest.raises(UsageError, match=f"chunk {format_id(targets[0])} was purged"):
+    with pytest.raises(UsageError, match=f"chunk {format_id(targets[0])} is not live"):
         api.inspect(store_copy, Choice(chunk=targets[0]))
 
 
