@@ -394,7 +394,7 @@ def _reasons(
     return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
 
 
-def _rejected_before(store: Store, known: Mapping[str, Collection[str]]) -> tuple[int, list[str]]:
+def _rejected_before(store: Store, known: Mapping[str, Sequence[str]]) -> tuple[int, list[str]]:
     """Return how many rows of known inputs were rejected when last read, and the files that list them."""
     found: dict[str, int] = {}
     last = {path: plans[-1] for path, plans in known.items() if plans}

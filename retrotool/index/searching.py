@@ -227,10 +227,11 @@ def pick_index(store: Store, name: str | None = None) -> str:
 
 
 def _how_to_make(store: Store, name: str) -> str:
-    index, embed = command_line("index", store, name=name), command_line("embed", store.place)
+    names, embed = store.state.names("embeddings"), command_line("embed", store.place)
+    index = command_line("index", store, name=name, encoder=names[0] if len(names) > 1 else None)
     if not store.state.parts():
         return f"It has no chunks yet: {command_line('chunk', store.place)} INPUT..., then {embed} and {index}"
-    if not store.state.names("embeddings"):
+    if not names:
         return f"It has no embeddings yet: {embed}, then {index}"
     return f"Make it with: {index}"
 

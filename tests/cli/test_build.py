@@ -59,6 +59,10 @@ def test_from_nothing_and_after_an_append_it_gives_what_the_commands_give(tmp_pa
     by_hand(made, "neighbours", "neighbours --name few --exact --encoder other -k 1 --saved 3")
     assert digests(built) == digests(made)
     assert printed.count("chunks embedded") == 2 and "('few': 3 saved, 1 used, exact search" in printed
+    missing = run_cli("neighbours", built, "--index", "third", "--name", "third")
+    (advice,) = (line for line in missing.stderr.splitlines() if line.startswith("Make it with: retrotool "))
+    ok(*shlex.split(advice)[4:])  # with two encoders one has to be named
+    ok("neighbours", built, "--index", "third", "--name", "third")
 
 
 def test_it_says_first_what_it_runs_and_a_dry_run_runs_nothing(tmp_path: Path, tiny_encoder: Path) -> None:
