@@ -311,7 +311,8 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
     newest: dict[str, str] = {}  # fingerprint by path
     purged = set(chunks_of_purges(store).parts()) if options.allow_purged else set[int]()
     wanted: set[str] = set()  # plans that left out documents, or whose documents were purged since
-    undone = {purge["plan"] for purge in undone_purges(state).values() if "plan" in purge}
+    undone = {purge["plan"]: int(purge["undone"]) for purge in undone_purges(state).values() if "plan" in purge}
+    updates = options.existing in ("replace", "mirror")
     plans = state.with_prefix("plan:")
     files = ((slot, entry) for kind in ("inputs", "plans") for slot, entry in state.group(kind).items())
     for slot, entry in sorted(files, key=lambda file: int(plans[file[0]]["order"])):
@@ -327,13 +328,13 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
         known.places.update(set(content["places"]).difference(lost))
         if options.allow_purged and (record.get("blocked") or purged & set(parts_of_plan(state, slot))):
             wanted.add(slot)
-        again = content["fields"]["max_document"] < options.fields.max_document or (
-            options.existing in ("replace", "mirror") and (record.get("differing") or slot in undone)
-        )
+        again = content["fields"]["max_document"] < options.fields.max_document or (updates and record.get("differing"))
         for place, fingerprint in zip(content["places"], content["fingerprints"], strict=True):
             unmirrored = options.existing == "mirror" != record.get("existing") and len(known.readers[place]) > 1
             left_out = not wanted.isdisjoint(known.readers[place])  # a later version knew its documents
-            newest[place] = "" if again or left_out or unmirrored or fingerprint in lost else fingerprint
+            # What replaced documents was undone after this plan, which may have found them unchanged.
+            stale = updates and any(record["order"] < undone.get(plan, 0) for plan in known.readers[place])
+            newest[place] = "" if again or left_out or unmirrored or stale or fingerprint in lost else fingerprint
     known.fingerprints.update(filter(None, newest.values()))
     return known
 

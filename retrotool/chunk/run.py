@@ -159,7 +159,7 @@ def chunk(
     listed += [store.where(entry.path) for plan in plans for entry in quarantine_files(state, plan)]
     listed += [store.where(unit.quarantine.path) for unit in units if unit.quarantine is not None]
     _note_known(store, before, chosen, known)
-    if chosen.existing == "mirror" and any(Path(name).is_dir() for name in inputs):
+    if chosen.existing == "mirror" and before and any(Path(name).is_dir() for name in inputs):
         purge = f"""retrotool purge {shlex.quote(store.place)} --where "input = 'NAME'" --reason ..."""
         chosen.note(f"Documents of files that were deleted or renamed stay. To remove them: {purge}")
     return ChunkResult(

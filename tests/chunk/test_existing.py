@@ -147,6 +147,18 @@ def test_a_replacement_is_undone_in_one_commit_and_that_too(store: Path) -> None
     check_same(store, ROWS)
 
 
+def test_what_was_undone_is_read_again_whichever_run_found_it_unchanged_before(store: Path) -> None:
+    new = edited(3, 5)
+    source = rewrite(store, new)
+    (purge,) = chunk(store, source, "--existing", "replace")["purges"]
+    assert chunk(store, source, "--existing", "mirror")["unchanged"] == len(new)
+    assert run_cli("undo", store, purge, "--reason", "wrong file").exit_code == 0
+    check_same(store, ROWS)
+    assert chunk(store, source, "--existing", "mirror")["replaced"] == 2
+    check_same(store, new)
+    assert chunk(store, source, "--existing", "mirror")["known_inputs"] == 1
+
+
 def test_fail_changes_nothing_and_its_advice_works(store: Path) -> None:
     result = run_chunk(store, rewrite(store, [*edited(3), {"id": "new", "text": "A new one."}]), "--existing", "fail")
     assert result.exit_code == 1
