@@ -332,7 +332,6 @@ def known_inputs(store: Store, state: State, options: ChunkOptions, running: Col
         for place, fingerprint in zip(content["places"], content["fingerprints"], strict=True):
             unmirrored = options.existing == "mirror" != record.get("existing") and len(known.readers[place]) > 1
             left_out = not wanted.isdisjoint(known.readers[place])  # a later version knew its documents
-            # What replaced documents was undone after this plan, which may have found them unchanged.
             stale = updates and any(record["order"] < undone.get(plan, 0) for plan in known.readers[place])
             newest[place] = "" if again or left_out or unmirrored or stale or fingerprint in lost else fingerprint
     known.fingerprints.update(filter(None, newest.values()))

@@ -81,6 +81,7 @@ class _Execution:
         try:
             while not self.ended:
                 interrupts.check()
+                before = self._elsewhere()  # first: what is released from here on is not missed
                 folding.fold(store, run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
                 held = leases.claim_holders(store.storage, run.id) if any(task.claimed for task in tasks) else {}
@@ -93,7 +94,7 @@ class _Execution:
                 if not tasks:
                     if not left or self.given_up:
                         break
-                    self._await(left, progress)
+                    self._await(left, before, progress)
                     continue
                 if isinstance(stage, Sized):  # with shards, other jobs need the space for their shares
                     check_space(store.storage, sum(stage.size_of(store, task) for task in tasks), stage.name)
@@ -124,7 +125,7 @@ class _Execution:
                 "The results of the other tasks are committed. Run the same command again to retry the rest.",
             ) from error
 
-    def _await(self, left: Mapping[str, str], progress: Progress) -> None:
+    def _await(self, left: Mapping[str, str], before: object, progress: Progress) -> None:
         """Wait until something changes about the tasks ``left``, by label, which are held by these runs."""
         storage, (label, owner) = self.store.storage, next(iter(left.items()))
         more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
@@ -135,7 +136,7 @@ class _Execution:
                 "Run the same command again once they have ended; or without --no-wait, to wait for them.",
             )
         progress.plan(0, f"waiting for {held}")
-        before, pause = self._elsewhere(), POLL_SECONDS[0]
+        pause = POLL_SECONDS[0]
         while self._elsewhere() == before:
             interrupts.check()
             time.sleep(pause)

@@ -440,3 +440,22 @@ def test_nothing_is_shown_where_it_is_turned_off(monkeypatch):
         progress.update(5)
         progress.close()
         assert file.getvalue() == ""
+
+
+def test_a_claim_that_is_released_just_after_it_was_seen_is_not_waited_for(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, look = ClaimingStage(str(tmp_path / "marks")), leases.claim_holders
+    task = stage.plan(store)[3]
+    with Run(store.storage) as other, Run(store.storage) as run:
+        assert leases.take_claim(store.storage, task.key, other.id)
+
+        def look_before_release(storage: Storage, who: str) -> dict[str, str]:
+            found = look(storage, who)
+            if sys._getframe(1).f_code.co_name == "work":
+                leases.release_claim(storage, task.key, other.id)
+            return found
+
+        monkeypatch.setattr(leases, "claim_holders", look_before_release)
+        engine.execute(stage, store, run)
+    assert [attempts(tmp_path, n) for n in range(6)] == [1] * 6
