@@ -452,7 +452,7 @@ def test_a_claim_that_is_released_just_after_it_was_seen_is_not_waited_for(
 
         def look_before_release(storage: Storage, who: str) -> dict[str, str]:
             found = look(storage, who)
-            if sys._getframe(1).f_code.co_name == "work":
+            if sys._getframe(1).f_code.co_name == "work" and len(stage.plan(store.refresh() and store)) == 1:
                 leases.release_claim(storage, task.key, other.id)
             return found
 
