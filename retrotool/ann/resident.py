@@ -1,0 +1,335 @@
+"""Search vectors that lie in the memory of a GPU, list after list: exact within the lists that are probed.
+
+All queries of a block go through their lists together, in three steps:
+
+1. *Scan.* A list is cut into strips of ``STRIP`` neighbouring vectors. Of a query and a strip only the best
+   score is kept, with the query's own document left out. Nothing is selected, so nothing waits for the device.
+2. *Choose.* The k best vectors of a query lie in the k strips whose best scores are best.
+3. *Rank.* Σ(q − x)² in float32 for all vectors of these strips; of equal distances the least id is first.
+
+Products of float16 are exact in float32, so that scores of stored vectors are as good as float32's at the rate
+of float16; a few strips more than k are ranked to make up for rounded sums. Steps 1 and 3 are a launch each in
+``resident_kernels``; without Triton, and on a CPU, they are a product per list and a gather. A block of queries
+waits for the device twice, whatever its size.
+
+Cost: 2·d operations per query and vector in its lists. Memory: 2·d + 8 bytes per vector, and for each query of a
+block 4 bytes per strip and 24 per list that it probes. Vectors that must not be found are not loaded. Repeated
+documents (``Excluded.repeats``) are not supported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool.ann.excluded import Ids, Queries
+from retrotool.ann.ranking import Best
+from retrotool.ann.trained import Trained
+from retrotool.lazy import torch
+
+STRIP = 16
+_SPARE = 4  # strips, for the rounding of sums
+_EXACT_LIST = 1 << 12  # vectors of a list if all are searched
+_MOST_QUERIES = 1 << 17  # of a block: more would not be faster
+_LEAST_QUERIES = 1 << 8
+_MOST_SCORES = 1 << 28  # of lists at a time
+_GATHERED = 1 << 26  # numbers of vectors that are gathered at a time without Triton
+_ON_CPU = 1 << 28  # bytes for a block of queries
+_RANK = (1 << 31) - 1
+
+
+class Kernels(Protocol):
+    """The two steps of a search that touch vectors."""
+
+    def scan(
+        self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, probes: Probes, best: torch.Tensor
+    ) -> None:
+        """Write the best score of each query and strip to ``best``, float32 [q, width], filled with −inf."""
+
+    def rank(
+        self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, first: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
+        """Return sort keys, int64 [q, depth · STRIP], of the vectors of strips (``sort_keys``).
+
+        Strips begin at ``first`` [q, depth] and go no further than ``end``; +inf for what is not there or own.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """The pairs of a query and a list that it probes, [q, p] each, and the same pairs by list.
+
+    ``offset`` and ``end``: columns of a pair's strips in the table of best scores, which has ``width`` columns.
+    ``pairs`` int64 [q · p] are in the order of their lists; those of list i are ``bounds[i]`` to ``bounds[i + 1]``,
+    also on the host (``bounds_here``).
+    """
+
+    lists: torch.Tensor
+    offset: torch.Tensor
+    end: torch.Tensor
+    pairs: torch.Tensor
+    bounds: torch.Tensor
+    bounds_here: list[int]
+    width: int
+
+    @property
+    def per_query(self) -> int:
+        """Lists that each query probes."""
+        return int(self.lists.shape[1])
+
+
+class ResidentLists:
+    """Vectors float16 [n, d] on a device, list after list, ids ascending in each.
+
+    ``halves`` [n]: half of each squared length. ``ranks`` int32 [n]: the place of each vector's id among the
+    ascending ``ids``. ``starts`` int64 [lists + 1]. Without training, lists are just steps of a complete search.
+    """
+
+    def __init__(
+        self, trained: Trained | None, numbers: Ids | None, ids: Ids, blocks: Iterable[npt.NDArray[np.float16]], device: str
+    ) -> None:
+        """Load the vectors of ``ids`` [n], ascending, from blocks in their order; ``numbers`` [n]: their lists."""
+        self.ids, self.device, self._trained = ids, torch.device(device), trained
+        n = len(ids)
+        if numbers is None:
+            order = place = None
+            steps = np.append(np.arange(0, n, _EXACT_LIST), n)
+            self.starts = torch.from_numpy(steps).to(self.device)
+            self.ranks = torch.arange(n, dtype=torch.int32, device=self.device)
+        else:
+            assert trained is not None
+            listed = torch.from_numpy(numbers).to(self.device)
+            ordered, order = torch.sort(listed, stable=True)
+            place = torch.empty_like(order)
+            place[order] = torch.arange(n, device=self.device)
+            self.starts = torch.searchsorted(ordered, torch.arange(trained.nlist + 1, device=self.device))
+            self.ranks = order.int()
+            del listed, ordered, order
+        self.vectors: torch.Tensor = torch.empty(0, 0, dtype=torch.float16, device=self.device)
+        done = 0
+        for block in blocks:
+            if not done:
+                self.vectors = torch.empty(n, block.shape[1], dtype=torch.float16, device=self.device)
+                self.halves = torch.empty(n, device=self.device)
+            some = upload(block, self.device)
+            at = slice(done, done + len(some)) if place is None else place[done : done + len(some)]
+            self.vectors[at], self.halves[at] = some, some.float().square().sum(1).div_(2)
+            done += len(some)
+        self.d = int(self.vectors.shape[1])
+        # Strips of each list; and starts on the host, for products per list.
+        self.strips = torch.div(self.starts.diff() + STRIP - 1, STRIP, rounding_mode="floor")
+        self.starts_here: list[int] = self.starts.tolist()
+        self._kernels = pick_kernels(self.device)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_lists(self) -> int:
+        """Number of lists."""
+        return len(self.starts_here) - 1
+
+    def search(self, queries: Queries, k: int, nprobe: int = 0, beyond: int = 0) -> Best:
+        """Return the k nearest vectors of each query in its nearest lists, without the nearest ``beyond``.
+
+        If memory runs out, blocks of queries are halved; ``torch.OutOfMemoryError`` if that does not help.
+        """
+        assert queries.excluded.repeats is None, "left to a search on the CPU"
+        best = Best.nothing(len(queries), k)
+        if not len(self) or not len(queries):
+            return best
+        nprobe = min(nprobe, self.n_lists) if self._centroids is not None else self.n_lists
+        start, size = 0, self._block_size(k, nprobe)
+        waiting: list[tuple[slice, torch.Tensor]] = []  # results that are still being computed
+        while start < len(queries):
+            rows = slice(start, min(start + size, len(queries)))
+            try:
+                waiting.append((rows, self._search(queries.take(np.arange(rows.start, rows.stop)), k, nprobe, beyond)))
+            except torch.OutOfMemoryError:
+                size = (rows.stop - rows.start) // 2
+                if size < _LEAST_QUERIES:
+                    raise
+                torch.cuda.empty_cache()
+                continue
+            start = rows.stop
+            if len(waiting) > 1:
+                self._fetch(best, *waiting.pop(0))
+        for block in waiting:
+            self._fetch(best, *block)
+        return best
+
+    def _block_size(self, k: int, nprobe: int) -> int:
+        """Return the number of queries that are searched at a time."""
+        free = free_memory(self.device) // 2 if self.device.type == "cuda" else _ON_CPU
+        strips = nprobe * (len(self) / self.n_lists / STRIP + 1)
+        ranked = 16 * STRIP * (k + _SPARE)
+        size = int(free / (8 * strips + 32 * nprobe + 8 * self.d + ranked))
+        return max(_LEAST_QUERIES, min(_MOST_QUERIES, size))
+
+    def _search(self, queries: Queries, k: int, nprobe: int, beyond: int) -> torch.Tensor:
+        """Return sort keys of the nearest, int64 [q, ≤ k], ascending."""
+        asked = upload(queries.vectors, self.device)
+        own = upload(self._own_ranks(queries), self.device)
+        probes = self._probe(asked, nprobe, beyond)
+        best = torch.full((len(asked), probes.width), -math.inf, device=self.device)
+        self._kernels.scan(self, asked.half(), own, probes, best)
+        scores, strip = largest(best, min(k + _SPARE, probes.width))
+        del best
+        # Which list each chosen strip is of, and where it begins.
+        which = torch.searchsorted(probes.end, strip, right=True).clamp_(max=probes.per_query - 1)
+        number = probes.lists.gather(1, which)
+        first = self.starts[number] + STRIP * (strip - probes.offset.gather(1, which))
+        end = torch.where(scores > -math.inf, self.starts[number + 1], 0)
+        keys = self._kernels.rank(self, asked, own, first, end)
+        return keys.topk(min(k, keys.shape[1]), largest=False, sorted=True).values
+
+    def _own_ranks(self, queries: Queries) -> npt.NDArray[np.int32]:
+        """Return the least and the highest rank that each query must not find, int32 [2, q]."""
+        excluded = queries.excluded
+        low = np.searchsorted(self.ids, excluded.first)
+        return np.stack([low, np.searchsorted(self.ids, excluded.last, side="right") - 1]).astype(np.int32)
+
+    @cached_property
+    def _centroids(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Mean, centroids less the mean, half of their squared lengths, and the rotation, on the device."""
+        if self._trained is None or self._trained.centroids is None:
+            return None
+        table = torch.from_numpy(self._trained.centroids).to(self.device)
+        mean, rotation = table.mean(0), self._trained.rotation
+        table = table - mean
+        turn = None if rotation is None else torch.from_numpy(rotation).to(self.device)
+        return mean, table.half(), table.square().sum(1).div_(2), turn
+
+    def _probe(self, asked: torch.Tensor, nprobe: int, beyond: int) -> Probes:
+        """Choose the lists of each query."""
+        if self._centroids is None:
+            lists = torch.arange(self.n_lists, device=self.device).expand(len(asked), -1)
+        else:
+            mean, table, halves, turn = self._centroids
+            found = []
+            for some in asked.split(max(1, _MOST_SCORES // len(table))):
+                turned = some if turn is None else some @ turn.T
+                found.append(largest(product((turned - mean).half(), table) - halves, nprobe)[1])
+            lists = torch.cat(found)[:, beyond:]
+        strips = self.strips[lists]
+        end = strips.cumsum(1)
+        flat, pairs = torch.sort(lists.flatten().int(), stable=True)
+        bounds = torch.searchsorted(flat, torch.arange(self.n_lists + 1, dtype=torch.int32, device=self.device))
+        width, *bounds_here = torch.cat([end[:, -1:].amax().view(1), bounds]).tolist()  # waits for the device
+        return Probes(lists, end - strips, end, pairs, bounds, bounds_here, max(width, 1))
+
+    def _fetch(self, best: Best, rows: slice, keys: torch.Tensor) -> None:
+        """Write the results of a block to ``best``; waits for the device."""
+        found = keys.cpu().numpy()
+        distances = (found >> 32).astype(np.int32).view(np.float32)
+        ids = np.where(np.isfinite(distances), self.ids[np.minimum(found & _RANK, len(self.ids) - 1)], -1)
+        best.put((rows, slice(found.shape[1])), Best(np.where(ids < 0, np.float32(np.inf), distances), ids))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that are free, or kept by torch for reuse."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
+def upload(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """Return a copy of an array on a device; the host does not wait for a GPU's."""
+    there = torch.from_numpy(np.ascontiguousarray(array))
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
+
+
+def product(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return rows · tableᵀ, float32 [q, n], of float16 [q, d] and [n, d], summed in float32."""
+    if rows.device.type == "cuda":
+        return torch.mm(rows, table.T, out_dtype=torch.float32)
+    return rows.float() @ table.float().T
+
+
+def largest(scores: torch.Tensor, k: int, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest scores of each row of [m, n] and their columns, as ``topk``, largest first.
+
+    ``topk`` reads everything some sixteen times; this reads it once, as the k largest lie in the k groups of
+    columns with the largest maxima.
+    """
+    m, n = scores.shape
+    if n < 4 * k * width:
+        found = scores.topk(k)
+        return found.values, found.indices
+    n -= n % width
+    groups = scores[:, :n].view(m, width, n // width)
+    best = groups.amax(1).topk(k, sorted=False).indices
+    some = groups.gather(2, best[:, None].expand(-1, width, -1)).flatten(1)
+    columns = (torch.arange(width, device=scores.device)[:, None] * (n // width) + best[:, None]).flatten(1)
+    rest = torch.arange(n, scores.shape[1], device=scores.device).expand(m, -1)
+    values, at = torch.cat([some, scores[:, n:]], 1).topk(k)
+    return values, torch.cat([columns, rest], 1).gather(1, at)
+
+
+def sort_keys(distances: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """Return int64 keys in the order of distances, and of ranks where these are equal.
+
+    Distances are not negative, so their bits are in their order.
+    """
+    return distances.view(torch.int32).long() << 32 | ranks.long()
+
+
+class TorchKernels:
+    """``Kernels`` in plain torch, for a CPU and where there is no Triton."""
+
+    def scan(
+        self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, probes: Probes, best: torch.Tensor
+    ) -> None:
+        """Do a product per list."""
+        bounds, offsets = probes.bounds_here, probes.offset.flatten()
+        for number, (start, stop) in enumerate(_pairwise(lists.starts_here)):
+            pairs = probes.pairs[bounds[number] : bounds[number + 1]]
+            if start == stop or not len(pairs):
+                continue
+            rows = torch.div(pairs, probes.per_query, rounding_mode="floor")
+            scores = product(asked[rows], lists.vectors[start:stop]).sub_(lists.halves[start:stop])
+            low, high = own[:, rows].unsqueeze(2)
+            ranks = lists.ranks[start:stop]
+            scores.masked_fill_((ranks >= low) & (ranks <= high), -math.inf)
+            strips = -(-(stop - start) // STRIP)
+            scores = torch.nn.functional.pad(scores, (0, strips * STRIP - (stop - start)), value=-math.inf)
+            columns = offsets[pairs, None] + torch.arange(strips, device=best.device)
+            best[rows[:, None], columns] = scores.view(len(rows), strips, STRIP).amax(2)
+
+    def rank(
+        self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, first: torch.Tensor, end: torch.Tensor
+    ) -> torch.Tensor:
+        """Gather the vectors of some queries at a time."""
+        size = max(1, _GATHERED // (first.shape[1] * STRIP * lists.d))
+        found = []
+        for some, (low, high), begin, stop in zip(
+            asked.split(size), own.unsqueeze(2).split(size, 1), first.split(size), end.split(size), strict=True
+        ):
+            rows = begin[:, :, None] + torch.arange(STRIP, device=begin.device)
+            there = (rows < stop[:, :, None]).flatten(1)
+            rows = rows.flatten(1).clamp_(0, len(lists) - 1)
+            ranks = lists.ranks[rows]
+            there &= (ranks < low) | (ranks > high)
+            apart = (lists.vectors[rows].float() - some[:, None]).square_().sum(2)
+            found.append(sort_keys(torch.where(there, apart, math.inf), ranks))
+        return torch.cat(found)
+
+
+def _pairwise(starts: list[int]) -> Iterator[tuple[int, int]]:
+    return zip(starts[:-1], starts[1:], strict=True)
+
+
+def pick_kernels(device: torch.device) -> Kernels:
+    """Return the kernels in Triton on a GPU where it is installed, else those in torch."""
+    if device.type == "cuda":
+        try:
+            from retrotool.ann.resident_kernels import TritonKernels
+        except ImportError:
+            return TorchKernels()
+        return TritonKernels()
+    return TorchKernels()
