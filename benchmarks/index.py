@@ -39,7 +39,7 @@ Floats = npt.NDArray[np.float32]
 def export(store: Path, encoder: str, folder: Path, limit: int) -> tuple[Floats, npt.NDArray[np.int64], list[Any]]:
     import pyarrow.parquet as pq
 
-    shown = subprocess.run([tool(), "info", str(store), "--json"], capture_output=True, check=True)
+    shown = subprocess.run([*tool(), "info", str(store), "--json"], capture_output=True, check=True)
     vectors, ids, documents = [], [], []
     info = json.loads(shown.stdout)
     gone = [pq.read_table(store / t["path"])["chunk"].to_numpy() for t in info["tombstones"]]
@@ -63,8 +63,8 @@ def export(store: Path, encoder: str, folder: Path, limit: int) -> tuple[Floats,
     return everything, np.concatenate(ids), documents
 
 
-def tool() -> str:
-    return str(Path(sys.executable).with_name("retrotool"))
+def tool() -> list[str]:
+    return [sys.executable, "-m", "retrotool"]
 
 
 def brute_force(
@@ -101,7 +101,7 @@ def bench_build(store: Path, encoder: str, folder: Path) -> Path:
     shutil.rmtree(copy / "index", ignore_errors=True)
     start = time.perf_counter()
     options = [str(copy), "--encoder", encoder, "--name", "bench", "--json"]
-    done = subprocess.run([tool(), "index", *options], capture_output=True, check=True)
+    done = subprocess.run([*tool(), "index", *options], capture_output=True, check=True)
     seconds = time.perf_counter() - start
     result = json.loads(done.stdout)
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

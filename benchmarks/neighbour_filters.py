@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -83,18 +83,23 @@ def recall(store: Store, index: str, n: int) -> None:
             print(f"  {which} {name} {restricted(store, index, allows, find)}")
 
 
+class _Narrow(Database):
+    """Probes as many lists as without a filter."""
+
+    def _probes(self, queries: Queries, nprobe: int) -> Iterable[tuple[int, Rows]]:
+        return [(nprobe, np.arange(len(queries)))]
+
+
 def restricted(store: Store, index: str, allows: Callable[[str], bool], find: Callable[..., tuple[Rows, float]]) -> str:
     database = Database(store, index, allows=allows)
     exact = ExactDatabase(store, database.encoder, allows=allows)
-    lists = [database._allowed_in(shard) for shard in database.shards]
-
-    def near(queries: Queries) -> Best:
-        nprobe, depth = database.point.nprobe, database.point.depth_for(K, database.trained)
-        return database._search_further(queries, K, nprobe, depth, lists)
-
+    narrow = _Narrow(store, index, allows=allows)
     truth = find(lambda some: exact.search(some, K))[0]
-    share = sum(map(len, lists)) / database.vectors_in_log
-    (found, rate), (less, less_rate) = find(lambda some: database.search(some, K)), find(near)
+    share = database._n_searched / database.vectors_in_log
+    (found, rate), (less, less_rate) = (
+        find(lambda some: database.search(some, K)),
+        find(lambda some: narrow.search(some, K)),
+    )
     return (
         f"({100 * share:.1f} %): recall@10 {share_of(found, truth):.4f}, {rate:,.0f} a second; "
         f"without probing more {share_of(less, truth):.4f}, {less_rate:,.0f}"

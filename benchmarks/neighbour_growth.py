@@ -58,7 +58,7 @@ def grow(arguments: argparse.Namespace, folder: Path) -> None:
 
 def run(*command: object) -> float:
     start = time.perf_counter()
-    subprocess.run([tool(), *map(str, command)], check=True, capture_output=True)
+    subprocess.run([*tool(), *map(str, command)], check=True, capture_output=True)
     return time.perf_counter() - start
 
 

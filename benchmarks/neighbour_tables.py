@@ -30,7 +30,7 @@ SAVED_TOGETHER = 1 << 8
 
 
 def table_of(store: Path, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    info = json.loads(subprocess.run([tool(), "info", str(store), "--json"], capture_output=True, check=True).stdout)
+    info = json.loads(subprocess.run([*tool(), "info", str(store), "--json"], capture_output=True, check=True).stdout)
     chunks, ids, distances = [], [], []
     for part in info["parts"]:
         if name in part["neighbours"]:
@@ -86,7 +86,7 @@ def purge(store: Path, n: int) -> None:
     }
     given = [word for name in sorted(names) for word in ("--document", name)]
     subprocess.run(
-        [tool(), "purge", str(store), *given, "--reason", "benchmark", "--yes"], capture_output=True, check=True
+        [*tool(), "purge", str(store), *given, "--reason", "benchmark", "--yes"], capture_output=True, check=True
     )
 
 

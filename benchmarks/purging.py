@@ -50,7 +50,7 @@ Ids = npt.NDArray[np.int64]
 
 def run(*arguments: object) -> tuple[dict[str, Any], float]:
     start = time.perf_counter()
-    done = subprocess.run([tool(), *map(str, arguments), "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*tool(), *map(str, arguments), "--json"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), time.perf_counter() - start
 
 
@@ -107,7 +107,7 @@ def searched(root: Path, vectors: npt.NDArray[Any], purged_chunks: Tombstones) -
 def measure(source: Path, folder: Path, selector: list[str], encoder: str, name: str, drawn: Ids) -> None:
     root = Path(shutil.copytree(source, folder / "store", copy_function=os.link))
     ids, vectors, _ = embedded(root, encoder)
-    total = json.loads(subprocess.run([tool(), "info", str(root), "--json"], capture_output=True, check=True).stdout)
+    total = json.loads(subprocess.run([*tool(), "info", str(root), "--json"], capture_output=True, check=True).stdout)
     before = read_tombstones(Store.open(root))
     purged, seconds = run("purge", root, *selector, "--reason", "benchmark", "--yes")
     store = Store.open(root)

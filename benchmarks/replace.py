@@ -61,7 +61,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 def run(*arguments: object) -> tuple[dict[str, Any], float]:
     start = time.perf_counter()
-    done = subprocess.run([tool(), *map(str, arguments), "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*tool(), *map(str, arguments), "--json"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), time.perf_counter() - start
 
 
@@ -96,7 +96,7 @@ def kill_all(arguments: list[object], before: Path, digests: tuple[str, str], se
     for _ in range(kills):
         store = before.with_name("killed")
         shutil.copytree(before, store)
-        command = [tool(), "chunk", str(store), *map(str, arguments)]
+        command = [*tool(), "chunk", str(store), *map(str, arguments)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(0, seconds))
         process.send_signal(signal.SIGKILL)

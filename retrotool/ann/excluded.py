@@ -109,18 +109,18 @@ class Mask:
         if self._excluded.ascends:
             hit = np.flatnonzero(self._hit[low:high])
             if len(hit):
-                asked = rows.cpu().numpy()
+                asked = rows.numpy()
                 first = np.searchsorted(asked, self._begin[low:high][hit])
                 place, row = _ranges(first, np.searchsorted(asked, self._end[low:high][hit]) - first)
                 _hide(scores, row, hit[place])
         else:
-            ids, some = self._ids[low:high], self._excluded.take(rows.cpu().numpy())
+            ids, some = self._ids[low:high], self._excluded.take(rows.numpy())
             first = np.searchsorted(ids, some.first)
             row, column = _ranges(first, np.maximum(np.searchsorted(ids, some.last, side="right") - first, 0))
             _hide(scores, row, column)
         if self._excluded.repeats is not None:
             assert self._excluded.document is not None, "repeats come with documents"
-            document = self._excluded.document[rows.cpu().numpy()]
+            document = self._excluded.document[rows.numpy()]
             documents = self._excluded.repeats.documents(self._ids[low:high])
             columns = np.flatnonzero(documents >= 0)
             repeated = np.flatnonzero(np.isin(document, documents[columns]))

@@ -121,14 +121,14 @@ def _bucket(rows: int) -> int:
 class Scratch:
     """Reusable buffers: allocating memory costs more than the work done in it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._kept = device, dict[str, Any]()
+    def __init__(self) -> None:
+        self._kept = dict[str, Any]()
 
     def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
         """Return the uninitialised tensor ``name``, [rows, columns]."""
         size = rows * columns
         if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = torch.empty(size, dtype=dtype, device=self._device)
+            self._kept[name] = torch.empty(size, dtype=dtype)
         found: torch.Tensor = self._kept[name][:size].view(rows, columns)
         return found
 

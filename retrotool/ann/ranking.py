@@ -1,8 +1,7 @@
 """Select the nearest vectors: the running k best of all products, and exact distances of candidates.
 
 Selecting the k best of every product would take longer than the product, so only scores (larger is nearer)
-that beat a query's k-th best are considered. ``Heaps``, for float32 on a CPU, uses faiss: 12 bytes per entry
-and query. ``Nearest``, otherwise, uses torch: 12 bytes for each of 1.5·k columns, 40 per passing score.
+that beat a query's k-th best are considered: ``Heaps``, in faiss, with 12 bytes per entry and query.
 
 ``rerank`` computes Σ(q − x)² in float32, in order of id, so that each vector is read once: about 2.5 million
 pairs per second and core at 384 dimensions. Memory: 40 bytes per candidate and some megabytes per thread.
@@ -44,8 +43,12 @@ class Best:
         return Best(self.distances[rows], self.ids[rows])
 
     def nearest(self, k: int) -> Best:
-        """Return the k nearest of each query from entries in any order; ties keep their order."""
-        order = np.argsort(self.distances, axis=1, kind="stable")[:, :k]
+        """Return the k nearest of each query from entries in any order; of equal ones the least ids."""
+        order = np.argsort(self.distances, axis=1, kind="stable")
+        near = np.take_along_axis(self.distances, order, 1)
+        tied = np.flatnonzero(((near[:, 1:] == near[:, :-1]) & np.isfinite(near[:, 1:])).any(axis=1))
+        order[tied] = np.lexsort((self.ids[tied], self.distances[tied]), axis=1)
+        order = order[:, :k]
         return Best(np.take_along_axis(self.distances, order, 1), np.take_along_axis(self.ids, order, 1))
 
     def put(self, rows: Any, found: Best) -> None:
@@ -106,32 +109,30 @@ def _distances(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch) 
 
 
 class Heaps:
-    """The k nearest of q queries so far, on a CPU. Threads may fill separate rows; faiss drops the GIL."""
+    """The k nearest of q queries so far. Threads may fill separate rows; faiss drops the GIL."""
 
     def __init__(self, k: int, q: int) -> None:
         self._scores = np.full((q, k), -np.inf, np.float32)
         self._ids = np.full((q, k), -1, np.int64)
         self._heaps = _over(self._scores, self._ids)
 
-    def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids, *, first: bool = False) -> None:  # noqa: ARG002
+    def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids) -> None:
         """Add scores [r, n] of queries ``rows`` [r] and vectors ``ids`` [n]; −inf: none."""
         asked, offered = rows.numpy(), scores.numpy()
         self._heaps.addn_query_subset_with_ids(
             len(asked), faiss.swig_ptr(asked), len(ids), faiss.swig_ptr(offered), faiss.swig_ptr(ids), 0
         )
 
-    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def best(self) -> tuple[npt.NDArray[np.float32], Ids]:
         """Return the k best scores and their ids, [q, k] each, best first (−inf, −1: none)."""
         scores, ids = self._scores.copy(), self._ids.copy()
         _over(scores, ids).reorder()
         scores[ids < 0] = -np.inf  # faiss uses its lowest number
-        return torch.from_numpy(scores), torch.from_numpy(ids)
+        return scores, ids
 
 
 def largest(scores: torch.Tensor, k: int) -> Ids:
     """Return the columns of the k largest scores of [r, n], largest first, int64 [r, k]."""
-    if scores.device.type != "cpu":
-        return np.asarray(scores.topk(k).indices.cpu().numpy())
     offered = scores.float().contiguous().numpy()
     found, columns = np.empty((len(offered), k), np.float32), np.empty((len(offered), k), np.int64)
     heaps = _over(found, columns)
@@ -146,71 +147,3 @@ def _over(scores: Any, ids: Any) -> Any:
     heaps.nh, heaps.k = scores.shape
     heaps.val, heaps.ids = faiss.swig_ptr(scores), faiss.swig_ptr(ids)
     return heaps
-
-
-class Nearest:
-    """The k nearest of q queries so far, in torch; a full row of the buffer is reduced to the k best.
-
-    The first list offered to a query should be its nearest, to set a tight limit.
-    """
-
-    def __init__(self, k: int, q: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._k, columns = k, k + k // 2 + _SPARE_COLUMNS
-        self._scores = torch.full((q, columns), -torch.inf, dtype=dtype, device=device)
-        self._ids = torch.full((q, columns), -1, dtype=torch.int64, device=device)
-        self._used = torch.zeros(q, dtype=torch.int64, device=device)
-        self._limit = torch.full((q,), -torch.inf, dtype=dtype, device=device)
-
-    def offer(self, rows: torch.Tensor, scores: torch.Tensor, ids: Ids, *, first: bool = False) -> None:
-        """Add scores as ``Heaps.offer`` does; ``first``: most of these queries have no results yet."""
-        there = torch.from_numpy(ids).to(scores.device)
-        if first:
-            best, columns = scores.topk(min(self._k, len(ids)), sorted=False)
-            self._merge(rows, best, there[columns])
-            return
-        better = torch.gt(scores, self._limit[rows].unsqueeze(1)).view(-1)
-        passed = better.nonzero().view(-1)
-        if len(passed):
-            own = torch.div(passed, len(ids), rounding_mode="floor")
-            self._put(rows, own, scores.reshape(-1)[passed], there[passed - own * len(ids)])
-
-    def _put(self, rows: torch.Tensor, own: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
-        """Add scores [m] of ``ids`` [m] to rows[own], where ``own`` [m] ascends."""
-        counts = torch.bincount(own, minlength=len(rows))
-        used = self._used[rows]
-        rank = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own]
-        full = used + counts > self._scores.shape[1]
-        if bool(full.any()):
-            # Merge the new scores of full rows with their old ones.
-            width = int(counts[full].max())
-            line = full.cumsum(0) - 1  # index among the full rows
-            of_full = full[own]
-            place = line[own[of_full]] * width + rank[of_full]
-            values = torch.full((int(full.sum()), width), -torch.inf, dtype=scores.dtype, device=scores.device)
-            found = torch.full(values.shape, -1, dtype=torch.int64, device=scores.device)
-            values.view(-1)[place], found.view(-1)[place] = scores[of_full], ids[of_full]
-            self._merge(rows[full], values, found)
-            rest = ~of_full
-            own, rank, scores, ids = own[rest], rank[rest], scores[rest], ids[rest]
-            used, counts = used.clone(), torch.where(full, 0, counts)
-        place = rows[own] * self._scores.shape[1] + used[own] + rank
-        self._scores.view(-1)[place] = scores
-        self._ids.view(-1)[place] = ids
-        more = counts > 0
-        self._used[rows[more]] = (used + counts)[more]
-
-    def _merge(self, rows: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor) -> None:
-        if bool(self._used[rows].any()):
-            scores, ids = torch.cat([self._scores[rows], scores], 1), torch.cat([self._ids[rows], ids], 1)
-        scores, columns = scores.topk(min(self._k, scores.shape[1]), sorted=False)
-        kept = scores.shape[1]
-        self._scores[rows] = -torch.inf
-        self._scores[rows, :kept], self._ids[rows, :kept] = scores, ids.gather(1, columns)
-        self._used[rows] = kept
-        if kept == self._k:
-            self._limit[rows] = scores.amin(1)
-
-    def best(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the k best scores and their ids, [q, k] each, best first (−inf, −1: none)."""
-        scores, columns = self._scores.topk(self._k)
-        return scores, torch.where(torch.isneginf(scores), -1, self._ids.gather(1, columns))

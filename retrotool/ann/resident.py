@@ -3,34 +3,35 @@
 All queries of a block go through their lists together, in three steps:
 
 1. *Scan.* A list is cut into strips of ``STRIP`` neighbouring vectors. Of a query and a strip only the best
-   score is kept, with the query's own document left out. Nothing is selected, so nothing waits for the device.
+   score is kept, with the query's own document left out. Nothing is selected, so nothing waits for the
+   device.
 2. *Choose.* The k best vectors of a query lie in the k strips whose best scores are best.
 3. *Rank.* Σ(q − x)² in float32 for all vectors of these strips; of equal distances the least id is first.
 
-Products of float16 are exact in float32, so that scores of stored vectors are as good as float32's at the rate
-of float16; a few strips more than k are ranked to make up for rounded sums. Steps 1 and 3 are a launch each in
-``resident_kernels``; without Triton, and on a CPU, they are a product per list and a gather. A block of queries
-waits for the device twice, whatever its size.
+Products of float16 are exact in float32, so that scores of stored vectors are as good as float32's at the
+rate of float16; a few strips more than k are ranked to make up for rounded sums. Steps 1 and 3 are a launch
+each in ``resident_kernels``; without Triton, and on a CPU, they are a product per list and a gather. A block
+of queries waits for the device twice, whatever its size.
 
-Cost: 2·d operations per query and vector in its lists. Memory: 2·d + 8 bytes per vector, and for each query of a
-block 4 bytes per strip and 24 per list that it probes. Vectors that must not be found are not loaded. Repeated
-documents (``Excluded.repeats``) are not supported.
+Cost: 2·d operations per query and vector in its lists. Memory: 2·d + 8 bytes per vector, and for each query
+of a block 4 bytes per strip and 24 per list that it probes. Vectors that must not be found are not loaded.
+Repeated documents (``Excluded.repeats``) are not supported.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann.excluded import Ids, Queries
+from retrotool.ann.lists import Trained
 from retrotool.ann.ranking import Best
-from retrotool.ann.trained import Trained
 from retrotool.lazy import torch
 
 STRIP = 16
@@ -57,7 +58,8 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Return sort keys, int64 [q, depth · STRIP], of the vectors of strips (``sort_keys``).
 
-        Strips begin at ``first`` [q, depth] and go no further than ``end``; +inf for what is not there or own.
+        Strips begin at ``first`` [q, depth] and go no further than ``end``; +inf for what is not there or
+        own.
         """
 
 
@@ -65,9 +67,9 @@ class Kernels(Protocol):
 class Probes:
     """The pairs of a query and a list that it probes, [q, p] each, and the same pairs by list.
 
-    ``offset`` and ``end``: columns of a pair's strips in the table of best scores, which has ``width`` columns.
-    ``pairs`` int64 [q · p] are in the order of their lists; those of list i are ``bounds[i]`` to ``bounds[i + 1]``,
-    also on the host (``bounds_here``).
+    ``offset`` and ``end``: columns of a pair's strips in the table of best scores, which has ``width``
+    columns. ``pairs`` int64 [q · p] are in the order of their lists; those of list i are ``bounds[i]`` to
+    ``bounds[i + 1]``, also on the host (``bounds_here``).
     """
 
     lists: torch.Tensor
@@ -84,18 +86,47 @@ class Probes:
         return int(self.lists.shape[1])
 
 
+class Centroids:
+    """The centroids of a training and its rotation on a device."""
+
+    def __init__(self, trained: Trained, device: torch.device) -> None:
+        assert trained.centroids is not None
+        table = torch.from_numpy(trained.centroids).to(device)
+        self._mean = table.mean(0)
+        table = table - self._mean  # to lose fewer digits
+        self._table, self._halves = table.half(), table.square().sum(1).div_(2)
+        self._rotation = None if trained.rotation is None else torch.from_numpy(trained.rotation).to(device)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def nearest(self, asked: torch.Tensor, nprobe: int) -> torch.Tensor:
+        """Return the nearest lists of float32 [q, d], int64 [q, nprobe], nearest first up to rounding."""
+        found = [torch.empty(0, nprobe, dtype=torch.int64, device=asked.device)]
+        for some in torch.split(asked, max(1, _MOST_SCORES // len(self))):
+            turned = some if self._rotation is None else some @ self._rotation.T
+            found.append(largest(product((turned - self._mean).half(), self._table) - self._halves, nprobe)[1])
+        return torch.cat(found)
+
+
 class ResidentLists:
     """Vectors float16 [n, d] on a device, list after list, ids ascending in each.
 
     ``halves`` [n]: half of each squared length. ``ranks`` int32 [n]: the place of each vector's id among the
-    ascending ``ids``. ``starts`` int64 [lists + 1]. Without training, lists are just steps of a complete search.
+    ascending ``ids``. ``starts`` int64 [lists + 1]. Without centroids, lists are just steps of a complete
+    search.
     """
 
     def __init__(
-        self, trained: Trained | None, numbers: Ids | None, ids: Ids, blocks: Iterable[npt.NDArray[np.float16]], device: str
+        self,
+        centroids: Centroids | None,
+        numbers: npt.NDArray[np.integer] | None,
+        ids: Ids,
+        blocks: Iterable[npt.NDArray[np.float16]],
+        device: str,
     ) -> None:
-        """Load the vectors of ``ids`` [n], ascending, from blocks in their order; ``numbers`` [n]: their lists."""
-        self.ids, self.device, self._trained = ids, torch.device(device), trained
+        """Load vectors of ascending ``ids`` [n] from blocks in that order; ``numbers`` [n]: their lists."""
+        self.ids, self.device, self._centroids = ids, torch.device(device), centroids
         n = len(ids)
         if numbers is None:
             order = place = None
@@ -103,12 +134,14 @@ class ResidentLists:
             self.starts = torch.from_numpy(steps).to(self.device)
             self.ranks = torch.arange(n, dtype=torch.int32, device=self.device)
         else:
-            assert trained is not None
+            assert centroids is not None
             listed = torch.from_numpy(numbers).to(self.device)
             ordered, order = torch.sort(listed, stable=True)
             place = torch.empty_like(order)
             place[order] = torch.arange(n, device=self.device)
-            self.starts = torch.searchsorted(ordered, torch.arange(trained.nlist + 1, device=self.device))
+            self.starts = torch.searchsorted(
+                ordered, torch.arange(len(centroids) + 1, dtype=listed.dtype, device=self.device)
+            )
             self.ranks = order.int()
             del listed, ordered, order
         self.vectors: torch.Tensor = torch.empty(0, 0, dtype=torch.float16, device=self.device)
@@ -195,28 +228,12 @@ class ResidentLists:
         low = np.searchsorted(self.ids, excluded.first)
         return np.stack([low, np.searchsorted(self.ids, excluded.last, side="right") - 1]).astype(np.int32)
 
-    @cached_property
-    def _centroids(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """Mean, centroids less the mean, half of their squared lengths, and the rotation, on the device."""
-        if self._trained is None or self._trained.centroids is None:
-            return None
-        table = torch.from_numpy(self._trained.centroids).to(self.device)
-        mean, rotation = table.mean(0), self._trained.rotation
-        table = table - mean
-        turn = None if rotation is None else torch.from_numpy(rotation).to(self.device)
-        return mean, table.half(), table.square().sum(1).div_(2), turn
-
     def _probe(self, asked: torch.Tensor, nprobe: int, beyond: int) -> Probes:
         """Choose the lists of each query."""
         if self._centroids is None:
             lists = torch.arange(self.n_lists, device=self.device).expand(len(asked), -1)
         else:
-            mean, table, halves, turn = self._centroids
-            found = []
-            for some in asked.split(max(1, _MOST_SCORES // len(table))):
-                turned = some if turn is None else some @ turn.T
-                found.append(largest(product((turned - mean).half(), table) - halves, nprobe)[1])
-            lists = torch.cat(found)[:, beyond:]
+            lists = self._centroids.nearest(asked, nprobe)[:, beyond:]
         strips = self.strips[lists]
         end = strips.cumsum(1)
         flat, pairs = torch.sort(lists.flatten().int(), stable=True)
@@ -287,7 +304,7 @@ class TorchKernels:
     ) -> None:
         """Do a product per list."""
         bounds, offsets = probes.bounds_here, probes.offset.flatten()
-        for number, (start, stop) in enumerate(_pairwise(lists.starts_here)):
+        for number, (start, stop) in enumerate(pairwise(lists.starts_here)):
             pairs = probes.pairs[bounds[number] : bounds[number + 1]]
             if start == stop or not len(pairs):
                 continue
@@ -307,9 +324,9 @@ class TorchKernels:
         """Gather the vectors of some queries at a time."""
         size = max(1, _GATHERED // (first.shape[1] * STRIP * lists.d))
         found = []
-        for some, (low, high), begin, stop in zip(
-            asked.split(size), own.unsqueeze(2).split(size, 1), first.split(size), end.split(size), strict=True
-        ):
+        for start in range(0, len(asked), size):
+            block = slice(start, start + size)
+            some, begin, stop, (low, high) = asked[block], first[block], end[block], own[:, block, None]
             rows = begin[:, :, None] + torch.arange(STRIP, device=begin.device)
             there = (rows < stop[:, :, None]).flatten(1)
             rows = rows.flatten(1).clamp_(0, len(lists) - 1)
@@ -318,10 +335,6 @@ class TorchKernels:
             apart = (lists.vectors[rows].float() - some[:, None]).square_().sum(2)
             found.append(sort_keys(torch.where(there, apart, math.inf), ranks))
         return torch.cat(found)
-
-
-def _pairwise(starts: list[int]) -> Iterator[tuple[int, int]]:
-    return zip(starts[:-1], starts[1:], strict=True)
 
 
 def pick_kernels(device: torch.device) -> Kernels:

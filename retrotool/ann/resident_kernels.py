@@ -1,8 +1,9 @@
 """The scan and the ranking of ``resident`` in Triton, one launch each.
 
-``_scan``: a program takes a tile of ``_ROWS`` pairs of one list through all vectors of the list, ``_COLUMNS`` at a
-time, on tensor cores. It finds its list by binary search among the tiles of all lists, so that the number of
-programs, an upper bound, is known without waiting for the device. ``_rank``: a program takes one strip.
+``_scan``: a program takes a tile of ``_ROWS`` pairs of one list through all vectors of the list, ``_COLUMNS``
+at a time, on tensor cores. It finds its list by binary search among the tiles of all lists, so that the
+number of programs, an upper bound, is known without waiting for the device. ``_rank``: a program takes one
+strip.
 
 ``TRITON_INTERPRET=1`` runs both on a CPU. No atomics: results do not depend on the order of programs.
 """
@@ -20,8 +21,28 @@ _RANK_DEPTH = 256
 
 
 @triton.jit
-def _scan(q, x, halves, ranks, low, high, pairs, offset, bounds, starts, tiles, best, lists, width, d,
-          P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
+def _scan(
+    q,
+    x,
+    halves,
+    ranks,
+    low,
+    high,
+    pairs,
+    offset,
+    bounds,
+    starts,
+    tiles,
+    best,
+    lists,
+    width,
+    d,
+    P: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    S: tl.constexpr,
+):
     tile = tl.program_id(0)
     # The list of this tile is the last one that begins at or before it.
     a, b = 0, lists
@@ -45,9 +66,14 @@ def _scan(q, x, halves, ranks, low, high, pairs, offset, bounds, starts, tiles, 
             scores = tl.zeros((M, N), tl.float32)
             for k in range(0, d, K):
                 depth = k + tl.arange(0, K)
-                asked = tl.load(q + row.to(tl.int64)[:, None] * d + depth[None, :], mask=(depth < d)[None, :], other=0.0)
-                held = tl.load(x + column.to(tl.int64)[:, None] * d + depth[None, :],
-                               mask=inside[:, None] & (depth < d)[None, :], other=0.0)
+                asked = tl.load(
+                    q + row.to(tl.int64)[:, None] * d + depth[None, :], mask=(depth < d)[None, :], other=0.0
+                )
+                held = tl.load(
+                    x + column.to(tl.int64)[:, None] * d + depth[None, :],
+                    mask=inside[:, None] & (depth < d)[None, :],
+                    other=0.0,
+                )
                 scores = tl.dot(asked, tl.trans(held), scores)
             scores -= tl.load(halves + column, mask=inside, other=float("inf"))[None, :]
             rank = tl.load(ranks + column, mask=inside, other=-1)
@@ -69,8 +95,9 @@ def _rank(q, x, ranks, low, high, first, end, keys, depth, d, K: tl.constexpr, S
     for k in range(0, d, K):
         inner = k + tl.arange(0, K)
         asked = tl.load(q + row.to(tl.int64) * d + inner, mask=inner < d, other=0.0)
-        held = tl.load(x + place.to(tl.int64)[:, None] * d + inner[None, :],
-                       mask=there[:, None] & (inner < d)[None, :], other=0.0)
+        held = tl.load(
+            x + place.to(tl.int64)[:, None] * d + inner[None, :], mask=there[:, None] & (inner < d)[None, :], other=0.0
+        )
         step = held.to(tl.float32) - asked[None, :]
         apart += tl.sum(step * step, 1)
     there &= (rank < tl.load(low + row)) | (rank > tl.load(high + row))

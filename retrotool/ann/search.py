@@ -2,7 +2,8 @@
 
 ``Search`` selects candidates by codes, or by the vectors themselves, over the joined lists of all shards;
 ``ranking.rerank`` ranks them. Both sides of a product are shifted by a mean, to lose fewer digits. Excluded
-ids are masked before the best are selected. On a CPU every core takes a share of large searches.
+ids are masked before the best are selected. Every core takes a share of large searches. GPUs search in
+another way (``resident``).
 
 Cost: 2·d operations per query and vector in its lists, and as much again for choosing lists, gathering and
 heaps. Memory: queries twice, candidates, and ``room`` bytes for distances and vectors.
@@ -22,14 +23,15 @@ from retrotool.ann.excluded import Excluded, Ids, Mask, Queries
 from retrotool.ann.kmeans import assign
 from retrotool.ann.lists import Floats, JoinedLists, Lists, Trained
 from retrotool.ann.matmul import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
-from retrotool.ann.ranking import Fetch, Heaps, Nearest, largest
+from retrotool.ann.ranking import Fetch, Heaps, largest
 from retrotool.lazy import torch
 
 ROOM = 1 << 27  # bytes for distances and decoded vectors; more does not help
 _COLUMNS = 1 << 11
+_FLOAT_BYTES = 4
 _ROWS = 1 << 11
 _CACHED_ROWS = 1 << 12
-_CACHED_ENTRIES = 1 << 19  # scores at a time on a CPU, few enough for its cache
+_CACHED_ENTRIES = 1 << 19  # scores at a time, few enough for the cache
 _LEAST_TILE = 1 << 10  # queries from which several threads pay off
 _LEAST_WORK = 1 << 25  # operations per list and thread from which several threads pay off
 SPARE = 8  # extra candidates for whole vectors, where products can't separate near ties
@@ -45,8 +47,8 @@ def nothing_banned(ids: Ids) -> npt.NDArray[np.bool_]:
 class Search:
     """A search of the shards of one index for ``depth`` candidates per query, in ``room`` bytes of buffers.
 
-    ``precise``: products in float64, for ground truth. ``rough``: rounded products where they are faster.
-    ``vectors``: used instead of codes. ``beyond``: skip this many nearest lists.
+    ``rough``: rounded products where they are faster. ``vectors``: used instead of codes. ``beyond``: skip
+    this many nearest lists.
     """
 
     def __init__(
@@ -57,8 +59,6 @@ class Search:
         depth: int,
         banned: Banned,
         *,
-        precise: bool = False,
-        device: str = "cpu",
         room: int = ROOM,
         vectors: Fetch | None = None,
         rough: bool = False,
@@ -67,11 +67,9 @@ class Search:
         self.scanned = 0  # number of codes compared, over all queries
         self._trained, self._banned, self._depth, self._q = trained, banned, depth, len(queries)
         self._vectors = vectors
-        self._device = torch.device(device)
-        self._dtype = torch.float64 if precise else torch.float32
         self._excluded, self._nprobe, self._room, self._rough = queries.excluded, nprobe, room, rough
         self._beyond = beyond
-        asked = torch.from_numpy(queries.vectors).to(self._device)
+        asked = torch.from_numpy(queries.vectors)
         self._rotated = trained.rotate(asked)
         self._asked = self._rotated if vectors is None else asked
         self._shift: Any = None
@@ -94,47 +92,43 @@ class Search:
             self._start(len(shard))
         with one_thread_each(self._threads) as run:
             tables = run(self._table, self._tiles)
-            for turn in range(len(self._tiles[0].turns)):
-                jobs = [(tile, table, tile.turns[turn]) for tile, table in zip(self._tiles, tables, strict=True)]
-                pieces = self._pieces(shard, sorted(set().union(*(asking for _, _, asking in jobs))))
-                while some_pieces := list(itertools.islice(pieces, self._threads)):
-                    blocks = run(functools.partial(self._decode, shard), some_pieces)
-                    self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
+            jobs = list(zip(self._tiles, tables, strict=True))
+            pieces = self._pieces(shard, sorted(set().union(*(tile.asking for tile in self._tiles))))
+            while some_pieces := list(itertools.islice(pieces, self._threads)):
+                blocks = run(functools.partial(self._decode, shard), some_pieces)
+                self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
 
     def _table(self, tile: _Tile) -> torch.Tensor:
-        shift = self._shift.to(self._device)
         table = None
         for start in range(0, len(tile.rows), _ROWS):
-            rows = torch.from_numpy(tile.rows[start : start + _ROWS]).to(self._device)
-            some = self._columns_as.table(self._asked[rows].sub_(shift).to(self._dtype))
+            rows = torch.from_numpy(tile.rows[start : start + _ROWS])
+            some = self._columns_as.table(self._asked[rows].sub_(self._shift))
             if table is None:
                 table = some.new_empty(len(tile.rows), some.shape[1])
             table[start : start + len(rows)] = some
         return self._asked if table is None else table
 
     def _start(self, n: int) -> None:
-        trained, on_cpu = self._trained, self._device.type == "cpu"
-        most = torch.get_num_threads() if on_cpu and self._q >= _LEAST_TILE else 1
+        trained = self._trained
+        most = torch.get_num_threads() if self._q >= _LEAST_TILE else 1
         lists = max(trained.nlist, 1)
         a_list = 2 * trained.d * (self._q * min(self._nprobe, lists) / lists) * (n / lists)
         # Threads contend for the GIL between products: with small products, one thread is faster than two.
         self._threads = most if a_list >= most * _LEAST_WORK else 1
-        if self._rough and on_cpu and has_bfloat16() and a_list >= self._threads * _LEAST_WORK:
+        if self._rough and has_bfloat16() and a_list >= self._threads * _LEAST_WORK:
             self._columns_as = RoughColumns
-        # Half of the room is for vectors, briefly held twice, half for scores; a CPU needs both in its cache.
-        size = 2 * self._dtype.itemsize
-        self._most_rows = max(1, self._room // 2 // (trained.codec.d * size) // self._threads)
-        self._entries = max(1, self._room // 2 // size // self._threads)
-        if on_cpu:
-            self._entries, self._most_rows = min(self._entries, _CACHED_ENTRIES), min(self._most_rows, _CACHED_ROWS)
-        self._columns = max(1, min(self._most_rows, self._entries, _COLUMNS if on_cpu else self._most_rows))
+        # Half of the room is for vectors, briefly held twice, half for scores; both should fit the cache.
+        entries = max(1, self._room // 4 // _FLOAT_BYTES // self._threads)
+        self._most_rows = max(1, min(entries // trained.codec.d, _CACHED_ROWS))
+        self._entries = min(entries, _CACHED_ENTRIES)
+        self._columns = max(1, min(self._most_rows, self._entries, _COLUMNS))
         if trained.centroids is None:
             probed = np.zeros((self._q, 1), np.int64)
         else:
             probed = nearest_lists(trained.centroids, self._rotated, self._nprobe, most)[:, self._beyond :]
         cut = _tiles(probed, self._excluded, self._threads)
         with one_thread_each(self._threads) as run:
-            self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth, self._dtype, self._device), cut)
+            self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth), cut)
 
     def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
         pieces: list[_Piece] = []
@@ -166,23 +160,22 @@ class Search:
                 assert self._trained.centroids is not None
                 for (number, _), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
                     vectors[low:high].add_(torch.from_numpy(self._trained.centroids[number]))
-        columns = self._columns_as(vectors.to(self._device, self._dtype))
-        return pieces, bounds.tolist(), ids, columns
+        return pieces, bounds.tolist(), ids, self._columns_as(vectors)
 
     def _mean(self, shard: Lists) -> torch.Tensor:
         """Estimate the mean vector of a shard, float32 [d]; any fixed shift would be correct."""
         sample = self._asked
         if self._vectors is None:
             sample = self._trained.codec.decode(shard.codes(0)[:: max(1, len(shard) // _COLUMNS)])
-        return sample.mean(0).cpu() if len(sample) else torch.zeros(sample.shape[1])
+        return sample.mean(0) if len(sample) else torch.zeros(sample.shape[1])
 
-    def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor, _ByList]) -> int:
-        tile, table, asking = job
-        scanned, scratch = 0, Scratch(self._device)
+    def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor]) -> int:
+        tile, table = job
+        scanned, scratch = 0, Scratch()
         for pieces, bounds, ids, columns in blocks:
             mask = Mask(tile.excluded, ids)
-            for (number, within), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
-                rows, is_first = asking.rows(number), asking.are_first and within.start == 0
+            for (number, _), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
+                rows = tile.asking.rows(number)
                 if rows is None or low == high:
                     continue
                 scanned += len(rows) * (high - low)
@@ -191,7 +184,7 @@ class Search:
                     some = rows[start : start + step]
                     scores = columns.scores(table, some, low, high, scratch)
                     mask.apply(scores, some, low, high)
-                    tile.nearest.offer(some, scores, ids[low:high], first=is_first)
+                    tile.nearest.offer(some, scores, ids[low:high])
         return scanned
 
     @property
@@ -199,7 +192,7 @@ class Search:
         """Ids of the candidates, int64 [q, depth], nearest by their codes first (−1: none)."""
         found = np.full((self._q, self._depth), -1, np.int64)
         for tile in self._tiles:
-            found[tile.rows] = tile.nearest.best()[1].cpu().numpy()
+            found[tile.rows] = tile.nearest.best()[1]
         return found
 
 
@@ -218,22 +211,11 @@ def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
 
 
 class _Tile:
-    """The queries ``rows`` [t] and their results; ``turns`` map lists to the queries that probe them.
+    """The queries ``rows`` [t], the lists that they are ``asking``, and their results."""
 
-    ``Nearest`` takes every query's nearest list first, to set the limit for others; ``Heaps`` needs no order.
-    """
-
-    def __init__(
-        self, rows: Ids, probed: Ids, of_all: Excluded, depth: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, rows: Ids, probed: Ids, of_all: Excluded, depth: int) -> None:
         self.rows, self.excluded = rows, of_all.take(rows).ascending()
-        self.nearest: Heaps | Nearest
-        if device.type == "cpu" and dtype.itemsize == np.dtype(np.float32).itemsize:
-            self.nearest = Heaps(depth, len(rows))
-            self.turns = [_ByList(probed, device)]
-        else:
-            self.nearest = Nearest(depth, len(rows), dtype=dtype, device=device)
-            self.turns = [_ByList(probed[:, :1], device, are_first=True), _ByList(probed[:, 1:], device)]
+        self.nearest, self.asking = Heaps(depth, len(rows)), _ByList(probed)
 
 
 def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
@@ -247,14 +229,15 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
 
 
 class _ByList:
-    def __init__(self, probed: Ids, device: torch.device, *, are_first: bool = False) -> None:
-        self.are_first = are_first  # whether the rows have no results yet
+    """The queries, by number of row, that probe each list."""
+
+    def __init__(self, probed: Ids) -> None:
         least = np.min_scalar_type(int(probed.max(initial=0)))  # 16-bit numbers sort several times as fast
         flat = probed.ravel().astype(least)
         order = np.argsort(flat, kind="stable")
         starts = np.flatnonzero(np.diff(flat[order].astype(np.int64), prepend=-1)).tolist()
         self._bounds = dict(zip(flat[order[starts]].tolist(), itertools.pairwise([*starts, len(order)]), strict=True))
-        self._rows = torch.from_numpy(order // max(probed.shape[1], 1)).to(device)
+        self._rows = torch.from_numpy(order // max(probed.shape[1], 1))
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._bounds)
@@ -266,9 +249,9 @@ class _ByList:
 
 def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:
     """Return the nearest centroids of vectors, int64 [q, nprobe], nearest first, by rough products."""
-    table = torch.from_numpy(centroids).to(vectors.device)
+    table = torch.from_numpy(centroids)
     if nprobe == 1:
-        return assign(vectors, table)[1].cpu().numpy().reshape(-1, 1)
+        return assign(vectors, table)[1].numpy().reshape(-1, 1)
     shift = table.mean(0)
     table = table - shift
     scored = Table(table, -table.square().sum(1) / 2, rough=True)

@@ -19,7 +19,7 @@ def check_device(device: str, dtype: str = "auto") -> None:
         raise UsageError(f"dtype {dtype!r} is unknown", f"Use auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if device in ("auto", "cpu"):
         return
-    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    match = re.fullmatch(r"cuda(?::(0|[1-9]\d*))?", device)
     if match is None:
         raise UsageError(f"device {device!r} is unknown", "Use auto, cpu, cuda or cuda:N.")
     if not torch.cuda.is_available():

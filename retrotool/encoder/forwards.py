@@ -33,7 +33,7 @@ from retrotool.machine import cores
 
 Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]  # for the device, and kept on the host
 
-_SHORTEST = 16  # mean row length for which a batch of constant shape has room; with shorter rows it is not full
+_SHORTEST = 16  # mean row length of a full batch at least: a GPU runs at most 65,535 rows at a time
 _LONGEST = 128  # maximum row lengths are rounded up to this times a power of two, to compile few programs
 _LEAST_STEP = 16
 _PROGRAMS = 32  # compiled programs: one per batch size (halved if out of memory) and maximum row length
@@ -117,9 +117,8 @@ class PackedForward(_AnyForward):
         total, room = len(ids), batch_tokens
         filled = np.zeros((2, room), np.int32)
         filled[0, :total], filled[1, :total] = ids, places
-        used = np.concatenate([[0], ends, np.arange(total + longest, room, longest)])
-        spans = np.full(rows_in_batch(room) + room // _LONGEST + 2, room, np.int32)
-        spans[: len(used)] = used
+        spans = np.concatenate([[0], ends, np.arange(total + longest, room, longest)])
+        spans = np.append(spans[spans < room], room).astype(np.int32)  # the filling is rows, too
         return {"ids": filled[0], "places": filled[1], "spans": spans}, {"longest": longest, "whole": True}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
@@ -130,6 +129,8 @@ class PackedForward(_AnyForward):
         if self.constant and more["whole"] and not self.why_eager:
             try:
                 self._compiled = self._compiled or compile_layer()
+                allow_programs()
+                torch._dynamo.mark_dynamic(spans, 0)  # as many as there are rows: empty ones would take time
                 pooled = run(self._compiled)
             except Exception as error:
                 if is_out_of_memory(error) or is_lost(error):
@@ -148,14 +149,18 @@ def _bucket(tokens: int) -> int:
 
 def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
     """Return ``Layer.forward``, compiled once for all layers: weights are arguments."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
     compiled: Callable[..., torch.Tensor] = torch.compile(Layer.forward, dynamic=False, fullgraph=True, **options)
     return compiled
 
 
+def allow_programs() -> None:
+    """Let this thread compile a layer ``_PROGRAMS`` times: since torch 2.12 each thread has its own limit."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
+
+
 def rows_in_batch(batch_tokens: int) -> int:
-    """Return the rows that a batch of constant shape has room for."""
+    """Return the rows that a batch of constant shape may have."""
     return max(1, batch_tokens // _SHORTEST)
 
 

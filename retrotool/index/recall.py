@@ -1,6 +1,6 @@
 """Measure an index: its true recall, its operating point, and whether retraining is recommended.
 
-The truth for random chunks comes from exact search in float64 without each chunk's own document: queries ×
+The truth for random chunks comes from exact search without each chunk's own document: queries ×
 vectors distances. Above a budget only a random share of the vectors is searched for true neighbours; the most
 thorough search of the index decides which of them are among the k nearest of all.
 
@@ -130,7 +130,7 @@ def measure_recall(
         if reached > (0 if whole else _BEYOND):
             break
     if truth.share < 1:
-        search.thorough(curve[-1].nprobe, _budget_on(database.device))
+        search.thorough(curve[-1].nprobe, BUDGET)
         curve = [search.recall(p.nprobe, p.depth) for p in curve]
     good = [p for p in curve if p.recall_at_10 - p.error >= target]
     chosen = min(good, key=lambda p: p.cost) if good else max(curve, key=lambda p: (p.recall_at_10, -p.cost))
@@ -148,7 +148,6 @@ class Searched:
     shards: Sequence[InvertedLists]
     vectors: Vectors
     banned: Callable[[Ids], npt.NDArray[np.bool_]]
-    device: str
     room: int
 
 
@@ -174,8 +173,7 @@ class _Curve:
         for queries in self._truth.queries.blocks(rows_in(database.room, deepest, database.trained.d)):
             start = time.perf_counter()
             search = Search(
-                database.trained, queries, nprobe, deepest, database.banned, device=database.device,
-                room=database.room, rough=True,
+                database.trained, queries, nprobe, deepest, database.banned, room=database.room, rough=True
             )  # fmt: skip
             search.add(*database.shards)
             candidates = search.candidates
@@ -304,7 +302,7 @@ def find_truth(
             vectors = search_scope.read_part_vectors(store, encoder, part)
             matrix = vectors[:] if len(chosen) == len(vectors) else vectors[chosen]
             some = OneList(chunk_ids(part, chosen), matrix)
-            best = nearest_of(asked, some, DEPTH, best, precise=True, device=device, room=room)
+            best = nearest_of(asked, some, DEPTH, best, device=device, room=room)
         report(1)
     give_memory_back()
     found = [_of_documents(store, part, rows, "source").to_pylist() for part, rows in rows_by_part(ids)]
@@ -367,7 +365,7 @@ def measure_until_committed(
         give_memory_back()
         with counting("recall", "point") as report:
             banned = read_tombstones(store).contains
-            index = Searched(trained, opened, Vectors(store, encoder), banned, device, room)
+            index = Searched(trained, opened, Vectors(store, encoder), banned, room)
             seen = np.array(sorted(training.sampled(distinct_parts(truth.ids))), np.int64)
             trained_on = np.isin(part_of(truth.ids), seen)
             new_or_not = np.where(trained_on, "trained on", "added since").astype(object)

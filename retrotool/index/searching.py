@@ -18,8 +18,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from itertools import chain, islice, pairwise
+from functools import cached_property, lru_cache
+from itertools import chain, islice, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,14 @@ from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import InvertedLists, Lists, OneList, SomeLists, Trained
 from retrotool.ann.ranking import Best, rerank
+from retrotool.ann.resident import ResidentLists
 from retrotool.ann.search import ROOM, SPARE, Search, nearest_lists, nothing_banned
 from retrotool.chunk.chunk_plan import documents_within
 from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
 from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.index.index_records import IndexFiles, IndexRecord, ShardRecord, default_index, index_key, index_record
+from retrotool.index.on_device import OnDevice
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
 from retrotool.store import parts
@@ -168,17 +170,19 @@ def find_sources(
 
 
 def probes_by_query(
-    trained: Trained, vectors: npt.NDArray[np.float32], nprobe: int, some: Sequence[SomeLists]
-) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Yield (lists to probe, queries): lists with as many wanted vectors as the nearest ``nprobe`` in all."""
-    if trained.centroids is None:
-        yield nprobe, np.arange(len(vectors))
-        return
-    none = np.zeros(trained.nlist, np.int64)
-    everything, allowed = sum((one.whole for one in some), none), sum((one.sizes for one in some), none)
+    nearest: Callable[[npt.NDArray[np.float32], int], Ids],
+    vectors: npt.NDArray[np.float32],
+    nprobe: int,
+    everything: Ids,
+    allowed: Ids,
+) -> Iterator[tuple[int, Ids]]:
+    """Yield (lists to probe, queries): lists with as many allowed vectors as the nearest ``nprobe`` in all.
+
+    ``nearest`` finds the nearest lists; ``everything`` and ``allowed`` are the vectors in each list, [nlist].
+    """
     left, wanted = np.arange(len(vectors)), np.zeros(0, np.int64)
-    while len(left) and nprobe < trained.nlist:
-        lists = nearest_lists(trained.centroids, trained.rotate(torch.from_numpy(vectors[left])), nprobe)
+    while len(left) and nprobe < len(everything):
+        lists = nearest(vectors[left], nprobe)
         wanted = wanted if len(wanted) else everything[lists].sum(axis=1)
         enough = allowed[lists].sum(axis=1) >= wanted[left]
         if enough.any():
@@ -186,7 +190,7 @@ def probes_by_query(
         left = left[~enough]
         nprobe *= 2
     if len(left):
-        yield trained.nlist, left
+        yield len(everything), left
 
 
 TUNED_K = 10  # neighbours that an operating point is tuned for
@@ -261,7 +265,8 @@ class Vectors:
             vectors = self._part(part)
             if rows[-1] >= len(vectors):
                 raise self._unknown(int(ids[stop - 1]))
-            found.append(vectors[rows])
+            is_run = rows[-1] - rows[0] == len(rows) - 1  # copied several times as fast
+            found.append(np.array(vectors[int(rows[0]) : int(rows[-1]) + 1]) if is_run else vectors[rows])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _unknown(self, chunk: int) -> CorruptError:
@@ -279,6 +284,10 @@ class _Open:
         self.room = room_in(memory)
         self._device, self._allows = device, allows
         self.is_restricted = allows is not None
+
+    def _searches_on_device(self, queries: Queries) -> bool:
+        """Whether a GPU searches. Repeated documents, which are rare, are left to the CPU."""
+        return is_gpu(self._device) and queries.excluded.repeats is None
 
     @cached_property
     def _allowed(self) -> AllowedChunks:
@@ -314,7 +323,6 @@ class Database(_Open):
         self.vectors = Vectors(store, self.encoder)
         self.missing: list[FileEntry] = []
         self._allow_missing = allow_missing
-        self._allowed_in = cache(lambda shard: SomeLists(shard, self._is_wanted))
 
     @property
     def _files(self) -> IndexFiles:
@@ -365,46 +373,90 @@ class Database(_Open):
         ``beyond``: skip this many nearest lists, if sources are not restricted.
         """
         point = point or self.point
-        shards: Sequence[InvertedLists] = self.shards
-        search: Callable[[Queries, int, int, int, Sequence[Lists]], Best] = self._search_further
+        nprobe, beyond = point.nprobe * wider, 0 if self.is_restricted else beyond * wider
+        once = self._search_on_device if self._searches_on_device(queries) else self._search_shards
+        search = once(k, self._depth_for(k, point), only, beyond)
+        best = Best.nothing(len(queries), k)
+        for probed, rows in self._probes(queries, nprobe):
+            asked = queries if len(rows) == len(queries) else queries.take(rows)
+            found = search(asked, probed)
+            while only is None and not beyond and probed < self.trained.nlist:
+                short = np.flatnonzero((found.ids < 0).any(axis=1))
+                if not len(short):
+                    break
+                probed = min(2 * probed, self.trained.nlist) if k < self._n_searched else self.trained.nlist
+                found.put(short, search(asked.take(short), probed))
+            best.put(rows, found)
+        return best
+
+    def _probes(self, queries: Queries, nprobe: int) -> Iterable[tuple[int, Ids]]:
+        """Return numbers of lists to probe, with the queries that need so many."""
+        if not self.is_restricted or self.trained.centroids is None:
+            return [(nprobe, np.arange(len(queries)))]
+        nearest = self._nearest_lists
+        if self._searches_on_device(queries):
+            nearest = self._on_device.nearest_lists
+        return probes_by_query(nearest, queries.vectors, nprobe, *self._list_sizes)
+
+    def _nearest_lists(self, vectors: npt.NDArray[np.float32], nprobe: int) -> Ids:
+        assert self.trained.centroids is not None
+        return nearest_lists(self.trained.centroids, self.trained.rotate(torch.from_numpy(vectors)), nprobe)
+
+    @cached_property
+    def _searched(self) -> list[InvertedLists] | list[SomeLists]:
+        """The shards, or their allowed vectors."""
+        return [SomeLists(shard, self._is_wanted) for shard in self.shards] if self.is_restricted else self.shards
+
+    @cached_property
+    def _n_searched(self) -> int:
+        return sum(map(len, self._searched))
+
+    @cached_property
+    def _list_sizes(self) -> tuple[Ids, Ids]:
+        """Vectors in each list, all and allowed, int64 [nlist] each."""
+        some, none = (
+            [one for one in self._searched if isinstance(one, SomeLists)],
+            np.zeros(self.trained.nlist, np.int64),
+        )
+        return sum((one.whole for one in some), none), sum((one.sizes for one in some), none)
+
+    @cached_property
+    def _on_device(self) -> OnDevice:
+        """The searchable vectors on a GPU."""
+        n = sum(map(len, self.shards))
+        ids, numbers, at = np.empty(n, np.int64), np.empty(n, np.int32), 0
+        for shard, number in chain.from_iterable(product([one], one.numbers) for one in self.shards):
+            rows = slice(at, at := at + shard.size(number))
+            ids[rows], numbers[rows] = shard.ids(number), number
+        order = np.argsort(ids)
+        order = order[self._is_wanted(ids[order])]
+        listed = None if self.trained.centroids is None else numbers[order]
+        return OnDevice(self._device, self.trained, ids[order], listed, self.vectors, self.trained.d)
+
+    def _search_on_device(self, k: int, depth: int, only: Collection[int] | None, beyond: int) -> _SearchLists:
+        del depth  # no codes are compared
+        return lambda queries, nprobe: self._on_device.search(queries, k, nprobe, merged, only=only, beyond=beyond)
+
+    def _search_shards(self, k: int, depth: int, only: Collection[int] | None, beyond: int) -> _SearchLists:
+        shards: Sequence[Lists] = self._searched
         if only is not None:
             records = map(ShardRecord.of, self._files.shards.values())
             shards = [shard for shard, one in zip(shards, records, strict=True) if not set(one.parts).isdisjoint(only)]
-            search = self._search
-        nprobe, depth = point.nprobe * wider, self._depth_for(k, point)
-        if self._allows is None:
-            if beyond:
-                return self._search(queries, k, nprobe, depth, shards, beyond * wider)
-            return search(queries, k, nprobe, depth, shards)
-        best = Best.nothing(len(queries), k)
-        some = [self._allowed_in(shard) for shard in shards]
-        for probed, rows in probes_by_query(self.trained, queries.vectors, nprobe, some):
-            best.put(rows, search(queries.take(rows), k, probed, depth, some))
-        return best
+        depth = min(depth, max(self._n_searched, 1))
 
-    def _search_further(self, queries: Queries, k: int, nprobe: int, depth: int, shards: Sequence[Lists]) -> Best:
-        held = sum(map(len, shards))
-        depth = min(depth, max(held, 1))
-        best = self._search(queries, k, nprobe, depth, shards)
-        while nprobe < self.trained.nlist and len(short := np.flatnonzero((best.ids[:, :k] < 0).any(axis=1))):
-            nprobe = min(2 * nprobe, self.trained.nlist) if k < held else self.trained.nlist
-            best.put(short, self._search(queries.take(short), k, nprobe, depth, shards))
-        return best
+        def search(queries: Queries, nprobe: int) -> Best:
+            # Compare many queries with the vectors of lists, if these stay in memory: faster than re-ranking
+            # many candidates of each, and no less accurate.
+            by_vectors = self._fits and not isinstance(self.trained.codec, Whole)
+            by_vectors &= len(queries) * nprobe >= _SHARED_LISTS * self.trained.nlist
+            found = Search(
+                self.trained, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth, self.tombstones.contains,
+                room=self.room, vectors=self.vectors if by_vectors else None, rough=True, beyond=beyond,
+            )  # fmt: skip
+            found.add(*shards)
+            return rerank(queries.vectors, found.candidates, self.vectors, k)
 
-    def _search(
-        self, queries: Queries, k: int, nprobe: int, depth: int, shards: Iterable[Lists], beyond: int = 0
-    ) -> Best:
-        # Compare many queries with the vectors of lists, if these stay in memory: faster than re-ranking many
-        # candidates of each, and no less accurate.
-        by_vectors = self._fits and not isinstance(self.trained.codec, Whole)
-        by_vectors &= len(queries) * nprobe >= _SHARED_LISTS * self.trained.nlist
-        search = Search(
-            self.trained, queries, nprobe, min(depth, k + SPARE) if by_vectors else depth, self.tombstones.contains,
-            device=self._device, room=self.room, vectors=self.vectors if by_vectors else None, rough=True,
-            beyond=beyond,
-        )  # fmt: skip
-        search.add(*shards)
-        return rerank(queries.vectors, search.candidates, self.vectors, k)
+        return search
 
     @property
     def _fits(self) -> bool:
@@ -420,7 +472,8 @@ class Database(_Open):
         return Point(point.nprobe, depth).depth_for(k, self.trained)
 
     def _is_wanted(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        return self._allowed.contains(ids) & ~self.tombstones.contains(ids)
+        live: npt.NDArray[np.bool_] = ~self.tombstones.contains(ids)
+        return live & self._allowed.contains(ids) if self.is_restricted else live
 
 
 def room_in(memory: int | None) -> int:
@@ -476,28 +529,46 @@ class ExactDatabase(_Open):
     ) -> Best:
         """Return the k nearest live keys of each query; ``only``: in these parts. Every key is compared."""
         del wider, beyond
+        if self._searches_on_device(queries):
+            return self._on_device.search(queries, k, 0, merged, only=only)
         best: Best | None = None
         for part in self.held():
             rows = self._rows(part)
             if len(rows) and (only is None or part in only):
                 vectors = read_part_vectors(self.store, self.encoder, part)
                 some = OneList(parts.chunk_ids(part, rows), vectors[:] if len(rows) == len(vectors) else vectors[rows])
-                best = nearest_of(queries, some, k, best, device=self._device, room=self.room)
+                best = nearest_of(queries, some, k, best, room=self.room)
         return best or Best.nothing(len(queries), k)
 
+    @cached_property
+    def _on_device(self) -> OnDevice:
+        """The searchable vectors on a GPU."""
+        ids = np.concatenate(
+            [np.zeros(0, np.int64), *(parts.chunk_ids(part, self._rows(part)) for part in self.held())]
+        )
+        d = self.store.state.records[f"encoder:{self.encoder}"]["dimension"]
+        return OnDevice(self._device, None, ids, None, Vectors(self.store, self.encoder), d)
 
-def nearest_of(
-    queries: Queries, some: OneList, k: int, before: Best | None, *, device: str, room: int, precise: bool = False
-) -> Best:
-    """Return the k nearest of ``some`` and ``before``; ``precise``: select by products in float64."""
+
+def nearest_of(queries: Queries, some: OneList, k: int, before: Best | None, *, room: int, device: str = "cpu") -> Best:
+    """Return the k nearest of ``some`` and ``before``."""
+    if is_gpu(device) and queries.excluded.repeats is None:
+        ids = some.ids(0)
+        found = ResidentLists(None, None, ids, [some.vectors(ids)], device).search(queries, k)
+        return found if before is None else merged(before, found, k)
     blocks = []
     for asked in queries.blocks(rows_in(room, k + SPARE, queries.vectors.shape[1])):
-        search = Search(some.trained, asked, 1, k + SPARE, nothing_banned, precise=precise, device=device, room=room)
+        search = Search(some.trained, asked, 1, k + SPARE, nothing_banned, room=room)
         search.add(some)
         blocks.append(rerank(asked.vectors, search.candidates, some.vectors, k))
     distances = np.concatenate([block.distances for block in blocks])
     found = Best(distances, np.concatenate([block.ids for block in blocks]))
     return found if before is None else merged(before, found, k)
+
+
+def is_gpu(device: str) -> bool:
+    """Check whether a device has memory of its own, in which searches keep the vectors."""
+    return device != "cpu"
 
 
 def merged(one: Best, other: Best, k: int) -> Best:
@@ -515,3 +586,4 @@ def are_among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
 
 
 AnyDatabase = Database | ExactDatabase
+_SearchLists = Callable[[Queries, int], Best]  # takes queries and the number of lists that each probes

@@ -1,4 +1,4 @@
-"""The running nearest, in heaps and in torch's terms, and the masks, against sorting everything at once."""
+"""The running nearest and the masks, against sorting everything at once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.ann.excluded import Excluded, Intervals, Mask
-from retrotool.ann.ranking import Heaps, Nearest, largest
+from retrotool.ann.ranking import Best, Heaps, largest
 
 
-@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32), st.booleans(), st.data())
-def test_the_running_nearest_are_those_of_all_scores(
-    q: int, k: int, seed: int, heaps: bool, data: st.DataObject
-) -> None:
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**32), st.data())
+def test_the_running_nearest_are_those_of_all_scores(q: int, k: int, seed: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)
-    dtype = torch.float32 if heaps else torch.float64
-    kept = Heaps(k, q) if heaps else Nearest(k, q, dtype=dtype, device=torch.device("cpu"))
+    kept = Heaps(k, q)
     everything = np.full((q, 0), -np.inf)
     ids = np.zeros(0, np.int64)
     for step in range(data.draw(st.integers(1, 6))):
@@ -26,13 +23,13 @@ def test_the_running_nearest_are_those_of_all_scores(
         rows = np.sort(rng.choice(q, data.draw(st.integers(1, q)), replace=False))
         scores = rng.normal(size=(len(rows), n))
         scores[rng.random(scores.shape) < data.draw(st.sampled_from([0, 0.3, 1]))] = -np.inf
-        scores = scores.astype(np.float32 if heaps else np.float64)
+        scores = scores.astype(np.float32)
         some = np.arange(n) * 7 + step
-        kept.offer(torch.from_numpy(rows), torch.from_numpy(scores.copy()), some, first=step == 0)
+        kept.offer(torch.from_numpy(rows), torch.from_numpy(scores.copy()), some)
         wide = np.full((q, n), -np.inf)
         wide[rows] = scores
         everything, ids = np.concatenate([everything, wide], 1), np.concatenate([ids, some])
-    found, which = (tensor.numpy() for tensor in kept.best())
+    found, which = kept.best()
     expected = -np.sort(-everything, axis=1)[:, :k]
     assert np.array_equal(found[:, : expected.shape[1]], expected)
     assert np.isneginf(found[:, expected.shape[1] :]).all()
@@ -74,6 +71,18 @@ def test_masks_hide_just_what_is_excluded(q: int, seed: int, apart: bool, repeat
             for name, begin, end in ((2, 205, 210), (0, 230, 231)):
                 hidden |= (of_whom[asked, None] == name) & (some >= begin) & (some <= end)
         assert np.array_equal(np.isneginf(scores.numpy()), hidden)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 25), st.integers(0, 2**32))
+def test_of_equal_distances_the_least_id_comes_first(q: int, n: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((q, n)), 1)
+    distances = rng.choice([0.5, 1, 2, np.inf], (q, n)).astype(np.float32)
+    ids[np.isinf(distances)] = -1
+    found = Best(distances, ids).nearest(k)
+    for row in range(q):
+        expected = sorted(zip(distances[row].tolist(), ids[row].tolist(), strict=True))[:k]
+        assert list(zip(found.distances[row].tolist(), found.ids[row].tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

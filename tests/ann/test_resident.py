@@ -14,8 +14,8 @@ from test_lists import clustered, trained_as
 from retrotool.ann import resident
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.ann.kmeans import assign
-from retrotool.ann.resident import STRIP, Kernels, ResidentLists, TorchKernels, largest
-from retrotool.ann.trained import Trained
+from retrotool.ann.lists import Trained
+from retrotool.ann.resident import STRIP, Centroids, Kernels, ResidentLists, TorchKernels, largest
 
 PART = 1 << 32
 
@@ -70,7 +70,7 @@ def test_neighbours_are_those_of_brute_force_in_the_probed_lists(
     trained = trained_as(factory, vectors)
     turned = trained.rotate(torch.from_numpy(vectors.astype(np.float32)))
     numbers = assign(turned, torch.from_numpy(trained.centroids))[1].numpy()
-    lists = ResidentLists(trained, numbers, ids, np.array_split(vectors, 5), "cpu")
+    lists = ResidentLists(Centroids(trained, torch.device("cpu")), numbers, ids, np.array_split(vectors, 5), "cpu")
     found = lists.search(Queries(vectors.astype(np.float32), excluded_of(ids, document)), k, nprobe)
 
     exact = ((vectors[:, None].astype(np.float64) - vectors[None].astype(np.float64)) ** 2).sum(2)
@@ -80,7 +80,9 @@ def test_neighbours_are_those_of_brute_force_in_the_probed_lists(
     there = np.isfinite(expected)
     # Rounded to float16, a list that is as near as another may be taken for it.
     same = ((found.ids >= 0) == there).all(1)
-    same &= (np.abs(np.where(there, found.distances, 0) - np.where(there, expected, 0)) < 1e-3 * (1 + expected.clip(0, 9))).all(1)
+    same &= (
+        np.abs(np.where(there, found.distances, 0) - np.where(there, expected, 0)) < 1e-3 * (1 + expected.clip(0, 9))
+    ).all(1)
     assert same.mean() > 0.99
     for row, (some, apart) in enumerate(zip(found.ids, found.distances, strict=True)):
         kept = some[some >= 0]
@@ -145,8 +147,15 @@ def test_lists_behind_those_that_were_searched_give_the_rest(kernels: Kernels, b
     vectors = clustered(900, 1, 32)
     trained = trained_as("IVF12,SQfp16", vectors)
     numbers = assign(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(trained.centroids))[1].numpy()
-    lists, queries = ResidentLists(trained, numbers, ids_of(900), [vectors], "cpu"), Queries.plain(vectors.astype(np.float32))
-    whole, near, rest = lists.search(queries, 20, 12), lists.search(queries, 20, before), lists.search(queries, 20, 12, before)
+    lists, queries = (
+        ResidentLists(Centroids(trained, torch.device("cpu")), numbers, ids_of(900), [vectors], "cpu"),
+        Queries.plain(vectors.astype(np.float32)),
+    )
+    whole, near, rest = (
+        lists.search(queries, 20, 12),
+        lists.search(queries, 20, before),
+        lists.search(queries, 20, 12, before),
+    )
     assert np.array_equal(np.sort(np.concatenate([near.distances, rest.distances], 1), 1)[:, :20], whole.distances)
 
 
@@ -158,6 +167,27 @@ def test_largest_is_topk(n: int, k: int) -> None:
     values, columns = largest(scores, k)
     assert torch.equal(values, scores.topk(k).values) and torch.equal(scores.gather(1, columns), values)
     assert all(len(set(row.tolist())) == k for row in columns)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("factory", ["SQfp16", "IVF12,SQfp16"])
+def test_what_is_found_on_a_gpu_is_what_torch_finds_on_a_cpu(factory: str) -> None:
+    vectors, ids = clustered(5000, 1, 96), ids_of(5000)
+    trained, queries = (
+        trained_as(factory, vectors),
+        Queries(vectors.astype(np.float32), excluded_of(ids, documents(5000))),
+    )
+    numbers = None
+    if trained.centroids is not None:
+        numbers = assign(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(trained.centroids))[1].numpy()
+    found = []
+    for device in ("cpu", "cuda:0"):
+        centroids = None if numbers is None else Centroids(trained, torch.device(device))
+        lists = ResidentLists(centroids, numbers, ids, np.array_split(vectors, 3), device)
+        found.append(lists.search(queries, 20, 4))
+    assert type(lists._kernels).__name__ == "TritonKernels"
+    assert (found[0].ids == found[1].ids).mean() > 0.99
+    assert np.allclose(found[0].distances, found[1].distances, rtol=1e-3)
 
 
 def test_strips_are_a_power_of_two_within_a_tile() -> None:

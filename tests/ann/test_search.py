@@ -134,25 +134,19 @@ def on_gpu() -> bool:
 
 @pytest.mark.skipif(not on_gpu(), reason="there is no GPU")
 @pytest.mark.parametrize("factory", ["SQfp16", "IVF12,SQ8", "OPQ8,IVF12,PQ8"])
-def test_search_training_and_codes_on_a_gpu_are_those_of_a_cpu(factory: str) -> None:
+def test_training_and_codes_on_a_gpu_are_those_of_a_cpu(factory: str) -> None:
     import torch
 
     from retrotool.ann.codes import train_product, train_rotation
     from retrotool.ann.kmeans import assign, kmeans
 
-    vectors, queries = clustered(3000, 1), Queries.plain(clustered(50, 2).astype(np.float32))
+    vectors = clustered(3000, 1)
     trained = trained_as(factory, vectors)
     rows = torch.from_numpy(vectors.astype(np.float32))
     numbers, codes, error, _ = trained.encode(rows)
     theirs = trained.encode(rows.cuda())
     assert (numbers == theirs[0].cpu()).float().mean() > 0.999
     assert (codes == theirs[1].cpu()).float().mean() > 0.99 and theirs[2] == pytest.approx(error, rel=1e-3)
-    found = []
-    for device in ("cpu", "cuda"):
-        search = Search(trained, queries, 4, 30, nothing_banned, device=device)
-        search.add(InvertedLists(filled(trained, vectors, np.arange(3000)), trained))
-        found.append(search.candidates)
-    assert (found[0] == found[1]).mean() > 0.98
     centroids = kmeans(rows.half().cuda(), 40, iterations=4)
     assert assign(rows, centroids.cpu())[0].mean() <= 1.05 * assign(rows, kmeans(rows, 40, iterations=4))[0].mean()
     assert train_product(rows.cuda(), 8).shape == (8, 256, 2)

@@ -289,13 +289,14 @@ def test_a_query_probes_until_it_has_seen_as_many_allowed_vectors(
     api.index(store, options=Options(IndexOptions(nlist=32, code="float16")))
     opened = Database(retrotool.open(store)._store)
     probed: list[tuple[int, int]] = []
-    search = Database._search
+    probes = Database._probes
 
-    def spy(self, queries, k, nprobe, *arguments):  # type: ignore[no-untyped-def]
-        probed.append((len(queries), nprobe))
-        return search(self, queries, k, nprobe, *arguments)
+    def spy(self, queries, nprobe):  # type: ignore[no-untyped-def]
+        for n, rows in probes(self, queries, nprobe):
+            probed.append((len(rows), n))
+            yield n, rows
 
-    monkeypatch.setattr(Database, "_search", spy)
+    monkeypatch.setattr(Database, "_probes", spy)
     api.neighbours(store, saved=10, filters=FilterOptions(only_sources=("rare",)))
     truth = oracle(store, store, 10, nothing, frozenset(["rare"]))
     found = saved_neighbours(store)

@@ -78,7 +78,12 @@ def test_lists_are_probed_until_they_hold_as_much(
     queries = np.random.default_rng(6).normal(size=(40, 8)).astype(np.float32)
     order = nearest_lists(whole.trained.centroids, torch.from_numpy(queries), 12)
     seen = np.zeros(40, np.int64)
-    for probed, rows in probes_by_query(whole.trained, queries, nprobe, some):
+
+    def nearest(vectors: np.ndarray, nprobe: int) -> np.ndarray:
+        return nearest_lists(whole.trained.centroids, torch.from_numpy(vectors), nprobe)
+
+    everything, allowed = sum(one.whole for one in some), sum(one.sizes for one in some)
+    for probed, rows in probes_by_query(nearest, queries, nprobe, everything, allowed):
         seen[rows] += 1
         for row in rows.tolist():
             held = sum(int(one.sizes[order[row, :probed]].sum()) for one in some)
