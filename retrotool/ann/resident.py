@@ -105,7 +105,7 @@ class Centroids:
         found = [torch.empty(0, nprobe, dtype=torch.int64, device=asked.device)]
         for some in torch.split(asked, max(1, _MOST_SCORES // len(self))):
             turned = some if self._rotation is None else some @ self._rotation.T
-            found.append(largest(product((turned - self._mean).half(), self._table) - self._halves, nprobe)[1])
+            found.append(k_largest(product((turned - self._mean).half(), self._table) - self._halves, nprobe)[1])
         return torch.cat(found)
 
 
@@ -212,7 +212,7 @@ class ResidentLists:
         probes = self._probe(asked, nprobe, beyond)
         best = torch.full((len(asked), probes.width), -math.inf, device=self.device)
         self._kernels.scan(self, asked.half(), own, probes, best)
-        scores, strip = largest(best, min(k + _SPARE, probes.width))
+        scores, strip = k_largest(best, min(k + _SPARE, probes.width))
         del best
         # Which list each chosen strip is of, and where it begins.
         which = torch.searchsorted(probes.end, strip, right=True).clamp_(max=probes.per_query - 1)
@@ -268,7 +268,7 @@ def product(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return rows.float() @ table.float().T
 
 
-def largest(scores: torch.Tensor, k: int, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def k_largest(scores: torch.Tensor, k: int, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest scores of each row of [m, n] and their columns, as ``topk``, largest first.
 
     ``topk`` reads everything some sixteen times; this reads it once, as the k largest lie in the k groups of

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mock_cuda import mock_cuda
 from test_lists import clustered, trained_as
 
 from retrotool.ann import resident
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.ann.kmeans import assign
 from retrotool.ann.lists import Trained
-from retrotool.ann.resident import STRIP, Centroids, Kernels, ResidentLists, TorchKernels, largest
+from retrotool.ann.ranking import Best
+from retrotool.ann.resident import STRIP, Centroids, Kernels, ResidentLists, TorchKernels, k_largest
 
 PART = 1 << 32
 
@@ -164,9 +167,37 @@ def test_largest_is_topk(n: int, k: int) -> None:
     scores = torch.randn(37, n, generator=torch.Generator().manual_seed(k))
     scores[3, :30] = -torch.inf
     scores[4] = -torch.inf
-    values, columns = largest(scores, k)
+    values, columns = k_largest(scores, k)
     assert torch.equal(values, scores.topk(k).values) and torch.equal(scores.gather(1, columns), values)
     assert all(len(set(row.tolist())) == k for row in columns)
+
+
+@pytest.mark.parametrize("factory", ["SQfp16", "IVF12,SQfp16"])
+def test_a_device_is_waited_for_twice_a_block_and_meets_no_tensor_of_the_host(
+    factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResidentLists, "_block_size", lambda *_: 300)
+    vectors, ids = clustered(900, 1, 64), ids_of(900)
+    trained, queries = (
+        trained_as(factory, vectors),
+        Queries(vectors.astype(np.float32), excluded_of(ids, documents(900))),
+    )
+    numbers = None
+    if trained.centroids is not None:
+        numbers = assign(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(trained.centroids))[1].numpy()
+
+    def search(device: str, waits: Counter[str]) -> Best:
+        centroids = None if numbers is None else Centroids(trained, torch.device(device))
+        lists = ResidentLists(centroids, numbers, ids, np.array_split(vectors, 3), device)
+        waits.clear()
+        return lists.search(queries, 10, 4)
+
+    here = search("cpu", Counter())
+    with mock_cuda() as waits:
+        monkeypatch.setattr(resident, "pick_kernels", lambda device: TorchKernels())
+        there = search("cuda:0", waits)
+    assert np.array_equal(here.ids, there.ids) and np.array_equal(here.distances, there.distances)
+    assert +waits == {"tolist": 3, "to the host by cpu": 3}, "three blocks of queries"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
