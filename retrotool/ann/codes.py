@@ -157,9 +157,9 @@ def train_rotation(rows: torch.Tensor, pieces: int, d: int, *, seed: int = 0) ->
     table = _improve(rotated, _first(rotated, pieces, seed), _ITERATIONS // 2)
     for _ in range(_ROTATIONS):
         coded = _decode(encode_pieces(rotated, table), table)
-        left, _, right = torch.linalg.svd(_cross(coded, sample), full_matrices=False)
+        left, _, right = torch.linalg.svd(_cross(coded, sample).cpu(), full_matrices=False)  # slower on a GPU
         del coded
-        rotation = torch.matmul(left, right).float()
+        rotation = torch.matmul(left, right).float().to(sample.device)
         rotated = sample @ rotation.T
         table = _improve(rotated, table, 1)
     return rotation

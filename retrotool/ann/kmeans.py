@@ -11,9 +11,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
 from retrotool.ann.matmul import Table
 from retrotool.lazy import torch
 
@@ -24,6 +21,7 @@ _SPLIT = 1 / 1024  # relative distance between the halves of a split cluster, as
 _BLUR = 1 / 256  # relative distance by which a centroid is moved off a vector: bfloat16 resolution
 _ATTEMPTS = 100
 _NO_ERROR = 1e-6  # relative squared distance to a centroid that is due to rounding of copies
+_SEED = 5  # of the words that hash rows
 _AWAY = 4.0  # how far an empty cluster is moved, in multiples of the largest centroid value
 
 
@@ -149,7 +147,7 @@ def _blur(centroids: torch.Tensor, vectors: torch.Tensor, rng: torch.Generator) 
     The move keeps the nearest centroids, and is rounded, so that the seed does not suffice to revert it.
     """
     for attempt in range(1, _ATTEMPTS):
-        same = torch.from_numpy(_same_rows(centroids, vectors)).to(centroids.device)
+        same = _same_rows(centroids, vectors)
         if not len(same):
             return
         moved = centroids[same] + attempt * _BLUR * _signs(centroids[same], rng)
@@ -165,14 +163,17 @@ def _signs(rows: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return torch.maximum(rows.abs(), usual) * signs
 
 
-def _same_rows(rows: torch.Tensor, others: torch.Tensor) -> npt.NDArray[np.int64]:
-    """Return the indices, int64, of ``rows`` [k, d] that occur in ``others`` [n, d], compared as float16."""
+def _same_rows(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return the indices, int64, of ``rows`` [k, d] that occur in ``others`` [n, d], compared as float16.
 
-    def halves(some: torch.Tensor) -> list[bytes]:
-        half: npt.NDArray[np.float16] = (some.to(torch.float16) + 0).cpu().numpy()  # −0 is 0
-        return [row.tobytes() for row in half]
+    Rows are compared by a sum of their numbers' bits times random odd words; a false hit moves a centroid.
+    """
+    words = torch.randint(-(1 << 62), 1 << 62, (rows.shape[1],), generator=torch.Generator().manual_seed(_SEED)) | 1
+    words = words.to(rows.device)
 
-    own = halves(rows)
-    known = set(own)
-    found = {key for some in torch.split(others, _BLOCK_ROWS) for key in halves(some) if key in known}
-    return np.flatnonzero([key in found for key in own])
+    def hashed(some: torch.Tensor) -> torch.Tensor:
+        half = some.to(torch.float16) + 0  # −0 is 0
+        return (half.view(torch.int16).long() * words).sum(1)
+
+    known = torch.cat([hashed(some) for some in torch.split(others, _BLOCK_ROWS)])
+    return torch.isin(hashed(rows), known).nonzero().flatten()

@@ -21,7 +21,7 @@ Repeated documents (``Excluded.repeats``) are not supported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -168,10 +168,13 @@ class ResidentLists:
         """Number of lists."""
         return len(self.starts_here) - 1
 
-    def search(self, queries: Queries, k: int, nprobe: int = 0, beyond: int = 0) -> Best:
+    def search(
+        self, queries: Queries, k: int, nprobe: int = 0, beyond: int = 0, say: Callable[[str], object] = lambda _: None
+    ) -> Best:
         """Return the k nearest vectors of each query in its nearest lists, without the nearest ``beyond``.
 
-        If memory runs out, blocks of queries are halved; ``torch.OutOfMemoryError`` if that does not help.
+        If memory runs out, blocks of queries are halved, and ``say`` is told; ``torch.OutOfMemoryError`` if
+        that does not help.
         """
         assert queries.excluded.repeats is None, "left to a search on the CPU"
         best = Best.nothing(len(queries), k)
@@ -189,6 +192,7 @@ class ResidentLists:
                 if size < _LEAST_QUERIES:
                     raise
                 torch.cuda.empty_cache()
+                say(f"{self.device} is out of memory: continuing with {size:,} queries at a time")
                 continue
             start = rows.stop
             if len(waiting) > 1:

@@ -18,6 +18,7 @@ from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import Trained
 from retrotool.ann.ranking import Best, Fetch
 from retrotool.ann.resident import Centroids, ResidentLists, free_memory
+from retrotool.encoder.encoder import say
 from retrotool.lazy import torch
 from retrotool.read_ahead import ahead
 from retrotool.store.parts import part_of
@@ -66,7 +67,7 @@ class OnDevice:
         """Return the k nearest in the ``nprobe`` nearest lists of each query, ``only`` in some parts."""
         best: Best | None = None
         for portion in self._portions(only):
-            found = self._load(portion).search(queries, k, nprobe, beyond)
+            found = self._load(portion).search(queries, k, nprobe, beyond, say)
             best = found if best is None else merge(best, found, k)
         return best or Best.nothing(len(queries), k)
 

@@ -32,6 +32,7 @@ from retrotool.ann.ranking import Best, exact_distances
 from retrotool.ann.search import SPARE, Search
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.embed import search_scope
+from retrotool.encoder.devices import checking_device
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import ConflictError
@@ -360,7 +361,7 @@ def measure_until_committed(
         encoder, numbers = training.encoder, files.parts
         room = room_in(training.asked.memory if memory is None else memory)
         opened = list(read_shards(store, name, trained, generation=generation))
-        with counting("exact search", "part", len(numbers)) as report:
+        with counting("exact search", "part", len(numbers)) as report, checking_device(device):
             truth = find_truth(store, encoder, numbers, report, sample, device, room)
         give_memory_back()
         with counting("recall", "point") as report:

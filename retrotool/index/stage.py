@@ -14,6 +14,7 @@ bytes per vector while it is written.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,10 @@ from retrotool.ann.codes import Codec, Codes, Product, Scalar, Whole
 from retrotool.ann.excluded import Ids
 from retrotool.ann.kmeans import ReportShare, assign, kmeans
 from retrotool.ann.lists import Trained, to_faiss
+from retrotool.ann.resident import free_memory
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
+from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, own_first, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, TrainingRecord, as_about
@@ -37,6 +40,7 @@ from retrotool.index.searching import read_shard, read_trained, write_index
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.ranges import consecutive_ranges
+from retrotool.read_ahead import ahead
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, generation_slot
@@ -206,11 +210,12 @@ class IndexWorker:
         """Run one task."""
         self._store.refresh()
         try:
-            if task.inputs.get("train"):
-                return self._train(task, run, report)
-            if "merge" in task.inputs:
-                return self._merge(task, run, report)
-            return self._write_shard(task, run, report)
+            with checking_device(self._device):
+                if task.inputs.get("train"):
+                    return self._train(task, run, report)
+                if "merge" in task.inputs:
+                    return self._merge(task, run, report)
+                return self._write_shard(task, run, report)
         finally:
             give_memory_back()
 
@@ -292,27 +297,48 @@ def _coded(
     store: Store, encoder: str, numbers: Sequence[int], trained: Trained, device: str, report: Report
 ) -> tuple[Ids, Ids, Codes, list[list[float]]]:
     """Return lists [n], ids [n] and codes [n, size] of what is not erased, and the fit of each part."""
-    most, n, fit = sum(search_scope.count_keys(store, part) for part in numbers), 0, list[list[float]]()
+    most, n = sum(search_scope.count_keys(store, part) for part in numbers), 0
     in_lists, ids = np.empty(most, np.int64), np.empty(most, np.int64)
     codes = np.empty((most, trained.codec.size), np.uint8)
-    rejected, block = read_rejected(store), _BLOCK_ROWS[device.split(":")[0]]
-    for part in numbers:
-        coded = search_scope.searchable_rows(store, part, rejected)
-        vectors, errors = search_scope.read_part_vectors(store, encoder, part), np.zeros(2)
-        for start in range(0, len(coded), block):
-            rows = coded[start : start + block]
-            some = vectors[rows]
-            check_finite(store, some, part, rows)
-            found, made, *off = trained.encode(torch.from_numpy(some).to(device).float())
+    rejected, size = read_rejected(store), _BLOCK_ROWS[device.split(":")[0]]
+    fit = {part: np.zeros(3) for part in numbers}
+
+    def blocks() -> Iterator[tuple[int, Ids, npt.NDArray[np.float16]]]:
+        for part in numbers:
+            coded, vectors = search_scope.searchable_rows(store, part, rejected), None
+            for start in range(0, len(coded), size):
+                vectors = search_scope.read_part_vectors(store, encoder, part) if vectors is None else vectors
+                rows = coded[start : start + size]
+                yield part, rows, vectors[rows]
+            report(search_scope.count_keys(store, part) - len(coded))
+
+    with contextlib.closing(ahead(blocks(), 1)) as read:
+        for part, rows, some in read:
+            there = torch.from_numpy(some).to(device).float()
+            if not bool(there.sum(1).isfinite().all()):  # sums of float16 can't overflow
+                check_finite(store, some, part, rows)
+            found, made, *off = _encode(trained, there)
             place = slice(n, n + len(rows))
             in_lists[place], codes[place] = found.cpu().numpy(), made.cpu().numpy()
             ids[place] = parts.chunk_ids(part, rows)
             n += len(rows)
-            errors += off
+            fit[part] += [len(rows), *off]
             report(len(rows))
-        fit.append([len(coded), *(errors / max(len(coded), 1)).tolist()])
-        report(search_scope.count_keys(store, part) - len(coded))
-    return in_lists[:n], ids[:n], codes[:n], fit
+    means = [[int(sums[0]), *(sums[1:] / max(sums[0], 1)).tolist()] for sums in fit.values()]
+    return in_lists[:n], ids[:n], codes[:n], means
+
+
+def _encode(trained: Trained, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Code rows as ``Trained.encode`` does, in halves if a GPU's memory does not suffice."""
+    try:
+        return trained.encode(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) <= _BLOCK_ROWS["cpu"]:
+            raise
+    torch.cuda.empty_cache()
+    halves = [_encode(trained, half) for half in rows.chunk(2)]
+    found, made, *errors = zip(*halves, strict=True)
+    return torch.cat(found), torch.cat(made), sum(errors[0]), sum(errors[1])
 
 
 SEED = 0
@@ -356,6 +382,8 @@ def train(
         return Trained(choice.d, Whole(choice.coded, choice.code)), fit
     n = sum(rows.counts.values())
     size = sample_size(n, choice, memory)
+    if device != "cpu":  # float16, and half of the memory is for products
+        size = min(size, max(free_memory(torch.device(device)) // (4 * choice.d), choice.nlist))
     sample = torch.from_numpy(draw_vectors(store, encoder, rows, size)).to(device)
     centroids = kmeans(
         sample, choice.nlist, iterations=ITERATIONS, seed=SEED, report=lambda share: report(_KMEANS_SHARE * share)

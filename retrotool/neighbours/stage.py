@@ -34,6 +34,7 @@ from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed import search_scope
+from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, merged
@@ -338,7 +339,8 @@ class NeighboursWorker:
         self._probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
         for rows in finder.blocks(asking):
-            best = self._search(database, finder, rows, before, task.inputs["new"])
+            with checking_device(stage.devices[0]):
+                best = self._search(database, finder, rows, before, task.inputs["new"])
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
             if stage.memory is not None:

@@ -141,7 +141,9 @@ def test_when_memory_runs_out_blocks_are_halved(monkeypatch: pytest.MonkeyPatch)
         return search(self, some, *rest)
 
     monkeypatch.setattr(ResidentLists, "_search", small)
-    found = lists.search(queries, 10)
+    said = list[str]()
+    found = lists.search(queries, 10, say=said.append)
+    assert said == [f"cpu is out of memory: continuing with {n} queries at a time" for n in ("1,050", "525")]
     assert np.array_equal(whole.ids, found.ids) and sizes == [2100, 1050, 525, 525, 525, 525]
 
 
