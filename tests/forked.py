@@ -102,9 +102,8 @@ class Forked:
 def _import_commands() -> None:
     """Import all that commands import, once, and not in every process that is forked."""
     for module in pkgutil.walk_packages(retrotool.__path__, "retrotool."):
-        if module.name != "retrotool.__main__":
-            with suppress(ModuleNotFoundError):  # Triton is not made for every machine
-                importlib.import_module(module.name)
+        if module.name not in ("retrotool.__main__", "retrotool.ann.resident_kernels"):  # that is for GPUs alone
+            importlib.import_module(module.name)
     for library in ("torch", "faiss", "pyarrow.pandas_compat"):
         importlib.import_module(library)
 

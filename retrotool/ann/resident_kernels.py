@@ -18,6 +18,16 @@ from retrotool.ann.resident import STRIP, Probes, ResidentLists
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64
 _RANK_DEPTH = 256
+OPTIONS = {
+    "_scan": {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True},
+    "_rank": {"num_warps": 4, "enable_fp_fusion": True},
+}
+
+
+def constants_of(per_query: int) -> dict[str, dict[str, int]]:
+    """Return the constants of both kernels, for so many lists per query."""
+    scan = {"P": per_query, "M": _ROWS, "N": _COLUMNS, "K": _DEPTH, "S": STRIP}
+    return {"_scan": scan, "_rank": {"K": _RANK_DEPTH, "S": STRIP}}
 
 
 @triton.jit
@@ -119,7 +129,7 @@ class TritonKernels:
             _scan[(most,)](
                 asked, lists.vectors, lists.halves, lists.ranks, own[0], own[1], probes.pairs, probes.offset, bounds,
                 lists.starts, tiles, best, lists.n_lists, best.shape[1], lists.d,
-                probes.per_query, _ROWS, _COLUMNS, _DEPTH, STRIP, num_warps=8, num_stages=3,
+                **constants_of(probes.per_query)["_scan"], **OPTIONS["_scan"],
             )  # fmt: skip
 
     def rank(
@@ -130,6 +140,6 @@ class TritonKernels:
         with torch.cuda.device_of(keys):
             _rank[(first.numel(),)](
                 asked, lists.vectors, lists.ranks, own[0], own[1], first, end, keys, first.shape[1], lists.d,
-                _RANK_DEPTH, STRIP, num_warps=4,
+                **constants_of(0)["_rank"], **OPTIONS["_rank"],
             )  # fmt: skip
         return keys

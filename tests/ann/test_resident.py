@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import numpy as np
@@ -18,24 +17,9 @@ from retrotool.ann.excluded import Excluded, Queries
 from retrotool.ann.kmeans import assign
 from retrotool.ann.lists import Trained
 from retrotool.ann.ranking import Best
-from retrotool.ann.resident import STRIP, Centroids, Kernels, ResidentLists, TorchKernels, k_largest
+from retrotool.ann.resident import STRIP, Centroids, ResidentLists, TorchKernels, k_largest
 
 PART = 1 << 32
-
-
-def ways() -> list[Kernels]:
-    """The kernels that run here: those in Triton only in its interpreter (``make nightly``)."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from retrotool.ann.resident_kernels import TritonKernels
-
-        return [TorchKernels(), TritonKernels()]
-    return [TorchKernels()]
-
-
-@pytest.fixture(params=ways(), ids=lambda kernels: type(kernels).__name__)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    monkeypatch.setattr(resident, "pick_kernels", lambda device: request.param)
-    return request.param
 
 
 def ids_of(n: int) -> np.ndarray:
@@ -67,7 +51,7 @@ def probed_lists(trained: Trained, vectors: np.ndarray, nprobe: int) -> np.ndarr
      (700, 48, "OPQ12,IVF20,PQ12", 4, 10)],
 )  # fmt: skip
 def test_neighbours_are_those_of_brute_force_in_the_probed_lists(
-    kernels: Kernels, n: int, d: int, factory: str, nprobe: int, k: int
+    n: int, d: int, factory: str, nprobe: int, k: int
 ) -> None:
     vectors, ids, document = clustered(n, 1, d), ids_of(n), documents(n)
     trained = trained_as(factory, vectors)
@@ -109,7 +93,7 @@ def test_a_complete_search_finds_the_nearest_of_all(n: int, k: int, q: int, seed
     assert (found.ids[:, expected.shape[1] :] == -1).all() and np.isinf(found.distances[:, expected.shape[1] :]).all()
 
 
-def test_of_copies_the_one_with_the_least_id_comes_first(kernels: Kernels) -> None:
+def test_of_copies_the_one_with_the_least_id_comes_first() -> None:
     vectors, ids = clustered(600, 1, 64), ids_of(600)
     vectors[300:306] = vectors[7]
     lists = ResidentLists(None, None, ids, [vectors], "cpu")
@@ -148,7 +132,7 @@ def test_when_memory_runs_out_blocks_are_halved(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("before", [1, 5, 11])
-def test_lists_behind_those_that_were_searched_give_the_rest(kernels: Kernels, before: int) -> None:
+def test_lists_behind_those_that_were_searched_give_the_rest(before: int) -> None:
     vectors = clustered(900, 1, 32)
     trained = trained_as("IVF12,SQfp16", vectors)
     numbers = assign(torch.from_numpy(vectors.astype(np.float32)), torch.from_numpy(trained.centroids))[1].numpy()
