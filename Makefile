@@ -17,7 +17,7 @@ SEED := $(shell date +%s)
 TMPDIR ?= /tmp
 LINT := $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-.PHONY: demo tokenizer test tests gpu-test nightly torture coverage update-snapshots lint format corpus-test docs site clean
+.PHONY: demo tokenizer test tests gpu-test gpu-bench nightly torture coverage update-snapshots lint format corpus-test docs site clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2]) if sys.version_info < (3, 11) else 0'
@@ -46,6 +46,9 @@ tests: $(STAMP)  ## The tests alone; ARGS=... goes to pytest
 
 gpu-test: $(STAMP)  ## The tests that need a GPU; `make test` skips them
 	CUDA_VISIBLE_DEVICES=$(or $(GPU),0) $(BIN)/python -m pytest tests/encoder tests/ann tests/stages/test_embed.py -k on_a_gpu
+
+gpu-bench:  ## Ten minutes of measurements on a GPU, by the environment or else PYTHON=...; figures in gpu-bench/
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py --out gpu-bench
 
 lint: $(STAMP)  ## Lint, types and import rules
 	@$(LINT)
