@@ -147,8 +147,8 @@ def search(small: bool, n: int) -> None:
     from retrotool.ann.codes import Whole
     from retrotool.ann.excluded import Excluded, Queries
     from retrotool.ann.kmeans import assign, kmeans
+    from retrotool.ann.lists import Trained
     from retrotool.ann.resident import Centroids, ResidentLists, TorchKernels
-    from retrotool.ann.trained import Trained
 
     n, d = (10_000, 64) if small else (n, 768)
     nlist = 64 if small else 1 << round(math.log2(4 * math.sqrt(n)))
