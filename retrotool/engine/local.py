@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -77,27 +77,44 @@ def _do(task: Task) -> Staged | None:
 
 
 class _Here:
-    """A pool of this process alone: ``begin`` does the task."""
+    """A pool of this process alone: ``begin`` does the task, or a thread where several are in flight."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
         self._worker, self._arguments, self._progress = stage.open(store), (store.storage, run.id), progress
-        self.idle = [0]
-        self.busy: list[tuple[Task, Future[Staged | None]]] = []
+        self.idle = list(range(getattr(stage, "in_flight", 1)))
+        self.busy: dict[Future[Staged | None], Task] = {}
+        self._threads = ThreadPoolExecutor(len(self.idle), "retrotool-task") if len(self.idle) > 1 else None
 
     def begin(self, task: Task) -> None:
         self.idle.pop()
-        storage, run = self._arguments
+        if self._threads is not None:
+            self.busy[self._threads.submit(self._do, task)] = task
+            return
         future: Future[Staged | None] = Future()
         try:
-            future.set_result(perform_reporting(self._worker, storage, task, run, self._progress.update))
+            future.set_result(self._do(task))
         except Exception as error:
             future.set_exception(error)
-        self.busy.append((task, future))
+        self.busy[future] = task
+
+    def _do(self, task: Task) -> Staged | None:
+        storage, run = self._arguments
+        return perform_reporting(self._worker, storage, task, run, self._progress.update)
 
     def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
-        done, self.busy = self.busy, []
-        self.idle = [0]
-        yield from done
+        """Wait up to ``WAIT_SECONDS`` for tasks to end; yield those that have."""
+        done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            self.idle.append(len(self.idle))
+            yield self.busy.pop(future), future
+
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for tasks that have begun; after a Ctrl-C they stop at their next ``interrupts.check``."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
 
 
 class _Processes:
@@ -163,7 +180,7 @@ def open_pool(
 ) -> contextlib.AbstractContextManager[_Here | _Processes]:
     """Return a pool of ``workers`` processes, or of this process for one."""
     if workers == 1:
-        return contextlib.nullcontext(_Here(stage, store, run, progress))
+        return _Here(stage, store, run, progress)
     return _Processes(stage, store, run, workers, progress)
 
 

@@ -52,7 +52,10 @@ class Worker(Protocol):
 
 
 class Stage(Protocol):
-    """A kind of work. Of its ``devices``, if it has some, each worker process gets one."""
+    """A kind of work. Of its ``devices``, if it has some, each worker process gets one.
+
+    With an attribute ``in_flight``, the worker of a run in one process is called by so many threads at once.
+    """
 
     @property
     def name(self) -> str:

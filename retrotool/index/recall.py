@@ -14,6 +14,7 @@ sampled are compared with the others.
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from retrotool.ann.choice import parse_factory
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import InvertedLists, OneList, Trained
+from retrotool.ann.matmul import Table
 from retrotool.ann.ranking import Best, exact_distances
 from retrotool.ann.search import SPARE, Search
 from retrotool.chunk.chunk_plan import write_json_file
@@ -55,6 +57,7 @@ from retrotool.index.searching import (
     rows_in,
 )
 from retrotool.index.stage import superseded
+from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
 from retrotool.store import parts
 from retrotool.store.leases import Run
@@ -117,18 +120,20 @@ class Measurement:
 def measure_recall(
     truth: Truth, database: Searched, target: float, groups: Mapping[str, npt.NDArray[np.object_]], report: Report
 ) -> Measurement:
-    """Measure the curve up to well above ``target``; report each ``nprobe``."""
+    """Measure the curve from below ``target`` to well above it; report each ``nprobe``."""
     whole = isinstance(database.trained.codec, Whole)
     depths, last = (DEPTH + SPARE,) if whole else DEPTHS, max(database.trained.nlist, 1)
     grid = [*sorted(n for i in range(31) for n in (1 << i, 3 << i) if n < last), last]
     search = _Curve(truth, database, depths)
     curve, reached = list[Recall](), 0
-    for nprobe in grid:
+    first = max(bisect.bisect_left(grid, _lists_needed(truth, database, target)) - 1, 0)
+    for nprobe in grid[first:]:
         curve += search.at(nprobe)
         report(1)
-        # Continue past the target: more lists with fewer candidates may be cheaper.
+        # Continue past the target while more lists with fewer candidates may be cheaper.
         reached += curve[-1].recall_at_10 - curve[-1].error >= target
-        if reached > (0 if whole else _BEYOND):
+        least = min((p.cost for p in curve if p.recall_at_10 - p.error >= target), default=math.inf)
+        if reached > (0 if whole else _BEYOND) or curve[-1].scanned + _RERANK * depths[0] >= least:
             break
     if truth.share < 1:
         search.thorough(curve[-1].nprobe, BUDGET)
@@ -139,6 +144,38 @@ def measure_recall(
     by_query = search.hits(chosen.nprobe, chosen.depth, TUNED_K)
     by_group = {kind: _by_group(by_query, labels, search.sampled) for kind, labels in groups.items()}
     return Measurement(tuple(curve), chosen, holds, len(truth), truth.vectors, truth.share, by_group)
+
+
+def _lists_needed(truth: Truth, database: Searched, target: float) -> int:
+    """Return the fewest lists per query that contain the share ``target`` of the true nearest.
+
+    Recall can't reach it with fewer, whatever the codes. A vector is taken to be in its nearest list.
+    """
+    trained = database.trained
+    known = truth.best.ids[:, : max(1, round(TUNED_K * truth.share))]  # of a sample, so many are among the nearest
+    ids, place = np.unique(known[known >= 0], return_inverse=True)
+    if trained.centroids is None or not len(ids):
+        return 1
+    table = torch.from_numpy(trained.centroids)
+    shift = table.mean(0)
+    scored = Table(table - shift, -(table - shift).square().sum(1) / 2)
+
+    def scores(vectors: npt.NDArray[Any]) -> torch.Tensor:
+        return scored.scores(trained.rotate(torch.from_numpy(vectors.astype(np.float32))) - shift)
+
+    lists = torch.cat(
+        [scores(database.vectors(some)).argmax(1) for some in np.array_split(ids, -(-len(ids) // _BLOCK))]
+    )
+    number = torch.full(known.shape, -1)
+    number[torch.from_numpy(known >= 0)] = lists[torch.from_numpy(place)]
+    nearer = list[torch.Tensor]()
+    for rows in np.array_split(np.arange(len(known)), -(-len(known) // _BLOCK)):
+        found, wanted = scores(truth.queries.vectors[rows]), number[torch.from_numpy(rows)]
+        own = found.gather(1, wanted.clamp_min(0))
+        counts = torch.stack([(found > column.unsqueeze(1)).sum(1) for column in own.T], 1)
+        nearer.append(counts[wanted >= 0])
+    ranks = torch.cat(nearer).sort().values
+    return int(ranks[min(math.ceil(target * len(ranks)), len(ranks)) - 1]) + 1
 
 
 @dataclass(frozen=True, slots=True)

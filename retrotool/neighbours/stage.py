@@ -22,7 +22,8 @@ list.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -37,7 +38,7 @@ from retrotool.embed import search_scope
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, merged
+from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, merged
 from retrotool.machine import give_memory_back
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import read_text_of
@@ -53,6 +54,7 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_spans, read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
+_IN_FLIGHT = 4  # on a GPU: it finds a million rows in a second or so, and a core writes them in two to four
 _NEIGHBOUR_BYTES = 8  # of 12 in memory; ids are compressed
 _SAME = ("index", "encoder")  # fields that tables share with the record of their name, besides the filters
 _WHOLE, FEW, _MORE = "whole", "few", "more"  # all rows in all parts, rows with gaps, all rows in new parts
@@ -125,6 +127,11 @@ class NeighboursStage:
             key = task_key("neighbours", settings, [path])
             tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks if self.shard is None else own_first(tasks, *self.shard)
+
+    @property
+    def in_flight(self) -> int:
+        """Tasks at a time: a GPU searches for one while the tables of others are written."""
+        return _IN_FLIGHT if is_gpu(self.devices[0]) else 1
 
     @property
     def key(self) -> str:
@@ -307,7 +314,7 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
 
 
 class NeighboursWorker:
-    """Executes the tasks of a ``NeighboursStage``."""
+    """Executes the tasks of a ``NeighboursStage``: searches for one at a time, while other threads write."""
 
     def __init__(self, store: Store, stage: NeighboursStage) -> None:
         self._store = store
@@ -316,9 +323,16 @@ class NeighboursWorker:
         self._commit = self._database.store.state.number
         self._within = search_scope.is_same_store(store, self._database.store)
         self._probed = 0  # lists that were probed for the table that is updated; 0: unknown
+        self._turn = threading.Lock()
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Make or update the table of one part."""
+        with self._turn:
+            write = self._compute(task, run, report)
+        return write()
+
+    def _compute(self, task: Task, run: str, report: Report) -> Callable[[], Staged]:
+        """Search for one part; return the function that writes the table."""
         store, stage = self._store, self._stage
         undone = digest_of_undone(store.refresh())
         if self._database.store.refresh().number != self._commit:  # an erase may have replaced files since
@@ -369,10 +383,6 @@ class NeighboursWorker:
             about["text"] = stage.k
             old = (store, replaced) if replaced and text_is_current(replaced, database.store, stage.k) else None
             text = read_text_of(database.store, database.tombstones, table, stage.k, old)
-        entry = neighbour_tables.write_table(
-            store, name, table, database=record["database"], commit=commit, uri=record["uri"], about=about,
-            text=text,
-        )  # fmt: skip
         old_path = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]
         if self._within:  # an erase replaces these: results from before it must not be committed after it
@@ -381,10 +391,18 @@ class NeighboursWorker:
                 reads += [chunks.path for chunks in database.store.state.group("chunks").entries()]
         # The first table claims the name, so that a run with another database is refused.
         claim = {} if stage.key in store.state.records else {stage.key: record}
-        return Staged(
-            task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
-            tuple(reads), (entry,), (old_path,) if old_path else (), claim,
-        )  # fmt: skip
+
+        def write() -> Staged:
+            entry = neighbour_tables.write_table(
+                store, name, table, database=record["database"], commit=commit, uri=record["uri"], about=about,
+                text=text,
+            )  # fmt: skip
+            return Staged(
+                task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
+                tuple(reads), (entry,), (old_path,) if old_path else (), claim,
+            )  # fmt: skip
+
+        return write
 
     def _search(
         self, database: AnyDatabase, finder: Finder, rows: Ids, before: NeighbourTable | None, new: list[int]
