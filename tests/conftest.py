@@ -68,7 +68,14 @@ WORDS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With RETROTOOL_TEST_STORAGE=memory, begin the process that holds all stores; other processes inherit its name."""
+    """With RETROTOOL_TEST_STORAGE=memory, begin the process that holds all stores; other processes inherit its name.
+
+    What is found about tokenizers is kept for all processes, and not in the user's cache.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="retrotool-cache-")
+        config.add_cleanup(cache.cleanup)
+        os.environ["RETROTOOL_CACHE"] = cache.name
     if memory_storage.is_everywhere() and memory_storage.ADDRESS not in os.environ:
         held = contextlib.ExitStack()
         config.add_cleanup(held.close)
@@ -349,21 +356,21 @@ def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 _tokenizers: dict[bytes, dict[str, Any]] = {}
 _tables: dict[bytes, Any] = {}
-_findings: dict[bytes, Any] = {}
 
 
 @pytest.fixture(autouse=True)
 def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer is loaded, its bytes, and where tokie is like it, are found out once a process.
+    """A tokenizer is loaded, and its bytes are found out, once a process.
 
-    Where this is tested, every time.
+    Where this is tested, every time, as is where tokie is like it.
     """
     if request.path.parent.name == "tokenizers":
+        monkeypatch.setenv("RETROTOOL_CACHE", os.devnull)
         return
-    from retrotool.tokenizers import Tokenizer, fast
+    from retrotool.tokenizers import Tokenizer
     from retrotool.tokenizers.tokenizer import TokenizerFile
 
-    load, spell, find_out = Tokenizer.__init__, Tokenizer._byte_table.func, fast._guard
+    load, spell = Tokenizer.__init__, Tokenizer._byte_table.func
 
     def loaded(tokenizer: Tokenizer, file: TokenizerFile) -> None:
         if file.content not in _tokenizers:
@@ -376,17 +383,8 @@ def known_tokenizers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
             _tables[tokenizer.file.content] = spell(tokenizer)
         return _tables[tokenizer.file.content]
 
-    def guard(encode: Any, tokenizer: Tokenizer, findings: fast.Findings | None) -> fast.Guard:
-        content = tokenizer.file.content
-        found = find_out(encode, tokenizer, findings or _findings.get(content))
-        _findings[content] = fast.Findings(
-            fast.library_versions(), found.substrings, found.runs, found.frames, found.why
-        )
-        return found
-
     monkeypatch.setattr(Tokenizer, "__init__", loaded)
     monkeypatch.setattr(Tokenizer, "_byte_table", property(byte_table))
-    monkeypatch.setattr(fast, "_guard", guard)
 
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

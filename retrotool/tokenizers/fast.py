@@ -29,6 +29,7 @@ import orjson
 from retrotool.errors import AbortError
 from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
+from retrotool.tokenizers.findings_cache import keep_findings, read_findings
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
 _PIECE = 2_400  # characters of at most 4 bytes: tokie is wrong from 10,000 bytes on
@@ -69,8 +70,12 @@ class FastTokenizer:
         self.judged = 0  # texts sent to ``tokenizers``, in whole or in part
         self._fast, self.why = _load(tokenizer) if use_tokie else (None, "tokie was not requested")
         if self._fast is not None:
-            known = findings if findings is not None and findings.versions == library_versions() else None
+            versions, content = library_versions(), tokenizer.file.content
+            known = findings if findings is not None and findings.versions == versions else None
+            known = known or read_findings(content, versions)
             self._guard = _guard(self._fast, tokenizer, known)
+            if known is None and (new := self.findings) is not None:
+                keep_findings(content, new)
             self.why = f"tokie {version('tokie')} is not used: {self._guard.why}" if self._guard.why else ""
         self.engine = "tokenizers" if self.why else "tokie"
 

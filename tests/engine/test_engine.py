@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from stored import age_stored, stored_files, write_stored
 from retrotool import api, engine
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import Report, Task, perform_reporting, task_key
+from retrotool.engine.task import Report, Task, Worker, perform_reporting, task_key
 from retrotool.errors import CorruptError, HeldError, StorageError, TaskError, UsageError
 from retrotool.store import leases, staging
 from retrotool.store.folding import writing
@@ -459,3 +460,36 @@ def test_a_claim_that_is_released_just_after_it_was_seen_is_not_waited_for(
         monkeypatch.setattr(leases, "claim_holders", look_before_release)
         engine.execute(stage, store, run)
     assert [attempts(tmp_path, n) for n in range(6)] == [1] * 6
+
+
+@dataclass(frozen=True)
+class InFlightStage(TouchStage):
+    """Three tasks of which are in flight at a time."""
+
+    in_flight: int = 3
+
+
+@dataclass(frozen=True)
+class AbreastStage(InFlightStage):
+    """Whose tasks wait until three of them have begun."""
+
+    def open(self, store: Store) -> Worker:
+        worker, meet = super().open(store), threading.Barrier(3)
+
+        def perform(task: Task, run: str, report: Report) -> Staged:
+            meet.wait(60)
+            return worker(task, run, report)
+
+        return perform
+
+
+def test_a_stage_may_have_several_tasks_in_flight_in_one_process(store: Store, tmp_path: Path) -> None:
+    execute(store, AbreastStage(str(tmp_path / "marks")))
+    assert [attempts(tmp_path, n) for n in range(6)] == [1] * 6
+    assert len(store.state.group("selectors")) == 6
+
+
+def test_what_fails_in_flight_is_named_and_the_others_are_kept(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="task 4 failed 3 times: RuntimeError: boom"):
+        execute(store, InFlightStage(str(tmp_path / "marks"), fail=((4, "always"),)))
+    assert len(store.state.group("selectors")) == 5

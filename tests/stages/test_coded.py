@@ -181,6 +181,18 @@ def test_the_curve_rises_and_the_point_is_the_cheapest_that_holds(built: Path) -
     assert chosen in good and all(chosen.cost <= p.cost for p in good)
 
 
+def test_the_curve_begins_where_lists_contain_enough_and_misses_no_point(
+    built_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(tune=True, sample=FEW)
+    short = api.index(built_copy, options=options)
+    monkeypatch.setattr(recall, "_lists_needed", lambda *_: 1)
+    whole = api.index(built_copy, options=options)
+    assert (short.nprobe, short.depth, short.recall_at_10) == (whole.nprobe, whole.depth, whole.recall_at_10)
+    found = [{(point.nprobe, point.depth): point.recall_at_10 for point in result.curve} for result in (short, whole)]
+    assert found[0].items() < found[1].items()
+
+
 def test_tuning_does_not_build(built_copy: Path) -> None:
     before = api.info(built_copy).indexes["main"]
     low = api.index(built_copy, target_recall=0.7, options=Options(sample=SOME))

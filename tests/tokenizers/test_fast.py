@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 
 import awkward
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.errors import UsageError
-from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile, TokensDiffer
+from retrotool.tokenizers import FastTokenizer, Tokenizer, TokenizerFile, TokensDiffer, equivalence
 from retrotool.tokenizers import fast as fast_module
 
 FAST = ("byte-level", "nfc", "wordpiece")
@@ -80,6 +81,27 @@ def test_findings_are_as_good_as_finding_out(kind, tokenizers_of):
     assert (other.engine, other.findings) == (fast.engine, found)
     texts = [*awkward.SAMPLES, *awkward.TOPICS[:20]]
     assert np.array_equal(other.encode_flat(texts)[0], fast.encode_flat(texts)[0])
+
+
+def test_findings_are_kept_for_the_next_store_and_found_again_where_that_fails(tokenizers_of, tmp_path, monkeypatch):
+    exact, fast = tokenizers_of["wordpiece"]
+    monkeypatch.setenv("RETROTOOL_CACHE", str(tmp_path / "cache"))
+    assert FastTokenizer(exact).findings == fast.findings
+    (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    compared, unlike = [], equivalence._unlike
+    monkeypatch.setattr(equivalence, "_unlike", lambda *pair: compared.append(pair) or unlike(*pair))
+    assert FastTokenizer(exact).findings == fast.findings and not compared
+    for damage in (kept.read_bytes()[:-9], b"[]"):
+        kept.write_bytes(damage)
+        assert FastTokenizer(exact).findings == fast.findings and compared
+        assert kept.stat().st_size > 50, "and kept again"
+        compared.clear()
+    monkeypatch.setenv("RETROTOOL_CACHE", os.devnull)
+    assert FastTokenizer(exact).findings == fast.findings, "a folder that can't be made is no reason to stop"
+    monkeypatch.setenv("RETROTOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fast_module, "library_versions", lambda: "others")
+    compared.clear()
+    assert FastTokenizer(exact).findings.versions == "others" and compared
 
 
 def test_findings_of_other_versions_are_not_believed(tokenizers_of, monkeypatch):
