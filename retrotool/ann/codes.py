@@ -18,7 +18,7 @@ from retrotool.lazy import torch
 
 Codes = npt.NDArray[np.uint8]
 CENTROIDS = 256
-_ENCODE_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}
+_ENCODE_ROWS = {"cpu": 1 << 10, "cuda": 1 << 18}  # scores of a piece should fit a CPU's cache
 _ITERATIONS = 8
 _ROTATIONS = 4
 _ROTATION_ROWS = 1 << 14
@@ -123,7 +123,7 @@ def encode_pieces(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         # Scores of all pieces at once, M·256 numbers per vector, would not fit the cache.
         for i in range(m):
             scores = torch.addmm(-half_norms[i], some[:, i * width : (i + 1) * width], table[i].T)
-            codes[start : start + len(some), i] = scores.argmax(1)
+            codes[start : start + len(some), i] = scores.max(1).indices  # quicker than argmax
     return codes
 
 

@@ -21,7 +21,7 @@ from retrotool.ann.matmul import one_thread_each
 from retrotool.lazy import faiss, torch
 
 _PAIRS, _MANY_PAIRS = 1 << 12, 1 << 15
-_SPARE_COLUMNS = 32
+_FEW_COLUMNS = 32
 
 Fetch = Callable[[Ids], npt.NDArray[np.float16]]  # returns the vectors, float16 [n, d], of ascending ids [n]
 
@@ -134,6 +134,10 @@ class Heaps:
 def largest(scores: torch.Tensor, k: int) -> Ids:
     """Return the columns of the k largest scores of [r, n], largest first, int64 [r, k]."""
     offered = scores.float().contiguous().numpy()
+    if k < offered.shape[1] < _FEW_COLUMNS * k:  # where numpy is several times as fast as heaps
+        chosen = np.argpartition(-offered, k, axis=1)[:, :k]
+        order = np.argsort(-np.take_along_axis(offered, chosen, 1), axis=1, kind="stable")
+        return np.take_along_axis(chosen, order, 1)
     found, columns = np.empty((len(offered), k), np.float32), np.empty((len(offered), k), np.int64)
     heaps = _over(found, columns)
     heaps.heapify()
