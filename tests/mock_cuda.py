@@ -194,7 +194,7 @@ def _attend(query: Any, key: Any, value: Any, starts: Any, _: Any, longest: int,
 
 @contextlib.contextmanager
 def mock_cuda() -> Iterator[Counter[str]]:
-    """Put one GPU into this process, for all threads that begin meanwhile; yield the count of waits."""
+    """Put one GPU into this process, for all threads that begin within; yield the count of waits."""
     import torch.nn.attention.varlen as varlen
 
     waits = Counter[str]()

@@ -173,8 +173,8 @@ class ResidentLists:
     ) -> Best:
         """Return the k nearest vectors of each query in its nearest lists, without the nearest ``beyond``.
 
-        If memory runs out, blocks of queries are halved, and ``say`` is told; ``torch.OutOfMemoryError`` if
-        that does not help.
+        If memory runs out, blocks of queries are halved, and ``say`` gets a message;
+        ``torch.OutOfMemoryError`` if that does not help.
         """
         assert queries.excluded.repeats is None, "left to a search on the CPU"
         best = Best.nothing(len(queries), k)

@@ -286,7 +286,7 @@ class _Open:
         self.is_restricted = allows is not None
 
     def _searches_on_device(self, queries: Queries) -> bool:
-        """Whether a GPU searches. Repeated documents, which are rare, are left to the CPU."""
+        """Return whether a GPU searches. Repeated documents, which are rare, are left to the CPU."""
         return is_gpu(self._device) and queries.excluded.repeats is None
 
     @cached_property
