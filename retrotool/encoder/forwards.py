@@ -154,7 +154,7 @@ def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
 
 
 def allow_programs() -> None:
-    """Allow this thread to compile a layer ``_PROGRAMS`` times: since torch 2.12 each thread has its own limit."""
+    """Allow this thread ``_PROGRAMS`` programs of a layer: since torch 2.12 each thread has its own limit."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
 
