@@ -85,7 +85,7 @@ _RATES = (
     Rate("feed", 6.1e4, "chunks/s", "core", f"{_EPYC}: chunks prepared for a GPU"),
     Rate("index", 2.1e14, "FLOP/s", "GPU", "an H100: nearest of many centroids"),
     Rate("index", 8.5e10, "FLOP/s", "core", f"{_EPYC}: nearest of many centroids"),
-    Rate("neighbours", 5.0e13, "FLOP/s", "GPU", "an H100: queries against lists"),
+    Rate("neighbours", 5.0e13, "FLOP/s", "GPU", "an H100, by arithmetic: queries against lists"),
     Rate("neighbours", 1.5e10, "FLOP/s", "core", "a Xeon: queries against lists"),
     Rate("read", 2.0e9, "B/s", "host", _SSD),
     Rate("write", 1.0e9, "B/s", "host", _SSD),
