@@ -37,11 +37,13 @@ def compile_for(name: str, capability: int, folder: Path) -> dict[str, Any]:
     found: Any = triton.compile(source, GPUTarget("cuda", capability, 32), kernels.OPTIONS[name])
     code: str = found.asm["ptx"]
     (folder / "kernel.ptx").write_text(code)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     target = re.search(r"\.target (sm_\w+)", code)
     assert target
-    command = [tool, "-v", f"--gpu-name={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
-    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    # Triton has two assemblers; which of them knows its code depends on the version.
+    tools = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")
+    options = ["-v", f"--gpu-name={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
+    runs = [subprocess.run([tool, *options], cwd=folder, capture_output=True, text=True) for tool in tools]
+    said = next((run.stderr for run in runs if run.returncode == 0), "")
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
     instruction = next((one for one in ("wgmma", "mma.sync") if one in code), "")
     return {"kernel": name, "capability": capability, "product": instruction, "shared": found.metadata.shared,
