@@ -65,11 +65,15 @@ class Progress:
         self._lines = 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._ticks = threading.Thread(target=self._tick, name="retrotool-progress")
+        self._ticks = threading.Thread(target=self._tick, name="retrotool-progress", daemon=True)
         self.show()
 
     def __enter__(self) -> Progress:
-        self._ticks.start()
+        try:
+            self._ticks.start()
+        except BaseException:  # Ctrl-C while it waits for the thread, which has begun
+            self._closed.set()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -443,6 +443,23 @@ def test_nothing_is_shown_where_it_is_turned_off(monkeypatch):
         assert file.getvalue() == ""
 
 
+def test_ctrl_c_as_progress_begins_leaves_no_thread_for_which_the_process_waits(monkeypatch):
+    begun: list[threading.Thread] = []
+
+    def start(thread: threading.Thread, start=threading.Thread.start) -> None:
+        start(thread)
+        begun.append(thread)
+        raise KeyboardInterrupt  # it waits until the thread has begun, and Ctrl-C ends the wait
+
+    progress = Progress("chunk")
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt), progress:
+        pytest.fail("the context must not be entered")
+    assert [thread.name for thread in begun] == ["retrotool-progress"]
+    begun[0].join(30)
+    assert not begun[0].is_alive() and begun[0].daemon
+
+
 def test_a_claim_that_is_released_just_after_it_was_seen_is_not_waited_for(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
