@@ -1,12 +1,16 @@
 """Cut a long text into pieces whose tokens, in order, are exactly those of the whole text.
 
-Cuts are made before a single space between two ASCII letters, and after a single newline between a character
-that is not white space and a letter or digit. With the following rules, no token crosses such a place:
+Cuts are made before a space after a letter, a digit or common punctuation, and after a single newline between
+a character that is not white space and a letter or digit. With these rules, no token crosses such a place:
 
-* GPT-2's pattern and its descendants: a space belongs to the next word; a newline before a letter ends a
-  piece.
+* GPT-2's pattern and its descendants: only white space, or one space and what follows it, goes with a space;
+  a newline before a letter ends a piece.
 * BERT's pattern: white space is dropped, and words never contain any.
 * Normalisers: BERT's and NFC keep such spaces and newlines, and compose nothing across them.
+
+In the patterns of ``_TAB_PATTERNS`` a tab before punctuation is a piece of its own, at which ``isolate_tabs``
+cuts: of white space in front of something else, the last character is left for that, and only spaces and
+letters take it.
 
 Text without such a place, and text of tokenizers with other rules, is not cut.
 """
@@ -15,10 +19,12 @@ from __future__ import annotations
 
 import itertools
 import re
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=[^\W_])")
+_BEFORE_SPACE = r"[\w!-=?@\[^{}]"  # not what added tokens end with that may take the space, such as <mask>
+_CUT = re.compile(_BEFORE_SPACE + r"(?= )|\S\n(?=[^\W_])")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
@@ -34,7 +40,8 @@ O200K_PATTERN = "|".join(
 )
 _AROUND_DIGITS = (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _TAIL)
 LLAMA_3_PATTERN, QWEN_2_PATTERN = (digits.join(_AROUND_DIGITS) for digits in (r"\p{N}{1,3}", r"\p{N}"))
-KNOWN_PATTERNS = frozenset([GPT2_PATTERN, CL100K_PATTERN, O200K_PATTERN, LLAMA_3_PATTERN, QWEN_2_PATTERN])
+_TAB_PATTERNS = frozenset([O200K_PATTERN, LLAMA_3_PATTERN, QWEN_2_PATTERN])
+KNOWN_PATTERNS = _TAB_PATTERNS | frozenset([GPT2_PATTERN, CL100K_PATTERN])
 
 
 def why_not_cut(fields: Mapping[str, Any]) -> str:
@@ -43,8 +50,9 @@ def why_not_cut(fields: Mapping[str, Any]) -> str:
     kinds = (str((fields.get("model") or {}).get("type")), normalizer.get("type"), splitter.get("type"))
     for token in fields.get("added_tokens") or []:
         content = str(token.get("content", ""))
-        reaches = (token.get("rstrip") and content[-1:].isalnum()) or (token.get("lstrip") and content[:1].isalnum())
-        if reaches or re.search(r"[A-Za-z] |\n\w", content) or (token.get("normalized") and normalizer):
+        to_right = token.get("rstrip") and re.match(_BEFORE_SPACE, content[-1:])
+        reaches = to_right or (token.get("lstrip") and content[:1].isalnum())
+        if reaches or re.search(_BEFORE_SPACE + r" |\n\w", content) or (token.get("normalized") and normalizer):
             return f"the added token {content!a} may reach across white space, or is found in normalised text"
     if kinds == ("WordPiece", "BertNormalizer", "BertPreTokenizer"):
         return ""
@@ -53,6 +61,28 @@ def why_not_cut(fields: Mapping[str, Any]) -> str:
     if kinds[1] not in (None, "NFC"):
         return f"the normaliser {kinds[1]} is not among those it is exact for"
     return _why_not_split(splitter)
+
+
+def tabs_to_isolate(fields: Mapping[str, Any]) -> re.Pattern[str] | None:
+    """Return which tabs ``isolate_tabs`` may cut at for the tokenizer of this ``tokenizer.json``."""
+    splitter = fields.get("pre_tokenizer") or {}
+    steps = splitter.get("pretokenizers", []) if splitter.get("type") == "Sequence" else [splitter]
+    added = fields.get("added_tokens") or []
+    reach = any(token.get("lstrip") or token.get("rstrip") or "\t" in token.get("content", "") for token in added)
+    if reach or (steps[0].get("pattern") or {}).get("Regex") not in _TAB_PATTERNS:
+        return None
+    # An added token ends the text before it, and all white space at the end is one piece.
+    before = set(string.punctuation) - {token.get("content", "")[:1] for token in added}
+    return re.compile(rf"(\t)(?=[{re.escape(''.join(sorted(before)))}])") if before else None
+
+
+def isolate_tabs(texts: Sequence[str], chosen: Sequence[bool], tab: re.Pattern[str]) -> tuple[list[str], list[int]]:
+    """Cut ``chosen`` texts before and after each ``tab``; return all pieces and the number per text."""
+    parts = [
+        list(filter(None, tab.split(text))) if may and "\t" in text else [text]
+        for text, may in zip(texts, chosen, strict=True)
+    ]
+    return list(itertools.chain.from_iterable(parts)), list(map(len, parts))
 
 
 def _why_not_split(splitter: Mapping[str, Any]) -> str:
@@ -70,17 +100,21 @@ def _why_not_split(splitter: Mapping[str, Any]) -> str:
 
 
 def cut_texts(
-    texts: Sequence[str], least: int, most: int, chosen: Sequence[bool] | None = None
+    texts: Sequence[str], least: int, most: int, chosen: Sequence[bool] | None = None, *, widest: int = 1
 ) -> tuple[list[str], list[int]]:
-    """Cut ``chosen`` texts to ``least`` to ``most`` characters; return all pieces and the number per text."""
-    assert least > 0, "pieces must not be empty"
+    """Cut ``chosen`` texts to ``least`` to ``most`` characters; return all pieces and the number per text.
+
+    Both are divided by ``widest`` for texts beyond ASCII. A piece without a place to cut may be longer.
+    """
+    assert least >= widest, "pieces must not be empty"
     pieces: list[str] = []
     counts: list[int] = []
     for text, may_cut in zip(texts, chosen or itertools.repeat(True, len(texts)), strict=True):
-        before = len(pieces)
-        start = 0
-        while may_cut and len(text) - start > most:
-            place = _CUT.search(text, start + least, start + most) or _CUT.search(text, start + most - 1)
+        before, start, size = len(pieces), 0, len(text)
+        shrink = 1 if text.isascii() else widest
+        few, many = least // shrink, most // shrink
+        while may_cut and size - start > many:
+            place = _CUT.search(text, start + few - 1, start + many) or _CUT.search(text, start + many - 2)
             if place is None:
                 break
             pieces.append(text[start : place.end()])

@@ -34,6 +34,7 @@ Encode = Callable[[Sequence[str]], Flat]
 Pair = tuple[Encode, Encode]  # a fast and an exact tokenizer
 
 _MOST_SUBSTRINGS = 24
+_MANY, _MOST_SECONDS = 6, 64  # pairs with one character: from when they count as one, and stand for it alone
 _MOST_LEARNT = 8  # substrings learnt from trial texts
 _LONG_TOKEN = 250  # bytes
 _NEAR = 60  # tokens of a kind that a pair of characters is tried with
@@ -69,12 +70,13 @@ class TokenRun(NamedTuple):
     length: int
     after: str
 
-    def pattern(self, *, ascii_only: bool) -> re.Pattern[str]:
+    def pattern(self, *, ascii_only: bool) -> str:
         """Return the run's pattern; outside ASCII, white space may be of any kinds, in as many bytes."""
         inside, length = re.escape(self.inside), self.length
         if self.inside.isspace() and not ascii_only:
-            inside, length = r"\s", -(-length // _SPACE_BYTES)
-        return re.compile(f"{_KINDS[self.before]}{inside}{{{length},}}{_KINDS[self.after]}")
+            ends = re.escape("".join({self.before, self.after} & {"\n", "\r"}))
+            inside, length = rf"[^\S{ends}]", -(-length // _SPACE_BYTES)
+        return f"{_KINDS[self.before]}{inside}{{{length},}}{_KINDS[self.after]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,10 @@ class Guard:
         long = sorted({token[:_LONG_TOKEN] for token in tokens if len(token.encode()) >= _LONG_TOKEN})
         unsafe = [*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added), *long]
         self.substrings = tuple(dict.fromkeys(unsafe))
-        if len(self.substrings) > _MOST_SUBSTRINGS:
-            self.why = f"it differs on at least {len(self.substrings)} pairs of ASCII characters or added tokens"
+        seconds = Counter(one[0] for one in self.substrings if len(one) == 2)
+        kinds = len(self.substrings) - sum(n - 1 for n in seconds.values() if n > _MANY)
+        if kinds > _MOST_SUBSTRINGS:
+            self.why = f"it differs on at least {kinds} kinds of pairs of ASCII characters or added tokens"
             return
         self._look_for(self._unlike_runs())
         frames = [frame for frame in _CHARACTER_FRAMES if not self._is_known(frame.format("e"))]
@@ -145,13 +149,24 @@ class Guard:
             if not pair:
                 break
             self.substrings = (*self.substrings, pair)
+            self._look_for(self.runs)
         if len(missed):
             self.why = f"it differs on {len(missed)} of {len(odd)} trial texts, such as {odd[missed[0]][:40]!a}"
 
     def _look_for(self, runs: tuple[TokenRun, ...]) -> None:
         self.runs = runs
         long = [re.compile(re.escape(unsafe)) for unsafe in self.substrings if len(unsafe) > 2]
-        self._patterns = {plain: [*long, *(run.pattern(ascii_only=plain) for run in runs)] for plain in (False, True)}
+        by_first = [list(some) for _, some in itertools.groupby(sorted(runs), lambda run: run.before)]
+        self._patterns = {
+            plain: long + [re.compile("|".join(run.pattern(ascii_only=plain) for run in some)) for some in by_first]
+            for plain in (False, True)
+        }
+        # By first character, which second ones are unsafe, bool [129]; the last stands for all above ASCII.
+        self._seconds: dict[str, npt.NDArray[np.bool_]] = {}
+        for unsafe in self.substrings:
+            if len(unsafe) <= 2:
+                seconds = self._seconds.setdefault(unsafe[0], np.zeros(129, bool))
+                seconds[min(ord(unsafe[1]), 128) if len(unsafe) == 2 else slice(None)] = True
 
     def _unsafe_pair_in(self, text: str) -> str:
         """Return an ASCII pair without which ``text`` would have the same tokens in both, or ""."""
@@ -213,12 +228,10 @@ class Guard:
         )
         found = [] if plain else [self._above_ascii(codes)]
         found += [np.array([m.start() for m in one.finditer(text)], np.int64) for one in self._patterns[plain]]
-        pairs = [unsafe for unsafe in self.substrings if len(unsafe) <= 2]
-        for first in {pair[0] for pair in pairs}:
+        for first, seconds in self._seconds.items():
             if first in text:
                 places = np.flatnonzero(codes[:-1] == ord(first))
-                seconds = {pair[1:] for pair in pairs if pair[0] == first}
-                found += [places[codes[places + 1] == ord(second)] if second else places for second in seconds]
+                found.append(places[seconds[np.minimum(codes[places + 1], 128)]])
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def _above_ascii(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
@@ -272,8 +285,8 @@ class Guard:
             pairs |= self._unsafe_in([around[name] for name in names], names)
         if tokens:
             pairs = {pair for pair in pairs if self._matters(pair, tokens)}
-        for place in (0, 1):  # unsafe with many others means unsafe alone
-            often = {letter for letter, n in Counter(pair[place] for pair in pairs).items() if n > 6}
+        for place, most in ((0, _MOST_SECONDS), (1, _MANY)):  # unsafe with many others means unsafe alone
+            often = {letter for letter, n in Counter(pair[place] for pair in pairs).items() if n > most}
             pairs = {pair for pair in pairs if pair[place] not in often}
             singles |= often
         return [*sorted(singles), *sorted(pairs)]

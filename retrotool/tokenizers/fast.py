@@ -3,8 +3,8 @@
 ``tokie`` is fast but wrong on some texts: its Unicode tables have another version, it splits a few pairs of
 characters differently, and it cuts texts of 10,000 bytes or more where that changes tokens. Therefore
 
-* it gets pieces of at most 2,400 characters, cut where no token crosses (``cut``);
-* a guard (``equivalence``) sends pieces that may come out wrong to ``tokenizers``;
+* it gets pieces of less than 10,000 bytes, cut where no token crosses (``cut``);
+* a guard (``equivalence``) sends those that may come out wrong to ``tokenizers``, after finer cuts;
 * the first texts and a random sample are compared with ``tokenizers``; a difference raises ``TokensDiffer``.
 
 It is not used for Unigram models, for which it breaks ties differently, nor for texts that can't be cut.
@@ -15,6 +15,7 @@ affinity (``os.sched_getaffinity``), whatever ``RAYON_NUM_THREADS`` says.
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -27,12 +28,13 @@ import numpy.typing as npt
 import orjson
 
 from retrotool.errors import AbortError
-from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
+from retrotool.tokenizers.cut import cut_texts, isolate_tabs, slices, tabs_to_isolate, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
 from retrotool.tokenizers.findings_cache import keep_findings, read_findings
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
-_PIECE = 2_400  # characters of at most 4 bytes: tokie is wrong from 10,000 bytes on
+_PIECE_BYTES = 9_600  # tokie is wrong from 10,000 bytes on
+_WIDEST = 4  # bytes of a character
 _PART = 256  # characters of the parts of an unsafe piece
 _GROUP = 4 << 20  # characters tokenised at a time, which bounds memory
 Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
@@ -69,6 +71,9 @@ class FastTokenizer:
         self._seen = self.compared = 0
         self.judged = 0  # texts sent to ``tokenizers``, in whole or in part
         self._fast, self.why = _load(tokenizer) if use_tokie else (None, "tokie was not requested")
+        tab = tabs_to_isolate(orjson.loads(tokenizer.file.content))
+        self._cuts = [functools.partial(isolate_tabs, tab=tab)] if tab else []
+        self._cuts.append(functools.partial(cut_texts, least=_PART // 2, most=_PART))
         if self._fast is not None:
             versions, content = library_versions(), tokenizer.file.content
             known = findings if findings is not None and findings.versions == versions else None
@@ -102,7 +107,7 @@ class FastTokenizer:
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
         """Return ids and lengths without comparing, and which texts [n] only the fast tokenizer did."""
-        pieces, n_pieces = cut_texts(texts, _PIECE * 3 // 4, _PIECE)
+        pieces, n_pieces = cut_texts(texts, _PIECE_BYTES * 3 // 4, _PIECE_BYTES, widest=_WIDEST)
         done = [self._encode_pieces(some) for some in slices(pieces, _GROUP)]
         ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
         if len(pieces) == len(texts):
@@ -111,20 +116,23 @@ class FastTokenizer:
         return ids, np.add.reduceat(lengths, starts), ~np.logical_or.reduceat(unsure, starts)
 
     def _encode_pieces(self, pieces: list[str]) -> Encoded:
-        unsure = self._unsure(pieces)
+        slow = unsure = self._unsure(pieces)
         if not unsure.any():
             return *self._quick(pieces), unsure
-        # Usually one place makes a piece unsafe, and only its part needs to go to ``tokenizers``.
-        parts, n_parts = cut_texts(pieces, _PART // 2, _PART, unsure.tolist())
-        slow = np.repeat(unsure, n_parts)
-        slow[slow] = self._unsure([part for part, again in zip(parts, slow.tolist(), strict=True) if again])
+        # Usually a few places make a piece unsafe, and only the parts around them go to ``tokenizers``.
+        parts, n_parts = pieces, np.ones(len(pieces), np.intp)
+        for cut in self._cuts:
+            parts, counts = cut(parts, chosen=slow.tolist())
+            n_parts = np.add.reduceat(counts, np.cumsum(n_parts) - n_parts)
+            slow = np.repeat(slow, counts)
+            slow[slow] = self._unsure(list(itertools.compress(parts, slow)))
         lengths = np.empty(len(parts), np.int64)
-        quick, lengths[~slow] = self._quick([part for part, exact in zip(parts, slow, strict=True) if not exact])
-        exact, lengths[slow] = self._tokenizer.encode_flat([p for p, exact in zip(parts, slow, strict=True) if exact])
+        quick, lengths[~slow] = self._quick(list(itertools.compress(parts, ~slow)))
+        exact, lengths[slow] = self._tokenizer.encode_flat(list(itertools.compress(parts, slow)))
         ids = np.empty(len(quick) + len(exact), np.uint32)
         slow_token = np.repeat(slow, lengths)
         ids[~slow_token], ids[slow_token] = quick, exact
-        starts = np.cumsum(n_parts, dtype=np.intp) - n_parts
+        starts = np.cumsum(n_parts) - n_parts
         return ids, np.add.reduceat(lengths, starts), np.logical_or.reduceat(slow, starts)
 
     def _quick(self, texts: list[str]) -> Flat:
@@ -134,8 +142,10 @@ class FastTokenizer:
     def _unsure(self, pieces: list[str]) -> npt.NDArray[np.bool_]:
         """Return which pieces [n] are for ``tokenizers``: those that may come out wrong, and long ones."""
         unsure = self._guard.unsure(pieces)
-        for i in np.flatnonzero(np.fromiter(map(len, pieces), np.int64, len(pieces)) > _PIECE).tolist():
-            unsure[i] |= len(pieces[i].encode(errors="replace")) > 4 * _PIECE
+        for i in np.flatnonzero(
+            np.fromiter(map(len, pieces), np.int64, len(pieces)) > _PIECE_BYTES // _WIDEST
+        ).tolist():
+            unsure[i] |= len(pieces[i].encode(errors="replace")) > _PIECE_BYTES
         return unsure
 
     def _compare(self, text: str, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], i: int) -> None:
@@ -187,7 +197,7 @@ def _read(content: bytes) -> Encode:
 def library_versions() -> str:
     """Return the versions that a guard's findings depend on."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("tokie", "tokenizers"))
-    return f"{libraries}, Unicode {unicodedata.unidata_version}, guard 5"
+    return f"{libraries}, Unicode {unicodedata.unidata_version}, guard 6"
 
 
 def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Guard:
@@ -216,7 +226,7 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
         tokens=[decode([token]) for token in vocabulary] if neighbours else [],
         added=[token.content for token in tokenizer.backend.get_added_tokens_decoder().values()],
         trials=tokenizer.backend.decode_batch(rows.tolist(), skip_special_tokens=True),
-        longest=4 * _PIECE,
+        longest=_PIECE_BYTES,
     )
 
 

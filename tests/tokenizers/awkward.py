@@ -8,7 +8,7 @@ from functools import cache
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from retrotool.tokenizers.cut import CL100K_PATTERN, GPT2_PATTERN, O200K_PATTERN
+from retrotool.tokenizers.cut import CL100K_PATTERN, GPT2_PATTERN, LLAMA_3_PATTERN, O200K_PATTERN
 
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
 SAMPLES = (
@@ -17,9 +17,26 @@ SAMPLES = (
     "مرحبا", "हिन्दी में", "สวัสดี", "😀🎈 👩🏽‍🚀", "don't DON'T we'LL I'ſ x'RE", "\t'say' \n 'tis  \r\n\r\n  end \u2003",
     "a\u0301e\u0327\u0301 \u00a0\u3000\u200d\ufeff\ufffd\u2028", "<|endoftext|> [SEP] </s> <0x41> ▁▁a▁",
     "\0\x01\x7f\x80\x9f",
-    "12345678 1,234.5 ٣٤٥ 𝟘𝟙", "x" * 300, "ab" * 200, " " * 130, "\n" * 130, "=" * 99 + "\n" + "-" * 99,
+    "12345678 1,234.5 ٣٤٥ 𝟘𝟙", "x" * 300, "ab" * 200, " " * 130, "\n" * 130,
+    "if (x) {\n\t\treturn;\n\t}\n \n\t.global\t_x", "=" * 99 + "\n" + "-" * 99,
 )  # fmt: skip
-_PIECES = [*SAMPLES, *" \n\t'.,-_()/\"#", "'s", "'ll", "\r\n", "  ", "the ", "Word", "der", "é", "一", "😀", "\u0301"]
+_PIECES = [
+    *SAMPLES,
+    *" \n\t'.,-_()/\"#",
+    "'s",
+    "'ll",
+    "\r\n",
+    "  ",
+    "\t\t}",
+    "\t.x",
+    "the ",
+    "Word",
+    "der",
+    "é",
+    "一",
+    "😀",
+    "\u0301",
+]
 
 texts = st.lists(
     st.sampled_from(_PIECES)
@@ -86,6 +103,7 @@ KINDS = {
     "nfc": lambda: byte_level(None, normalizer=normalizers.NFC()),
     "cl100k": lambda: byte_level(CL100K_PATTERN),
     "o200k": lambda: byte_level(O200K_PATTERN),
+    "llama3": lambda: byte_level(LLAMA_3_PATTERN),
     "wordpiece": wordpiece,
     "unigram": unigram,
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import awkward
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
-from retrotool.tokenizers.cut import cut_texts, slices
+from retrotool.tokenizers.cut import cut_texts, isolate_tabs, slices, tabs_to_isolate
 
 CUTTABLE = [kind for kind in awkward.KINDS if kind != "unigram"]
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 30)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -42,6 +45,30 @@ def test_real_text_is_cut_often_and_keeps_its_tokens(kind):
     flat, _ = tokenizer.encode_flat(pieces)
     assert np.array_equal(flat, tokenizer.encode_flat(awkward.TOPICS)[0])
     assert sum(counts) == len(pieces)
+
+
+@pytest.mark.parametrize("kind", ["o200k", "llama3"])
+@given(texts=st.lists(awkward.texts, max_size=6))
+def test_tabs_are_isolated_without_changing_a_token(kind, texts):
+    tokenizer = loaded(kind)
+    tab = tabs_to_isolate(json.loads(awkward.made(kind)))
+    assert tab is not None
+    pieces, counts = isolate_tabs(texts, [True] * len(texts), tab)
+    assert ("".join(pieces), sum(counts)) == ("".join(texts), len(pieces))
+    flat = [token for tokens in tokenizer.encode_batch(pieces) for token in tokens]
+    assert flat == [token for tokens in tokenizer.encode_batch(texts) for token in tokens]
+    assert not any(re.search(r"[^\t]\t[!-;=-@{-~]|\t[!-;=-@{-~].", piece) for piece in pieces), "they are alone"
+
+
+@pytest.mark.parametrize(
+    ("kind", "added"),
+    [("cl100k", {}), ("byte-level", {}), ("llama3", {"lstrip": True}), ("llama3", {"rstrip": True}),
+     ("llama3", {"content": "\t."})],
+)  # fmt: skip
+def test_tabs_are_left_where_tokens_reach_over_them(kind, added):
+    fields = json.loads(awkward.made(kind))
+    fields["added_tokens"].append({"content": "[X]", **added})
+    assert tabs_to_isolate(fields) is None
 
 
 def test_only_chosen_texts_are_cut():
