@@ -254,6 +254,7 @@ class _Unit:
 
     def count_tokenised(self) -> None:
         encoder = self.encoder
+        encoder.keep_states()
         self.counts["compared"] += encoder.compared
         self.counts["exact"] += encoder.judged
         if encoder.engine == "tokenizers":

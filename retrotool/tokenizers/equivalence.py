@@ -31,6 +31,8 @@ import numpy.typing as npt
 
 Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 Encode = Callable[[Sequence[str]], Flat]
+States = npt.NDArray[np.uint8]  # of code points, [CODE_POINTS]
+CODE_POINTS = 0x110000
 Pair = tuple[Encode, Encode]  # a fast and an exact tokenizer
 
 _MOST_SUBSTRINGS = 24
@@ -70,14 +72,6 @@ class TokenRun(NamedTuple):
     length: int
     after: str
 
-    def pattern(self, *, ascii_only: bool) -> str:
-        """Return the run's pattern; outside ASCII, white space may be of any kinds, in as many bytes."""
-        inside, length = re.escape(self.inside), self.length
-        if self.inside.isspace() and not ascii_only:
-            ends = re.escape("".join({self.before, self.after} & {"\n", "\r"}))
-            inside, length = rf"[^\S{ends}]", -(-length // _SPACE_BYTES)
-        return f"{_KINDS[self.before]}{inside}{{{length},}}{_KINDS[self.after]}"
-
 
 @dataclass(frozen=True, slots=True)
 class Findings:
@@ -113,12 +107,14 @@ class Guard:
         trials: Sequence[str] = (),  # texts to try
         longest: int = 8192,  # most bytes of a text
         findings: Findings | None = None,
+        states: States | None = None,  # of code points, from a guard like this one
     ) -> None:
         self._whole, self._split, self._make_strict = whole, split, strict
         self._crossed = matters or (lambda _: True)
-        self._states = np.zeros(0x110000, np.uint8)
-        self._states[:128] = _SAFE
-        self._states[0xD800:0xE000] = _UNSAFE
+        self.states: States = np.zeros(CODE_POINTS, np.uint8) if states is None else states.copy()
+        self.states[:128] = _SAFE
+        self.states[0xD800:0xE000] = _UNSAFE
+        self.classified = 0  # code points whose states are new
         self.substrings: tuple[str, ...] = ()
         self.runs: tuple[TokenRun, ...] = ()
         self.frames = ("", "")
@@ -156,11 +152,7 @@ class Guard:
     def _look_for(self, runs: tuple[TokenRun, ...]) -> None:
         self.runs = runs
         long = [re.compile(re.escape(unsafe)) for unsafe in self.substrings if len(unsafe) > 2]
-        by_first = [list(some) for _, some in itertools.groupby(sorted(runs), lambda run: run.before)]
-        self._patterns = {
-            plain: long + [re.compile("|".join(run.pattern(ascii_only=plain) for run in some)) for some in by_first]
-            for plain in (False, True)
-        }
+        self._patterns = {plain: [*long, *_run_patterns(runs, ascii_only=plain)] for plain in (False, True)}
         # By first character, which second ones are unsafe, bool [129]; the last stands for all above ASCII.
         self._seconds: dict[str, npt.NDArray[np.bool_]] = {}
         for unsafe in self.substrings:
@@ -239,10 +231,10 @@ class Guard:
         points = codes[places]
         # Many characters are split differently beside a tab, which is rare, so all are unsafe there.
         unsafe: npt.NDArray[np.bool_] = (codes[places + 1] == ord("\t")) | (codes[places - 1] == ord("\t"))
-        states = self._states[points]
+        states = self.states[points]
         if (states != _SAFE).any():
             self._classify(np.unique(points[states == _UNKNOWN]))
-            states = self._states[points]
+            states = self.states[points]
             unsafe |= (states == _UNSAFE) | ((states == _QUOTABLE) & (codes[places + 1] == ord("'")))
         return places[unsafe]
 
@@ -252,16 +244,17 @@ class Guard:
         return self._split if self._make_strict is None else self._make_strict()
 
     def _classify(self, points: npt.NDArray[np.uint32]) -> None:
+        self.classified += len(points)
         known = np.array([unicodedata.category(chr(point)) != "Cn" for point in points.tolist()], bool)
-        self._states[points[~known]] = _UNSAFE
+        self.states[points[~known]] = _UNSAFE
         points = points[known]
         for start in range(0, len(points), 2048):
             some = points[start : start + 2048]
-            self._states[some] = np.where(self._wrong_in(self.frames[0], some), _QUOTABLE, _SAFE)
-            suspects = some[self._states[some] == _QUOTABLE]
-            self._states[suspects[self._wrong_in(self.frames[1], suspects)]] = _UNSAFE
-        harmless = [point for point in points[self._states[points] != _SAFE].tolist() if not self._crossed(point)]
-        self._states[harmless] = _SAFE
+            self.states[some] = np.where(self._wrong_in(self.frames[0], some), _QUOTABLE, _SAFE)
+            suspects = some[self.states[some] == _QUOTABLE]
+            self.states[suspects[self._wrong_in(self.frames[1], suspects)]] = _UNSAFE
+        harmless = [point for point in points[self.states[points] != _SAFE].tolist() if not self._crossed(point)]
+        self.states[harmless] = _SAFE
 
     def _wrong_in(self, frame: str, points: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         texts = [frame.format(chr(point)) for point in points.tolist()]
@@ -329,6 +322,20 @@ def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, 
     for before, kind in ((" ", str.isalpha), ("a", str.isalpha), ("", str.isdigit), ("", str.isprintable)):
         chosen = {one: [two for two in all_of if kind(two)] for one, all_of in followers.items()}
         yield before, {one: some[0 if before else -1] for one, some in chosen.items() if some}
+
+
+def _run_patterns(runs: Sequence[TokenRun], *, ascii_only: bool) -> list[re.Pattern[str]]:
+    """Return patterns of runs; outside ASCII, white space may be of any kinds, in as many bytes."""
+    found = []
+    for (before, inside), group in itertools.groupby(sorted(runs), lambda run: (run.before, run.inside)):
+        some = list(group)
+        length, ends = min(run.length for run in some), {before, *(run.after for run in some)} & {"\n", "\r"}
+        within = re.escape(inside)
+        if inside.isspace() and not ascii_only:
+            within, length = rf"[^\S{re.escape(''.join(sorted(ends)))}]", -(-length // _SPACE_BYTES)
+        after = "|".join(_KINDS[run.after] for run in some)
+        found.append(re.compile(f"{_KINDS[before]}{within}{{{length},}}(?:{after})"))
+    return found
 
 
 def _odd_texts(longest: int, added: Sequence[str]) -> list[str]:

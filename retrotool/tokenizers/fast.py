@@ -29,8 +29,8 @@ import orjson
 
 from retrotool.errors import AbortError
 from retrotool.tokenizers.cut import cut_texts, isolate_tabs, slices, tabs_to_isolate, why_not_cut
-from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair
-from retrotool.tokenizers.findings_cache import keep_findings, read_findings
+from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair, States
+from retrotool.tokenizers.findings_cache import keep_findings, keep_states, read_findings, read_states
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
 _PIECE_BYTES = 9_600  # tokie is wrong from 10,000 bytes on
@@ -78,7 +78,7 @@ class FastTokenizer:
             versions, content = library_versions(), tokenizer.file.content
             known = findings if findings is not None and findings.versions == versions else None
             known = known or read_findings(content, versions)
-            self._guard = _guard(self._fast, tokenizer, known)
+            self._guard = _guard(self._fast, tokenizer, known, read_states(content, versions))
             if known is None and (new := self.findings) is not None:
                 keep_findings(content, new)
             self.why = f"tokie {version('tokie')} is not used: {self._guard.why}" if self._guard.why else ""
@@ -91,6 +91,12 @@ class FastTokenizer:
             return None
         guard = self._guard
         return Findings(library_versions(), guard.substrings, guard.runs, guard.frames, guard.why)
+
+    def keep_states(self) -> None:
+        """Keep what was found about code points since the last call, for others with the same tokenizer."""
+        if self._fast is not None and self._guard.classified:
+            keep_states(self._tokenizer.file.content, library_versions(), self._guard.states)
+            self._guard.classified = 0
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
         """Tokenise like ``Tokenizer.encode_flat``; raise ``TokensDiffer`` if a compared text differs."""
@@ -200,7 +206,7 @@ def library_versions() -> str:
     return f"{libraries}, Unicode {unicodedata.unidata_version}, guard 6"
 
 
-def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Guard:
+def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None, states: States | None) -> Guard:
     from tokenizers import decoders
 
     whole: Pair = (fast, tokenizer.encode_flat)
@@ -212,7 +218,7 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
     strict = functools.partial(_pairs, fields, set(product(last, first))) if is_bpe else None
     matters = _crossings(vocabulary) if is_bpe else None
     if findings is not None:
-        return Guard(whole, whole, strict, matters=matters, findings=findings)
+        return Guard(whole, whole, strict, matters=matters, findings=findings, states=states)
     neighbours = {two for token in vocabulary for two in pairwise(token)} if is_bpe else set()
     ascii_of = {letter: chr(byte) for letter, byte in byte_level_alphabet().items() if byte < 128}
     decode = decoders.ByteLevel().decode
@@ -227,6 +233,7 @@ def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None) -> Gua
         added=[token.content for token in tokenizer.backend.get_added_tokens_decoder().values()],
         trials=tokenizer.backend.decode_batch(rows.tolist(), skip_special_tokens=True),
         longest=_PIECE_BYTES,
+        states=states,
     )
 
 

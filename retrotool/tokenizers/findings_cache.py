@@ -1,8 +1,9 @@
 """What was found about ``tokie`` and a tokenizer, kept for the user's next store: to find it takes seconds.
 
-A small file for each tokenizer, by the SHA-256 of its content, and for each set of library versions, in
-``RETROTOOL_CACHE``, else in ``retrotool`` within ``XDG_CACHE_HOME`` or ``~/.cache``. All can be deleted at
-any time. What can't be read is found again, and what can't be written is not kept.
+Two small files for each tokenizer, by the SHA-256 of its content, and for each set of library versions, in
+``RETROTOOL_CACHE``, else in ``retrotool`` within ``XDG_CACHE_HOME`` or ``~/.cache``: the findings, and the
+states of code points that have occurred. All can be deleted at any time. What can't be read is found again,
+and what can't be written is not kept.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import orjson
 
-from retrotool.tokenizers.equivalence import Findings
+from retrotool.tokenizers.equivalence import CODE_POINTS, Findings, States
 
 VARIABLE = "RETROTOOL_CACHE"
 
@@ -24,25 +27,45 @@ VARIABLE = "RETROTOOL_CACHE"
 def read_findings(content: bytes, versions: str) -> Findings | None:
     """Return the findings about a tokenizer, by the ``content`` of its file; None if there are none."""
     try:
-        found = Findings.from_json(orjson.loads(_file(content, versions).read_bytes()))
+        found = Findings.from_json(orjson.loads(_file(content, versions, "json").read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if found.versions == versions else None
 
 
 def keep_findings(content: bytes, findings: Findings) -> None:
-    """Keep findings about a tokenizer, in one step, as other processes may do the same."""
-    path = _file(content, findings.versions)
+    """Keep findings about a tokenizer."""
     fields = {**asdict(findings), "runs": [[*run] for run in findings.runs]}
+    _keep(_file(content, findings.versions, "json"), orjson.dumps(fields))
+
+
+def read_states(content: bytes, versions: str) -> States | None:
+    """Return the states of code points, uint8 [``CODE_POINTS``]; None if there are none."""
+    try:
+        found = zlib.decompress(_file(content, versions, "points").read_bytes())
+    except (OSError, zlib.error):
+        return None
+    return np.frombuffer(found, np.uint8) if len(found) == CODE_POINTS else None
+
+
+def keep_states(content: bytes, versions: str, states: States) -> None:
+    """Keep the states of code points, with those that others have kept."""
+    known = read_states(content, versions)
+    merged = states if known is None else np.where(states, states, known)
+    _keep(_file(content, versions, "points"), zlib.compress(merged.tobytes(), 1))
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file in one step, as other processes may do the same."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(orjson.dumps(fields))
+            file.write(content)
         Path(file.name).replace(path)
 
 
-def _file(content: bytes, versions: str) -> Path:
+def _file(content: bytes, versions: str, suffix: str) -> Path:
     named = os.environ.get(VARIABLE)
     folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrotool"
     about = hashlib.sha256(versions.encode()).hexdigest()[:16]
-    return folder / "tokenizers" / f"{hashlib.sha256(content).hexdigest()[:32]}-{about}.json"
+    return folder / "tokenizers" / f"{hashlib.sha256(content).hexdigest()[:32]}-{about}.{suffix}"

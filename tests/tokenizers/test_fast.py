@@ -104,6 +104,24 @@ def test_findings_are_kept_for_the_next_store_and_found_again_where_that_fails(t
     assert FastTokenizer(exact).findings.versions == "others" and compared
 
 
+def test_states_of_code_points_are_kept_with_those_of_others(tokenizers_of, tmp_path, monkeypatch):
+    exact, _ = tokenizers_of["byte-level"]
+    monkeypatch.setenv("RETROTOOL_CACHE", str(tmp_path))
+    first, second = FastTokenizer(exact), FastTokenizer(exact)
+    for fast, text in ((first, "ꙮ ⓘ"), (second, "一")):
+        fast.encode_flat([text])
+        fast.keep_states()
+    (kept,) = tmp_path.rglob("*.points")
+    third = FastTokenizer(exact)
+    assert third.encode_flat(["ꙮ ⓘ 一"])[0].tolist() == exact.encode_batch(["ꙮ ⓘ 一"])[0]
+    assert third._guard.classified == 0
+    before = kept.stat().st_mtime_ns
+    third.keep_states()
+    assert kept.stat().st_mtime_ns == before, "there is nothing new"
+    kept.write_bytes(b"damaged")
+    assert FastTokenizer(exact).encode_flat(["ⓘ"])[0].tolist() == exact.encode_batch(["ⓘ"])[0]
+
+
 def test_findings_of_other_versions_are_not_believed(tokenizers_of, monkeypatch):
     exact, fast = tokenizers_of["byte-level"]
     monkeypatch.setattr(fast_module, "library_versions", lambda: "others")
