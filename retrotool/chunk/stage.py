@@ -1,6 +1,7 @@
 """Chunk documents: read, tokenise and cut a unit, and write its parts.
 
-A task is a unit of a committed plan. Rows are read ahead in one thread, and Parquet is written in another.
+A task is a unit of a committed plan. Rows are read and hashed ahead in one thread, tokenised in this one, for
+most of the time outside Python's lock, and written as Parquet in another.
 Unreadable rows go to quarantine; documents on the block list are left out. Duplicates are found when the plan
 is finished (``deduplicate``). Memory: a few batches, the documents' columns of a part, and the longest
 document.
@@ -8,11 +9,12 @@ document.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import itertools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
 from retrotool.ranges import is_in
+from retrotool.read_ahead import ahead
 from retrotool.sources import Document, InputFile, Rejected
 from retrotool.sources.heads import NO_FIELDS
 from retrotool.sources.inputs import is_spooled
@@ -46,10 +49,12 @@ from retrotool.tokenizers import FastTokenizer, stored_tokenizer
 
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
+_AHEAD = 1  # batches that wait, while another one is read and one is tokenised
 _EXCERPT = 200
 _LEAST_SHARE = {"parquet": 64, "arrow": 64}  # bytes of input per byte that is surely written: few columns may be text
 Row = Document | Rejected
 Flags = npt.NDArray[np.bool_]
+HashPair = tuple[bytes, bytes]  # of a document's id and of its content
 
 GIVEN_UP = "given up"  # start of the reason for an input that was not read and may be added later
 
@@ -181,16 +186,17 @@ class _Unit:
         known = self._known_documents(piece.file)
         mirrored = piece.file if self.plan.existing == "mirror" and piece.file in self.plan.read_before else None
         done = characters = 0
-        for batch in _batches(_rows(self.plan, piece, self.bad, stage)):
-            if isinstance(batch, Rejected):
-                self.bad.append(batch)
-                continue
-            self._add(file, batch, known, mirrored)
-            characters += sum(len(document.text) for document in batch)
-            # Progress in a compressed file is an estimate.
-            ahead = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
-            self.report(max(0, ahead - done))
-            done = max(done, ahead)
+        with contextlib.closing(ahead(_batches(_rows(self.plan, piece, stage)), _AHEAD)) as batches:
+            for documents, hashes, rejected in batches:
+                for row in rejected:
+                    self.bad.append(row)
+                if documents:
+                    self._add(file, documents, hashes, known, mirrored)
+                characters += sum(len(document.text) for document in documents)
+                # Progress in a compressed file is an estimate.
+                read = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
+                self.report(max(0, read - done))
+                done = max(done, read)
         self.report(weight - done)
 
     def _read_known_documents(self, file: int) -> npt.NDArray[Any]:
@@ -215,11 +221,10 @@ class _Unit:
         table = pa.table([pa.array(numbers), parts.fixed_binary(keys)], schema=parts.SEEN_SCHEMA)
         return parts.write_parquet(self.store, FileName.new(run, "seen", slot, "parquet"), table)
 
-    def _add(self, file: InputFile, batch: list[Document], known: npt.NDArray[Any], mirrored: int | None) -> None:
-        hashes = [
-            (chunker.id_hash(document.id), content_hash(document.text, document.value, document.tokens))
-            for document in batch
-        ]
+    def _add(
+        self, file: InputFile, batch: list[Document], hashes: list[HashPair], known: npt.NDArray[Any],
+        mirrored: int | None,
+    ) -> None:  # fmt: skip
         if mirrored is not None:
             self._seen.append((mirrored, b"".join(key for key, _ in hashes)))
         if len(known):
@@ -247,8 +252,8 @@ class _Unit:
         self.writer.add(file.name, found, hashes)
 
     def _leave_out(
-        self, count: str, held: Flags, batch: list[Document], hashes: list[tuple[bytes, bytes]]
-    ) -> tuple[list[Document], list[tuple[bytes, bytes]]]:
+        self, count: str, held: Flags, batch: list[Document], hashes: list[HashPair]
+    ) -> tuple[list[Document], list[HashPair]]:
         self.counts[count] += int(held.sum())
         return list(itertools.compress(batch, ~held)), list(itertools.compress(hashes, ~held))
 
@@ -261,12 +266,11 @@ class _Unit:
             self.counts["exact"] = self.writer.counts["documents"]
 
 
-def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage) -> Iterator[Row]:
-    """Yield documents of a piece, and damage; other rejected rows go to ``bad``."""
+def _rows(plan: ChunkPlan, piece: InputPiece, stage: ChunkStage) -> Iterator[Row]:
+    """Yield the rows of a piece; what can't be read is one rejected row."""
     file = plan.files[piece.file]
     if is_spooled(file) and plan.owner != stage.run:
-        bad.append(Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again"))
-        return
+        return iter([Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again")])
     given_up = sources.is_excluded(Path(file.path), stage.exclude)
     try:
         size = Path(file.path).stat().st_size
@@ -275,17 +279,12 @@ def _rows(plan: ChunkPlan, piece: InputPiece, bad: Quarantine, stage: ChunkStage
     except OSError as error:
         problem = error.strerror or str(error)
     if given_up:
-        bad.append(Rejected(0, f"{GIVEN_UP}: {problem or 'excluded'}"))
-        return
+        return iter([Rejected(0, f"{GIVEN_UP}: {problem or 'excluded'}")])
     if problem:
         leave = f"--exclude {shlex.quote(glob.escape(file.path))}"
         advice = f"Restore it and run the same command again, or leave it out with {leave}."
         raise TaskError(f"{file.path}: {problem}", advice)
-    for row in sources.read_input(file, plan.fields, piece.where):
-        if isinstance(row, Rejected) and not row.damage:
-            bad.append(row)
-        else:
-            yield row
+    return sources.read_input(file, plan.fields, piece.where)
 
 
 def _characters(document: Document) -> int:
@@ -295,16 +294,27 @@ def _characters(document: Document) -> int:
     return size if document.tokens is None else size + len(document.tokens)
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Document] | Rejected]:
-    """Yield batches of about two million characters; damage separately, after what came before it."""
+def _batches(rows: Iterator[Row]) -> Generator[tuple[list[Document], list[HashPair], list[Rejected]]]:
+    """Yield batches of about two million characters: documents, their hashes, and rows rejected since then.
+
+    Damage comes separately, after what came before it.
+    """
     batch: list[Document] = []
+    rejected: list[Rejected] = []
     size = 0
     for row in itertools.chain(rows, [None]):
         if isinstance(row, Document):
             batch.append(row)
             size += _characters(row)
-        if batch and (not isinstance(row, Document) or size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS):
-            yield batch
-            batch, size = [], 0
-        if isinstance(row, Rejected):
-            yield row
+        elif row is not None and not row.damage:
+            rejected.append(row)
+        ends = row is None or (isinstance(row, Rejected) and row.damage)
+        if ends or size >= _BATCH_CHARACTERS or max(len(batch), len(rejected)) >= _BATCH_DOCUMENTS:
+            yield batch, list(map(_hashes, batch)), rejected
+            batch, rejected, size = [], [], 0
+        if isinstance(row, Rejected) and row.damage:
+            yield [], [], [row]
+
+
+def _hashes(document: Document) -> HashPair:
+    return chunker.id_hash(document.id), content_hash(document.text, document.value, document.tokens)
