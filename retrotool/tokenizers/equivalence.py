@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 Encode = Callable[[Sequence[str]], Flat]
+Hint = tuple[str, Callable[[str], object] | None]
 States = npt.NDArray[np.uint8]  # of code points, [CODE_POINTS]
 CODE_POINTS = 0x110000
 Pair = tuple[Encode, Encode]  # a fast and an exact tokenizer
@@ -150,15 +151,15 @@ class Guard:
             self.why = f"it differs on {len(missed)} of {len(odd)} trial texts, such as {odd[missed[0]][:40]!a}"
 
     def _look_for(self, runs: tuple[TokenRun, ...]) -> None:
+        """Set what to look for in ASCII texts and in others: a substring, and a pattern where that occurs."""
         self.runs = runs
-        long = [re.compile(re.escape(unsafe)) for unsafe in self.substrings if len(unsafe) > 2]
-        self._patterns = {plain: [*long, *_run_patterns(runs, ascii_only=plain)] for plain in (False, True)}
-        # By first character, which second ones are unsafe, bool [129]; the last stands for all above ASCII.
-        self._seconds: dict[str, npt.NDArray[np.bool_]] = {}
-        for unsafe in self.substrings:
-            if len(unsafe) <= 2:
-                seconds = self._seconds.setdefault(unsafe[0], np.zeros(129, bool))
-                seconds[min(ord(unsafe[1]), 128) if len(unsafe) == 2 else slice(None)] = True
+        whole = [unsafe for unsafe in self.substrings if len(unsafe) != 2]
+        pairs = [unsafe for unsafe in self.substrings if len(unsafe) == 2 and unsafe[0] not in whole]
+        both: list[Hint] = [(unsafe, None) for unsafe in whole]
+        for first in dict.fromkeys(pair[0] for pair in pairs):
+            seconds = "".join(re.escape(pair[1]) for pair in pairs if pair[0] == first)
+            both.append((first, re.compile(f"{re.escape(first)}[{seconds}]").search))
+        self._unsafe = {plain: both + _run_hints(runs, ascii_only=plain) for plain in (False, True)}
 
     def _unsafe_pair_in(self, text: str) -> str:
         """Return an ASCII pair without which ``text`` would have the same tokens in both, or ""."""
@@ -180,16 +181,22 @@ class Guard:
 
     def unsure(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
         """Return which texts [n] may be tokenised differently."""
-        unsure = np.zeros(len(texts), bool)
-        plain = np.fromiter(map(str.isascii, texts), bool, len(texts))
-        for part in (plain, ~plain):
-            places = np.flatnonzero(part)
-            if not len(places):
-                continue
-            joined = "\n".join([texts[i] for i in places.tolist()])
-            ends = np.cumsum([len(texts[i]) + 1 for i in places.tolist()])
-            unsure[places[np.searchsorted(ends, self._unsafe_places(joined), side="right")]] = True
+        plain = list(map(str.isascii, texts))
+        unsure = np.fromiter(map(self._has_unsafe, texts, plain), bool, len(texts))
+        places = np.flatnonzero(~np.array(plain, bool))
+        if len(places):
+            wide = [texts[i] for i in places.tolist()]
+            ends = np.cumsum([len(text) + 1 for text in wide])
+            found = self._above_ascii("\n".join(["", *wide, ""])) - 1
+            unsure[places[np.searchsorted(ends, found, side="right")]] = True
         return unsure
+
+    def _has_unsafe(self, text: str, plain: bool) -> bool:
+        """Return whether an unsafe substring or run is in ``text``."""
+        for hint, search in self._unsafe[plain]:
+            if hint in text and (search is None or search(text)):
+                return True
+        return False
 
     def _unlike_runs(self) -> tuple[TokenRun, ...]:
         """Return the runs that the two treat differently, each with its least length."""
@@ -210,23 +217,9 @@ class Guard:
     def _is_known(self, text: str) -> bool:
         return any(unsafe in text for unsafe in self.substrings)
 
-    def _unsafe_places(self, text: str) -> npt.NDArray[np.int64]:
-        """Return where unsafe substrings, runs and code points begin in ``text``, in no order."""
-        plain = text.isascii()
-        codes: npt.NDArray[Any] = (
-            np.frombuffer(f"{text}\n".encode("ascii"), np.uint8)
-            if plain
-            else np.frombuffer(f"{text}\n".encode("utf-32-le", "surrogatepass"), np.uint32)
-        )
-        found = [] if plain else [self._above_ascii(codes)]
-        found += [np.array([m.start() for m in one.finditer(text)], np.int64) for one in self._patterns[plain]]
-        for first, seconds in self._seconds.items():
-            if first in text:
-                places = np.flatnonzero(codes[:-1] == ord(first))
-                found.append(places[seconds[np.minimum(codes[places + 1], 128)]])
-        return np.concatenate(found) if found else np.empty(0, np.int64)
-
-    def _above_ascii(self, codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    def _above_ascii(self, text: str) -> npt.NDArray[np.int64]:
+        """Return where unsafe code points are in ``text``, which begins and ends with a newline."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         places = np.flatnonzero(codes > 127)
         points = codes[places]
         # Many characters are split differently beside a tab, which is rare, so all are unsafe there.
@@ -324,17 +317,16 @@ def _surroundings(neighbours: Sequence[tuple[str, str]]) -> Iterator[tuple[str, 
         yield before, {one: some[0 if before else -1] for one, some in chosen.items() if some}
 
 
-def _run_patterns(runs: Sequence[TokenRun], *, ascii_only: bool) -> list[re.Pattern[str]]:
-    """Return patterns of runs; outside ASCII, white space may be of any kinds, in as many bytes."""
-    found = []
-    for (before, inside), group in itertools.groupby(sorted(runs), lambda run: (run.before, run.inside)):
-        some = list(group)
-        length, ends = min(run.length for run in some), {before, *(run.after for run in some)} & {"\n", "\r"}
-        within = re.escape(inside)
-        if inside.isspace() and not ascii_only:
-            within, length = rf"[^\S{re.escape(''.join(sorted(ends)))}]", -(-length // _SPACE_BYTES)
-        after = "|".join(_KINDS[run.after] for run in some)
-        found.append(re.compile(f"{_KINDS[before]}{within}{{{length},}}(?:{after})"))
+def _run_hints(runs: Sequence[TokenRun], *, ascii_only: bool) -> list[Hint]:
+    """Return what to look for; outside ASCII, white space may be of any kinds, in as many bytes."""
+    found: list[Hint] = []
+    for run in runs:
+        inside, length = re.escape(run.inside), run.length
+        if run.inside.isspace() and not ascii_only:
+            ends = re.escape("".join({run.before, run.after} & {"\n", "\r"}))
+            inside, length = rf"[^\S{ends}]", -(-length // _SPACE_BYTES)
+        rare = next((end for end in (run.before, run.after) if end in "\r\t"), "")
+        found.append((rare, re.compile(f"{_KINDS[run.before]}{inside}{{{length},}}{_KINDS[run.after]}").search))
     return found
 
 
