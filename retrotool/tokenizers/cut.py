@@ -8,6 +8,8 @@ a character that is not white space and a letter or digit. With these rules, no 
 * BERT's pattern: white space is dropped, and words never contain any.
 * Normalisers: BERT's and NFC keep such spaces and newlines, and compose nothing across them.
 
+GPT-2's pattern and its descendants also end a piece between a letter and a digit, and between a digit and
+punctuation (``places_beside_digits``).
 In the patterns of ``_TAB_PATTERNS`` a tab before punctuation is a piece of its own, at which ``isolate_tabs``
 cuts: of white space in front of something else, the last character is left for that, and only spaces and
 letters take it.
@@ -25,6 +27,7 @@ from typing import Any
 
 _BEFORE_SPACE = r"[\w!-=?@\[^{}]"  # not what added tokens end with that may take the space, such as <mask>
 _CUT = re.compile(_BEFORE_SPACE + r"(?= )|\S\n(?=[^\W_])")
+_BESIDE_DIGITS = (r"[A-Za-z](?=[0-9])", r"[0-9](?=[!-/:-@\[-`{-~])")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
@@ -61,6 +64,13 @@ def why_not_cut(fields: Mapping[str, Any]) -> str:
     if kinds[1] not in (None, "NFC"):
         return f"the normaliser {kinds[1]} is not among those it is exact for"
     return _why_not_split(splitter)
+
+
+def places_beside_digits(fields: Mapping[str, Any]) -> re.Pattern[str] | None:
+    """Return where else texts can be cut for the tokenizer of this ``tokenizer.json``: not in added tokens."""
+    added = [token.get("content", "") for token in fields.get("added_tokens") or []]
+    places = [place for place in _BESIDE_DIGITS if not any(re.search(place, content) for content in added)]
+    return re.compile("|".join(places)) if places and fields["model"]["type"] == "BPE" else None
 
 
 def tabs_to_isolate(fields: Mapping[str, Any]) -> re.Pattern[str] | None:
@@ -100,11 +110,18 @@ def _why_not_split(splitter: Mapping[str, Any]) -> str:
 
 
 def cut_texts(
-    texts: Sequence[str], least: int, most: int, chosen: Sequence[bool] | None = None, *, widest: int = 1
+    texts: Sequence[str],
+    least: int,
+    most: int,
+    chosen: Sequence[bool] | None = None,
+    *,
+    widest: int = 1,
+    inside: re.Pattern[str] | None = None,
 ) -> tuple[list[str], list[int]]:
     """Cut ``chosen`` texts to ``least`` to ``most`` characters; return all pieces and the number per text.
 
-    Both are divided by ``widest`` for texts beyond ASCII. A piece without a place to cut may be longer.
+    Both are divided by ``widest`` for texts beyond ASCII. Where there is no other place, texts are cut at one
+    of ``inside``; without that a piece may be longer.
     """
     assert least >= widest, "pieces must not be empty"
     pieces: list[str] = []
@@ -114,7 +131,10 @@ def cut_texts(
         shrink = 1 if text.isascii() else widest
         few, many = least // shrink, most // shrink
         while may_cut and size - start > many:
-            place = _CUT.search(text, start + few - 1, start + many) or _CUT.search(text, start + many - 2)
+            place = _CUT.search(text, start + few - 1, start + many)
+            if place is None and inside is not None:
+                place = inside.search(text, start + few - 1, start + many)
+            place = place or _CUT.search(text, start + many - 2)
             if place is None:
                 break
             pieces.append(text[start : place.end()])

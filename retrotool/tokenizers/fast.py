@@ -28,14 +28,14 @@ import numpy.typing as npt
 import orjson
 
 from retrotool.errors import AbortError
-from retrotool.tokenizers.cut import cut_texts, isolate_tabs, slices, tabs_to_isolate, why_not_cut
+from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, slices, tabs_to_isolate, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair, States
 from retrotool.tokenizers.findings_cache import keep_findings, keep_states, read_findings, read_states
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
 _PIECE_BYTES = 9_600  # tokie is wrong from 10,000 bytes on
 _WIDEST = 4  # bytes of a character
-_PART = 256  # characters of the parts of an unsafe piece
+_PARTS = (256, 32)  # characters of the parts of an unsafe piece, of the unsafe ones of these, and so on
 _GROUP = 4 << 20  # characters tokenised at a time, which bounds memory
 Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 _LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
@@ -71,9 +71,11 @@ class FastTokenizer:
         self._seen = self.compared = 0
         self.judged = 0  # texts sent to ``tokenizers``, in whole or in part
         self._fast, self.why = _load(tokenizer) if use_tokie else (None, "tokie was not requested")
-        tab = tabs_to_isolate(orjson.loads(tokenizer.file.content))
+        fields = orjson.loads(tokenizer.file.content)
+        self._inside, tab = places_beside_digits(fields), tabs_to_isolate(fields)
         self._cuts = [functools.partial(isolate_tabs, tab=tab)] if tab else []
-        self._cuts.append(functools.partial(cut_texts, least=_PART // 2, most=_PART))
+        for most in _PARTS:
+            self._cuts.append(functools.partial(cut_texts, least=most // 2, most=most, inside=self._inside))
         if self._fast is not None:
             versions, content = library_versions(), tokenizer.file.content
             known = findings if findings is not None and findings.versions == versions else None
@@ -113,7 +115,7 @@ class FastTokenizer:
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
         """Return ids and lengths without comparing, and which texts [n] only the fast tokenizer did."""
-        pieces, n_pieces = cut_texts(texts, _PIECE_BYTES * 3 // 4, _PIECE_BYTES, widest=_WIDEST)
+        pieces, n_pieces = cut_texts(texts, _PIECE_BYTES * 3 // 4, _PIECE_BYTES, widest=_WIDEST, inside=self._inside)
         done = [self._encode_pieces(some) for some in slices(pieces, _GROUP)]
         ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
         if len(pieces) == len(texts):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
-from retrotool.tokenizers.cut import cut_texts, isolate_tabs, slices, tabs_to_isolate
+from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, slices, tabs_to_isolate
 
 CUTTABLE = [kind for kind in awkward.KINDS if kind != "unigram"]
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 30)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -45,6 +45,27 @@ def test_real_text_is_cut_often_and_keeps_its_tokens(kind):
     flat, _ = tokenizer.encode_flat(pieces)
     assert np.array_equal(flat, tokenizer.encode_flat(awkward.TOPICS)[0])
     assert sum(counts) == len(pieces)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CUTTABLE if kind != "wordpiece"])
+@given(text=st.text("aB01.\\x/'|é ", min_size=20, max_size=60) | awkward.texts, limits=sizes)
+def test_cuts_beside_digits_change_no_token(kind, text, limits):
+    inside = places_beside_digits(json.loads(awkward.made(kind)))
+    assert inside is not None
+    pieces, _ = cut_texts([text], *limits, inside=inside)
+    tokenizer = loaded(kind)
+    assert [token for tokens in tokenizer.encode_batch(pieces) for token in tokens] == tokenizer.encode_batch([text])[0]
+    assert len(cut_texts(["\\25\\17\\x00\\x18" * 5], 4, 8, inside=inside)[0]) > 5
+
+
+def test_added_tokens_are_not_cut_beside_digits():
+    fields = json.loads(awkward.made("byte-level"))
+    fields["added_tokens"].append({"content": "<|reserved_0|>"})
+    inside = places_beside_digits(fields)
+    assert inside and inside.search("x0") and not inside.search("0|")
+    fields["added_tokens"].append({"content": "[unused1]"})
+    assert places_beside_digits(fields) is None
+    assert places_beside_digits(json.loads(awkward.made("wordpiece"))) is None
 
 
 @pytest.mark.parametrize("kind", ["o200k", "llama3"])
