@@ -67,7 +67,7 @@ def why_not_cut(fields: Mapping[str, Any]) -> str:
 
 
 def places_beside_digits(fields: Mapping[str, Any]) -> re.Pattern[str] | None:
-    """Return where else texts can be cut for the tokenizer of this ``tokenizer.json``: not in added tokens."""
+    """Return where else texts may be cut for the tokenizer of this ``tokenizer.json``, if anywhere."""
     added = [token.get("content", "") for token in fields.get("added_tokens") or []]
     places = [place for place in _BESIDE_DIGITS if not any(re.search(place, content) for content in added)]
     return re.compile("|".join(places)) if places and fields["model"]["type"] == "BPE" else None
