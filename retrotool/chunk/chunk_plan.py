@@ -12,6 +12,7 @@ import dataclasses
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ from retrotool.tokenizers import Findings
 
 BYTES_PER_TOKEN = 4
 EXPANSION = {"gz": 3.0, "zst": 4.0, "bz2": 4.0, "xz": 4.0, "parquet": 3.0}  # bytes of text per byte
+_READERS = 8  # threads that read inputs for their hashes
 GUARD = "guard"  # record of the findings about the fast tokenizer, made once per store
 EXACT = "tokenizers"  # record of why this store is tokenised by ``tokenizers`` alone
 SMALL_PLAN = 12 << 20  # bytes of text that do not pay for starting the fast tokenizer
@@ -131,12 +133,9 @@ def text_bytes(file: InputFile) -> int:
 def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> list[InputFile]:
     """Return the ``files`` that were planned before with other content."""
     known = known_inputs(store, store.refresh(), options, leases.others(store.storage, run.id))
-    hashes = hashes_of(store, files, options.fields)
-    return [
-        file
-        for file, (fingerprint, place) in zip(files, hashes, strict=True)
-        if place in known.places and fingerprint not in known.fingerprints
-    ]
+    again = [file for file in files if not is_spooled(file) and _place(store, file, options.fields) in known.places]
+    hashes = hashes_of(store, again, options.fields)
+    return [file for file, (fingerprint, _) in zip(again, hashes, strict=True) if fingerprint not in known.fingerprints]
 
 
 def commit_plan(
@@ -212,16 +211,21 @@ def use_exact_tokenizer(store: Store, run: Run, why: str) -> None:
 
 def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[tuple[str, str]]:
     """Return keyed hashes of each file's content and path (for standard input, again its content)."""
-    found = []
+    keyed, found = store.identity.keyed_hash, []
     try:
-        for file in files:
-            reading = repr(file.reading(fields))  # so a wrong --text-field does not block the file
-            fingerprint = store.identity.keyed_hash(f"{file.fingerprint(fields)} {reading}")
-            place = f"stdin {fingerprint}" if is_spooled(file) else f"path {file.path} {reading}"
-            found.append((fingerprint, store.identity.keyed_hash(place)))
+        with ThreadPoolExecutor(_READERS) as threads:
+            contents = list(threads.map(lambda file: file.fingerprint(fields), files))
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was changed.") from error
+    for file, content in zip(files, contents, strict=True):
+        fingerprint = keyed(f"{content} {file.reading(fields)!r}")
+        found.append((fingerprint, keyed(f"stdin {fingerprint}") if is_spooled(file) else _place(store, file, fields)))
     return found
+
+
+def _place(store: Store, file: InputFile, fields: Fields) -> str:
+    """Return a keyed hash of a file's path and how it is read: a wrong --text-field does not block the file."""
+    return store.identity.keyed_hash(f"path {file.path} {file.reading(fields)!r}")
 
 
 def write_plan(store: Store, run: Run, plan_id: str, plan: ChunkPlan) -> FileEntry:

@@ -309,7 +309,8 @@ def _batches(rows: Iterator[Row]) -> Generator[tuple[list[Document], list[HashPa
         elif row is not None and not row.damage:
             rejected.append(row)
         ends = row is None or (isinstance(row, Rejected) and row.damage)
-        if ends or size >= _BATCH_CHARACTERS or max(len(batch), len(rejected)) >= _BATCH_DOCUMENTS:
+        full = size >= _BATCH_CHARACTERS or max(len(batch), len(rejected)) >= _BATCH_DOCUMENTS
+        if full or (ends and (batch or rejected)):
             yield batch, list(map(_hashes, batch)), rejected
             batch, rejected, size = [], [], 0
         if isinstance(row, Rejected) and row.damage:

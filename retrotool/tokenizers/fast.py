@@ -137,9 +137,14 @@ class FastTokenizer:
         lengths = np.empty(len(parts), np.int64)
         quick, lengths[~slow] = self._quick(list(itertools.compress(parts, ~slow)))
         exact, lengths[slow] = self._tokenizer.encode_flat(list(itertools.compress(parts, slow)))
-        ids = np.empty(len(quick) + len(exact), np.uint32)
-        slow_token = np.repeat(slow, lengths)
-        ids[~slow_token], ids[slow_token] = quick, exact
+        # Both in the order of the parts, run by run of those that go the same way.
+        first = np.flatnonzero(np.diff(slow, prepend=~slow[:1]))
+        ways, sizes = slow[first], np.add.reduceat(lengths, first)
+        runs = {
+            way: iter(np.split(flat, np.cumsum(sizes[ways == way])[:-1]))
+            for way, flat in ((False, quick), (True, exact))
+        }
+        ids = np.concatenate([next(runs[way]) for way in ways.tolist()])
         starts = np.cumsum(n_parts) - n_parts
         return ids, np.add.reduceat(lengths, starts), np.logical_or.reduceat(slow, starts)
 

@@ -31,7 +31,7 @@ def test_a_part_closes_when_what_is_kept_of_its_documents_grows_large(tmp_path, 
 def test_batches_count_all_that_is_held_of_a_document():
     def batches(**held):
         rows = (Document(str(i), "text", "s", i, i, **held) for i in range(30))
-        return [len(batch) for batch in chunk_stage._batches(rows)]
+        return [len(documents) for documents, _, _ in chunk_stage._batches(rows)]
 
     large = "x" * (chunk_stage._BATCH_CHARACTERS // 10)
     assert batches() == [30]
