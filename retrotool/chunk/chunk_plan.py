@@ -224,7 +224,7 @@ def hashes_of(store: Store, files: Sequence[InputFile], fields: Fields) -> list[
 
 
 def _place(store: Store, file: InputFile, fields: Fields) -> str:
-    """Return a keyed hash of a file's path and how it is read: a wrong --text-field does not block the file."""
+    """Return a keyed hash of a file's path and how it is read: one wrong --text-field blocks nothing."""
     return store.identity.keyed_hash(f"path {file.path} {file.reading(fields)!r}")
 
 

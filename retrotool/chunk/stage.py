@@ -1,7 +1,7 @@
 """Chunk documents: read, tokenise and cut a unit, and write its parts.
 
-A task is a unit of a committed plan. Rows are read and hashed ahead in one thread, tokenised in this one, for
-most of the time outside Python's lock, and written as Parquet in another.
+A task is a unit of a committed plan. One thread reads and hashes rows, one tokenises batches, for most of the
+time outside Python's lock, this one collects the columns of parts, and one writes them as Parquet.
 Unreadable rows go to quarantine; documents on the block list are left out. Duplicates are found when the plan
 is finished (``deduplicate``). Memory: a few batches, the documents' columns of a part, and the longest
 document.
@@ -14,7 +14,7 @@ import functools
 import glob
 import itertools
 import shlex
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ import pyarrow as pa
 from retrotool import sources
 from retrotool.chunk import chunk_plan, chunker
 from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
+from retrotool.chunk.chunker import Tokens
 from retrotool.chunk.part_writer import Files, PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
@@ -55,6 +56,7 @@ _LEAST_SHARE = {"parquet": 64, "arrow": 64}  # bytes of input per byte that is s
 Row = Document | Rejected
 Flags = npt.NDArray[np.bool_]
 HashPair = tuple[bytes, bytes]  # of a document's id and of its content
+TokenisedBatch = tuple[str, Tokens | None, list[HashPair], int]  # with the input's name, and how much of it was read
 
 GIVEN_UP = "given up"  # start of the reason for an input that was not read and may be added later
 
@@ -152,8 +154,7 @@ class ChunkWorker:
                 self._store.refresh()  # documents may have been purged since the last unit
                 blocked = read_blocked(self._store)
             unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, writer, report)
-            for piece in plan.units[task.inputs["unit"]]:
-                unit.chunk(piece, self._stage)
+            unit.chunk(plan.units[task.inputs["unit"]], self._stage)
             files = writer.close()
             unit.count_tokenised()
         seen = unit.write_seen(run, _slot(task))
@@ -180,24 +181,33 @@ class _Unit:
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut", "hashed_ids"), 0)
         self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
 
-    def chunk(self, piece: InputPiece, stage: ChunkStage) -> None:
-        file, weight = self.plan.files[piece.file], piece.weight
-        self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
-        known = self._known_documents(piece.file)
-        mirrored = piece.file if self.plan.existing == "mirror" and piece.file in self.plan.read_before else None
-        done = characters = 0
-        with contextlib.closing(ahead(_batches(_rows(self.plan, piece, stage)), _AHEAD)) as batches:
-            for documents, hashes, rejected in batches:
-                for row in rejected:
-                    self.bad.append(row)
-                if documents:
-                    self._add(file, documents, hashes, known, mirrored)
-                characters += sum(len(document.text) for document in documents)
-                # Progress in a compressed file is an estimate.
-                read = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
-                self.report(max(0, read - done))
-                done = max(done, read)
-        self.report(weight - done)
+    def chunk(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> None:
+        with contextlib.closing(ahead(self._batches(pieces, stage), _AHEAD)) as batches:
+            for name, found, hashes, read in batches:
+                if found is not None:
+                    self.writer.add(name, found, hashes)
+                self.report(read)
+
+    def _batches(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
+        for piece in pieces:
+            file, weight = self.plan.files[piece.file], piece.weight
+            self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
+            known = self._known_documents(piece.file)
+            is_mirrored = self.plan.existing == "mirror" and piece.file in self.plan.read_before
+            done = characters = 0
+            with contextlib.closing(ahead(_batches(_rows(self.plan, piece, stage)), _AHEAD)) as batches:
+                for documents, hashes, rejected in batches:
+                    for row in rejected:
+                        self.bad.append(row)
+                    if is_mirrored:
+                        self._seen.append((piece.file, b"".join(key for key, _ in hashes)))
+                    found = self._tokenised(file, documents, hashes, known)
+                    characters += sum(len(document.text) for document in documents)
+                    # Progress in a compressed file is an estimate.
+                    read = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
+                    yield file.name, *found, max(0, read - done)
+                    done = max(done, read)
+            yield file.name, None, [], weight - done
 
     def _read_known_documents(self, file: int) -> npt.NDArray[Any]:
         plans = self.plan.read_before.get(file, ())
@@ -221,20 +231,18 @@ class _Unit:
         table = pa.table([pa.array(numbers), parts.fixed_binary(keys)], schema=parts.SEEN_SCHEMA)
         return parts.write_parquet(self.store, FileName.new(run, "seen", slot, "parquet"), table)
 
-    def _add(
-        self, file: InputFile, batch: list[Document], hashes: list[HashPair], known: npt.NDArray[Any],
-        mirrored: int | None,
-    ) -> None:  # fmt: skip
-        if mirrored is not None:
-            self._seen.append((mirrored, b"".join(key for key, _ in hashes)))
-        if len(known):
+    def _tokenised(
+        self, file: InputFile, batch: list[Document], hashes: list[HashPair], known: npt.NDArray[Any]
+    ) -> tuple[Tokens | None, list[HashPair]]:
+        """Return the tokens and hashes of the documents of a batch that are to be added, if any."""
+        if len(known) and batch:
             pairs = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), HASHES)
             batch, hashes = self._leave_out("known_documents", is_in(pairs, known), batch, hashes)
         if self.blocked is not None and batch:
             held = self.blocked.holds([d.id for d in batch], [text for _, text in hashes])
             batch, hashes = self._leave_out("blocked", held, batch, hashes)
         if not batch:
-            return
+            return None, []
         own = self.store.identity
         found = chunker.tokenise(batch, self.encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
         if self.blocked is not None and found.documents:
@@ -242,14 +250,12 @@ class _Unit:
             held = self.blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
             self.counts["blocked"] += int(held.sum())
             found = found.without(held)
-        if not found.documents:
-            return
         self.counts["keys_cut"] += int(found.cut.sum())
         hashes = [hashes[i] for i in found.kept.tolist()]
         if file.base not in NO_FIELDS:
             contents = [content.hex() for _, content in hashes]
             self.counts["hashed_ids"] += sum(map(str.__eq__, contents, (one.id for one in found.documents)))
-        self.writer.add(file.name, found, hashes)
+        return found if found.documents else None, hashes
 
     def _leave_out(
         self, count: str, held: Flags, batch: list[Document], hashes: list[HashPair]

@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,11 +102,12 @@ class InputFile:
         digest = hashlib.blake2b(f"{self.format} {self.size}".encode(), digest_size=16)
         if self.base == "html" or (self.base == "txt" and not (fields is not None and fields.separator)):
             digest.update(self.name.encode("utf-8", "surrogateescape"))  # its name is its document's id
+        offsets: Iterable[int] = range(0, self.size, _SAMPLE_BYTES)
         if self.size > _SAMPLES * _SAMPLE_BYTES:  # the samples may miss a change
             digest.update(str(Path(self.path).stat().st_mtime_ns).encode())
-        last = max(0, self.size - _SAMPLE_BYTES)
+            offsets = ((self.size - _SAMPLE_BYTES) * i // (_SAMPLES - 1) for i in range(_SAMPLES))
         with Path(self.path).open("rb") as file:
-            for offset in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
+            for offset in offsets:
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
         beside = Path(self.path).with_suffix(".idx")
