@@ -1,10 +1,11 @@
 """Compare ``chunk`` with the tokenizer's own rate, with each step's floor, and with a plain script.
 
-    python benchmarks/chunk.py INPUT.jsonl.zst [...] [--tokenizer tokenizer.json] [--slice 8] [--long]
+    python benchmarks/chunk.py INPUT.jsonl.zst [...] [--tokenizer tokenizer.json] [--slice 8] [--datatrove PYTHON] [--long]
 
 All measurements use the same texts: the floors of reading, decompressing, JSON, tokenizing and writing, each
 alone and in memory; ``retrotool chunk`` as a process, from ``.jsonl.zst`` to committed Parquet; and, on a
-slice of ``--slice`` MB, ``datasets.map`` (batched, one process per core) with ``tokenizers`` and pyarrow.
+slice of ``--slice`` MB, ``datasets.map`` (batched, one process per core) with ``tokenizers`` and pyarrow,
+and datatrove's ``DocumentTokenizer``, by the Python of an environment that has it.
 Without ``--tokenizer`` a byte-level BPE of 50,000 tokens is trained on the input. ``--long`` repeats the run
 on a corpus four times as long and reports memory: the largest sum of proportional set sizes of the command
 and its workers, sampled 20 times a second.
@@ -61,6 +62,22 @@ chunks = data.map(cut, batched=True, num_proc=int(processes), remove_columns=dat
 pq.write_table(chunks.data.table, target)
 """
 """The plain script, run as a separate process."""
+DATATROVE = """
+import sys
+
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+
+source, tokenizer, target, processes = sys.argv[1:]
+if __name__ == "__main__":
+    steps = [
+        JsonlReader(source),
+        DocumentTokenizer(target, tokenizer_name_or_path=tokenizer, eos_token=None, shuffle_documents=False),
+    ]
+    LocalPipelineExecutor(steps, tasks=int(processes), workers=int(processes), logging_dir=target + ".logs").run()
+"""
+"""What datatrove does for the first half of it, a task per core: a file of token ids."""
 
 
 def train(texts: list[str], path: Path) -> None:
@@ -201,14 +218,25 @@ def cut_slice(inputs: list[Path], megabytes: float, path: Path) -> float:
     return written
 
 
-def plain(slice_path: Path, tokenizer: Path, target: Path) -> float:
+def run_script(text: str, python: str, source: Path, tokenizer: Path, target: Path) -> float:
+    """Run a script as a process; return its seconds."""
     script = target.with_suffix(".py")
-    script.write_text(PLAIN)
-    arguments = [str(slice_path), str(tokenizer), str(target), str(os.cpu_count())]
+    script.write_text(text)
+    arguments = [str(source), str(tokenizer), str(target), str(os.cpu_count())]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(script), *arguments], check=True, env=environment, capture_output=True)
+    subprocess.run([python, str(script), *arguments], check=True, env=environment, capture_output=True)
     return time.perf_counter() - start
+
+
+def one_per_core(source: Path, folder: Path) -> Path:
+    """Deal the lines of a file out to as many files as there are cores."""
+    folder.mkdir()
+    cores = os.cpu_count() or 1
+    lines = source.read_bytes().splitlines(keepends=True)
+    for number in range(cores):
+        (folder / f"{number}.jsonl").write_bytes(b"".join(lines[number::cores]))
+    return folder
 
 
 def four_times(inputs: list[Path], folder: Path) -> list[Path]:
@@ -230,6 +258,7 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+", type=Path)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--slice", type=float, default=8)
+    parser.add_argument("--datatrove", metavar="PYTHON", help="of an environment with datatrove[io,processing]")
     parser.add_argument("--long", action="store_true")
     options = parser.parse_args()
     print(describe())
@@ -239,10 +268,10 @@ def main() -> None:
         if options.tokenizer is None:
             unpacked = (b"".join(streams.blocks(path, "zst")) for path in options.inputs)
             train([row["text"] for lines in unpacked for row in rows(lines)], tokenizer)
-        measure(options.inputs, tokenizer, scratch, options.slice, long=options.long)
+        measure(options.inputs, tokenizer, scratch, options)
 
 
-def measure(inputs: list[Path], tokenizer: Path, scratch: Path, slice_size: float, *, long: bool) -> None:
+def measure(inputs: list[Path], tokenizer: Path, scratch: Path, options: argparse.Namespace) -> None:
     steps, megabytes = floors(inputs, tokenizer, scratch)
     print(f"{megabytes:.1f} MB of text")
     for step, seconds in steps:
@@ -253,11 +282,19 @@ def measure(inputs: list[Path], tokenizer: Path, scratch: Path, slice_size: floa
     print(f"chunk: {result['documents']:,} documents, {result['chunks']:,} chunks, {result['tokens']:,} tokens")
     print(f"  end to end {seconds:7.2f} s {rate:9.1f} MB/s = {rate / in_memory:.2f} x tokie; peak {memory:,.0f} MiB")
     part = scratch / "slice.jsonl"
-    size = cut_slice(inputs, slice_size, part)
-    seconds = plain(part, tokenizer, scratch / "plain.parquet")
-    print(f"datasets.map + tokenizers + pyarrow, {size:.1f} MB: {seconds:7.2f} s {size / seconds:9.2f} MB/s")
-    print(f"  chunk is {rate / (size / seconds):.1f} x that")
-    if long:
+    size = cut_slice(inputs, options.slice, part)
+    others = {
+        "datasets.map + tokenizers + pyarrow": run_script(
+            PLAIN, sys.executable, part, tokenizer, scratch / "plain.parquet"
+        )
+    }
+    if options.datatrove:
+        parts = one_per_core(part, scratch / "dealt")
+        others["datatrove"] = run_script(DATATROVE, options.datatrove, parts, tokenizer, scratch / "datatrove")
+    for what, taken in others.items():
+        print(f"{what}, {size:.1f} MB: {taken:7.2f} s {size / taken:9.2f} MB/s")
+        print(f"  chunk is {rate / (size / taken):.1f} x that")
+    if options.long:
         (scratch / "long").mkdir()
         copies = four_times(inputs, scratch / "long")
         seconds, more, result = chunk(copies, tokenizer, scratch / "long-store")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -108,6 +109,7 @@ def cut_units(
     """Cut files into units of about a part, or of a 16th of all input if that is less (at least 8 MiB)."""
     whole = sum(map(text_bytes, files))
     target = max(_LEAST_UNIT_BYTES, min(part_size * chunk_length * BYTES_PER_TOKEN, whole // _SPREAD))
+    share = whole // (2 * (os.cpu_count() or 1))  # half of what a core gets
     units: list[tuple[InputPiece, ...]] = []
     small: list[InputPiece] = []
     gathered = 0
@@ -120,7 +122,7 @@ def cut_units(
             small.append(InputPiece(number, file.size))
             gathered += size
         else:
-            slices = sources.cut_input(file, fields, target)
+            slices = sources.cut_input(file, fields, target, -(-size // max(target, share)))
             units += [(InputPiece(number, file.size // len(slices), where),) for where in slices]
     return [*units, tuple(small)] if small else units
 

@@ -1,8 +1,9 @@
 """Split streams into lines, and read JSON lines and plain text.
 
-A range of a file (bytes of a plain file, or whole zstd frames) has the lines that begin in it, so every line
-belongs to one range: the first range has the file's first line, any other those whose preceding separator is
-entirely inside. Overlapping separators (two newlines in three) are one gap, wherever reading began.
+A range of a file (bytes of a plain file, whole zstd frames, or text of a stream) has the lines that begin in
+it, so every line belongs to one range: the first range has the file's first line, any other those whose
+preceding separator is entirely inside. Overlapping separators (two newlines in three) are one gap, wherever
+reading began.
 
 A text file is one document, whose id is the file's name, or several between separators, whose ids are hashes
 of their text. White space alone is not a row. A line over the limit is not held in memory. Cost: about 1.2 ms
@@ -29,6 +30,7 @@ from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1024
+_MOST_SLICES = {"zst": 10, "gz": 5, "xz": 3}  # of a stream: what decompressing again costs beside tokenising
 JSON_OVERHEAD = 3  # most JSON bytes per byte of ordinary UTF-8 text: ``\u00e9`` has six for two
 
 
@@ -96,6 +98,9 @@ def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\
 
 
 def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
+    if file.compression and where.first and not where.start:
+        yield from _after(file.blocks(), where.first)
+        return
     start = where.start
     if where.last is not None and where.end is not None and file.compression:
         held = 0
@@ -108,6 +113,33 @@ def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
             raise BrokenStream(f"frames have {held:,} bytes of text, but declare {where.last - where.first:,}")
         start = where.end
     yield from file.blocks(start)
+
+
+def _after(stream: Generator[bytes], first: int) -> Generator[bytes]:
+    """Yield what comes after ``first`` bytes; damage before that is reported by the slice that has it."""
+    seen = 0
+    with contextlib.closing(stream):
+        try:
+            for block in stream:
+                seen += len(block)
+                if seen > first:
+                    yield block[max(first - seen, -len(block)) :]
+        except BrokenStream:
+            if seen >= first:
+                raise
+
+
+def cut_stream(file: InputFile, slices: int) -> list[Slice]:
+    """Return about equal slices of an archive that is read from its beginning, at most ``slices``.
+
+    Whoever reads one decompresses all that comes before it, so there are few.
+    """
+    slices = min(slices, _MOST_SLICES.get(file.compression, 1))
+    if slices < 2:
+        return [WHOLE]
+    text = streams.estimated_text(Path(file.path), file.compression)
+    borders = sorted({text * i // slices for i in range(slices)})
+    return [Slice(0, None, first, last) for first, last in itertools.zip_longest(borders, borders[1:])]
 
 
 def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:

@@ -71,14 +71,20 @@ def check_input(file: InputFile, fields: Fields, *, keep_end: bool = True) -> No
             raise
 
 
-def cut_input(file: InputFile, fields: Fields, target: int) -> list[Slice]:
-    """Return a file's slices of about ``target`` bytes of text, in order."""
+def cut_input(file: InputFile, fields: Fields, target: int, stream_slices: int = 1) -> list[Slice]:
+    """Return a file's slices of about ``target`` bytes of text, in order.
+
+    An archive that can only be read from its beginning has at most ``stream_slices``.
+    """
     cutter = CUTTERS.get(file.base)
     is_one = bool(file.encoding) or (file.base == "txt" and not fields.separator)
     if cutter is None or file.size == 0 or is_one:
         return [WHOLE]
     try:
-        return cutter(file, target)
+        slices = cutter(file, target)
+        if len(slices) == 1 and file.compression and file.base in ("jsonl", "txt"):
+            return lines.cut_stream(file, stream_slices)
+        return slices
     except Exception as error:
         if not is_damage(error):
             raise

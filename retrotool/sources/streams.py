@@ -35,6 +35,7 @@ else:
 BLOCK_BYTES = 256 << 10
 _AHEAD = 16
 _PATIENCE_SECONDS = 2.0  # for the reading thread at close; a read of a pipe may never end
+_SAMPLE_BYTES = 2 << 20
 _PIECE_BYTES = 16 << 10  # compressed bytes per step
 COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b\x08": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
@@ -71,6 +72,7 @@ _SKIPPABLE = 0x184D2A50
 _LARGEST_HEADER = 18
 _HEADER_OF_BLOCK = 3
 _RUN_BLOCK, _RESERVED_BLOCK = 1, 3
+_LARGEST_BLOCK = 128 << 10  # bytes of text of a block, which nearly all have
 _CHECKSUM_BYTES = 4
 _INVALID = "retrotool.invalid"  # handler of decoding errors
 codecs.register_error(_INVALID, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
@@ -175,6 +177,26 @@ class Frame(NamedTuple):
 
 def frames_of(path: Path) -> list[Frame] | None:
     """Return an archive's data frames, with content sizes that readers must verify; None if unknown."""
+    found = _walk(path)
+    if found is None or any(content is None for _, content, _ in found):
+        return None
+    return [Frame(offset, size, content) for (offset, size), content, _ in found if content is not None]
+
+
+def estimated_text(path: Path, compression: str) -> int:
+    """Estimate an archive's bytes of text: by its zstd blocks, otherwise by a sample of its beginning."""
+    size = path.stat().st_size
+    if compression == "zst" and (found := _walk(path)):
+        return sum(blocks * _LARGEST_BLOCK if content is None else content for _, content, blocks in found)
+    text, sample = 0, min(size, _SAMPLE_BYTES)
+    with contextlib.suppress(BrokenStream):
+        for block in blocks(path, compression, 0, sample):
+            text += len(block)
+    return text * size // max(sample, 1)
+
+
+def _walk(path: Path) -> list[tuple[tuple[int, int], int | None, int]] | None:
+    """Return place and size, content size if declared, and number of blocks of each data frame."""
     found = []
     offset = 0
     with path.open("rb") as file:
@@ -186,22 +208,21 @@ def frames_of(path: Path) -> list[Frame] | None:
                 if magic & ~0xF == _SKIPPABLE:
                     offset += 8 + length
                 else:
-                    found.append(_frame(descriptor, offset))
-                    offset += found[-1].size
+                    end, content, blocks = _frame(descriptor, offset)
+                    found.append(((offset, end - offset), content, blocks))
+                    offset = end
         except (struct.error, ValueError, zstd.ZstdError):
             return None
     return found if offset == size else None
 
 
-def _frame(descriptor: int, offset: int) -> Frame:
+def _frame(descriptor: int, offset: int) -> tuple[int, int | None, int]:
     data = os.pread(descriptor, _LARGEST_HEADER, offset)
     content = zstd.get_frame_info(data).decompressed_size
-    if content is None:
-        raise ValueError("the frame has no content size")
     flags = data[4]
     sizes = ((1 if flags & 0x20 else 0, 2, 4, 8)[flags >> 6], (0, 1, 2, 4)[flags & 3], 0 if flags & 0x20 else 1)
     place = offset + 5 + sum(sizes)  # magic and flags; content size, number of a dictionary, window
-    last = False
+    blocks, last = 0, False
     while not last:
         head = os.pread(descriptor, _HEADER_OF_BLOCK, place)
         block = int.from_bytes(head, "little")
@@ -209,4 +230,5 @@ def _frame(descriptor: int, offset: int) -> Frame:
         if len(head) < _HEADER_OF_BLOCK or kind == _RESERVED_BLOCK:
             raise ValueError("not the header of a block")
         place += _HEADER_OF_BLOCK + (1 if kind == _RUN_BLOCK else length)
-    return Frame(offset, place + (_CHECKSUM_BYTES if flags & 4 else 0) - offset, content)
+        blocks += 1
+    return place + (_CHECKSUM_BYTES if flags & 4 else 0), content, blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import struct
 from unittest.mock import patch
 
@@ -11,7 +12,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from source_help import input_of, read_slices, zstd
+from source_help import PACK, input_of, read_slices, zstd
 
 from retrotool.sources import WHOLE, Fields, Rejected, Slice, cut_input, read_input, streams
 from retrotool.sources.streams import Frame, frames_of
@@ -150,3 +151,33 @@ def test_damage_in_a_frame_takes_only_what_is_cut_with_it(folder):
     after = [row.text for found in rows[3:] for row in found]
     assert after
     assert after == [json.loads(line)["text"] for line in LINES.splitlines()[-len(after) :]]
+
+
+@given(
+    st.sampled_from(sorted(PACK)),
+    st.lists(st.sampled_from([b"", b"{", b'{"text": "x"}', b'{"text": "' + b"long " * 30 + b'"}']), max_size=25),
+    st.booleans(),
+    st.integers(1, 9),
+    st.integers(1, 80),
+)
+def test_slices_of_a_stream_give_the_rows_of_the_whole(folder, kind, lines, last_end, slices, block):
+    data = b"\n".join(lines) + b"\n" * last_end
+    file = input_of(folder / f"stream.jsonl.{kind}", PACK[kind](data))
+    with patch.object(streams, "BLOCK_BYTES", block):
+        assert read_slices(file, cut_input(file, Fields(), 1 << 40, slices)) == list(read_input(file, Fields()))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("zst", 10), ("gz", 5), ("xz", 3), ("bz2", 1)])
+def test_a_stream_has_few_slices_and_its_damage_is_reported_once(folder, kind, most):
+    lines = [json.dumps({"text": f"{i} {random.Random(i).getrandbits(99)}"}).encode() for i in range(20_000)]
+    packed = PACK[kind](b"\n".join(lines))
+    file = input_of(folder / f"few.jsonl.{kind}", packed)
+    slices = cut_input(file, Fields(), 1 << 40, 99)
+    assert len(slices) == most
+    counts = [len(list(read_input(file, Fields(), where))) for where in slices]
+    assert sum(counts) == len(lines) and max(counts) < 3 * len(lines) / most, "they are about equal"
+    whole = input_of(folder / f"broken.jsonl.{kind}", packed[: len(packed) * 2 // 3])
+    rows = [row for where in slices for row in read_input(whole, Fields(), where)]
+    assert [row.damage for row in rows if isinstance(row, Rejected)] == [True]
+    expected = list(read_input(whole, Fields()))
+    assert [row.text for row in rows[:-1]] == [row.text for row in expected[:-1]] or kind == "bz2"
