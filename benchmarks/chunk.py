@@ -1,6 +1,6 @@
 """Compare ``chunk`` with the tokenizer's own rate, with each step's floor, and with a plain script.
 
-    python benchmarks/chunk.py INPUT.jsonl.zst [...] [--tokenizer tokenizer.json] [--slice 8] [--datatrove PYTHON] [--long]
+    python benchmarks/chunk.py INPUT.jsonl.zst [...] [--tokenizer tokenizer.json] [--datatrove PYTHON] [--long]
 
 All measurements use the same texts: the floors of reading, decompressing, JSON, tokenizing and writing, each
 alone and in memory; ``retrotool chunk`` as a process, from ``.jsonl.zst`` to committed Parquet; and, on a
@@ -290,7 +290,7 @@ def measure(inputs: list[Path], tokenizer: Path, scratch: Path, options: argpars
     }
     if options.datatrove:
         parts = one_per_core(part, scratch / "dealt")
-        others["datatrove"] = run_script(DATATROVE, options.datatrove, parts, tokenizer, scratch / "datatrove")
+        others["datatrove"] = run_script(DATATROVE, options.datatrove, parts, tokenizer, scratch / "with_datatrove")
     for what, taken in others.items():
         print(f"{what}, {size:.1f} MB: {taken:7.2f} s {size / taken:9.2f} MB/s")
         print(f"  chunk is {rate / (size / taken):.1f} x that")
