@@ -33,7 +33,7 @@ from retrotool.embed.run import EmbedResult
 from retrotool.embed.store_encoder import EncoderRows, compare
 from retrotool.encoder import Encoder, Rows
 from retrotool.encoder.devices import BATCH_TOKENS, DTYPES, pick_device
-from retrotool.encoder.forwards import Handle, Ready
+from retrotool.encoder.forwards import Computed, Handle, Ready
 from retrotool.machine import cores
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store
@@ -134,10 +134,10 @@ class Paced:
     def submit(self, ready: Ready) -> Handle:
         return self._pool.submit(self._compute, ready).result
 
-    def _compute(self, ready: Ready) -> tuple[Vectors, float]:
+    def _compute(self, ready: Ready) -> Computed:
         seconds = ready.tensors["ids"].numel() / self._rate
         time.sleep(seconds)
-        return np.zeros((ready.rows, self._dimension), np.float16), seconds
+        return Computed(np.zeros((ready.rows, self._dimension), np.float16), True, seconds)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -252,7 +252,7 @@ def on_a_gpu(model: str, store: Path, texts: list[str], rounds: int, device: str
 
     def packed() -> Vectors:
         handles = [encoder._runner.submit(ready) for ready in prepared]
-        return np.concatenate([handle()[0] for handle in handles])
+        return np.concatenate([handle().vectors for handle in handles])
 
     packed()
     ways = {"packed forward alone": packed}

@@ -125,7 +125,10 @@ class _Rules(TorchFunctionMode):
         if name == "copy_":
             func(_plain(args[0]), _plain(args[1]))
             return args[0]
-        if name == "mm" and "out_dtype" in kwargs:  # CUDA's alone
+        if name == "_addmm_activation":  # whose GELU is another on a CPU
+            bias, x, weight = map(_plain, args)
+            found = torch.nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+        elif name == "mm" and "out_dtype" in kwargs:  # CUDA's alone
             found = _plain(args[0]).to(kwargs["out_dtype"]) @ _plain(args[1]).to(kwargs["out_dtype"])
         else:
             found = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))

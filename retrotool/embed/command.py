@@ -96,9 +96,9 @@ def embed_text(store: str, result: EmbedResult) -> str:
     lines = [f"{done} (encoder {result.encoder}, {how}, commit {result.commit})."]
     if result.forward:
         devices = result.device if result.devices == 1 else f"{result.devices} × {result.device}"
-        reason = f" ({result.why})" if result.why else ""
+        reason, gelu = f" ({result.why})" if result.why else "", f", {result.gelu} GELU" if result.gelu else ""
         lines.append(
-            f"Forward: {result.forward}, {result.dtype}, on {devices}{reason}. "
+            f"Forward: {result.forward}, {result.dtype}{gelu}, on {devices}{reason}. "
             f"Least cosine with transformers in float32: {result.cosine:.5f}"
         )
     if result.seconds > _MIN_SECONDS_FOR_RATE:

@@ -47,6 +47,7 @@ class EmbedResult:
     dtype: str = ""
     forward: str = ""
     why: str = ""  # reason for using ``transformers``
+    gelu: str = ""  # "tanh": in place of the model's exact GELU
     cosine: float | None = None  # the least with ``transformers`` in float32
     foreign: bool = False  # vectors made elsewhere
     check: dict[str, Any] | None = None  # the record of ``--check``
@@ -129,7 +130,7 @@ def embed(
         seconds=round(done.last - done.first, 3),
         busy=round(done.sums["forward"] / done.sums["working"], 4) if done.parts else 0.0,
         devices=min(len(found), len(made)), check=checked,
-        **{key: done.how[key] for key in ("device", "dtype", "forward", "why", "cosine") if key in done.how},
+        **{key: done.how[key] for key in ("device", "dtype", "forward", "why", "gelu", "cosine") if key in done.how},
     )  # fmt: skip
 
 

@@ -159,7 +159,7 @@ class EmbedWorker:
         encoder = self.encoder
         settings = {
             "encoder": identity.name, "device": encoder.device_name, "dtype": encoder.dtype,
-            "forward": encoder.forward, "why": encoder.why,
+            "forward": encoder.forward, "why": encoder.why, **({"gelu": encoder.gelu} if encoder.gelu else {}),
         }  # fmt: skip
         name = partial(FileName.new, run, "embeddings", part_slot(part), "npy", identity.name)
         made_with = {**settings, "sha256": identity.sha256, "dimension": identity.dimension}

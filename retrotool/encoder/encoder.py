@@ -227,6 +227,11 @@ class Encoder:
         self.work.lanes = self._runner.lanes
 
     @property
+    def gelu(self) -> str:
+        """The form of GELU computed in place of the model's exact one: "tanh", or "" for none."""
+        return self._loaded.gelu
+
+    @property
     def device_name(self) -> str:
         """The device: "cpu", or the name of the GPU."""
         return torch.cuda.get_device_name(self.device) if self.device != "cpu" else self.device
@@ -258,7 +263,8 @@ class Encoder:
         """Compare the vectors of ``sample``, or of built-in texts, with ``transformers`` in float32.
 
         If the cosine is too low, ``transformers`` replaces a packed forward that is wrong in float32, and
-        float32 an automatic type; a requested type is kept. A message reports each case.
+        float32 an automatic type; a requested type is kept. Before that, exact GELU replaces the tanh form
+        that a GPU computes. A message reports each case.
         """
         rows = sample if sample is not None and len(sample) else self.tokenize(_PROBES)
         if self.forward == "transformers" and self.dtype == "float32":
@@ -266,6 +272,12 @@ class Encoder:
             return
         true = self._other("transformers").embed(rows)
         self.cosine = self._cosine(rows, true)
+        if self.cosine < LEAST_COSINE[self.dtype] and self.gelu:
+            self.say(
+                f"{self.gelu} GELU gave a cosine of {self.cosine:.5f}: exact GELU is used instead, which is slower"
+            )
+            self._loaded.use_exact_gelu()
+            self.cosine = self._cosine(rows, true)
         if self.cosine < LEAST_COSINE[self.dtype] and self.forward == "packed" and not self._is_right(rows, true):
             why = f"the packed forward gave a cosine of {self.cosine:.5f}"
             self.say(f"{why}: transformers is used instead")
@@ -380,22 +392,21 @@ class Encoder:
             report(batch.progress)
             yield batch.vectors
             return
-        vectors = self._result(batch.rows, handle)
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            row = batch.first + int(batch.which[np.argmin(finite)])
+        vectors, finite = self._result(batch.rows, handle)
+        if not finite:
+            row = batch.first + int(batch.which[np.argmin(np.isfinite(vectors).all(axis=1))])
             raise NotFiniteError(f"encoder {self.identity.name}: row {row} gives NaN or infinity", row)
         batch.vectors[batch.which] = vectors
         self.work.rows += len(batch.which)
         self.work.tokens += len(batch.rows.ids)
         report(batch.progress)
 
-    def _result(self, rows: Rows, handle: Handle) -> Vectors:
-        """Return a batch's vectors; if out of memory, split it and halve later batches."""
+    def _result(self, rows: Rows, handle: Handle) -> tuple[Vectors, bool]:
+        """Return a batch's vectors, and if all are finite; out of memory, split it and halve later ones."""
         try:
-            vectors, seconds = handle()
-            self.work.seconds += seconds
-            return vectors
+            found = handle()
+            self.work.seconds += found.seconds
+            return found.vectors, found.finite
         except Exception as error:
             what = f"encoder {self.identity.name}"
             devices.check_divisible(error, what, self.device, len(rows), len(rows.ids))
@@ -406,8 +417,8 @@ class Encoder:
             self.say(f"{self.device} is out of memory: continuing with {self.batch_tokens:,} tokens per batch")
         tokens = min(self.batch_tokens, max(1, len(rows.ids) // 2))
         pieces = [rows.take(which) for which in self._cut(rows.lengths, tokens)]
-        found = [self._result(some, self._runner.submit(self._ready(some, self.batch_tokens))) for some in pieces]
-        return np.concatenate(found)
+        halves = [self._result(some, self._runner.submit(self._ready(some, self.batch_tokens))) for some in pieces]
+        return np.concatenate([vectors for vectors, _ in halves]), all(finite for _, finite in halves)
 
     def close(self) -> None:
         """Release the device."""

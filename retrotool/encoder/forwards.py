@@ -72,6 +72,10 @@ class _AnyForward:
 
     constant = False
     padded = False  # whether rows are padded to the longest of a batch
+    gelu = ""  # "tanh": computed in place of the model's exact GELU
+
+    def use_exact_gelu(self) -> None:
+        """Compute the model's own GELU from now on."""
 
     def least_tokens(self, batch_tokens: int) -> int:
         """Return the tokens from which a batch is filled up to the constant shape: half of it."""
@@ -95,8 +99,13 @@ class PackedForward(_AnyForward):
         self._model = PackedBert(read_weights(path, shape), shape, identity.pooling, device, kind)
         self._padding, self._head, self._say = shape.padding, Head(path, identity, device), say
         self.constant = kind != torch.float32 and _has_varlen(device) and _fits_flash(shape)
+        self.gelu = self._model.fuse_gelu(kind != torch.float32 and device != "cpu")
         self._compiled: Callable[..., torch.Tensor] | None = None
         self.why_eager = ""
+
+    def use_exact_gelu(self) -> None:
+        """Compute the model's own GELU from now on, apart from its product."""
+        self.gelu = self._model.fuse_gelu(False)
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:
         """Return ids, places and spans of a batch of framed rows, longest first."""
@@ -270,7 +279,16 @@ class Ready:
     rows: int
 
 
-Handle = Callable[[], tuple[Vectors, float]]  # returns a batch's vectors and seconds, or raises its error
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A batch's ``vectors``, float16 [n, d]; whether all are ``finite``; and the seconds of the forward."""
+
+    vectors: Vectors
+    finite: bool
+    seconds: float
+
+
+Handle = Callable[[], Computed]  # returns what became of a batch, or raises its error
 
 
 class CpuRunner:
@@ -298,14 +316,15 @@ class CpuRunner:
 
     def submit(self, ready: Ready) -> Handle:
         """Start computing a batch."""
-        future: Future[tuple[Vectors, float]] = self._pool.submit(self._compute, ready)
+        future: Future[Computed] = self._pool.submit(self._compute, ready)
         return future.result
 
-    def _compute(self, ready: Ready) -> tuple[Vectors, float]:
+    def _compute(self, ready: Ready) -> Computed:
         start = time.perf_counter()
         with torch.inference_mode():
-            vectors = self._forward(ready.tensors, ready.more)[: ready.rows].half().numpy()
-        return vectors, time.perf_counter() - start
+            vectors = self._forward(ready.tensors, ready.more)[: ready.rows].half()
+            finite = bool(vectors.isfinite().all())
+        return Computed(vectors.numpy(), finite, time.perf_counter() - start)
 
     def close(self) -> None:
         """Release threads and memory."""
@@ -335,7 +354,7 @@ class CudaRunner:
             error.__context__ = error.__cause__ = None
             errors = [error.with_traceback(None)]
 
-        def handle() -> tuple[Vectors, float]:
+        def handle() -> Computed:
             raise errors.pop()  # not kept alive by its own traceback
 
         return handle
@@ -352,15 +371,17 @@ class CudaRunner:
             begun, ended, arrived = (event(enable_timing=True) for _ in range(3))
             begun.record(work)
             vectors = self._forward(tensors, ready.more)[: ready.rows].half()
+            finite = vectors.isfinite().all()  # on the host it would take a millisecond between batches
             ended.record(work)
-            host = torch.empty(vectors.shape, dtype=torch.float16, pin_memory=True)
+            host, all_finite = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (vectors, finite))
             host.copy_(vectors, non_blocking=True)
+            all_finite.copy_(finite, non_blocking=True)
             arrived.record(work)
 
-        def handle() -> tuple[Vectors, float]:
+        def handle() -> Computed:
             arrived.synchronize()
             assert ready.tensors is not None  # keep pinned memory alive until it is copied
-            return host.numpy(), begun.elapsed_time(ended) / 1000
+            return Computed(host.numpy(), bool(all_finite), begun.elapsed_time(ended) / 1000)
 
         return handle
 
