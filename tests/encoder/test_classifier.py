@@ -12,7 +12,9 @@ import pytest
 import torch
 from classifiers import make_classifier, scores_of_transformers
 from conftest import make_text
+from mock_cuda import mock_cuda
 
+from retrotool.encoder import classifier as module
 from retrotool.encoder.classifier import Classifier, find_classifier
 from retrotool.errors import AbortError, RetrotoolError, UsageError
 
@@ -155,24 +157,24 @@ def test_out_of_memory_halves_a_batch_and_a_lost_device_ends_the_run(
     forward = classifier._forward
     sizes: list[int] = []
 
-    def small_memory(rows: Any, label: int) -> Any:
+    def small_memory(model: Any, rows: Any, label: int) -> Any:
         sizes.append(len(rows))
         if len(rows) > 5:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 byte")
-        return forward(rows, label)
+        return forward(model, rows, label)
 
     monkeypatch.setattr(classifier, "_forward", small_memory)
     assert np.allclose(classifier.scores(TEXTS, 2), true, atol=1e-5)
     assert max(sizes) > 5, "it did run out of memory"
 
-    def no_memory(rows: Any, label: int) -> Any:
+    def no_memory(model: Any, rows: Any, label: int) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(classifier, "_forward", no_memory)
     with pytest.raises(RetrotoolError, match="too little memory for a row of"):
         classifier.scores(TEXTS, 2)
 
-    def lost(rows: Any, label: int) -> Any:
+    def lost(model: Any, rows: Any, label: int) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(classifier, "_forward", lost)
@@ -196,3 +198,106 @@ def test_threads_compute_what_one_does(model: Path) -> None:
             assert pool.submit(torch.get_num_threads).result() == 3, "nor has any other that begins later fewer"
     finally:
         torch.set_num_threads(before)
+
+
+def watched(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count the rows that each of its models gets."""
+    rows, forward = {"half": 0, "float32": 0}, classifier._forward
+
+    def counting(model: Any, some: Any, label: int) -> Any:
+        rows["float32" if model is classifier._model else "half"] += len(some)
+        return forward(model, some, label)
+
+    monkeypatch.setattr(classifier, "_forward", counting)
+    return rows
+
+
+@pytest.mark.parametrize("labels", [("fine", "rude", "toxic"), ("toxic",)])
+def test_a_gpu_screens_in_half_precision_and_selects_what_float32_does(
+    tmp_path: Path, tiny_encoder: Path, labels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SAMPLE", 32)
+    monkeypatch.setattr(module, "_BAND", 1.5)  # half precision changes such large random weights by 0.1
+    identity = find_classifier(make_classifier(tmp_path / "model", tiny_encoder, labels, max_position_embeddings=40))
+    texts = [make_text(i, 1 + i % 60) for i in range(400)]
+    true = Classifier(identity, "cpu").scores(texts, identity.label("toxic"))
+    middle = np.sort(true)[[200, 300, 390]].astype(np.float64)
+    with mock_cuda():
+        classifier = Classifier(identity, "cuda")
+        assert next(classifier._half.parameters()).dtype == torch.float16
+        rows = watched(classifier, monkeypatch)
+        # Limits next to a score, which half precision changes a thousand times as much; and one only rounding reaches.
+        for above in (*(middle + 1e-5), *(middle - 1e-5), 0.5, 0.9, 1.0):
+            found = classifier.scores(texts, identity.label("toxic"), above)
+            assert np.array_equal(found >= np.float32(above), true >= np.float32(above))
+            assert np.allclose(found[true >= above], true[true >= above], atol=1e-6), "what is selected is float32's"
+            assert np.allclose(found, true, atol=0.05)
+        assert 0 < rows["float32"] < rows["half"] * 0.7
+        rows["half"] = 0
+        assert np.allclose(classifier.scores(texts, identity.label("toxic")), true, atol=1e-6)
+        assert rows["half"] == 0, "without a limit all are exact"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_half_precision_that_is_not_close_is_given_up(
+    model: Path, late: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_SAMPLE", 32)
+    monkeypatch.setattr(module, "_BAND", 1.5)  # half precision changes such large random weights by 0.1
+    true = Classifier(find_classifier(model), "cpu").scores(TEXTS, 2)
+    with mock_cuda():
+        classifier = Classifier(find_classifier(model), "cuda")
+        if late:
+            assert np.array_equal(classifier.scores(TEXTS, 2, 0.9) >= 0.9, true >= 0.9)
+            assert capsys.readouterr().err == ""
+        with torch.no_grad():
+            classifier._half.classifier.bias[2] += 2
+        rows = watched(classifier, monkeypatch)
+        assert np.allclose(classifier.scores(TEXTS, 2, 0.9), true, atol=1e-5)
+        assert rows["half"] == len(TEXTS)
+        assert np.allclose(classifier.scores(TEXTS, 2, 0.9), true, atol=1e-5)
+        assert rows["half"] == len(TEXTS), "it is not tried again"
+    said = capsys.readouterr().err
+    assert said.count("half precision changes log-odds by 2.") == 1
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_text_that_is_too_much_for_half_precision_is_scored_in_float32(
+    model: Path, every: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_BAND", 1.5)
+    texts = ["the harbour of a village", *(make_text(i, 9) for i in range(600))]
+    true = Classifier(find_classifier(model), "cpu").scores(texts, 2)
+    with mock_cuda():
+        classifier = Classifier(find_classifier(model), "cuda")
+        vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+        with torch.no_grad():
+            classifier._half.bert.embeddings.word_embeddings.weight[slice(None) if every else vocabulary["village"]] = (
+                torch.inf
+            )
+        found = classifier.scores(texts, 2, 0.99)
+    assert np.array_equal(found >= np.float32(0.99), true >= np.float32(0.99))
+    assert np.isfinite(found).all() and abs(found[0] - true[0]) < 1e-5
+    assert (classifier._compared == 0) == every and capsys.readouterr().err == ""
+
+
+def test_a_gpu_without_memory_for_half_precision_does_without(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from retrotool.encoder import forwards
+
+    load = forwards.load_pretrained
+
+    def small_memory(*arguments: Any) -> Any:
+        try:
+            if "float16" in arguments:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return load(*arguments)
+        except torch.OutOfMemoryError as error:
+            raise UsageError("can't be loaded") from error
+
+    monkeypatch.setattr(forwards, "load_pretrained", small_memory)
+    with mock_cuda():
+        found = Classifier(find_classifier(model), "cuda").scores(TEXTS, 2, 0.9)
+    assert np.allclose(found, Classifier(find_classifier(model), "cpu").scores(TEXTS, 2), atol=1e-5)
+    assert "no memory for half precision" in capsys.readouterr().err

@@ -8,7 +8,8 @@ A scan is identified by the model's content (weights, configuration, tokenizer),
 path does not count: the same model elsewhere resumes it. A NaN score ends the scan with an error that names
 the chunk. Nothing is purged then; parts scanned before stay scanned.
 
-Cost: a forward pass in float32, on a GPU if there is one. Memory: the model, and a batch per thread.
+Cost: a forward pass in float32; on a GPU one in half precision, and float32 for what it may select. Memory:
+the model, on a GPU one and a half times, and a batch per thread.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class ClassifierMatcher:
         chunks = block.chunks
         rows = np.flatnonzero(chunks.n_tokens > 0)
         texts = self._tokenizer.decode_text(chunks.tokens[rows], chunks.n_tokens[rows])
-        scores = self._classifier.scores(texts, self._label)
+        scores = self._classifier.scores(texts, self._label, self._above)
         broken = np.flatnonzero(np.isnan(scores))
         if len(broken):
             part, row = chunks.part, int(rows[broken[0]])

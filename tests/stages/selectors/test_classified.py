@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from classifiers import make_classifier, scores_of_transformers
+from mock_cuda import mock_cuda
 
 import retrotool
 from retrotool import api, engine
+from retrotool.encoder import classifier
 from retrotool.encoder.classifier import Classifier
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.purge.select import select
@@ -71,6 +73,28 @@ def test_the_chunks_of_the_label_are_selected_and_no_other(
     assert [(match.selector, match.name) for match in done.matches] == [("classifier", "")]
 
 
+def test_a_gpu_selects_the_same_with_the_same_scores(
+    store_copy: Path, model: Path, scores: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(classified._BLOCK_ROWS, "cuda", 64)
+    monkeypatch.setattr(classifier, "_SAMPLE", 32)
+    monkeypatch.setattr(classifier, "_BAND", 1.5)  # half precision changes such large random weights by 0.1
+    computed, kinds = Classifier._computed, set[bool]()
+
+    def watched(self: Classifier, model: Any, rows: Any, label: int) -> Any:
+        kinds.add(model is self._half)
+        return computed(self, model, rows, label)
+
+    monkeypatch.setattr(Classifier, "_computed", watched)
+    with mock_cuda():
+        store, asked = scan(store_copy, asked_for(model, device="cuda"))
+    assert kinds == {True, False}
+    assert set(select(store, asked).chunks.tolist()) == {chunk for chunk, score in scores.items() if score >= ABOVE}
+    found = read_scan(store, asked.scan)
+    for chunk, figure in zip(found["chunks"].to_pylist(), found["figures"].to_pylist(), strict=True):
+        assert abs(figure - scores[chunk]) < 1e-4
+
+
 def test_purged_and_erased_chunks(store_copy: Path, model: Path, scores: dict[int, float]) -> None:
     first, second = sorted(chunk for chunk, score in scores.items() if score >= ABOVE)[:2]
     api.purge(store_copy, api.Selectors(chunk=(first,)), reason="test", erase=True)
@@ -107,8 +131,8 @@ def test_a_chunk_that_the_classifier_fails_on_is_named_and_nothing_is_purged(
     text = reader.chunk(target).text
     plain = Classifier.scores
 
-    def failing(self: Classifier, texts: list[str], label: int) -> np.ndarray:
-        return np.where([one == text for one in texts], np.float32(np.nan), plain(self, texts, label))
+    def failing(self: Classifier, texts: list[str], label: int, above: float) -> np.ndarray:
+        return np.where([one == text for one in texts], np.float32(np.nan), plain(self, texts, label, above))
 
     monkeypatch.setattr(Classifier, "scores", failing)
     with pytest.raises(RetrotoolError, match=f"NaN or infinity for chunk {target} ") as error:
