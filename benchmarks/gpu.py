@@ -1,6 +1,6 @@
 """Measure one GPU with this project in ten minutes, on a machine that has torch and needs no network.
 
-    python benchmarks/gpu.py [--out gpu-bench] [--only ceilings,tests,layer,search,commands] [--small]
+    python benchmarks/gpu.py [--out gpu-bench] [--only ceilings,tests,layer,search,embed,commands] [--small]
 
 Sections, each a process of its own with a time limit, so that one that fails leaves the others:
 
@@ -9,8 +9,11 @@ Sections, each a process of its own with a time limit, so that one that fails le
 * ``layer``: a BERT-base layer of 65,472 tokens, in the ways in which it can be computed;
 * ``search``: ``--vectors`` made vectors × 768 in lists, searched for their own neighbours at several numbers of
   lists, in Triton and in torch, next to faiss on the same GPU where it is installed;
+* ``embed``: a BERT of base size with random weights: its forward alone, with GELU in the products' epilogue and
+  apart, by transformers, and ``embed`` end to end in percent of it; what tanh GELU costs MiniLM in recall; the rate
+  of a classifier that screens in half precision, and in float32;
 * ``commands``: text of the installed Python packages through ``chunk``, ``embed``, ``index`` and ``neighbours``, on
-  the GPU and on the CPU, and MiniLM by sentence-transformers where it is installed.
+  the GPU and on the CPU.
 
 Writes ``results.json`` and ``table.md``, the rows for docs/performance.md. ``--small`` runs everything with tiny
 shapes, also without a GPU.
@@ -28,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from machine import describe
 
-LIMITS = {"ceilings": 60, "tests": 120, "layer": 90, "search": 180, "commands": 240}
+LIMITS = {"ceilings": 60, "tests": 120, "layer": 90, "search": 180, "embed": 210, "commands": 150}
 K, DOCUMENT = 20, 32  # neighbours; chunks of a document
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
@@ -219,13 +223,73 @@ def faiss_on_gpu(vectors: np.ndarray[Any, Any], queries: np.ndarray[Any, Any], n
         say(f"faiss on the GPU, {nprobe} lists", len(queries) / (time.perf_counter() - start), "queries/s")
 
 
+def embed(small: bool) -> None:
+    from embed import bench_pipeline, forward_alone, make_model, plain_transformers
+
+    from retrotool import api
+    from retrotool.embed.store_encoder import EncoderRows, compare
+    from retrotool.encoder import Encoder
+    from retrotool.encoder.classifier import Classifier, find_classifier
+    from retrotool.machine import cores
+    from retrotool.store.parts import read_chunks
+    from retrotool.store.store import Store
+
+    with tempfile.TemporaryDirectory() as name:
+        store, model = Path(name) / "store", "minilm" if small else make_model("base", Path(name))
+        api.chunk(store, [str(write_text(Path(name), 300_000 if small else 60_000_000))], tokenizer="minilm")
+        chunks, dtype = read_chunks(Store.open(store), 0), "bfloat16" if small else "float16"
+        some = np.random.default_rng(0).permutation(len(chunks))[: 64 if small else 65_536]
+        encoder = Encoder(model, DEVICE, dtype)
+        rows = EncoderRows(Store.open(store), encoder).rows(chunks.tokens[some], chunks.n_tokens[some])
+        rates = list[float]()
+        for way in ("in the epilogue", "apart"):
+            rates.append(len(rows) / seconds_of(forward_alone(encoder, rows), 3))
+            say(f"forward alone, {dtype}, GELU {way}", rates[-1], "chunks/s")
+            encoder._loaded.use_exact_gelu()
+        encoder.close()
+        texts = encoder.tokenizer.decode_text(chunks.tokens[some], chunks.n_tokens[some])
+        sorted_loop = plain_transformers(model, texts, DEVICE, 1024, dtype, ahead=True)
+        say("forward alone, transformers, sorted by length", len(texts) / seconds_of(sorted_loop, 3), "chunks/s")
+        result = bench_pipeline(store, model, DEVICE)
+        say("embed, Parquet to committed .npy", result.chunks / result.seconds, "chunks/s")
+        say("of its forward alone", 100 * result.chunks / result.seconds / rates[0], "%")
+        say("share of the time in the forward", 100 * result.busy, "%")
+        few = rows.take(np.arange(min(len(rows), 4096)))
+        true = Encoder("minilm", DEVICE, "float32", forward="transformers").embed(few)
+        encoder = Encoder("minilm", DEVICE, dtype, batch_tokens=1 << 20)  # not worth compiling
+        for way in ("tanh where the device has it", "exact"):
+            found = compare(encoder.embed(few), true, chunks.doc[some[: len(few)]])
+            say(f"recall@10 of MiniLM, {dtype}, GELU {way}", 100 * found.recall_at_10, "%")
+            encoder._loaded.use_exact_gelu()
+        classifier = Classifier(find_classifier(make_classifier(Path(name) / "classifier", small)), DEVICE)
+        for way, above, n in (("screened", 0.9, len(texts)), ("float32", 0.0, len(texts) // 8)):
+            blocks = [texts[start : min(start + 4096, n)] for start in range(0, n, 4096)]
+            classifier.scores(blocks[0][:64], 1, above)
+            start = now()
+            with ThreadPoolExecutor(cores()) as pool:
+                list(pool.map(lambda block, above=above: classifier.scores(block, 1, above), blocks))
+            say(f"classifier of base size, {way}", n / (now() - start), "chunks/s")
+
+
+def make_classifier(folder: Path, small: bool) -> Path:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from retrotool.tokenizers import bundled_model
+
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2} if small else {}
+    BertForSequenceClassification(BertConfig(**shape)).save_pretrained(folder)
+    shutil.copy(bundled_model() / "tokenizer.json", folder)
+    return folder
+
+
 def commands(small: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _commands(folder, 300_000 if small else 200_000_000)
+        _commands(folder, write_text(folder, 300_000 if small else 200_000_000))
 
 
-def _commands(folder: Path, most: int) -> None:
+def write_text(folder: Path, most: int) -> Path:
+    """Write the code of the installed Python packages as JSON lines, at most so many bytes."""
     text, written = folder / "text.jsonl", 0
     with text.open("w") as file:
         for root in (*site.getsitepackages(), str(Path(np.__file__).parents[1]), *sys.path):
@@ -234,6 +298,10 @@ def _commands(folder: Path, most: int) -> None:
                 written += file.write(json.dumps({"id": str(path), "text": body}) + "\n") if len(body) > 2000 else 0
                 if written >= most:
                     break
+    return text
+
+
+def _commands(folder: Path, text: Path) -> None:
     store = folder / "store"
 
     def run(what: str, *arguments: object) -> dict[str, Any]:
@@ -257,10 +325,6 @@ def _commands(folder: Path, most: int) -> None:
         run(f"neighbours, {kind}", "neighbours", store, "--index", f"on-{kind}", "--name", kind, "--devices", device)
     if shutil.which("nvidia-smi"):
         run("neighbours --exact, cuda", "neighbours", store, "--exact", "--name", "exact", "--devices", DEVICE)
-    for script, more in (("embed.py", ["--model", "base", "--chunks", "100000", "--rounds", "2"]),):
-        if DEVICE != "cpu":
-            command = [sys.executable, str(Path(__file__).with_name(script)), str(text), *more]
-            print(subprocess.run(command, capture_output=True, text=True).stdout, file=sys.stderr)
 
 
 def collect(section: str, arguments: argparse.Namespace, out: Path) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@ A classifier is a directory saved by ``AutoModelForSequenceClassification``, che
 are the softmax of the logits, or the sigmoid for a single label and ``multi_label_classification``;
 ``regression`` is refused. A text over the model's length is cut into windows and gets their highest score.
 
-Scores are float32, so that which chunks reach a limit does not depend on the device. A GPU is some six times
-as fast in half precision. It screens: only what may reach the limit is scored again in float32. A sample of
-every block is, too, which shows whether half precision is close enough; if not, float32 is used alone.
+Scores are float32, so that which chunks reach a limit does not depend on the device. A GPU is several times
+as fast in half precision, so it screens: only what may reach the limit is scored again in float32. A sample
+of every block is, too, which shows whether half precision is close enough; if not, float32 is used alone.
 
 Threads compute concurrently on a CPU, with one torch thread each; on a GPU one computes, others tokenise.
 """

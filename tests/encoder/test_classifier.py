@@ -301,3 +301,12 @@ def test_a_gpu_without_memory_for_half_precision_does_without(
         found = Classifier(find_classifier(model), "cuda").scores(TEXTS, 2, 0.9)
     assert np.allclose(found, Classifier(find_classifier(model), "cpu").scores(TEXTS, 2), atol=1e-5)
     assert "no memory for half precision" in capsys.readouterr().err
+
+
+def test_a_classifier_selects_what_a_cpu_does_on_a_gpu(model: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: make gpu-test")
+    true = Classifier(find_classifier(model), "cpu").scores(TEXTS, 2)
+    classifier = Classifier(find_classifier(model), "cuda")
+    for above in (0.1, 0.5, 0.9):
+        assert np.array_equal(classifier.scores(TEXTS, 2, above) >= above, true >= above)

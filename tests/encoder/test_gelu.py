@@ -73,6 +73,15 @@ def test_it_is_used_where_it_is_the_activation_and_in_half_precision_on_a_gpu(
     assert fused("gelu", "cpu", "float32")[0] == fused("gelu", "cpu", "bfloat16")[0] == ""
 
 
+def test_the_epilogue_has_the_tanh_form_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: make gpu-test")
+    bias, x, weight = (torch.randn(*shape, device="cuda") for shape in ((256,), (512, 64), (256, 64)))
+    found, plain = torch._addmm_activation(bias, x, weight.T, use_gelu=True), torch.addmm(bias, x, weight.T)
+    tanh, exact = (torch.nn.functional.gelu(plain, approximate=form) for form in ("tanh", "none"))
+    assert (found - tanh).abs().mean() < (found - exact).abs().mean() / 2
+
+
 def test_it_is_given_up_if_vectors_differ(
     tiny_encoder: Path, tmp_path: Path, waits: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
