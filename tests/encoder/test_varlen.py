@@ -126,6 +126,35 @@ def test_whole_batches_have_one_shape_and_all_layers_one_program(
     torch._dynamo.reset()
 
 
+def test_exact_gelu_is_compiled_anew(
+    seen: Seen, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrotool.encoder import forwards, packed
+
+    monkeypatch.setattr(forwards, "cores", lambda: 1)
+    monkeypatch.setattr(packed, "has_onednn", lambda _: False)
+    programs: list[str] = []
+
+    def counting(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
+        programs.append(graph.code)
+        return graph.forward
+
+    compiled = forwards.compile_layer
+    monkeypatch.setattr(forwards, "compile_layer", lambda: compiled(backend=counting))
+    torch._dynamo.reset()
+    path = make_family("bert", tmp_path / "bert", tiny_encoder)
+    rows = [[5 + i % 150] * 30 for i in range(60)]
+    true = Encoder(str(path), "cpu", forward="transformers").embed(rows)
+    encoder = Encoder(str(path), "cpu", batch_tokens=1024)
+    encoder._loaded._model.fuse_gelu(True)
+    for fused in (True, False):  # on a CPU both are exact
+        assert cosines(encoder.embed(rows), true).min() > 0.99999
+        assert ["_addmm_activation" in code for code in programs] == [True, False][: 2 - fused]
+        encoder._loaded.use_exact_gelu()
+    assert encoder._loaded.why_eager == ""
+    torch._dynamo.reset()
+
+
 def test_a_compiler_that_fails_is_done_without(
     seen: Seen, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
