@@ -130,7 +130,7 @@ class Mask:
 
 def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
     if len(rows):
-        scores[torch.from_numpy(rows), torch.from_numpy(columns)] = -torch.inf
+        scores.numpy().reshape(-1)[rows * scores.shape[1] + columns] = -np.inf  # several times as fast as torch
 
 
 def _ranges(low: Ids, length: Ids) -> tuple[Ids, Ids]:

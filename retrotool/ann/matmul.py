@@ -114,8 +114,11 @@ def _padded(d: int) -> int:
 
 
 def _bucket(rows: int) -> int:
-    """Round up to a power of two, or from 128 on to a multiple of 128."""
-    return -(-rows // _LARGE) * _LARGE if rows > _LARGE // 2 else max(_SMALL, 1 << (rows - 1).bit_length())
+    """Round up to a power of two; from 128 on to a multiple of 128 and of a 16th of the next power."""
+    if rows <= _LARGE // 2:
+        return max(_SMALL, 1 << (rows - 1).bit_length())
+    step = max(_LARGE, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
 
 
 class Scratch:

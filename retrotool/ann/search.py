@@ -29,7 +29,7 @@ from retrotool.lazy import torch
 ROOM = 1 << 27  # bytes for distances and decoded vectors; more does not help
 _COLUMNS = 1 << 11
 _FLOAT_BYTES = 4
-_ROWS = 1 << 11
+_ROWS = 1 << 13  # queries at a time: fewer, larger steps, within _CACHED_ENTRIES
 _CACHED_ROWS = 1 << 12
 _CACHED_ENTRIES = 1 << 19  # scores at a time, few enough for the cache
 _LEAST_TILE = 1 << 10  # queries from which several threads pay off
