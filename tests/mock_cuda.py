@@ -162,7 +162,7 @@ class _Rules(TorchFunctionMode):
 
 
 class _Nothing:
-    """A stream, an event or a device guard."""
+    """A stream or a device guard."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -177,6 +177,9 @@ class _Nothing:
         pass
 
     record = synchronize = wait_stream
+
+    def record_event(self, *_: object) -> Any:
+        return torch.cuda.Event()
 
     def elapsed_time(self, other: object) -> float:
         return 1.0
@@ -217,12 +220,16 @@ def mock_cuda() -> Iterator[Counter[str]]:
                         held[key] = tensor.detach().as_subclass(_OnDevice)  # type: ignore[assignment]
         return self
 
+    class Event(_Nothing):
+        def synchronize(self, *_: object) -> None:
+            waits["synchronize an event"] += 1
+
     cuda: dict[str, Any] = {
         "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda *_: "mock",
         "current_device": lambda: 0, "get_device_capability": lambda *_: (9, 0), "empty_cache": lambda: None,
         "synchronize": lambda *_: None, "current_stream": lambda *_: _Nothing(), "memory_reserved": lambda *_: 0,
         "memory_allocated": lambda *_: 0, "mem_get_info": lambda *_: (1 << 30, 1 << 30),
-        **dict.fromkeys(("Stream", "Event", "stream", "device"), _Nothing),
+        **dict.fromkeys(("Stream", "stream", "device"), _Nothing), "Event": Event,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, value in cuda.items():

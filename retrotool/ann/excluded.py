@@ -47,7 +47,7 @@ class Excluded:
         """Return an exclusion of nothing for q queries."""
         return cls(np.zeros(q, np.int64), np.full(q, -1, np.int64))
 
-    def take(self, rows: Ids) -> Excluded:
+    def take(self, rows: Ids | slice) -> Excluded:
         """Return the entries of the queries ``rows``, which may repeat."""
         document = None if self.document is None else self.document[rows]
         return Excluded(self.first[rows], self.last[rows], document, self.repeats)
@@ -65,9 +65,9 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Query vectors, float32 [q, d], and what they must not return."""
+    """Query vectors [q, d], float32, or float16 for search on a GPU, and what they must not return."""
 
-    vectors: npt.NDArray[np.float32]
+    vectors: npt.NDArray[np.floating]
     excluded: Excluded
 
     @classmethod
@@ -78,14 +78,18 @@ class Queries:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def take(self, rows: Ids) -> Queries:
+    def take(self, rows: Ids | slice) -> Queries:
         """Return the queries ``rows``."""
         return Queries(self.vectors[rows], self.excluded.take(rows))
+
+    def widened(self) -> Queries:
+        """Return the queries in float32."""
+        return self if self.vectors.dtype == np.float32 else replace(self, vectors=self.vectors.astype(np.float32))
 
     def blocks(self, rows: int) -> Iterator[Queries]:
         """Yield the queries in blocks of at most ``rows``."""
         for start in range(0, len(self), rows):
-            yield self.take(np.arange(start, min(start + rows, len(self))))
+            yield self.take(slice(start, start + rows))
 
 
 class Mask:

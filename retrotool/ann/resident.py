@@ -13,18 +13,24 @@ rate of float16; a few strips more than k are ranked to make up for rounded sums
 each in ``resident_kernels``; without Triton, and on a CPU, they are a product per list and a gather. A block
 of queries waits for the device twice, whatever its size.
 
-Cost: 2·d operations per query and vector in its lists. Memory: 2·d + 8 bytes per vector, and for each query
-of a block 4 bytes per strip and 24 per list that it probes. Vectors that must not be found are not loaded.
+Results are copied to the host while the next block is prepared and computed. Vectors are loaded through
+pinned buffers, which a thread fills.
+
+Cost: 2·d operations per query and vector in its lists. Memory: 2·d + 16 bytes per vector, and for each query
+of a block 8 bytes per strip and 80 per list that it probes. Vectors that must not be found are not loaded.
 Repeated documents (``Excluded.repeats``) are not supported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +39,16 @@ from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import Trained
 from retrotool.ann.ranking import Best
 from retrotool.lazy import torch
+from retrotool.read_ahead import ahead
 
 STRIP = 16
 _SPARE = 4  # strips, for the rounding of sums
 _EXACT_LIST = 1 << 12  # vectors of a list if all are searched
 _MOST_QUERIES = 1 << 17  # of a block: more would not be faster
 _LEAST_QUERIES = 1 << 8
-_MOST_SCORES = 1 << 28  # of lists at a time
+_MOST_SCORES = 1 << 27  # of lists at a time
+_WIDTHS = 64  # strips that the widths of tables are multiples of, so that blocks use the same memory again
+_COPYING = 4  # threads: one copies 9 GB/s or so
 _GATHERED = 1 << 26  # numbers of vectors that are gathered at a time without Triton
 _ON_CPU = 1 << 28  # bytes for a block of queries
 _RANK = (1 << 31) - 1
@@ -105,7 +114,7 @@ class Centroids:
         found = [torch.empty(0, nprobe, dtype=torch.int64, device=asked.device)]
         for some in torch.split(asked, max(1, _MOST_SCORES // len(self))):
             turned = some if self._rotation is None else some @ self._rotation.T
-            found.append(k_largest(product((turned - self._mean).half(), self._table) - self._halves, nprobe)[1])
+            found.append(k_largest(product((turned - self._mean).half(), self._table).sub_(self._halves), nprobe)[1])
         return torch.cat(found)
 
 
@@ -113,8 +122,8 @@ class ResidentLists:
     """Vectors float16 [n, d] on a device, list after list, ids ascending in each.
 
     ``halves`` [n]: half of each squared length. ``ranks`` int32 [n]: the place of each vector's id among the
-    ascending ``ids``. ``starts`` int64 [lists + 1]. Without centroids, lists are just steps of a complete
-    search.
+    ascending ``ids`` int64 [n]. ``starts`` int64 [lists + 1]. Without centroids, lists are just steps of a
+    complete search. ``why_slow``: why kernels in Triton are not used, on a GPU.
     """
 
     def __init__(
@@ -124,9 +133,11 @@ class ResidentLists:
         ids: Ids,
         blocks: Iterable[npt.NDArray[np.float16]],
         device: str,
+        kernels: Kernels | None = None,
     ) -> None:
         """Load vectors of ascending ``ids`` [n] from blocks in that order; ``numbers`` [n]: their lists."""
-        self.ids, self.device, self._centroids = ids, torch.device(device), centroids
+        self.device, self._centroids = torch.device(device), centroids
+        self.ids = upload(ids, self.device)
         n = len(ids)
         if numbers is None:
             order = place = None
@@ -146,11 +157,10 @@ class ResidentLists:
             del listed, ordered, order
         self.vectors: torch.Tensor = torch.empty(0, 0, dtype=torch.float16, device=self.device)
         done = 0
-        for block in blocks:
+        for some in uploads(blocks, self.device):
             if not done:
-                self.vectors = torch.empty(n, block.shape[1], dtype=torch.float16, device=self.device)
+                self.vectors = torch.empty(n, some.shape[1], dtype=torch.float16, device=self.device)
                 self.halves = torch.empty(n, device=self.device)
-            some = upload(block, self.device)
             at = slice(done, done + len(some)) if place is None else place[done : done + len(some)]
             self.vectors[at], self.halves[at] = some, some.float().square().sum(1).div_(2)
             done += len(some)
@@ -158,7 +168,10 @@ class ResidentLists:
         # Strips of each list; and starts on the host, for products per list.
         self.strips = torch.div(self.starts.diff() + STRIP - 1, STRIP, rounding_mode="floor")
         self.starts_here: list[int] = self.starts.tolist()
-        self._kernels = pick_kernels(self.device)
+        # Of the list of a vector, on average: queries are near many vectors, so they probe long lists.
+        sizes = np.diff(self.starts_here) / STRIP + 1
+        self._usual_strips = float(np.square(sizes).sum() / sizes.sum()) if len(sizes) else 0.0
+        self._kernels, self.why_slow = (kernels, "") if kernels else pick_kernels(self.device, self.d)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -178,44 +191,45 @@ class ResidentLists:
         """
         assert queries.excluded.repeats is None, "left to a search on the CPU"
         best = Best.nothing(len(queries), k)
-        if not len(self) or not len(queries):
-            return best
         nprobe = min(nprobe, self.n_lists) if self._centroids is not None else self.n_lists
+        if not len(self) or not len(queries) or beyond >= nprobe:
+            return best
         start, size = 0, self._block_size(k, nprobe)
-        waiting: list[tuple[slice, torch.Tensor]] = []  # results that are still being computed
+        waiting: list[_Found] = []  # results that are still being computed
         while start < len(queries):
             rows = slice(start, min(start + size, len(queries)))
             try:
-                waiting.append((rows, self._search(queries.take(np.arange(rows.start, rows.stop)), k, nprobe, beyond)))
+                waiting.append(self._search(queries.take(rows), rows, k, nprobe, beyond))
+                start = rows.stop
             except torch.OutOfMemoryError:
                 size = (rows.stop - rows.start) // 2
                 if size < _LEAST_QUERIES:
                     raise
+            if start < rows.stop:  # not above, where the error holds what was allocated
                 torch.cuda.empty_cache()
                 say(f"{self.device} is out of memory: continuing with {size:,} queries at a time")
-                continue
-            start = rows.stop
-            if len(waiting) > 1:
-                self._fetch(best, *waiting.pop(0))
+            elif len(waiting) > 1:
+                waiting.pop(0).put(best)
         for block in waiting:
-            self._fetch(best, *block)
+            block.put(best)
         return best
 
     def _block_size(self, k: int, nprobe: int) -> int:
         """Return the number of queries that are searched at a time."""
         free = free_memory(self.device) // 2 if self.device.type == "cuda" else _ON_CPU
-        strips = nprobe * (len(self) / self.n_lists / STRIP + 1)
-        ranked = 16 * STRIP * (k + _SPARE)
-        size = int(free / (8 * strips + 32 * nprobe + 8 * self.d + ranked))
-        return max(_LEAST_QUERIES, min(_MOST_QUERIES, size))
+        strips = nprobe * self._usual_strips
+        each = 8 * strips + 80 * nprobe + 12 * self.d + (16 * STRIP + 256) * (k + _SPARE)
+        # Best scores are fewer than 2^31, so that no operator has to divide them.
+        return max(_LEAST_QUERIES, min(_MOST_QUERIES, int(free / each), int(_RANK / strips)))
 
-    def _search(self, queries: Queries, k: int, nprobe: int, beyond: int) -> torch.Tensor:
-        """Return sort keys of the nearest, int64 [q, ≤ k], ascending."""
-        asked = upload(queries.vectors, self.device)
-        own = upload(self._own_ranks(queries), self.device)
+    def _search(self, queries: Queries, rows: slice, k: int, nprobe: int, beyond: int) -> _Found:
+        """Begin a search for the ``rows`` of all queries."""
+        vectors = upload(queries.vectors, self.device)
+        asked, halves = vectors.float(), vectors.half()
+        own = self._own_ranks(queries)
         probes = self._probe(asked, nprobe, beyond)
         best = torch.full((len(asked), probes.width), -math.inf, device=self.device)
-        self._kernels.scan(self, asked.half(), own, probes, best)
+        self._kernels.scan(self, halves, own, probes, best)
         scores, strip = k_largest(best, min(k + _SPARE, probes.width))
         del best
         # Which list each chosen strip is of, and where it begins.
@@ -224,13 +238,18 @@ class ResidentLists:
         first = self.starts[number] + STRIP * (strip - probes.offset.gather(1, which))
         end = torch.where(scores > -math.inf, self.starts[number + 1], 0)
         keys = self._kernels.rank(self, asked, own, first, end)
-        return keys.topk(min(k, keys.shape[1]), largest=False, sorted=True).values
+        near = keys.topk(min(k, keys.shape[1]), largest=False, sorted=True).values  # of [q, ≤ k]
+        distances = (near >> 32).int().view(torch.float32)
+        ids = torch.where(distances < math.inf, self.ids[near & _RANK], -1)
+        here = (distances.to("cpu", non_blocking=True), ids.to("cpu", non_blocking=True))  # pinned
+        on_gpu = self.device.type == "cuda"
+        return _Found(rows, *here, torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
 
-    def _own_ranks(self, queries: Queries) -> npt.NDArray[np.int32]:
+    def _own_ranks(self, queries: Queries) -> torch.Tensor:
         """Return the least and the highest rank that each query must not find, int32 [2, q]."""
-        excluded = queries.excluded
-        low = np.searchsorted(self.ids, excluded.first)
-        return np.stack([low, np.searchsorted(self.ids, excluded.last, side="right") - 1]).astype(np.int32)
+        first, last = (upload(ends, self.device) for ends in (queries.excluded.first, queries.excluded.last))
+        low = torch.searchsorted(self.ids, first, out_int32=True)
+        return torch.stack([low, torch.searchsorted(self.ids, last, right=True, out_int32=True) - 1])
 
     def _probe(self, asked: torch.Tensor, nprobe: int, beyond: int) -> Probes:
         """Choose the lists of each query."""
@@ -243,14 +262,24 @@ class ResidentLists:
         flat, pairs = torch.sort(lists.flatten().int(), stable=True)
         bounds = torch.searchsorted(flat, torch.arange(self.n_lists + 1, dtype=torch.int32, device=self.device))
         width, *bounds_here = torch.cat([end[:, -1:].amax().view(1), bounds]).tolist()  # waits for the device
-        return Probes(lists, end - strips, end, pairs, bounds, bounds_here, max(width, 1))
+        width = max(1, -(-width // _WIDTHS)) * _WIDTHS
+        return Probes(lists, end - strips, end, pairs, bounds, bounds_here, width)
 
-    def _fetch(self, best: Best, rows: slice, keys: torch.Tensor) -> None:
-        """Write the results of a block to ``best``; waits for the device."""
-        found = keys.cpu().numpy()
-        distances = (found >> 32).astype(np.int32).view(np.float32)
-        ids = np.where(np.isfinite(distances), self.ids[np.minimum(found & _RANK, len(self.ids) - 1)], -1)
-        best.put((rows, slice(found.shape[1])), Best(np.where(ids < 0, np.float32(np.inf), distances), ids))
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The results of some rows, [q, ≤ k], on the host once ``done``."""
+
+    rows: slice
+    distances: torch.Tensor
+    ids: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def put(self, best: Best) -> None:
+        """Wait for the results and write them to ``best``."""
+        if self.done is not None:
+            self.done.synchronize()
+        best.put((self.rows, slice(self.ids.shape[1])), Best(self.distances.numpy(), self.ids.numpy()))
 
 
 def free_memory(device: torch.device) -> int:
@@ -261,8 +290,29 @@ def free_memory(device: torch.device) -> int:
 
 def upload(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """Return a copy of an array on a device; the host does not wait for a GPU's."""
-    there = torch.from_numpy(np.ascontiguousarray(array))
-    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
+    return _pinned(array, device).to(device, non_blocking=True)
+
+
+def uploads(blocks: Iterable[npt.NDArray[np.float16]], device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield copies of blocks on a device; a thread reads ahead, others copy to pinned memory.
+
+    torch uses that memory again once its copy has ended: some three blocks are allocated.
+    """
+    with (
+        ThreadPoolExecutor(_COPYING) as threads,
+        contextlib.closing(ahead(blocks, 1)) as read,
+        contextlib.closing(ahead((_pinned(block, device, threads.map) for block in read), 1)) as pinned,
+    ):
+        for block in pinned:
+            yield block.to(device, non_blocking=True)
+
+
+def _pinned(array: npt.NDArray[np.generic], device: torch.device, do: Callable[..., Any] = map) -> torch.Tensor:
+    """Return a copy of an array in memory from which a GPU copies by itself; ``do`` maps over pieces."""
+    kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
+    here = torch.empty(array.shape, dtype=kind, pin_memory=device.type == "cuda")
+    list(do(np.copyto, np.array_split(here.numpy(), _COPYING), np.array_split(array, _COPYING)))
+    return here
 
 
 def product(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -272,24 +322,24 @@ def product(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return rows.float() @ table.float().T
 
 
-def k_largest(scores: torch.Tensor, k: int, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def k_largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest scores of each row of [m, n] and their columns, as ``topk``, largest first.
 
-    ``topk`` reads everything some sixteen times; this reads it once, as the k largest lie in the k groups of
-    columns with the largest maxima.
+    ``topk`` reads everything several times; this reads it once, as the k largest lie in the k groups of
+    columns with the largest maxima. A group is every n-th column.
     """
-    m, n = scores.shape
-    if n < 4 * k * width:
+    n = scores.shape[1]
+    width = next((width for width in (32, 16, 8) if n >= 4 * k * width), 0)
+    if not width:
         found = scores.topk(k)
         return found.values, found.indices
-    n -= n % width
-    groups = scores[:, :n].view(m, width, n // width)
+    step = n // width
+    groups = scores[:, : step * width].view(-1, width, step)
     best = groups.amax(1).topk(k, sorted=False).indices
     some = groups.gather(2, best[:, None].expand(-1, width, -1)).flatten(1)
-    columns = (torch.arange(width, device=scores.device)[:, None] * (n // width) + best[:, None]).flatten(1)
-    rest = torch.arange(n, scores.shape[1], device=scores.device).expand(m, -1)
-    values, at = torch.cat([some, scores[:, n:]], 1).topk(k)
-    return values, torch.cat([columns, rest], 1).gather(1, at)
+    values, at = torch.cat([some, scores[:, step * width :]], 1).topk(k)
+    columns = torch.div(at, k, rounding_mode="floor") * step + best.gather(1, at % k)
+    return values, torch.where(at < width * k, columns, at + (step - k) * width)
 
 
 def sort_keys(distances: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
@@ -341,12 +391,26 @@ class TorchKernels:
         return torch.cat(found)
 
 
-def pick_kernels(device: torch.device) -> Kernels:
-    """Return the kernels in Triton on a GPU where it is installed, else those in torch."""
-    if device.type == "cuda":
-        try:
-            from retrotool.ann.resident_kernels import TritonKernels
-        except ImportError:
-            return TorchKernels()
-        return TritonKernels()
-    return TorchKernels()
+@lru_cache
+def pick_kernels(device: torch.device, d: int) -> tuple[Kernels, str]:
+    """Return the kernels in Triton on a GPU if they work there, else those in torch, and why."""
+    if device.type != "cuda":
+        return TorchKernels(), ""
+    try:
+        from retrotool.ann.resident_kernels import TritonKernels
+
+        if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+            return TorchKernels(), f"its compute capability, {capability}, is below 8.0"
+        rng = np.random.default_rng(0)
+        rows = rng.normal(size=(_EXACT_LIST + 200, d)).astype(np.float16)
+        queries, ids = Queries.plain(rows[:300].astype(np.float32)), np.arange(len(rows))
+        right, found = (
+            ResidentLists(None, None, ids, [rows], str(device), kernels).search(queries, 8).distances
+            for kernels in (TorchKernels(), TritonKernels())
+        )
+        if np.allclose(found, right, rtol=1e-3, atol=1e-3):
+            return TritonKernels(), ""
+        why = "its kernels find other neighbours"
+    except Exception as error:  # no Triton, no compiler, or a GPU that it does not know
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    return TorchKernels(), why

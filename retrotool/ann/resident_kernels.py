@@ -3,7 +3,7 @@
 ``_scan``: a program takes a tile of ``_ROWS`` pairs of one list through all vectors of the list, ``_COLUMNS``
 at a time, on tensor cores. It finds its list by binary search among the tiles of all lists, so that the
 number of programs, an upper bound, is known without waiting for the device. ``_rank``: a program takes one
-strip.
+strip. Both are compiled once: sizes that differ between blocks of queries are not specialised.
 
 ``TRITON_INTERPRET=1`` runs both on a CPU. No atomics: results do not depend on the order of programs.
 """
@@ -24,20 +24,19 @@ OPTIONS = {
 }
 
 
-def constants_of(per_query: int) -> dict[str, dict[str, int]]:
-    """Return the constants of both kernels, for so many lists per query."""
-    scan = {"P": per_query, "M": _ROWS, "N": _COLUMNS, "K": _DEPTH, "S": STRIP}
-    return {"_scan": scan, "_rank": {"K": _RANK_DEPTH, "S": STRIP}}
+CONSTANTS = {
+    "_scan": {"M": _ROWS, "N": _COLUMNS, "K": _DEPTH, "S": STRIP},
+    "_rank": {"K": _RANK_DEPTH, "S": STRIP},
+}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lists", "width", "queries", "per_query"])
 def _scan(
     q,
     x,
     halves,
     ranks,
-    low,
-    high,
+    own,
     pairs,
     offset,
     bounds,
@@ -46,28 +45,29 @@ def _scan(
     best,
     lists,
     width,
+    queries,
+    per_query,
     d,
-    P: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     S: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    # The list of this tile is the last one that begins at or before it.
-    a, b = 0, lists
-    while b - a > 1:
-        middle = (a + b) // 2
-        if tl.load(tiles + middle) <= tile:
-            a = middle
-        else:
-            b = middle
     if tile < tl.load(tiles + lists):
+        # The list of this tile is the last one that begins at or before it.
+        a, b = 0, lists
+        while b - a > 1:
+            middle = (a + b) // 2
+            if tl.load(tiles + middle) <= tile:
+                a = middle
+            else:
+                b = middle
         place = tl.load(bounds + a) + (tile - tl.load(tiles + a)) * M + tl.arange(0, M)
         there = place < tl.load(bounds + a + 1)
         pair = tl.load(pairs + place, mask=there, other=0)
-        row = pair // P
-        least, most = tl.load(low + row), tl.load(high + row)
+        row = pair // per_query
+        least, most = tl.load(own + row), tl.load(own + queries + row)
         out = best + row.to(tl.int64) * width + tl.load(offset + pair, mask=there, other=0)
         first, last = tl.load(starts + a), tl.load(starts + a + 1)
         for n in range(first, last, N):
@@ -87,15 +87,15 @@ def _scan(
                 scores = tl.dot(asked, tl.trans(held), scores)
             scores -= tl.load(halves + column, mask=inside, other=float("inf"))[None, :]
             rank = tl.load(ranks + column, mask=inside, other=-1)
-            own = (rank[None, :] >= least[:, None]) & (rank[None, :] <= most[:, None])
-            scores = tl.where(own, float("-inf"), scores)
+            hidden = (rank[None, :] >= least[:, None]) & (rank[None, :] <= most[:, None])
+            scores = tl.where(hidden, float("-inf"), scores)
             strip = (n - first) // S + tl.arange(0, N // S)
             kept = there[:, None] & (first + strip * S < last)[None, :]
             tl.store(out[:, None] + strip[None, :], tl.max(tl.reshape(scores, (M, N // S, S)), 2), mask=kept)
 
 
-@triton.jit
-def _rank(q, x, ranks, low, high, first, end, keys, depth, d, K: tl.constexpr, S: tl.constexpr):
+@triton.jit(do_not_specialize=["queries", "depth"])
+def _rank(q, x, ranks, own, first, end, keys, queries, depth, d, K: tl.constexpr, S: tl.constexpr):
     strip = tl.program_id(0)
     row = strip // depth
     place = tl.load(first + strip) + tl.arange(0, S)
@@ -110,7 +110,7 @@ def _rank(q, x, ranks, low, high, first, end, keys, depth, d, K: tl.constexpr, S
         )
         step = held.to(tl.float32) - asked[None, :]
         apart += tl.sum(step * step, 1)
-    there &= (rank < tl.load(low + row)) | (rank > tl.load(high + row))
+    there &= (rank < tl.load(own + row)) | (rank > tl.load(own + queries + row))
     bits = tl.where(there, apart, float("inf")).to(tl.int32, bitcast=True).to(tl.int64)
     tl.store(keys + strip.to(tl.int64) * S + tl.arange(0, S), (bits << 32) | rank.to(tl.int64))
 
@@ -127,9 +127,9 @@ class TritonKernels:
         most = triton.cdiv(probes.pairs.numel(), _ROWS) + lists.n_lists
         with torch.cuda.device_of(best):
             _scan[(most,)](
-                asked, lists.vectors, lists.halves, lists.ranks, own[0], own[1], probes.pairs, probes.offset, bounds,
-                lists.starts, tiles, best, lists.n_lists, best.shape[1], lists.d,
-                **constants_of(probes.per_query)["_scan"], **OPTIONS["_scan"],
+                asked, lists.vectors, lists.halves, lists.ranks, own, probes.pairs, probes.offset, bounds,
+                lists.starts, tiles, best, lists.n_lists, best.shape[1], len(asked), probes.per_query, lists.d,
+                **CONSTANTS["_scan"], **OPTIONS["_scan"],
             )  # fmt: skip
 
     def rank(
@@ -139,7 +139,7 @@ class TritonKernels:
         keys = torch.empty(len(asked), first.shape[1] * STRIP, dtype=torch.int64, device=asked.device)
         with torch.cuda.device_of(keys):
             _rank[(first.numel(),)](
-                asked, lists.vectors, lists.ranks, own[0], own[1], first, end, keys, first.shape[1], lists.d,
-                **constants_of(0)["_rank"], **OPTIONS["_rank"],
+                asked, lists.vectors, lists.ranks, own, first, end, keys, len(asked), first.shape[1], lists.d,
+                **CONSTANTS["_rank"], **OPTIONS["_rank"],
             )  # fmt: skip
         return keys

@@ -96,4 +96,5 @@ def checking_device(device: str) -> Iterator[None]:
 
 def is_lost(error: BaseException) -> bool:
     """Check whether this process can't use a device any more."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
+    signs = ("CUDA error", "Triton Error [CUDA]")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs) and not is_out_of_memory(error)

@@ -428,7 +428,7 @@ class Database(_Open):
         for shard, number in chain.from_iterable(product([one], one.numbers) for one in self.shards):
             rows = slice(at, at := at + shard.size(number))
             ids[rows], numbers[rows] = shard.ids(number), number
-        order = np.argsort(ids)
+        order = torch.from_numpy(ids).to(self._device).argsort().cpu().numpy()
         order = order[self._is_wanted(ids[order])]
         listed = None if self.trained.centroids is None else numbers[order]
         return OnDevice(self._device, self.trained, ids[order], listed, self.vectors, self.trained.d)

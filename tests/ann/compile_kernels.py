@@ -19,16 +19,15 @@ from triton.compiler import ASTSource
 from retrotool.ann import resident_kernels as kernels
 
 POINTERS = {
-    "_scan": {"q": "fp16", "x": "fp16", "halves": "fp32", "ranks": "i32", "low": "i32", "high": "i32", "pairs": "i64",
-              "offset": "i64", "bounds": "i64", "starts": "i64", "tiles": "i64", "best": "fp32"},
-    "_rank": {"q": "fp32", "x": "fp16", "ranks": "i32", "low": "i32", "high": "i32", "first": "i64", "end": "i64",
-              "keys": "i64"},
+    "_scan": {"q": "fp16", "x": "fp16", "halves": "fp32", "ranks": "i32", "own": "i32", "pairs": "i64", "offset": "i64",
+              "bounds": "i64", "starts": "i64", "tiles": "i64", "best": "fp32"},
+    "_rank": {"q": "fp32", "x": "fp16", "ranks": "i32", "own": "i32", "first": "i64", "end": "i64", "keys": "i64"},
 }  # fmt: skip
-SIZES = {"_scan": ["lists", "width", "d"], "_rank": ["depth", "d"]}
+SIZES = {"_scan": ["lists", "width", "queries", "per_query", "d"], "_rank": ["queries", "depth", "d"]}
 
 
 def compile_for(name: str, capability: int, folder: Path) -> dict[str, Any]:
-    constants = kernels.constants_of(64)[name]
+    constants = kernels.CONSTANTS[name]
     types = {**{key: f"*{kind}" for key, kind in POINTERS[name].items()}, **dict.fromkeys(SIZES[name], "i32")}
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     # As at a launch: pointers are aligned, and the dimension is a multiple of 16.
@@ -46,8 +45,10 @@ def compile_for(name: str, capability: int, folder: Path) -> dict[str, Any]:
     said = next((run.stderr for run in runs if run.returncode == 0), "")
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
     instruction = next((one for one in ("wgmma", "mma.sync") if one in code), "")
+    # Ten million vectors of 768 numbers are more than an int32 can count.
+    narrow = re.findall(r"arith\.muli [^:]*: (?:tensor<\w*x)?i32", found.asm["ttir"])
     return {"kernel": name, "capability": capability, "product": instruction, "shared": found.metadata.shared,
-            "spilled": sum(spilled) if spilled else None}  # fmt: skip
+            "spilled": sum(spilled) if spilled else None, "narrow": narrow}  # fmt: skip
 
 
 if __name__ == "__main__":

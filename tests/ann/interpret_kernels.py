@@ -10,7 +10,6 @@ import os
 import numpy as np
 import torch
 
-from retrotool.ann import resident
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.ann.kmeans import assign
@@ -32,8 +31,7 @@ def check(n: int, d: int, nlist: int, nprobe: int, k: int, q: int) -> None:
         numbers = assign(rows, rows[:nlist])[1].numpy()
     found = []
     for kernels in (TorchKernels(), TritonKernels()):
-        resident.pick_kernels = lambda device, kernels=kernels: kernels  # type: ignore[assignment]
-        found.append(ResidentLists(centroids, numbers, ids, [vectors], "cpu").search(queries, k, nprobe))
+        found.append(ResidentLists(centroids, numbers, ids, [vectors], "cpu", kernels).search(queries, k, nprobe))
     assert np.array_equal(found[0].ids >= 0, found[1].ids >= 0)
     there = found[0].ids >= 0
     assert np.allclose(found[0].distances[there], found[1].distances[there], rtol=1e-4, atol=1e-6)

@@ -35,6 +35,7 @@ def test_kernels_compile_for_tensor_cores_and_do_not_spill(tmp_path: Path) -> No
     }
     assert set(found) == {(kernel, capability) for kernel in ("_scan", "_rank") for capability in (80, 90)}
     assert all(one["spilled"] == 0 for one in found.values()), found
+    assert not any(one["narrow"] for one in found.values()), "offsets are int64"
     assert found["_scan", 80]["product"] == "mma.sync" and found["_scan", 90]["product"] == "wgmma"
     # The next vectors are read while these are multiplied.
     assert all(found["_scan", capability]["shared"] >= 64 << 10 for capability in (80, 90))

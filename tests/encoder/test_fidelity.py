@@ -90,6 +90,7 @@ def test_what_says_that_memory_has_run_out() -> None:
     assert is_out_of_memory(wrapped)
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert is_lost(RuntimeError("CUDA error: device-side assert triggered\nCompile with ..."))
+    assert is_lost(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
     for message in ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "out of memory"):
         assert is_out_of_memory(RuntimeError(f"CUDA error: {message}"))
         assert not is_lost(RuntimeError(f"CUDA error: {message}"))
