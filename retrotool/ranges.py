@@ -22,6 +22,12 @@ def expand_ranges(starts: Int64s, lengths: Int64s) -> Int64s:
     return positions_within(lengths) + np.repeat(starts, lengths)
 
 
+def as_slice(numbers: Int64s) -> Int64s | slice:
+    """Return ascending ``numbers`` as a slice, which needs no copy, if they are consecutive."""
+    is_run = len(numbers) > 0 and int(numbers[-1] - numbers[0]) == len(numbers) - 1
+    return slice(int(numbers[0]), int(numbers[-1]) + 1) if is_run else numbers
+
+
 def spread(n: int, most: int) -> Int64s:
     """Return up to ``most`` numbers evenly spaced below ``n``, ascending: int64."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))

@@ -15,7 +15,9 @@ to 0.967–1.000 (``benchmarks/neighbour_filters.py``).
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -39,16 +41,17 @@ from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
 from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.index.index_records import IndexFiles, IndexRecord, ShardRecord, default_index, index_key, index_record
-from retrotool.index.on_device import OnDevice
+from retrotool.index.on_device import OnDevice, in_blocks
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
+from retrotool.ranges import as_slice
 from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import part_of, row_of
 from retrotool.store.paths import FileName
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.store.tombstones import read_tombstones, stands_for
 from retrotool.store.vectors import MappedFile
 
 
@@ -170,8 +173,8 @@ def find_sources(
 
 
 def probes_by_query(
-    nearest: Callable[[npt.NDArray[np.float32], int], Ids],
-    vectors: npt.NDArray[np.float32],
+    nearest: Callable[[npt.NDArray[np.floating], int], Ids],
+    vectors: npt.NDArray[np.floating],
     nprobe: int,
     everything: Ids,
     allowed: Ids,
@@ -180,11 +183,15 @@ def probes_by_query(
 
     ``nearest`` finds the nearest lists; ``everything`` and ``allowed`` are the vectors in each list, [nlist].
     """
-    left, wanted = np.arange(len(vectors)), np.zeros(0, np.int64)
+    first, left, wanted = nprobe, np.arange(len(vectors)), np.zeros(len(vectors), np.int64)
     while len(left) and nprobe < len(everything):
-        lists = nearest(vectors[left], nprobe)
-        wanted = wanted if len(wanted) else everything[lists].sum(axis=1)
-        enough = allowed[lists].sum(axis=1) >= wanted[left]
+        enough, size = np.zeros(len(left), np.bool_), max(1, _MOST_PROBES // nprobe)
+        for start in range(0, len(left), size):
+            rows = left[start : start + size]
+            lists = nearest(vectors[rows], nprobe)
+            if nprobe == first:
+                wanted[rows] = everything[lists].sum(axis=1)
+            enough[start : start + size] = allowed[lists].sum(axis=1) >= wanted[rows]
         if enough.any():
             yield nprobe, left[enough]
         left = left[~enough]
@@ -199,6 +206,8 @@ _KEPT_PARTS, _KEPT_ROWS = 512, 64
 _VECTOR_BYTES = 2
 _SHARED_LISTS = 4  # queries per list from which reading all its vectors pays off
 _LEAST_ROOM = 1 << 20
+_BLOCK_ROWS = 1 << 15  # vectors that are copied to a GPU at a time
+_MOST_PROBES = 1 << 25  # pairs of a query and a list that are chosen at a time
 _COMPARED = 256  # queries compared at a time
 _BYTES_PER_CANDIDATE, _BYTES_PER_DIMENSION = 70, 14  # memory of a query during search and re-ranking
 
@@ -256,6 +265,11 @@ class Vectors:
 
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Return vectors, float16 [n, d], of ascending chunk ids; raise ``CorruptError`` for unknown ids."""
+        found = self.mapped(ids)
+        return found if found.flags.writeable else np.array(found)
+
+    def mapped(self, ids: Ids) -> npt.NDArray[np.float16]:
+        """Return the same, of consecutive ids the mapped memory itself, which is read-only."""
         found = []
         numbers = part_of(ids)
         for start, stop in pairwise([*np.flatnonzero(np.diff(numbers, prepend=-1)), len(ids)]):
@@ -265,8 +279,7 @@ class Vectors:
             vectors = self._part(part)
             if rows[-1] >= len(vectors):
                 raise self._unknown(int(ids[stop - 1]))
-            is_run = rows[-1] - rows[0] == len(rows) - 1  # copied several times as fast
-            found.append(np.array(vectors[int(rows[0]) : int(rows[-1]) + 1]) if is_run else vectors[rows])
+            found.append(vectors[as_slice(rows)])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _unknown(self, chunk: int) -> CorruptError:
@@ -274,7 +287,10 @@ class Vectors:
 
 
 class _Open:
-    """A store opened for search on a device, in ``room`` bytes per buffer, for sources that ``allows``."""
+    """A store opened for search on a device, in ``room`` bytes per buffer, for sources that ``allows``.
+
+    Several threads may search: on a GPU together (``OnDevice``), on a CPU one after the other.
+    """
 
     def __init__(
         self, store: Store, encoder: str, device: str, memory: int | None, allows: Allows | AllowedChunks | None
@@ -284,6 +300,32 @@ class _Open:
         self.room = room_in(memory)
         self._device, self._allows = device, allows
         self.is_restricted = allows is not None
+        self._lock, self._resident = threading.RLock(), list[OnDevice]()
+
+    @property
+    def _on_device(self) -> OnDevice:
+        """The searchable vectors on a GPU."""
+        with self._lock:
+            if not self._resident:
+                self._resident.append(self._open_on_device())
+            return self._resident[0]
+
+    def _open_on_device(self) -> OnDevice:
+        raise NotImplementedError
+
+    def share_device(self, other: AnyDatabase) -> None:
+        """Use what ``other``, with the same ``searched_of``, has or will have in the memory of a GPU."""
+        self._lock, self._resident = other._lock, other._resident
+
+    def leave_device(self) -> None:
+        """Give back the memory of a GPU."""
+        self._resident.clear()
+
+    @contextlib.contextmanager
+    def _turn(self, queries: Queries) -> Iterator[Queries]:
+        """Yield the queries as they are searched for; on a CPU in float32, while no other thread searches."""
+        with contextlib.nullcontext() if self._searches_on_device(queries) else self._lock:
+            yield queries if self._searches_on_device(queries) else queries.widened()
 
     def _searches_on_device(self, queries: Queries) -> bool:
         """Return whether a GPU searches. Repeated documents, which are rare, are left to the CPU."""
@@ -376,18 +418,19 @@ class Database(_Open):
         nprobe, beyond = point.nprobe * wider, 0 if self.is_restricted else beyond * wider
         once = self._search_on_device if self._searches_on_device(queries) else self._search_shards
         search = once(k, self._depth_for(k, point), only, beyond)
-        best = Best.nothing(len(queries), k)
-        for probed, rows in self._probes(queries, nprobe):
-            asked = queries if len(rows) == len(queries) else queries.take(rows)
-            found = search(asked, probed)
-            while only is None and not beyond and probed < self.trained.nlist:
-                short = np.flatnonzero((found.ids < 0).any(axis=1))
-                if not len(short):
-                    break
-                probed = min(2 * probed, self.trained.nlist) if k < self._n_searched else self.trained.nlist
-                found.put(short, search(asked.take(short), probed))
-            best.put(rows, found)
-        return best
+        with self._turn(queries) as queries:
+            best = Best.nothing(len(queries), k)
+            for probed, rows in self._probes(queries, nprobe):
+                asked = queries if len(rows) == len(queries) else queries.take(rows)
+                found = search(asked, probed)
+                while only is None and not beyond and probed < self.trained.nlist:
+                    short = np.flatnonzero((found.ids < 0).any(axis=1))
+                    if not len(short):
+                        break
+                    probed = min(2 * probed, self.trained.nlist) if k < self._n_searched else self.trained.nlist
+                    found.put(short, search(asked.take(short), probed))
+                best.put(rows, found)
+            return best
 
     def _probes(self, queries: Queries, nprobe: int) -> Iterable[tuple[int, Ids]]:
         """Return numbers of lists to probe, with the queries that need so many."""
@@ -420,9 +463,7 @@ class Database(_Open):
         )
         return sum((one.whole for one in some), none), sum((one.sizes for one in some), none)
 
-    @cached_property
-    def _on_device(self) -> OnDevice:
-        """The searchable vectors on a GPU."""
+    def _open_on_device(self) -> OnDevice:
         n = sum(map(len, self.shards))
         ids, numbers, at = np.empty(n, np.int64), np.empty(n, np.int32), 0
         for shard, number in chain.from_iterable(product([one], one.numbers) for one in self.shards):
@@ -431,7 +472,7 @@ class Database(_Open):
         order = torch.from_numpy(ids).to(self._device).argsort().cpu().numpy()
         order = order[self._is_wanted(ids[order])]
         listed = None if self.trained.centroids is None else numbers[order]
-        return OnDevice(self._device, self.trained, ids[order], listed, self.vectors, self.trained.d)
+        return OnDevice(self._device, self.trained, ids[order], listed, self.vectors.mapped, self.trained.d)
 
     def _search_on_device(self, k: int, depth: int, only: Collection[int] | None, beyond: int) -> _SearchLists:
         del depth  # no codes are compared
@@ -532,29 +573,30 @@ class ExactDatabase(_Open):
         if self._searches_on_device(queries):
             return self._on_device.search(queries, k, 0, merged, only=only)
         best: Best | None = None
-        for part in self.held():
-            rows = self._rows(part)
-            if len(rows) and (only is None or part in only):
-                vectors = read_part_vectors(self.store, self.encoder, part)
-                some = OneList(parts.chunk_ids(part, rows), vectors[:] if len(rows) == len(vectors) else vectors[rows])
-                best = nearest_of(queries, some, k, best, room=self.room)
+        with self._turn(queries) as queries:
+            for part in self.held():
+                rows = self._rows(part)
+                if len(rows) and (only is None or part in only):
+                    vectors = read_part_vectors(self.store, self.encoder, part)
+                    ids = parts.chunk_ids(part, rows)
+                    some = OneList(ids, vectors[:] if len(rows) == len(vectors) else vectors[rows])
+                    best = nearest_of(queries, some, k, best, room=self.room)
         return best or Best.nothing(len(queries), k)
 
-    @cached_property
-    def _on_device(self) -> OnDevice:
-        """The searchable vectors on a GPU."""
+    def _open_on_device(self) -> OnDevice:
         ids = np.concatenate(
             [np.zeros(0, np.int64), *(parts.chunk_ids(part, self._rows(part)) for part in self.held())]
         )
         d = self.store.state.records[f"encoder:{self.encoder}"]["dimension"]
-        return OnDevice(self._device, None, ids, None, Vectors(self.store, self.encoder), d)
+        return OnDevice(self._device, None, ids, None, Vectors(self.store, self.encoder).mapped, d)
 
 
 def nearest_of(queries: Queries, some: OneList, k: int, before: Best | None, *, room: int, device: str = "cpu") -> Best:
     """Return the k nearest of ``some`` and ``before``."""
     if is_gpu(device) and queries.excluded.repeats is None:
         ids = some.ids(0)
-        found = ResidentLists(None, None, ids, [some.vectors(ids)], device).search(queries, k)
+        loaded = ResidentLists(None, None, ids, in_blocks(ids, some.vectors, _BLOCK_ROWS), device)
+        found = loaded.search(queries, k)
         return found if before is None else merged(before, found, k)
     blocks = []
     for asked in queries.blocks(rows_in(room, k + SPARE, queries.vectors.shape[1])):
@@ -583,6 +625,13 @@ def are_among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
     blocks = [slice(start, start + _COMPARED) for start in range(0, max(len(ids), 1), _COMPARED)]
     same = [(ids[block, :, None] == others[block, None, :]).any(axis=2) for block in blocks]
     return np.concatenate(same) & (ids >= 0)
+
+
+def searched_of(database: AnyDatabase) -> list[Any]:
+    """Return what decides which vectors may be found in a database."""
+    state, held, encoder = database.store.state, database.held(), database.encoder
+    files = [entry.path for part in held if (entry := state.part_file("embeddings", part, encoder)) is not None]
+    return [database.settings, database.reads(), files, stands_for(state)]
 
 
 AnyDatabase = Database | ExactDatabase

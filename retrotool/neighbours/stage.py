@@ -33,16 +33,17 @@ import numpy as np
 from retrotool import interrupts
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
+from retrotool.chunk import PART_SIZE
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed import search_scope
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, merged
-from retrotool.machine import give_memory_back
+from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, merged, searched_of
+from retrotool.machine import give_memory_back, memory_of_machine
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import read_text_of
-from retrotool.ranges import consecutive_ranges, within
+from retrotool.ranges import as_slice, consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable
@@ -54,7 +55,11 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_spans, read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
-_IN_FLIGHT = 4  # on a GPU: it finds a million rows in a second or so, and a core writes them in two to four
+# Tasks at a time on a GPU: it finds a million rows in a second or so, and a core writes them in two to four.
+# They load what does not fit into its memory together.
+_IN_FLIGHT = 8
+_SHARE_OF_MACHINE, _TABLES = 4, 3  # memory for them: 1/n of the machine's, in which each holds so many tables
+_TEXT_BYTES = 1 << 30  # and, if tokens are stored, these
 _NEIGHBOUR_BYTES = 8  # of 12 in memory; ids are compressed
 _SAME = ("index", "encoder")  # fields that tables share with the record of their name, besides the filters
 _WHOLE, FEW, _MORE = "whole", "few", "more"  # all rows in all parts, rows with gaps, all rows in new parts
@@ -130,8 +135,11 @@ class NeighboursStage:
 
     @property
     def in_flight(self) -> int:
-        """Tasks at a time: a GPU searches for one while the tables of others are written."""
-        return _IN_FLIGHT if is_gpu(self.devices[0]) else 1
+        """Tasks at a time in a process: a GPU searches for one while others are prepared and written."""
+        if not is_gpu(self.devices[0]) or self.memory is not None:
+            return 1
+        each = _TABLES * PART_SIZE * self.saved * (_NEIGHBOUR_BYTES + 4) + _TEXT_BYTES * self.text
+        return max(1, min(_IN_FLIGHT, memory_of_machine() // len(self.devices) // _SHARE_OF_MACHINE // each))
 
     @property
     def key(self) -> str:
@@ -314,31 +322,58 @@ def database_of(store: Store, table: str) -> tuple[Store, Mapping[str, Any]]:
 
 
 class NeighboursWorker:
-    """Executes the tasks of a ``NeighboursStage``: searches for one at a time, while other threads write."""
+    """Executes the tasks of a ``NeighboursStage``, which several threads may give it.
+
+    They share the database, and what it has in the memory of a GPU. It is opened again after a commit, and
+    loaded again, once no thread is searching, if that changed what is found.
+    """
 
     def __init__(self, store: Store, stage: NeighboursStage) -> None:
         self._store = store
         self._stage = stage
         self._database = stage.open_database(store)
-        self._commit = self._database.store.state.number
+        self._newest = Store.open(stage.database)
         self._within = search_scope.is_same_store(store, self._database.store)
-        self._probed = 0  # lists that were probed for the table that is updated; 0: unknown
-        self._turn = threading.Lock()
+        self._turn = threading.Condition()
+        self._searching = 0  # threads
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Make or update the table of one part."""
         with self._turn:
-            write = self._compute(task, run, report)
+            undone = digest_of_undone(self._store.refresh())  # first: the database may then know more, not less
+            while not self._reopened():
+                self._turn.wait()
+                undone = digest_of_undone(self._store.refresh())
+            database = self._database
+            self._searching += 1
+        try:
+            write = self._compute(database, task, run, report, undone)
+        finally:
+            with self._turn:
+                self._searching -= 1
+                self._turn.notify_all()
         return write()
 
-    def _compute(self, task: Task, run: str, report: Report) -> Callable[[], Staged]:
+    def _reopened(self) -> bool:
+        """Open the database's newest commit, unless others search now and would find something else in it."""
+        old = self._database
+        if self._newest.refresh().number == old.store.state.number:
+            return True
+        new = self._stage.open_database(self._store)
+        if searched_of(new) == searched_of(old):
+            new.share_device(old)
+        elif self._searching:
+            return False
+        else:  # an erase may have replaced files
+            old.leave_device()
+        self._database = new
+        return True
+
+    def _compute(
+        self, database: AnyDatabase, task: Task, run: str, report: Report, undone: str
+    ) -> Callable[[], Staged]:
         """Search for one part; return the function that writes the table."""
         store, stage = self._store, self._stage
-        undone = digest_of_undone(store.refresh())
-        if self._database.store.refresh().number != self._commit:  # an erase may have replaced files since
-            self._database = stage.open_database(store)
-            self._commit = self._database.store.state.number
-        database = self._database
         part = int(task.inputs["part"])
         vectors = search_scope.read_part_vectors(store, database.encoder, part)
         replaced = store.state.part_file("neighbours", part, stage.table)
@@ -348,13 +383,14 @@ class NeighboursWorker:
         own = search_scope.own_documents(store, part, database.store, database.tombstones, within=self._within)
 
         def ask(rows: Ids) -> Queries:
-            return Queries(vectors[rows].astype(np.float32), own.take(rows))
+            asked = Queries(vectors[as_slice(rows)], own.take(rows))
+            return asked if is_gpu(stage.devices[0]) else asked.widened()
 
-        self._probed = int(((replaced and replaced.about) or {}).get("probed", 0))
+        probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
         for rows in finder.blocks(asking):
             with checking_device(stage.devices[0]):
-                best = self._search(database, finder, rows, before, task.inputs["new"])
+                best = self._search(finder, rows, before, task.inputs["new"], probed)
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
             if stage.memory is not None:
@@ -404,20 +440,22 @@ class NeighboursWorker:
 
         return write
 
-    def _search(
-        self, database: AnyDatabase, finder: Finder, rows: Ids, before: NeighbourTable | None, new: list[int]
-    ) -> Best:
-        """Find the neighbours of a block of rows. With a table ``before``, search ``new`` parts and merge."""
+    def _search(self, finder: Finder, rows: Ids, before: NeighbourTable | None, new: list[int], probed: int) -> Best:
+        """Find the neighbours of a block of rows. With a table ``before``, search ``new`` parts and merge.
+
+        ``probed``: lists that were probed for that table, 0 if unknown.
+        """
+        database = finder.database
         if before is None:
             return finder.search(rows)
         ids, distances = before.ids[rows], before.distances[rows]
         gone = database.tombstones.contains(ids)
         kept = Best(np.where(gone, np.float32(np.inf), distances), np.where(gone, NO_NEIGHBOUR, ids))
         best = merged(kept, finder.search(rows, only=new), self._stage.saved)
-        if self._probed and self._probed < probed_by(database):
+        if probed and probed < probed_by(database):
             # The index has grown and is tuned to probe more lists, which were not searched for old parts.
             old = sorted(set(database.held()) - set(new))
-            more = finder.search(rows, only=old, beyond=self._probed)
+            more = finder.search(rows, only=old, beyond=probed)
             best = merged(best, more, self._stage.saved)
         # If saved neighbours were purged, old parts may have unsaved ones beyond the last one.
         horizon = np.where(gone.any(axis=1), distances[:, -1], np.inf)
