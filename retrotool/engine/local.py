@@ -1,8 +1,10 @@
 """Pools that run tasks on this machine: in this process, or in spawned worker processes.
 
-Each worker is a pool of one process that gets one task at a time. If it is killed (for example, out of
-memory), only its task fails, and a new process starts. It uses its share of the cores, and reports through
-its own pipe, so a kill during a write leaves no lock behind. Workers end on Ctrl-C, and with their parent.
+Each worker is a pool of one process that gets one task at a time, or as many as the stage has in flight, in
+threads. If it is killed (for example, out of memory), only its tasks fail, and a new process starts. From
+then on all workers get one task at a time, so that a task that kills its worker fails alone. A worker uses
+its share of the cores, and reports through its own pipe, so a kill during a write leaves no lock behind.
+Workers end on Ctrl-C, and with their parent.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import OpenError, Stage, Task, Update, Worker, perform_reporting
@@ -32,12 +34,17 @@ from retrotool.store.store import Store
 WAIT_SECONDS = 30.0  # for a task to end, before the caller gets its turn
 _LISTEN_SECONDS = 5.0
 _worker: tuple[Worker | Exception, Storage, str, Update] | None = None  # of this worker process
+_threads: ThreadPoolExecutor | None = None  # of this worker process, if several tasks are in flight
+_running: dict[Future[Staged | None], str] = {}  # the keys of these tasks
+
+UpdatePipe: TypeAlias = "Connection[tuple[int, int], Any]"
+Ended = list[tuple[str, Staged | BaseException | None]]  # keys of tasks that have ended, with their results
 
 
 def _open_worker(
-    stage: Stage, storage: Storage, run: str, pipe: Connection[tuple[int, int], Any], number: int, threads: int
+    stage: Stage, storage: Storage, run: str, most: int, pipe: UpdatePipe, number: int, threads: int
 ) -> None:
-    global _worker
+    global _worker, _threads
     leave_pandas_out()
     if hasattr(os, "sched_setaffinity"):
         # tokie honours nothing else. With a thread per core in each worker it would lose a third of its rate.
@@ -50,14 +57,25 @@ def _open_worker(
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     own: Any = stage
+    in_flight = getattr(stage, "in_flight", 1)
     if devices := getattr(stage, "devices", ()):
-        own = dataclasses.replace(own, devices=(devices[number % len(devices)],))
+        device = (devices[number % len(devices)],)
+        in_flight = getattr(dataclasses.replace(own, devices=device * len(devices)), "in_flight", 1)
+        own = dataclasses.replace(own, devices=device)
     opened: Worker | Exception
     try:
         opened = own.open(Store.open(storage))
     except Exception as error:  # a pool would report only a broken process, not the reason
         opened = error
-    _worker = (opened, storage, run, lambda *update: pipe.send(update))
+    if (in_flight := min(in_flight, most)) > 1:
+        _threads = ThreadPoolExecutor(in_flight, "retrotool-task")
+    lock = threading.Lock()
+
+    def update(done: int, elsewhere: int) -> None:
+        with lock:
+            pipe.send((done, elsewhere))
+
+    _worker = (opened, storage, run, update)
 
 
 def _follow_parent() -> None:
@@ -68,12 +86,21 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _do(task: Task) -> Staged | None:
+def _do(task: Task | None, alone: bool) -> Ended:
+    """Begin a task, if any; return what has ended once another may begin, or something has ended."""
     assert _worker is not None
     worker, storage, run, update = _worker
     if isinstance(worker, Exception):
         raise OpenError(worker)
-    return perform_reporting(worker, storage, task, run, update)
+    if _threads is None:
+        assert task is not None
+        return [(task.key, perform_reporting(worker, storage, task, run, update))]
+    if task is not None:
+        _running[_threads.submit(perform_reporting, worker, storage, task, run, update)] = task.key
+    if task is None or alone or len(_running) == _threads._max_workers:
+        concurrent.futures.wait(_running, return_when=concurrent.futures.FIRST_COMPLETED)
+    ended = [(future, _running.pop(future)) for future in list(_running) if future.done()]
+    return [(key, future.exception() or future.result()) for future, key in ended]
 
 
 class _Here:
@@ -118,44 +145,73 @@ class _Here:
 
 
 class _Processes:
-    """Worker processes; a context manager that kills running tasks if it exits with an error."""
+    """Worker processes; a context manager that kills running tasks if it exits with an error.
 
-    def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress) -> None:
+    None has more tasks in flight than its share of ``tasks``, so that all have some.
+    """
+
+    def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress, tasks: int) -> None:
         self._context = multiprocessing.get_context("spawn")
         # Starting it unblocks Ctrl-C. Started with the first worker, it would expose that worker to Ctrl-C.
         resource_tracker.ensure_running()
-        self._arguments = (stage, store.storage, run.id)
+        self._arguments = (stage, store.storage, run.id, -(-tasks // workers))
         self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)
         self._pools: dict[int, ProcessPoolExecutor] = {}
-        self.idle = list(reversed(range(workers)))  # workers without a task; the last begins next
-        self.busy: dict[Future[Staged | None], tuple[int, Task]] = {}  # tasks that ``finished`` has not yielded
+        self.idle = list(reversed(range(workers)))  # workers that may get a task; the last begins next
+        self.busy: dict[str, tuple[int, Task]] = {}  # workers and tasks that ``finished`` has not yielded, by key
+        self._calls: dict[Future[Ended], int] = {}  # calls of workers that have not returned
+        self._alone = False  # since a worker was killed
         self._listening: list[threading.Thread] = []
 
     def begin(self, task: Task) -> None:
         """Give a task to an idle worker; start the worker if needed."""
         number = self.idle.pop()
+        self.busy[task.key] = (number, task)
+        self._call(number, task)
+
+    def _call(self, number: int, task: Task | None) -> None:
         with _interrupts_deferred():
             if number in self._pools:
-                self.busy[self._pools[number].submit(_do, task)] = (number, task)
+                try:
+                    call = self._pools[number].submit(_do, task, self._alone)
+                except BrokenProcessPool as error:  # it was killed between two calls
+                    call = Future()
+                    call.set_exception(error)
+                self._calls[call] = number
                 return
             reported, pipe = self._context.Pipe(duplex=False)
             arguments = (*self._arguments, pipe, number, self._threads)
             pool = self._pools[number] = ProcessPoolExecutor(1, self._context, _open_worker, arguments)
-            self.busy[pool.submit(_do, task)] = (number, task)
+            self._calls[pool.submit(_do, task, self._alone)] = number
             pipe.close()  # the process has its own end by now; when it closes that, ``listen`` ends
             self._listening.append(threading.Thread(target=self._progress.listen, args=(reported,), daemon=True))
             self._listening[-1].start()
 
     def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
         """Wait up to ``WAIT_SECONDS`` for tasks to end; yield those that have. Killed workers start again."""
-        done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
-        for future in done:
-            number, task = self.busy.pop(future)
-            if isinstance(future.exception(), BrokenProcessPool):
+        for number in {number for number, _ in self.busy.values()}.difference(self._calls.values()):
+            self.idle = [other for other in self.idle if other != number]
+            self._call(number, None)  # there is nothing to begin
+        done, _ = concurrent.futures.wait(self._calls, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        for call in done:
+            number = self._calls.pop(call)
+            error = call.exception()
+            if isinstance(error, BrokenProcessPool):
                 self._pools.pop(number).shutdown(wait=False)
-            self.idle.append(number)
-            yield task, future
+                self._alone = True
+            mine = {key: error for key, (owner, _) in self.busy.items() if owner == number}
+            ended = mine.items() if error is not None else call.result()
+            if not self._alone or len(ended) == len(mine):
+                self.idle.append(number)
+            for key, result in ended:
+                future = Future[Staged | None]()
+                if isinstance(result, BaseException):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+                if key in self.busy:
+                    yield self.busy.pop(key)[1], future
 
     def __enter__(self) -> _Processes:
         return self
@@ -176,12 +232,12 @@ class _Processes:
 
 
 def open_pool(
-    stage: Stage, store: Store, run: Run, workers: int, progress: Progress
+    stage: Stage, store: Store, run: Run, workers: int, progress: Progress, tasks: int
 ) -> contextlib.AbstractContextManager[_Here | _Processes]:
-    """Return a pool of ``workers`` processes, or of this process for one."""
+    """Return a pool of ``workers`` processes, or of this process for one, for so many ``tasks``."""
     if workers == 1:
         return _Here(stage, store, run, progress)
-    return _Processes(stage, store, run, workers, progress)
+    return _Processes(stage, store, run, workers, progress, tasks)
 
 
 @contextlib.contextmanager

@@ -158,7 +158,7 @@ class _Execution:
         waiting = deque(tasks)
         folded = time.monotonic()
         progress.plan(sum(task.weight for task in tasks), "loading")
-        with open_pool(stage, store, run, workers, progress) as pool:
+        with open_pool(stage, store, run, workers, progress, len(tasks)) as pool:
             while pool.busy or (waiting and not self.ended):
                 while waiting and pool.idle and not self.ended:
                     interrupts.check()

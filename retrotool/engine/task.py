@@ -45,7 +45,7 @@ class Task:
 
 
 class Worker(Protocol):
-    """Does tasks, one at a time."""
+    """Does tasks, one at a time, or as many as its stage has in flight."""
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Write the task's files under the run's id; return what to stage, or None if it is done already."""
@@ -54,7 +54,7 @@ class Worker(Protocol):
 class Stage(Protocol):
     """A kind of work. Of its ``devices``, if it has some, each worker process gets one.
 
-    With an attribute ``in_flight``, the worker of a run in one process is called by so many threads at once.
+    With an attribute ``in_flight``, the worker of each process is called by so many threads at once.
     """
 
     @property

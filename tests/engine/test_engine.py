@@ -510,3 +510,53 @@ def test_what_fails_in_flight_is_named_and_the_others_are_kept(store: Store, tmp
     with pytest.raises(TaskError, match="task 4 failed 3 times: RuntimeError: boom"):
         execute(store, InFlightStage(str(tmp_path / "marks"), fail=((4, "always"),)))
     assert len(store.state.group("selectors")) == 5
+
+
+@dataclass(frozen=True)
+class PairsStage(NoStage, ClaimingStage):
+    """Has two tasks in flight in each process; a task waits until another has begun in its process, if it can."""
+
+    in_flight: int = 2
+    broken: int = -1
+    devices: tuple[int, ...] = (0, 1)
+
+    def open(self, store: Store) -> Worker:  # type: ignore[override]
+        worker, meet = super().open(store), threading.Barrier(2)
+
+        def perform(task: Task, run: str, report: Report) -> Staged:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meet.wait(1)
+                (Path(self.marks) / f"pair-{task.label}").touch()
+            return worker(task, run, report)
+
+        return perform
+
+
+def test_each_process_may_have_several_tasks_in_flight(store: Store, tmp_path: Path) -> None:
+    execute(store, PairsStage(str(tmp_path / "marks"), tasks=8), workers=2)
+    assert [attempts(tmp_path, n) for n in range(8)] == [1] * 8
+    assert len(store.state.group("selectors")) == 8
+    assert len(list((tmp_path / "marks").glob("pair-*"))) >= 2
+    assert len(list((tmp_path / "marks").glob("open-*"))) == 2
+
+
+def test_what_fails_in_flight_in_a_process_is_named_with_its_advice(store: Store, tmp_path: Path) -> None:
+    stage = PairsStage(str(tmp_path / "marks"), fail=((1, "corrupt"), (4, "once")))
+    with pytest.raises(CorruptError, match="broken") as error:
+        execute(store, stage, workers=2)
+    assert error.value.advice == "repair it"
+    assert (attempts(tmp_path, 1), attempts(tmp_path, 4)) == (1, 2)
+    assert len(store.refresh().group("selectors")) == 5
+
+
+def test_a_killed_process_loses_its_tasks_in_flight_and_the_task_that_kills_is_then_alone(
+    store: Store, tmp_path: Path
+) -> None:
+    stage = PairsStage(str(tmp_path / "marks"), fail=((2, "kill"),))
+    with writing(store) as run:
+        with pytest.raises(TaskError, match=r"task 2 failed 3 times: BrokenProcessPool"):
+            engine.execute(stage, store, run, workers=2)
+        with Run(store.storage) as other:
+            assert leases.claim_holders(store.storage, other.id).keys() == frozenset()
+    assert attempts(tmp_path, 2) == 3 and sum(attempts(tmp_path, n) for n in range(6)) <= 5 + 3 + 1
+    assert len(store.refresh().group("selectors")) == 5
