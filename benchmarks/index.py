@@ -1,6 +1,7 @@
 """Build and search an index of a store's real vectors: recall, memory, time, and those of faiss.
 
     python benchmarks/index.py STORE [--encoder minilm] [--autofaiss /path/to/venv/bin/python] [--vectors 48000]
+        [--device cpu]
 
 STORE has embeddings; it is not changed. Prints:
 
@@ -94,13 +95,13 @@ def recall_of(
     return float(np.mean(shares))
 
 
-def bench_build(store: Path, encoder: str, folder: Path) -> Path:
+def bench_build(store: Path, encoder: str, folder: Path, device: str) -> Path:
     """Time the command on a copy of the store; return the copy."""
     copy = folder / "store"
     shutil.copytree(store, copy)
     shutil.rmtree(copy / "index", ignore_errors=True)
     start = time.perf_counter()
-    options = [str(copy), "--encoder", encoder, "--name", "bench", "--json"]
+    options = [str(copy), "--encoder", encoder, "--name", "bench", "--devices", device, "--json"]
     done = subprocess.run([*tool(), "index", *options], capture_output=True, check=True)
     seconds = time.perf_counter() - start
     result = json.loads(done.stdout)
@@ -114,13 +115,13 @@ def bench_build(store: Path, encoder: str, folder: Path) -> Path:
     return copy
 
 
-def bench_recall(copy: Path, vectors: Floats, ids: npt.NDArray[np.int64], documents: list[Any]) -> None:
+def bench_recall(copy: Path, vectors: Floats, ids: npt.NDArray[np.int64], documents: list[Any], device: str) -> None:
     """Measure recall by independent brute force, without the own document and without the query only."""
     from retrotool.ann.excluded import Excluded, Queries
     from retrotool.index.searching import Database
     from retrotool.store.store import Store
 
-    database = Database(Store.open(copy), "bench")
+    database = Database(Store.open(copy), "bench", device=device)
     rows = np.sort(np.random.default_rng(123).choice(len(vectors), QUERIES, replace=False))
     own = np.unique(np.array(documents), axis=0, return_inverse=True)[1].ravel()
     first = np.array([np.flatnonzero(own == own[row])[[0, -1]] for row in rows])
@@ -227,14 +228,15 @@ def main() -> None:
     parser.add_argument("--encoder", default="minilm")
     parser.add_argument("--autofaiss", metavar="PYTHON")
     parser.add_argument("--vectors", type=int, default=0, help="take so many for the comparisons, 0: all")
+    parser.add_argument("--device", default="cpu", help="of the index and its search, such as cuda:0")
     arguments = parser.parse_args()
     print(describe())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vectors, ids, documents = export(arguments.store, arguments.encoder, folder, arguments.vectors)
         print(f"{len(vectors):,} vectors of {vectors.shape[1]} dimensions")
-        copy = bench_build(arguments.store, arguments.encoder, folder)
-        bench_recall(copy, vectors, ids, documents)
+        copy = bench_build(arguments.store, arguments.encoder, folder, arguments.device)
+        bench_recall(copy, vectors, ids, documents, arguments.device)
         path = folder / "vectors.npy"
         n = len(np.load(path, mmap_mode="r"))
         kernel = best_kernel(path)

@@ -1,17 +1,20 @@
 """Compare the search for neighbours of all chunks through an inverted file with faiss on the same file.
 
     python benchmarks/neighbours.py STORE [--encoder minilm] [--vectors N] [--nlist 2048] [--nprobe 16] [--queries N]
+        [--device cpu]
 
 STORE has embeddings; it is not changed. If it has fewer than ``--vectors``, noisy copies of real ones are
 added. One index of float32 vectors, made here, is searched by
 
 * ``retrotool``: list by list, nothing excluded, with extra candidates that are ranked by distances computed
-  from the vectors, as in ``retrotool neighbours``;
+  from the vectors, as in ``retrotool neighbours``; with ``--device cuda:0``, on that GPU, which has the vectors;
 * ``faiss`` ``search``, query by query;
 * ``faiss.contrib.big_batch_search``, its fastest method here;
 
 with the same lists, probes, queries and threads, faiss with its fastest OpenBLAS kernel. Recall is the share
 of neighbours at least as near as those that faiss ``search`` finds: all search the same lists exactly.
+
+The last line is the whole command ``retrotool neighbours`` on a copy of STORE, with its default index.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from index import best_kernel, export
+from index import best_kernel, export, tool
 from machine import describe
 
 K = 10
@@ -40,7 +43,9 @@ NOISE = 0.6
 OURS = "retrotool"
 
 
-def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64], float]:
+def ours(folder: Path, nprobe: int, queries: int, device: str) -> tuple[npt.NDArray[np.int64], float]:
+    if device != "cpu":
+        return on_device(folder, nprobe, queries, device)
     from retrotool.ann import lists
     from retrotool.ann.excluded import Queries
     from retrotool.ann.ranking import rerank
@@ -48,7 +53,7 @@ def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64]
 
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     shard = lists.read_lists(folder / "ivf.faiss")
-    asked = Queries.plain(np.ascontiguousarray(vectors[:queries]))
+    asked = Queries.plain(np.array(vectors[:queries]))
     found: list[npt.NDArray[np.int64]] = []
     seconds = 0.0
     for rows in (1024, None):  # first the few, to warm up
@@ -61,6 +66,30 @@ def ours(folder: Path, nprobe: int, queries: int) -> tuple[npt.NDArray[np.int64]
             found.append(rerank(some.vectors, candidates, lambda ids: vectors[ids], K).ids)
         seconds = time.perf_counter() - start
     return np.concatenate(found), queries / seconds
+
+
+def on_device(folder: Path, nprobe: int, queries: int, device: str) -> tuple[npt.NDArray[np.int64], float]:
+    import torch
+
+    from retrotool.ann import lists
+    from retrotool.ann.excluded import Queries
+    from retrotool.ann.resident import Centroids, ResidentLists
+
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    shard = lists.read_lists(folder / "ivf.faiss")
+    numbers = np.empty(len(vectors), np.int32)
+    for number in shard.numbers:
+        numbers[shard.ids(number)] = number
+    blocks = (vectors[first : first + (1 << 16)].astype(np.float16) for first in range(0, len(vectors), 1 << 16))
+    ids, centroids = np.arange(len(vectors)), Centroids(shard.trained, torch.device(device))
+    start = time.perf_counter()
+    loaded = ResidentLists(centroids, numbers, ids, blocks, device)
+    print(f"loaded in {time.perf_counter() - start:.2f} s", file=sys.stderr)
+    asked = Queries.plain(vectors[:queries].astype(np.float16))
+    loaded.search(asked.take(slice(1 << 14)), K, nprobe)  # to warm up
+    start = time.perf_counter()
+    found = loaded.search(asked, K, nprobe).ids
+    return found, queries / (time.perf_counter() - start)
 
 
 def theirs(folder: Path, nprobe: int, queries: int, how: str) -> tuple[npt.NDArray[np.int64], float]:
@@ -88,12 +117,13 @@ def main() -> None:
     parser.add_argument("--nlist", type=int, default=2048)
     parser.add_argument("--nprobe", type=int, default=16)
     parser.add_argument("--queries", type=int, help="default: all vectors")
+    parser.add_argument("--device", default="cpu", help="for retrotool; faiss is on the CPU")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         folder, how = Path(arguments.child[0]), arguments.child[1]
         asked = (folder, arguments.nprobe, arguments.queries)
-        found, rate = ours(*asked) if how == OURS else theirs(*asked, how)
+        found, rate = ours(*asked, arguments.device) if how == OURS else theirs(*asked, how)
         np.save(folder / f"{how}.npy", found)
         print(json.dumps(rate))
         return
@@ -101,6 +131,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
         compare(arguments, folder)
+        whole(arguments, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -144,7 +175,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     for how in (OURS, "search", "knn_function", "pairwise_distances", "index"):
         for kernel in kernels[: 1 if how == OURS else None]:
             command = [sys.executable, __file__, str(arguments.store), "--nprobe", str(arguments.nprobe)]
-            command += ["--queries", str(queries), "--child", str(folder), how]
+            command += ["--queries", str(queries), "--device", arguments.device, "--child", str(folder), how]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **kernel}, check=False)
             if done.returncode:
                 print(f"  {how}: failed: {done.stderr.strip().splitlines()[-1]}")
@@ -161,6 +192,21 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
         print(f"  {how}: {100 * right.mean():.2f} % as near as what search finds")
     batch = max(rate for how, rate in rates.items() if how not in (OURS, "search"))
     print(f"{OURS}: {rates[OURS] / rates['search']:.1f} x search, {rates[OURS] / batch:.2f} x big_batch_search")
+
+
+def whole(arguments: argparse.Namespace, folder: Path) -> None:
+    """Time the command on a copy of the store, with an index that is made for it."""
+    store, options = folder / "store", ["--name", "bench", "--devices", arguments.device, "--json"]
+    shutil.copytree(arguments.store, store)
+    index = [*tool(), "index", str(store), "--encoder", arguments.encoder, *options]
+    subprocess.run(index, capture_output=True, check=True)
+    start = time.perf_counter()
+    command = [*tool(), "neighbours", str(store), "--index", "bench", *options]
+    done = subprocess.run(command, capture_output=True, check=True)
+    seconds, n = time.perf_counter() - start, json.loads(done.stdout)["queries"]
+    print(
+        f"retrotool neighbours, the whole command on {arguments.device}: {seconds:.1f} s, {n / seconds:,.0f} queries/s"
+    )
 
 
 def distances(vectors: npt.NDArray[np.float32], found: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
