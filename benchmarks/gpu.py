@@ -30,9 +30,9 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import site
-import shutil
 import subprocess
 import sys
 import tempfile

@@ -358,6 +358,8 @@ class _Work:
             "disks: every file is read and written once, a lower bound",
             "not counted: reading the input, networks, and cores that only drive a GPU",
         ]
+        if self.machines.gpus:
+            found.append("each GPU holds all vectors: if not, it reads them again for every 8 parts, not counted")
         if choice.nlist:
             candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"
             found.insert(4, f"each query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
