@@ -132,7 +132,7 @@ def _after(stream: Generator[bytes], first: int) -> Generator[bytes]:
 def cut_stream(file: InputFile, slices: int) -> list[Slice]:
     """Return about equal slices of an archive that is read from its beginning, at most ``slices``.
 
-    Whoever reads one decompresses all that comes before it, so there are few.
+    Each reader decompresses all that comes before its slice, so there are few.
     """
     slices = min(slices, _MOST_SLICES.get(file.compression, 1))
     if slices < 2:
