@@ -113,10 +113,13 @@ class Mask:
         if self._excluded.ascends:
             hit = np.flatnonzero(self._hit[low:high])
             if len(hit):
-                asked = rows.numpy()
+                asked, found = rows.numpy(), scores.numpy()
                 first = np.searchsorted(asked, self._begin[low:high][hit])
-                place, row = _ranges(first, np.searchsorted(asked, self._end[low:high][hit]) - first)
-                _hide(scores, row, hit[place])
+                last = np.searchsorted(asked, self._end[low:high][hit])
+                own = first < last
+                # A slice of each column: quicker than all their places in one array.
+                for column, begin, end in zip(hit[own].tolist(), first[own].tolist(), last[own].tolist(), strict=True):
+                    found[begin:end, column] = -np.inf
         else:
             ids, some = self._ids[low:high], self._excluded.take(rows.numpy())
             first = np.searchsorted(ids, some.first)

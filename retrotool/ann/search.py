@@ -235,9 +235,10 @@ class _ByList:
         least = np.min_scalar_type(int(probed.max(initial=0)))  # 16-bit numbers sort several times as fast
         flat = probed.ravel().astype(least)
         order = np.argsort(flat, kind="stable")
-        starts = np.flatnonzero(np.diff(flat[order].astype(np.int64), prepend=-1)).tolist()
-        self._bounds = dict(zip(flat[order[starts]].tolist(), itertools.pairwise([*starts, len(order)]), strict=True))
-        self._rows = torch.from_numpy(order // max(probed.shape[1], 1))
+        counts = np.bincount(flat)
+        asked, ends = np.flatnonzero(counts), np.cumsum(counts)
+        self._bounds = dict(zip(asked.tolist(), itertools.pairwise([0, *ends[asked].tolist()]), strict=True))
+        self._rows = torch.from_numpy(order).div_(max(probed.shape[1], 1), rounding_mode="floor")
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._bounds)
