@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.ranges import expand_ranges
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
+from retrotool.sources.streams import estimated_text
 from retrotool.store import leases, parts, schema
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -52,6 +54,8 @@ Duplicates = Literal["skip", "keep", "fail"]
 Existing = Literal["skip", "replace", "fail", "mirror"]
 _SPREAD = 16
 _LEAST_UNIT_BYTES = 8 << 20
+_FEW_SLICES = 3  # of a stream: they cost next to nothing
+_WALKED_BYTES = 1 << 20  # size of a zstd archive from which its headers are read for a better estimate
 HASHES = np.dtype(f"S{2 * parts.HASH_BYTES}")  # key and text hash of a document
 
 
@@ -107,14 +111,14 @@ def cut_units(
     files: Sequence[InputFile], fields: Fields, part_size: int, chunk_length: int
 ) -> list[tuple[InputPiece, ...]]:
     """Cut files into units of about a part, or of a 16th of all input if that is less (at least 8 MiB)."""
-    whole = sum(map(text_bytes, files))
+    sizes = [_text_bytes_by_headers(file) for file in files]
+    whole = sum(sizes)
     target = max(_LEAST_UNIT_BYTES, min(part_size * chunk_length * BYTES_PER_TOKEN, whole // _SPREAD))
-    share = whole // (2 * (os.cpu_count() or 1))  # half of what a core gets
+    share = max(1, whole // (2 * (os.cpu_count() or 1)))  # half of what a core gets
     units: list[tuple[InputPiece, ...]] = []
     small: list[InputPiece] = []
     gathered = 0
-    for number, file in enumerate(files):
-        size = text_bytes(file)
+    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
         if small and gathered + size > target:
             units.append(tuple(small))
             small, gathered = [], 0
@@ -122,7 +126,9 @@ def cut_units(
             small.append(InputPiece(number, file.size))
             gathered += size
         else:
-            slices = sources.cut_input(file, fields, target, -(-size // max(target, share)))
+            # A stream is cut where a core would have too much of it, or be left with it at the end.
+            few = min(-(-4 * size // share), _FEW_SLICES)
+            slices = sources.cut_input(file, fields, target, max(-(-size // share), few))
             units += [(InputPiece(number, file.size // len(slices), where),) for where in slices]
     return [*units, tuple(small)] if small else units
 
@@ -130,6 +136,16 @@ def cut_units(
 def text_bytes(file: InputFile) -> int:
     """Estimate how many bytes of text a file holds."""
     return int(file.size * EXPANSION.get(file.compression or file.base, 1.0))
+
+
+def _text_bytes_by_headers(file: InputFile) -> int:
+    """Estimate how many bytes of text a file holds, of a large zstd archive by the headers of its blocks."""
+    if file.compression != "zst" or file.size < _WALKED_BYTES:
+        return text_bytes(file)
+    try:
+        return estimated_text(Path(file.path), file.compression)
+    except OSError:
+        return text_bytes(file)
 
 
 def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> list[InputFile]:
