@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,14 @@ _frozen = 0
 
 
 @pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what of the code for GPUs was not tested here."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, n in reasons.items():
+        if "GPU" in reason:
+            terminalreporter.write_line(f"{n} skipped: {reason.removeprefix('Skipped: ')}")
+
+
 def pytest_runtest_setup() -> None:
     """What is imported by now stays: it need not be looked through for garbage again."""
     global _frozen

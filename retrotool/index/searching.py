@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -286,7 +287,7 @@ class Vectors:
         return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
 
 
-class _Open:
+class _Open(ABC):
     """A store opened for search on a device, in ``room`` bytes per buffer, for sources that ``allows``.
 
     Several threads may search: on a GPU together (``OnDevice``), on a CPU one after the other.
@@ -310,8 +311,8 @@ class _Open:
                 self._resident.append(self._open_on_device())
             return self._resident[0]
 
-    def _open_on_device(self) -> OnDevice:
-        raise NotImplementedError
+    @abstractmethod
+    def _open_on_device(self) -> OnDevice: ...
 
     def share_device(self, other: AnyDatabase) -> None:
         """Use what ``other``, with the same ``searched_of``, has or will have in the memory of a GPU."""

@@ -20,8 +20,9 @@ Work, in floating-point operations (a multiplication and an addition are two)
 
 Time
     The longest of: operations / rate of the devices, core-seconds / cores, and bytes / rate of the disks,
-    which read and write each file once (neighbours reads vectors twice, to re-rank). Parts are the units of
-    work, so the worker with the most parts decides. Stages run one after another.
+    which read and write each file once. neighbours reads vectors twice, to re-rank; GPUs load them once, or
+    for every eight parts if they do not fit. Parts are the units of work, so the worker with the most parts
+    decides. Stages run one after another.
 
 Not included: what the plan lists as not counted, killed jobs, and the recall, which can only be measured.
 """
@@ -53,6 +54,9 @@ LIST_BYTES = 8
 SPECIAL_TOKENS = 2
 SCANNED_LISTS = 3
 RERANKED = 100
+_CARD_BYTES, _BESIDE_VECTOR = 56e9, 40  # of 80 GB, for vectors; bytes of a vector besides its numbers
+_PARTS_AT_ONCE = 8  # searched by a GPU in each portion of vectors that is loaded
+_LOADED_PER_SECOND = 2e10  # bytes, from memory to a GPU
 GPUS_A_HOST = 8
 TOKENS_A_DOCUMENT = 700
 _CENTROIDS = 256
@@ -307,8 +311,14 @@ class _Work:
         coded = choice.code not in ("float16", "float32")
         scanned = min(n, SCANNED_LISTS * choice.nlist) if choice.nlist else n
         flops = n * (choice.nlist + scanned + min(n, RERANKED) * coded) * 2.0 * choice.coded
-        read = self._bytes["embeddings"] * (1 + coded) + self._bytes["index"]
-        return self._spread("neighbours", self._products("neighbours", flops), read, self._bytes["neighbours"])
+        seconds, vectors = self._products("neighbours", flops), self._bytes["embeddings"]
+        read = vectors * (1 + coded) + self._bytes["index"]
+        if self.machines.gpus:
+            fits = n * (2 * choice.d + _BESIDE_VECTOR) <= _CARD_BYTES
+            loads = 1 if fits else -(-self.parts // _PARTS_AT_ONCE)
+            seconds += loads * vectors / _LOADED_PER_SECOND
+            read = vectors * (1 if 2 * vectors <= self.machines.memory else loads)
+        return self._spread("neighbours", seconds, read, self._bytes["neighbours"])
 
     def _rate(self, stage: str, per: str) -> float:
         return self._use(TABLE[stage, per])
@@ -359,7 +369,10 @@ class _Work:
             "not counted: reading the input, networks, and cores that only drive a GPU",
         ]
         if self.machines.gpus:
-            found.append("each GPU holds all vectors: if not, it reads them again for every 8 parts, not counted")
+            found.append(
+                f"GPUs hold all vectors, or load them for every {_PARTS_AT_ONCE} parts: from half of a host's memory "
+                "or from disks"
+            )
         if choice.nlist:
             candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"
             found.insert(4, f"each query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
