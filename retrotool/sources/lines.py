@@ -94,7 +94,8 @@ def read_lines(file: InputFile, where: Slice, limit: int, separator: bytes = b"\
                 if line.data is None or (line.data and not line.data.isspace()):
                     yield line
     except BrokenStream as error:
-        raise InputError(f"broken off after line {number:,}: {error}", number + 1) from error
+        after = "" if where.first else f" after line {number:,}"  # of the file, not of a slice
+        raise InputError(f"broken off{after}: {error}", number + 1) from error
 
 
 def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
