@@ -182,13 +182,13 @@ class _Unit:
         self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
 
     def chunk(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> None:
-        with contextlib.closing(ahead(self._batches(pieces, stage), _AHEAD)) as batches:
+        with contextlib.closing(ahead(self._read_and_tokenise(pieces, stage), _AHEAD)) as batches:
             for name, found, hashes, read in batches:
                 if found is not None:
                     self.writer.add(name, found, hashes)
                 self.report(read)
 
-    def _batches(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
+    def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
         for piece in pieces:
             file, weight = self.plan.files[piece.file], piece.weight
             self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
