@@ -268,6 +268,9 @@ class MemoryStorage:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.place}/{path}")
         return found
 
+    def blocks(self, path: str) -> Iterator[bytes]:
+        yield self.get(path)
+
     def open(self, path: str) -> pa.NativeFile:
         import pyarrow as pa
 

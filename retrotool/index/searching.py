@@ -62,14 +62,14 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
     if entry is None:
         raise store.corrupt(f"index {name!r} has no training")
     store.check_sum(entry)
-    with store.reading(entry) as storage:
-        return entry, lists.read_lists(storage.local(entry.path)).trained
+    with store.reading(entry):
+        return entry, lists.read_lists(store.local(entry)).trained
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
     """Map a shard; raise ``ErasedError`` if erased since the store was opened, ``CorruptError`` if broken."""
-    with store.reading(entry) as storage:
-        path = storage.local(entry.path)
+    with store.reading(entry):
+        path = store.local(entry)
         file = MappedFile(store, entry, path)
         # faiss reads everything before the lists at once, and may crash on unexpected bytes.
         in_lists = 0 if trained is None or trained.centroids is None else entry.rows * (trained.codec.size + 8)

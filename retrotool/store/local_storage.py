@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.store import disk, paths
-from retrotool.store.storage import FileStatus, Result, Sink, Unfinished
+from retrotool.store.storage import BLOCK_BYTES, FileStatus, Result, Sink, Unfinished
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,6 +75,12 @@ class LocalStorage:
         with self.local(path).open("rb") as file:
             file.seek(start)
             return file.read(length)
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        # Not mapped: a bad sector then raises an error, not a signal that ends the process.
+        with self.local(path).open("rb", buffering=0) as file:
+            while block := file.read(BLOCK_BYTES):
+                yield block
 
     def open(self, path: str) -> pa.NativeFile:
         import pyarrow as pa

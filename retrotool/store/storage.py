@@ -3,7 +3,7 @@
 Like an object store, a storage holds bytes under relative paths with ``/``: there are no folders, nothing is
 renamed, and a file exists completely or not at all. It does not know what a path means. Files are written
 once, except leases, which their owner overwrites. All machines use the storage's clock. ``local_storage``
-keeps the files in a folder, ``tests/memory_storage.py`` in memory.
+keeps the files in a folder, ``object_storage`` in a bucket, and ``tests/memory_storage.py`` in memory.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from retrotool.errors import StorageError
+from retrotool.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Result = TypeVar("Result")
-SUM_BLOCK = 4 << 20
+BLOCK_BYTES = 4 << 20
 
 
 class FileStatus(Protocol):
@@ -41,7 +41,7 @@ class FileStatus(Protocol):
 
     @property
     def tag(self) -> str:
-        """A text that changes when the file is overwritten."""
+        """A text that differs where the bytes do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +106,14 @@ class Storage(Protocol):
     def get_range(self, path: str, start: int, length: int) -> bytes:
         """Read ``length`` bytes of a file, fewer at its end."""
 
+    def blocks(self, path: str) -> Iterator[bytes]:
+        """Yield a file's bytes in blocks of some MiB."""
+
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access."""
 
-    def local(self, path: str) -> Path:
-        """Return a file of this machine with the same bytes, to be mapped read-only."""
+    def local(self, path: str) -> Path | None:
+        """Return the file of this machine that has the bytes, to be mapped; None if they are elsewhere."""
 
     def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:
         """Write a new file by ``write(sink)``, durably; return the sink, for size and hash, and its result.
@@ -149,6 +152,7 @@ class Storage(Protocol):
 
 Place = str | os.PathLike[str] | Storage
 SCHEMES: dict[str, Callable[[str], Storage]] = {}  # constructors by URI scheme; the default is a folder
+CLOUD_SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "http", "https")
 
 
 def storage_at(place: Place) -> Storage:
@@ -158,7 +162,19 @@ def storage_at(place: Place) -> Storage:
     if not isinstance(place, str | os.PathLike):
         return place
     scheme, found, _ = os.fspath(place).partition("://")
+    if found and scheme in CLOUD_SCHEMES:
+        return _object_storage(os.fspath(place))
     return SCHEMES.get(scheme if found else "", LocalStorage)(os.fspath(place))
+
+
+def _object_storage(place: str) -> Storage:
+    try:
+        from retrotool.store.object_storage import ObjectStorage
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{place}: {error.name} is not installed", "Install it: pip install 'retrotool[cloud]'"
+        ) from None
+    return ObjectStorage(place)
 
 
 def is_same(one: Storage, other: Storage) -> bool:
@@ -192,11 +208,9 @@ def _size(n: int) -> str:
 
 def file_sha256(storage: Storage, path: str, tap: Callable[[memoryview], object] | None = None) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits; ``tap`` is called with all its bytes."""
-    digest, start = hashlib.sha256(), 0
-    # Not mapped: a bad sector then raises an error, not a signal that ends the process.
-    while block := storage.get_range(path, start, SUM_BLOCK):
+    digest = hashlib.sha256()
+    for block in storage.blocks(path):
         digest.update(block)
         if tap is not None:
             tap(memoryview(block))
-        start += len(block)
     return digest.hexdigest()

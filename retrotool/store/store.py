@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
 from retrotool.store import disk, identity, leases, log, paths
+from retrotool.store.cache import FileCache
 from retrotool.store.identity import Identity, TokenizerIdentity
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry, is_there
@@ -65,6 +66,7 @@ class Store:
         self.identity = identity
         self.genesis = genesis
         self.state = state
+        self.cache = FileCache(identity.uuid)
 
     @classmethod
     def open(cls, place: Place) -> Store:
@@ -145,6 +147,11 @@ class Store:
                 beside = entry.path + SUMS
                 if storage.stat(beside) is None or storage.get(beside) != sums.content():
                     raise self.corrupt(f"{self.where(beside)} is missing or does not match its file")
+
+    def local(self, entry: FileEntry) -> Path:
+        """Return a file of this machine with an entry's bytes, to be mapped: the store's own, or a copy."""
+        own = self.storage.local(entry.path)
+        return own if own is not None else self.cache.file(entry, lambda: self.storage.blocks(entry.path))
 
     def write(self, name: FileName, write: Callable[[Sink], int], *, about: dict[str, Any] | None = None) -> FileEntry:
         """Write a new file by ``write(sink)``, which returns its rows; it counts once a commit names it."""

@@ -138,8 +138,8 @@ def write_vector_blocks(
 
 def read_vectors(store: Store, entry: FileEntry) -> MappedVectors:
     """Map a part's embeddings; rows of erased chunks are zero. ``CorruptError`` for a wrong shape or type."""
-    with store.reading(entry) as storage:
-        path = storage.local(entry.path)
+    with store.reading(entry):
+        path = store.local(entry)
         file = MappedFile(store, entry, path)
         file.check(0, 1)
         try:

@@ -1,0 +1,106 @@
+"""Clients of object stores, with the credentials, endpoints and regions that other tools of a cloud use.
+
+The environment variables are those of obstore, which include the clouds' own (``AWS_ACCESS_KEY_ID``,
+``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_ACCOUNT_NAME`` and many more).
+Profiles and single sign-on need the cloud's own package: boto3, google-auth or azure-identity.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from datetime import timedelta
+from typing import Any
+
+import obstore.store
+
+from retrotool.errors import UsageError
+
+TIMEOUT_VARIABLE = "RETROTOOL_CLOUD_TIMEOUT"
+_TIMEOUT_SECONDS = 30.0  # of one request
+_RETRIES = 3
+_AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+_AZURE_KEYS = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_CLIENT_SECRET")
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+
+
+def open_client(place: str) -> Any:
+    """Return obstore's client for a place such as ``s3://bucket/path``; ``UsageError`` if it is not one."""
+    scheme = place.partition("://")[0]
+    options: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    if scheme == "s3":
+        config, options = _aws()
+    elif scheme == "gs" and not _has("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_SKIP_SIGNATURE"):
+        options = _google()
+    elif scheme in ("az", "abfs", "abfss") and not _has(*_AZURE_KEYS, "AZURE_SKIP_SIGNATURE", "AZURE_USE_EMULATOR"):
+        options = _azure()
+    seconds = float(os.environ.get(TIMEOUT_VARIABLE) or _TIMEOUT_SECONDS)
+    client = {"timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=min(seconds, 5.0))}
+    if config.get("endpoint", place).startswith("http://"):
+        client["allow_http"] = True
+    retry = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=4 * seconds)}
+    # Hosts of AWS and Azure are read by HTTPS like others.
+    from_url: Any = obstore.store.HTTPStore.from_url if scheme in ("http", "https") else obstore.store.from_url
+    if config:
+        options["config"] = config
+    try:
+        return from_url(place, client_options=client, retry_config=retry, **options)
+    except Exception as error:  # of obstore, or of a package for credentials
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"{place}: {what}",
+            "A place looks like s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH; credentials are those of "
+            "the cloud's environment variables and profiles.",
+        ) from error
+
+
+def _has(*names: str) -> bool:
+    return any(os.environ.get(name) for name in names)
+
+
+def _aws() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return obstore's settings for S3, and where credentials come from; boto3 knows profiles."""
+    endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    options: dict[str, Any] = {}
+    if not _has(*_AWS_KEYS, "AWS_SKIP_SIGNATURE") and importlib.util.find_spec("boto3"):
+        import boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        session = boto3.session.Session()
+        region = region or session.region_name
+        if session.get_credentials() is not None:
+            options["credential_provider"] = Boto3CredentialProvider(session)
+            endpoint = endpoint or _profile_endpoint(session)
+    config: dict[str, Any] = {"region": region or "us-east-1"}
+    if endpoint is not None:
+        # Few servers of others delete many objects in one request.
+        config |= {"endpoint": endpoint, "disable_bulk_delete": True}
+    return config, options
+
+
+def _profile_endpoint(session: Any) -> str | None:
+    """Return the endpoint of a profile; None for that of AWS."""
+    found: str = session.client("s3", region_name=session.region_name or "us-east-1").meta.endpoint_url
+    return None if found.endswith(".amazonaws.com") else found
+
+
+def _google() -> dict[str, Any]:
+    if importlib.util.find_spec("google") and importlib.util.find_spec("google.auth"):
+        from google.auth.exceptions import DefaultCredentialsError
+        from obstore.auth.google import GoogleCredentialProvider
+
+        try:
+            return {"credential_provider": GoogleCredentialProvider()}
+        except DefaultCredentialsError:
+            pass
+    return {}
+
+
+def _azure() -> dict[str, Any]:
+    if importlib.util.find_spec("azure") and importlib.util.find_spec("azure.identity"):
+        from obstore.auth.azure import AzureCredentialProvider
+
+        return {"credential_provider": AzureCredentialProvider()}
+    return {}

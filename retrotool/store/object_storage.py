@@ -1,0 +1,414 @@
+"""A storage in an object store: ``s3://``, ``gs://``, ``az://``, and ``https://`` for reading, by obstore.
+
+A small new file is one PUT on the condition that there is none. A large one is an upload in parts, which are
+sent while the file is written, and become visible together at the end. Commits rely on the condition:
+
+* An answer may be lost, so that a write that succeeded looks like an error or, repeated, like a lost race.
+* A 409 is "busy", not "exists".
+* Some servers ignore the condition, so a process tries it before it relies on it.
+
+After any failure of such a PUT the key is read and compared: our bytes are success, other bytes a lost race,
+and without bytes the PUT is repeated. Requests that change nothing, or always to the same, are repeated for a
+minute while the server is busy or unreachable; what then fails is a ``StorageError``.
+
+A process must not be forked after a request, since obstore's threads do not survive that; it is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import io
+import itertools
+import os
+import random
+import re
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+
+from retrotool.errors import CorruptError, StorageError
+from retrotool.store import disk
+from retrotool.store.cloud_client import open_client
+from retrotool.store.paths import FileName
+from retrotool.store.storage import FileStatus, Result, Sink, Unfinished, where
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PART_BYTES = 16 << 20  # of an upload; files up to this size are one PUT
+RANGE_BYTES = 8 << 20
+PATIENCE_SECONDS = 60.0
+TRAFFIC_VARIABLE = "RETROTOOL_TRAFFIC"
+_RANGES_AT_ONCE = 8
+_PARTS_AT_ONCE = 4
+_DELETES_AT_ONCE = 16
+_PAGE = 1000  # files that a listing returns at once
+_TAIL_BYTES = 64 << 10  # read at the end of a file that is opened: the footer of most Parquet files
+_TAILS = 256
+_STATUS_CODE = re.compile(r"status code: (\d{3})")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStatus:
+    """A ``FileStatus`` as a server reported it; ``modified`` is in whole seconds on most."""
+
+    path: str
+    size: int
+    modified: float
+    tag: str
+
+
+class ObjectStorage:
+    """The ``Storage`` at ``place``, such as ``s3://bucket/path``."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place.rstrip("/")
+        self._is_conditional = False  # whether the server is known to honour conditions
+        self._process = 0
+
+    @property
+    def uri(self) -> str:
+        return self.place
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_client", "_tails")}
+
+    @cached_property
+    def _client(self) -> Any:
+        self._process = os.getpid()
+        return open_client(self.place)
+
+    @cached_property
+    def _tails(self) -> OrderedDict[str, tuple[int, bytes]]:
+        return OrderedDict()
+
+    def get(self, path: str) -> bytes:
+        return self._again("get", path, lambda: bytes(obstore.get(self._client, path).bytes()))
+
+    def get_range(self, path: str, start: int, length: int) -> bytes:
+        def read() -> bytes:
+            try:
+                return bytes(obstore.get_range(self._client, path, start=start, length=length))
+            except BaseError as error:
+                if _code_of(error) == 416 or obstore.head(self._client, path)["size"] <= start:
+                    return b""  # the range begins at the end of the file
+                raise
+
+        return self._again("get", path, read) if length > 0 else b""
+
+    def blocks(self, path: str) -> Iterator[bytes]:
+        if (status := self.stat(path)) is None:
+            raise self._missing(path)
+        pool = ThreadPoolExecutor(_RANGES_AT_ONCE, "retrotool-range")
+        waiting: deque[Future[bytes]] = deque()
+        try:
+            for start in range(0, status.size, RANGE_BYTES):
+                waiting.append(pool.submit(self.get_range, path, start, RANGE_BYTES))
+                if len(waiting) == _RANGES_AT_ONCE:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def open(self, path: str) -> pa.NativeFile:
+        import pyarrow as pa
+
+        return pa.PythonFile(_ObjectFile(self, path, *self._tail(path)), "r")
+
+    def _tail(self, path: str) -> tuple[int, bytes]:
+        """Return a file's size and its last bytes, by one request; the last ones that were read are kept."""
+
+        def read() -> tuple[int, bytes]:
+            found = obstore.get(self._client, path, options={"range": {"suffix": _TAIL_BYTES}})
+            return found.meta["size"], bytes(found.bytes())
+
+        if path not in self._tails:
+            # An empty file has no last bytes.
+            empty = (status := self.stat(path)) is not None and not status.size
+            self._tails[path] = (0, b"") if empty else self._again("get", path, read)
+            if len(self._tails) > _TAILS:
+                self._tails.popitem(last=False)
+        return self._tails[path]
+
+    def local(self, path: str) -> Path | None:  # noqa: ARG002
+        return None
+
+    def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:  # noqa: ARG002
+        upload = _Upload(self, path)
+        try:
+            sink = Sink(upload.write, lambda: None)
+            result = write(sink)
+            upload.finish()
+        except BaseException as error:
+            upload.abort(error)
+            raise
+        return sink, result
+
+    def put_if_absent(self, path: str, run: str, data: bytes) -> bool:
+        if not self._is_conditional:
+            self._check_conditions(run)
+        return self.create(path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file of at most ``PART_BYTES`` by a conditional PUT; False if the path has other bytes."""
+        patience = _Patience(where(self, path))
+        while True:
+            try:
+                self._request("put", path, lambda: obstore.put(self._client, path, data, mode="create"), len(data))
+                return True
+            except FileNotFoundError:
+                raise self._no_bucket() from None
+            except BaseError as error:
+                with contextlib.suppress(FileNotFoundError):
+                    return self.get(path) == data
+                patience.wait(error, again=isinstance(error, AlreadyExistsError))
+
+    def _check_conditions(self, run: str) -> None:
+        """Check that of two conditional PUTs of a path the second fails; else raise ``StorageError``."""
+        path = FileName.new(run, "plans", "probe", "bin").path
+        self.create(path, b"first")
+        is_ignored = self.create(path, b"second")
+        self.delete([path])
+        if is_ignored:
+            raise StorageError(
+                f"{self.place}: the server ignores the condition of a PUT (If-None-Match), so commits of two "
+                "commands could overwrite each other",
+                "Put the store on a server with conditional writes, such as AWS S3, Google Cloud Storage or Azure.",
+            )
+        self._is_conditional = True
+
+    def overwrite(self, path: str, run: str, data: bytes) -> FileStatus:  # noqa: ARG002
+        self._again("put", path, lambda: obstore.put(self._client, path, data, use_multipart=False), len(data))
+        if (found := self.stat(path)) is None:
+            raise self._missing(path)
+        return found
+
+    def stat(self, path: str) -> FileStatus | None:
+        try:
+            return _status(self._again("head", path, lambda: obstore.head(self._client, path)))
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str, after: str = "") -> Iterator[FileStatus]:
+        folder = prefix.rpartition("/")[0]  # obstore's prefixes are whole folders
+        last, pages, patience = max(after, prefix[:-1]), None, _Patience(where(self, prefix))
+        while True:
+            try:
+                if pages is None:  # or again, after the last file of the page before
+                    pages = obstore.list(self._client, folder or None, offset=last or None, chunk_size=_PAGE)
+                page = self._request("list", prefix, functools.partial(next, pages, None))
+            except BaseError as error:
+                patience.wait(error)
+                pages = None
+                continue
+            for meta in page or ():
+                last = meta["path"]
+                if last > after and last.startswith(prefix):
+                    yield _status(meta)
+                elif last > prefix and not last.startswith(prefix):
+                    return
+            if page is None:
+                return
+
+    def delete(self, paths: Iterable[str]) -> None:
+        def one(path: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._again("delete", path, lambda: obstore.delete(self._client, path))
+
+        found = list(paths)
+        if len(found) == 1:
+            one(found[0])
+        elif found:
+            with ThreadPoolExecutor(min(len(found), _DELETES_AT_ONCE), "retrotool-delete") as pool:
+                list(pool.map(one, found))
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        yield from ()
+
+    def drop(self, unfinished: Iterable[Unfinished]) -> None:
+        pass
+
+    def irregular(self) -> Iterator[str]:
+        yield from ()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def _again(self, operation: str, path: str, call: Callable[[], _T], sent: int = 0) -> _T:
+        """Return the answer to a request that may be repeated."""
+        patience = _Patience(where(self, path))
+        while True:
+            try:
+                return self._request(operation, path, call, sent)
+            except FileNotFoundError:
+                raise (self._no_bucket() if operation == "put" else self._missing(path)) from None
+            except BaseError as error:
+                patience.wait(error)
+
+    def _request(self, operation: str, path: str, call: Callable[[], _T], sent: int = 0) -> _T:
+        """Send a request, announced and counted; raise what obstore raises."""
+        if self._process not in (0, os.getpid()):
+            raise StorageError(
+                f"{self.place}: this process was forked from one that had used the store, which obstore can't",
+                'Start worker processes by "spawn" or "forkserver": DataLoader(multiprocessing_context="forkserver").',
+            )
+        disk.announce(operation, Path(where(self, path)))
+        answer = call()
+        _count(operation, path, sent, len(answer) if isinstance(answer, bytes) else 0)
+        return answer
+
+    def _missing(self, path: str) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where(self, path))
+
+    def _no_bucket(self) -> StorageError:
+        bucket = "/".join(self.place.split("/")[:3])
+        return StorageError(f"{bucket} does not exist", "Create the bucket with your cloud's tools, or check its name.")
+
+
+class _Patience:
+    """How long to repeat what fails."""
+
+    def __init__(self, place: str) -> None:
+        self._place, self._until, self._tries = place, time.monotonic() + PATIENCE_SECONDS, itertools.count()
+
+    def wait(self, error: BaseError, *, again: bool = False) -> None:
+        """Wait before the next attempt; raise ``StorageError`` if there is no sense in one."""
+        code = _code_of(error)
+        what = str(error).splitlines()[0][:500]
+        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+            raise StorageError(
+                f"{self._place}: access denied: {what}",
+                "Check the credentials: environment variables, profile, or the role of this machine.",
+            ) from error
+        temporary = code is None or code >= 500 or code in (408, 409, 412, 429)
+        if not (again or temporary) or code == 501 or time.monotonic() > self._until:
+            raise StorageError(
+                f"{self._place}: {what}", "Nothing that was committed is lost; run the same command again."
+            ) from error
+        time.sleep(random.uniform(0.5, 1) * min(0.1 * 2 ** next(self._tries), 8.0))  # noqa: S311
+
+
+class _Upload:
+    """A file that is being written: one PUT at its end, or parts as they fill."""
+
+    def __init__(self, storage: ObjectStorage, path: str) -> None:
+        self._storage, self._path = storage, path
+        self._held = bytearray()
+        self._writer: Any = None
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._size += len(data)
+        if self._writer is not None:
+            self._call(lambda: self._writer.write(data), len(data))
+            return
+        self._held += data
+        if len(self._held) > PART_BYTES:
+            self._check_free()
+            self._writer = self._call(self._open)
+            held, self._held = bytes(self._held), bytearray()
+            self._call(lambda: self._writer.write(held), len(held))
+
+    def finish(self) -> None:
+        if self._writer is None:
+            if not self._storage.create(self._path, bytes(self._held)):
+                raise self._exists()
+            return
+        try:
+            self._call(self._writer.close)
+        except StorageError:
+            # The answer may be lost. Only this upload writes to this name, and it becomes visible whole.
+            found = self._storage.stat(self._path)
+            if found is None or found.size != self._size:
+                raise
+        self._writer = None
+
+    def abort(self, error: BaseException) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(Exception):
+                self._writer.__exit__(type(error), error, None)
+
+    def _open(self) -> Any:
+        storage = self._storage
+        return obstore.open_writer(storage._client, self._path, buffer_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+
+    def _check_free(self) -> None:
+        if self._storage.stat(self._path) is not None:
+            raise self._exists()
+
+    def _exists(self) -> FileExistsError:
+        return FileExistsError(f"{where(self._storage, self._path)} exists; a file is never written twice")
+
+    def _call(self, call: Callable[[], _T], sent: int = 0) -> _T:
+        try:
+            return self._storage._request("upload", self._path, call, sent)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "the upload was aborted", where(self._storage, self._path)) from error
+        except BaseError as error:
+            raise StorageError(
+                f"{where(self._storage, self._path)}: {str(error).splitlines()[0][:500]}",
+                "Nothing that was committed is lost; run the same command again.",
+            ) from error
+
+
+class _ObjectFile(io.RawIOBase):
+    """Random access to an object: each read is one request, except in its tail."""
+
+    def __init__(self, storage: ObjectStorage, path: str, size: int, tail: bytes) -> None:
+        self._storage, self._path, self._size, self._tail = storage, path, size, tail
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self._position
+        length = max(0, self._size - start if size is None or size < 0 else min(size, self._size - start))
+        in_tail = start - (self._size - len(self._tail))
+        if in_tail >= 0:
+            found = self._tail[in_tail : in_tail + length]
+        else:
+            found = self._storage.get_range(self._path, start, length)
+        if len(found) != length:
+            raise CorruptError(f"{where(self._storage, self._path)}: {len(found):,} bytes read, not {length:,}")
+        self._position += length
+        return found
+
+
+def _status(meta: Any) -> ObjectStatus:
+    return ObjectStatus(meta["path"], meta["size"], meta["last_modified"].timestamp(), str(meta["e_tag"]))
+
+
+def _code_of(error: BaseError) -> int | None:
+    """Return the status code of the answer that an error is about; None if there was none."""
+    found = _STATUS_CODE.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _count(operation: str, path: str, sent: int, received: int) -> None:
+    """Append to the file that ``RETROTOOL_TRAFFIC`` names: operation, path, bytes sent, bytes received."""
+    if name := os.environ.get(TRAFFIC_VARIABLE):
+        with Path(name).open("a", encoding="utf-8") as file:
+            file.write(f"{operation} {path} {sent} {received}\n")
