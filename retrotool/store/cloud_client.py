@@ -36,7 +36,10 @@ def open_client(place: str) -> Any:
     elif scheme in ("az", "abfs", "abfss") and not _has(*_AZURE_KEYS, "AZURE_SKIP_SIGNATURE", "AZURE_USE_EMULATOR"):
         options = _azure()
     seconds = float(os.environ.get(TIMEOUT_VARIABLE) or _TIMEOUT_SECONDS)
-    client = {"timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=min(seconds, 5.0))}
+    client: dict[str, Any] = {
+        "timeout": timedelta(seconds=seconds),
+        "connect_timeout": timedelta(seconds=min(seconds, 5.0)),
+    }
     if config.get("endpoint", place).startswith("http://"):
         client["allow_http"] = True
     retry = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=4 * seconds)}
