@@ -24,7 +24,7 @@ from retrotool.store import disk, identity, leases, log, paths
 from retrotool.store.cache import FileCache
 from retrotool.store.identity import Identity, TokenizerIdentity
 from retrotool.store.leases import Run
-from retrotool.store.log import Draft, FileEntry, is_there
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
 from retrotool.store.storage import Place, Sink, Storage, file_sha256, storage_at, where
@@ -77,7 +77,8 @@ class Store:
         store = cls(storage, found, genesis, state)
         # Listed before reading: commits are made in order, so all up to the last one listed exist.
         last = log.last_number(storage, state.number)
-        if last > store.refresh().number:
+        store.state = state.fold(log.read_after(storage, state.number, state.head, last))
+        if last > store.state.number:
             # Without the commits after the gap, text that they purged would reappear.
             missing, newest = (store.where(log.commit_path(number)) for number in (store.state.number + 1, last))
             raise CorruptError(
@@ -107,7 +108,7 @@ class Store:
         if number == self.state.number:
             return self
         state = newest_checkpoint(self.storage, most=number) or State(-1, self.genesis)
-        commits = log.read_after(self.storage, state.number, state.head)
+        commits = log.read_after(self.storage, state.number, state.head, number)
         state = state.fold(itertools.islice(commits, number - state.number))
         if state.number != number:
             raise CorruptError(f"{self.where(log.commit_path(number))} is missing", "Restore it from a backup.")
@@ -129,7 +130,8 @@ class Store:
     @contextlib.contextmanager
     def reading(self, entry: FileEntry) -> Iterator[Storage]:
         """Yield the storage for reading a file; if that fails, raise as ``check_there`` does."""
-        self.check_there(entry)
+        if not self.storage.latent:
+            self.check_there(entry)
         disk.announce("read", Path(self.where(entry.path)))
         try:
             yield self.storage
@@ -222,7 +224,7 @@ class Store:
     def _append(self, run: Run, state: State, draft: Draft) -> bool:
         try:
             leases.renew(self.storage, run.id)
-            lost = next((entry.path for entry in draft.add if not is_there(self.storage, entry)), None)
+            lost = log.first_missing(self.storage, draft.add)
             if lost is not None:
                 raise LostRunError(f"{self.where(lost)} is to be committed, but is missing or has another size")
             return log.append(self.storage, run.id, state.number + 1, state.head, draft)
