@@ -89,12 +89,13 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command that groups its options by panel in the help, and runs without importing pandas."""
+    """A command that reports errors, runs without pandas, and groups its options by panel in the help."""
 
     def invoke(self, ctx: Any) -> Any:
         if self.name not in _WITHOUT_PYARROW:
             leave_pandas_out()
-        return super().invoke(ctx)
+        with output.errors(ctx.params["as_json"]):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then options by panel; those without a panel, and the common panel, come last."""
