@@ -273,13 +273,11 @@ def _check_part(checked: _Checked, part: int) -> PartDigest:
     store = checked.store
     chunks = parts.read_chunks(store, part)
     documents = parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks", "n_tokens"])
-    n, docs = len(chunks), documents.num_rows
+    entry, n, docs = parts.part_entry(store, "chunks", part), len(chunks), documents.num_rows
     first, count, n_tokens = (documents[name].to_numpy() for name in ("first_row", "n_chunks", "n_tokens"))
     if count.sum() != n or (count < 0).any() or not ((chunks.doc >= 0) & (chunks.doc < docs)).all():
-        path = parts.part_entry(store, "chunks", part).path
-        checked.add(path, f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
+        checked.add(entry.path, f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
         return PartDigest()
-    entry = parts.part_entry(store, "chunks", part)
     row = parts.read_parquet(store, entry, ["row"])["row"].to_numpy()
     doc, index = np.repeat(np.arange(docs), count), np.arange(n) - np.repeat(first, count)
     tokens = np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64)
@@ -345,8 +343,7 @@ def _check_records(checked: _Checked) -> None:
 def _check_blocked(checked: _Checked) -> None:
     """Check that block lists are readable and belong to purges."""
     for slot, entry in checked.store.state.group("blocked").items():
-        if f"purge:{slot}" not in checked.store.state.records:
-            checked.add(entry.path, f"{entry.path}: purge {slot} doesn't exist")
+        checked.note(entry.path, {f"purge {slot} doesn't exist": f"purge:{slot}" not in checked.store.state.records})
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
                 read_hashes(checked.store, entry)
@@ -386,9 +383,8 @@ def _check_vectors(checked: _Checked, encoder: str, entry: FileEntry, embedded: 
     if len(matrix) != len(embedded):
         checked.add(entry.path, f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
         return
-    if matrix.shape[1] != (dimension := record.get("dimension", matrix.shape[1])):
-        what = f"{matrix.shape[1]:,} dimensions, but its encoder has {dimension:,}"
-        checked.add(entry.path, f"{entry.path}: {what}")
+    d, due = matrix.shape[1], record.get("dimension", matrix.shape[1])
+    checked.note(entry.path, {f"{d:,} dimensions, but its encoder has {due:,}": d != due})
     largest = np.zeros(len(matrix), np.uint16)
     for start in range(0, len(matrix), _BLOCK):  # the file may be larger than memory
         block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
@@ -415,8 +411,7 @@ def _check_index(checked: _Checked, name: str) -> None:
             continue
         covered = set((entry.about or {}).get("parts", ()))
         held = everything.setdefault(generation_in(slot), set())
-        if not held.isdisjoint(covered):
-            checked.add(entry.path, f"{entry.path}: has parts that another shard has too")
+        checked.note(entry.path, {"has parts that another shard has too": not held.isdisjoint(covered)})
         held |= covered
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
@@ -431,8 +426,7 @@ def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[i
     with checked.store.reading(entry) as storage:
         shard = read_lists(storage.local(entry.path), trained)
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *map(shard.ids, shard.numbers)]))
-    if len(ids) != entry.rows:
-        checked.add(entry.path, f"{entry.path}: has {len(ids):,} vectors, but the log says {entry.rows:,}")
+    checked.note(entry.path, {f"has {len(ids):,} vectors, but the log says {entry.rows:,}": len(ids) != entry.rows})
     if not _check_chunk_ids(checked, ids, entry.path):
         return
     encoder = IndexFiles(checked.store.state, name, generation).encoder or ""
@@ -527,8 +521,7 @@ def _check_table(checked: _Checked, entry: FileEntry, name: str, table: Neighbou
     record = store.state.records.get(f"neighbours:{name}", {})
     metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
-    if database != record.get("database", database):
-        checked.add(entry.path, f"{entry.path}: its database is not that of its record")
+    checked.note(entry.path, {"its database is not that of its record": database != record.get("database", database)})
     chunks = store.state.file("chunks", part_slot(part))
     if chunks is None or table.ids.shape != table.distances.shape or len(table.ids) != chunks.rows:
         checked.add(entry.path, f"{entry.path}: its {len(table.ids):,} rows don't match its part")
