@@ -38,7 +38,8 @@ _threads: ThreadPoolExecutor | None = None  # of this worker process, if several
 _running: dict[Future[Staged | None], str] = {}  # the keys of these tasks
 
 UpdatePipe: TypeAlias = "Connection[tuple[int, int], Any]"
-Ended = list[tuple[str, Staged | BaseException | None]]  # keys of tasks that have ended, with their results
+TaskResult = Staged | BaseException | None
+Ended = list[tuple[str, TaskResult]]  # keys of tasks that have ended
 
 
 def _open_worker(
@@ -128,12 +129,12 @@ class _Here:
         storage, run = self._arguments
         return perform_reporting(self._worker, storage, task, run, self._progress.update)
 
-    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
+    def finished(self) -> Iterator[tuple[Task, TaskResult]]:
         """Wait up to ``WAIT_SECONDS`` for tasks to end; yield those that have."""
         done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
         for future in done:
             self.idle.append(len(self.idle))
-            yield self.busy.pop(future), future
+            yield self.busy.pop(future), future.exception() or future.result()
 
     def __enter__(self) -> _Here:
         return self
@@ -188,7 +189,7 @@ class _Processes:
             self._listening.append(threading.Thread(target=self._progress.listen, args=(reported,), daemon=True))
             self._listening[-1].start()
 
-    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
+    def finished(self) -> Iterator[tuple[Task, TaskResult]]:
         """Wait up to ``WAIT_SECONDS`` for tasks to end; yield those that have. Killed workers start again."""
         for number in {number for number, _ in self.busy.values()}.difference(self._calls.values()):
             self.idle = [other for other in self.idle if other != number]
@@ -205,13 +206,8 @@ class _Processes:
             if not self._alone or len(ended) == len(mine):
                 self.idle.append(number)
             for key, result in ended:
-                future = Future[Staged | None]()
-                if isinstance(result, BaseException):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
                 if key in self.busy:
-                    yield self.busy.pop(key)[1], future
+                    yield self.busy.pop(key)[1], result
 
     def __enter__(self) -> _Processes:
         return self
