@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.chunk.chunker import id_hash
+from retrotool.embed.search_scope import document_intervals, erased_chunks, purges_erased
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
@@ -127,17 +128,13 @@ class _Checked:
     @cached_property
     def erasing(self) -> Tombstones:
         """Chunks of purges that are not erased yet; an erase of these may be running, or was interrupted."""
-        return Tombstones(np.setdiff1d(self._named_by(erased=False), self.erased.ids))
+        purges = self.store.state.with_prefix("purge:").keys() - purges_erased(self.store)
+        return Tombstones(np.setdiff1d(named_chunks(self.store, purges), self.erased.ids))
 
     @cached_property
     def erased(self) -> Tombstones:
         """Chunks of erased purges, which must not be in any file."""
-        return Tombstones(self._named_by(erased=True))
-
-    def _named_by(self, *, erased: bool) -> Ids:
-        state = self.store.state
-        purges = {purge for purge, record in state.with_prefix("purge:").items() if record["erased"] == erased}
-        return named_chunks(self.store, [one for one in state.group("tombstones") if one.partition(".")[0] in purges])
+        return erased_chunks(self.store)
 
     def rows_of(self, numbers: Ids) -> Ids:
         """Return the number of rows of each part, int64 [n]; 0 for parts that don't exist."""
@@ -355,12 +352,12 @@ def _check_undone(checked: _Checked) -> None:
     undone = undone_purges(state)
     for purge, record in undone.items():
         for kind in ("tombstones", "blocked", "selectors"):
-            if any(slot.partition(".")[0] == purge for slot in state.group(kind)):
+            if state.file(kind, purge) is not None:
                 checked.add("", f"purge {purge} was undone, but still has a file in {kind}/")
         if record["erased"]:
             checked.add("", f"purge {purge} was undone, but is recorded as erased")
     for slot, entry in state.group(KEPT).items():
-        if slot.partition(".")[0] not in undone:
+        if slot not in undone:
             checked.add("", f"{KEPT}/{slot}: it does not belong to an undone purge")
         elif entry.path not in checked.broken:
             with checked.noting(entry.path):
@@ -568,11 +565,11 @@ def _documents_of_rows(checked: _Checked, part: int) -> tuple[Ids, Ids] | None:
     """Return first and last chunk id of each row's document, [n, 1] each; None if documents are damaged."""
     if checked.whole("documents", part) is None:
         return None
-    table = parts.read_documents(checked.store, part, ["first_row", "n_chunks"])
-    first, count = parts.chunk_ids(part, table["first_row"].to_numpy()), table["n_chunks"].to_numpy()
-    if count.sum() != checked.rows_of(np.array([part]))[0] or (count < 0).any():
-        return None
-    return np.repeat(first, count)[:, None], np.repeat(first + count - 1, count)[:, None]
+    with suppress(ValueError):  # of negative numbers of chunks
+        first, last = document_intervals(checked.store, part)
+        if len(first) == checked.rows_of(np.array([part]))[0]:
+            return first[:, None], last[:, None]
+    return None
 
 
 def _wrong_distances(
