@@ -123,17 +123,12 @@ def _text(info: Info) -> str:
         of = "purged or of duplicate documents" if info.purges else "of duplicate documents"
         lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, {of}")
     for purge, record in info.purges.items():
-        chunks = output.count(record["chunks"], "chunk")
-        lines.append(f"  {purge}   {chunks} purged{_after(record)}: {record['reason']}")
+        chunks, erased = output.count(record["chunks"], "chunk"), " and erased" if record["erased"] else ""
+        after = f" and undone ({record['undone_reason']})" if "undone" in record else erased
+        lines.append(f"  {purge}   {chunks} purged{after}: {record['reason']}")
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run the same command again to resume it")
     return "\n".join(lines)
-
-
-def _after(purge: dict[str, Any]) -> str:
-    if "undone" in purge:
-        return f" and undone ({purge['undone_reason']})"
-    return " and erased" if purge["erased"] else ""
 
 
 def _neighbours(info: Info, name: str) -> str:

@@ -153,18 +153,16 @@ class Order:
 
         Of a window: the place of its first one in the rank, the block [n] of each, its number in it [n].
         """
-        done = 0
-        for start, stop in spans:
-            place = start + min(max(skip - done, 0), stop - start)
+        done = skip
+        for place, stop in cut_spans(spans, skip, length(spans)):
             while place < stop:
                 window = int(np.searchsorted(self._ends, place, side="right"))
                 end = min(stop, int(self._ends[window]))
                 block, sequence = self._window(window)
                 offset = int(self._ends[window]) - len(block)
                 some = slice(place - offset, end - offset)
-                yield done + place - start, block[some], sequence[some]
-                place = end
-            done += stop - start
+                yield done, block[some], sequence[some]
+                place, done = end, done + end - place
 
     def _window(self, window: int) -> tuple[Ids, Ids]:
         some = slice(window * self._mixed, (window + 1) * self._mixed)
