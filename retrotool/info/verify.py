@@ -182,11 +182,9 @@ def check_store(store: Store) -> Verification:
     checked = _Checked(store, result.problems)
     _check_log(checked)
     _check_records(checked)
-    links = (path for path in store.storage.irregular() if not path.endswith("/"))
-    links = (path for path in links if "/" in path or path in paths.FOLDERS)  # links elsewhere are harmless
-    checked.problems += [
-        problem_with(store, path, f"{path} is a symbolic link", is_link=True) for path in sorted(links)
-    ]
+    for path in sorted(store.storage.irregular()):
+        if not path.endswith("/") and ("/" in path or path in paths.FOLDERS):  # links elsewhere are harmless
+            result.problems.append(problem_with(store, path, f"{path} is a symbolic link", is_link=True))
     broken = "is not a finished task: the next command that writes removes it and repeats the task"
     for path in staging.broken(store.storage):
         checked.add(path, f"{path} {broken}")

@@ -629,9 +629,9 @@ class TrainingReader:
         if not missing:
             return
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
-        parts_of = f"(of {len(self.store.state.parts()):,}) of {self.store.place}"
-        those = f"part {shown} {parts_of} has" if len(missing) == 1 else f"parts {shown} {parts_of} have"
-        raise UsageError(f"{those} no neighbours {reader.name!r}", reader.advice())
+        those, have = ("part", "has") if len(missing) == 1 else ("parts", "have")
+        of = f"(of {len(self.store.state.parts()):,}) of {self.store.place}"
+        raise UsageError(f"{those} {shown} {of} {have} no neighbours {reader.name!r}", reader.advice())
 
     def read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
         """Read the rows of blocks, and the index of the row in each slot of sequences, int64 [n, slots].
