@@ -19,33 +19,19 @@ from retrotool.cli import output
 from retrotool.cli.options import WORK
 from retrotool.lazy import leave_pandas_out
 
-_COMMANDS = {
-    "build": "retrotool.build.command",
-    "chunk": "retrotool.chunk.command",
-    "embed": "retrotool.embed.command",
-    "index": "retrotool.index.command",
-    "neighbours": "retrotool.neighbours.command",
-    "search": "retrotool.search.command",
-    "documents": "retrotool.inspect.command",
-    "show": "retrotool.inspect.command",
-    "inspect": "retrotool.inspect.command",
-    "leakage": "retrotool.leakage.command",
-    "purge": "retrotool.purge.command",
-    "undo": "retrotool.purge.command",
-    "erase": "retrotool.purge.command",
-    "receipt": "retrotool.receipt.command",
-    "affected": "retrotool.purge.command",
-    "export": "retrotool.export.command",
-    "info": "retrotool.info.command",
-    "log": "retrotool.info.command",
-    "verify": "retrotool.info.command",
-    "repair": "retrotool.repair.command",
-    "plan": "retrotool.plan.command",
-    "doctor": "retrotool.info.command",
-}
-"""The module of each command, in the order of ``--help``.
+_COMMANDS = (
+    "build", "chunk", "embed", "index", "neighbours", "search", "documents", "show", "inspect", "leakage", "purge",
+    "undo", "erase", "receipt", "affected", "export", "info", "log", "verify", "repair", "plan", "doctor",
+)  # fmt: skip
+"""The commands in the order of ``--help``."""
+_FOLDERS = {
+    "documents": "inspect", "show": "inspect", "undo": "purge", "erase": "purge", "affected": "purge", "log": "info",
+    "verify": "info", "doctor": "info",
+}  # fmt: skip
+"""The folder of each command whose folder has another name.
 
-It has ``command`` and ``EPILOG``; or, if it has several commands, also ``undo_command`` and ``UNDO_EPILOG``.
+The module ``command`` of a folder has ``command`` and ``EPILOG``; or, if it has several commands, also
+``undo_command`` and ``UNDO_EPILOG``.
 """
 _WITHOUT_PYARROW = ("info", "log", "plan")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
@@ -61,7 +47,7 @@ class _Group(TyperGroup):
         if cmd_name not in _COMMANDS:
             return None
         if cmd_name not in self.commands:
-            module = importlib.import_module(_COMMANDS[cmd_name])
+            module = importlib.import_module(f"retrotool.{_FOLDERS.get(cmd_name, cmd_name)}.command")
             single = typer.Typer(add_completion=False, **_SHOWN)
             function = getattr(module, f"{cmd_name}_command", None) or module.command
             epilog = getattr(module, f"{cmd_name.upper()}_EPILOG", None) or module.EPILOG
@@ -89,12 +75,13 @@ class _Group(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command that groups its options by panel in the help, and runs without importing pandas."""
+    """A command that reports errors, runs without pandas, and groups its options by panel in the help."""
 
     def invoke(self, ctx: Any) -> Any:
         if self.name not in _WITHOUT_PYARROW:
             leave_pandas_out()
-        return super().invoke(ctx)
+        with output.errors(ctx.params["as_json"]):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then options by panel; those without a panel, and the common panel, come last."""
