@@ -46,7 +46,7 @@ STORY = [
     "verify STORE --log",
     "verify STORE",
 ]
-RANDOM = re.compile(r"\b(p[0-9a-f]{8}|[0-9a-f]{8,64})\b|\d+(\.\d+)? ?(s|ms|chunks/s|MB/s|queries/s|kB)\b")
+RANDOM = re.compile(r"\b(p[0-9a-f]{8}|[0-9a-f]{8,64})\b|\d+(\.\d+)? ?(s|ms|chunks/s|MB/s|queries/s|kB|MB)\b")
 """Names that are drawn, hashes of them, times, and sizes of files with such names."""
 
 
