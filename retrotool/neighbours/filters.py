@@ -32,6 +32,7 @@ from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import are_near_copies, check_comparable, distinct_grams, has_longer_run
+from retrotool.ranges import in_steps
 from retrotool.store import parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.store import Store
@@ -193,7 +194,7 @@ class Finder:
         """Return the rows in blocks for ``search``."""
         if self._tombstones is None:
             return self._search_blocks(rows, self.saved)
-        return _in_steps(rows, max(1, self._judged // self._wanted))
+        return in_steps(rows, max(1, self._judged // self._wanted))
 
     def search(self, rows: Rows, only: Collection[int] | None = None, beyond: int = 0) -> Best:
         """Return the nearest neighbours of rows of a block.
@@ -206,7 +207,7 @@ class Finder:
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
         while len(left):
             short = []
-            for some in _in_steps(left, max(1, self._judged // wanted)):
+            for some in in_steps(left, max(1, self._judged // wanted)):
                 found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
                 dropped = self._dropped(self._tombstones, rows[some], found.ids)
@@ -240,7 +241,7 @@ class Finder:
     def _search_blocks(self, rows: Rows, k: int) -> Iterator[Rows]:
         share = memory_of_machine() // _SHARE_OF_MACHINE if self.memory is None else self.memory // _SHARE_OF_MEMORY
         d = self.ask(rows[:1]).vectors.shape[1]
-        yield from _in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self.database.candidates_for(k), d)))
+        yield from in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self.database.candidates_for(k), d)))
 
     def _dropped(self, own: Tombstones, rows: Rows, ids: Rows) -> npt.NDArray[np.bool_]:
         """Return which candidates [n, c] of rows [n] are excluded; never a −1."""
@@ -258,7 +259,7 @@ class Finder:
             dropped[pairs] = self._are_dropped(tokens[of], n_tokens[of], distinct[of], flat[pairs])
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(judge, _in_steps(order, _PAIRS)))
+            list(threads.map(judge, in_steps(order, _PAIRS)))
         return dropped.reshape(ids.shape)
 
     def _are_dropped(
@@ -281,8 +282,3 @@ class Finder:
             width = min(tokens.shape[1], pieces.tokens.shape[2])
             dropped[short] |= (tokens[short, :width] == pieces.tokens[short, 0, :width]).all(axis=1)
         return dropped
-
-
-def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

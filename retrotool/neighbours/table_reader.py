@@ -24,7 +24,7 @@ from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of, pick_table, text_is_current
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
-from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText, edit_rows, read_edits
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, edit_rows, read_edits
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import Tombstones, read_tombstones
@@ -226,10 +226,9 @@ class TextReader:
         for entry, member in zip(entries, self.reader.members, strict=True):
             text = neighbour_tables.read_text(self.reader.store, entry, [group]).nearest(self.k)
             purged, short = neighbour_tables.text_naming(text, member.tombstones.contains)
-            lost |= (purged | (text.ids == ERASED)).any(axis=1)
-            if short.any():
-                text = NeighbourText(text.ids, text.distances, np.array(text.n_tokens), np.array(text.tokens))
-                text.n_tokens[:, :, 1][short], text.tokens[:, :, 1][short] = 0, 0
+            if (purged | short).any():
+                text = neighbour_tables.erase_text(text, np.zeros(0, np.int64), member.tombstones.contains)
+            lost |= (text.ids == ERASED).any(axis=1)
             texts.append(text)
         if len(texts) == 1:
             (text,) = texts

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
+from retrotool.ranges import in_steps
 from retrotool.store.store import Store, check_compatible
 
 Tokens = npt.NDArray[np.integer]
@@ -75,9 +76,7 @@ def has_longer_run(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths,
         # A run of ``run`` + 1 tokens has more than ``run`` - ``gram`` short runs that start right after
         # another.
         found[some] = (hits[:, 1:] & hits[:, :-1]).sum(axis=1) > run - gram if run else hits.any(axis=1)
-    likely = np.flatnonzero(found)
-    for block in _blocks(len(likely)):
-        rows = likely[block]
+    for rows in in_steps(np.flatnonzero(found), _BLOCK):
         runs = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), run + 1)
         found[rows] = (runs != 0).any(axis=1)
     return found
@@ -103,9 +102,7 @@ def are_near_copies(
     for some in _blocks(len(one)):
         hits = _hits(one[some], n_one[some], other[some], n_other[some], GRAM).sum(axis=1)
         found[some] = (wanted[some] > 0) & (hits >= wanted[some])
-    likely = np.flatnonzero(found)
-    for block in _blocks(len(likely)):
-        rows = likely[block]
+    for rows in in_steps(np.flatnonzero(found), _BLOCK):
         grams = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), GRAM)
         found[rows] = _bits(np.bitwise_or.reduce(grams, axis=1) & distinct[rows]) >= wanted[rows]
     return found

@@ -29,7 +29,7 @@ from retrotool.embed.search_scope import count_live_keys, is_same_store
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of, pick_table
-from retrotool.purge.purged_chunks import check_purge, find_purge
+from retrotool.purge.purged_chunks import find_purge
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import ROW_GROUP, Ids, rows_by_part
@@ -137,9 +137,10 @@ def affected(
     members = [(member, *database_of(store, member)) for member, _ in members_of(store, table)]
     k, saved = int(members[0][2]["k"]), max(int(record["saved"]) for *_, record in members)
     databases = [database for _, database, _ in members]
-    purges = [find_purge(databases[0], purge) for purge in purges]
-    for purge in purges:
-        check_purge(next((one for one in databases if PREFIX + purge in one.state.records), databases[0]), purge)
+    holding = [
+        next((one for one in databases if PREFIX + purge in one.state.records), databases[0]) for purge in purges
+    ]
+    purges = [purge for purge, _ in map(find_purge, holding, purges)]
     wanted, asked = [], list[AskedPurge]()
     for member, database, _ in members:
         look, of = _look_for(store, member, database, purges)

@@ -338,7 +338,8 @@ def erase(
     unknown purge.
     """
     store = Store.open(root)
-    purges = [purged_chunks.find_purge(store, purge) for purge in ([purges] if isinstance(purges, str) else purges)]
+    given = [purges] if isinstance(purges, str) else purges
+    purges = [purged_chunks.find_purge(store, purge)[0] for purge in given]
 
     def attempt() -> EraseResult:
         # A purge may have been undone since the last attempt.
@@ -361,9 +362,7 @@ def erase(
 
 
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
-    for purge in purges:
-        purged_chunks.check_purge(store, purge)
-    wanted = list(purges)
+    wanted = [purged_chunks.find_purge(store, purge)[0] for purge in purges]
     if older_than is not None:
         before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
         waiting = {p: record["commit"] for p, record in standing_purges(store.state).items() if not record["erased"]}

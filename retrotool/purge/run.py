@@ -39,7 +39,7 @@ from retrotool.store import blocked, log, parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.parts import ROW_GROUP, distinct_parts, rows_by_part, split_id
+from retrotool.store.parts import ROW_GROUP, distinct_parts, split_id
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -254,14 +254,10 @@ def _carry_out(
 def review(store: Store, selection: Selection) -> Review:
     """Describe the live chunks of a selection."""
     sources, documents = Counter[str](), Counter[str]()
-    for part, rows in rows_by_part(selection.live):
-        table = parts.read_documents(store, part, ["id", "source", "first_row"])
-        places = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
-        numbers, counts = np.unique(places, return_counts=True)
-        some = table.take(numbers)
-        for name, source, n in zip(some["id"].to_pylist(), some["source"].to_pylist(), counts.tolist(), strict=True):
-            sources[source or ""] += n
-            documents[name or ""] += n
+    for _, table in purged_chunks.documents_of(store, selection.live, ["id", "source"]):
+        for row in table.to_pylist():
+            sources[row["source"] or ""] += row["chunks"]
+            documents[row["id"] or ""] += row["chunks"]
     return Review(_most(sources), _most(documents), tuple(_examples(store, selection)), _touched(store, selection))
 
 

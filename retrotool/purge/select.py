@@ -35,7 +35,7 @@ from retrotool.purge.selectors.selector import GivenValue, Selector, Values, rea
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
 from retrotool.store.blocked import Hashes, read_blocked
-from retrotool.store.parts import Ids, rows_by_part
+from retrotool.store.parts import Ids
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Record, Tombstones, named_chunks, read_tombstones, standing_purges
@@ -239,7 +239,9 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     for some in sets[1:]:
         chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)
     if request.whole_documents:
-        chunks = widen(store, chunks)
+        several = purged_chunks.documents_of(store, chunks, [])
+        whole = (chunks_of(store, part, table["doc"].to_numpy()) for part, table in several)
+        chunks = np.concatenate([chunks[:0], *whole])
     hashes = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
     open_parts = purged_chunks.parts_of_open_plans(store)
     chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes))
@@ -264,15 +266,6 @@ def _matches(selector: Selector, labels: Ids) -> list[Match]:
     return [Match(selector.kind, name, n) for name, n in zip(names, counts, strict=True) if n]
 
 
-def widen(store: Store, chunks: Ids) -> Ids:
-    """Return all chunks of the documents of ``chunks``, ascending."""
-    found = [np.zeros(0, np.int64)]
-    for part, rows in rows_by_part(chunks):
-        first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
-        found.append(chunks_of(store, part, np.unique(np.searchsorted(first, rows, side="right") - 1)))
-    return np.concatenate(found)
-
-
 def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
     """Return the hashes to block: ids of wholly purged documents; texts and tokens of all concerned.
 
@@ -282,13 +275,11 @@ def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
     purged = Tombstones(np.union1d(chunks, chunks_of_purges(store).ids))
     secret = store.identity.secret
     found = [np.zeros(0, blocked.HASH)]
-    for part, rows in rows_by_part(chunks):
-        table = parts.read_documents(store, part, ["id", "text_hash", "first_row", "n_chunks"])
-        docs = np.unique(np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1)
-        whole = np.intersect1d(docs, documents_within(store, part, purged))
-        for column, of, hashed in (("id", whole, blocked.id_hashes), ("text_hash", docs, blocked.keyed_texts)):
-            found.append(hashed(secret, table[column].take(pa.array(of)).drop_null().to_pylist()))
-        tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table.take(pa.array(docs)))
+    for part, table in purged_chunks.documents_of(store, chunks, ["id", "text_hash", "n_chunks"]):
+        whole = pa.array(np.isin(table["doc"].to_numpy(), documents_within(store, part, purged)))
+        found.append(blocked.id_hashes(secret, table["id"].filter(whole).drop_null().to_pylist()))
+        found.append(blocked.keyed_texts(secret, table["text_hash"].drop_null().to_pylist()))
+        tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table)
         found.append(tokens[tokens != b""])
     return np.unique(np.concatenate(found))
 

@@ -105,7 +105,7 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
     """
     who = signed(reason, who)
     store = Store.open(root)
-    purge = purged_chunks.find_purge(store, purge)
+    purge, _ = purged_chunks.find_purge(store, purge)
     with writing(store) as run:  # also removes files that a killed undo left
 
         def attempt() -> UndoResult:
@@ -136,7 +136,7 @@ def _refills(store: Store) -> list[str]:
 
 def weigh(store: Store, purge: str) -> Undoable:
     """Determine what an undo would do; ``UsageError`` if the purge does not exist or its erase was begun."""
-    record = purged_chunks.check_purge(store, purge)
+    _, record = purged_chunks.find_purge(store, purge)
     if record["erased"]:
         again = f"{command_line('chunk', store)} INPUT... --allow-purged"
         raise UsageError(f"purge {purge} is erased, so it can't be undone", f"Add its input again: {again}")

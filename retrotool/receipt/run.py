@@ -25,7 +25,7 @@ from retrotool.cli import output, pages, result_files
 from retrotool.engine.progress import counting
 from retrotool.errors import StorageError
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge.purged_chunks import check_purge, find_purge, unerased
+from retrotool.purge.purged_chunks import find_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
 from retrotool.store.folding import writing
@@ -125,7 +125,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     ``purge`` "last" is the newest. ``UsageError`` if it does not exist or was undone.
     """
     store = Store.open(root)
-    check_purge(store, purge := find_purge(store, purge))
+    purge, _ = find_purge(store, purge)
     result_files.check_outside("--out", out, "folder")
     Path(out).mkdir(parents=True, exist_ok=True)
     json, page = (Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html"))
@@ -147,7 +147,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
 
 
 def _check(store: Store, purge: str) -> Receipt:
-    record = check_purge(store, purge)
+    _, record = find_purge(store, purge)
     chunks = read_tombstones(store, purge).ids
     history = PurgeHistory(purge)
     with counting("log", "log", 1) as report:

@@ -28,18 +28,9 @@ from typing import ClassVar
 import numpy as np
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.ngrams import (
-    Flags,
-    GramSets,
-    Ints,
-    Tokens,
-    distinct_rows,
-    follows,
-    pairs_of_ranges,
-    reach,
-)
+from retrotool.purge.selectors.ngrams import Flags, GramSets, Ints, Tokens, distinct_rows, follows, reach
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
-from retrotool.ranges import expand_ranges
+from retrotool.ranges import expand_ranges, pairs_of_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store, check_compatible

@@ -42,6 +42,7 @@ from retrotool.errors import UsageError
 from retrotool.index.index_records import default_index, index_record
 from retrotool.lazy import torch
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
+from retrotool.ranges import in_steps
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
@@ -176,9 +177,7 @@ class LikeMatcher:
         row, query = np.nonzero(least <= np.minimum(self._within, (least + 2 * slack).min(1, keepdims=True)))
         nearest = np.full(len(rows), np.inf, np.float32)
         for q in np.unique(query).tolist():
-            mine = row[query == q]
-            for first in range(0, len(mine), _PAIRS):
-                pairs = mine[first : first + _PAIRS]
+            for pairs in in_steps(row[query == q], _PAIRS):
                 apart = exact_distances(self._queries[q : q + 1], pairs[None], lambda ids: vectors[rows[ids]])[0]
                 nearest[pairs] = np.minimum(nearest[pairs], apart)
         within = nearest <= self._within

@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ranges import expand_ranges
-from retrotool.store.parts import Chunks
+from retrotool.ranges import pairs_of_ranges
+from retrotool.store.parts import Chunks, fixed_binary
 
 Tokens = npt.NDArray[np.unsignedinteger]
 Ints = npt.NDArray[np.int64]
@@ -287,18 +287,5 @@ def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
 
 def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
     """Return an index per distinct row of [g, n], int64 [d], and which of these each equals, int64 [g]."""
-    padded = np.zeros((len(rows), -(-rows.shape[1] * rows.itemsize // 8) * 8), np.uint8)
-    padded[:, : rows.shape[1] * rows.itemsize] = np.ascontiguousarray(rows).view(np.uint8)
-    words = padded.view(np.uint64)
-    order = np.lexsort(words.T)
-    new = np.ones(len(rows), np.bool_)
-    new[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-    which = np.empty(len(rows), np.int64)
-    which[order] = np.cumsum(new) - 1
-    return order[new], which
-
-
-def pairs_of_ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
-    """Return the numbers in all ranges [first, last), [r], as (range, number), int64 each."""
-    count = last - first
-    return np.repeat(np.arange(len(count)), count), expand_ranges(first, count)
+    which = fixed_binary(rows).dictionary_encode().indices.to_numpy().astype(np.int64)  # numbered as they occur
+    return np.flatnonzero(np.diff(np.maximum.accumulate(which), prepend=-1)), which

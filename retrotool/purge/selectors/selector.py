@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from retrotool.cli.options import check_utf8, read_given_lines
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.ngrams import pairs_of_ranges
+from retrotool.ranges import pairs_of_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
