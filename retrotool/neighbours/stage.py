@@ -12,7 +12,7 @@ records, are empty. A task searches:
 A name belongs to one database: its record is set with the first task, or before (``claim``). The log's entry
 of a table has its index and the commit of the database, which detects diverged copies of the database and
 tables of concurrent runs. It also has the purges that the table takes into account. If there are others, the
-ids of the table are read, a row group at a time, and looked up in the tombstones; the process keeps the
+ids of the table are read, a row group at a time, and looked up in the tombstones; the stage keeps the
 result.
 
 Memory: the table, 12 bytes per neighbour, twice while it is written; a block of queries with candidates; one
@@ -81,6 +81,7 @@ class NeighboursStage:
     filters: Filters = field(default_factory=Filters)
     text: bool = False  # also store the tokens of the first k neighbours of each row
     broken: tuple[str, ...] = ()  # paths of tables to make again instead
+    gaps: dict[Any, Gaps] = field(default_factory=dict, compare=False, repr=False)  # those that were read
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -102,7 +103,7 @@ class NeighboursStage:
         self.filters.check_can_compare(store, database.store)
         record = self.record(store, database)
         self._check_database(store.state, record)
-        version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)
+        version, gaps = _version(database, record), GapFinder(store, database, self)
         held, checked = database.held(), set[tuple[int, str]]()
         tasks = []
         for part in search_scope.embedded_parts(store, database.encoder):
@@ -496,15 +497,12 @@ class Gaps:
     text_is_stale: bool = False  # tokens of neighbours are missing or out of date
 
 
-_found: dict[tuple[str, str, str, str, str, int], Gaps] = {}  # by path of the table, ``GapFinder.taken`` and k
-_FOUND = 1 << 17
-
-
 class GapFinder:
     """Finds gaps in tables of a store whose neighbours are chunks of ``database``."""
 
-    def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
-        self._store, self._database, self._k, self._text = store, database, k, text
+    def __init__(self, store: Store, database: AnyDatabase, stage: NeighboursStage) -> None:
+        self._store, self._database, self._k, self._text = store, database, stage.k, stage.text
+        self._known = stage.gaps
         # Digests: purges of database and queries, erases of the database, and undone purges of queries, whose
         # rows are empty in tables made during these.
         purges, undone = stands_for(database.store.state), digest_of_undone(store.state)
@@ -517,12 +515,10 @@ class GapFinder:
         # The table was made, or refilled to k neighbours, after all purges of the database.
         if known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k:
             return Gaps(text_is_stale=self._lacks_text(entry))
-        key = (entry.path, *self.taken, self._k)
-        if key not in _found:
-            if len(_found) >= _FOUND:
-                _found.clear()
-            _found[key] = self._read(part, entry)
-        found = _found[key]
+        key = (entry.path, *self.taken)
+        if key not in self._known:
+            self._known[key] = self._read(part, entry)
+        found = self._known[key]
         return replace(found, text_is_stale=self._text and (found.text_is_stale or self._lacks_text(entry)))
 
     def _lacks_text(self, entry: FileEntry) -> bool:

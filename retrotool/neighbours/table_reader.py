@@ -109,12 +109,11 @@ class NeighbourReader:
         commands = (table_command(self.store, member.table, member.store) for member in self.members)
         return "\n".join(f"Compute them: {command}" for command in commands)
 
-    def read(self, part: int, k: int | None = None, row_groups: Sequence[int] | None = None) -> Found:
+    def read(self, part: int, k: int, row_groups: Sequence[int] | None = None) -> Found:
         """Read at most k neighbours of each row of a part, or of some of its row groups (8,192 rows each).
 
         Rows of chunks that are not keys, or were not embedded, are empty. The caller has to skip purged rows.
         """
-        k = self.k if k is None else k
         found: list[tuple[Any, Any, Any]] = []
         for number, (member, entry) in enumerate(zip(self.members, self.entries(part), strict=True)):
             table = neighbour_tables.read_table(self.store, entry, row_groups)

@@ -33,13 +33,13 @@ from retrotool.purge import purged_chunks
 from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import KIND as SCANS
-from retrotool.purge.selectors.selector import Decoder, TextBlock
+from retrotool.purge.selectors.selector import Decoder, TextBlock, read_rows
 from retrotool.ranges import spread
 from retrotool.store import blocked, log, parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.parts import ROW_GROUP, distinct_parts, split_id
+from retrotool.store.parts import distinct_parts, split_id
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -48,8 +48,7 @@ from retrotool.store.weights import weight_of
 from retrotool.tokenizers import stored_tokenizer
 
 EXAMPLES, LARGEST = 10, 10
-_REWRITTEN = 20e6
-"""Bytes of files that an erase rewrites per second and core: ``benchmarks/purging.py``."""
+_REWRITTEN = 20e6  # bytes of files that an erase rewrites per second and core: ``benchmarks/purging.py``
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +156,7 @@ def purge(
         check_file("--out", out, new=True)
     store = Store.open(root)
     request = selectors.read(store)
-    agreed = (0, 0)
-    """The numbers of chunks and of unerased ones that ``confirm`` has agreed to."""
+    agreed = (0, 0)  # the numbers of chunks and of unerased ones that ``confirm`` has agreed to
 
     def attempt() -> PurgeResult:
         nonlocal agreed
@@ -283,17 +281,12 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
 
 def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tuple[int, int]) -> Example:
     part, row = split_id(chunk)
-    total = parts.part_entry(store, "chunks", part).rows
-    first, last = max(row - 1, 0), min(row + 1, total - 1)  # folded text depends on the chunks beside it
-    groups = range(first // ROW_GROUP, last // ROW_GROUP + 1)
-    chunks = parts.read_chunks(store, part, list(groups))
-    low = groups[0] * ROW_GROUP
-    same = [i for i in range(first - low, last - low + 1) if chunks.doc[i] == chunks.doc[row - low]]
-    few = chunks.between(same[0], same[-1] + 1)
-    block = TextBlock(few, same[0] + low, np.array([0, len(few)]), decoder)
-    place = row - low - same[0]
-    start, stop = int(block.starts[place]), int(block.starts[place + 1])
-    data = bytes(block.text[start:stop])
+    first, last = max(row - 1, 0), min(row + 1, parts.part_entry(store, "chunks", part).rows - 1)
+    chunks = read_rows(store, part, first, last + 1)  # folded text depends on the chunks beside it
+    same = np.flatnonzero(chunks.doc == chunks.doc[row - first]).tolist()
+    few, place = chunks.between(same[0], same[-1] + 1), row - first - same[0]
+    block = TextBlock(few, row - place, np.array([0, len(few)]), decoder)
+    data = bytes(block.text[block.starts[place] : block.starts[place + 1]])
     begin, end = (len(data[: max(at, 0)].decode(errors="replace")) for at in span)
     documents = parts.read_documents(store, part, ["id", "source"]).slice(int(few.doc[place]), 1)
     text = data.decode(errors="replace")

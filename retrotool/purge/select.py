@@ -8,6 +8,7 @@ documents.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,9 +236,7 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         mine = found.filter(pc.equal(found["selectors"], number))
         sets.append(np.unique(mine["chunks"].to_numpy()))
         matches += _matches(selector, mine["labels"].to_numpy())
-    chunks = sets[0]
-    for some in sets[1:]:
-        chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)
+    chunks: Ids = functools.reduce(np.intersect1d if request.every else np.union1d, sets)
     if request.whole_documents:
         several = purged_chunks.documents_of(store, chunks, [])
         whole = (chunks_of(store, part, table["doc"].to_numpy()) for part, table in several)

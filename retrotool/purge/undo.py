@@ -107,14 +107,7 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
     store = Store.open(root)
     purge, _ = purged_chunks.find_purge(store, purge)
     with writing(store) as run:  # also removes files that a killed undo left
-
-        def attempt() -> UndoResult:
-            found = weigh(store, purge)
-            state, outdated = commit_undo(store, run, found, reason, who)
-            commit = int(state.records[PREFIX + purge]["undone"])
-            return replace(found.result, commit=commit, outdated_purge=outdated)
-
-        done = retry_overtaken(attempt, store.renew)
+        done = retry_overtaken(lambda: commit_undo(store, run, weigh(store, purge), reason, who), store.renew)
     store.refresh()
     return replace(done, next=tuple(_refills(store)))
 
@@ -180,8 +173,8 @@ def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:
     return chunks[~purged.contains(chunks)]
 
 
-def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> tuple[State, str]:
-    """Commit an undo; return the new state, and the purge of documents that had replaced the restored ones.
+def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> UndoResult:
+    """Commit an undo; return its result, with the commit and the purge of documents that had replaced others.
 
     ``ConflictError`` if another purge was committed, erased or undone since ``found`` was made.
     """
@@ -214,4 +207,5 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
         add.append(write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         if new:
             add.append(write_tombstones(store, FileName.new(run.id, "tombstones", new, "parquet"), found.outdated))
-        return store.commit(run, build), new
+        state = store.commit(run, build)
+    return replace(found.result, commit=int(state.records[PREFIX + purge]["undone"]), outdated_purge=new)

@@ -35,8 +35,7 @@ from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
 from retrotool.store.verify_log import check_log
 
-_LISTED = 200
-"""Rows of a table on the page; the JSON has all."""
+_LISTED = 200  # rows of a table on the page; the JSON has all
 LIMITS = (
     "Copies of the store, backups, snapshots, and versions that a file system or a bucket keeps. Erase in them, too.",
     "Blocks of deleted files, until the disk writes over them; solid-state disks keep them longest.",

@@ -337,7 +337,7 @@ def test_a_selection_that_an_erase_overtakes_is_made_again(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside(
-        monkeypatch, lookup, "select_where",
+        monkeypatch, lookup, "_chunks_where",
         lambda: api.purge(store_copy, api.Selectors(where="id = 'doc-9'"), reason="test", erase=True),
     )  # fmt: skip
     result = api.purge(store_copy, api.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")

@@ -36,10 +36,8 @@ from retrotool.store.parts import Chunks
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import read_tombstones
 
-GRAM = 13
-"""Tokens of an n-gram."""
-SIMILAR = 0.8
-"""The smallest Jaccard similarity of a selected document."""
+GRAM = 13  # tokens of an n-gram
+SIMILAR = 0.8  # the smallest Jaccard similarity of a selected document
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,9 @@ from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 
-GRAM = 8
-"""Tokens of an n-gram."""
-COPIED = 0.5
-"""The share of a chunk's distinct n-grams that a copy has."""
-FEWEST = 8
-"""Chunks with fewer distinct n-grams are compared for equality."""
+GRAM = 8  # tokens of an n-gram
+COPIED = 0.5  # the share of a chunk's distinct n-grams that a copy has
+FEWEST = 8  # chunks with fewer distinct n-grams are compared for equality
 
 _HELD = GRAM // 2
 

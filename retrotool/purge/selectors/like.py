@@ -50,8 +50,7 @@ from retrotool.tokenizers import stored_tokenizer
 Vectors = npt.NDArray[np.float32]
 
 _SLICE_ROWS, _LEAST_ROWS, _SLICE_PAIRS = 1 << 12, 64, 1 << 20
-_PAIRS = 1 << 14
-"""Fewer than what ``ann.ranking`` distributes among threads."""
+_PAIRS = 1 << 14  # fewer than what ``ann.ranking`` distributes among threads
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,8 +91,7 @@ class GramSets:
 
     def _set_owners(self, owner: Ints, gram: Ints) -> None:
         """Set (owner, gram) [m], sorted, owners numbered from 0."""
-        self.size = np.bincount(owner)
-        """How many grams each set has, int64 [o]."""
+        self.size = np.bincount(owner)  # how many grams each set has, int64 [o]
         self.needed = np.maximum(-(-self.size * self._up // self._down), 1)
         """How many of them a place must have, int64 [o]."""
         self._owned, self._of_owner = gram, np.append(0, np.cumsum(self.size))
@@ -205,8 +204,7 @@ class GramSets:
 
 def _as_bytes(rows: Tokens) -> npt.NDArray[np.void]:
     """Return each of rows [g, n] as one value, [g], which is three times as fast to take and to compare."""
-    things: npt.NDArray[np.void] = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
-    return things
+    return np.asarray(rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0])
 
 
 def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
@@ -245,8 +243,7 @@ def gram_hashes(tokens: Tokens, n: int) -> Hashes:
             have += size
         if 2 * size > n:
             assert joined is not None
-            hashes: Hashes = joined[: len(tokens) - n + 1]
-            return hashes
+            return np.asarray(joined[: len(tokens) - n + 1])
         power = _followed(power, power[size:], _ODD[1 + (size.bit_length() - 1) % 6])
         size *= 2
 
@@ -273,8 +270,7 @@ def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints
     total = np.cumsum(n_tokens, dtype=np.int64)
     ends = np.flatnonzero(~(follow & (n_tokens == length)))
     last = ends[np.searchsorted(ends, np.arange(len(n_tokens)))]
-    tokens: Ints = total[last] - total + n_tokens
-    return tokens
+    return np.asarray(total[last] - total + n_tokens)
 
 
 def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:

@@ -46,8 +46,7 @@ from retrotool.tokenizers.fold import WORD, Folder, kinds
 
 _SPACES = bytes(number for number in range(128) if chr(number).isspace())
 _LOWER = bytes(range(256)).lower().translate(bytes.maketrans(_SPACES, b" " * len(_SPACES)))
-_LEFT = (*_SPACES.decode().replace(" ", ""), *"\x85\u1680\u2028\u2029")
-"""White space that NFKC leaves."""
+_LEFT = (*_SPACES.decode().replace(" ", ""), *"\x85\u1680\u2028\u2029")  # white space that NFKC leaves
 _IS_WORD = bytes(number > 127 or chr(number).isalnum() for number in range(256))
 
 
@@ -61,8 +60,7 @@ def normalised(text: str) -> str:
 
 def is_word(text: str) -> npt.NDArray[np.bool_]:
     """Return which characters of a text are letters, digits or marks, bool [characters]."""
-    words: npt.NDArray[np.bool_] = kinds()[_code_points(text)] == WORD
-    return words
+    return np.asarray(kinds()[_code_points(text)] == WORD)
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
