@@ -166,7 +166,7 @@ def purge(
         total = len(request.lookups) * len(store.state.all_parts())
         with counting("select", "part", total) as report:
             selection = select(store, request, erase=erase, report=report)
-        planned = _planned(store, selection, dry_run)
+        planned = _planned(store, selection, dry_run, erase)
         if dry_run:
             if out is not None:
                 with written(out) as path, path.open("w", encoding="ascii") as file:
@@ -220,14 +220,17 @@ def list_purges(root: str | Path) -> PurgeList:
     return PurgeList(tuple(found), state.number)
 
 
-def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
+def _planned(store: Store, selection: Selection, dry_run: bool, erase: bool) -> PurgeResult:
     chunks, weight = len(selection.live), weight_of(selection.weights)
+    named = np.union1d(selection.chunks, selection.copies)
+    unerased = len(purged_chunks.unerased(store, named)) if erase else 0
     alive = store.state.records.get("totals", {}).get("chunks", 0)
     return PurgeResult(
         chunks=chunks, documents=weight.documents, tokens=weight.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / max(alive, 1),
-        unerased=selection.unerased, unerased_share=selection.unerased / max(purged_chunks.count_rows(store), 1),
-        copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=store.state.number,
+        unerased=unerased, unerased_share=unerased / max(purged_chunks.count_rows(store), 1),
+        copies=selection.copied, blocked=int((~blocked.read_blocked(store).contains(selection.blocked)).sum()),
+        dry_run=dry_run, commit=store.state.number,
         examples=tuple(selection.live[:10].tolist()), matches=selection.matches,
         same_text=purged_chunks.find_same_text(store, selection.chunks),
     )  # fmt: skip

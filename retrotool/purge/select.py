@@ -35,7 +35,7 @@ from retrotool.purge.selectors.scan import ScanStage, read_scan
 from retrotool.purge.selectors.selector import GivenValue, Selector, Values, read_values
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
-from retrotool.store.blocked import Hashes, read_blocked
+from retrotool.store.blocked import Hashes
 from retrotool.store.parts import Ids
 from retrotool.store.state import State
 from retrotool.store.store import Store
@@ -185,15 +185,10 @@ class Selection:
     * ``matches``: how many each selector selects. ``found``: what scans found (``parts.SCANS_SCHEMA``).
     * ``chunks``: all ids, ascending. ``live``: those not purged before. ``weights``: what these take from the
       totals.
-    * ``blocked``: hashes that keep what is purged from coming back. ``newly_blocked``: how many are new to
-      the store.
+    * ``blocked``: hashes that keep what is purged from coming back.
     * ``open_parts``: parts of open plans that were searched for copies, which are among ``chunks``.
 
-    Only for an erase:
-
-    * ``copies``: chunks of rejected documents that repeat a selected one. ``copied``: the number of these
-      documents.
-    * ``unerased``: how many of all these chunks still have tokens.
+    * ``copies``, only for an erase: chunks of the ``copied`` rejected documents that repeat a selected one.
     """
 
     request: Request
@@ -204,11 +199,9 @@ class Selection:
     live: Ids
     weights: Weights
     blocked: Hashes
-    newly_blocked: int
     copies: Ids
-    copied: int = 0
-    unerased: int = 0
-    open_parts: tuple[int, ...] = ()
+    copied: int
+    open_parts: tuple[int, ...]
 
 
 def same_selector(store: Store, request: Request) -> dict[str, Record]:
@@ -251,10 +244,8 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         copies, copied = purged_chunks.find_copies(store, chunks)
     live, weights = weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
-        request, store.state, tuple(matches), found, chunks, live, weights, hashes,
-        int((~read_blocked(store).contains(hashes)).sum()), copies, copied,
-        len(purged_chunks.unerased(store, np.union1d(chunks, copies))) if erase else 0, tuple(open_parts),
-    )  # fmt: skip
+        request, store.state, tuple(matches), found, chunks, live, weights, hashes, copies, copied, tuple(open_parts)
+    )
 
 
 def _matches(selector: Selector, labels: Ids) -> list[Match]:

@@ -187,7 +187,7 @@ def _check(store: Store, purge: str) -> Receipt:
         ok=not problems,
         problems=tuple(problems),
         **{name: record[name] for name in ("reason", "who", "selector", "documents", "tokens")},
-        purged=history.purged.time if history.purged else "",
+        purged=history.commits[0].time if history.commits else "",
         erased=history.erased.time if history.erased else "",
         verified=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         chunks=len(chunks),

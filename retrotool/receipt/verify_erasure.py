@@ -115,7 +115,6 @@ class PurgeHistory:
 
     def __init__(self, purge: str) -> None:
         self._record = f"purge:{purge}"
-        self.purged: CommitDigest | None = None
         self.erased: CommitDigest | None = None  # the commit after which nothing of the purge was left
         self.commits: list[CommitDigest] = []
         """The commit of the purge, and those of erases until it was erased."""
@@ -136,10 +135,7 @@ class PurgeHistory:
         record = commit.records.get(self._record)
         sizes = len(commit.add), len(commit.remove)
         digest = CommitDigest(commit.number, commit.kind, commit.time, commit.sha256, *sizes)
-        if self.purged is None and record is not None:
-            self.purged = digest
-            self.commits.append(digest)
-        elif self.purged is not None and self.erased is None and commit.kind == "erase":
+        if self.erased is None and (commit.kind == "erase" if self.commits else record is not None):
             self.commits.append(digest)
             if record is not None and record["erased"]:
                 self.erased = digest

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
@@ -113,15 +112,14 @@ def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMat
     if not short and len(grams) == 1:
         raise UsageError(f"{evaluation.place} has no live text to compare with")
     sets = GramSets(np.concatenate(grams), np.unique(np.concatenate(owners), return_inverse=True)[1], share)
-    return ContaminationMatcher(sets, short, share)
+    return ContaminationMatcher(sets, short)
 
 
 class ContaminationMatcher:
     """Finds documents similar to those of ``sets``, or equal to one of ``short`` (tokens as uint32)."""
 
-    def __init__(self, sets: GramSets, short: set[bytes], share: float) -> None:
+    def __init__(self, sets: GramSets, short: set[bytes]) -> None:
         self._sets, self._short = sets, short
-        self._up, self._down = Fraction(str(share)).as_integer_ratio()
 
     def __call__(self, block: TextBlock) -> BlockHits:
         """Find matching rows of a block."""
@@ -155,9 +153,10 @@ class ContaminationMatcher:
             rows = np.arange(text.documents[document], text.documents[document + 1])
             return len(distinct_rows(windows[expand_ranges(rows * text.length, text.begin[rows])])[0])
 
+        up, down = self._sets.share
         for shared in self._sets.shared(entries, alike):
             columns = (shared.place, shared.count, self._sets.size[shared.owner])
             for place, both, theirs in zip(*(column.tolist() for column in columns), strict=True):
-                most = self._down * both // self._up - theirs + both  # distinct n-grams of a similar document
+                most = down * both // up - theirs + both  # distinct n-grams of a similar document
                 if not alike[place]:
                     alike[place] = int(text.of_document[place]) <= most or size(place) <= most

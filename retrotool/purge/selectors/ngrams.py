@@ -69,7 +69,7 @@ class GramSets:
 
     def __init__(self, grams: Tokens, owner: Ints, share: float) -> None:
         self.n = grams.shape[1]
-        self._up, self._down = Fraction(str(share)).as_integer_ratio()
+        self.share = Fraction(str(share)).as_integer_ratio()  # numerator and denominator
         kept, which = distinct_rows(grams)
         hashes = gram_hashes(np.ascontiguousarray(grams[kept]).reshape(-1), self.n)[:: self.n]
         order = np.argsort(hashes, kind="stable")
@@ -92,7 +92,7 @@ class GramSets:
     def _set_owners(self, owner: Ints, gram: Ints) -> None:
         """Set (owner, gram) [m], sorted, owners numbered from 0."""
         self.size = np.bincount(owner)  # how many grams each set has, int64 [o]
-        self.needed = np.maximum(-(-self.size * self._up // self._down), 1)
+        self.needed = np.maximum(-(-self.size * self.share[0] // self.share[1]), 1)
         """How many of them a place must have, int64 [o]."""
         self._owned, self._of_owner = gram, np.append(0, np.cumsum(self.size))
         self._any_needed = np.full(len(self._hashes), np.iinfo(np.int64).max)
