@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -81,7 +81,7 @@ class NeighboursStage:
     filters: Filters = field(default_factory=Filters)
     text: bool = False  # also store the tokens of the first k neighbours of each row
     broken: tuple[str, ...] = ()  # paths of tables to make again instead
-    gaps: dict[Any, Gaps] = field(default_factory=dict, compare=False, repr=False)  # those that were read
+    gaps: dict[Any, tuple[int, bool]] = field(default_factory=dict, compare=False, repr=False)  # see ``GapFinder``
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -122,10 +122,9 @@ class NeighboursStage:
                 mode, new = _to_search(old, database.store.state, held)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
                 if mode == FEW:
-                    found = gaps.find(part, old)
-                    if not (found.few or found.holds_erased or found.text_is_stale):
+                    if (short := gaps.find(part, old)) is None:
                         continue
-                    weight = found.few
+                    weight = short
             if self.text:
                 settings["text"] = self.k
             inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
@@ -344,7 +343,6 @@ class NeighboursWorker:
             undone = digest_of_undone(self._store.refresh())  # first: the database may then know more, not less
             while not self._reopened():
                 self._turn.wait()
-                undone = digest_of_undone(self._store.refresh())
             database = self._database
             self._searching += 1
         try:
@@ -482,23 +480,12 @@ class NeighboursWorker:
             live = (table.ids != NO_NEIGHBOUR) & ~database.tombstones.contains(table.ids)
             few = searchable[live[searchable].sum(axis=1) < stage.k]
             return NeighbourTable(np.array(table.ids), np.array(table.distances)), few, None
-        fresh = NeighbourTable(
-            np.full((rows, stage.saved), NO_NEIGHBOUR, np.int64), np.full((rows, stage.saved), np.inf, np.float32)
-        )
-        return fresh, searchable, table if mode == _MORE else None
-
-
-@dataclass(frozen=True, slots=True)
-class Gaps:
-    """What purges have left to do in a table."""
-
-    few: int = 0  # searchable rows with fewer than k live neighbours
-    holds_erased: bool = False  # a row, purged or not, has a neighbour that another store has erased
-    text_is_stale: bool = False  # tokens of neighbours are missing or out of date
+        nothing = Best.nothing(rows, stage.saved)
+        return NeighbourTable(nothing.ids, nothing.distances), searchable, table if mode == _MORE else None
 
 
 class GapFinder:
-    """Finds gaps in tables of a store whose neighbours are chunks of ``database``."""
+    """Finds what purges have left to do in tables of a store whose neighbours are chunks of ``database``."""
 
     def __init__(self, store: Store, database: AnyDatabase, stage: NeighboursStage) -> None:
         self._store, self._database, self._k, self._text = store, database, stage.k, stage.text
@@ -508,38 +495,37 @@ class GapFinder:
         purges, undone = stands_for(database.store.state), digest_of_undone(store.state)
         self.taken = (purges, stands_for(store.state), erased_of(store, database), undone)
 
-    def find(self, part: int, entry: FileEntry) -> Gaps:
-        """Return the gaps of a part's table, which is not read if nothing was purged since it was made."""
+    def find(self, part: int, entry: FileEntry) -> int | None:
+        """Return how many rows of a part have to be searched; None if there is nothing to do at all."""
         about = entry.about or {}
         known = about["purges"], about.get("erased", ""), about.get("undone", "")
-        # The table was made, or refilled to k neighbours, after all purges of the database.
-        if known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k:
-            return Gaps(text_is_stale=self._lacks_text(entry))
-        key = (entry.path, *self.taken)
-        if key not in self._known:
-            self._known[key] = self._read(part, entry)
-        found = self._known[key]
-        return replace(found, text_is_stale=self._text and (found.text_is_stale or self._lacks_text(entry)))
+        few, is_stale = 0, False
+        # A table that was made, or refilled to k neighbours, after all purges of the database is not read.
+        if known != (self.taken[0], *self.taken[2:]) or int(about.get("k", self._k)) < self._k:
+            key = (entry.path, *self.taken)
+            if key not in self._known:
+                self._known[key] = self._read(part, entry)
+            few, is_stale = self._known[key]
+        lacks_text = self._text and not text_is_current(entry, self._database.store, self._k)
+        return few if few or is_stale or lacks_text else None
 
-    def _lacks_text(self, entry: FileEntry) -> bool:
-        return self._text and not text_is_current(entry, self._database.store, self._k)
-
-    def _read(self, part: int, entry: FileEntry) -> Gaps:
+    def _read(self, part: int, entry: FileEntry) -> tuple[int, bool]:
+        """Return how many rows have fewer than k live neighbours, and whether other data is out of date."""
         searched = np.zeros(entry.rows, np.bool_)
         searched[search_scope.searchable_rows(self._store, part, self._own)] = True
-        few, holds_erased, stale = 0, False, False
+        few, is_stale = 0, False
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
             ids = neighbour_tables.read_ids(self._store, entry, [group])
             left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
             few += int((left[rows].sum(axis=1) < self._k).sum())
-            holds_erased |= self._erased is not None and bool(self._erased.contains(ids).any())
-            if neighbour_tables.text_size(entry):
+            is_stale |= self._erased is not None and bool(self._erased.contains(ids).any())
+            if self._text and neighbour_tables.text_size(entry):
                 text = neighbour_tables.read_text(self._store, entry, [group], tokens=False)
                 purged, short = neighbour_tables.text_naming(text, self._database.tombstones.contains)
-                stale |= bool((purged | short | (text.ids == ERASED)).any())
-        return Gaps(few, holds_erased, stale)
+                is_stale |= bool((purged | short | (text.ids == ERASED)).any())
+        return few, is_stale
 
     @cached_property
     def _own(self) -> Tombstones:

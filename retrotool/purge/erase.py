@@ -198,15 +198,16 @@ def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, wh
             holds |= purged.contains(ids).any(axis=1)
         if neighbour_tables.text_size(entry):
             text = neighbour_tables.read_text(store, entry, [group], tokens=whole)
-            holds |= _leftovers_in_text(text, mine, purged if within else None)
+            holds |= _leftovers_in_text(text, mine, purged if within else None, whole=whole)
         yield holds if within else holds[mine]
 
 
-def _leftovers_in_text(text: NeighbourText, mine: Ids, purged: Tombstones | None) -> Flags:
-    """Return which rows have tokens of ``purged`` chunks or of no neighbour; rows ``mine`` must be empty."""
+def _leftovers_in_text(text: NeighbourText, mine: Ids, purged: Tombstones | None, *, whole: bool) -> Flags:
+    """Return which rows have tokens of ``purged`` chunks, ``mine`` any, or, if ``whole``, of no neighbour."""
     has_tokens: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
     empty = ~(has_tokens[:, :, 0] | has_tokens[:, :, 1])
-    bad: Flags = (text.ids < 0) & ~(empty & np.isposinf(text.distances))
+    # An erase does not remove these: they are damage.
+    bad: Flags = (text.ids < 0) & ~(empty & np.isposinf(text.distances)) & whole
     if purged is not None:
         named, followed = purged.contains(text.ids), purged.contains(text.ids + 1) & has_tokens[:, :, 1]
         bad |= (text.ids >= 0) & (named | followed)

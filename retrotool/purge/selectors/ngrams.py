@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.neighbours.token_overlap import HASH_BITS, gram_hashes
 from retrotool.ranges import pairs_of_ranges
 from retrotool.store.parts import Chunks, fixed_binary
 
@@ -37,8 +38,6 @@ Flags = npt.NDArray[np.bool_]
 
 Number = TypeVar("Number", bound=np.integer[Any])
 
-HASH_BITS = 32
-_ODD = np.array([0x9E3779B1, 0xD6E8FEB7, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD, 0x1D8E4E27, 0xEB44ACCB], "<u4")
 _TABLE_BITS = (12, 24)
 _PLACES_A_GRAM = 32
 _FIRST_SETS, _MORE_SETS = 1, 4
@@ -227,31 +226,6 @@ def _bounded(cost: Ints) -> Iterator[slice]:
         high = max(int(np.searchsorted(total, before + _AT_ONCE, side="right")), low + 1)
         yield slice(low, high)
         low = high
-
-
-def gram_hashes(tokens: Tokens, n: int) -> Hashes:
-    """Hash the ``n`` tokens from each position on, uint32 [t − n + 1] (empty if there are fewer)."""
-    if len(tokens) < n:
-        return np.zeros(0, np.uint32)
-    power: Hashes = tokens.astype(np.uint32) * _ODD[0]  # of ``size`` tokens, a power of two
-    joined: Hashes | None = None
-    have, size = 0, 1
-    while True:
-        if n & size:
-            # Another factor than in the powers: else swapping the halves of a gram would not change its hash.
-            joined = power if joined is None else _followed(joined, power[have:], _ODD[7])
-            have += size
-        if 2 * size > n:
-            assert joined is not None
-            return np.asarray(joined[: len(tokens) - n + 1])
-        power = _followed(power, power[size:], _ODD[1 + (size.bit_length() - 1) % 6])
-        size *= 2
-
-
-def _followed(one: Hashes, other: Hashes, factor: np.uint32) -> Hashes:
-    hashes: Hashes = one[: len(other)] * factor
-    hashes += other
-    return hashes
 
 
 def follows(chunks: Chunks, n_tokens: npt.NDArray[np.integer]) -> Flags:

@@ -55,7 +55,7 @@ class Patterns(Selector):
         several, together = [compiled(pattern) for pattern in self.patterns], _compiled_set(self.patterns)
 
         def match(block: TextBlock) -> BlockHits:
-            hits = [BlockHits.whole(np.zeros(0, np.int64))]
+            hits: list[BlockHits] = []
             where: dict[int, list[int]] = {}
             for document, (begin, end) in enumerate(itertools.pairwise(block.starts[block.documents].tolist())):
                 found = together.Match(block.text[begin:end]) or ()

@@ -150,7 +150,8 @@ class BlockHits:
 
     @classmethod
     def joined(cls, several: Sequence[BlockHits]) -> BlockHits:
-        """Concatenate hits, at least one."""
+        """Concatenate hits."""
+        several = (cls.whole(np.zeros(0, np.int64)), *several)
         return cls(*(np.concatenate([getattr(hits, one.name) for hits in several]) for one in fields(cls)))
 
 
