@@ -25,7 +25,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from retrotool.ann.ranking import Best
 from retrotool.chunk import PART_SIZE
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed import search_scope
+from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
@@ -52,7 +53,7 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_spans, read_tombstones, stands_for
+from retrotool.store.tombstones import digest_of_undone, missed_spans, read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
 # Tasks at a time on a GPU: it finds a million rows in a second or so, and a core writes them in two to four.
@@ -396,7 +397,7 @@ class NeighboursWorker:
                 give_memory_back()
         report(task.weight - len(asking))
         if task.inputs["mode"] == FEW and not self._within:
-            is_erased = search_scope.erased_chunks(database.store).contains
+            is_erased = erased_chunks(database.store).contains
             table = neighbour_tables.erase_neighbours(table, asking[:0], is_erased)
         record = stage.record(store, database)
         commit, head = search_scope.last_change(database.store)
@@ -490,6 +491,7 @@ class GapFinder:
     def __init__(self, store: Store, database: AnyDatabase, stage: NeighboursStage) -> None:
         self._store, self._database, self._k, self._text = store, database, stage.k, stage.text
         self._known = stage.gaps
+        self._own, self._erased = cache(partial(read_tombstones, store)), cache(partial(erased_chunks, database.store))
         # Digests: purges of database and queries, erases of the database, and undone purges of queries, whose
         # rows are empty in tables made during these.
         purges, undone = stands_for(database.store.state), digest_of_undone(store.state)
@@ -512,7 +514,7 @@ class GapFinder:
     def _read(self, part: int, entry: FileEntry) -> tuple[int, bool]:
         """Return how many rows have fewer than k live neighbours, and whether other data is out of date."""
         searched = np.zeros(entry.rows, np.bool_)
-        searched[search_scope.searchable_rows(self._store, part, self._own)] = True
+        searched[search_scope.searchable_rows(self._store, part, self._own())] = True
         few, is_stale = 0, False
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
@@ -520,20 +522,12 @@ class GapFinder:
             left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
             few += int((left[rows].sum(axis=1) < self._k).sum())
-            is_stale |= self._erased is not None and bool(self._erased.contains(ids).any())
+            is_stale |= self.taken[2] != "" and bool(self._erased().contains(ids).any())
             if self._text and neighbour_tables.text_size(entry):
                 text = neighbour_tables.read_text(self._store, entry, [group], tokens=False)
                 purged, short = neighbour_tables.text_naming(text, self._database.tombstones.contains)
                 is_stale |= bool((purged | short | (text.ids == ERASED)).any())
         return few, is_stale
-
-    @cached_property
-    def _own(self) -> Tombstones:
-        return read_tombstones(self._store)
-
-    @cached_property
-    def _erased(self) -> Tombstones | None:
-        return search_scope.erased_chunks(self._database.store) if self.taken[2] else None
 
 
 def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:

@@ -166,7 +166,7 @@ def weigh(store: Store, purge: str) -> Undoable:
 def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:
     """Return the chunks of the documents with one of ``keys``, besides ``purged`` ones and pending parts."""
     found = [np.zeros(0, np.int64)]
-    for part in filter(store.state.is_live, store.state.all_parts()) if len(keys) else ():
+    for part in store.state.parts() if len(keys) else ():
         has_key = pc.is_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
         found.append(chunks_of(store, part, np.flatnonzero(has_key.to_numpy())))
     chunks = np.concatenate(found)

@@ -34,6 +34,7 @@ from retrotool.index.index_records import RECALL, SHARD
 from retrotool.index.searching import read_shard
 from retrotool.purge.erase import Flags, leftovers_in_table
 from retrotool.purge.purged_chunks import has_any
+from retrotool.ranges import in_steps
 from retrotool.store import gc, identity, leases, neighbour_tables, parts, staging
 from retrotool.store.log import Commit, FileEntry
 from retrotool.store.storage import Storage
@@ -225,8 +226,7 @@ def _check_chunks(purged: Purged, entry: FileEntry) -> Flags:
 
 def _check_embeddings(purged: Purged, entry: FileEntry) -> Flags:
     rows, matrix = purged.chunks.rows(entry.part), read_vectors(purged.store, entry)
-    starts = range(0, len(rows), _BLOCK_ROWS)
-    return np.concatenate([matrix[rows[start : start + _BLOCK_ROWS]].any(axis=1) for start in starts])
+    return np.concatenate([matrix[some].any(axis=1) for some in in_steps(rows, _BLOCK_ROWS)])
 
 
 def _check_index(purged: Purged, entry: FileEntry) -> Flags:
