@@ -15,6 +15,7 @@ which release the GIL. Memory: a block per thread, and 34 bytes per hit.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
