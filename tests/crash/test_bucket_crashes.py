@@ -40,6 +40,7 @@ from test_kills import (  # noqa: F401 - a fixture is among them
 from retrotool import api
 from retrotool.errors import StorageError
 from retrotool.store import log
+from retrotool.store.cache import cache_folder
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.storage import storage_at
@@ -72,7 +73,8 @@ class Bucket:
         return f"s3://{buckets.BUCKET}/{name}"
 
     def fill(self, name: str, before: Path) -> Path:
-        """Copy a store of the disk into the bucket; return its folder."""
+        """Copy a store of the disk into the bucket, of which nothing is cached; return its folder."""
+        shutil.rmtree(cache_folder() / "files", ignore_errors=True)
         folder = self.root / name
         if before.exists():
             copy_store(before, folder)
