@@ -64,10 +64,14 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Bucket:
-    """Stores in a bucket, of which each is a folder, too."""
+    """Stores in a bucket, of which each is a folder, too; this process and its children get a cache of their own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root / buckets.BUCKET
+        cache, shared = root / "cache", cache_folder() / "tokenizers"
+        if shared.exists():  # what is known about tokenizers takes seconds
+            shutil.copytree(shared, cache / "tokenizers", dirs_exist_ok=True)
+        os.environ["RETROTOOL_CACHE"] = str(cache)
 
     def place(self, name: str) -> str:
         return f"s3://{buckets.BUCKET}/{name}"
