@@ -214,7 +214,7 @@ class _Tile:
     """The queries ``rows`` [t], the lists that they are ``asking``, and their results."""
 
     def __init__(self, rows: Ids, probed: Ids, of_all: Excluded, depth: int) -> None:
-        self.rows, self.excluded = rows, of_all.take(rows).ascending()
+        self.rows, self.excluded = rows, of_all.take(rows)
         self.nearest, self.asking = Heaps(depth, len(rows)), _ByList(probed)
 
 
@@ -224,7 +224,7 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
     Within a tile, queries are sorted by what they exclude or by nearest list, for locality.
     """
     by_list = probed.shape[1] and not excluded.any
-    order = np.argsort(probed[:, 0] if by_list else excluded.first, kind="stable")
+    order = np.lexsort((probed[:, 0],) if by_list else (excluded.last, excluded.first))
     return [(order[first::n], probed[order[first::n]]) for first in range(n)]
 
 
