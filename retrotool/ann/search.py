@@ -25,6 +25,7 @@ from retrotool.ann.lists import Floats, JoinedLists, Lists, Trained
 from retrotool.ann.matmul import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
 from retrotool.ann.ranking import Fetch, Heaps, largest
 from retrotool.lazy import torch
+from retrotool.ranges import runs_up_to
 
 ROOM = 1 << 27  # bytes for distances and decoded vectors; more does not help
 _COLUMNS = 1 << 11
@@ -131,19 +132,13 @@ class Search:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth), cut)
 
     def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
-        pieces: list[_Piece] = []
-        rows = 0
-        for number in numbers:
-            n = shard.size(number)
-            for low in range(0, n, self._columns):
-                width = min(self._columns, n - low)
-                if pieces and rows + width > self._most_rows:
-                    yield pieces
-                    pieces, rows = [], 0
-                pieces.append((number, slice(low, low + width)))
-                rows += width
-        if pieces:
-            yield pieces
+        sizes = ((number, shard.size(number)) for number in numbers)
+        pieces = (
+            (number, slice(low, min(low + self._columns, n)))
+            for number, n in sizes
+            for low in range(0, n, self._columns)
+        )
+        return runs_up_to(self._most_rows, pieces, lambda piece: piece[1].stop - piece[1].start)
 
     def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
         of_each = [shard.ids(number)[rows] for number, rows in pieces]
