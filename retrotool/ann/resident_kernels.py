@@ -116,7 +116,7 @@ def _rank(q, x, ranks, own, first, end, keys, queries, depth, d, K: tl.constexpr
 
 
 class TritonKernels:
-    """``resident.Kernels`` in Triton."""
+    """``resident.TorchKernels`` in Triton."""
 
     def scan(
         self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, probes: Probes, best: torch.Tensor

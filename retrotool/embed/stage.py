@@ -25,6 +25,7 @@ import numpy.typing as npt
 from retrotool.embed.search_scope import count_live_keys
 from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
+from retrotool.encoder.encoder import Vectors
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import CorruptError, ErasedError, NotFiniteError, UsageError
 from retrotool.store import parts, staging
@@ -230,7 +231,7 @@ class EmbedWorker:
                 with_vector.append(embedded)
                 yield self.texts.rows(chunks.tokens[embedded], chunks.n_tokens[embedded])
 
-        def filled(coming: Iterator[npt.NDArray[np.float16]]) -> Iterator[npt.NDArray[np.float16]]:
+        def filled(coming: Iterator[Vectors]) -> Iterator[Vectors]:
             for start, _, kept in blocks:
                 if kept is not None:
                     yield kept
@@ -272,7 +273,6 @@ class EmbedWorker:
 
 PIECE_SECONDS = 60.0
 _MOST_BYTES = 1 << 30  # held for a piece; a device that computes more in a minute needs about that for a part
-Vectors = npt.NDArray[np.float16]
 
 
 class PartPieces:

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from retrotool.encoder.devices import is_lost, is_out_of_memory
-from retrotool.encoder.encoder import Rows
+from retrotool.encoder.encoder import Rows, Vectors
 from retrotool.encoder.encoder_identity import EncoderIdentity, read_config, read_modules
 from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
 from retrotool.errors import UsageError
@@ -83,7 +83,7 @@ class _AnyForward:
 
     def most_rows(self, batch_tokens: int) -> int:
         """Return the most rows of a batch: as many as its constant shape has room for."""
-        return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
+        return max(1, batch_tokens // _SHORTEST) if self.constant else sys.maxsize
 
 
 class PackedForward(_AnyForward):
@@ -118,17 +118,12 @@ class PackedForward(_AnyForward):
                 ids, places = np.pad(ids, (0, extra)), np.pad(places, (0, extra))
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
         longest = max(_LONGEST, 1 << (int(rows.lengths[0]) - 1).bit_length())
-        ends = np.cumsum(rows.lengths)
-        whole = self.least_tokens(batch_tokens) <= len(ids) <= batch_tokens
-        if not whole:
-            spans = np.concatenate([[0], ends]).astype(np.int32)
-            return {"ids": ids, "places": places, "spans": spans}, {"longest": longest, "whole": False}
-        total, room = len(ids), batch_tokens
-        filled = np.zeros((2, room), np.int32)
-        filled[0, :total], filled[1, :total] = ids, places
-        spans = np.concatenate([[0], ends, np.arange(total + longest, room, longest)])
+        total, whole = len(ids), self.least_tokens(batch_tokens) <= len(ids) <= batch_tokens
+        room = batch_tokens if whole else total
+        ids, places = (np.pad(some, (0, room - total)) for some in (ids, places))
+        spans = np.concatenate([[0], np.cumsum(rows.lengths), np.arange(total + longest, room, longest)])
         spans = np.append(spans[spans < room], room).astype(np.int32)  # the filling is rows, too
-        return {"ids": filled[0], "places": filled[1], "spans": spans}, {"longest": longest, "whole": True}
+        return {"ids": ids, "places": places, "spans": spans}, {"longest": longest, "whole": whole}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
         """Return the vectors of a batch, float32 [at least n, d]."""
@@ -168,20 +163,9 @@ def allow_programs() -> None:
     config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
 
 
-def rows_in_batch(batch_tokens: int) -> int:
-    """Return the rows that a batch of constant shape may have."""
-    return max(1, batch_tokens // _SHORTEST)
-
-
 def _has_varlen(device: str) -> bool:
     """Check whether the device supports FlashAttention: compute capability 8.0 (Ampere) or later."""
-    if device == "cpu":
-        return False
-    try:
-        import torch.nn.attention.varlen
-    except ImportError:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fits_flash(shape: Architecture) -> bool:
@@ -266,7 +250,6 @@ def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: st
     return model
 
 
-Vectors = npt.NDArray[np.float16]
 _START_SECONDS = 60.0
 
 
