@@ -94,7 +94,7 @@ class Search:
         with one_thread_each(self._threads) as run:
             tables = run(self._table, self._tiles)
             jobs = list(zip(self._tiles, tables, strict=True))
-            pieces = self._pieces(shard, sorted(set().union(*(tile.asking for tile in self._tiles))))
+            pieces = self._pieces(shard, sorted(set().union(*(tile.lists for tile in self._tiles))))
             while some_pieces := list(itertools.islice(pieces, self._threads)):
                 blocks = run(functools.partial(self._decode, shard), some_pieces)
                 self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
@@ -170,7 +170,7 @@ class Search:
         for pieces, bounds, ids, columns in blocks:
             mask = Mask(tile.excluded, ids)
             for (number, _), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
-                rows = tile.asking.rows(number)
+                rows = tile.probing(number)
                 if rows is None or low == high:
                     continue
                 scanned += len(rows) * (high - low)
@@ -206,11 +206,21 @@ def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
 
 
 class _Tile:
-    """The queries ``rows`` [t], the lists that they are ``asking``, and their results."""
+    """The queries ``rows`` [t], their results, and which of them, by place, probe each of the ``lists``."""
 
     def __init__(self, rows: Ids, probed: Ids, of_all: Excluded, depth: int) -> None:
-        self.rows, self.excluded = rows, of_all.take(rows)
-        self.nearest, self.asking = Heaps(depth, len(rows)), _ByList(probed)
+        self.rows, self.excluded, self.nearest = rows, of_all.take(rows), Heaps(depth, len(rows))
+        least = np.min_scalar_type(int(probed.max(initial=0)))  # 16-bit numbers sort several times as fast
+        flat = probed.ravel().astype(least)
+        order = np.argsort(flat, kind="stable")
+        counts = np.bincount(flat)
+        asked, ends = np.flatnonzero(counts), np.cumsum(counts)
+        self.lists = dict(zip(asked.tolist(), itertools.pairwise([0, *ends[asked].tolist()]), strict=True))
+        self._by_list = torch.from_numpy(order).div_(max(probed.shape[1], 1), rounding_mode="floor")
+
+    def probing(self, number: int) -> torch.Tensor | None:
+        bounds = self.lists.get(number)
+        return None if bounds is None else self._by_list[bounds[0] : bounds[1]]
 
 
 def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
@@ -221,26 +231,6 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
     by_list = probed.shape[1] and not excluded.any
     order = np.lexsort((probed[:, 0],) if by_list else (excluded.last, excluded.first))
     return [(order[first::n], probed[order[first::n]]) for first in range(n)]
-
-
-class _ByList:
-    """The queries, by number of row, that probe each list."""
-
-    def __init__(self, probed: Ids) -> None:
-        least = np.min_scalar_type(int(probed.max(initial=0)))  # 16-bit numbers sort several times as fast
-        flat = probed.ravel().astype(least)
-        order = np.argsort(flat, kind="stable")
-        counts = np.bincount(flat)
-        asked, ends = np.flatnonzero(counts), np.cumsum(counts)
-        self._bounds = dict(zip(asked.tolist(), itertools.pairwise([0, *ends[asked].tolist()]), strict=True))
-        self._rows = torch.from_numpy(order).div_(max(probed.shape[1], 1), rounding_mode="floor")
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._bounds)
-
-    def rows(self, number: int) -> torch.Tensor | None:
-        bounds = self._bounds.get(number)
-        return None if bounds is None else self._rows[bounds[0] : bounds[1]]
 
 
 def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:

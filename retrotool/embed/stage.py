@@ -36,7 +36,7 @@ from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.store.vectors import MappedVectors, read_vectors, write_vector_blocks
-from retrotool.tokenizers import TokensDiffer
+from retrotool.tokenizers import FastTokenizer, TokensDiffer
 
 if TYPE_CHECKING:
     from retrotool.embed.foreign_vectors import VectorFiles
@@ -180,7 +180,7 @@ class EmbedWorker:
         except TokensDiffer as error:
             # Repeat this part without the fast tokenizer; --check can validate earlier parts.
             encoder.say(f"{error.summary}; continuing with tokenizers, which is slower")
-            encoder.use_slow_tokenizer()
+            encoder.fast = None
             progress(-rows)
             drop_pieces(self._store, task.inputs["path"])
             entry = self._write(part, name(), pieces := kept(), progress)
@@ -216,7 +216,7 @@ class EmbedWorker:
             raise self._not_finite(part, int(some[error.row % len(some)])) from error
         self._verified = True
         if self._many and not self.texts.straight:
-            self.encoder.use_fast_tokenizer()
+            self.encoder.fast = FastTokenizer(self.encoder.tokenizer)
 
     def _write(self, part: int, name: FileName, pieces: PartPieces, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)
