@@ -42,6 +42,8 @@ class Whole:
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Encode float32 [n, d] as uint8 [n, size]."""
+        if not len(rows):  # torch can't view an empty tensor as bytes
+            return torch.empty(0, self.size, dtype=torch.uint8, device=rows.device)
         return rows.to(getattr(torch, self.dtype)).contiguous().view(torch.uint8)
 
     def decode(self, codes: Codes) -> torch.Tensor:

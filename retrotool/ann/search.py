@@ -22,7 +22,7 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Excluded, Ids, Mask, Queries
 from retrotool.ann.kmeans import assign
 from retrotool.ann.lists import Floats, JoinedLists, Lists, Trained
-from retrotool.ann.matmul import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
+from retrotool.ann.matmul import Columns, RoughColumns, Scratch, has_bfloat16, one_thread_each, table_of_centroids
 from retrotool.ann.ranking import Fetch, Heaps, largest
 from retrotool.lazy import torch
 from retrotool.ranges import runs_up_to
@@ -238,9 +238,7 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads
     table = torch.from_numpy(centroids)
     if nprobe == 1:
         return assign(vectors, table)[1].numpy().reshape(-1, 1)
-    shift = table.mean(0)
-    table = table - shift
-    scored = Table(table, -table.square().sum(1) / 2, rough=True)
+    shift, scored = table_of_centroids(table, rough=True)
 
     def nearest(rows: torch.Tensor) -> Ids:
         return largest(scored.scores(rows - shift), min(nprobe, len(table)))

@@ -97,9 +97,8 @@ class ShardRecord:
 
 def as_about(record: TrainingRecord | ShardRecord) -> dict[str, Any]:
     """Return a file's record as stored in the log: without unset fields."""
-    about = {name: value for name, value in asdict(record).items() if value is not None}
+    about = asdict(record, dict_factory=lambda fields: {name: one for name, one in fields if one is not None})
     if isinstance(record, TrainingRecord):
-        about["asked"] = {name: value for name, value in about["asked"].items() if value is not None}
         del about["asked"]["target"]  # it is in the index's record
     return about
 

@@ -29,7 +29,7 @@ from retrotool.ann.choice import parse_factory
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import InvertedLists, OneList, Trained
-from retrotool.ann.matmul import Table
+from retrotool.ann.matmul import table_of_centroids
 from retrotool.ann.ranking import Best, are_among, exact_distances
 from retrotool.ann.search import SPARE, Search
 from retrotool.chunk.chunk_plan import write_json_file
@@ -140,9 +140,7 @@ def _lists_needed(truth: Truth, database: Searched, target: float) -> int:
     ids, place = np.unique(known[known >= 0], return_inverse=True)
     if trained.centroids is None or not len(ids):
         return 1
-    table = torch.from_numpy(trained.centroids)
-    shift = table.mean(0)
-    scored = Table(table - shift, -(table - shift).square().sum(1) / 2)
+    shift, scored = table_of_centroids(torch.from_numpy(trained.centroids))
 
     def scores(vectors: npt.NDArray[Any]) -> torch.Tensor:
         return scored.scores(trained.rotate(torch.from_numpy(vectors.astype(np.float32))) - shift)

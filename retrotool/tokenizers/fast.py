@@ -53,7 +53,6 @@ class TokensDiffer(AbortError):  # noqa: N818
             f"{self.summary}, near {excerpt}",
             "Tokenise again without tokie; the tokens of `tokenizers` are the right ones.",
         )
-        self.version, self.position, self.excerpt = version, position, excerpt
 
 
 class FastTokenizer:
