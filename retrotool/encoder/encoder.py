@@ -27,7 +27,7 @@ from retrotool.encoder.encoder_identity import find_encoder, read_config
 from retrotool.errors import NotFiniteError, UsageError
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
-from retrotool.ranges import Int64s, expand_ranges, positions_within
+from retrotool.ranges import Int64s, expand_ranges
 from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
@@ -74,10 +74,6 @@ class Rows:
         ids[starts[:, None] + np.arange(len(before))] = before
         ids[(starts + len(before) + kept)[:, None] + np.arange(len(after))] = after
         return Rows(ids, lengths)
-
-    def positions(self) -> npt.NDArray[np.int32]:
-        """Return each token's position in its row, int32 [tokens]."""
-        return positions_within(self.lengths).astype(np.int32)
 
 
 def check_vocabulary(what: str, ids: npt.NDArray[Any], vocabulary: int | None) -> None:

@@ -30,6 +30,7 @@ from retrotool.encoder.encoder_identity import EncoderIdentity, read_config, rea
 from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
 from retrotool.errors import UsageError
 from retrotool.machine import cores
+from retrotool.ranges import positions_within
 
 Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]  # for the device, and kept on the host
 
@@ -133,7 +134,8 @@ class PackedForward(_AnyForward):
         if self.constant and more["whole"] and not self.why_eager:
             try:
                 self._compiled = self._compiled or compile_layer()
-                allow_programs()
+                config = torch._dynamo.config  # since torch 2.12 each thread has its own limit
+                config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
                 torch._dynamo.mark_dynamic(spans, 0)  # as many as there are rows: empty ones would take time
                 pooled = run(self._compiled)
             except Exception as error:
@@ -157,12 +159,6 @@ def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
     return compiled
 
 
-def allow_programs() -> None:
-    """Allow this thread ``_PROGRAMS`` programs of a layer: since torch 2.12 each thread has its own limit."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
-
-
 def _has_varlen(device: str) -> bool:
     """Check whether the device supports FlashAttention: compute capability 8.0 (Ampere) or later."""
     return device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -177,7 +173,7 @@ def _fits_flash(shape: Architecture) -> bool:
 def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
     """Return each token's position; with ``padding`` as RoBERTa counts, skipping padding tokens."""
     if padding is None:
-        return rows.positions()
+        return positions_within(rows.lengths).astype(np.int32)
     counted = np.cumsum(rows.ids != padding)
     before = np.where(rows.starts > 0, counted[np.maximum(rows.starts - 1, 0)], 0)
     within = counted - np.repeat(before, rows.lengths)
