@@ -15,6 +15,7 @@ sampled are compared with the others.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -187,8 +188,9 @@ class _Curve:
     def at(self, nprobe: int) -> list[Recall]:
         """Search at ``nprobe``; return the recall at all depths, the deepest last."""
         database, scanned, searched, ranked, deepest = self._database, 0, 0.0, 0.0, max(self._depths)
-        judged: dict[tuple[int, int], list[Any]] = {(depth, k): [] for depth in self._depths for k in _KS}
-        nearer = [self._nearer[:0]]
+        is_sample, shape = self._truth.share < 1, self._truth.best.ids.shape
+        none: npt.NDArray[Any] = np.zeros(shape, np.bool_) if is_sample else np.zeros(shape[0], np.int64)
+        found = {key: none.copy() for key in itertools.product(self._depths, _KS)}
         first = 0
         for queries in self._truth.queries.blocks(rows_in(database.room, deepest, database.trained.d)):
             start = time.perf_counter()
@@ -202,22 +204,19 @@ class _Curve:
             start = time.perf_counter()
             distances = exact_distances(queries.vectors, candidates, database.vectors)
             ranked += time.perf_counter() - start
-            truth = self._truth.best.take(slice(first, first + len(queries)))
-            first += len(queries)
+            rows = slice(first, first := first + len(queries))
+            truth = self._truth.best.take(rows)
             # As in searches, k = 100 takes ten times the candidates, here up to the deepest.
-            enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in judged}
+            enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in found}
             best = {n: Best(distances[:, :n], candidates[:, :n]).nearest(DEPTH) for n in {*enough.values()}}
-            is_sample = self._truth.share < 1
-            for (depth, k), blocks in judged.items():
-                found = best[enough[depth, k]]
-                blocks.append(are_among(truth.ids, found.ids[:, :k]) if is_sample else _count_found(truth, found, k))
+            for (depth, k), hits in found.items():
+                some = best[enough[depth, k]]
+                hits[rows] = are_among(truth.ids, some.ids[:, :k]) if is_sample else _count_found(truth, some, k)
             pairs = zip(best[deepest].distances, truth.distances * (1 - _TIE), strict=True)
-            nearer.append(np.array([np.searchsorted(row, own) for row, own in pairs], np.int64))
-        if first:
-            self._nearer = np.concatenate(nearer)
+            self._nearer[rows] = [np.searchsorted(row, own) for row, own in pairs]
         q = max(first, 1)
+        self._found |= {(nprobe, depth, k): hits for (depth, k), hits in found.items()}
         for depth in self._depths:
-            self._found |= {(nprobe, depth, k): np.concatenate(judged[depth, k] or [np.zeros(0)]) for k in _KS}
             self._cost[nprobe, depth] = scanned / q, q / max(searched + ranked * depth / deepest, 1e-9)
         return [self.recall(nprobe, depth) for depth in self._depths]
 
