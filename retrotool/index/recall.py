@@ -331,8 +331,8 @@ def find_truth(
     share = min(1.0, max(_budget_on(device) / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
-    for part, searchable in rows.items():
-        chosen = searchable
+    for part in search_scope.vectors_ahead(store, encoder, rows):
+        chosen = searchable = rows[part]
         if share < 1:
             blocks = rng.random(-(-len(searchable) // _BLOCK)) < share
             chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
@@ -351,7 +351,8 @@ def find_truth(
 def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:
     vectors, intervals, keys = [], [], []
     repeat = search_scope.may_repeat(store)
-    for part, rows in rows_by_part(ids):
+    by_part = rows_by_part(ids)
+    for part, rows in store.copied_ahead(by_part, lambda some: store.state.part_file("embeddings", some[0], encoder)):
         vectors.append(search_scope.read_part_vectors(store, encoder, part)[rows].astype(np.float32))
         if repeat:
             keys.append(_of_documents(store, part, rows, "key"))

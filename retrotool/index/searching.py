@@ -39,7 +39,8 @@ from retrotool.ann.resident import ResidentLists
 from retrotool.ann.search import ROOM, SPARE, Search, nearest_lists, nothing_banned
 from retrotool.chunk.chunk_plan import documents_within
 from retrotool.cli.command_lines import command_line, embed_command
-from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
+from retrotool.embed import search_scope
+from retrotool.embed.search_scope import embedded_parts, read_part_vectors, searchable_rows, vectors_ahead
 from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.index.index_records import IndexFiles, IndexRecord, ShardRecord, default_index, index_key, index_record
 from retrotool.index.on_device import OnDevice, in_blocks
@@ -62,14 +63,13 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
     if entry is None:
         raise store.corrupt(f"index {name!r} has no training")
     store.check_sum(entry)
-    with store.reading(entry):
-        return entry, lists.read_lists(store.local(entry)).trained
+    with store.reading(entry), store.local(entry) as path:
+        return entry, lists.read_lists(path).trained
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
     """Map a shard; raise ``ErasedError`` if erased since the store was opened, ``CorruptError`` if broken."""
-    with store.reading(entry):
-        path = store.local(entry)
+    with store.reading(entry), store.local(entry) as path:
         file = MappedFile(store, entry, path)
         # faiss reads everything before the lists at once, and may crash on unexpected bytes.
         in_lists = 0 if trained is None or trained.centroids is None else entry.rows * (trained.codec.size + 8)
@@ -89,7 +89,7 @@ def read_shards(
     generation: int | None = None,
 ) -> Iterator[InvertedLists]:
     """Yield the shards of an index; pass broken ones to ``missing``, or raise ``CorruptError`` without it."""
-    for entry in IndexFiles(store.state, name, generation).shards.values():
+    for entry in store.copied_ahead(IndexFiles(store.state, name, generation).shards.values(), lambda entry: entry):
         try:
             shard = read_shard(store, entry, trained)
         except CorruptError:
@@ -252,7 +252,7 @@ def _how_to_make(store: Store, name: str) -> str:
 
 def commands_to_index(store: Store, encoder: str, index: str | None) -> list[str]:
     """Return the commands that bring all chunks into an index (None: exact search): embed, then index."""
-    left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
+    left = search_scope.count_left(store, embedded_parts(store, encoder), read_tombstones(store))
     found = [embed_command(store, encoder)] if left else []
     return found if index is None else [*found, command_line("index", store, name=index)]
 
@@ -261,8 +261,9 @@ class Vectors:
     """The embeddings of a store by chunk id."""
 
     def __init__(self, store: Store, encoder: str) -> None:
-        self._store = store
+        self._store, self._encoder = store, encoder
         self._part = lru_cache(_KEPT_PARTS)(lambda part: read_part_vectors(store, encoder, part))
+        self._met: set[int] = set()  # parts that were read, whose files need not be copied ahead
 
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Return vectors, float16 [n, d], of ascending chunk ids; raise ``CorruptError`` for unknown ids."""
@@ -273,15 +274,23 @@ class Vectors:
         """Return the same, of consecutive ids the mapped memory itself, which is read-only."""
         found = []
         numbers = part_of(ids)
-        for start, stop in pairwise([*np.flatnonzero(np.diff(numbers, prepend=-1)), len(ids)]):
-            part, rows = int(numbers[start]), row_of(ids[start:stop])
+        bounds = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(ids)]
+        wanted: Iterable[tuple[int, slice]] = [(int(numbers[i]), slice(i, j)) for i, j in pairwise(bounds)]
+        if not self._met.issuperset(new := {part for part, _ in wanted}):
+            wanted = self._store.copied_ahead(wanted, self._entry)
+            self._met |= new
+        for part, some in wanted:
+            rows = row_of(ids[some])
             if part < 0 or self._store.state.part_file("chunks", part) is None:
-                raise self._unknown(int(ids[start]))
+                raise self._unknown(int(ids[some][0]))
             vectors = self._part(part)
             if rows[-1] >= len(vectors):
-                raise self._unknown(int(ids[stop - 1]))
+                raise self._unknown(int(ids[some][-1]))
             found.append(vectors[as_slice(rows)])
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _entry(self, wanted: tuple[int, slice]) -> FileEntry | None:
+        return self._store.state.part_file("embeddings", wanted[0], self._encoder)
 
     def _unknown(self, chunk: int) -> CorruptError:
         return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
@@ -366,6 +375,9 @@ class Database(_Open):
         self.vectors = Vectors(store, self.encoder)
         self.missing: list[FileEntry] = []
         self._allow_missing = allow_missing
+        vectors = (store.state.part_file("embeddings", part, self.encoder) for part in self.held())
+        mapped = filter(None, (self._files.trained, *self._files.shards.values(), *vectors))
+        store.check_cache(mapped, f"the index {self.name!r} of {store.place}")
 
     @property
     def _files(self) -> IndexFiles:
@@ -542,7 +554,7 @@ class ExactDatabase(_Open):
         memory: int | None = None,
         allows: Allows | AllowedChunks | None = None,
     ) -> None:
-        super().__init__(store, pick_encoder(store, encoder), device, memory, allows)
+        super().__init__(store, search_scope.pick_encoder(store, encoder), device, memory, allows)
         self._rows = lru_cache(_KEPT_ROWS)(self._read_rows)
 
     def _read_rows(self, part: int) -> npt.NDArray[np.int64]:
@@ -575,7 +587,7 @@ class ExactDatabase(_Open):
             return self._on_device.search(queries, k, 0, merged, only=only)
         best: Best | None = None
         with self._turn(queries) as queries:
-            for part in self.held():
+            for part in vectors_ahead(self.store, self.encoder, self.held()):
                 rows = self._rows(part)
                 if len(rows) and (only is None or part in only):
                     vectors = read_part_vectors(self.store, self.encoder, part)
