@@ -12,11 +12,12 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from retrotool import interrupts
 from retrotool.cli import output
 from retrotool.cli.options import WORK
+from retrotool.errors import UsageError
 from retrotool.lazy import leave_pandas_out
 
 _COMMANDS = {
@@ -48,6 +49,7 @@ _COMMANDS = {
 It has ``command`` and ``EPILOG``; or, if it has several commands, also ``undo_command`` and ``UNDO_EPILOG``.
 """
 _WITHOUT_PYARROW = ("info", "log", "plan")
+_WITHOUT_CACHE = _WITHOUT_PYARROW  # they map no files
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -68,6 +70,8 @@ class _Group(TyperGroup):
             single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
+            if cmd_name not in _WITHOUT_CACHE:
+                self.commands[cmd_name].params += map(_cache_option, _CACHE_OPTIONS)
         return self.commands[cmd_name]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -86,6 +90,31 @@ class _Group(TyperGroup):
                 if "--json" in sys.argv:
                     output.write_json_error(shown, "", int(getattr(error, "exit_code", 2)), True)
             raise
+
+
+_CACHE_OPTIONS = {
+    "--cache-dir": ("DIR", "Folder for copies of a bucket's files.  [default: ~/.cache/retrotool]", "RETROTOOL_CACHE"),
+    "--cache-size": ("SIZE", "Space for these copies.  [default: half of what is free]", "RETROTOOL_CACHE_SIZE"),
+}
+"""Metavar, help and environment variable of the options for ``store.cache``."""
+
+
+def _cache_option(name: str) -> TyperOption:
+    metavar, text, variable = _CACHE_OPTIONS[name]
+
+    def use(_context: Any, _parameter: Any, value: str | None) -> None:
+        from retrotool.store.cache import use_cache
+
+        try:
+            if value is not None:
+                use_cache(variable, value)
+        except UsageError as error:
+            raise typer.BadParameter(f"{error}. {error.advice}") from None
+
+    return TyperOption(
+        param_decls=[name], metavar=metavar, help=text, envvar=variable, show_envvar=True, rich_help_panel=WORK,
+        expose_value=False, callback=use,
+    )  # fmt: skip
 
 
 class _Command(TyperCommand):

@@ -48,12 +48,10 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrotool"
 
 
-def use_cache(folder: str | None, size: str | None) -> None:
-    """Use a folder and a budget, also in worker processes; None: no change."""
-    if size is not None:
-        os.environ[SIZE_VARIABLE] = str(parse_size("--cache-size", size))
-    if folder is not None:
-        os.environ[FOLDER_VARIABLE] = str(Path(folder).absolute())
+def use_cache(variable: str, value: str) -> None:
+    """Use a folder or a budget, by its environment variable, also in worker processes."""
+    is_size = variable == SIZE_VARIABLE
+    os.environ[variable] = str(parse_size("--cache-size", value) if is_size else Path(value).absolute())
 
 
 def usage() -> tuple[int, int]:
@@ -157,7 +155,7 @@ class FileCache:
             file.close()
             return None
         with contextlib.suppress(PermissionError, FileNotFoundError):  # another user's; or just removed
-            os.utime(path)
+            os.utime(path, ns=(time.time_ns(),) * 2)  # the kernel's own clock is some milliseconds coarse
         return file
 
     def _copy(self, path: Path, entry: FileEntry, needed: bool) -> bool:
