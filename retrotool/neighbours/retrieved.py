@@ -62,10 +62,13 @@ def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | N
     known = set(store.state.parts())
     # Read 16 row groups at a time. A group is read twice only if it begins with the continuation of a chunk.
     blocks = ids[order] // (_GROUPS_AT_ONCE * ROW_GROUP)
-    for some in np.split(order, np.flatnonzero(np.diff(blocks)) + 1) if len(order) else ():
+
+    def fill(some: Ids) -> None:
         part = int(ids[some[0]]) >> PART_SHIFT
         if part in known:
             _fill(found, some, store, tombstones, part, ids[some] - (part << PART_SHIFT))
+
+    list(store.read_each(fill, np.split(order, np.flatnonzero(np.diff(blocks)) + 1) if len(order) else ()))
     return found
 
 

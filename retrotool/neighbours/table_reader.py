@@ -196,8 +196,13 @@ class TextReader:
             np.zeros((n, k, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)),
         )  # fmt: skip
         lost = np.zeros(len(out.ids), np.bool_)
-        for block, start, stop in zip(blocks, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            lost[start:stop] = self._begin(out.rows(slice(start, stop)), block)
+        places = map(slice, starts[:-1].tolist(), starts[1:].tolist())
+
+        def begin(item: tuple[Block, slice]) -> None:
+            block, some = item
+            lost[some] = self._begin(out.rows(some), block)
+
+        list(store.read_each(begin, zip(blocks, places, strict=True)))
         if lost.any():
             wanted = np.where(lost[:, None], out.ids, NO_NEIGHBOUR)
             no_distances = np.broadcast_to(np.float32(0), wanted.shape)

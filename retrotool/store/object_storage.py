@@ -134,13 +134,13 @@ class ObjectStorage:
             found = obstore.get(self._client, path, options={"range": {"suffix": _TAIL_BYTES}})
             return found.meta["size"], bytes(found.bytes())
 
-        if path not in self._tails:
+        if (tail := self._tails.get(path)) is None:
             # An empty file has no last bytes.
             empty = (status := self.stat(path)) is not None and not status.size
-            self._tails[path] = (0, b"") if empty else self._again("get", path, read)
+            tail = self._tails[path] = (0, b"") if empty else self._again("get", path, read)
             if len(self._tails) > _TAILS:
                 self._tails.popitem(last=False)
-        return self._tails[path]
+        return tail
 
     def local(self, path: str) -> Path | None:  # noqa: ARG002
         return None

@@ -16,6 +16,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ _BACKOFF_SECONDS = 0.002
 _Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
 _STOP_SECONDS = 1.0
+_READS_AT_ONCE = 8
 
 
 def retry_overtaken(
@@ -169,6 +171,13 @@ class Store:
         own = self.storage.local(entry.path)
         with contextlib.nullcontext(own) if own is not None else self.cache.file(entry) as path:
             yield path
+
+    def read_each(self, read: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+        """Return an iterator over ``read(item)`` in order; in a bucket, several threads read."""
+        if self.is_local:
+            return map(read, items)
+        with ThreadPoolExecutor(_READS_AT_ONCE, "retrotool-read") as pool:
+            return iter(list(pool.map(read, items)))
 
     def copied_ahead(self, items: Iterable[_Item], entry_of: Callable[[_Item], FileEntry | None]) -> Iterable[_Item]:
         """Iterate over ``items``; in a bucket, the files of the next two are copied while one is in use.

@@ -89,9 +89,13 @@ class SequenceLayout:
         then = store.at(commit)
         tombstones = read_tombstones(then)
         part, group, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-        for number in then.state.parts():
+
+        def sequences(number: int) -> Ids:
             purged, rows = tombstones.rows(number), parts.part_entry(then, "chunks", number).rows
-            of_part = _packed(rows, purged, size) if packed else _unpacked(store, number, rows, purged, size)
+            return _packed(rows, purged, size) if packed else _unpacked(store, number, rows, purged, size)
+
+        numbers = then.state.parts()
+        for number, of_part in zip(numbers, store.read_each(sequences, numbers), strict=True):
             part.append(np.full(len(of_part), number, np.int32))
             group.append(np.arange(len(of_part), dtype=np.int32))
             counts.append(of_part)
@@ -668,8 +672,10 @@ class TrainingReader:
             np.zeros((n, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)), near,
         )  # fmt: skip
         slots = np.full((len(block), layout.size), EMPTY, np.int64)
-        for number, (part, group), start, stop in zip(wanted, blocks, starts[:-1], starts[1:], strict=True):
-            chunks = parts.read_chunks(store, part, [group])
+        read = store.read_each(lambda one: parts.read_chunks(store, one[0], [one[1]]), blocks)
+        for number, (part, group), chunks, start, stop in zip(
+            wanted, blocks, read, starts[:-1], starts[1:], strict=True
+        ):
             some = slice(start, stop)
             rows.documents[some] = parts.chunk_ids(part, chunks.doc)
             rows.n_tokens[some], rows.tokens[some] = chunks.n_tokens, chunks.tokens

@@ -285,7 +285,9 @@ def child(tmp_path: Path, folder: Path) -> Iterator[Callable[[float], subprocess
     yield start
     for process in begun:
         process.kill()
-        process.communicate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def wait_for(path: Path) -> None:
