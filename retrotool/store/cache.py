@@ -64,7 +64,7 @@ def usage() -> tuple[int, int]:
 def _budget(root: Path, held: int) -> int:
     if named := os.environ.get(SIZE_VARIABLE):
         return parse_size(SIZE_VARIABLE, named)
-    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    there = next((folder for folder in (root, *root.parents) if folder.exists()), "/")
     return (shutil.disk_usage(there).free + held) // 2
 
 
