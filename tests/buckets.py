@@ -85,6 +85,14 @@ def nanio(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def faulty(address: str, latency: float = 0.0) -> Iterator[str]:
+    """A proxy before a server; ``faulty_proxy.set_fault`` decides what goes wrong. ``latency``: seconds a request."""
+    port, script = free_port(), str(Path(__file__).with_name("faulty_proxy.py"))
+    with process_on(port, sys.executable, script, str(port), address.removeprefix("http://"), str(latency)) as proxy:
+        yield proxy
+
+
+@contextlib.contextmanager
 def settings_of(address: str) -> Iterator[None]:
     """Set the environment by which clients find a server."""
     before = {name: os.environ.get(name) for name in (*KEYS, "AWS_ENDPOINT_URL")}

@@ -57,6 +57,7 @@ _TAIL_BYTES = 64 << 10  # read at the end of a file that is opened: the footer o
 _TAILS = 256
 _STATUS_CODE = re.compile(r"status code: (\d{3})")
 _T = TypeVar("_T")
+_process = 0  # the one that sends requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,6 @@ class ObjectStorage:
     def __init__(self, place: str) -> None:
         self.place = place.rstrip("/")
         self._is_conditional = False  # whether the server is known to honour conditions
-        self._process = 0
 
     @property
     def uri(self) -> str:
@@ -86,7 +86,6 @@ class ObjectStorage:
 
     @cached_property
     def _client(self) -> Any:
-        self._process = os.getpid()
         return open_client(self.place)
 
     @cached_property
@@ -259,9 +258,11 @@ class ObjectStorage:
 
     def _request(self, operation: str, path: str, call: Callable[[], _T], sent: int = 0) -> _T:
         """Send a request, announced and counted; raise what obstore raises."""
-        if self._process not in (0, os.getpid()):
+        global _process
+        _process = _process or os.getpid()
+        if _process != os.getpid():
             raise StorageError(
-                f"{self.place}: this process was forked from one that had used the store, which obstore can't",
+                f"{self.place}: this process was forked from one that had sent requests, which obstore can't bear",
                 'Start worker processes by "spawn" or "forkserver": DataLoader(multiprocessing_context="forkserver").',
             )
         disk.announce(operation, Path(where(self, path)))
