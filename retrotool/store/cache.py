@@ -84,12 +84,14 @@ def _copies(root: Path) -> Iterator[tuple[float, int, Path]]:
 def _remove(path: Path) -> bool:
     """Remove a file that no process has locked; return whether it is gone."""
     try:
-        with path.open("rb") as file, _exclusive(file) as locked:
+        with path.open("r+b") as file, _exclusive(file) as locked:  # NFS locks no file that is open for reading
             if locked:
                 path.unlink()
             return locked
     except FileNotFoundError:
         return True
+    except PermissionError:  # another user's
+        return False
 
 
 @contextlib.contextmanager
@@ -198,7 +200,7 @@ class FileCache:
         )
 
     def _reserve(self, file: IO[bytes], entry: FileEntry, needed: bool) -> None:
-        """Evict copies until a file fits, and give it its size, which others count from then on."""
+        """Reserve space for a file, whose size others count from then on; evict copies until it fits."""
         root = self.folder.parent
         with (root / "lock").open("ab") as lock, _exclusive(lock, waits=True):
             copies = sorted(_copies(root))

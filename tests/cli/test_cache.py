@@ -12,6 +12,7 @@ import buckets
 import pytest
 from typer.testing import CliRunner, Result
 
+from retrotool import RetroDataset
 from retrotool.app import app
 from retrotool.store.store import Store
 
@@ -154,3 +155,22 @@ def test_files_are_copied_while_those_before_are_in_use(store: str, tmp_path: Pa
     while entries[2].sha256 not in [path.stem for path in copies(tmp_path / "cache")]:
         time.sleep(0.02)
     assert list(reading) == entries[1:], "the reader of the missing file says what is wrong"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_training_reads_the_same_from_a_bucket(store: str, built_store: Path, tmp_path: Path, packed: bool) -> None:
+    there, here = (
+        list(RetroDataset(place, sequence_length=256, batch_size=4, packed=packed)) for place in (store, built_store)
+    )
+    assert len(there) == len(here) > 1
+    for one, other in zip(there, here, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[key].equal(other[key]) for key in one)
+    assert not copies(tmp_path / "cache"), "Parquet files are read in place"
+
+
+def test_measuring_an_index_that_does_not_fit_is_refused_before_it_is_built(store: str, tmp_path: Path) -> None:
+    done = run("index", store, "--name", "another", "--cache-size", "4kB")
+    assert done.exit_code == 2
+    assert "which may have 4 kB" in done.stderr
+    assert Store.open(store).state.names("index") == ["main"]
