@@ -39,7 +39,7 @@ _PARTIAL = ".part"
 _ATTEMPTS = 2  # at bytes with the right hash
 _POLL_SECONDS = 0.05
 _RECENT_SECONDS = 60.0  # since the last use of a copy that is not evicted for one that is not needed yet
-_MORE = f"Give more with --cache-size ({SIZE_VARIABLE}), or name a folder on a larger disk with --cache-dir."
+_MORE = f"Give more with --cache-size ({SIZE_VARIABLE}), or name another folder with --cache-dir."
 
 
 def cache_folder() -> Path:
@@ -190,7 +190,7 @@ class FileCache:
                 disk.announce("write", self.folder)
                 digest.update(block)
                 file.write(block)
-            file.flush()
+            file.truncate()  # what was read before may have been longer
             if digest.hexdigest() == entry.sha256:
                 return
         verify = shlex.join(["retrotool", "verify", self._storage.place])

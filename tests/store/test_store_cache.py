@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from store_help import announced, at_step, full_disk
+from store_help import announced, at_step, exit_code, fork, full_disk
 
 from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.store import cache
@@ -50,7 +50,7 @@ class Bucket:
     def blocks(self, path: str) -> Iterator[bytes]:
         self.reads.append(path)
         self.wrong -= 1
-        data = b"wrong" if self.wrong >= 0 else self.files.get(path)
+        data = b"wrong, and longer than the file" if self.wrong >= 0 else self.files.get(path)
         if data is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         for start in range(0, len(data), 10):
@@ -331,3 +331,17 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_copies(
     process.wait()
     use(bucket, bucket.add(b"one more"))
     assert writing.sha256 not in copies(folder)
+
+
+def test_a_kill_at_any_moment_leaves_nothing_wrong(bucket: Bucket, folder: Path) -> None:
+    entry = bucket.add(b"some bytes" * 3)
+    for step in range(len(announced(lambda: use(bucket, bucket.add(b"other text" * 3))))):
+
+        def action(step: int = step) -> None:
+            with at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                use(bucket, entry)
+
+        assert exit_code(fork(action)) == -signal.SIGKILL
+        assert use(bucket, entry) == b"some bytes" * 3
+        assert {path.suffix for path in folder.glob("*/*")} == {".npy"}
+        cached(bucket).remove_others(cached(bucket).names(), ())
