@@ -2,8 +2,9 @@
 
 F is the chunk after N in its document; it is empty at the end of the document, and once it is purged. Each
 row group with a requested id is read once, in 3 ms, so ids should be requested many at a time. Memory: the
-requested tokens, and 16 row groups of one part. The tokens for a whole table are read in blocks of up to 0.5
-GiB, which each read every row group of the database that they need: 0.4 s per million chunks.
+requested tokens, and 16 row groups of one part, eight times as many from a bucket. The tokens for a whole
+table are read in blocks of up to 0.5 GiB, which each read every row group of the database that they need: 0.4
+s per million chunks.
 """
 
 from __future__ import annotations
