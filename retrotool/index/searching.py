@@ -51,7 +51,7 @@ from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import part_of, row_of
-from retrotool.store.paths import FileName
+from retrotool.store.paths import FileName, part_slot
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones, stands_for
 from retrotool.store.vectors import MappedFile
@@ -92,15 +92,21 @@ def read_shards(
     generation: int | None = None,
 ) -> Iterator[InvertedLists]:
     """Yield the shards of an index; pass broken ones to ``missing``, or raise ``CorruptError`` without it."""
-    for entry in store.copied_ahead(IndexFiles(store.state, name, generation).shards.values(), lambda entry: entry):
+
+    def opened(entry: FileEntry) -> InvertedLists | None:
         try:
-            shard = read_shard(store, entry, trained)
+            return read_shard(store, entry, trained)
         except CorruptError:
             if missing is None:
                 raise
-            missing(entry)
-        else:
+            return None
+
+    entries = IndexFiles(store.state, name, generation).shards.values()
+    for entry, shard in zip(entries, store.read_each(opened, entries), strict=True):
+        if shard is not None:
             yield shard
+        elif missing is not None:
+            missing(entry)
 
 
 def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
@@ -266,7 +272,7 @@ class Vectors:
     def __init__(self, store: Store, encoder: str) -> None:
         self._store, self._encoder = store, encoder
         self._part = lru_cache(_KEPT_PARTS)(lambda part: read_part_vectors(store, encoder, part))
-        self._met: set[int] = set()  # parts that were read, whose files need not be copied ahead
+        self._met: set[int] = set()  # parts that were opened
 
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Return vectors, float16 [n, d], of ascending chunk ids; raise ``CorruptError`` for unknown ids."""
@@ -277,23 +283,23 @@ class Vectors:
         """Return the same, of consecutive ids the mapped memory itself, which is read-only."""
         found = []
         numbers = part_of(ids)
-        bounds = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), len(ids)]
-        wanted: Iterable[tuple[int, slice]] = [(int(numbers[i]), slice(i, j)) for i, j in pairwise(bounds)]
-        if not self._met.issuperset(new := {part for part, _ in wanted}):
-            wanted = self._store.copied_ahead(wanted, self._entry)
-            self._met |= new
-        for part, some in wanted:
-            rows = row_of(ids[some])
+        if not self._store.is_local:
+            self._open_together(parts.distinct_parts(ids))
+        for start, stop in pairwise([*np.flatnonzero(np.diff(numbers, prepend=-1)), len(ids)]):
+            part, rows = int(numbers[start]), row_of(ids[start:stop])
             if part < 0 or self._store.state.part_file("chunks", part) is None:
-                raise self._unknown(int(ids[some][0]))
+                raise self._unknown(int(ids[start]))
             vectors = self._part(part)
             if rows[-1] >= len(vectors):
-                raise self._unknown(int(ids[some][-1]))
+                raise self._unknown(int(ids[stop - 1]))
             found.append(vectors[as_slice(rows)])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _entry(self, wanted: tuple[int, slice]) -> FileEntry | None:
-        return self._store.state.part_file("embeddings", wanted[0], self._encoder)
+    def _open_together(self, numbers: list[int]) -> None:
+        known = self._store.state.group("embeddings", self._encoder)
+        new = [part for part in numbers if part not in self._met and known.get(part_slot(part))][:_KEPT_PARTS]
+        self._met.update(new)
+        list(self._store.read_each(self._part, new))
 
     def _unknown(self, chunk: int) -> CorruptError:
         return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
