@@ -17,39 +17,28 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from retrotool import interrupts
 from retrotool.cli import output
 from retrotool.cli.options import WORK
-from retrotool.errors import UsageError
 from retrotool.lazy import leave_pandas_out
 
-_COMMANDS = {
-    "build": "retrotool.build.command",
-    "chunk": "retrotool.chunk.command",
-    "embed": "retrotool.embed.command",
-    "index": "retrotool.index.command",
-    "neighbours": "retrotool.neighbours.command",
-    "search": "retrotool.search.command",
-    "documents": "retrotool.inspect.command",
-    "show": "retrotool.inspect.command",
-    "inspect": "retrotool.inspect.command",
-    "leakage": "retrotool.leakage.command",
-    "purge": "retrotool.purge.command",
-    "undo": "retrotool.purge.command",
-    "erase": "retrotool.purge.command",
-    "receipt": "retrotool.receipt.command",
-    "affected": "retrotool.purge.command",
-    "export": "retrotool.export.command",
-    "info": "retrotool.info.command",
-    "log": "retrotool.info.command",
-    "verify": "retrotool.info.command",
-    "repair": "retrotool.repair.command",
-    "plan": "retrotool.plan.command",
-    "doctor": "retrotool.info.command",
-}
-"""The module of each command, in the order of ``--help``.
+_COMMANDS = (
+    "build", "chunk", "embed", "index", "neighbours", "search", "documents", "show", "inspect", "leakage", "purge",
+    "undo", "erase", "receipt", "affected", "export", "info", "log", "verify", "repair", "plan", "doctor",
+)  # fmt: skip
+"""The commands in the order of ``--help``."""
+_FOLDERS = {
+    "documents": "inspect", "show": "inspect", "undo": "purge", "erase": "purge", "affected": "purge", "log": "info",
+    "verify": "info", "doctor": "info",
+}  # fmt: skip
+"""The folder of each command whose folder has another name.
 
-It has ``command`` and ``EPILOG``; or, if it has several commands, also ``undo_command`` and ``UNDO_EPILOG``.
+The module ``command`` of a folder has ``command`` and ``EPILOG``; or, if it has several commands, also
+``undo_command`` and ``UNDO_EPILOG``.
 """
 _WITHOUT_PYARROW = ("info", "log", "plan")
-_WITHOUT_CACHE = _WITHOUT_PYARROW  # they map no files
+_CACHE = {
+    "cache_dir": ("DIR", "Folder for copies of a bucket's files.  [default: ~/.cache/retrotool]", "RETROTOOL_CACHE"),
+    "cache_size": ("SIZE", "Space for these copies.  [default: half of what is free]", "RETROTOOL_CACHE_SIZE"),
+}
+"""Metavar, help and variable of the options of all commands that may map files (``store.cache``)."""
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -63,15 +52,21 @@ class _Group(TyperGroup):
         if cmd_name not in _COMMANDS:
             return None
         if cmd_name not in self.commands:
-            module = importlib.import_module(_COMMANDS[cmd_name])
+            module = importlib.import_module(f"retrotool.{_FOLDERS.get(cmd_name, cmd_name)}.command")
             single = typer.Typer(add_completion=False, **_SHOWN)
             function = getattr(module, f"{cmd_name}_command", None) or module.command
             epilog = getattr(module, f"{cmd_name.upper()}_EPILOG", None) or module.EPILOG
             single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
-            if cmd_name not in _WITHOUT_CACHE:
-                self.commands[cmd_name].params += map(_cache_option, _CACHE_OPTIONS)
+            if cmd_name not in _WITHOUT_PYARROW:
+                self.commands[cmd_name].params += [
+                    TyperOption(
+                        param_decls=[f"--{name.replace('_', '-')}"], metavar=metavar, help=text, envvar=variable,
+                        show_envvar=True, rich_help_panel=WORK,
+                    )
+                    for name, (metavar, text, variable) in _CACHE.items()
+                ]  # fmt: skip
         return self.commands[cmd_name]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -92,38 +87,19 @@ class _Group(TyperGroup):
             raise
 
 
-_CACHE_OPTIONS = {
-    "--cache-dir": ("DIR", "Folder for copies of a bucket's files.  [default: ~/.cache/retrotool]", "RETROTOOL_CACHE"),
-    "--cache-size": ("SIZE", "Space for these copies.  [default: half of what is free]", "RETROTOOL_CACHE_SIZE"),
-}
-"""Metavar, help and environment variable of the options for ``store.cache``."""
-
-
-def _cache_option(name: str) -> TyperOption:
-    metavar, text, variable = _CACHE_OPTIONS[name]
-
-    def use(_context: Any, _parameter: Any, value: str | None) -> None:
-        from retrotool.store.cache import use_cache
-
-        try:
-            if value is not None:
-                use_cache(variable, value)
-        except UsageError as error:
-            raise typer.BadParameter(f"{error}. {error.advice}") from None
-
-    return TyperOption(
-        param_decls=[name], metavar=metavar, help=text, envvar=variable, show_envvar=True, rich_help_panel=WORK,
-        expose_value=False, callback=use,
-    )  # fmt: skip
-
-
 class _Command(TyperCommand):
-    """A command that groups its options by panel in the help, and runs without importing pandas."""
+    """A command that reports errors, runs without pandas, and groups its options by panel in the help."""
 
     def invoke(self, ctx: Any) -> Any:
         if self.name not in _WITHOUT_PYARROW:
             leave_pandas_out()
-        return super().invoke(ctx)
+        cache = {name: value for name in _CACHE if (value := ctx.params.pop(name, None)) is not None}
+        with output.errors(ctx.params["as_json"]):
+            if cache:
+                from retrotool.store.cache import use_cache
+
+                use_cache(**cache)
+            return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, then options by panel; those without a panel, and the common panel, come last."""

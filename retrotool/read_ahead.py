@@ -1,15 +1,36 @@
-"""An iterator that runs ahead of its reader, in a thread, by a limited number of items."""
+"""Iterators that run ahead of their readers, in threads, by a limited number of items."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+def concurrently(call: Callable[[T], R], items: Iterable[T], most: int) -> Generator[R]:
+    """Yield ``call(item)`` for each of ``items``, in order, by ``most`` calls at once, in threads."""
+    if most == 1:
+        yield from map(call, items)
+        return
+    pool = ThreadPoolExecutor(most, "retrotool-calls")
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) == most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ reading neighbours in order is fast. Nothing is written.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 
 from retrotool.ann.excluded import Queries
 from retrotool.ann.ranking import Best
+from retrotool.chunk.chunker import id_hash
 from retrotool.cli.command_lines import SHOWN
 from retrotool.embed.search_scope import live_rows, pick_encoder, read_part_vectors
 from retrotool.embed.store_encoder import load_encoder
@@ -222,7 +222,7 @@ class Reader:
         raise UsageError(message, self.did_you_mean(name))
 
     def _places(self, name: str) -> Iterator[tuple[int, int]]:
-        key = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=parts.HASH_BYTES).digest()
+        key = id_hash(name)
         for part in self.parts():
             keys = self._documents(part)["key"]
             for place in np.flatnonzero(pc.equal(keys, pa.scalar(key, keys.type)).fill_null(False).to_numpy()):

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hmac
 import os
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "retrotool", "AWS_SECRET_ACCESS_KEY": "retrotool-secret", "AWS_REGION": "us-east-1"}
+AZURE_KEYS = {  # of everyone's own azurite
+    "AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1",
+    "AZURE_STORAGE_ACCOUNT_KEY": (
+        "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    ),
+}
 BUCKET = "store-bucket"
 _START_SECONDS = 60.0
+_LOCAL_BUCKET = """
+import socketserver
+import localbucket
+socketserver.StreamRequestHandler.disable_nagle_algorithm = True  # else each answer with a content takes 40 ms
+localbucket.main()
+"""
 
 
 def free_port() -> int:
@@ -50,7 +66,7 @@ def local_bucket(folder: Path) -> Iterator[str]:
     """LocalBucket, an S3 server whose buckets are folders; conditional PUTs are atomic there."""
     (folder / BUCKET).mkdir(parents=True, exist_ok=True)
     port = free_port()
-    with process_on(port, _script("localbucket"), "--port", str(port), str(folder)) as address:
+    with process_on(port, sys.executable, "-c", _LOCAL_BUCKET, "--port", str(port), str(folder)) as address:
         yield address
 
 
@@ -85,6 +101,32 @@ def nanio(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def azurite(program: str) -> Iterator[None]:
+    """azurite, a server of Azure's blobs by Node.js, with the environment by which clients find it."""
+    port = free_port()
+    command = (program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence")
+    with process_on(port, *command, "--skipApiVersionCheck", "--silent") as address:
+        endpoint = f"{address}/{AZURE_KEYS['AZURE_STORAGE_ACCOUNT_NAME']}"
+        _make_container(endpoint)
+        with _environment({**AZURE_KEYS, "AZURE_STORAGE_ENDPOINT": endpoint}):
+            yield
+
+
+def _make_container(endpoint: str) -> None:
+    """Make a container, by a request that is signed with the account's key."""
+    account, key = AZURE_KEYS.values()
+    headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+    signed = "".join(f"{name}:{value}\n" for name, value in headers.items())
+    headers["Content-Type"] = "application/xml"
+    others = "\n" * 7  # dates, conditions, range
+    text = f"PUT\n\n\n\n\napplication/xml{others}{signed}/{account}/{account}/{BUCKET}\nrestype:container"
+    digest = hmac.digest(base64.b64decode(key), text.encode(), "sha256")
+    headers["Authorization"] = f"SharedKey {account}:{base64.b64encode(digest).decode()}"
+    url = f"{endpoint}/{BUCKET}?restype=container"
+    urllib.request.urlopen(urllib.request.Request(url, b"", headers, method="PUT")).close()
+
+
+@contextlib.contextmanager
 def faulty(address: str, latency: float = 0.0) -> Iterator[str]:
     """A proxy before a server; ``faulty_proxy.set_fault`` decides what goes wrong. ``latency``: seconds a request."""
     port, script = free_port(), str(Path(__file__).with_name("faulty_proxy.py"))
@@ -92,11 +134,15 @@ def faulty(address: str, latency: float = 0.0) -> Iterator[str]:
         yield proxy
 
 
+def settings_of(address: str) -> contextlib.AbstractContextManager[None]:
+    """Set the environment by which clients find an S3 server."""
+    return _environment({**KEYS, "AWS_ENDPOINT_URL": address})
+
+
 @contextlib.contextmanager
-def settings_of(address: str) -> Iterator[None]:
-    """Set the environment by which clients find a server."""
-    before = {name: os.environ.get(name) for name in (*KEYS, "AWS_ENDPOINT_URL")}
-    os.environ.update({**KEYS, "AWS_ENDPOINT_URL": address})
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:

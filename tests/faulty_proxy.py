@@ -34,6 +34,7 @@ class State:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     target = ("127.0.0.1", 0)
     latency = 0.0
 

@@ -248,6 +248,8 @@ def _scratch(_process: int) -> Path:
 class MemoryStorage:
     """The ``Storage`` at ``memory://<name>``."""
 
+    latent = False
+
     def __init__(self, place: str) -> None:
         self.place = place
 
@@ -262,6 +264,11 @@ class MemoryStorage:
     def get(self, path: str) -> bytes:
         return self.get_range(path, 0, -1)
 
+    def read(self, path: str) -> tuple[bytes, FileStatus]:
+        if (status := self.stat(path)) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.place}/{path}")
+        return self.get(path), status
+
     def get_range(self, path: str, start: int, length: int) -> bytes:
         found: bytes | None = self.bucket.get(path, start, length)
         if found is None:
@@ -271,7 +278,7 @@ class MemoryStorage:
     def blocks(self, path: str) -> Iterator[bytes]:
         yield self.get(path)
 
-    def open(self, path: str) -> pa.NativeFile:
+    def open(self, path: str, size: int) -> pa.NativeFile:
         import pyarrow as pa
 
         return pa.BufferReader(self.get(path))

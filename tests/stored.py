@@ -10,7 +10,7 @@ from pathlib import Path
 
 from memory_storage import MemoryFile, MemoryStorage, forget
 
-from retrotool.store.local_storage import TEMPORARY
+from retrotool.store.local_storage import TEMPORARY, LocalStorage
 from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
 
@@ -89,7 +89,7 @@ def remove_stored(store: Place, pattern: str) -> None:
 def copy_store(store: Place, target: str | Path) -> Path:
     """Copy a store; return ``target``."""
     source = _storage(store)
-    if not isinstance(source, MemoryStorage):
+    if isinstance(source, LocalStorage):
         return Path(shutil.copytree(source.place, target))
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     for info in source.list(""):
@@ -118,7 +118,7 @@ def folder_of(store: Place, folder: Path) -> Path:
 def move_store(store: Place, target: str | Path) -> Path:
     """Move a store; return ``target``."""
     source = _storage(store)
-    if not isinstance(source, MemoryStorage):
+    if isinstance(source, LocalStorage):
         return Path(source.place).rename(target)
     moved = copy_store(store, target)
     remove_stored(store, "*")

@@ -55,32 +55,31 @@ def command(
     only what is new, for every encoder, index and table of neighbours of the store, with their own settings.
     A store that has none gets the default ones.
     """
-    with output.errors(as_json):
-        from retrotool.build import run as build_run
-        from retrotool.chunk.chunk_plan import ChunkOptions
-        from retrotool.sources import Fields
+    from retrotool.build import run as build_run
+    from retrotool.chunk.chunk_plan import ChunkOptions
+    from retrotool.sources import Fields
 
-        use_scratch(scratch)
-        fields = Fields(text=text_field, id="id" if id_field is None else id_field, keep=tuple(keep or ()))
-        options = ChunkOptions(
-            fields=fields, require_id=id_field is not None, workers=workers or os.cpu_count() or 1, existing=existing,
-            exclude=tuple(exclude or ()), note=output.note,
-        )  # fmt: skip
-        given = build_run.BuildOptions(tokenizer, options, encoder, devices)
-        given_inputs = tuple(inputs or ())
-        if dry_run:
-            plan = build_run.plan_build(store, given_inputs, given)
-            output.show(plan, as_json, lambda plan: "\n".join(plan.commands))
-            return
-        result = build_run.build(
-            store, given_inputs, given,
-            before=lambda plan: output.note("Running:\n" + "\n".join(f"  {line}" for line in plan.commands)),
-            after=lambda step, result: None if as_json else _show(store, step, result),
-        )  # fmt: skip
-        if as_json:
-            output.show(result, True, str)
-        if result.chunk is not None and (result.chunk.rejected or result.chunk.stopped):
-            raise typer.Exit(EXIT_REJECTED)
+    use_scratch(scratch)
+    fields = Fields(text=text_field, id="id" if id_field is None else id_field, keep=tuple(keep or ()))
+    options = ChunkOptions(
+        fields=fields, require_id=id_field is not None, workers=workers or os.cpu_count() or 1, existing=existing,
+        exclude=tuple(exclude or ()), note=output.note,
+    )  # fmt: skip
+    given = build_run.BuildOptions(tokenizer, options, encoder, devices)
+    given_inputs = tuple(inputs or ())
+    if dry_run:
+        plan = build_run.plan_build(store, given_inputs, given)
+        output.show(plan, as_json, lambda plan: "\n".join(plan.commands))
+        return
+    result = build_run.build(
+        store, given_inputs, given,
+        before=lambda plan: output.note("Running:\n" + "\n".join(f"  {line}" for line in plan.commands)),
+        after=lambda step, result: None if as_json else _show(store, step, result),
+    )  # fmt: skip
+    if as_json:
+        output.show(result, True, str)
+    if result.chunk is not None and (result.chunk.rejected or result.chunk.stopped):
+        raise typer.Exit(EXIT_REJECTED)
 
 
 def _show(store: str, step: Step, result: Any) -> None:

@@ -129,8 +129,7 @@ def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:
     """Yield the steps after ``chunk``: for what the store has, and for what it has none of, the defaults."""
     store = Store.open(root) if is_store(storage_at(root)) else None
     encoders, indexes, tables = (
-        [] if store is None else list(store.state.with_prefix(prefix))
-        for prefix in ("encoder:", "index:", "neighbours:")
+        {} if store is None else store.state.with_prefix(prefix) for prefix in ("encoder:", "index:", "neighbours:")
     )
     if given.encoder is not None and encoders:
         raise UsageError(
@@ -141,9 +140,8 @@ def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:
     if not encoders:
         line = command_line("embed", root, encoder=given.encoder)
         yield Step("embed", line, partial(embed, root, encoder=given.encoder or BUNDLED, devices=devices))
-    for name in encoders:
+    for name, record in encoders.items():
         assert store is not None, "it has an encoder"
-        record = store.state.records[f"encoder:{name}"]
         if not record.get("foreign"):
             pooling = str(record["pooling"]) if record.get("overridden") else "auto"
             work = partial(embed, root, encoder=str(record["origin"]), name=name, pooling=pooling, devices=devices)

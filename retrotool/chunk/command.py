@@ -139,43 +139,42 @@ def command(
     Creates the store if needed. Inputs that it has are skipped. Unreadable rows are rejected with file, line
     and reason. The result does not depend on the number of workers or on interruptions.
     """
-    with output.errors(as_json):
-        from retrotool.chunk import estimate as chunk_estimate
-        from retrotool.chunk import run as chunk_run
-        from retrotool.chunk.chunk_plan import ChunkOptions
-        from retrotool.sources import Fields
+    from retrotool.chunk import estimate as chunk_estimate
+    from retrotool.chunk import run as chunk_run
+    from retrotool.chunk.chunk_plan import ChunkOptions
+    from retrotool.sources import Fields
 
-        use_scratch(scratch)
-        fields = Fields(
-            text=text_field,
-            id="id" if id_field is None else id_field,
-            keep=tuple(keep or ()),
-            key=key_field,
-            value=value_field,
-            tokens=tokens_field,
-            separator=None if separator is None else unescape(separator),
-            end_of_document=_token_id(end_of_document),
-            max_document=parse_size("--max-document", max_document),
+    use_scratch(scratch)
+    fields = Fields(
+        text=text_field,
+        id="id" if id_field is None else id_field,
+        keep=tuple(keep or ()),
+        key=key_field,
+        value=value_field,
+        tokens=tokens_field,
+        separator=None if separator is None else unescape(separator),
+        end_of_document=_token_id(end_of_document),
+        max_document=parse_size("--max-document", max_document),
+    )
+    options = ChunkOptions(
+        fields=fields, require_id=id_field is not None, format=format, encoding=encoding, part_size=part_size,
+        keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, exclude=tuple(exclude or ()),
+        duplicates=duplicates, existing=existing, allow_purged=allow_purged,
+        max_bad=max_bad, exact_tokenizer=exact_tokenizer, wait=not no_wait, note=output.note,
+    )  # fmt: skip
+    given = list(inputs or ())
+    if dry_run:
+        estimate = chunk_estimate.estimate(
+            store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options
         )
-        options = ChunkOptions(
-            fields=fields, require_id=id_field is not None, format=format, encoding=encoding, part_size=part_size,
-            keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, exclude=tuple(exclude or ()),
-            duplicates=duplicates, existing=existing, allow_purged=allow_purged,
-            max_bad=max_bad, exact_tokenizer=exact_tokenizer, wait=not no_wait, note=output.note,
-        )  # fmt: skip
-        given = list(inputs or ())
-        if dry_run:
-            estimate = chunk_estimate.estimate(
-                store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options
-            )
-            output.show(estimate, as_json, estimate_text)
-            return
-        result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
-        output.show(result, as_json, partial(chunk_text, store))
-        if result.chunks and not result.stopped and not as_json:
-            output.note(f"Next: {next_command(store, 'chunk')}")
-        if result.rejected or result.stopped:
-            raise typer.Exit(EXIT_REJECTED)
+        output.show(estimate, as_json, estimate_text)
+        return
+    result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
+    output.show(result, as_json, partial(chunk_text, store))
+    if result.chunks and not result.stopped and not as_json:
+        output.note(f"Next: {next_command(store, 'chunk')}")
+    if result.rejected or result.stopped:
+        raise typer.Exit(EXIT_REJECTED)
 
 
 def _token_id(text: str | None) -> int | None:

@@ -70,8 +70,7 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
             separator = ","
     except RetrotoolError as error:
         ending = {"error": str(error), "advice": error.advice, "exit_code": error.exit_code}
-        _report(str(error), error.advice, error.exit_code, as_json=False)
-        raise typer.Exit(error.exit_code) from None
+        _exit_with(str(error), error.advice, error.exit_code)
     finally:
         sys.stdout.write("]" + (f",{_json(ending)[1:]}" if ending else "}") + "\n")
 
@@ -234,23 +233,22 @@ def errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except RetrotoolError as error:
-        _report(str(error), error.advice, error.exit_code, as_json)
-        raise typer.Exit(error.exit_code) from None
+        _exit_with(str(error), error.advice, error.exit_code, as_json)
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        _report(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
-        raise typer.Exit(EXIT_FAILED) from None
+        _exit_with(f"{os.fsdecode(error.filename)}: {error.strerror}", "", EXIT_FAILED, as_json)
     except KeyboardInterrupt:
         note("interrupted: what is finished is kept. Run the same command again to resume.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def _report(message: str, advice: str, exit_code: int, as_json: bool) -> None:
+def _exit_with(message: str, advice: str, exit_code: int, as_json: bool = False) -> NoReturn:
     note(f"error: {message}")
     if advice:
         note(advice)
     write_json_error(message, advice, exit_code, as_json)
+    raise typer.Exit(exit_code) from None
 
 
 def write_json_error(message: str, advice: str, exit_code: int, as_json: bool) -> None:

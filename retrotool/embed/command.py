@@ -69,17 +69,16 @@ def command(
     --from stores vectors made elsewhere: in .npy files by part and row, of all chunks or of those without; in
     Parquet files with a column that names the chunk of each.
     """
-    with output.errors(as_json):
-        from retrotool.embed import run as embed_run
+    from retrotool.embed import run as embed_run
 
-        result = embed_run.embed(
-            store, encoder=encoder, name=name, pooling=pooling, dimension=dimension, devices=devices, dtype=dtype,
-            shard=parse_shard(shard), check=check, vectors=vectors,
-            wait=not no_wait,
-        )  # fmt: skip
-        output.show(result, as_json, partial(embed_text, str(store)))
-        if result.chunks and not (shard or result.in_other_runs or as_json):
-            output.note(f"Next: {next_command(store, 'embed', result.encoder)}")
+    result = embed_run.embed(
+        store, encoder=encoder, name=name, pooling=pooling, dimension=dimension, devices=devices, dtype=dtype,
+        shard=parse_shard(shard), check=check, vectors=vectors,
+        wait=not no_wait,
+    )  # fmt: skip
+    output.show(result, as_json, partial(embed_text, str(store)))
+    if result.chunks and not (shard or result.in_other_runs or as_json):
+        output.note(f"Next: {next_command(store, 'embed', result.encoder)}")
 
 
 def embed_text(store: str, result: EmbedResult) -> str:

@@ -16,15 +16,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import OpenError, Stage, Task, Update, Worker, perform_reporting
+from retrotool.engine.task import OpenError, Stage, Task, perform_reporting
 from retrotool.lazy import leave_pandas_out
 from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
@@ -33,18 +34,19 @@ from retrotool.store.store import Store
 
 WAIT_SECONDS = 30.0  # for a task to end, before the caller gets its turn
 _LISTEN_SECONDS = 5.0
-_worker: tuple[Worker | Exception, Storage, str, Update] | None = None  # of this worker process
+_perform: Callable[[Task], Staged | None] | Exception | None = None  # what this worker process does, or why it can't
 _threads: ThreadPoolExecutor | None = None  # of this worker process, if several tasks are in flight
 _running: dict[Future[Staged | None], str] = {}  # the keys of these tasks
 
 UpdatePipe: TypeAlias = "Connection[tuple[int, int], Any]"
-Ended = list[tuple[str, Staged | BaseException | None]]  # keys of tasks that have ended, with their results
+TaskResult = Staged | BaseException | None
+Ended = list[tuple[str, TaskResult]]  # keys of tasks that have ended
 
 
 def _open_worker(
     stage: Stage, storage: Storage, run: str, most: int, pipe: UpdatePipe, number: int, threads: int
 ) -> None:
-    global _worker, _threads
+    global _perform, _threads
     leave_pandas_out()
     if hasattr(os, "sched_setaffinity"):
         # tokie honours nothing else. With a thread per core in each worker it would lose a third of its rate.
@@ -62,20 +64,18 @@ def _open_worker(
         device = (devices[number % len(devices)],)
         in_flight = getattr(dataclasses.replace(own, devices=device * len(devices)), "in_flight", 1)
         own = dataclasses.replace(own, devices=device)
-    opened: Worker | Exception
-    try:
-        opened = own.open(Store.open(storage))
-    except Exception as error:  # a pool would report only a broken process, not the reason
-        opened = error
-    if (in_flight := min(in_flight, most)) > 1:
-        _threads = ThreadPoolExecutor(in_flight, "retrotool-task")
     lock = threading.Lock()
 
     def update(done: int, elsewhere: int) -> None:
         with lock:
             pipe.send((done, elsewhere))
 
-    _worker = (opened, storage, run, update)
+    try:
+        _perform = partial(perform_reporting, own.open(Store.open(storage)), storage, run=run, update=update)
+    except Exception as error:  # a pool would report only a broken process, not the reason
+        _perform = error
+    if (in_flight := min(in_flight, most)) > 1:
+        _threads = ThreadPoolExecutor(in_flight, "retrotool-task")
 
 
 def _follow_parent() -> None:
@@ -88,15 +88,14 @@ def _follow_parent() -> None:
 
 def _do(task: Task | None, alone: bool) -> Ended:
     """Begin a task, if any; return what has ended once another may begin, or something has ended."""
-    assert _worker is not None
-    worker, storage, run, update = _worker
-    if isinstance(worker, Exception):
-        raise OpenError(worker)
+    assert _perform is not None
+    if isinstance(_perform, Exception):
+        raise OpenError(_perform)
     if _threads is None:
         assert task is not None
-        return [(task.key, perform_reporting(worker, storage, task, run, update))]
+        return [(task.key, _perform(task))]
     if task is not None:
-        _running[_threads.submit(perform_reporting, worker, storage, task, run, update)] = task.key
+        _running[_threads.submit(_perform, task)] = task.key
     if task is None or alone or len(_running) == _threads._max_workers:
         concurrent.futures.wait(_running, return_when=concurrent.futures.FIRST_COMPLETED)
     ended = [(future, _running.pop(future)) for future in list(_running) if future.done()]
@@ -107,7 +106,8 @@ class _Here:
     """A pool of this process alone: ``begin`` does the task, or a thread where several are in flight."""
 
     def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
-        self._worker, self._arguments, self._progress = stage.open(store), (store.storage, run.id), progress
+        update = progress.update
+        self._perform = partial(perform_reporting, stage.open(store), store.storage, run=run.id, update=update)
         self.idle = list(range(getattr(stage, "in_flight", 1)))
         self.busy: dict[Future[Staged | None], Task] = {}
         self._threads = ThreadPoolExecutor(len(self.idle), "retrotool-task") if len(self.idle) > 1 else None
@@ -115,25 +115,21 @@ class _Here:
     def begin(self, task: Task) -> None:
         self.idle.pop()
         if self._threads is not None:
-            self.busy[self._threads.submit(self._do, task)] = task
+            self.busy[self._threads.submit(self._perform, task)] = task
             return
         future: Future[Staged | None] = Future()
         try:
-            future.set_result(self._do(task))
+            future.set_result(self._perform(task))
         except Exception as error:
             future.set_exception(error)
         self.busy[future] = task
 
-    def _do(self, task: Task) -> Staged | None:
-        storage, run = self._arguments
-        return perform_reporting(self._worker, storage, task, run, self._progress.update)
-
-    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
+    def finished(self) -> Iterator[tuple[Task, TaskResult]]:
         """Wait up to ``WAIT_SECONDS`` for tasks to end; yield those that have."""
         done, _ = concurrent.futures.wait(self.busy, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
         for future in done:
             self.idle.append(len(self.idle))
-            yield self.busy.pop(future), future
+            yield self.busy.pop(future), future.exception() or future.result()
 
     def __enter__(self) -> _Here:
         return self
@@ -188,7 +184,7 @@ class _Processes:
             self._listening.append(threading.Thread(target=self._progress.listen, args=(reported,), daemon=True))
             self._listening[-1].start()
 
-    def finished(self) -> Iterator[tuple[Task, Future[Staged | None]]]:
+    def finished(self) -> Iterator[tuple[Task, TaskResult]]:
         """Wait up to ``WAIT_SECONDS`` for tasks to end; yield those that have. Killed workers start again."""
         for number in {number for number, _ in self.busy.values()}.difference(self._calls.values()):
             self.idle = [other for other in self.idle if other != number]
@@ -205,13 +201,8 @@ class _Processes:
             if not self._alone or len(ended) == len(mine):
                 self.idle.append(number)
             for key, result in ended:
-                future = Future[Staged | None]()
-                if isinstance(result, BaseException):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
                 if key in self.busy:
-                    yield self.busy.pop(key)[1], future
+                    yield self.busy.pop(key)[1], result
 
     def __enter__(self) -> _Processes:
         return self

@@ -137,8 +137,7 @@ class Progress:
     def _now(self) -> str:
         if self._doing or self._first is None:
             return ", ".join([*([self._counts()] if self._total else []), self._doing or "starting"])
-        left, *rate = self._rate()
-        return ", ".join([self._counts(), *rate, *filter(None, [left])])
+        return ", ".join([self._counts(), *self._rate()])
 
     def _counts(self) -> str:
         of = "" if self._total is None else f" of {self._number(self._total)}"
@@ -151,15 +150,15 @@ class Progress:
         return f"{scaled}B" if self._unit == "B" else f"{n:,}" if abs(n) < _EXACT else scaled
 
     def _rate(self) -> list[str]:
-        """Return the time left, "" if unknown, and the rate if it is known."""
+        """Return the rate and the time left, as far as they are known."""
         since, done = self._first or (0.0, 0)
         seconds = self._clock() - since
         if seconds < _LEAST_SECONDS or self._done <= done:
-            return [""]
+            return []
         rate, left = (self._done - done) / seconds, (self._total or 0) - self._done
         per_second = f"{float(f'{rate:.2g}'):,.0f}" if rate >= 10 else f"{rate:.2g}"
         per_second = self._number(round(rate)) if self._unit == "B" else per_second
-        return [f"{duration(left / rate)} left" if left > 0 else "", f"{per_second}/s"]
+        return [f"{per_second}/s", *([f"{duration(left / rate)} left"] if left > 0 else [])]
 
     def listen(self, reported: Connection[Any, tuple[int, int]]) -> None:
         """Apply what a worker process reports, until it ends."""

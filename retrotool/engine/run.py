@@ -163,11 +163,10 @@ class _Execution:
                 while waiting and pool.idle and not self.ended:
                     interrupts.check()
                     pool.begin(waiting.popleft())
-                for task, future in pool.finished():
-                    error = future.exception()
-                    if error is None:
-                        self._check_enough(future.result())
-                    elif self._note_failure(task, error):
+                for task, result in pool.finished():
+                    if not isinstance(result, BaseException):
+                        self._check_enough(result)
+                    elif self._note_failure(task, result):
                         waiting.appendleft(task)
                 interrupts.check()
                 if time.monotonic() - folded > FOLD_SECONDS:

@@ -30,10 +30,9 @@ def command(
     per chunk, the tokenizer, and export.json, which records what was exported and from which commit. Purged
     chunks are left out; later purges do not reach an export.
     """
-    with output.errors(as_json):
-        from retrotool.export import run as export_run
+    from retrotool.export import run as export_run
 
-        output.show(export_run.export(store, folder, table=table, k=k), as_json, _text)
+    output.show(export_run.export(store, folder, table=table, k=k), as_json, _text)
 
 
 def _text(result: ExportResult) -> str:

@@ -83,31 +83,28 @@ def command(
     retraining. Recall is measured with random chunks against exact search, leaving out their own documents;
     it decides how many lists are probed and how many candidates are re-ranked.
     """
-    with output.errors(as_json):
-        from retrotool.ann.choice import IndexOptions
-        from retrotool.index import run as index_run
+    from retrotool.ann.choice import IndexOptions
+    from retrotool.index import run as index_run
 
-        if drop:
-            _refuse_with_drop(
-                tune=tune, retrain=retrain, merge=merge, default=default, target_recall=target_recall, memory=memory,
-                nlist=nlist, code=code, factory=factory, shard_size=shard_size, shard=shard, encoder=encoder,
-            )  # fmt: skip
-            if name is None:
-                raise UsageError("--drop needs the name of the index", "Give it with --name.")
-            output.show(index_run.drop(store, name=name), as_json, _dropped)
-            return
-        size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
-        wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
-        options = index_run.Options(
-            wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default, not no_wait
-        )
-        result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
-        output.show(result, as_json, index_text)
-        if result.added and not (shard or result.not_embedded or result.in_other_runs or as_json):
-            output.note(f"Next: {next_command(store, 'index', result.name)}")
-        if result.not_embedded:
-            output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
-            output.note("\n".join(f"  {command}" for command in result.next))
+    if drop:
+        _refuse_with_drop(
+            tune=tune, retrain=retrain, merge=merge, default=default, target_recall=target_recall, memory=memory,
+            nlist=nlist, code=code, factory=factory, shard_size=shard_size, shard=shard, encoder=encoder,
+        )  # fmt: skip
+        if name is None:
+            raise UsageError("--drop needs the name of the index", "Give it with --name.")
+        output.show(index_run.drop(store, name=name), as_json, _dropped)
+        return
+    size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
+    wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
+    options = index_run.Options(wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default, not no_wait)
+    result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
+    output.show(result, as_json, index_text)
+    if result.added and not (shard or result.not_embedded or result.in_other_runs or as_json):
+        output.note(f"Next: {next_command(store, 'index', result.name)}")
+    if result.not_embedded:
+        output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")
+        output.note("\n".join(f"  {command}" for command in result.next))
 
 
 def _refuse_with_drop(**others: object) -> None:

@@ -52,6 +52,7 @@ from retrotool.store.expressions import Where
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import part_of, row_of
 from retrotool.store.paths import FileName, part_slot
+from retrotool.store.storage import each
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones, stands_for
 from retrotool.store.vectors import MappedFile
@@ -102,7 +103,7 @@ def read_shards(
             return None
 
     entries = IndexFiles(store.state, name, generation).shards.values()
-    for entry, shard in zip(entries, store.read_each(opened, entries), strict=True):
+    for entry, shard in zip(entries, each(store.storage, opened, entries), strict=True):
         if shard is not None:
             yield shard
         elif missing is not None:
@@ -299,7 +300,7 @@ class Vectors:
         known = self._store.state.group("embeddings", self._encoder)
         new = [part for part in numbers if part not in self._met and known.get(part_slot(part))][:_KEPT_PARTS]
         self._met.update(new)
-        list(self._store.read_each(self._part, new))
+        list(each(self._store.storage, self._part, new))
 
     def _unknown(self, chunk: int) -> CorruptError:
         return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")

@@ -57,27 +57,26 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Describe a store. With --json, also list its live files."""
-    with output.errors(as_json):
-        if as_csv and not (files or sources):
-            raise UsageError("--csv needs --files or --sources")
-        if as_csv and as_json:
-            raise UsageError("--csv and --json can't be combined", "Give one of them.")
-        if files and sources:
-            raise UsageError("--files and --sources can't be combined", "Give one of them.")
-        if files:
-            from retrotool.info.run import ListedFile, list_files
+    if as_csv and not (files or sources):
+        raise UsageError("--csv needs --files or --sources")
+    if as_csv and as_json:
+        raise UsageError("--csv and --json can't be combined", "Give one of them.")
+    if files and sources:
+        raise UsageError("--files and --sources can't be combined", "Give one of them.")
+    if files:
+        from retrotool.info.run import ListedFile, list_files
 
-            listed = list_files(store)
-            _show_list(listed, listed.files, ListedFile, as_csv, as_json)
-        elif sources:
-            from retrotool.info.source_counts import SourceCount, count_sources
+        listed = list_files(store)
+        _show_list(listed, listed.files, ListedFile, as_csv, as_json)
+    elif sources:
+        from retrotool.info.source_counts import SourceCount, count_sources
 
-            counted = count_sources(store)
-            _show_list(counted, counted.counts, SourceCount, as_csv, as_json)
-        else:
-            from retrotool.info import run as info_run
+        counted = count_sources(store)
+        _show_list(counted, counted.counts, SourceCount, as_csv, as_json)
+    else:
+        from retrotool.info import run as info_run
 
-            output.show(info_run.info(store), as_json, _text)
+        output.show(info_run.info(store), as_json, _text)
 
 
 def _show_list(found: Any, items: Sequence[Any], kind: type[Any], as_csv: bool, as_json: bool) -> None:
@@ -124,17 +123,12 @@ def _text(info: Info) -> str:
         of = "purged or of duplicate documents" if info.purges else "of duplicate documents"
         lines.append(f"  tombstones  {output.count(info.purged, 'chunk')}, {of}")
     for purge, record in info.purges.items():
-        chunks = output.count(record["chunks"], "chunk")
-        lines.append(f"  {purge}   {chunks} purged{_after(record)}: {record['reason']}")
+        chunks, erased = output.count(record["chunks"], "chunk"), " and erased" if record["erased"] else ""
+        after = f" and undone ({record['undone_reason']})" if "undone" in record else erased
+        lines.append(f"  {purge}   {chunks} purged{after}: {record['reason']}")
     if info.unfinished:
         lines.append("  unfinished  an interrupted chunk: run the same command again to resume it")
     return "\n".join(lines)
-
-
-def _after(purge: dict[str, Any]) -> str:
-    if "undone" in purge:
-        return f" and undone ({purge['undone_reason']})"
-    return " and erased" if purge["erased"] else ""
 
 
 def _neighbours(info: Info, name: str) -> str:
@@ -165,13 +159,12 @@ def log_command(
     as_json: Json = False,
 ) -> None:
     """Show the commits of a store, the newest last."""
-    with output.errors(as_json):
-        from retrotool.info import log_entries
+    from retrotool.info import log_entries
 
-        entries = log_entries.log_entries(store, last)
-        if not as_json:
-            typer.echo(_HEADER)
-        output.show_each("commits", entries, as_json, _entry_text)
+    entries = log_entries.log_entries(store, last)
+    if not as_json:
+        typer.echo(_HEADER)
+    output.show_each("commits", entries, as_json, _entry_text)
 
 
 def _entry_text(entry: LogEntry) -> str:
@@ -208,22 +201,21 @@ def verify_command(
     With --log, the hash of the last entry (head) is printed. Keep it elsewhere: anyone who can write to the
     store can rewrite the whole log, and only --head with a hash that you kept detects that.
     """
-    with output.errors(as_json):
-        if head is not None and not log:
-            raise UsageError("--head needs --log")
-        found: LogVerification | Verification
-        if log:
-            from retrotool.info.log_entries import verify_log
+    if head is not None and not log:
+        raise UsageError("--head needs --log")
+    found: LogVerification | Verification
+    if log:
+        from retrotool.info.log_entries import verify_log
 
-            found = verify_log(store, head)
-            output.show(found, as_json, _log_text)
-        else:
-            from retrotool.info.verify import verify
+        found = verify_log(store, head)
+        output.show(found, as_json, _log_text)
+    else:
+        from retrotool.info.verify import verify
 
-            found = verify(store)
-            output.show(found, as_json, _verified_text)
-        if not found.ok:
-            raise typer.Exit(CorruptError.exit_code)
+        found = verify(store)
+        output.show(found, as_json, _verified_text)
+    if not found.ok:
+        raise typer.Exit(CorruptError.exit_code)
 
 
 def _verdict(found: LogVerification | Verification) -> str:
@@ -271,13 +263,12 @@ def doctor_command(
 
     With STORE, also measures how long a durable write takes there, and compares the clocks.
     """
-    with output.errors(as_json):
-        from retrotool.info import doctor
+    from retrotool.info import doctor
 
-        found = doctor.doctor(store)
-        output.show(found, as_json, _checks_text)
-        if not found.ok:
-            raise typer.Exit(output.EXIT_FAILED)
+    found = doctor.doctor(store)
+    output.show(found, as_json, _checks_text)
+    if not found.ok:
+        raise typer.Exit(output.EXIT_FAILED)
 
 
 def _checks_text(found: Diagnosis) -> str:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retrotool.errors import RetrotoolError
 from retrotool.index.index_records import IndexFiles
@@ -23,9 +22,6 @@ from retrotool.store.paths import DATA_KINDS, PART_KINDS, part_slot
 from retrotool.store.staging import COUNTS
 from retrotool.store.state import State
 from retrotool.store.store import Store
-
-if TYPE_CHECKING:
-    from retrotool.store.tombstones import Tombstones
 
 _SAMPLED_PARTS = 64  # parts of a database that are searched for the names of sources
 
@@ -105,16 +101,10 @@ class _Keys:
         parts = [part for slot in slots if self._store.state.is_live(part := int(slot))]
         return self.count if parts == self._parts else self._count(parts)
 
-    @cached_property
-    def _tombstones(self) -> Tombstones:
-        from retrotool.store.tombstones import read_tombstones
-
-        return read_tombstones(self._store)
-
     def _count(self, parts: list[int]) -> int:
-        from retrotool.embed.search_scope import count_live_keys
+        from retrotool.embed.search_scope import count_keys_of
 
-        return sum(count_live_keys(self._store, part, self._tombstones) for part in parts)
+        return count_keys_of(self._store, parts)
 
 
 def _live_chunks(state: State) -> list[FileEntry]:

@@ -33,6 +33,7 @@ import pyarrow as pa
 
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.chunk.chunker import id_hash
+from retrotool.embed.search_scope import document_intervals, erased_chunks, purges_erased
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
@@ -127,17 +128,13 @@ class _Checked:
     @cached_property
     def erasing(self) -> Tombstones:
         """Chunks of purges that are not erased yet; an erase of these may be running, or was interrupted."""
-        return Tombstones(np.setdiff1d(self._named_by(erased=False), self.erased.ids))
+        purges = self.store.state.with_prefix("purge:").keys() - purges_erased(self.store)
+        return Tombstones(np.setdiff1d(named_chunks(self.store, purges), self.erased.ids))
 
     @cached_property
     def erased(self) -> Tombstones:
         """Chunks of erased purges, which must not be in any file."""
-        return Tombstones(self._named_by(erased=True))
-
-    def _named_by(self, *, erased: bool) -> Ids:
-        state = self.store.state
-        purges = {purge for purge, record in state.with_prefix("purge:").items() if record["erased"] == erased}
-        return named_chunks(self.store, [one for one in state.group("tombstones") if one.partition(".")[0] in purges])
+        return erased_chunks(self.store)
 
     def rows_of(self, numbers: Ids) -> Ids:
         """Return the number of rows of each part, int64 [n]; 0 for parts that don't exist."""
@@ -185,11 +182,9 @@ def check_store(store: Store) -> Verification:
     checked = _Checked(store, result.problems)
     _check_log(checked)
     _check_records(checked)
-    links = (path for path in store.storage.irregular() if not path.endswith("/"))
-    links = (path for path in links if "/" in path or path in paths.FOLDERS)  # links elsewhere are harmless
-    checked.problems += [
-        problem_with(store, path, f"{path} is a symbolic link", is_link=True) for path in sorted(links)
-    ]
+    for path in sorted(store.storage.irregular()):
+        if not path.endswith("/") and ("/" in path or path in paths.FOLDERS):  # links elsewhere are harmless
+            result.problems.append(problem_with(store, path, f"{path} is a symbolic link", is_link=True))
     broken = "is not a finished task: the next command that writes removes it and repeats the task"
     for path in staging.broken(store.storage):
         checked.add(path, f"{path} {broken}")
@@ -273,13 +268,11 @@ def _check_part(checked: _Checked, part: int) -> PartDigest:
     store = checked.store
     chunks = parts.read_chunks(store, part)
     documents = parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks", "n_tokens"])
-    n, docs = len(chunks), documents.num_rows
+    entry, n, docs = parts.part_entry(store, "chunks", part), len(chunks), documents.num_rows
     first, count, n_tokens = (documents[name].to_numpy() for name in ("first_row", "n_chunks", "n_tokens"))
     if count.sum() != n or (count < 0).any() or not ((chunks.doc >= 0) & (chunks.doc < docs)).all():
-        path = parts.part_entry(store, "chunks", part).path
-        checked.add(path, f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
+        checked.add(entry.path, f"part {part}: its {docs:,} documents don't match its {n:,} chunks")
         return PartDigest()
-    entry = parts.part_entry(store, "chunks", part)
     row = parts.read_parquet(store, entry, ["row"])["row"].to_numpy()
     doc, index = np.repeat(np.arange(docs), count), np.arange(n) - np.repeat(first, count)
     tokens = np.bincount(chunks.doc, chunks.n_tokens, minlength=docs).astype(np.int64)
@@ -345,8 +338,7 @@ def _check_records(checked: _Checked) -> None:
 def _check_blocked(checked: _Checked) -> None:
     """Check that block lists are readable and belong to purges."""
     for slot, entry in checked.store.state.group("blocked").items():
-        if f"purge:{slot}" not in checked.store.state.records:
-            checked.add(entry.path, f"{entry.path}: purge {slot} doesn't exist")
+        checked.note(entry.path, {f"purge {slot} doesn't exist": f"purge:{slot}" not in checked.store.state.records})
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
                 read_hashes(checked.store, entry)
@@ -358,12 +350,12 @@ def _check_undone(checked: _Checked) -> None:
     undone = undone_purges(state)
     for purge, record in undone.items():
         for kind in ("tombstones", "blocked", "selectors"):
-            if any(slot.partition(".")[0] == purge for slot in state.group(kind)):
+            if state.file(kind, purge) is not None:
                 checked.add("", f"purge {purge} was undone, but still has a file in {kind}/")
         if record["erased"]:
             checked.add("", f"purge {purge} was undone, but is recorded as erased")
     for slot, entry in state.group(KEPT).items():
-        if slot.partition(".")[0] not in undone:
+        if slot not in undone:
             checked.add("", f"{KEPT}/{slot}: it does not belong to an undone purge")
         elif entry.path not in checked.broken:
             with checked.noting(entry.path):
@@ -386,9 +378,8 @@ def _check_vectors(checked: _Checked, encoder: str, entry: FileEntry, embedded: 
     if len(matrix) != len(embedded):
         checked.add(entry.path, f"{entry.path}: {len(matrix):,} rows for {len(embedded):,} chunks")
         return
-    if matrix.shape[1] != (dimension := record.get("dimension", matrix.shape[1])):
-        what = f"{matrix.shape[1]:,} dimensions, but its encoder has {dimension:,}"
-        checked.add(entry.path, f"{entry.path}: {what}")
+    d, due = matrix.shape[1], record.get("dimension", matrix.shape[1])
+    checked.note(entry.path, {f"{d:,} dimensions, but its encoder has {due:,}": d != due})
     largest = np.zeros(len(matrix), np.uint16)
     for start in range(0, len(matrix), _BLOCK):  # the file may be larger than memory
         block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
@@ -415,8 +406,7 @@ def _check_index(checked: _Checked, name: str) -> None:
             continue
         covered = set((entry.about or {}).get("parts", ()))
         held = everything.setdefault(generation_in(slot), set())
-        if not held.isdisjoint(covered):
-            checked.add(entry.path, f"{entry.path}: has parts that another shard has too")
+        checked.note(entry.path, {"has parts that another shard has too": not held.isdisjoint(covered)})
         held |= covered
         if entry.path not in checked.broken:
             with checked.noting(entry.path):
@@ -431,8 +421,7 @@ def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[i
     with checked.store.reading(entry), checked.store.local(entry) as path:
         shard = read_lists(path, trained)
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *map(shard.ids, shard.numbers)]))
-    if len(ids) != entry.rows:
-        checked.add(entry.path, f"{entry.path}: has {len(ids):,} vectors, but the log says {entry.rows:,}")
+    checked.note(entry.path, {f"has {len(ids):,} vectors, but the log says {entry.rows:,}": len(ids) != entry.rows})
     if not _check_chunk_ids(checked, ids, entry.path):
         return
     encoder = IndexFiles(checked.store.state, name, generation).encoder or ""
@@ -527,8 +516,7 @@ def _check_table(checked: _Checked, entry: FileEntry, name: str, table: Neighbou
     record = store.state.records.get(f"neighbours:{name}", {})
     metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
-    if database != record.get("database", database):
-        checked.add(entry.path, f"{entry.path}: its database is not that of its record")
+    checked.note(entry.path, {"its database is not that of its record": database != record.get("database", database)})
     chunks = store.state.file("chunks", part_slot(part))
     if chunks is None or table.ids.shape != table.distances.shape or len(table.ids) != chunks.rows:
         checked.add(entry.path, f"{entry.path}: its {len(table.ids):,} rows don't match its part")
@@ -575,11 +563,11 @@ def _documents_of_rows(checked: _Checked, part: int) -> tuple[Ids, Ids] | None:
     """Return first and last chunk id of each row's document, [n, 1] each; None if documents are damaged."""
     if checked.whole("documents", part) is None:
         return None
-    table = parts.read_documents(checked.store, part, ["first_row", "n_chunks"])
-    first, count = parts.chunk_ids(part, table["first_row"].to_numpy()), table["n_chunks"].to_numpy()
-    if count.sum() != checked.rows_of(np.array([part]))[0] or (count < 0).any():
-        return None
-    return np.repeat(first, count)[:, None], np.repeat(first + count - 1, count)[:, None]
+    with suppress(ValueError):  # of negative numbers of chunks
+        first, last = document_intervals(checked.store, part)
+        if len(first) == checked.rows_of(np.array([part]))[0]:
+            return first[:, None], last[:, None]
+    return None
 
 
 def _wrong_distances(

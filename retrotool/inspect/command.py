@@ -56,20 +56,19 @@ def command(
     run of 5 or more tokens is marked in both texts, [[like this]]. r is its length divided by the length of a
     full chunk. --html writes the chunks to a page instead, which can hold a few thousand.
     """
-    with output.errors(as_json):
-        from retrotool.inspect import run as inspect_run
-        from retrotool.inspect.run import Choice
-        from retrotool.store.parts import parse_id
+    from retrotool.inspect import run as inspect_run
+    from retrotool.inspect.run import Choice
+    from retrotool.store.parts import parse_id
 
-        if seed is not None and random is None:
-            raise UsageError("--seed needs --random", "Give --random N, or leave --seed out.")
-        number = parse_id(chunk) if chunk is not None else None
-        if chunk is not None and number is None:
-            raise UsageError(f"--chunk {chunk!r} is not a chunk id", "Give PART:ROW, such as 0:4, or a number.")
-        if document is not None:
-            check_utf8("--document", document)
-        result = inspect_run.inspect(store, Choice(number, document, random, seed or 0), table=table, k=k, page=html)
-        output.show(result, as_json, _text, styled=True)
+    if seed is not None and random is None:
+        raise UsageError("--seed needs --random", "Give --random N, or leave --seed out.")
+    number = parse_id(chunk) if chunk is not None else None
+    if chunk is not None and number is None:
+        raise UsageError(f"--chunk {chunk!r} is not a chunk id", "Give PART:ROW, such as 0:4, or a number.")
+    if document is not None:
+        check_utf8("--document", document)
+    result = inspect_run.inspect(store, Choice(number, document, random, seed or 0), table=table, k=k, page=html)
+    output.show(result, as_json, _text, styled=True)
 
 
 def _text(result: InspectResult) -> str:
@@ -161,25 +160,24 @@ def documents_command(
     --where takes id, source, n_chunks, n_tokens, input, position and kept fields, as in purge --where. 20
     documents are listed as text, all as JSON or CSV.
     """
-    with output.errors(as_json):
-        from retrotool.reader import Reader
-        from retrotool.store.expressions import with_sources
-        from retrotool.store.store import Store
+    from retrotool.reader import Reader
+    from retrotool.store.expressions import with_sources
+    from retrotool.store.store import Store
 
-        if as_csv and as_json:
-            raise UsageError("--csv and --json can't be combined", "Give one of them.")
-        opened = Store.open(store)
-        reader = Reader(opened)
-        found = reader.documents(with_sources(opened, where, sources or ()), purged=purged)
-        some = islice(found, _LIMIT if limit is None and not (as_csv or as_json) else limit or None)
-        if as_csv:
-            kept = reader.kept_fields()
-            rows = ([*(getattr(one, name) for name in _COLUMNS), *map(one.kept.get, kept)] for one in some)
-            output.show_csv([*_COLUMNS, *kept], rows)
-            return
-        output.show_each("documents", some, as_json, _document)
-        if not as_json and next(found, None) is not None:
-            output.note("There are more: --limit 0 lists all.")
+    if as_csv and as_json:
+        raise UsageError("--csv and --json can't be combined", "Give one of them.")
+    opened = Store.open(store)
+    reader = Reader(opened)
+    found = reader.documents(with_sources(opened, where, sources or ()), purged=purged)
+    some = islice(found, _LIMIT if limit is None and not (as_csv or as_json) else limit or None)
+    if as_csv:
+        kept = reader.kept_fields()
+        rows = ([*(getattr(one, name) for name in _COLUMNS), *map(one.kept.get, kept)] for one in some)
+        output.show_csv([*_COLUMNS, *kept], rows)
+        return
+    output.show_each("documents", some, as_json, _document)
+    if not as_json and next(found, None) is not None:
+        output.note("There are more: --limit 0 lists all.")
 
 
 def _document(one: DocumentEntry) -> str:
@@ -198,13 +196,12 @@ def show_command(
 
     The text is what the tokenizer decodes; that of purged chunks is not shown.
     """
-    with output.errors(as_json):
-        from retrotool.inspect import show
+    from retrotool.inspect import show
 
-        check_utf8("ID", name)
-        output.show(
-            show.show_item(store, name), as_json, lambda found: output.laid_out(_shown_paragraphs(found)), styled=True
-        )
+    check_utf8("ID", name)
+    output.show(
+        show.show_item(store, name), as_json, lambda found: output.laid_out(_shown_paragraphs(found)), styled=True
+    )
 
 
 def _shown_paragraphs(found: Shown) -> Iterator[output.Paragraph]:

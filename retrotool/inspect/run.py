@@ -80,15 +80,23 @@ class InspectedNeighbour:
 
     def marked_text(self) -> Split:
         """Return the text cut around the run if that is marked, else with an empty run at the end."""
-        return self._cut(self.text, self.common.text if self.common is not None else None)
+        return self._cut(self.text, self.common.text if self.common else None)
 
     def marked_continuation(self) -> Split:
         """Return the continuation cut like the text, empty without one."""
-        return self._cut(self.continuation or "", self.common.continuation if self.common is not None else None)
+        return self._cut(self.continuation or "", self.common.continuation if self.common else None)
+
+    def marked_chunk(self) -> Split:
+        """Return the text of the chunk cut like that of the neighbour; without a marked run it is empty."""
+        return self._cut("", self.common.chunk if self.common else None)
 
     def _cut(self, text: str, split: Split | None) -> Split:
-        marked = self.common is not None and self.common.marked
-        return _trimmed(split) if marked and split is not None and split.run else Split(text, "", "")
+        if self.common is None or not self.common.marked or split is None or not split.run:
+            return Split(text, "", "")
+        if not (run := split.run.strip()):
+            return split
+        before, _, after = split.run.partition(run)
+        return Split(split.before + before, run, after + split.after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +126,11 @@ class InspectedChunk:
 
     def segments(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield pieces of the text, each with the ranks (from 1) of neighbours whose marked run covers it."""
-        spans = list(self._spans())
+        runs = [(rank, near.marked_chunk()) for rank, near in enumerate(self.neighbours, 1)]
+        spans = [(rank, len(run.before), len(run.before + run.run)) for rank, run in runs if run.run]
         cuts = sorted({0, len(self.text), *(cut for _, low, high in spans for cut in (low, high))})
         for low, high in pairwise(cuts):
             yield self.text[low:high], tuple(rank for rank, start, stop in spans if start <= low and high <= stop)
-
-    def _spans(self) -> Iterator[tuple[int, int, int]]:
-        for rank, near in enumerate(self.neighbours, 1):
-            if near.common is not None and near.common.marked and near.common.chunk.run:
-                split = _trimmed(near.common.chunk)
-                yield rank, len(split.before), len(split.before) + len(split.run)
 
 
 _Place = tuple[str, str, int, int]  # id and source of a chunk's document, position in it, chunks of the document
@@ -194,17 +197,6 @@ def _runs(store: Store, tokens: npt.NDArray[Any], n_tokens: Ids, pieces: Pieces)
         )
         for i, n in enumerate(length.tolist())
     ]  # fmt: skip
-
-
-def _same_tokenizer(one: Store, other: Store) -> bool:
-    return one.identity.tokenizer.sha256 == other.identity.tokenizer.sha256
-
-
-def _trimmed(split: Split) -> Split:
-    if not (run := split.run.strip()):
-        return split
-    before, _, after = split.run.partition(run)
-    return Split(split.before + before, run, after + split.after)
 
 
 def _row_groups(rows: Ids) -> tuple[list[int], Ids]:
@@ -287,10 +279,10 @@ def _inspect(store: Store, choice: Choice, table: str | None, k: int | None) -> 
     for member in reader.members:
         record = store.state.records[f"neighbours:{member.table}"]
         index = index_record(member.store.state, record["index"])
-        comparable = length <= LONGEST and _same_tokenizer(store, member.store)
+        same_tokenizer = member.store.identity.tokenizer.sha256 == store.identity.tokenizer.sha256
         tables.append(TableRead(
             member.table, member.store.place, member.weight, str(record["index"]), str(record["encoder"]),
-            None if index is None else index.recall_at_10, comparable,
+            None if index is None else index.recall_at_10, same_tokenizer and length <= LONGEST,
         ))  # fmt: skip
     size = max(_BLOCK // max(k, 1), 1)
     with counting("inspect", "chunk", len(ids)) as report:

@@ -37,11 +37,10 @@ def command(
     the copied share is the run divided by the chunk's own length. Documents with the same id in the database
     count as well.
     """
-    with output.errors(as_json):
-        from retrotool.leakage import run as leakage_run
+    from retrotool.leakage import run as leakage_run
 
-        result = leakage_run.leakage(store, queries=queries, index=index, k=k, out=out)
-        output.show(result, as_json, _text)
+    result = leakage_run.leakage(store, queries=queries, index=index, k=k, out=out)
+    output.show(result, as_json, _text)
 
 
 def _text(result: LeakageResult) -> str:

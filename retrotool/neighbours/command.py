@@ -84,46 +84,45 @@ def command(
     With --edit, STORE is the store that has the table. Each line of FILE is a JSON object with a "chunk" and
     its "neighbours", those to "ban", or "reset": true, which undoes this. Later runs keep the edits.
     """
-    with output.errors(as_json):
-        from retrotool.neighbours import run as neighbours_run
-        from retrotool.neighbours.edits import edit_neighbours
-        from retrotool.neighbours.filters import FilterOptions
-        from retrotool.neighbours.run import SearchOptions
+    from retrotool.neighbours import run as neighbours_run
+    from retrotool.neighbours.edits import edit_neighbours
+    from retrotool.neighbours.filters import FilterOptions
+    from retrotool.neighbours.run import SearchOptions
 
-        if edit is not None:
-            filtering = (max_overlap, exclude_near_copies, exclude_source, only_source, no_filters)
-            searching = (queries, index, database, exact, materialise, encoder, memory, shard)
-            if any((*filtering, *searching)) or (k, saved) != (K, SAVED):
-                raise UsageError("--edit can't be combined with options other than --name")
-            name = "main" if name is None else name
-            done = edit_neighbours(store, edit, name=name)
-            now = f"{output.count(done.rows, 'row')} set, {output.count(done.bans, 'ban')} (commit {done.commit})"
-            output.show(done, as_json, lambda _: f"Edits of {name!r}: {now}.")
-            return
-        size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
-        search = SearchOptions(exact, encoder, size, devices, parse_shard(shard), not no_wait)
-        excluded, only = tuple(exclude_source or ()), tuple(only_source or ())
-        filters = FilterOptions(max_overlap, exclude_near_copies, excluded, only, no_filters)
-        databases = [_weighed(text) for text in database or ()]
-        result = neighbours_run.neighbours(
-            store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
-            databases=databases, materialise=materialise,
-        )  # fmt: skip
-        output.show(result, as_json, neighbours_text)
-        if result.not_embedded:
-            without = "which has no embedding" if result.not_embedded == 1 else "which have no embeddings"
-            output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')}, {without}.")
-        if result.not_indexed:
-            are = "is" if result.not_indexed == 1 else "are"
-            chunks = output.count(result.not_indexed, "chunk")
-            output.note(f"Not searchable yet: {chunks} of {store} that {are} not in the index.")
-        for path in result.unaware:
-            output.note(f"{path} is not writable, so it can't record this store: an erase there won't list it.")
-        if result.queries and not (shard or result.next or result.in_other_runs or as_json):
-            table = None if result.name == "main" else result.name
-            output.note(f"Next: {command_line('inspect', queries or store, table=table)}")
-        if result.next:
-            output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
+    if edit is not None:
+        filtering = (max_overlap, exclude_near_copies, exclude_source, only_source, no_filters)
+        searching = (queries, index, database, exact, materialise, encoder, memory, shard)
+        if any((*filtering, *searching)) or (k, saved) != (K, SAVED):
+            raise UsageError("--edit can't be combined with options other than --name")
+        name = "main" if name is None else name
+        done = edit_neighbours(store, edit, name=name)
+        now = f"{output.count(done.rows, 'row')} set, {output.count(done.bans, 'ban')} (commit {done.commit})"
+        output.show(done, as_json, lambda _: f"Edits of {name!r}: {now}.")
+        return
+    size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
+    search = SearchOptions(exact, encoder, size, devices, parse_shard(shard), not no_wait)
+    excluded, only = tuple(exclude_source or ()), tuple(only_source or ())
+    filters = FilterOptions(max_overlap, exclude_near_copies, excluded, only, no_filters)
+    databases = [_weighed(text) for text in database or ()]
+    result = neighbours_run.neighbours(
+        store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
+        databases=databases, materialise=materialise,
+    )  # fmt: skip
+    output.show(result, as_json, neighbours_text)
+    if result.not_embedded:
+        without = "which has no embedding" if result.not_embedded == 1 else "which have no embeddings"
+        output.note(f"Without neighbours: {output.count(result.not_embedded, 'chunk')}, {without}.")
+    if result.not_indexed:
+        are = "is" if result.not_indexed == 1 else "are"
+        chunks = output.count(result.not_indexed, "chunk")
+        output.note(f"Not searchable yet: {chunks} of {store} that {are} not in the index.")
+    for path in result.unaware:
+        output.note(f"{path} is not writable, so it can't record this store: an erase there won't list it.")
+    if result.queries and not (shard or result.next or result.in_other_runs or as_json):
+        table = None if result.name == "main" else result.name
+        output.note(f"Next: {command_line('inspect', queries or store, table=table)}")
+    if result.next:
+        output.note("Next:\n" + "\n".join(f"  {command}" for command in result.next))
 
 
 def _by(index: str) -> str:

@@ -2,7 +2,7 @@
 
 F is the chunk after N in its document; it is empty at the end of the document, and once it is purged. Each
 row group with a requested id is read once, in 3 ms, so ids should be requested many at a time. Memory: the
-requested tokens, and 16 row groups of one part, eight times as many from a bucket. The tokens for a whole
+requested tokens, and 16 row groups of one part, sixteen times as many from a bucket. The tokens for a whole
 table are read in blocks of up to 0.5 GiB, which each read every row group of the database that they need: 0.4
 s per million chunks.
 """
@@ -21,6 +21,7 @@ from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourTable, NeighbourText
 from retrotool.store.parts import PART_SHIFT, ROW_GROUP, Ids
+from retrotool.store.storage import each
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones
 
@@ -69,7 +70,7 @@ def read_pieces(store: Store, tombstones: Tombstones, ids: Ids, into: Pieces | N
         if part in known:
             _fill(found, some, store, tombstones, part, ids[some] - (part << PART_SHIFT))
 
-    list(store.read_each(fill, np.split(order, np.flatnonzero(np.diff(blocks)) + 1) if len(order) else ()))
+    list(each(store.storage, fill, np.split(order, np.flatnonzero(np.diff(blocks)) + 1) if len(order) else ()))
     return found
 
 

@@ -26,6 +26,7 @@ from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText, edit_rows, read_edits
 from retrotool.store.parts import ROW_GROUP, Ids
+from retrotool.store.storage import each
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -202,7 +203,7 @@ class TextReader:
             block, some = item
             lost[some] = self._begin(out.rows(some), block)
 
-        list(store.read_each(begin, zip(blocks, places, strict=True)))
+        list(each(store.storage, begin, zip(blocks, places, strict=True)))
         if lost.any():
             wanted = np.where(lost[:, None], out.ids, NO_NEIGHBOUR)
             no_distances = np.broadcast_to(np.float32(0), wanted.shape)

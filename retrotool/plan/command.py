@@ -50,15 +50,14 @@ def command(
     The estimate needs no store and no corpus. It is computed from rates, which are printed with their source.
     Hours are a lower bound, as disks and networks are rarely as fast as assumed.
     """
-    with output.errors(as_json):
-        from retrotool.plan import run as plan_run
+    from retrotool.plan import run as plan_run
 
-        result = plan_run.plan(
-            tokens, encoder=encoder, gpus=gpus, hosts=hosts, cores=cores, memory_per_host=memory_per_host,
-            tokens_per_document=tokens_per_document, chunk_length=chunk_length, saved=neighbours,
-            target_recall=target_recall, rates=dict(map(_parse_rate, rate or ())),
-        )  # fmt: skip
-        output.show(result, as_json, _text)
+    result = plan_run.plan(
+        tokens, encoder=encoder, gpus=gpus, hosts=hosts, cores=cores, memory_per_host=memory_per_host,
+        tokens_per_document=tokens_per_document, chunk_length=chunk_length, saved=neighbours,
+        target_recall=target_recall, rates=dict(map(_parse_rate, rate or ())),
+    )  # fmt: skip
+    output.show(result, as_json, _text)
 
 
 def _parse_rate(text: str) -> tuple[str, float]:

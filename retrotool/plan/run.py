@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from retrotool import machine
 from retrotool.ann.choice import ITERATIONS, TARGET_RECALL, IndexOptions, IndexShape, choose_index
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
@@ -44,8 +45,6 @@ from retrotool.cli.options import parse_count
 from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows, sample_size
-from retrotool.machine import cores as own_cores
-from retrotool.machine import memory_of_machine
 from retrotool.sizes import parse_size
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
@@ -201,8 +200,8 @@ def plan(
     hosts = max(1, -(-gpus // GPUS_A_HOST)) if hosts is None else hosts
     tokens = parse_count("--tokens", tokens) if isinstance(tokens, str) else tokens
     given = parse_size("--memory-per-host", memory_per_host) if isinstance(memory_per_host, str) else memory_per_host
-    memory = memory_of_machine() if given is None else given
-    machines = Machines(gpus, hosts, own_cores() if cores is None else cores, memory)
+    memory = machine.memory_of_machine() if given is None else given
+    machines = Machines(gpus, hosts, machine.cores() if cores is None else cores, memory)
     work = _Work(
         tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
     )

@@ -112,23 +112,22 @@ def command(
 
     @FILE is a file with a value per line, @- is standard input, @@x is a value that begins with @.
     """  # fmt: skip
-    with output.errors(as_json):
-        from retrotool.purge import select
-        from retrotool.purge.run import list_purges, purge
+    from retrotool.purge import select
+    from retrotool.purge.run import list_purges, purge
 
-        selectors = select.Selectors(
-            chunk=at_files(chunk), document=at_files(document), where=where, pattern=at_files(pattern), terms=terms,
-            pii=select.kinds_of(pii), near_duplicates_of=at_files(near_duplicates_of), contaminates=contaminates,
-            duplicates=duplicates, every=every, whole_documents=whole_documents, allow_lossy=allow_lossy,
-            like=None if like is None else at_file(like), within=within, device=first_device(devices),
-            **_classifier(classifier),
-        )  # fmt: skip
-        if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or reason or out):
-            output.show(list_purges(store), as_json, lambda found: _list_text(store, found))
-        else:
-            confirm = partial(_confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
-            result = purge(store, selectors, reason=reason, dry_run=dry_run, out=out, erase=erase, confirm=confirm)
-            output.show(result, as_json, lambda result: _text(store, selectors, result, erase))
+    selectors = select.Selectors(
+        chunk=at_files(chunk), document=at_files(document), where=where, pattern=at_files(pattern), terms=terms,
+        pii=select.kinds_of(pii), near_duplicates_of=at_files(near_duplicates_of), contaminates=contaminates,
+        duplicates=duplicates, every=every, whole_documents=whole_documents, allow_lossy=allow_lossy,
+        like=None if like is None else at_file(like), within=within, device=first_device(devices),
+        **_classifier(classifier),
+    )  # fmt: skip
+    if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or reason or out):
+        output.show(list_purges(store), as_json, lambda found: _list_text(store, found))
+    else:
+        confirm = partial(_confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
+        result = purge(store, selectors, reason=reason, dry_run=dry_run, out=out, erase=erase, confirm=confirm)
+        output.show(result, as_json, lambda result: _text(store, selectors, result, erase))
 
 
 def _classifier(text: str | None) -> dict[str, Any]:
@@ -249,10 +248,9 @@ def undo_command(
     as_json: Json = False,
 ) -> None:
     """Undo a purge that has not been erased: its chunks are live again."""
-    with output.errors(as_json):
-        from retrotool.purge.undo import undo
+    from retrotool.purge.undo import undo
 
-        output.show(undo(store, purge, reason=reason), as_json, partial(_undo_text, store))
+    output.show(undo(store, purge, reason=reason), as_json, partial(_undo_text, store))
 
 
 def _undo_text(store: str, result: UndoResult) -> str:
@@ -292,16 +290,15 @@ def erase_command(
     This can't be undone. An erase that was interrupted is resumed by running it again. Copies of the chunks
     that chunk rejected as duplicates are erased with them. Check the result with retrotool receipt.
     """
-    with output.errors(as_json):
-        from retrotool.purge.erase import erase
+    from retrotool.purge.erase import erase
 
-        if not purges and older_than is None:
-            command = shlex.join(["retrotool", "purge", store])
-            raise UsageError("no purge to erase was given", f"Give PURGE or --older-than AGE. List purges: {command}")
-        age = None if older_than is None else _seconds(older_than)
-        confirm = partial(_confirmed, yes=yes, erase=True, stopped="Nothing was erased.", as_json=as_json)
-        result = erase(store, purges or (), older_than=age, dry_run=dry_run, confirm=confirm)
-        output.show(result, as_json, lambda result: _erase_text(store, result, dry_run))
+    if not purges and older_than is None:
+        command = shlex.join(["retrotool", "purge", store])
+        raise UsageError("no purge to erase was given", f"Give PURGE or --older-than AGE. List purges: {command}")
+    age = None if older_than is None else _seconds(older_than)
+    confirm = partial(_confirmed, yes=yes, erase=True, stopped="Nothing was erased.", as_json=as_json)
+    result = erase(store, purges or (), older_than=age, dry_run=dry_run, confirm=confirm)
+    output.show(result, as_json, lambda result: _erase_text(store, result, dry_run))
 
 
 def _seconds(age: str) -> float:
@@ -379,10 +376,9 @@ def affected_command(
     STORE is the query store, which has the tables. Text of a purged chunk may have reached a model through
     these training chunks. Nothing of the purged chunks is shown.
     """
-    with output.errors(as_json):
-        from retrotool.purge.affected import affected
+    from retrotool.purge.affected import affected
 
-        output.show(affected(store, table, purges or (), out=out), as_json, _affected_text)
+    output.show(affected(store, table, purges or (), out=out), as_json, _affected_text)
 
 
 def _affected_text(result: AffectedResult) -> str:

@@ -35,13 +35,12 @@ def command(
     Every file of the store that can hold something of an erased purge is decoded, and every read path is
     exercised. The receipt is a JSON file, receipt-PURGE.json, and a page to print, receipt-PURGE.html.
     """
-    with output.errors(as_json):
-        from retrotool.receipt import run as receipt_run
+    from retrotool.receipt import run as receipt_run
 
-        result = receipt_run.verify_purge(store, purge, out=out)
-        output.show(result, as_json, lambda result: _text(store, result))
-        if not result.receipt.ok:
-            raise typer.Exit(CorruptError.exit_code)
+    result = receipt_run.verify_purge(store, purge, out=out)
+    output.show(result, as_json, lambda result: _text(store, result))
+    if not result.receipt.ok:
+        raise typer.Exit(CorruptError.exit_code)
 
 
 def _text(store: str, result: VerifiedPurge) -> str:

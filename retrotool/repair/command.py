@@ -33,13 +33,12 @@ def command(
     in one commit, so it can be interrupted and run again. Documents, chunks, purges and the log can't be
     rebuilt: for these it prints what is lost, and what to restore from a backup.
     """
-    with output.errors(as_json):
-        from retrotool.repair import run as repair_run
+    from retrotool.repair import run as repair_run
 
-        result = repair_run.repair(store, dry_run=dry_run, devices=devices)
-        output.show(result, as_json, lambda result: _text(result, dry_run))
-        if not result.ok:
-            raise typer.Exit(CorruptError.exit_code)
+    result = repair_run.repair(store, dry_run=dry_run, devices=devices)
+    output.show(result, as_json, lambda result: _text(result, dry_run))
+    if not result.ok:
+        raise typer.Exit(CorruptError.exit_code)
 
 
 def _text(result: RepairResult, dry_run: bool) -> str:

@@ -98,62 +98,60 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Show the chunks nearest to a text, with their continuations."""
-    with output.errors(as_json):
-        from retrotool.embed.search_scope import count_left
-        from retrotool.index.searching import commands_to_index
-        from retrotool.reader import Reader
-        from retrotool.store.expressions import with_sources
-        from retrotool.store.identity import is_store
-        from retrotool.store.storage import storage_at
+    from retrotool.embed.search_scope import count_left
+    from retrotool.index.searching import commands_to_index
+    from retrotool.reader import Reader
+    from retrotool.store.expressions import with_sources
+    from retrotool.store.identity import is_store
+    from retrotool.store.storage import storage_at
 
-        if not text.strip():
-            raise UsageError("TEXT is empty")
-        check_utf8("TEXT", text)
-        given = at_file(text)
-        many = isinstance(given, Path)
-        lines = read_given_lines("TEXT", given, "query") if isinstance(given, Path) else [given]
-        texts = [line for line in lines if line.strip()]
+    if not text.strip():
+        raise UsageError("TEXT is empty")
+    check_utf8("TEXT", text)
+    given = at_file(text)
+    many = isinstance(given, Path)
+    lines = read_given_lines("TEXT", given, "query") if isinstance(given, Path) else [given]
+    texts = [line for line in lines if line.strip()]
 
-        def attempt() -> tuple[list[list[Neighbour]], Database, int]:
-            if not is_store(storage_at(store)) and is_store(storage_at(text)):
-                swapped = shlex.join(["retrotool", "search", text, store])
-                raise StoreNotFoundError(f"{store} is not a store, but {text} is", f"Give the store first: {swapped}")
-            opened = Store.open(store)
-            filtered, reader = with_sources(opened, where, sources or ()), Reader(opened)
-            encoder = reader.load_encoder(index, devices)
-            found = reader.search_many(
-                texts, k, index, encoder, where=filtered, nprobe=nprobe, rerank=rerank,
-                allow_missing=allow_missing_shards,
-            )  # fmt: skip
-            database = reader.database(index, allow_missing=allow_missing_shards)
-            return found, database, count_left(database.store, database.held(), database.tombstones)
+    def attempt() -> tuple[list[list[Neighbour]], Database, int]:
+        if not is_store(storage_at(store)) and is_store(storage_at(text)):
+            swapped = f"{command_line('search', text)} {shlex.quote(store)}"
+            raise StoreNotFoundError(f"{store} is not a store, but {text} is", f"Give the store first: {swapped}")
+        opened = Store.open(store)
+        filtered, reader = with_sources(opened, where, sources or ()), Reader(opened)
+        encoder = reader.load_encoder(index, devices)
+        found = reader.search_many(
+            texts, k, index, encoder, where=filtered, nprobe=nprobe, rerank=rerank,
+            allow_missing=allow_missing_shards,
+        )  # fmt: skip
+        database = reader.database(index, allow_missing=allow_missing_shards)
+        return found, database, count_left(database.store, database.held(), database.tombstones)
 
-        found, database, left = retry_overtaken(attempt)
-        broken = database.missing
-        lost = sum(entry.rows for entry in broken)
-        share = lost / max(database.vectors_in_log, 1)
-        missing = Missing([entry.path for entry in broken], lost, share) if broken else None
-        then = commands_to_index(database.store, database.encoder, database.name) if left else []
-        state = database.store.state
-        foreign = state.records[f"encoder:{database.encoder}"].get("foreign")
-        if len(then) > 1 and state.with_prefix("neighbours:") and not foreign:
-            then = [command_line("build", store)]
-        answers = [Answer(query, list(map(_found, near))) for query, near in zip(texts, found, strict=True)]
-        results, queries = (None, answers) if many else (answers[0].results, None)
-        output.show(Results(results, missing, left, tuple(then), queries), as_json, _text)
-        if 0 < (fewest := min(map(len, found))) < k:
-            what = "--where and --source leave" if where or sources else "the index has"
-            output.note(f"Fewer than {k}: {what} {output.count(fewest, 'live chunk')}.")
-        if left:
-            are = "is" if left == 1 else "are"
-            commands = "".join(f"\n  {command}" for command in then)
-            output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:{commands}")
-        if missing is not None:
-            repair = shlex.join(["retrotool", "repair", store])
-            output.note(
-                f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
-                f"{output.count(len(missing.shards), 'broken shard')}. Repair it: {repair}"
-            )
+    found, database, left = retry_overtaken(attempt)
+    broken = database.missing
+    lost = sum(entry.rows for entry in broken)
+    share = lost / max(database.vectors_in_log, 1)
+    missing = Missing([entry.path for entry in broken], lost, share) if broken else None
+    then = commands_to_index(database.store, database.encoder, database.name) if left else []
+    state = database.store.state
+    foreign = state.records[f"encoder:{database.encoder}"].get("foreign")
+    if len(then) > 1 and state.with_prefix("neighbours:") and not foreign:
+        then = [command_line("build", store)]
+    answers = [Answer(query, list(map(_found, near))) for query, near in zip(texts, found, strict=True)]
+    results, queries = (None, answers) if many else (answers[0].results, None)
+    output.show(Results(results, missing, left, tuple(then), queries), as_json, _text)
+    if 0 < (fewest := min(map(len, found))) < k:
+        what = "--where and --source leave" if where or sources else "the index has"
+        output.note(f"Fewer than {k}: {what} {output.count(fewest, 'live chunk')}.")
+    if left:
+        are = "is" if left == 1 else "are"
+        commands = "".join(f"\n  {command}" for command in then)
+        output.note(f"Not searched: {output.count(left, 'chunk')} that {are} not in the index. Next:{commands}")
+    if missing is not None:
+        output.note(
+            f"Not searched: {100 * missing.share:.2f} % of the index, {output.count(missing.vectors, 'vector')} in "
+            f"{output.count(len(missing.shards), 'broken shard')}. Repair it: {command_line('repair', store)}"
+        )
 
 
 def _found(near: Neighbour) -> FoundChunk:

@@ -22,6 +22,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ MAPPED_KINDS = ("embeddings", "index")
 _PARTIAL = ".part"
 _ATTEMPTS = 2  # at bytes with the right hash
 _POLL_SECONDS = 0.05
+_copying = threading.BoundedSemaphore(2)  # a file is read by several requests at once, which take memory
 _RECENT_SECONDS = 60.0  # since the last use of a copy that is not evicted for one that is not needed yet
 _MORE = f"Give more with --cache-size ({SIZE_VARIABLE}), or name another folder with --cache-dir."
 
@@ -48,10 +50,12 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrotool"
 
 
-def use_cache(variable: str, value: str) -> None:
-    """Use a folder or a budget, by its environment variable, also in worker processes."""
-    is_size = variable == SIZE_VARIABLE
-    os.environ[variable] = str(parse_size("--cache-size", value) if is_size else Path(value).absolute())
+def use_cache(cache_dir: str | None = None, cache_size: str | None = None) -> None:
+    """Use a folder and a budget, also in worker processes; None: no change."""
+    if cache_dir is not None:
+        os.environ[FOLDER_VARIABLE] = str(Path(cache_dir).absolute())
+    if cache_size is not None:
+        os.environ[SIZE_VARIABLE] = str(parse_size("--cache-size", cache_size))
 
 
 def usage() -> tuple[int, int]:
@@ -186,10 +190,11 @@ class FileCache:
         for _ in range(_ATTEMPTS):
             digest = hashlib.sha256()
             file.seek(0)
-            for block in self._storage.blocks(entry.path):
-                disk.announce("write", self.folder)
-                digest.update(block)
-                file.write(block)
+            with _copying:
+                for block in self._storage.blocks(entry.path):
+                    disk.announce("write", self.folder)
+                    digest.update(block)
+                    file.write(block)
             file.truncate()  # what was read before may have been longer
             if digest.hexdigest() == entry.sha256:
                 return

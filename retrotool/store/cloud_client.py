@@ -21,7 +21,8 @@ _TIMEOUT_SECONDS = 30.0  # of one request
 _RETRIES = 3
 _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
 _AZURE_KEYS = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_CLIENT_SECRET")
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_ENDPOINTS = (*_AWS_ENDPOINTS, "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_BASE_URL")
 
 
 def open_client(place: str) -> Any:
@@ -40,7 +41,7 @@ def open_client(place: str) -> Any:
         "timeout": timedelta(seconds=seconds),
         "connect_timeout": timedelta(seconds=min(seconds, 5.0)),
     }
-    if config.get("endpoint", place).startswith("http://"):
+    if any(one.startswith("http://") for one in (place, *map(os.environ.get, _ENDPOINTS)) if one):
         client["allow_http"] = True
     retry = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=4 * seconds)}
     # Hosts of AWS and Azure are read by HTTPS like others.
@@ -64,7 +65,7 @@ def _has(*names: str) -> bool:
 
 def _aws() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return obstore's settings for S3, and where credentials come from; boto3 knows profiles."""
-    endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
+    endpoint = next((os.environ[name] for name in _AWS_ENDPOINTS if os.environ.get(name)), None)
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     options: dict[str, Any] = {}
     if not _has(*_AWS_KEYS, "AWS_SKIP_SIGNATURE") and importlib.util.find_spec("boto3"):

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import orjson
 
-from retrotool.errors import CorruptError, LostRunError
+from retrotool.errors import CorruptError, LostRunError, StorageError
 from retrotool.store import schema, specs
 from retrotool.store.storage import Storage
 
@@ -91,7 +91,7 @@ class Run:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError, LostRunError):  # the next beat may succeed
+            with contextlib.suppress(OSError, StorageError, LostRunError):  # the next beat may succeed
                 renew(self.storage, self.id)
 
 
@@ -118,12 +118,11 @@ def renew(storage: Storage, run: str) -> float:
     and kept: only after a fence may the run's files be removed.
     """
     path = run_path(run)
-    before = storage.stat(path)
     try:
-        data = storage.get(path)
+        data, before = storage.read(path)
     except FileNotFoundError:
-        before = None
-    if before is None or data.endswith(_LAPSED):
+        raise _lost(storage) from None
+    if data.endswith(_LAPSED):
         raise _lost(storage)
     now = storage.overwrite(path, run, data).modified
     if now - before.modified > LAPSED_SECONDS:
@@ -140,14 +139,14 @@ def is_alive(storage: Storage, run: str, *, now: float, silence: float = SILENCE
 
 def silence_of(storage: Storage, run: str, now: float) -> float | None:
     """Return a run's silence at ``now`` in seconds; 0 if its process is running, None if it has ended."""
-    info = storage.stat(run_path(run))
     try:
-        here = is_here(storage.get(run_path(run)))
+        lease, info = storage.read(run_path(run))
     except FileNotFoundError:
         return None
+    here = is_here(lease)
     if here is not None:
         return 0.0 if here else None
-    return now - info.modified if info is not None else 0.0  # None: it is just starting
+    return now - info.modified
 
 
 def is_here(lease: bytes) -> bool | None:

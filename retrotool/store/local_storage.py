@@ -59,6 +59,8 @@ class _LocalStatus:
 class LocalStorage:
     """The ``Storage`` in the folder ``place``."""
 
+    latent = False
+
     def __init__(self, place: str) -> None:
         self.place = place
         self.root = Path(place)
@@ -71,6 +73,11 @@ class LocalStorage:
     def get(self, path: str) -> bytes:
         return self.local(path).read_bytes()
 
+    def read(self, path: str) -> tuple[bytes, FileStatus]:
+        status = _LocalStatus(path, self.local(path))
+        _ = status.modified  # before the bytes: a status may be too old, not too new
+        return status.file.read_bytes(), status
+
     def get_range(self, path: str, start: int, length: int) -> bytes:
         with self.local(path).open("rb") as file:
             file.seek(start)
@@ -82,7 +89,7 @@ class LocalStorage:
             while block := file.read(BLOCK_BYTES):
                 yield block
 
-    def open(self, path: str) -> pa.NativeFile:
+    def open(self, path: str, size: int) -> pa.NativeFile:  # noqa: ARG002
         import pyarrow as pa
 
         return pa.memory_map(str(self.local(path)))

@@ -6,10 +6,12 @@ wins and a kill leaves no torn entry. ``read`` checks number and chain; ``state`
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +21,7 @@ import orjson
 from retrotool.errors import CorruptError
 from retrotool.store import schema, specs
 from retrotool.store.paths import FileName
-from retrotool.store.storage import Storage, where
+from retrotool.store.storage import Storage, each, where
 from retrotool.store.sums import size_of_sums, with_sums
 
 _NUMBER = re.compile(r"log/(\d+)\.json")
@@ -69,10 +71,13 @@ class FileEntry:
         return cls(fields["path"], fields["slot"], fields["rows"], fields["bytes"], fields["sha256"], about)
 
 
-def is_there(storage: Storage, entry: FileEntry) -> bool:
-    """Return whether the file exists with the size in its entry, and its sums if it has some."""
-    due = dict(zip(with_sums(entry.path), (entry.bytes, size_of_sums(entry.bytes)), strict=False))
-    return all((found := storage.stat(path)) is not None and found.size == size for path, size in due.items())
+def first_missing(storage: Storage, entries: Iterable[FileEntry]) -> str | None:
+    """Return the path of a file, or of its sums, that is missing or has another size than its entry says."""
+    due: dict[str, int] = {}
+    for entry in entries:
+        due |= zip(with_sums(entry.path), (entry.bytes, size_of_sums(entry.bytes)), strict=False)
+    found = zip(due.items(), each(storage, storage.stat, due), strict=True)
+    return next((path for (path, size), status in found if status is None or status.size != size), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +124,18 @@ def checked(data: bytes) -> bytes:
 
 def read(storage: Storage, number: int, parent: str | None = None) -> Commit | None:
     """Read a commit, or None. ``CorruptError`` if it is broken or not a child of ``parent``."""
+    data = _bytes_of(storage, number)
+    return None if data is None else _parse(storage, number, data, parent)
+
+
+def _bytes_of(storage: Storage, number: int) -> bytes | None:
     try:
-        data = storage.get(commit_path(number))
+        return storage.get(commit_path(number))
     except FileNotFoundError:
         return None
+
+
+def _parse(storage: Storage, number: int, data: bytes, parent: str | None) -> Commit:
     path = where(storage, commit_path(number))
     try:
         fields = schema.load(checked(data), specs.COMMIT, path)
@@ -149,11 +162,13 @@ def last_number(storage: Storage, after: int = -1) -> int:
     return max((int(match[1]) for match in found if match), default=after)
 
 
-def read_after(storage: Storage, number: int, head: str) -> Iterator[Commit]:
-    """Yield the commits after commit ``number``, whose bytes hash to ``head``."""
-    while (commit := read(storage, number + 1, head)) is not None:
-        yield commit
-        number, head = commit.number, commit.sha256
+def read_after(storage: Storage, number: int, head: str, last: int = -1) -> Iterator[Commit]:
+    """Yield the commits after commit ``number``, whose bytes hash to ``head``; those up to ``last`` exist."""
+    known = each(storage, functools.partial(_bytes_of, storage), range(number + 1, last + 1))
+    with contextlib.closing(known):
+        while (data := next(known) if number < last else _bytes_of(storage, number + 1)) is not None:
+            yield (commit := _parse(storage, number + 1, data, head))
+            number, head = commit.number, commit.sha256
 
 
 def append(storage: Storage, run: str, number: int, parent: str, draft: Draft) -> bool:

@@ -25,9 +25,8 @@ import os
 import random
 import re
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,10 +36,11 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 
 from retrotool.errors import CorruptError, StorageError
+from retrotool.read_ahead import concurrently
 from retrotool.store import disk
 from retrotool.store.cloud_client import open_client
 from retrotool.store.paths import FileName
-from retrotool.store.storage import FileStatus, Result, Sink, Unfinished, where
+from retrotool.store.storage import FileStatus, Result, Sink, Unfinished, each, where
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,7 +51,6 @@ PATIENCE_SECONDS = 60.0
 TRAFFIC_VARIABLE = "RETROTOOL_TRAFFIC"
 _RANGES_AT_ONCE = 8
 _PARTS_AT_ONCE = 4
-_DELETES_AT_ONCE = 16
 _PAGE = 1000  # files that a listing returns at once
 _TAIL_BYTES = 64 << 10  # read at the end of a file that is opened: the footer of most Parquet files
 _TAILS = 256
@@ -73,6 +72,8 @@ class ObjectStatus:
 class ObjectStorage:
     """The ``Storage`` at ``place``, such as ``s3://bucket/path``."""
 
+    latent = True
+
     def __init__(self, place: str) -> None:
         self.place = place.rstrip("/")
         self._is_conditional = False  # whether the server is known to honour conditions
@@ -89,11 +90,18 @@ class ObjectStorage:
         return open_client(self.place)
 
     @cached_property
-    def _tails(self) -> OrderedDict[str, tuple[int, bytes]]:
+    def _tails(self) -> OrderedDict[str, bytes]:
         return OrderedDict()
 
     def get(self, path: str) -> bytes:
-        return self._again("get", path, lambda: bytes(obstore.get(self._client, path).bytes()))
+        return self.read(path)[0]
+
+    def read(self, path: str) -> tuple[bytes, FileStatus]:
+        def read() -> tuple[bytes, FileStatus]:
+            found = obstore.get(self._client, path)
+            return bytes(found.bytes()), _status(found.meta)
+
+        return self._again("get", path, read)
 
     def get_range(self, path: str, start: int, length: int) -> bytes:
         def read() -> bytes:
@@ -109,37 +117,17 @@ class ObjectStorage:
     def blocks(self, path: str) -> Iterator[bytes]:
         if (status := self.stat(path)) is None:
             raise self._missing(path)
-        pool = ThreadPoolExecutor(_RANGES_AT_ONCE, "retrotool-range")
-        waiting: deque[Future[bytes]] = deque()
-        try:
-            for start in range(0, status.size, RANGE_BYTES):
-                waiting.append(pool.submit(self.get_range, path, start, RANGE_BYTES))
-                if len(waiting) == _RANGES_AT_ONCE:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        starts = range(0, status.size, RANGE_BYTES)
+        yield from concurrently(lambda start: self.get_range(path, start, RANGE_BYTES), starts, _RANGES_AT_ONCE)
 
-    def open(self, path: str) -> pa.NativeFile:
+    def open(self, path: str, size: int) -> pa.NativeFile:
         import pyarrow as pa
 
-        return pa.PythonFile(_ObjectFile(self, path, *self._tail(path)), "r")
-
-    def _tail(self, path: str) -> tuple[int, bytes]:
-        """Return a file's size and its last bytes, by one request; the last ones that were read are kept."""
-
-        def read() -> tuple[int, bytes]:
-            found = obstore.get(self._client, path, options={"range": {"suffix": _TAIL_BYTES}})
-            return found.meta["size"], bytes(found.bytes())
-
-        if (tail := self._tails.get(path)) is None:
-            # An empty file has no last bytes.
-            empty = (status := self.stat(path)) is not None and not status.size
-            tail = self._tails[path] = (0, b"") if empty else self._again("get", path, read)
+        if (tail := self._tails.get(path)) is None:  # files never change
+            tail = self._tails[path] = self.get_range(path, max(0, size - _TAIL_BYTES), min(size, _TAIL_BYTES))
             if len(self._tails) > _TAILS:
                 self._tails.popitem(last=False)
-        return tail
+        return pa.PythonFile(_ObjectFile(self, path, size, tail), "r")
 
     def local(self, path: str) -> Path | None:  # noqa: ARG002
         return None
@@ -218,7 +206,7 @@ class ObjectStorage:
                     yield _status(meta)
                 elif last > prefix and not last.startswith(prefix):
                     return
-            if page is None:
+            if page is None or len(page) < _PAGE:
                 return
 
     def delete(self, paths: Iterable[str]) -> None:
@@ -226,12 +214,8 @@ class ObjectStorage:
             with contextlib.suppress(FileNotFoundError):
                 self._again("delete", path, lambda: obstore.delete(self._client, path))
 
-        found = list(paths)
-        if len(found) == 1:
-            one(found[0])
-        elif found:
-            with ThreadPoolExecutor(min(len(found), _DELETES_AT_ONCE), "retrotool-delete") as pool:
-                list(pool.map(one, found))
+        for _ in each(self, one, paths):
+            pass
 
     def unfinished(self) -> Iterator[Unfinished]:
         yield from ()
@@ -267,7 +251,8 @@ class ObjectStorage:
             )
         disk.announce(operation, Path(where(self, path)))
         answer = call()
-        _count(operation, path, sent, len(answer) if isinstance(answer, bytes) else 0)
+        content = answer[0] if isinstance(answer, tuple) else answer
+        _count(operation, path, sent, len(content) if isinstance(content, bytes) else 0)
         return answer
 
     def _missing(self, path: str) -> FileNotFoundError:

@@ -234,7 +234,7 @@ def read_parquet(
 def _open_parquet(store: Store, entry: FileEntry) -> Iterator[pq.ParquetFile]:
     with store.reading(entry) as storage:
         try:
-            with pq.ParquetFile(storage.open(entry.path), page_checksum_verification=True) as file:
+            with pq.ParquetFile(storage.open(entry.path, entry.bytes), page_checksum_verification=True) as file:
                 yield file
         except (pa.ArrowException, OSError, ValueError) as error:
             raise store.corrupt(f"{store.where(entry.path)}: {str(error).splitlines()[0]}") from error

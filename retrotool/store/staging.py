@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ import orjson
 
 from retrotool.errors import CorruptError, LostRunError
 from retrotool.store import leases, schema, specs
-from retrotool.store.log import FileEntry, checked, is_there, with_checksum
-from retrotool.store.storage import Storage
+from retrotool.store.log import FileEntry, checked, first_missing, with_checksum
+from retrotool.store.storage import Storage, each
 from retrotool.store.sums import with_sums
 
 ENTRY_PATH = re.compile(r"staging/(?P<key>[0-9a-f]{32})\.json")
@@ -89,7 +90,7 @@ def stage(storage: Storage, staged: Staged) -> bool:
 
 def is_whole(storage: Storage, task: Staged) -> bool:
     """Return whether all files that a task wrote exist with their sizes."""
-    return all(is_there(storage, entry) for entry in task.entries())
+    return first_missing(storage, task.entries()) is None
 
 
 def _unit_from_json(fields: Mapping[str, Any]) -> Unit:
@@ -111,15 +112,24 @@ def broken(storage: Storage) -> list[str]:
 
 def _read_all(storage: Storage) -> dict[str, Staged | None]:
     """Return the staged tasks by key; None for an entry that can't be read."""
-    found: dict[str, Staged | None] = {}
-    for key in sorted(staged_keys(storage)):
-        try:
-            found[key] = _staged_from_json(key, schema.load(checked(storage.get(staged_path(key))), specs.STAGED, key))
-        except FileNotFoundError:
-            continue  # another process just folded it
-        except (CorruptError, ValueError):
-            found[key] = None
-    return found
+    keys = sorted(staged_keys(storage))
+    entries = zip(keys, each(storage, functools.partial(_get, storage), map(staged_path, keys)), strict=True)
+    # Without an entry: another process just folded the task.
+    return {key: _parsed(key, data) for key, data in entries if data is not None}
+
+
+def _get(storage: Storage, path: str) -> bytes | None:
+    try:
+        return storage.get(path)
+    except FileNotFoundError:
+        return None
+
+
+def _parsed(key: str, data: bytes) -> Staged | None:
+    try:
+        return _staged_from_json(key, schema.load(checked(data), specs.STAGED, key))
+    except (CorruptError, ValueError):
+        return None
 
 
 def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from retrotool.errors import StorageError, UsageError
+from retrotool.read_ahead import concurrently
 from retrotool.sizes import megabytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+REQUESTS_AT_ONCE = 16
 BLOCK_BYTES = 4 << 20
 
 
@@ -97,6 +100,9 @@ class Storage(Protocol):
     place: str
     """Its name in messages and command lines."""
 
+    latent: bool
+    """Whether a call is a request over a network, so that several at once are faster than one by one."""
+
     @property
     def uri(self) -> str:
         """The storage as a process in any folder can find it."""
@@ -104,14 +110,17 @@ class Storage(Protocol):
     def get(self, path: str) -> bytes:
         """Read a whole file."""
 
+    def read(self, path: str) -> tuple[bytes, FileStatus]:
+        """Read a whole file and its status at the same moment."""
+
     def get_range(self, path: str, start: int, length: int) -> bytes:
         """Read ``length`` bytes of a file, fewer at its end."""
 
     def blocks(self, path: str) -> Iterator[bytes]:
         """Yield a file's bytes in blocks of some MiB."""
 
-    def open(self, path: str) -> pa.NativeFile:
-        """Open a file for random access."""
+    def open(self, path: str, size: int) -> pa.NativeFile:
+        """Open a file of ``size`` bytes for random access."""
 
     def local(self, path: str) -> Path | None:
         """Return the file of this machine that has the bytes, to be mapped; None if they are elsewhere."""
@@ -176,6 +185,11 @@ def _object_storage(place: str) -> Storage:
             f"{place}: {error.name} is not installed", "Install it: pip install 'retrotool[cloud]'"
         ) from None
     return ObjectStorage(place)
+
+
+def each(storage: Storage, call: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
+    """Yield ``call(item)`` of a storage for each of ``items``, in order."""
+    yield from concurrently(call, items, REQUESTS_AT_ONCE if storage.latent else 1)
 
 
 def is_same(one: Storage, other: Storage) -> bool:

@@ -16,8 +16,6 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +25,7 @@ from retrotool.store import disk, identity, leases, log, paths
 from retrotool.store.cache import MAPPED_KINDS, FileCache
 from retrotool.store.identity import Identity, TokenizerIdentity
 from retrotool.store.leases import Run
-from retrotool.store.log import Draft, FileEntry, is_there
+from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
 from retrotool.store.storage import Place, Sink, Storage, file_sha256, storage_at, where
@@ -40,7 +38,6 @@ _BACKOFF_SECONDS = 0.002
 _Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
 _STOP_SECONDS = 1.0
-_READS_AT_ONCE = 8
 
 
 def retry_overtaken(
@@ -84,7 +81,8 @@ class Store:
         store = cls(storage, found, genesis, state)
         # Listed before reading: commits are made in order, so all up to the last one listed exist.
         last = log.last_number(storage, state.number)
-        if last > store.refresh().number:
+        store.state = state.fold(log.read_after(storage, state.number, state.head, last))
+        if last > store.state.number:
             # Without the commits after the gap, text that they purged would reappear.
             missing, newest = (store.where(log.commit_path(number)) for number in (store.state.number + 1, last))
             raise CorruptError(
@@ -119,7 +117,7 @@ class Store:
         if number == self.state.number:
             return self
         state = newest_checkpoint(self.storage, most=number) or State(-1, self.genesis)
-        commits = log.read_after(self.storage, state.number, state.head)
+        commits = log.read_after(self.storage, state.number, state.head, number)
         state = state.fold(itertools.islice(commits, number - state.number))
         if state.number != number:
             raise CorruptError(f"{self.where(log.commit_path(number))} is missing", "Restore it from a backup.")
@@ -141,7 +139,8 @@ class Store:
     @contextlib.contextmanager
     def reading(self, entry: FileEntry) -> Iterator[Storage]:
         """Yield the storage for reading a file; if that fails, raise as ``check_there`` does."""
-        self.check_there(entry)
+        if not self.storage.latent:
+            self.check_there(entry)
         disk.announce("read", Path(self.where(entry.path)))
         try:
             yield self.storage
@@ -160,10 +159,10 @@ class Store:
                 if storage.stat(beside) is None or storage.get(beside) != sums.content():
                     raise self.corrupt(f"{self.where(beside)} is missing or does not match its file")
 
-    @cached_property
+    @property
     def is_local(self) -> bool:
         """Whether the store's files can be mapped, so that no copies are needed."""
-        return self.storage.local(identity.FILE) is not None
+        return not self.storage.latent
 
     @contextlib.contextmanager
     def local(self, entry: FileEntry) -> Iterator[Path]:
@@ -171,13 +170,6 @@ class Store:
         own = self.storage.local(entry.path)
         with contextlib.nullcontext(own) if own is not None else self.cache.file(entry) as path:
             yield path
-
-    def read_each(self, read: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-        """Return an iterator over ``read(item)`` in order; in a bucket, several threads read."""
-        if self.is_local:
-            return map(read, items)
-        with ThreadPoolExecutor(_READS_AT_ONCE, "retrotool-read") as pool:
-            return iter(list(pool.map(read, items)))
 
     def copied_ahead(self, items: Iterable[_Item], entry_of: Callable[[_Item], FileEntry | None]) -> Iterable[_Item]:
         """Iterate over ``items``; in a bucket, the files of the next two are copied while one is in use.
@@ -268,7 +260,7 @@ class Store:
     def _append(self, run: Run, state: State, draft: Draft) -> bool:
         try:
             leases.renew(self.storage, run.id)
-            lost = next((entry.path for entry in draft.add if not is_there(self.storage, entry)), None)
+            lost = log.first_missing(self.storage, draft.add)
             if lost is not None:
                 raise LostRunError(f"{self.where(lost)} is to be committed, but is missing or has another size")
             return log.append(self.storage, run.id, state.number + 1, state.head, draft)

@@ -10,6 +10,7 @@ Cost: about 4 s for 30,000 commits that name 150,000 files; the memory of two st
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from retrotool.errors import CorruptError
 from retrotool.store import log
 from retrotool.store.log import Commit
 from retrotool.store.state import State, decode_checkpoint
-from retrotool.store.storage import Storage, where
+from retrotool.store.storage import Storage, each, where
 from retrotool.store.store import checkpoint_files
 
 _ENTRY = re.compile(r"log/(\d{8}|[1-9]\d{8,})\.json")
@@ -78,8 +79,9 @@ def _linked_commits(
     """Yield the commits before the first problem; check the others, too."""
     whole, parent = True, genesis
     doubtful: int | None = None  # an entry that is not the child of the one before it, until the next shows why
-    for number in range(end + 1):
-        commit = _read_entry(storage, number, found)
+    for number, entry in enumerate(each(storage, functools.partial(_read_entry, storage), range(end + 1))):
+        commit = entry if isinstance(entry, Commit) else None
+        found.problems += [entry] if isinstance(entry, str) else []
         linked = commit is not None and parent is not None and commit.parent == parent
         if doubtful is not None:
             found.problems.append(_not_child(storage, doubtful, vouched=linked))
@@ -94,19 +96,16 @@ def _linked_commits(
         found.problems.append(_not_child(storage, doubtful, vouched=False))
 
 
-def _read_entry(storage: Storage, number: int, found: LogFound) -> Commit | None:
+def _read_entry(storage: Storage, number: int) -> Commit | str:
+    """Return a commit, or what is wrong with it."""
     path = where(storage, log.commit_path(number))
     try:
         commit = log.read(storage, number)
     except CorruptError as error:
-        found.problems.append(str(error))
-        return None
+        return str(error)
     except OSError as error:
-        found.problems.append(f"{path} can't be read: {error.strerror}")
-        return None
-    if commit is None:
-        found.problems.append(f"{path} is missing, and there are commits after it")
-    return commit
+        return f"{path} can't be read: {error.strerror}"
+    return f"{path} is missing, and there are commits after it" if commit is None else commit
 
 
 def _not_child(storage: Storage, number: int, *, vouched: bool) -> str:

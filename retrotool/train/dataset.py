@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from retrotool.neighbours.table_reader import NeighbourReader, NeighbourTokens, 
 from retrotool.ranges import positions_within
 from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP, Ids
+from retrotool.store.storage import each
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -57,14 +58,12 @@ def slots_of(live: npt.NDArray[np.bool_], doc: npt.NDArray[Any], size: int, *, p
     ``live`` and ``doc`` (the document of each row, ascending) are [n].
     """
     rows = np.flatnonzero(live).astype(np.int32)
-    if packed:
-        place = np.arange(len(rows))
-    else:
-        starts = np.flatnonzero(np.diff(doc[rows], prepend=-1))  # indexes of rows that begin documents
-        inside = positions_within(np.diff(starts, append=len(rows)))
-        begins = inside % size == 0
-        place = (np.cumsum(begins) - 1) * size + inside % size
-    slots = np.full((-(-(int(place[-1]) + 1) // size) if len(rows) else 0, size), EMPTY, np.int32)
+    # Indexes of rows that begin a sequence: the first, or those that begin documents.
+    starts = np.zeros(1, np.int64) if packed else np.flatnonzero(np.diff(doc[rows], prepend=-1))
+    inside = positions_within(np.diff(starts, append=len(rows)))
+    begins = inside % size == 0
+    slots = np.full((int(begins.sum()), size), EMPTY, np.int32)
+    place = (np.cumsum(begins) - 1) * size + inside % size
     slots.reshape(-1)[place] = rows
     return slots
 
@@ -91,11 +90,12 @@ class SequenceLayout:
         part, group, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
 
         def sequences(number: int) -> Ids:
-            purged, rows = tombstones.rows(number), parts.part_entry(then, "chunks", number).rows
-            return _packed(rows, purged, size) if packed else _unpacked(store, number, rows, purged, size)
+            begun = np.zeros(0, np.int64) if packed else _first_rows(store, number)
+            rows = parts.part_entry(then, "chunks", number).rows
+            return _count_sequences(rows, begun, tombstones.rows(number), size)
 
         numbers = then.state.parts()
-        for number, of_part in zip(numbers, store.read_each(sequences, numbers), strict=True):
+        for number, of_part in zip(numbers, each(store.storage, sequences, numbers), strict=True):
             part.append(np.full(len(of_part), number, np.int32))
             group.append(np.arange(len(of_part), dtype=np.int32))
             counts.append(of_part)
@@ -120,23 +120,19 @@ class SequenceLayout:
         return slots_of(live, doc, self.size, packed=self.packed)
 
 
-def _packed(rows: int, purged: Ids, size: int) -> Ids:
-    """Return the number of sequences of each block of a part with ``rows`` rows."""
-    blocks = -(-rows // ROW_GROUP)
-    live = np.minimum(ROW_GROUP, rows - np.arange(blocks) * ROW_GROUP)
-    return -(-(live - np.bincount(purged // ROW_GROUP, minlength=blocks)) // size)
-
-
-def _unpacked(store: Store, part: int, rows: int, purged: Ids, size: int) -> Ids:
-    """Return the same if every document begins a sequence. Erases do not move documents."""
+def _first_rows(store: Store, part: int) -> Ids:
+    """Return the first row of each document of a part. Erases do not move documents."""
     documents = parts.read_documents(store, part, ["first_row", "n_chunks"])
-    first = documents["first_row"].to_numpy()[documents["n_chunks"].to_numpy() > 0]
-    blocks = -(-rows // ROW_GROUP)
-    # First rows of documents, and of their continuations in another block.
-    starts = np.union1d(first, np.arange(blocks) * ROW_GROUP)
-    ends = np.append(starts[1:], rows)
-    live = ends - starts - (np.searchsorted(purged, ends) - np.searchsorted(purged, starts))
-    return np.bincount(starts // ROW_GROUP, -(-live // size), blocks).astype(np.int64)
+    return np.asarray(documents["first_row"].to_numpy()[documents["n_chunks"].to_numpy() > 0])
+
+
+def _count_sequences(rows: int, begun: Ids, purged: Ids, size: int) -> Ids:
+    """Return the number of sequences of each block of a part; one begins in each, and at rows ``begun``."""
+    blocks = np.arange(0, rows, ROW_GROUP)
+    starts = np.union1d(begun, blocks)
+    ends = np.append(starts, rows)
+    live = np.diff(ends - np.searchsorted(purged, ends))
+    return np.bincount(starts // ROW_GROUP, -(-live // size), len(blocks)).astype(np.int64)
 
 
 def permutation(n: int, *seed: int) -> Ids:
@@ -162,18 +158,16 @@ class Order:
 
         Of a window: the place of its first one in the rank, the block [n] of each, its number in it [n].
         """
-        done = 0
-        for start, stop in spans:
-            place = start + min(max(skip - done, 0), stop - start)
+        done = skip
+        for place, stop in cut_spans(spans, skip, length(spans)):
             while place < stop:
                 window = int(np.searchsorted(self._ends, place, side="right"))
                 end = min(stop, int(self._ends[window]))
                 block, sequence = self._window(window)
                 offset = int(self._ends[window]) - len(block)
                 some = slice(place - offset, end - offset)
-                yield done + place - start, block[some], sequence[some]
-                place = end
-            done += stop - start
+                yield done, block[some], sequence[some]
+                place, done = end, done + end - place
 
     def _window(self, window: int) -> tuple[Ids, Ids]:
         some = slice(window * self._mixed, (window + 1) * self._mixed)
@@ -226,11 +220,6 @@ class Share:
         """Return the spans of a rank."""
         total = len(self) * self.world_size if self.whole else length(self.spans)
         return cut_spans(self.spans, rank * total // self.world_size, (rank + 1) * total // self.world_size)
-
-    @property
-    def is_short(self) -> bool:
-        """Whether this rank reads an empty sequence at its end."""
-        return length(self.of(self.rank)) < len(self)
 
     def left(self, consumed: int) -> list[Span]:
         """Return the spans that are left once each rank has read ``consumed``, with those to be dropped."""
@@ -645,9 +634,9 @@ class TrainingReader:
         if not missing:
             return
         shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
-        parts_of = f"(of {len(self.store.state.parts()):,}) of {self.store.place}"
-        those = f"part {shown} {parts_of} has" if len(missing) == 1 else f"parts {shown} {parts_of} have"
-        raise UsageError(f"{those} no neighbours {reader.name!r}", reader.advice())
+        those, have = ("part", "has") if len(missing) == 1 else ("parts", "have")
+        of = f"(of {len(self.store.state.parts()):,}) of {self.store.place}"
+        raise UsageError(f"{those} {shown} {of} {have} no neighbours {reader.name!r}", reader.advice())
 
     def read(self, layout: SequenceLayout, block: Ids, sequence: Ids) -> tuple[TrainingRows, Ids]:
         """Read the rows of blocks, and the index of the row in each slot of sequences, int64 [n, slots].
@@ -672,7 +661,7 @@ class TrainingReader:
             np.zeros((n, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)), near,
         )  # fmt: skip
         slots = np.full((len(block), layout.size), EMPTY, np.int64)
-        read = store.read_each(lambda one: parts.read_chunks(store, one[0], [one[1]]), blocks)
+        read = each(store.storage, lambda one: parts.read_chunks(store, one[0], [one[1]]), blocks)
         for number, (part, group), chunks, start, stop in zip(
             wanted, blocks, read, starts[:-1], starts[1:], strict=True
         ):
@@ -719,21 +708,15 @@ def read_epoch(
     A window has sequences that were read together: their ascending places [n] among those of the rank, rows,
     and slots int64 [n, slots], which are indexes of the rows (−1: empty).
     """
-
-    def window(places: Ids, reading: Future[tuple[TrainingRows, Ids]]) -> tuple[Ids, TrainingRows, Ids]:
-        rows, slots = reading.result()
-        missing = np.full((len(places) - len(slots), layout.size), EMPTY, np.int64)
-        return places, rows, np.concatenate([slots, missing])
-
-    before = None
     with ThreadPoolExecutor(1, "retrotool-dataset") as pool:
-        for places, block, sequence in _wanted(order, share, turns, consumed):
-            coming = places, pool.submit(reader.read, layout, block, sequence)
-            if before is not None:
-                yield window(*before)
-            before = coming
-        if before is not None:
-            yield window(*before)
+        wanted = _wanted(order, share, turns, consumed)
+        begun = ((places, pool.submit(reader.read, layout, *sequences)) for places, *sequences in wanted)
+        following = next(begun, None)
+        while following is not None:
+            (places, reading), following = following, next(begun, None)
+            rows, slots = reading.result()
+            missing = np.full((len(places) - len(slots), layout.size), EMPTY, np.int64)
+            yield places, rows, np.concatenate([slots, missing])
 
 
 def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator[tuple[Ids, Ids, Ids]]:
@@ -743,7 +726,7 @@ def _wanted(order: Order, share: Share, turns: Turns, consumed: int) -> Iterator
         mine = turns.mine(places)
         if mine.any():
             yield places[mine], block[mine], sequence[mine]
-    last = np.array([len(share) - 1])
-    if share.is_short and last[0] >= consumed and turns.mine(last)[0]:
+    last, is_short = np.array([len(share) - 1]), length(share.of(share.rank)) < len(share)
+    if is_short and last[0] >= consumed and turns.mine(last)[0]:
         nothing = np.zeros(0, np.int64)
         yield last, nothing, nothing

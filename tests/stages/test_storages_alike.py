@@ -1,13 +1,18 @@
-"""One story through all commands, in a folder and in memory: each step says and leaves the same, digest by digest."""
+"""One story through all commands: each step says and leaves the same on every storage, digest by digest.
+
+azurite, a server of Azure's blobs, takes part if RETROTOOL_AZURITE names its ``azurite-blob``.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import buckets
 import pytest
 from conftest import make_rows, write_jsonl
 from memory_storage import memory_server
@@ -41,8 +46,8 @@ STORY = [
     "verify STORE --log",
     "verify STORE",
 ]
-RANDOM = re.compile(r"\b(p[0-9a-f]{8}|[0-9a-f]{8,64})\b|\d+(\.\d+)? ?(s|ms|chunks/s|MB/s|queries/s)\b")
-"""Names that are drawn, hashes of them, and times."""
+RANDOM = re.compile(r"\b(p[0-9a-f]{8}|[0-9a-f]{8,64})\b|\d+(\.\d+)? ?(s|ms|chunks/s|MB/s|queries/s|kB|MB)\b")
+"""Names that are drawn, hashes of them, times, and sizes of files with such names."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,19 +74,45 @@ def tell(store: Path | str, out: Path, words: dict[str, str]) -> list[dict[str, 
     return steps
 
 
-def test_each_step_leaves_the_same_in_memory_and_on_a_disk(
-    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(SCHEMES, "", raising=False)
-    rows = make_rows(60)
-    first, second = write_jsonl(tmp_path / "first.jsonl", rows[:40]), write_jsonl(tmp_path / "second.jsonl", rows[40:])
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> dict[str, str]:
+    rows, root = make_rows(60), tmp_path_factory.mktemp("inputs")
+    first, second = write_jsonl(root / "first.jsonl", rows[:40]), write_jsonl(root / "second.jsonl", rows[40:])
     words = {"FIRST": str(first), "SECOND": str(second), "ENCODER": str(tiny_encoder), "ARTICLE": ARTICLE}
-    words["SECRET"] = rows[3]["text"]
-    on_disk, in_memory = tmp_path / "store", f"memory://{tmp_path}"
-    before, after = tell(on_disk, tmp_path / "one", words), tell(in_memory, tmp_path / "two", words)
+    return words | {"SECRET": rows[3]["text"]}
+
+
+@pytest.fixture(scope="module")
+def on_disk(words: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The store of the story in a folder, and what its steps say."""
+    root = tmp_path_factory.mktemp("disk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(SCHEMES, "", raising=False)
+        return root / "store", tell(root / "store", root / "out", words)
+
+
+@pytest.fixture(params=["memory", "localbucket", "moto", "azurite"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "memory":
+        yield f"memory://{tmp_path}"
+    elif request.param == "azurite":
+        if (program := os.environ.get("RETROTOOL_AZURITE")) is None:
+            pytest.skip("RETROTOOL_AZURITE does not name a program")
+        with buckets.azurite(program):
+            yield f"az://{buckets.BUCKET}/a/store"
+    else:
+        server = buckets.moto() if request.param == "moto" else buckets.local_bucket(tmp_path / "root")
+        with server as address, buckets.settings_of(address):
+            yield f"s3://{buckets.BUCKET}/a/store"
+
+
+def test_each_step_leaves_the_same_as_on_a_disk(
+    place: str, words: dict[str, str], on_disk: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    before, after = on_disk[1], tell(place, tmp_path / "out", words)
     for one, other in zip(before, after, strict=True):
         assert one == other
     assert (
         before[-1]["ok"]
-        and PlainStore(copy_store(in_memory, tmp_path / "copy")).content() == PlainStore(on_disk).content()
+        and PlainStore(copy_store(place, tmp_path / "copy")).content() == PlainStore(on_disk[0]).content()
     )

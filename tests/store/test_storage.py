@@ -69,7 +69,7 @@ def test_what_is_put_can_be_read_in_every_way(storage: Storage) -> None:
     assert storage.get(PATH) == b"one two"
     assert storage.get_range(PATH, 2, 3) == b"e t"
     assert storage.get_range(PATH, 5, 100) == b"wo"
-    with storage.open(PATH) as file:
+    with storage.open(PATH, 7) as file:
         file.seek(4)
         assert (file.read(), file.size()) == (b"two", 7)
     assert (path := storage.local(PATH)) is None or path.read_bytes() == b"one two"
@@ -85,7 +85,7 @@ def test_what_is_not_there(storage: Storage) -> None:
     assert paths(storage) == []
     readers = (
         storage.get,
-        storage.open,
+        lambda path: storage.open(path, 1),
         lambda path: storage.get_range(path, 0, 1),
         lambda path: [*storage.blocks(path)],
     )
@@ -216,7 +216,7 @@ def test_no_path_leads_out_of_a_folder(tmp_path: Path, path: str) -> None:
     calls: list[Callable[[str], object]] = [
         storage.get,
         storage.local,
-        storage.open,
+        lambda path: storage.open(path, 1),
         storage.stat,
         lambda path: storage.delete([path]),
         functools.partial(storage.put, run=RUN, write=writing(b"data")),

@@ -377,7 +377,7 @@ def test_a_folder_that_is_a_link_is_neither_listed_nor_written_to(tmp_path: Path
     calls: list[Callable[[], object]] = [
         lambda: storage.get(path),
         lambda: storage.get_range(path, 0, 1),
-        lambda: storage.open(path),
+        lambda: storage.open(path, 1),
         lambda: storage.local(path),
         lambda: storage.stat(path),
         lambda: storage.delete([path]),

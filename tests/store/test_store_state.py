@@ -248,7 +248,7 @@ def checkpoints(store: Store) -> list[Path]:
 
 
 def commits_read_to_open(root: Path) -> tuple[State, list[int]]:
-    with mock.patch("retrotool.store.log.read", wraps=log.read) as read:
+    with mock.patch("retrotool.store.log._bytes_of", wraps=log._bytes_of) as read:
         state = Store.open(root).state
     return state, [call.args[1] for call in read.call_args_list]
 
