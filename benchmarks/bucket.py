@@ -127,7 +127,9 @@ def measure(root: Path, proxy: str, options: argparse.Namespace) -> None:
         ("verify", [*tool, "verify", STORE]),
         ("train", [sys.executable, "-c", EPOCH.format(store=STORE)]),
     ]
-    print("| command | seconds | requests | sent, MB | received, MB | floor, MB | ratio |\n|---|---|---|---|---|---|---|")
+    print(
+        "| command | seconds | requests | sent, MB | received, MB | floor, MB | ratio |\n|---|---|---|---|---|---|---|"
+    )
     for name, arguments in steps:
         store = Store.open(local_storage(root)) if name != "chunk" else None
         if name == "embed" and store is not None:

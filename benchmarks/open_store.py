@@ -1,11 +1,12 @@
 """Measure opening a store of 30,000 parts in a fresh process.
 
-    python benchmarks/open_store.py [--parts 30000] [--runs 5]
+    python benchmarks/open_store.py [--parts 30000] [--runs 5] [--latency 0.02]
 
 Makes a log of one commit per part, each naming four files (documents, chunks, embeddings, neighbours) that
 need not exist: opening reads only the log. The head is half a checkpoint interval after the last checkpoint.
 Times, in fresh processes, ``Store.open`` alone and the whole process. The floor reads and parses the
-checkpoint and the commits after it without building a state.
+checkpoint and the commits after it without building a state. Then the same store is opened in a bucket of a
+server on this machine (LocalBucket), with and without ``--latency`` seconds more for each request.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from pathlib import Path
 
 import orjson
 from machine import describe
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # the servers are those of the tests
+
+import buckets
 
 from retrotool.store import log
 from retrotool.store.identity import TokenizerIdentity
@@ -116,10 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, default=30_000)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--latency", type=float, default=0.02, help="seconds that each request takes longer")
     arguments = parser.parse_args()
     print(describe())
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "store"
+        root = Path(folder) / buckets.BUCKET / "store"
         start = time.perf_counter()
         make_store(root, arguments.parts)
         made = time.perf_counter() - start
@@ -128,9 +134,17 @@ def main() -> None:
         floor = FLOOR.format(root=str(root), first=arguments.parts - CHECKPOINT_EVERY // 2, end=arguments.parts)
         ours = [seconds(code) for _ in range(arguments.runs)]
         floors = [seconds(floor) for _ in range(arguments.runs)]
+        in_bucket = {}
+        code = OPEN.format(root=f"s3://{buckets.BUCKET}/store", parts=arguments.parts, last=arguments.parts - 1)
+        with buckets.local_bucket(Path(folder)) as server, buckets.faulty(server, arguments.latency) as proxy:
+            for what, address in (("on loopback", server), (f"{arguments.latency:g} s a request", proxy)):
+                with buckets.settings_of(address):
+                    in_bucket[what] = [seconds(code)[0] for _ in range(arguments.runs)]
     report("open, imports included", [inside for inside, _ in ours])
     report("the whole process", [whole for _, whole in ours])
     report("floor: read and parse", [inside for inside, _ in floors])
+    for what, times in in_bucket.items():
+        report(f"bucket, {what}", times)
 
 
 def report(what: str, times: list[float]) -> None:

@@ -28,7 +28,7 @@ from machine import describe
 from retrotool import engine
 from retrotool.purge.select import Selectors
 from retrotool.purge.selectors.patterns import compiled, find_all
-from retrotool.purge.selectors.pii import KINDS, PersonalDataMatcher
+from retrotool.purge.selectors.pii import KINDS, PersonalData
 from retrotool.purge.selectors.selector import BlockHits, Decoder, Offsets, TextBlock, text_blocks
 from retrotool.purge.selectors.terms import TermMatcher
 from retrotool.store.folding import writing
@@ -149,8 +149,8 @@ def measure_all(documents: list[bytes]) -> None:
     measure("a pattern that is nowhere", by_pattern("[a-z]+@zqj"), some)
     measure(r"a pattern that is often: \b[Ee]rrors?\b", by_pattern(r"\b[Ee]rrors?\b"), some)
     for kind in KINDS:
-        measure(f"personal data: {kind}", PersonalDataMatcher((kind,)), some)
-    measure("personal data: all", PersonalDataMatcher(KINDS), some)
+        measure(f"personal data: {kind}", PersonalData((kind,)).matcher(), some)
+    measure("personal data: all", PersonalData(KINDS).matcher(), some)
     for count in (100, 10_000, 100_000):
         measure(f"{count:,} terms of rare words", TermMatcher(terms_of(documents, count, rare=True)), some)
     measure("10,000 terms of any words", TermMatcher(terms_of(documents, 10_000, rare=False)), some)

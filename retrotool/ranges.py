@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,22 @@ def expand_ranges(starts: Int64s, lengths: Int64s) -> Int64s:
     return positions_within(lengths) + np.repeat(starts, lengths)
 
 
+def pairs_of_ranges(first: Int64s, last: Int64s) -> tuple[Int64s, Int64s]:
+    """Return the numbers in all ranges [first, last), [r], as (range, number), int64 each."""
+    count = last - first
+    return np.repeat(np.arange(len(count)), count), expand_ranges(first, count)
+
+
 def as_slice(numbers: Int64s) -> Int64s | slice:
     """Return ascending ``numbers`` as a slice, which needs no copy, if they are consecutive."""
     is_run = len(numbers) > 0 and int(numbers[-1] - numbers[0]) == len(numbers) - 1
     return slice(int(numbers[0]), int(numbers[-1]) + 1) if is_run else numbers
+
+
+def in_steps(numbers: Int64s, size: int) -> Iterator[Int64s]:
+    """Yield up to ``size`` of ``numbers`` [n] at a time, in order."""
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
 
 
 def spread(n: int, most: int) -> Int64s:

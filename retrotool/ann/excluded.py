@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.lazy import torch
-from retrotool.ranges import expand_ranges
+from retrotool.ranges import pairs_of_ranges
 
 Ids = npt.NDArray[np.int64]
 
@@ -123,7 +123,8 @@ class Mask:
         else:
             ids, some = self._ids[low:high], self._excluded.take(rows.numpy())
             first = np.searchsorted(ids, some.first)
-            row, column = _ranges(first, np.maximum(np.searchsorted(ids, some.last, side="right") - first, 0))
+            last = np.maximum(np.searchsorted(ids, some.last, side="right"), first)
+            row, column = pairs_of_ranges(first, last)
             _hide(scores, row, column)
         if self._excluded.repeats is not None:
             assert self._excluded.document is not None, "repeats come with documents"
@@ -138,7 +139,3 @@ class Mask:
 def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
     if len(rows):
         scores.numpy().reshape(-1)[rows * scores.shape[1] + columns] = -np.inf  # several times as fast as torch
-
-
-def _ranges(low: Ids, length: Ids) -> tuple[Ids, Ids]:
-    return np.repeat(np.arange(len(low)), length), expand_ranges(low, length)

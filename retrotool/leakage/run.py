@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from retrotool.index.searching import Database
 from retrotool.neighbours.retrieved import read_document_ids, read_pieces
 from retrotool.neighbours.stage import check_encoders
 from retrotool.neighbours.token_overlap import check_comparable, longest_common
+from retrotool.ranges import in_steps
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
@@ -61,8 +63,7 @@ def find_leaks(
         chunks = parts.read_chunks(store, part)
         documents = parts.read_documents(store, part, ["id", "source"]).combine_chunks()
         own = own_documents(store, part, database.store, database.tombstones, within=True) if within else None
-        for start in range(0, len(rows), _BLOCK):
-            some = rows[start : start + _BLOCK]
+        for some in in_steps(rows, _BLOCK):
             excluded = Excluded.nothing(len(some)) if own is None else own.take(some)
             best = database.search(Queries(vectors[some].astype(np.float32), excluded), k)
             others, n_others = read_pieces(database.store, database.tombstones, best.ids.ravel()).joined()
@@ -162,15 +163,15 @@ def _result(found: pa.Table, store: Store, database: Database, k: int, out: str 
     return LeakageResult(
         store.place, database.store.place, database.name, len(common), k,
         *_shares(r), *_shares(copied),
-        {f"{a:g}": _share(r <= a) for a in SHARES}, {f"{a:g}": _share(copied <= a) for a in SHARES},
+        {f"{a:g}": _mean(r <= a) for a in SHARES}, {f"{a:g}": _mean(copied <= a) for a in SHARES},
         tuple(int(n) for n in np.bincount(np.searchsorted(edges, common, side="right"), minlength=_BINS)),
         tuple(sorted(by_source, key=lambda one: -one.mean)), str(out or ""),
     )  # fmt: skip
 
 
 def _shares(r: npt.NDArray[np.float64]) -> tuple[float, float, float]:
-    return round(float(r.mean()), 4) if len(r) else 0.0, _share(r >= HALF), _share(r >= 1)
+    return _mean(r), _mean(r >= HALF), _mean(r >= 1)
 
 
-def _share(which: npt.NDArray[np.bool_]) -> float:
-    return round(float(which.mean()), 4) if len(which) else 0.0
+def _mean(values: npt.NDArray[Any]) -> float:
+    return round(float(values.mean()), 4) if len(values) else 0.0

@@ -10,7 +10,6 @@ A record is a hint: the store may have been moved or deleted since, and a read-o
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from retrotool.store.state import State
 from retrotool.store.store import Store
 
 PREFIX = "dependent:"
-_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +71,7 @@ def register_dependent(database: Store, queries: Store, table: str, again: Mappi
         if build(database.refresh()) is not None:
             with Run(database.storage) as run:
                 database.commit(run, build)
-    except StorageError:
-        return False
-    except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
+    except (StorageError, PermissionError):
         return False
     return True
 

@@ -32,12 +32,12 @@ from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.neighbours.token_overlap import are_near_copies, check_comparable, distinct_grams, has_longer_run
+from retrotool.ranges import in_steps
 from retrotool.store import parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
+from retrotool.store.parts import Ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_tombstones
-
-Rows = npt.NDArray[np.int64]
 
 MOST = 1 << 12  # candidates of a row that are compared at most, or four times the saved neighbours if that is more
 _QUERY_BLOCK = 1 << 20
@@ -182,20 +182,20 @@ class Finder:
     database: AnyDatabase
     saved: int
     filters: Filters
-    ask: Callable[[Rows], Queries]
+    ask: Callable[[Ids], Queries]
     memory: int | None = None
 
     def __post_init__(self) -> None:
         self._tombstones = read_tombstones(self.queries) if self.filters.by_tokens else None
         self._wanted, self._most = self.saved + -(-self.saved // 2), max(MOST, 4 * self.saved)
 
-    def blocks(self, rows: Rows) -> Iterator[Rows]:
+    def blocks(self, rows: Ids) -> Iterator[Ids]:
         """Return the rows in blocks for ``search``."""
         if self._tombstones is None:
             return self._search_blocks(rows, self.saved)
-        return _in_steps(rows, max(1, self._judged // self._wanted))
+        return in_steps(rows, max(1, self._judged // self._wanted))
 
-    def search(self, rows: Rows, only: Collection[int] | None = None, beyond: int = 0) -> Best:
+    def search(self, rows: Ids, only: Collection[int] | None = None, beyond: int = 0) -> Best:
         """Return the nearest neighbours of rows of a block.
 
         ``only``: search only these parts of the database. ``beyond``: skip the nearest ``beyond`` lists.
@@ -206,7 +206,7 @@ class Finder:
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
         while len(left):
             short = []
-            for some in _in_steps(left, max(1, self._judged // wanted)):
+            for some in in_steps(left, max(1, self._judged // wanted)):
                 found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
                 dropped = self._dropped(self._tombstones, rows[some], found.ids)
@@ -227,7 +227,7 @@ class Finder:
         judged = min(max(rows // 16, _FEWEST_JUDGED), _MOST_JUDGED)
         return judged if self.memory is None else min(judged, self.memory // 10 // _BYTES_A_CANDIDATE)
 
-    def _candidates(self, rows: Rows, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
+    def _candidates(self, rows: Ids, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
         best = Best.nothing(len(rows), k)
         start = 0
         for some in self._search_blocks(rows, k):
@@ -237,12 +237,12 @@ class Finder:
             start += len(some)
         return best
 
-    def _search_blocks(self, rows: Rows, k: int) -> Iterator[Rows]:
+    def _search_blocks(self, rows: Ids, k: int) -> Iterator[Ids]:
         share = memory_of_machine() // _SHARE_OF_MACHINE if self.memory is None else self.memory // _SHARE_OF_MEMORY
         d = self.ask(rows[:1]).vectors.shape[1]
-        yield from _in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self.database.candidates_for(k), d)))
+        yield from in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self.database.candidates_for(k), d)))
 
-    def _dropped(self, own: Tombstones, rows: Rows, ids: Rows) -> npt.NDArray[np.bool_]:
+    def _dropped(self, own: Tombstones, rows: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return which candidates [n, c] of rows [n] are excluded; never a −1."""
         asked = read_pieces(self.queries, own, parts.chunk_ids(self.part, rows))
         tokens, n_tokens = asked.tokens[:, 0], asked.n_tokens[:, 0]
@@ -252,17 +252,17 @@ class Finder:
         order = np.flatnonzero(flat != NO_NEIGHBOUR)
         order = order[np.argsort(flat[order], kind="stable")]
 
-        def judge(pairs: Rows) -> None:
+        def judge(pairs: Ids) -> None:
             interrupts.check()
             of = pairs // ids.shape[1]
             dropped[pairs] = self._are_dropped(tokens[of], n_tokens[of], distinct[of], flat[pairs])
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(judge, _in_steps(order, _PAIRS)))
+            list(threads.map(judge, in_steps(order, _PAIRS)))
         return dropped.reshape(ids.shape)
 
     def _are_dropped(
-        self, tokens: npt.NDArray[Any], n_tokens: Rows, distinct: npt.NDArray[np.uint64], ids: Rows
+        self, tokens: npt.NDArray[Any], n_tokens: Ids, distinct: npt.NDArray[np.uint64], ids: Ids
     ) -> npt.NDArray[np.bool_]:
         """Return which candidates, one per query, are excluded, bool [n]."""
         pieces = read_pieces(self.database.store, self.database.tombstones, ids)
@@ -281,8 +281,3 @@ class Finder:
             width = min(tokens.shape[1], pieces.tokens.shape[2])
             dropped[short] |= (tokens[short, :width] == pieces.tokens[short, 0, :width]).all(axis=1)
         return dropped
-
-
-def _in_steps(rows: Rows, size: int) -> Iterator[Rows]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

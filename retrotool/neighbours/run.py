@@ -127,8 +127,8 @@ def neighbours(
     check_name(name, "--name")
     devices = tuple(find_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
-    mixture = choose_mixture(store, name, root, databases)
-    opened = [Store.open(one.path) for one in mixture.tables]
+    mixture = choose_mixture(store, name, Store.open(root), databases)
+    opened = [one.database for one in mixture.tables]
     filters.check(opened)
     records = store.state.with_prefix("neighbours:")
     text = materialise or any(records.get(one.table, {}).get("text") for one in mixture.tables)
@@ -229,10 +229,10 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, 
         commands = []
         if not_indexed:
             index = None if stage.index == NO_INDEX else stage.index
-            commands = commands_to_index(Store.open(given.path), database.encoder, index)
+            commands = commands_to_index(Store.open(given.database.place), database.encoder, index)
         return DatabaseResult(
-            given.path, stage.table, given.weight, stage.index, database.encoder, todo, rows, not_indexed, elsewhere,
-            named(stage.filters, store, [database.store]), aware, tuple(commands),
+            given.database.place, stage.table, given.weight, stage.index, database.encoder, todo, rows, not_indexed,
+            elsewhere, named(stage.filters, store, [database.store]), aware, tuple(commands),
         )  # fmt: skip
 
     return retry_overtaken(describe, store.renew)
@@ -263,10 +263,10 @@ Given = Sequence[tuple[str | Path, float | None]]  # more databases with weights
 
 @dataclass(frozen=True, slots=True)
 class WeightedTable:
-    """The neighbour table of a database, which the caller named ``path``, and its weight in a mixture."""
+    """The neighbour table of a ``database``, opened where the caller has it, and its weight in a mixture."""
 
     table: str
-    path: str
+    database: Store
     weight: float
 
 
@@ -289,7 +289,7 @@ class Mixture:
         return None if known == record else Draft("neighbours", {"name": self.name, **record}, records={key: record})
 
 
-def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> Mixture:
+def choose_mixture(store: Store, name: str, first: Store, given: Given) -> Mixture:
     """Decide what to make under ``name``, from the databases ``first`` and ``given``.
 
     If none are given, a mixture keeps its databases. Raises ``UsageError`` for databases that are not
@@ -298,49 +298,48 @@ def choose_mixture(store: Store, name: str, first: str | Path, given: Given) -> 
     known = store.state.records.get(f"neighbours:{name}")
     members = members_of(store, name) if known is not None and "mix" in known else []
     was = {str(table_record(store, table)["database"]): (table, weight) for table, weight in members}
+    here = first.identity.uuid
+    if given:
+        databases = _databases(first, given)
+        if len(databases) == 1:
+            raise UsageError(f"--database {given[0][0]}: a mixture needs another database", "Leave the option out.")
+        if known is not None and not was:
+            of = f"the neighbours {name!r} are a table of {known['uri']}"
+            raise UsageError(of, "Give the mixture another --name.")
+        for database, _ in databases[1:]:
+            advice = "Make separate tables with --name, or chunk one of the stores again."
+            check_compatible(first, database, "their neighbours can't be read together", advice)
+    elif not was:
+        return Mixture(name, (WeightedTable(name, first, 1.0),))
+    elif here in was:  # its path may have changed
+        places = {uuid: first if uuid == here else database_of(store, table)[0] for uuid, (table, _) in was.items()}
+        databases = [(database, None) for database in places.values()]
+    else:
+        have = ", ".join(str(store.state.records[f"neighbours:{table}"]["uri"]) for table, _ in was.values())
+        advice = "Name all its databases with --database, or give another --name."
+        raise UsageError(f"the neighbours {name!r} are a mixture of {have}", advice)
     tables: list[WeightedTable] = []
-    if not given and not was:
-        return Mixture(name, (WeightedTable(name, str(first), 1.0),))
-    if not given:
-        here = Store.open(first).identity.uuid  # its path may have changed
-        if here not in was:
-            have = ", ".join(str(store.state.records[f"neighbours:{table}"]["uri"]) for table, _ in was.values())
-            advice = "Name all its databases with --database, or give another --name."
-            raise UsageError(f"the neighbours {name!r} are a mixture of {have}", advice)
-        for uuid, (table, before) in was.items():
-            place = str(first) if uuid == here else database_of(store, table)[0].place
-            tables.append(WeightedTable(table, place, before))
-        return Mixture(name, tuple(tables), True)
-    databases = _databases(first, given)
-    if len(databases) == 1:
-        raise UsageError(f"--database {given[0][0]}: a mixture needs another database", "Leave the option out.")
-    if known is not None and not was:
-        raise UsageError(f"the neighbours {name!r} are a table of {known['uri']}", "Give the mixture another --name.")
-    for _, _, database in databases[1:]:
-        advice = "Make separate tables with --name, or chunk one of the stores again."
-        check_compatible(databases[0][2], database, "their neighbours can't be read together", advice)
-    for path, weight, database in databases:
+    for database, weight in databases:
         table, before = was.get(database.identity.uuid, ("", 1.0))
         table = table or _free_name(store.state, name, database, [one.table for one in tables])
-        tables.append(WeightedTable(table, path, before if weight is None else weight))
+        tables.append(WeightedTable(table, database, before if weight is None else weight))
     kept = {one.table for one in tables}
     return Mixture(name, tuple(tables), True, tuple(table for table, _ in was.values() if table not in kept))
 
 
-def _databases(first: str | Path, given: Given) -> list[tuple[str, float | None, Store]]:
-    """Open the databases, ``first`` before the ``given``: path, weight and store of each."""
-    here = Store.open(first)
-    found: dict[str, tuple[str, float | None, Store]] = {here.identity.uuid: (str(first), None, here)}
+def _databases(first: Store, given: Given) -> list[tuple[Store, float | None]]:
+    """Open the databases, with their weights: ``first``, then the others that are ``given``."""
+    found: dict[str, tuple[Store, float | None]] = {first.identity.uuid: (first, None)}
     seen: set[str] = set()
     for path, weight in given:
         if weight is not None and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
             raise UsageError(f"--database {path}={weight:g} is not between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}")
         store = Store.open(path)
         uuid = store.identity.uuid
-        if uuid in seen or (uuid in found and not is_same_store(here, store)):
+        if uuid in seen or (uuid in found and not is_same_store(first, store)):
             raise UsageError(f"--database {path}: this database, or a copy of it, was given before", "Name each once.")
         seen.add(uuid)
-        found[uuid] = (found[uuid][0] if uuid in found else str(path), weight, store)
+        found[uuid] = (first if uuid in found else store, weight)
     if len(found) > MOST_DATABASES:
         raise UsageError(f"{len(found)} databases; a mixture can have {MOST_DATABASES}")
     return list(found.values())

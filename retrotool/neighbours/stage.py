@@ -12,7 +12,7 @@ records, are empty. A task searches:
 A name belongs to one database: its record is set with the first task, or before (``claim``). The log's entry
 of a table has its index and the commit of the database, which detects diverged copies of the database and
 tables of concurrent runs. It also has the purges that the table takes into account. If there are others, the
-ids of the table are read, a row group at a time, and looked up in the tombstones; the process keeps the
+ids of the table are read, a row group at a time, and looked up in the tombstones; the stage keeps the
 result.
 
 Memory: the table, 12 bytes per neighbour, twice while it is written; a block of queries with candidates; one
@@ -24,8 +24,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from retrotool.ann.ranking import Best
 from retrotool.chunk import PART_SIZE
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed import search_scope
+from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
@@ -52,7 +53,7 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store
-from retrotool.store.tombstones import Tombstones, digest_of_undone, missed_spans, read_tombstones, stands_for
+from retrotool.store.tombstones import digest_of_undone, missed_spans, read_tombstones, stands_for
 
 _HEAD_DIGITS = 16
 # Tasks at a time on a GPU: it finds a million rows in a second or so, and a core writes them in two to four.
@@ -81,6 +82,7 @@ class NeighboursStage:
     filters: Filters = field(default_factory=Filters)
     text: bool = False  # also store the tokens of the first k neighbours of each row
     broken: tuple[str, ...] = ()  # paths of tables to make again instead
+    gaps: dict[Any, tuple[int, bool]] = field(default_factory=dict, compare=False, repr=False)  # see ``GapFinder``
     name: str = field(default="neighbours", init=False)
     unit: str = field(default="chunk", init=False)
 
@@ -102,7 +104,7 @@ class NeighboursStage:
         self.filters.check_can_compare(store, database.store)
         record = self.record(store, database)
         self._check_database(store.state, record)
-        version, gaps = _version(database, record), GapFinder(store, database, self.k, self.text)
+        version, gaps = _version(database, record), GapFinder(store, database, self)
         held, checked = database.held(), set[tuple[int, str]]()
         tasks = []
         for part in search_scope.embedded_parts(store, database.encoder):
@@ -121,10 +123,9 @@ class NeighboursStage:
                 mode, new = _to_search(old, database.store.state, held)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
                 if mode == FEW:
-                    found = gaps.find(part, old)
-                    if not (found.few or found.holds_erased or found.text_is_stale):
+                    if (short := gaps.find(part, old)) is None:
                         continue
-                    weight = found.few
+                    weight = short
             if self.text:
                 settings["text"] = self.k
             inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
@@ -343,7 +344,6 @@ class NeighboursWorker:
             undone = digest_of_undone(self._store.refresh())  # first: the database may then know more, not less
             while not self._reopened():
                 self._turn.wait()
-                undone = digest_of_undone(self._store.refresh())
             database = self._database
             self._searching += 1
         try:
@@ -397,7 +397,7 @@ class NeighboursWorker:
                 give_memory_back()
         report(task.weight - len(asking))
         if task.inputs["mode"] == FEW and not self._within:
-            is_erased = search_scope.erased_chunks(database.store).contains
+            is_erased = erased_chunks(database.store).contains
             table = neighbour_tables.erase_neighbours(table, asking[:0], is_erased)
         record = stage.record(store, database)
         commit, head = search_scope.last_change(database.store)
@@ -481,77 +481,53 @@ class NeighboursWorker:
             live = (table.ids != NO_NEIGHBOUR) & ~database.tombstones.contains(table.ids)
             few = searchable[live[searchable].sum(axis=1) < stage.k]
             return NeighbourTable(np.array(table.ids), np.array(table.distances)), few, None
-        fresh = NeighbourTable(
-            np.full((rows, stage.saved), NO_NEIGHBOUR, np.int64), np.full((rows, stage.saved), np.inf, np.float32)
-        )
-        return fresh, searchable, table if mode == _MORE else None
-
-
-@dataclass(frozen=True, slots=True)
-class Gaps:
-    """What purges have left to do in a table."""
-
-    few: int = 0  # searchable rows with fewer than k live neighbours
-    holds_erased: bool = False  # a row, purged or not, has a neighbour that another store has erased
-    text_is_stale: bool = False  # tokens of neighbours are missing or out of date
-
-
-_found: dict[tuple[str, str, str, str, str, int], Gaps] = {}  # by path of the table, ``GapFinder.taken`` and k
-_FOUND = 1 << 17
+        nothing = Best.nothing(rows, stage.saved)
+        return NeighbourTable(nothing.ids, nothing.distances), searchable, table if mode == _MORE else None
 
 
 class GapFinder:
-    """Finds gaps in tables of a store whose neighbours are chunks of ``database``."""
+    """Finds what purges have left to do in tables of a store whose neighbours are chunks of ``database``."""
 
-    def __init__(self, store: Store, database: AnyDatabase, k: int, text: bool) -> None:
-        self._store, self._database, self._k, self._text = store, database, k, text
+    def __init__(self, store: Store, database: AnyDatabase, stage: NeighboursStage) -> None:
+        self._store, self._database, self._k, self._text = store, database, stage.k, stage.text
+        self._known = stage.gaps
+        self._own, self._erased = cache(partial(read_tombstones, store)), cache(partial(erased_chunks, database.store))
         # Digests: purges of database and queries, erases of the database, and undone purges of queries, whose
         # rows are empty in tables made during these.
         purges, undone = stands_for(database.store.state), digest_of_undone(store.state)
         self.taken = (purges, stands_for(store.state), erased_of(store, database), undone)
 
-    def find(self, part: int, entry: FileEntry) -> Gaps:
-        """Return the gaps of a part's table, which is not read if nothing was purged since it was made."""
+    def find(self, part: int, entry: FileEntry) -> int | None:
+        """Return how many rows of a part have to be searched; None if there is nothing to do at all."""
         about = entry.about or {}
         known = about["purges"], about.get("erased", ""), about.get("undone", "")
-        # The table was made, or refilled to k neighbours, after all purges of the database.
-        if known == (self.taken[0], *self.taken[2:]) and int(about.get("k", self._k)) >= self._k:
-            return Gaps(text_is_stale=self._lacks_text(entry))
-        key = (entry.path, *self.taken, self._k)
-        if key not in _found:
-            if len(_found) >= _FOUND:
-                _found.clear()
-            _found[key] = self._read(part, entry)
-        found = _found[key]
-        return replace(found, text_is_stale=self._text and (found.text_is_stale or self._lacks_text(entry)))
+        few, is_stale = 0, False
+        # A table that was made, or refilled to k neighbours, after all purges of the database is not read.
+        if known != (self.taken[0], *self.taken[2:]) or int(about.get("k", self._k)) < self._k:
+            key = (entry.path, *self.taken)
+            if key not in self._known:
+                self._known[key] = self._read(part, entry)
+            few, is_stale = self._known[key]
+        lacks_text = self._text and not text_is_current(entry, self._database.store, self._k)
+        return few if few or is_stale or lacks_text else None
 
-    def _lacks_text(self, entry: FileEntry) -> bool:
-        return self._text and not text_is_current(entry, self._database.store, self._k)
-
-    def _read(self, part: int, entry: FileEntry) -> Gaps:
+    def _read(self, part: int, entry: FileEntry) -> tuple[int, bool]:
+        """Return how many rows have fewer than k live neighbours, and whether other data is out of date."""
         searched = np.zeros(entry.rows, np.bool_)
-        searched[search_scope.searchable_rows(self._store, part, self._own)] = True
-        few, holds_erased, stale = 0, False, False
+        searched[search_scope.searchable_rows(self._store, part, self._own())] = True
+        few, is_stale = 0, False
         for group in range(-(-entry.rows // ROW_GROUP)):
             interrupts.check()
             ids = neighbour_tables.read_ids(self._store, entry, [group])
             left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
             few += int((left[rows].sum(axis=1) < self._k).sum())
-            holds_erased |= self._erased is not None and bool(self._erased.contains(ids).any())
-            if neighbour_tables.text_size(entry):
+            is_stale |= self.taken[2] != "" and bool(self._erased().contains(ids).any())
+            if self._text and neighbour_tables.text_size(entry):
                 text = neighbour_tables.read_text(self._store, entry, [group], tokens=False)
                 purged, short = neighbour_tables.text_naming(text, self._database.tombstones.contains)
-                stale |= bool((purged | short | (text.ids == ERASED)).any())
-        return Gaps(few, holds_erased, stale)
-
-    @cached_property
-    def _own(self) -> Tombstones:
-        return read_tombstones(self._store)
-
-    @cached_property
-    def _erased(self) -> Tombstones | None:
-        return search_scope.erased_chunks(self._database.store) if self.taken[2] else None
+                is_stale |= bool((purged | short | (text.ids == ERASED)).any())
+        return few, is_stale
 
 
 def text_is_current(entry: FileEntry, database: Store, k: int) -> bool:

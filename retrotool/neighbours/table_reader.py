@@ -24,7 +24,7 @@ from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of, pick_table, text_is_current
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
-from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourText, edit_rows, read_edits
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, edit_rows, read_edits
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.storage import each
 from retrotool.store.store import Store, check_compatible
@@ -110,28 +110,33 @@ class NeighbourReader:
         commands = (table_command(self.store, member.table, member.store) for member in self.members)
         return "\n".join(f"Compute them: {command}" for command in commands)
 
-    def read(self, part: int, k: int | None = None, row_groups: Sequence[int] | None = None) -> Found:
+    def read(self, part: int, k: int, row_groups: Sequence[int] | None = None) -> Found:
         """Read at most k neighbours of each row of a part, or of some of its row groups (8,192 rows each).
 
         Rows of chunks that are not keys, or were not embedded, are empty. The caller has to skip purged rows.
         """
-        k = self.k if k is None else k
-        found: list[tuple[Any, Any, Any]] = []
-        for number, (member, entry) in enumerate(zip(self.members, self.entries(part), strict=True)):
+        columns = []
+        for member, entry in zip(self.members, self.entries(part), strict=True):
             table = neighbour_tables.read_table(self.store, entry, row_groups)
             table = edit_rows(member.edits, table, part, row_groups, member.tombstones.contains)
-            which = np.where(table.ids == NO_NEIGHBOUR, 0, number).astype(np.uint8)
-            found.append((table.ids, table.distances, which))
-        if len(found) == 1:
-            return Found(*(values[:, :k] for values in found[0]))
-        ids, distances, which = (np.concatenate(values, 1) for values in zip(*found, strict=True))
-        order = self.order(distances, which)[:, :k]
-        return Found(*(np.take_along_axis(values, order, 1) for values in (ids, distances, which)))
+            columns.append((table.ids, table.distances))
+        databases, ids, distances = self.merged(columns, k)
+        return Found(ids, distances, databases)
 
-    def order(self, distances: npt.NDArray[np.float32], which: npt.NDArray[Any]) -> Ids:
-        """Return the order by distance / weight of neighbours [n, m] of databases ``which`` [n, m] or [m]."""
+    def merged(self, columns: Sequence[tuple[npt.NDArray[Any], ...]], k: int) -> list[npt.NDArray[Any]]:
+        """Merge ids, distances and more [n, m, ...] of all members to the k nearest by distance / weight.
+
+        Returns ``Found.databases``, then these columns.
+        """
+        of_each = []
+        for number, (ids, *more) in enumerate(columns):
+            of_each.append((np.where(ids == NO_NEIGHBOUR, 0, number).astype(np.uint8), ids, *more))
+        if len(of_each) == 1:
+            return [values[:, :k] for values in of_each[0]]
+        joined = [np.concatenate(values, 1) for values in zip(*of_each, strict=True)]
         weights = np.array([member.weight for member in self.members], np.float32)
-        return np.asarray(np.argsort(distances / weights[which], axis=1, kind="stable"))
+        order = np.argsort(joined[2] / weights[joined[0]], axis=1, kind="stable")[:, :k]
+        return [values[np.arange(len(order))[:, None], order] for values in joined]
 
     def pieces(self, found: Found, into: Pieces | None = None) -> Pieces:
         """Read [N, F] of neighbours [n, k]: tokens [n · k, 2, chunk_length] and lengths [n · k, 2].
@@ -228,26 +233,15 @@ class TextReader:
 
     def _copy_text(self, out: NeighbourTokens, entries: tuple[FileEntry, ...], group: int) -> npt.NDArray[np.bool_]:
         """Copy stored tokens; return the rows that have lost a neighbour since."""
-        texts, lost = [], np.zeros(len(out.ids), np.bool_)
+        columns, lost = [], np.zeros(len(out.ids), np.bool_)
         for entry, member in zip(entries, self.reader.members, strict=True):
             text = neighbour_tables.read_text(self.reader.store, entry, [group]).nearest(self.k)
             purged, short = neighbour_tables.text_naming(text, member.tombstones.contains)
-            lost |= (purged | (text.ids == ERASED)).any(axis=1)
-            if short.any():
-                text = NeighbourText(text.ids, text.distances, np.array(text.n_tokens), np.array(text.tokens))
-                text.n_tokens[:, :, 1][short], text.tokens[:, :, 1][short] = 0, 0
-            texts.append(text)
-        if len(texts) == 1:
-            (text,) = texts
-            out.ids[:], out.n_tokens[:], out.tokens[:] = text.ids, text.n_tokens, text.tokens
-            return lost
-        which = np.repeat(np.arange(len(texts)), self.k)
-        order = self.reader.order(np.concatenate([one.distances for one in texts], 1), which)[:, : self.k]
-        out.ids[:] = np.take_along_axis(np.concatenate([one.ids for one in texts], 1), order, 1)
-        out.databases[:] = np.where(out.ids == NO_NEIGHBOUR, 0, which[order])
-        rows = np.arange(len(order))[:, None]
-        out.n_tokens[:] = np.concatenate([one.n_tokens for one in texts], 1)[rows, order]
-        out.tokens[:] = np.concatenate([one.tokens for one in texts], 1)[rows, order]
+            if (purged | short).any():
+                text = neighbour_tables.erase_text(text, np.zeros(0, np.int64), member.tombstones.contains)
+            lost |= (text.ids == ERASED).any(axis=1)
+            columns.append((text.ids, text.distances, text.n_tokens, text.tokens))
+        out.databases[:], out.ids[:], _, out.n_tokens[:], out.tokens[:] = self.reader.merged(columns, self.k)
         return lost
 
 

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
+from retrotool.ranges import in_steps
 from retrotool.store.store import Store, check_compatible
 
 Tokens = npt.NDArray[np.integer]
 Lengths = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
+Hashes = npt.NDArray[np.uint32]
 
 GRAM = 8  # tokens of the short runs by which near copies are detected
 COPIED = 0.5  # share of a chunk's distinct short runs that a near copy has at least
@@ -30,9 +32,9 @@ COPIED = 0.5  # share of a chunk's distinct short runs that a near copy has at l
 LONGEST = 64  # tokens of the longest chunks that can be compared: one bit of a word each
 _BLOCK = 256
 _NO_TOKEN, _NO_OTHER = -1, -2  # padding, which is equal to no token, and not to each other
-_HASH_BITS = 12
-_ODD = (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB)
-"""Random odd numbers to multiply by."""
+HASH_BITS, _TABLE_BITS = 32, 12  # of a hash, and of those the ones that are looked up
+# Random odd numbers to multiply by.
+_ODD = np.array([0x9E3779B1, 0xD6E8FEB7, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD, 0x1D8E4E27, 0xEB44ACCB], "<u4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,7 @@ def has_longer_run(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths,
         # A run of ``run`` + 1 tokens has more than ``run`` - ``gram`` short runs that start right after
         # another.
         found[some] = (hits[:, 1:] & hits[:, :-1]).sum(axis=1) > run - gram if run else hits.any(axis=1)
-    likely = np.flatnonzero(found)
-    for block in _blocks(len(likely)):
-        rows = likely[block]
+    for rows in in_steps(np.flatnonzero(found), _BLOCK):
         runs = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), run + 1)
         found[rows] = (runs != 0).any(axis=1)
     return found
@@ -103,9 +103,7 @@ def are_near_copies(
     for some in _blocks(len(one)):
         hits = _hits(one[some], n_one[some], other[some], n_other[some], GRAM).sum(axis=1)
         found[some] = (wanted[some] > 0) & (hits >= wanted[some])
-    likely = np.flatnonzero(found)
-    for block in _blocks(len(likely)):
-        rows = likely[block]
+    for rows in in_steps(np.flatnonzero(found), _BLOCK):
         grams = _runs_in(_agreement(one[rows], n_one[rows], other[rows], n_other[rows]), GRAM)
         found[rows] = _bits(np.bitwise_or.reduce(grams, axis=1) & distinct[rows]) >= wanted[rows]
     return found
@@ -118,26 +116,40 @@ def _blocks(n: int) -> Iterator[slice]:
 
 def _hits(one: Tokens, n_one: Lengths, other: Tokens, n_other: Lengths, gram: int) -> npt.NDArray[np.bool_]:
     """Return where in ``other`` runs of ``gram`` tokens start that ``one`` may have, [n, m − gram + 1]."""
-    row = np.arange(len(one), dtype=np.int32)[:, None] << _HASH_BITS
-    held, asked = (
-        row + (_hashes(tokens, gram) >> np.uint64(64 - _HASH_BITS)).astype(np.int32) for tokens in (one, other)
-    )
-    table = np.zeros(len(one) << _HASH_BITS, np.bool_)
+    row = np.arange(len(one), dtype=np.int32)[:, None] << _TABLE_BITS
+    shift = np.uint32(HASH_BITS - _TABLE_BITS)
+    held, asked = (row + (gram_hashes(tokens, gram) >> shift).astype(np.int32) for tokens in (one, other))
+    table = np.zeros(len(one) << _TABLE_BITS, np.bool_)
     table[held[np.arange(held.shape[1]) <= n_one[:, None] - gram]] = True
     hits: npt.NDArray[np.bool_] = table[asked]
     hits &= np.arange(asked.shape[1]) <= n_other[:, None] - gram
     return hits
 
 
-def _hashes(tokens: Tokens, gram: int) -> Words:
-    """Hash all runs of ``gram`` (a power of two) tokens, [n, m − gram + 1]."""
-    found = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(_ODD[0])
-    size = 1
-    for factor in _ODD[1:]:
-        if size < gram:
-            found = found[:, :-size] * np.uint64(factor) + found[:, size:]
-            size *= 2
-    return found
+def gram_hashes(tokens: Tokens, n: int) -> Hashes:
+    """Hash the ``n`` tokens from each position on, uint32 [..., t − n + 1] (empty if there are fewer)."""
+    length = tokens.shape[-1]
+    power: Hashes = tokens.astype(np.uint32) * _ODD[0]  # of ``size`` tokens, a power of two
+    if length < n:
+        return power[..., :0]
+    joined: Hashes | None = None
+    have, size = 0, 1
+    while True:
+        if n & size:
+            # Another factor than in the powers: else swapping the halves of a gram would not change its hash.
+            joined = power if joined is None else _followed(joined, power[..., have:], _ODD[7])
+            have += size
+        if 2 * size > n:
+            assert joined is not None
+            return joined[..., : length - n + 1]
+        power = _followed(power, power[..., size:], _ODD[1 + (size.bit_length() - 1) % 6])
+        size *= 2
+
+
+def _followed(one: Hashes, other: Hashes, factor: np.uint32) -> Hashes:
+    hashes: Hashes = one[..., : other.shape[-1]] * factor
+    hashes += other
+    return hashes
 
 
 def _runs_in(words: Words, length: int) -> Words:

@@ -29,7 +29,7 @@ from retrotool.embed.search_scope import count_live_keys, is_same_store
 from retrotool.engine.progress import counting
 from retrotool.errors import UsageError
 from retrotool.neighbours.stage import check_neighbour_ids, database_of, members_of, pick_table
-from retrotool.purge.purged_chunks import check_purge, find_purge
+from retrotool.purge.purged_chunks import find_purge
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import ROW_GROUP, Ids, rows_by_part
@@ -37,8 +37,7 @@ from retrotool.store.store import Store
 from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 
 EXAMPLES = 10
-NEVER = int(np.iinfo(np.int64).max)
-"""The place of a chunk that is not among the neighbours."""
+NEVER = int(np.iinfo(np.int64).max)  # the place of a chunk that is not among the neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +136,10 @@ def affected(
     members = [(member, *database_of(store, member)) for member, _ in members_of(store, table)]
     k, saved = int(members[0][2]["k"]), max(int(record["saved"]) for *_, record in members)
     databases = [database for _, database, _ in members]
-    purges = [find_purge(databases[0], purge) for purge in purges]
-    for purge in purges:
-        check_purge(next((one for one in databases if PREFIX + purge in one.state.records), databases[0]), purge)
+    holding = [
+        next((one for one in databases if PREFIX + purge in one.state.records), databases[0]) for purge in purges
+    ]
+    purges = [purge for purge, _ in map(find_purge, holding, purges)]
     wanted, asked = [], list[AskedPurge]()
     for member, database, _ in members:
         look, of = _look_for(store, member, database, purges)
@@ -156,9 +156,10 @@ def affected(
         numbers = sorted({part for one in wanted for part in one.entries})
         report = stack.enter_context(counting("read", "part", len(numbers)))
         for part in numbers:
-            rows, neighbour, following = _rows(store, part, wanted)
+            rows, places = _rows(store, part, wanted)
             purged = own.contains(parts.chunk_ids(part, rows))
-            rows, neighbour, following = rows[~purged], neighbour[~purged], following[~purged]
+            rows, places = rows[~purged], places[:, ~purged]
+            neighbour, following = places
             near, near_k = neighbour < NEVER, neighbour <= k
             found.append(
                 PartAffected(
@@ -168,7 +169,7 @@ def affected(
                 )
             )  # fmt: skip
             some = slice(None if file is not None else EXAMPLES - len(examples))
-            for chunk in _described(store, part, rows[some], neighbour[some], following[some], k):
+            for chunk in _described(store, part, rows[some], places[:, some], k):
                 if file is not None:
                     file.write(orjson.dumps(asdict(chunk)) + b"\n")
                 examples += [chunk] if len(examples) < EXAMPLES else []
@@ -200,10 +201,9 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
     return _Table(entries, Tombstones(ids), Tombstones(ids[np.concatenate(follow)] - 1)), asked
 
 
-def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, Ids]:
-    """Return affected rows, ascending, and the first places of a purged chunk and of one that follows."""
-    n = parts.part_entry(store, "chunks", part).rows
-    neighbour, following = np.full(n, NEVER), np.full(n, NEVER)
+def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids]:
+    """Return affected rows [n], and the first places [2, n] of a purged chunk and of one that follows."""
+    places = np.full((2, parts.part_entry(store, "chunks", part).rows), NEVER)
     for table in wanted:
         if (entry := table.entries.get(part)) is None:
             continue
@@ -213,21 +213,20 @@ def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids, 
             saved = neighbour_tables.read_table(store, entry, [group])
             ids = neighbour_tables.edit_rows(edits, saved, part, [group], lambda ids: ids < -1).ids
             rows = slice(group * ROW_GROUP, group * ROW_GROUP + len(ids))
-            for places, sought in ((neighbour, table.chunks), (following, table.followed)):
+            for known, sought in zip(places[:, rows], (table.chunks, table.followed), strict=True):
                 hit = sought.contains(ids)
-                first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, NEVER)
-                places[rows] = np.minimum(places[rows], first)
-    found = np.flatnonzero((neighbour < NEVER) | (following < NEVER))
-    return found, neighbour[found], following[found]
+                known[:] = np.minimum(known, np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, NEVER))
+    found = np.flatnonzero((places < NEVER).any(axis=0))
+    return found, places[:, found]
 
 
-def _described(store: Store, part: int, rows: Ids, neighbour: Ids, following: Ids, k: int) -> Iterator[AffectedChunk]:
+def _described(store: Store, part: int, rows: Ids, places: Ids, k: int) -> Iterator[AffectedChunk]:
     if not len(rows):
         return
     doc = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["doc"])["doc"].to_numpy()[rows]
     documents = parts.read_documents(store, part, ["id", "source"]).take(pa.array(doc))
-    places = (parts.chunk_ids(part, rows).tolist(), neighbour.tolist(), following.tolist())
-    for chunk, near, after, document in zip(*places, documents.to_pylist(), strict=True):
+    ids = parts.chunk_ids(part, rows).tolist()
+    for chunk, near, after, document in zip(ids, *places.tolist(), documents.to_pylist(), strict=True):
         yield AffectedChunk(
             chunk, document["id"], document["source"],
             None if near == NEVER else near, None if after == NEVER else after, min(near, after) <= k,

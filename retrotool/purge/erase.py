@@ -22,10 +22,10 @@ Not erased: chunk ids in tombstones; centroids and codebooks, means over thousan
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +54,7 @@ from retrotool.store.gc import clean
 from retrotool.store.identity import Identity
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
+from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
@@ -70,6 +71,8 @@ from retrotool.store.tombstones import (
     tombstones_naming,
 )
 from retrotool.store.vectors import read_vectors, write_vectors
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +95,34 @@ class EraseStage:
         ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file was
         replaced concurrently.
         """
-        return list(self._tasks(store, _parts)) or list(self._tasks(store, _other_files))
+        return list(self._tasks(store, self._parts(store))) or list(self._tasks(store, self._other_files(store)))
 
     def tasks(self, store: Store) -> list[Task]:
         """Return all tasks, including those that wait for the parts."""
-        return [*self._tasks(store, _parts), *self._tasks(store, _other_files)]
+        return list(self._tasks(store, itertools.chain(self._parts(store), self._other_files(store))))
 
-    def _tasks(self, store: Store, units: Callable[[Store, Tombstones], Iterator[_Unit]]) -> Iterator[Task]:
+    def _parts(self, store: Store) -> Iterator[list[FileEntry]]:
+        return (part_files(store, part) for part in self.targets.parts())
+
+    def _other_files(self, store: Store) -> Iterator[list[FileEntry]]:
+        return ([entry] for entry in files_of_several_parts(store, self.targets.parts()))
+
+    def _tasks(self, store: Store, several: Iterable[list[FileEntry]]) -> Iterator[Task]:
+        """Yield a task for each of several lists of files to rewrite together that hold a target."""
         if not len(self.targets):
             return
         # Targets may stay tombstones after an undo: another purge may name them.
         check_not_undone(store.state, self.purges)
         reads = tombstones_naming(store, self.targets)
-        for label, entries, ids, holds in units(store, self.targets):
+        for entries in several:
             paths = [entry.path for entry in entries]
             if self.clean.issuperset(paths):
                 continue
-            if holds():
+            first = entries[0]
+            if _HOLDS[first.kind](store, first, self.targets):
+                label, ids = first.path.rpartition("-")[0], self.targets.ids
+                if first.kind == "documents":
+                    label, ids = f"part {first.part}", self.targets.rows(first.part)
                 digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
                 key = task_key("erase", {"targets": digest}, paths)
                 yield Task(key, label, len(paths), {"paths": paths, "reads": reads})
@@ -118,23 +132,6 @@ class EraseStage:
     def open(self, store: Store) -> EraseWorker:
         """Return the worker; it loads nothing."""
         return EraseWorker(store, self.targets)
-
-
-_Unit = tuple[str, list[FileEntry], Ids, Callable[[], bool]]
-"""A label, files to rewrite together, their targets, and a function that checks whether they hold any."""
-
-
-def _parts(store: Store, targets: Tombstones) -> Iterator[_Unit]:
-    for part in targets.parts():
-        rows = targets.rows(part)
-        yield f"part {part}", part_files(store, part), rows, functools.partial(_part_holds, store, part, rows)
-
-
-def _other_files(store: Store, targets: Tombstones) -> Iterator[_Unit]:
-    several = {"index": _shard_holds, "neighbours": _table_holds, "quarantine": _has_excerpts}
-    for entry in files_of_several_parts(store, targets.parts()):
-        holds = functools.partial(several[entry.kind], store, entry, targets)
-        yield entry.path.rpartition("-")[0], [entry], targets.ids, holds
 
 
 def files_of_several_parts(store: Store, numbers: Sequence[int]) -> Iterator[FileEntry]:
@@ -155,7 +152,8 @@ def part_files(store: Store, part: int) -> list[FileEntry]:
     return [entry for entry in found if entry is not None]
 
 
-def _part_holds(store: Store, part: int, rows: Ids) -> bool:
+def _part_holds(store: Store, documents: FileEntry, targets: Tombstones) -> bool:
+    part, rows = documents.part, targets.rows(documents.part)
     if len(purged_chunks.unerased(store, parts.chunk_ids(part, rows))):
         return True
     vectors = (entry for entry in part_files(store, part) if entry.kind == "embeddings")
@@ -168,20 +166,53 @@ def _shard_holds(store: Store, entry: FileEntry, targets: Tombstones) -> bool:
 
 
 def _table_holds(store: Store, entry: FileEntry, targets: Tombstones) -> bool:
-    rows = targets.rows(entry.part)
+    return any(holds.any() for holds in leftovers_in_table(store, entry, targets, whole=False))
+
+
+def _has_excerpts(store: Store, entry: FileEntry, _: Tombstones) -> bool:
+    table = parts.read_parquet(store, entry, ["excerpt"])
+    return bool(pc.any(pc.greater(pc.binary_length(table["excerpt"]), 0)).as_py())
+
+
+_HOLDS = {"documents": _part_holds, "index": _shard_holds, "neighbours": _table_holds, "quarantine": _has_excerpts}
+
+
+def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, whole: bool) -> Iterator[Flags]:
+    """Yield, by row group, which rows of a neighbour table hold data of ``purged`` chunks, bool [n].
+
+    Of a table against another store, n counts only their own rows. Unless ``whole``, distances and tokens
+    without an id are not looked for, and not read.
+    """
     within = neighbour_tables.is_within(store, entry, parts.read_schema(store, entry).metadata)
-    for group, mine in row_groups(entry, rows):
+    for group, mine in row_groups(entry, purged.rows(entry.part)):
         if not (within or len(mine)):
             continue
-        ids = neighbour_tables.read_ids(store, entry, [group])
-        if (ids[mine] != neighbour_tables.NO_NEIGHBOUR).any() or (within and targets.contains(ids).any()):
-            return True
+        if whole:
+            table = neighbour_tables.read_table(store, entry, [group])
+            ids, holds = table.ids, ((table.ids == NO_NEIGHBOUR) & ~np.isposinf(table.distances)).any(axis=1)
+        else:
+            ids = neighbour_tables.read_ids(store, entry, [group])
+            holds = np.zeros(len(ids), np.bool_)
+        holds[mine] |= (ids[mine] != NO_NEIGHBOUR).any(axis=1)
+        if within:
+            holds |= purged.contains(ids).any(axis=1)
         if neighbour_tables.text_size(entry):
-            text = neighbour_tables.read_text(store, entry, [group], tokens=False)
-            named, followed = neighbour_tables.text_naming(text, targets.contains)
-            if (text.ids[mine] != neighbour_tables.NO_NEIGHBOUR).any() or (within and (named | followed).any()):
-                return True
-    return False
+            text = neighbour_tables.read_text(store, entry, [group], tokens=whole)
+            holds |= _leftovers_in_text(text, mine, purged if within else None, whole=whole)
+        yield holds if within else holds[mine]
+
+
+def _leftovers_in_text(text: NeighbourText, mine: Ids, purged: Tombstones | None, *, whole: bool) -> Flags:
+    """Return which rows have tokens of ``purged`` chunks, ``mine`` any, or, if ``whole``, of no neighbour."""
+    has_tokens: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
+    empty = ~(has_tokens[:, :, 0] | has_tokens[:, :, 1])
+    # An erase does not remove these: they are damage.
+    bad: Flags = (text.ids < 0) & ~(empty & np.isposinf(text.distances)) & whole
+    if purged is not None:
+        named, followed = purged.contains(text.ids), purged.contains(text.ids + 1) & has_tokens[:, :, 1]
+        bad |= (text.ids >= 0) & (named | followed)
+    bad[mine] |= (text.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
+    return np.asarray(bad.any(axis=1))
 
 
 def row_groups(entry: FileEntry, rows: Ids) -> Iterator[tuple[int, Ids]]:
@@ -189,11 +220,6 @@ def row_groups(entry: FileEntry, rows: Ids) -> Iterator[tuple[int, Ids]]:
     for group in range(-(-entry.rows // ROW_GROUP)):
         low, high = np.searchsorted(rows, [group * ROW_GROUP, (group + 1) * ROW_GROUP])
         yield group, rows[low:high] - group * ROW_GROUP
-
-
-def _has_excerpts(store: Store, entry: FileEntry, _: Tombstones) -> bool:
-    table = parts.read_parquet(store, entry, ["excerpt"])
-    return bool(pc.any(pc.greater(pc.binary_length(table["excerpt"]), 0)).as_py())
 
 
 class EraseWorker:
@@ -207,15 +233,14 @@ class EraseWorker:
         """Rewrite the files of a task; ``ErasedError`` if another process replaced one concurrently."""
         old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
         check_there(self._store, (*old, *tombstones))
-        old_name, slot = FileName.parse(old[0]), self._store.state.slot_of(old[0])
-        assert slot is not None, "it was there just now"
-        if old_name.kind == "documents":
-            add = self._part(int(slot), run)
+        name, slot = FileName.parse(old[0]), self._store.state.slot_of(old[0])
+        entry = None if slot is None else self._store.state.file(name.kind, slot, name.name)
+        assert entry is not None, "it was there just now"
+        if entry.kind == "documents":
+            add = self._part(entry.part, run)
         else:
-            entry = self._store.state.file(old_name.kind, slot, old_name.name)
-            assert entry is not None
             rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[entry.kind]
-            add = [rewrite(entry, FileName.new(run, entry.kind, slot, old_name.extension, old_name.name))]
+            add = [rewrite(entry, FileName.new(run, entry.kind, entry.slot, name.extension, entry.name))]
         report(task.weight)
         return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
 
@@ -293,8 +318,7 @@ ELSEWHERE = (
     "ids of what was erased, distances to it, and its text if materialised, "
     "where other stores have neighbours in this one"
 )
-_ROWS_A_WORKER = 1 << 16
-"""Rows that a worker must have to be worth its start-up time."""
+_ROWS_A_WORKER = 1 << 16  # rows that a worker must have to be worth its start-up time
 _WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
 """Memory of a process: fixed bytes, and a multiple of the tokens and vectors of a part."""
 _Planned = TypeVar("_Planned", bound="EraseResult")
@@ -338,7 +362,8 @@ def erase(
     unknown purge.
     """
     store = Store.open(root)
-    purges = [purged_chunks.find_purge(store, purge) for purge in ([purges] if isinstance(purges, str) else purges)]
+    given = [purges] if isinstance(purges, str) else purges
+    purges = [purged_chunks.find_purge(store, purge)[0] for purge in given]
 
     def attempt() -> EraseResult:
         # A purge may have been undone since the last attempt.
@@ -361,9 +386,7 @@ def erase(
 
 
 def _wanted(store: Store, purges: Sequence[str], older_than: float | None) -> list[str]:
-    for purge in purges:
-        purged_chunks.check_purge(store, purge)
-    wanted = list(purges)
+    wanted = [purged_chunks.find_purge(store, purge)[0] for purge in purges]
     if older_than is not None:
         before = datetime.fromtimestamp(max(time.time() - older_than, 0.0), UTC).isoformat(timespec="milliseconds")
         waiting = {p: record["commit"] for p, record in standing_purges(store.state).items() if not record["erased"]}

@@ -69,44 +69,31 @@ class SameText:
     first: tuple[str, ...]
 
 
-def find_purge(store: Store, purge: str) -> str:
-    """Return ``purge``, or for "last" the id of the newest purge that was not undone; else ``UsageError``."""
-    if purge != "last":
-        return purge
-    if not (known := _known(store)):
-        raise _unknown(store, "last purge")
-    return known[-1]
+def find_purge(store: Store, purge: str) -> tuple[str, Record]:
+    """Return the id and record of a purge; "last" is the newest one that was not undone.
 
-
-def check_purge(store: Store, purge: str) -> Record:
-    """Return the record of a purge; ``UsageError`` if it does not exist or was undone."""
-    record: Record | None = store.state.records.get(PREFIX + purge)
-    if record is None:
-        raise _unknown(store, f"purge {purge!r}")
-    if "undone" in record:
-        raise UsageError(
-            f"the purge {purge!r} was undone by commit {record['undone']}: its chunks are not purged",
-            f"List purges: {command_line('purge', store)}",
-        )
-    return record
-
-
-def _known(store: Store) -> list[str]:
-    """Return the ids of purges that were not undone, the newest last."""
+    ``UsageError`` if it does not exist or was undone.
+    """
     standing = standing_purges(store.state)
-    return sorted(standing, key=lambda purge: int(standing[purge]["commit"]))
-
-
-def _unknown(store: Store, wanted: str) -> UsageError:
-    advice = f"List them: {command_line('purge', store)}"
-    if known := _known(store):
+    known = sorted(standing, key=lambda one: int(standing[one]["commit"]))  # the newest last
+    if purge == "last" and known:
+        purge = known[-1]
+    if purge in standing:
+        return purge, standing[purge]
+    listing = command_line("purge", store)
+    if record := store.state.records.get(PREFIX + purge):
+        undone = f"the purge {purge!r} was undone by commit {record['undone']}: its chunks are not purged"
+        raise UsageError(undone, f"List purges: {listing}")
+    advice = f"List them: {listing}"
+    if known:
         more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
         have = f"it has: {', '.join(known[-_LISTED:])}{more}"
     elif store.state.with_prefix(PREFIX):
         have = "all of its purges were undone"
     else:
         have, advice = "nothing was purged from it", "To see how to purge: retrotool purge --help"
-    return UsageError(f"{store.place} has no {wanted}; {have}", advice)
+    wanted = "last purge" if purge == "last" else f"purge {purge!r}"
+    raise UsageError(f"{store.place} has no {wanted}; {have}", advice)
 
 
 @contextmanager
@@ -143,6 +130,19 @@ def unerased(store: Store, chunks: Ids) -> Ids:
         table = parts.read_parquet(store, parts.part_entry(store, "chunks", part), ["n_tokens"])
         found.append(parts.chunk_ids(part, rows[table["n_tokens"].to_numpy()[rows] > 0]))
     return np.concatenate(found)
+
+
+def documents_of(store: Store, chunks: Ids, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Yield each part that has any of ``chunks``, and a table of the documents that these belong to.
+
+    It has ``columns`` and ``first_row`` of each document, its number ``doc``, and how many ``chunks`` it has.
+    """
+    for part, rows in rows_by_part(chunks):
+        table = parts.read_documents(store, part, ["first_row", *columns])
+        places = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
+        doc, count = np.unique(places, return_counts=True)
+        some = table.take(pa.array(doc))
+        yield part, some.append_column("doc", pa.array(doc)).append_column("chunks", pa.array(count))
 
 
 def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
@@ -230,13 +230,8 @@ def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes
 
 def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
     """Return a column of the documents that have any of ``chunks``, without nulls."""
-    found = [pa.array([], pa.binary())]
-    for part, rows in rows_by_part(chunks):
-        table = parts.read_documents(store, part, ["first_row", column])
-        docs = np.unique(np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1)
-        values = table[column].take(pa.array(docs)).drop_null().cast(pa.binary())
-        found += values.chunks
-    return pa.concat_arrays(found)
+    several = (table[column].drop_null().cast(pa.binary()) for _, table in documents_of(store, chunks, [column]))
+    return pa.concat_arrays([pa.array([], pa.binary()), *(one.combine_chunks() for one in several)])
 
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:

@@ -33,13 +33,13 @@ from retrotool.purge import purged_chunks
 from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import KIND as SCANS
-from retrotool.purge.selectors.selector import Decoder, TextBlock
+from retrotool.purge.selectors.selector import Decoder, TextBlock, read_rows
 from retrotool.ranges import spread
 from retrotool.store import blocked, log, parts
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.parts import ROW_GROUP, distinct_parts, rows_by_part, split_id
+from retrotool.store.parts import distinct_parts, split_id
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -48,8 +48,7 @@ from retrotool.store.weights import weight_of
 from retrotool.tokenizers import stored_tokenizer
 
 EXAMPLES, LARGEST = 10, 10
-_REWRITTEN = 20e6
-"""Bytes of files that an erase rewrites per second and core: ``benchmarks/purging.py``."""
+_REWRITTEN = 20e6  # bytes of files that an erase rewrites per second and core: ``benchmarks/purging.py``
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +156,7 @@ def purge(
         check_file("--out", out, new=True)
     store = Store.open(root)
     request = selectors.read(store)
-    agreed = (0, 0)
-    """The numbers of chunks and of unerased ones that ``confirm`` has agreed to."""
+    agreed = (0, 0)  # the numbers of chunks and of unerased ones that ``confirm`` has agreed to
 
     def attempt() -> PurgeResult:
         nonlocal agreed
@@ -168,7 +166,7 @@ def purge(
         total = len(request.lookups) * len(store.state.all_parts())
         with counting("select", "part", total) as report:
             selection = select(store, request, erase=erase, report=report)
-        planned = _planned(store, selection, dry_run)
+        planned = _planned(store, selection, dry_run, erase)
         if dry_run:
             if out is not None:
                 with written(out) as path, path.open("w", encoding="ascii") as file:
@@ -222,14 +220,17 @@ def list_purges(root: str | Path) -> PurgeList:
     return PurgeList(tuple(found), state.number)
 
 
-def _planned(store: Store, selection: Selection, dry_run: bool) -> PurgeResult:
+def _planned(store: Store, selection: Selection, dry_run: bool, erase: bool) -> PurgeResult:
     chunks, weight = len(selection.live), weight_of(selection.weights)
+    named = np.union1d(selection.chunks, selection.copies)
+    unerased = len(purged_chunks.unerased(store, named)) if erase else 0
     alive = store.state.records.get("totals", {}).get("chunks", 0)
     return PurgeResult(
         chunks=chunks, documents=weight.documents, tokens=weight.tokens,
         already_purged=len(selection.chunks) - chunks, share=chunks / max(alive, 1),
-        unerased=selection.unerased, unerased_share=selection.unerased / max(purged_chunks.count_rows(store), 1),
-        copies=selection.copied, blocked=selection.newly_blocked, dry_run=dry_run, commit=store.state.number,
+        unerased=unerased, unerased_share=unerased / max(purged_chunks.count_rows(store), 1),
+        copies=selection.copied, blocked=int((~blocked.read_blocked(store).contains(selection.blocked)).sum()),
+        dry_run=dry_run, commit=store.state.number,
         examples=tuple(selection.live[:10].tolist()), matches=selection.matches,
         same_text=purged_chunks.find_same_text(store, selection.chunks),
     )  # fmt: skip
@@ -254,14 +255,10 @@ def _carry_out(
 def review(store: Store, selection: Selection) -> Review:
     """Describe the live chunks of a selection."""
     sources, documents = Counter[str](), Counter[str]()
-    for part, rows in rows_by_part(selection.live):
-        table = parts.read_documents(store, part, ["id", "source", "first_row"])
-        places = np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1
-        numbers, counts = np.unique(places, return_counts=True)
-        some = table.take(numbers)
-        for name, source, n in zip(some["id"].to_pylist(), some["source"].to_pylist(), counts.tolist(), strict=True):
-            sources[source or ""] += n
-            documents[name or ""] += n
+    for _, table in purged_chunks.documents_of(store, selection.live, ["id", "source"]):
+        for row in table.to_pylist():
+            sources[row["source"] or ""] += row["chunks"]
+            documents[row["id"] or ""] += row["chunks"]
     return Review(_most(sources), _most(documents), tuple(_examples(store, selection)), _touched(store, selection))
 
 
@@ -287,17 +284,12 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
 
 def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tuple[int, int]) -> Example:
     part, row = split_id(chunk)
-    total = parts.part_entry(store, "chunks", part).rows
-    first, last = max(row - 1, 0), min(row + 1, total - 1)  # folded text depends on the chunks beside it
-    groups = range(first // ROW_GROUP, last // ROW_GROUP + 1)
-    chunks = parts.read_chunks(store, part, list(groups))
-    low = groups[0] * ROW_GROUP
-    same = [i for i in range(first - low, last - low + 1) if chunks.doc[i] == chunks.doc[row - low]]
-    few = chunks.between(same[0], same[-1] + 1)
-    block = TextBlock(few, same[0] + low, np.array([0, len(few)]), decoder)
-    place = row - low - same[0]
-    start, stop = int(block.starts[place]), int(block.starts[place + 1])
-    data = bytes(block.text[start:stop])
+    first, last = max(row - 1, 0), min(row + 1, parts.part_entry(store, "chunks", part).rows - 1)
+    chunks = read_rows(store, part, first, last + 1)  # folded text depends on the chunks beside it
+    same = np.flatnonzero(chunks.doc == chunks.doc[row - first]).tolist()
+    few, place = chunks.between(same[0], same[-1] + 1), row - first - same[0]
+    block = TextBlock(few, row - place, np.array([0, len(few)]), decoder)
+    data = bytes(block.text[block.starts[place] : block.starts[place + 1]])
     begin, end = (len(data[: max(at, 0)].decode(errors="replace")) for at in span)
     documents = parts.read_documents(store, part, ["id", "source"]).slice(int(few.doc[place]), 1)
     text = data.decode(errors="replace")

@@ -8,6 +8,7 @@ documents.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,8 @@ from retrotool.purge.selectors.scan import ScanStage, read_scan
 from retrotool.purge.selectors.selector import GivenValue, Selector, Values, read_values
 from retrotool.purge.selectors.terms import Terms, read_terms
 from retrotool.store import blocked, parts
-from retrotool.store.blocked import Hashes, read_blocked
-from retrotool.store.parts import Ids, rows_by_part
+from retrotool.store.blocked import Hashes
+from retrotool.store.parts import Ids
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Record, Tombstones, named_chunks, read_tombstones, standing_purges
@@ -184,15 +185,10 @@ class Selection:
     * ``matches``: how many each selector selects. ``found``: what scans found (``parts.SCANS_SCHEMA``).
     * ``chunks``: all ids, ascending. ``live``: those not purged before. ``weights``: what these take from the
       totals.
-    * ``blocked``: hashes that keep what is purged from coming back. ``newly_blocked``: how many are new to
-      the store.
+    * ``blocked``: hashes that keep what is purged from coming back.
     * ``open_parts``: parts of open plans that were searched for copies, which are among ``chunks``.
 
-    Only for an erase:
-
-    * ``copies``: chunks of rejected documents that repeat a selected one. ``copied``: the number of these
-      documents.
-    * ``unerased``: how many of all these chunks still have tokens.
+    * ``copies``, only for an erase: chunks of the ``copied`` rejected documents that repeat a selected one.
     """
 
     request: Request
@@ -203,11 +199,9 @@ class Selection:
     live: Ids
     weights: Weights
     blocked: Hashes
-    newly_blocked: int
     copies: Ids
-    copied: int = 0
-    unerased: int = 0
-    open_parts: tuple[int, ...] = ()
+    copied: int
+    open_parts: tuple[int, ...]
 
 
 def same_selector(store: Store, request: Request) -> dict[str, Record]:
@@ -235,11 +229,11 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         mine = found.filter(pc.equal(found["selectors"], number))
         sets.append(np.unique(mine["chunks"].to_numpy()))
         matches += _matches(selector, mine["labels"].to_numpy())
-    chunks = sets[0]
-    for some in sets[1:]:
-        chunks = np.intersect1d(chunks, some) if request.every else np.union1d(chunks, some)
+    chunks: Ids = functools.reduce(np.intersect1d if request.every else np.union1d, sets)
     if request.whole_documents:
-        chunks = widen(store, chunks)
+        several = purged_chunks.documents_of(store, chunks, [])
+        whole = (chunks_of(store, part, table["doc"].to_numpy()) for part, table in several)
+        chunks = np.concatenate([chunks[:0], *whole])
     hashes = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
     open_parts = purged_chunks.parts_of_open_plans(store)
     chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes))
@@ -250,10 +244,8 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         copies, copied = purged_chunks.find_copies(store, chunks)
     live, weights = weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
-        request, store.state, tuple(matches), found, chunks, live, weights, hashes,
-        int((~read_blocked(store).contains(hashes)).sum()), copies, copied,
-        len(purged_chunks.unerased(store, np.union1d(chunks, copies))) if erase else 0, tuple(open_parts),
-    )  # fmt: skip
+        request, store.state, tuple(matches), found, chunks, live, weights, hashes, copies, copied, tuple(open_parts)
+    )
 
 
 def _matches(selector: Selector, labels: Ids) -> list[Match]:
@@ -262,15 +254,6 @@ def _matches(selector: Selector, labels: Ids) -> list[Match]:
     if names in ([""], [selector.kind]):
         return [Match(selector.kind, "", counts[0])]
     return [Match(selector.kind, name, n) for name, n in zip(names, counts, strict=True) if n]
-
-
-def widen(store: Store, chunks: Ids) -> Ids:
-    """Return all chunks of the documents of ``chunks``, ascending."""
-    found = [np.zeros(0, np.int64)]
-    for part, rows in rows_by_part(chunks):
-        first = parts.read_documents(store, part, ["first_row"])["first_row"].to_numpy()
-        found.append(chunks_of(store, part, np.unique(np.searchsorted(first, rows, side="right") - 1)))
-    return np.concatenate(found)
 
 
 def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
@@ -282,13 +265,11 @@ def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
     purged = Tombstones(np.union1d(chunks, chunks_of_purges(store).ids))
     secret = store.identity.secret
     found = [np.zeros(0, blocked.HASH)]
-    for part, rows in rows_by_part(chunks):
-        table = parts.read_documents(store, part, ["id", "text_hash", "first_row", "n_chunks"])
-        docs = np.unique(np.searchsorted(table["first_row"].to_numpy(), rows, side="right") - 1)
-        whole = np.intersect1d(docs, documents_within(store, part, purged))
-        for column, of, hashed in (("id", whole, blocked.id_hashes), ("text_hash", docs, blocked.keyed_texts)):
-            found.append(hashed(secret, table[column].take(pa.array(of)).drop_null().to_pylist()))
-        tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table.take(pa.array(docs)))
+    for part, table in purged_chunks.documents_of(store, chunks, ["id", "text_hash", "n_chunks"]):
+        whole = pa.array(np.isin(table["doc"].to_numpy(), documents_within(store, part, purged)))
+        found.append(blocked.id_hashes(secret, table["id"].filter(whole).drop_null().to_pylist()))
+        found.append(blocked.keyed_texts(secret, table["text_hash"].drop_null().to_pylist()))
+        tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table)
         found.append(tokens[tokens != b""])
     return np.unique(np.concatenate(found))
 

@@ -105,16 +105,9 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
     """
     who = signed(reason, who)
     store = Store.open(root)
-    purge = purged_chunks.find_purge(store, purge)
+    purge, _ = purged_chunks.find_purge(store, purge)
     with writing(store) as run:  # also removes files that a killed undo left
-
-        def attempt() -> UndoResult:
-            found = weigh(store, purge)
-            state, outdated = commit_undo(store, run, found, reason, who)
-            commit = int(state.records[PREFIX + purge]["undone"])
-            return replace(found.result, commit=commit, outdated_purge=outdated)
-
-        done = retry_overtaken(attempt, store.renew)
+        done = retry_overtaken(lambda: commit_undo(store, run, weigh(store, purge), reason, who), store.renew)
     store.refresh()
     return replace(done, next=tuple(_refills(store)))
 
@@ -136,7 +129,7 @@ def _refills(store: Store) -> list[str]:
 
 def weigh(store: Store, purge: str) -> Undoable:
     """Determine what an undo would do; ``UsageError`` if the purge does not exist or its erase was begun."""
-    record = purged_chunks.check_purge(store, purge)
+    _, record = purged_chunks.find_purge(store, purge)
     if record["erased"]:
         again = f"{command_line('chunk', store)} INPUT... --allow-purged"
         raise UsageError(f"purge {purge} is erased, so it can't be undone", f"Add its input again: {again}")
@@ -173,15 +166,15 @@ def weigh(store: Store, purge: str) -> Undoable:
 def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:
     """Return the chunks of the documents with one of ``keys``, besides ``purged`` ones and pending parts."""
     found = [np.zeros(0, np.int64)]
-    for part in filter(store.state.is_live, store.state.all_parts()) if len(keys) else ():
+    for part in store.state.parts() if len(keys) else ():
         has_key = pc.is_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
         found.append(chunks_of(store, part, np.flatnonzero(has_key.to_numpy())))
     chunks = np.concatenate(found)
     return chunks[~purged.contains(chunks)]
 
 
-def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> tuple[State, str]:
-    """Commit an undo; return the new state, and the purge of documents that had replaced the restored ones.
+def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> UndoResult:
+    """Commit an undo; return its result, with the commit and the purge of documents that had replaced others.
 
     ``ConflictError`` if another purge was committed, erased or undone since ``found`` was made.
     """
@@ -214,4 +207,5 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
         add.append(write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         if new:
             add.append(write_tombstones(store, FileName.new(run.id, "tombstones", new, "parquet"), found.outdated))
-        return store.commit(run, build), new
+        state = store.commit(run, build)
+    return replace(found.result, commit=int(state.records[PREFIX + purge]["undone"]), outdated_purge=new)

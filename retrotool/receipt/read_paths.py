@@ -45,10 +45,8 @@ from retrotool.train.dataset import RetroDataset
 
 _QUERIES, _NEAREST, _BESIDE = 1000, 100, 200
 _ASKED, _INSPECTED = 100, 200
-_SLOTS, _BATCH = 16, 64
-"""Chunks of a training sequence, and sequences of a batch."""
-_NONE = -1
-"""Stands for a requested chunk that was not returned."""
+_SLOTS, _BATCH = 16, 64  # chunks of a training sequence, and sequences of a batch
+_NONE = -1  # stands for a requested chunk that was not returned
 
 Returned = Iterator[Ids]
 """Ids [n] or [n, k] that a read path returned for n rows, ``_NONE`` where it returned nothing."""

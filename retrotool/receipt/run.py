@@ -25,7 +25,7 @@ from retrotool.cli import output, pages, result_files
 from retrotool.engine.progress import counting
 from retrotool.errors import StorageError
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.purge.purged_chunks import check_purge, find_purge, unerased
+from retrotool.purge.purged_chunks import find_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
 from retrotool.store.folding import writing
@@ -35,8 +35,7 @@ from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
 from retrotool.store.verify_log import check_log
 
-_LISTED = 200
-"""Rows of a table on the page; the JSON has all."""
+_LISTED = 200  # rows of a table on the page; the JSON has all
 LIMITS = (
     "Copies of the store, backups, snapshots, and versions that a file system or a bucket keeps. Erase in them, too.",
     "Blocks of deleted files, until the disk writes over them; solid-state disks keep them longest.",
@@ -125,7 +124,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
     ``purge`` "last" is the newest. ``UsageError`` if it does not exist or was undone.
     """
     store = Store.open(root)
-    check_purge(store, purge := find_purge(store, purge))
+    purge, _ = find_purge(store, purge)
     result_files.check_outside("--out", out, "folder")
     Path(out).mkdir(parents=True, exist_ok=True)
     json, page = (Path(out) / f"receipt-{purge}.{kind}" for kind in ("json", "html"))
@@ -147,7 +146,7 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
 
 
 def _check(store: Store, purge: str) -> Receipt:
-    record = check_purge(store, purge)
+    _, record = find_purge(store, purge)
     chunks = read_tombstones(store, purge).ids
     history = PurgeHistory(purge)
     with counting("log", "log", 1) as report:
@@ -188,7 +187,7 @@ def _check(store: Store, purge: str) -> Receipt:
         ok=not problems,
         problems=tuple(problems),
         **{name: record[name] for name in ("reason", "who", "selector", "documents", "tokens")},
-        purged=history.purged.time if history.purged else "",
+        purged=history.commits[0].time if history.commits else "",
         erased=history.erased.time if history.erased else "",
         verified=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         chunks=len(chunks),

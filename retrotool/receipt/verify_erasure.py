@@ -26,18 +26,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError, StorageError
 from retrotool.index.index_records import RECALL, SHARD
 from retrotool.index.searching import read_shard
-from retrotool.purge.erase import row_groups
+from retrotool.purge.erase import Flags, leftovers_in_table
 from retrotool.purge.purged_chunks import has_any
+from retrotool.ranges import in_steps
 from retrotool.store import gc, identity, leases, neighbour_tables, parts, staging
 from retrotool.store.log import Commit, FileEntry
-from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText, is_within
 from retrotool.store.storage import Storage
 from retrotool.store.store import CHECKPOINT_PATH, Store
 from retrotool.store.sums import with_sums, without_sums
@@ -47,8 +46,6 @@ from retrotool.store.vectors import read_vectors
 _BLOCK_ROWS = 1 << 16
 _OF_LOG = re.compile(rf"log/\d{{8,}}\.json|{CHECKPOINT_PATH.pattern}")
 
-Rows = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 _NOTHING = np.zeros(0, np.bool_)
 """The result for a file that can't hold data of a purged chunk and is not counted."""
 
@@ -119,15 +116,11 @@ class PurgeHistory:
 
     def __init__(self, purge: str) -> None:
         self._record = f"purge:{purge}"
-        self.purged: CommitDigest | None = None
-        self.erased: CommitDigest | None = None
-        """The commit after which nothing of the purge was left."""
+        self.erased: CommitDigest | None = None  # the commit after which nothing of the purge was left
         self.commits: list[CommitDigest] = []
         """The commit of the purge, and those of erases until it was erased."""
-        self.added: dict[str, int] = {}
-        """Number of the commit that added each live file, by path."""
-        self.removed: set[str] = set()
-        """Paths of all files that ever left the state."""
+        self.added: dict[str, int] = {}  # number of the commit that added each live file, by path
+        self.removed: set[str] = set()  # paths of all files that ever left the state
         self._places: set[tuple[str, str, str]] = set()
 
     def is_after(self, path: str) -> bool:
@@ -143,10 +136,7 @@ class PurgeHistory:
         record = commit.records.get(self._record)
         sizes = len(commit.add), len(commit.remove)
         digest = CommitDigest(commit.number, commit.kind, commit.time, commit.sha256, *sizes)
-        if self.purged is None and record is not None:
-            self.purged = digest
-            self.commits.append(digest)
-        elif self.purged is not None and self.erased is None and commit.kind == "erase":
+        if self.erased is None and (commit.kind == "erase" if self.commits else record is not None):
             self.commits.append(digest)
             if record is not None and record["erased"]:
                 self.erased = digest
@@ -225,21 +215,18 @@ def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
     for name in set(table.schema.names) - {"first_row", "n_chunks", "n_tokens"}:
         present = table[name].is_valid().to_numpy()
         holds |= present if name == "text_hash" else present & (tokens == 0)
-    concerned: Flags = holds[np.unique(doc[rows])]
-    return concerned
+    return np.asarray(holds[np.unique(doc[rows])])
 
 
 def _check_chunks(purged: Purged, entry: FileEntry) -> Flags:
     rows = purged.chunks.rows(entry.part)
     chunks = parts.read_chunks(purged.store, entry.part)
-    holds: Flags = (chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1)
-    return holds
+    return np.asarray((chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1))
 
 
 def _check_embeddings(purged: Purged, entry: FileEntry) -> Flags:
     rows, matrix = purged.chunks.rows(entry.part), read_vectors(purged.store, entry)
-    starts = range(0, len(rows), _BLOCK_ROWS)
-    return np.concatenate([matrix[rows[start : start + _BLOCK_ROWS]].any(axis=1) for start in starts])
+    return np.concatenate([matrix[some].any(axis=1) for some in in_steps(rows, _BLOCK_ROWS)])
 
 
 def _check_index(purged: Purged, entry: FileEntry) -> Flags:
@@ -253,36 +240,7 @@ def _check_index(purged: Purged, entry: FileEntry) -> Flags:
 
 
 def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
-    rows = purged.chunks.rows(entry.part)
-    within = is_within(purged.store, entry, parts.read_schema(purged.store, entry).metadata)
-    if not (within or len(rows)):
-        return _NOTHING
-    looked_at = [_NOTHING]
-    for group, mine in row_groups(entry, rows):
-        table = neighbour_tables.read_table(purged.store, entry, [group])
-        none = table.ids == NO_NEIGHBOUR
-        holds: Flags = (none & ~np.isposinf(table.distances)).any(axis=1)
-        holds[mine] |= ~none[mine].all(axis=1)
-        if within:
-            holds |= purged.chunks.contains(table.ids).any(axis=1)
-        if neighbour_tables.text_size(entry):
-            holds |= _holds_text(purged, neighbour_tables.read_text(purged.store, entry, [group]), mine, within=within)
-        looked_at.append(holds if within else holds[mine])
-    return np.concatenate(looked_at)
-
-
-def _holds_text(purged: Purged, text: NeighbourText, mine: Rows, *, within: bool) -> Flags:
-    """Return which rows have tokens of purged chunks or of no neighbour; rows ``mine`` must be empty."""
-    is_chunk = text.ids >= 0
-    holds: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
-    empty = ~(holds[:, :, 0] | holds[:, :, 1])
-    bad = ~is_chunk & ~(empty & np.isposinf(text.distances))
-    if within:
-        named, followed = purged.chunks.contains(text.ids), purged.chunks.contains(text.ids + 1) & holds[:, :, 1]
-        bad |= is_chunk & (named | followed)
-    bad[mine] |= (text.ids[mine] != NO_NEIGHBOUR) | ~empty[mine]
-    rows: Flags = np.any(bad, axis=1)
-    return rows
+    return np.concatenate([_NOTHING, *leftovers_in_table(purged.store, entry, purged.chunks, whole=True)])
 
 
 def _check_edits(purged: Purged, entry: FileEntry) -> Flags:
@@ -292,8 +250,7 @@ def _check_edits(purged: Purged, entry: FileEntry) -> Flags:
 def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:
     if purged.history.is_new(entry):
         return _NOTHING
-    excerpts: Flags = parts.read_parquet(purged.store, entry, ["excerpt"])["excerpt"].is_valid().to_numpy()
-    return excerpts
+    return np.asarray(parts.read_parquet(purged.store, entry, ["excerpt"])["excerpt"].is_valid())
 
 
 def _check_selectors(purged: Purged, entry: FileEntry) -> Flags:

@@ -79,12 +79,8 @@ def folded(
     text: memoryview, starts: npt.NDArray[np.int64], is_first: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
     """Remove spaces from rows beginning at ``starts`` [n + 1], but one between two words of a document."""
-    characters = np.frombuffer(
-        bytes(text).decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass"), np.uint32
-    )
-    size = np.select(
-        [characters < 0x80, characters < 0x800, characters >> 11 == 0x1B, characters < 0x10000], [1, 2, 1, 3], 4
-    )
+    characters = code_points(bytes(text).decode("utf-8", "surrogateescape"))
+    size = utf8_sizes(characters)
     place = np.cumsum(size) - size
     kind = kinds()[characters]
     solid = np.flatnonzero(kind != SPACE)
@@ -97,6 +93,16 @@ def folded(
     data[spaces] = ord(" ")
     before = np.concatenate([[0], np.cumsum(kept)])
     return before[starts], pa.py_buffer(data[kept])
+
+
+def code_points(text: str) -> npt.NDArray[np.uint32]:
+    """Return the code point of each character."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def utf8_sizes(points: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+    """Return the bytes of each character in UTF-8; a surrogate stands for a byte that is not UTF-8."""
+    return np.select([points < 0x80, points < 0x800, points >> 11 == 0x1B, points < 0x10000], [1, 2, 1, 3], 4)
 
 
 SPACE, WORD = 0, 1

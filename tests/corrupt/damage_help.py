@@ -21,7 +21,6 @@ from retrotool.ann.choice import IndexOptions
 from retrotool.app import app
 from retrotool.chunk import run as chunk_run
 from retrotool.index.run import Options
-from retrotool.neighbours import stage as neighbours_stage
 from retrotool.store import leases, log, tombstones
 from retrotool.store.storage import storage_at
 
@@ -129,7 +128,6 @@ class Refused(Exception):
 def run_command(*arguments: object) -> str:
     """Run the command line in this process, which has read no file of the store before; return what it prints."""
     tombstones._small.clear()
-    neighbours_stage._found.clear()
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"{arguments} stumbled") from result.exception

@@ -20,7 +20,7 @@ from test_neighbour_filters import nothing as nothing_dropped
 
 import retrotool
 from retrotool import RetroDataset, api
-from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.errors import StorageError, StoreNotFoundError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store.leases import Run
@@ -212,7 +212,7 @@ def test_a_database_that_cannot_be_written_is_used_all_the_same(here: Path, monk
 
     def refuse(self: Run) -> Run:
         if Path(self.storage.uri) == here / "database":
-            raise OSError(errno.EROFS, "Read-only file system", self.storage.place)
+            raise StorageError(f"{self.storage.place}: Read-only file system")
         return enter(self)
 
     monkeypatch.setattr(Run, "__enter__", refuse)

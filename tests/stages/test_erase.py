@@ -287,19 +287,25 @@ def test_a_selector_goes_when_others_have_erased_what_it_took(store_copy: Path, 
     assert literals() == []
 
 
-def beside(monkeypatch: pytest.MonkeyPatch, module: object, name: str, work: Callable[[], object]) -> None:
-    """Have ``work`` done by another process, as it were, just before a function is called for the first time."""
-    original = getattr(module, name)
+def beside(monkeypatch: pytest.MonkeyPatch, of: object, name: str, work: Callable[[], object]) -> None:
+    """Have ``work`` done by another process, as it were, just before a function is called for the first time.
+
+    ``of``: what has the function, under this ``name``: a module, a class or a table of functions.
+    """
+    original = of[name] if isinstance(of, dict) else getattr(of, name)
 
     def called(*arguments: object, **options: object) -> object:
         monkeypatch.undo()
         work()
         return original(*arguments, **options)
 
-    monkeypatch.setattr(module, name, called)
+    if isinstance(of, dict):
+        monkeypatch.setitem(of, name, called)
+    else:
+        monkeypatch.setattr(of, name, called)
 
 
-@pytest.mark.parametrize("at", ["_part_holds", "_shard_holds", "_table_holds", "_other_files"])
+@pytest.mark.parametrize("at", ["documents", "index", "neighbours", "files_of_several_parts"])
 def test_an_erase_goes_on_beside_another(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -307,11 +313,9 @@ def test_an_erase_goes_on_beside_another(
     other, own = lines(tmp_path / "other", ["doc-9"]), lines(tmp_path / "own", ["doc-11"])
     api.purge(store_copy, api.Selectors(document=Path(other)), reason="test")
     beside(
-        monkeypatch,
-        erase,
-        at,
+        monkeypatch, erase._HOLDS if at in erase._HOLDS else erase, at,
         lambda: api.purge(store_copy, api.Selectors(document=Path(other)), reason="test", erase=True),
-    )
+    )  # fmt: skip
     assert api.purge(store_copy, api.Selectors(document=Path(own)), reason="test", erase=True).erased > 0
     assert names_of(store_copy).isdisjoint({"doc-9", "doc-11"})
     assert all(purge["erased"] for purge in api.info(store_copy).purges.values())
@@ -337,7 +341,7 @@ def test_a_selection_that_an_erase_overtakes_is_made_again(
     store_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside(
-        monkeypatch, lookup, "select_where",
+        monkeypatch, lookup, "_chunks_where",
         lambda: api.purge(store_copy, api.Selectors(where="id = 'doc-9'"), reason="test", erase=True),
     )  # fmt: skip
     result = api.purge(store_copy, api.Selectors(where="id in ('doc-9', 'doc-11')"), reason="test")

@@ -19,7 +19,7 @@ from retrotool.embed.stage import EmbedStage
 from retrotool.errors import ConflictError, ErasedError, UsageError
 from retrotool.purge.run import commit_purge
 from retrotool.purge.select import select
-from retrotool.purge.selectors.lookup import select_ids, select_where
+from retrotool.purge.selectors.lookup import Lookup, select_ids
 from retrotool.purge.selectors.selector import GivenValue
 from retrotool.reader import Reader
 from retrotool.store import folding, staging
@@ -235,7 +235,8 @@ def test_selectors_find_what_they_say(store_copy: Path, tmp_path: Path) -> None:
     reader = retrotool.open(store_copy)
     chunks = {int(i): reader.chunk(int(i)) for part in reader.parts() for i in reader.chunk_ids(part)}
     odd = {i for i, chunk in chunks.items() if int(chunk.document.removeprefix("doc-")) % 2}
-    assert set(select_where(store, "source = 'b'").tolist()) == odd
+    where = Lookup("where", (GivenValue("source = 'b'"),))
+    assert set(where.select(store, missing_ok=False, report=lambda _: None).tolist()) == odd
     with_words = {i for i, chunk in chunks.items() if "store chunk" in chunk.text}
     assert with_words
     found = api.purge(

@@ -142,8 +142,8 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
     with writing(store) as run:
         (task,) = stage.plan(store)
         staging.stage(store.storage, stage.open(store)(task, run.id, lambda _: None))
-        state, _ = undoing.commit_undo(store, run, undoing.weigh(store, purged), "test", "me")
-        assert "undone" in state.records[f"purge:{purged}"]
+        undoing.commit_undo(store, run, undoing.weigh(store, purged), "test", "me")
+        assert "undone" in store.state.records[f"purge:{purged}"]
         assert len(folding.fold(store, run).refused) == 1
         with pytest.raises(ConflictError, match="undone"):
             stage.plan(store)

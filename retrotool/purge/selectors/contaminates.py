@@ -21,34 +21,22 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.ngrams import (
-    Flags,
-    GramSets,
-    Ints,
-    Tokens,
-    distinct_rows,
-    follows,
-    pairs_of_ranges,
-    reach,
-)
+from retrotool.purge.selectors.ngrams import Flags, GramSets, Ints, Tokens, distinct_rows, follows, reach
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
-from retrotool.ranges import expand_ranges
+from retrotool.ranges import expand_ranges, pairs_of_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import read_tombstones
 
-GRAM = 13
-"""Tokens of an n-gram."""
-SIMILAR = 0.8
-"""The smallest Jaccard similarity of a selected document."""
+GRAM = 13  # tokens of an n-gram
+SIMILAR = 0.8  # the smallest Jaccard similarity of a selected document
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +112,14 @@ def read_evaluation(evaluation: Store, n: int, share: float) -> ContaminationMat
     if not short and len(grams) == 1:
         raise UsageError(f"{evaluation.place} has no live text to compare with")
     sets = GramSets(np.concatenate(grams), np.unique(np.concatenate(owners), return_inverse=True)[1], share)
-    return ContaminationMatcher(sets, short, share)
+    return ContaminationMatcher(sets, short)
 
 
 class ContaminationMatcher:
     """Finds documents similar to those of ``sets``, or equal to one of ``short`` (tokens as uint32)."""
 
-    def __init__(self, sets: GramSets, short: set[bytes], share: float) -> None:
+    def __init__(self, sets: GramSets, short: set[bytes]) -> None:
         self._sets, self._short = sets, short
-        self._up, self._down = Fraction(str(share)).as_integer_ratio()
 
     def __call__(self, block: TextBlock) -> BlockHits:
         """Find matching rows of a block."""
@@ -166,9 +153,10 @@ class ContaminationMatcher:
             rows = np.arange(text.documents[document], text.documents[document + 1])
             return len(distinct_rows(windows[expand_ranges(rows * text.length, text.begin[rows])])[0])
 
+        up, down = self._sets.share
         for shared in self._sets.shared(entries, alike):
             columns = (shared.place, shared.count, self._sets.size[shared.owner])
             for place, both, theirs in zip(*(column.tolist() for column in columns), strict=True):
-                most = self._down * both // self._up - theirs + both  # distinct n-grams of a similar document
+                most = down * both // up - theirs + both  # distinct n-grams of a similar document
                 if not alike[place]:
                     alike[place] = int(text.of_document[place]) <= most or size(place) <= most

@@ -26,18 +26,14 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.errors import UsageError
+from retrotool.neighbours.token_overlap import COPIED, GRAM
 from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
 
-GRAM = 8
-"""Tokens of an n-gram."""
-COPIED = 0.5
-"""The share of a chunk's distinct n-grams that a copy has."""
-FEWEST = 8
-"""Chunks with fewer distinct n-grams are compared for equality."""
+FEWEST = 8  # chunks with fewer distinct n-grams are compared for equality
 
 _HELD = GRAM // 2
 

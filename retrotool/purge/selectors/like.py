@@ -42,6 +42,7 @@ from retrotool.errors import UsageError
 from retrotool.index.index_records import default_index, index_record
 from retrotool.lazy import torch
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
+from retrotool.ranges import as_slice, in_steps
 from retrotool.store import parts
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
@@ -49,8 +50,7 @@ from retrotool.tokenizers import stored_tokenizer
 Vectors = npt.NDArray[np.float32]
 
 _SLICE_ROWS, _LEAST_ROWS, _SLICE_PAIRS = 1 << 12, 64, 1 << 20
-_PAIRS = 1 << 14
-"""Fewer than what ``ann.ranking`` distributes among threads."""
+_PAIRS = 1 << 14  # fewer than what ``ann.ranking`` distributes among threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,24 +148,15 @@ class LikeMatcher:
     def __call__(self, block: TextBlock) -> BlockHits:
         """Find matching rows of a block, with the distance to the nearest query."""
         vectors = read_part_vectors(self._store, self._encoder, block.chunks.part)[block.first :][: len(block)]
-        embedded = block.chunks.embedded
-        rows, distances = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
         size = max(min(_SLICE_ROWS, _SLICE_PAIRS // len(self._queries)), _LEAST_ROWS)
         with one_thread(self._threads):  # blocks are processed in parallel
-            for start in range(0, len(block), size):
-                some = np.flatnonzero(embedded[start : start + size])
-                found, apart = self._near(vectors[start : start + size], some)
-                rows.append(found + start)
-                distances.append(apart)
-        return BlockHits.whole(np.concatenate(rows), np.concatenate(distances))
+            steps = in_steps(np.flatnonzero(block.chunks.embedded), size)
+            return BlockHits.joined([self._near(vectors, rows) for rows in steps])
 
-    def _near(
-        self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Return those ``rows`` of vectors [n, d] that are near enough, and their distances."""
+    def _near(self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]) -> BlockHits:
+        """Return those ``rows`` of vectors [n, d] that are near enough, with their distances."""
         # torch widens float16 with the processor's instruction, numpy does not.
-        some = vectors if len(rows) == len(vectors) else vectors[rows]
-        wide = torch.from_numpy(np.require(some, requirements=("C", "W"))).float()
+        wide = torch.from_numpy(np.require(vectors[as_slice(rows)], requirements=("C", "W"))).float()
         norms = torch.einsum("nd,nd->n", wide, wide).numpy()[:, None]
         least = norms + self._norms  # |x|² + |q|², which bounds the rounding error
         # Each of d products and sums in float32 is rounded by at most 2^-24; this is several times that.
@@ -176,10 +167,8 @@ class LikeMatcher:
         row, query = np.nonzero(least <= np.minimum(self._within, (least + 2 * slack).min(1, keepdims=True)))
         nearest = np.full(len(rows), np.inf, np.float32)
         for q in np.unique(query).tolist():
-            mine = row[query == q]
-            for first in range(0, len(mine), _PAIRS):
-                pairs = mine[first : first + _PAIRS]
+            for pairs in in_steps(row[query == q], _PAIRS):
                 apart = exact_distances(self._queries[q : q + 1], pairs[None], lambda ids: vectors[rows[ids]])[0]
                 nearest[pairs] = np.minimum(nearest[pairs], apart)
         within = nearest <= self._within
-        return rows[within], nearest[within]
+        return BlockHits.whole(rows[within], nearest[within])

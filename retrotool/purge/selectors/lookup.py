@@ -6,7 +6,7 @@ Expressions (``store.expressions``) read the columns that they name of all docum
 
 Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with a lower id.
 
-- Not compared: purged and erased chunks, values of key-value records, and chunks of fewer than ``shortest``
+- Not compared: purged and erased chunks, values of key-value records, and chunks of fewer than ``SHORTEST``
   tokens, because unrelated documents end in the same few tokens.
 - Cost: all tokens are read and hashed (BLAKE2b-128), and ``chunk.hash_partitions`` compares the hashes: 0.6
   to 1 µs per chunk, and the sort. Memory: about 80 bytes times ``rows``, 8,192 chunks, and 8 bytes per
@@ -38,8 +38,7 @@ from retrotool.store.parts import Chunks, Ids, parse_id, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 
-SHORTEST = 8
-"""The least number of tokens of a duplicate."""
+SHORTEST = 8  # the least number of tokens of a duplicate
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,11 @@ class Lookup:
         if self.kind == "chunk":
             return select_ids(store, self.values)
         if self.kind == "document":
-            return select_documents(store, self.values, missing_ok=missing_ok, report=report)
+            return select_documents(store, self.values, missing_ok, report)
         if self.kind == "duplicates":
             return select_duplicates(store, report)
-        return select_where(store, self.values[0].text, report)
+        where = Where.checked(store, self.values[0].text)
+        return _chunks_where(store, partial(where.rows, store), report)
 
 
 def select_ids(store: Store, values: Sequence[GivenValue]) -> Ids:
@@ -83,9 +83,7 @@ def select_ids(store: Store, values: Sequence[GivenValue]) -> Ids:
     return np.unique(np.array(found, np.int64))
 
 
-def select_documents(
-    store: Store, names: Sequence[GivenValue], *, missing_ok: bool = False, report: Report = lambda _: None
-) -> Ids:
+def select_documents(store: Store, names: Sequence[GivenValue], missing_ok: bool, report: Report) -> Ids:
     """Return the chunks of documents, given by id; ``UsageError`` names the first unknown one."""
     wanted = {name.text: name for name in reversed(names)}
     keys = pa.array(map(id_hash, wanted), pa.binary())
@@ -94,8 +92,7 @@ def select_documents(
     def has_key(part: int) -> npt.NDArray[np.bool_]:
         place = pc.index_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
         seen[place.drop_null().to_numpy()] = True
-        hit: npt.NDArray[np.bool_] = place.is_valid().to_numpy()
-        return hit
+        return np.asarray(place.is_valid())
 
     found = _chunks_where(store, has_key, report)
     if not (seen.all() or missing_ok):
@@ -110,11 +107,6 @@ def select_documents(
     return found
 
 
-def select_where(store: Store, expression: str, report: Report = lambda _: None) -> Ids:
-    """Return the chunks of the documents for which an expression over their columns is true."""
-    return _chunks_where(store, partial(Where.checked(store, expression).rows, store), report)
-
-
 def _chunks_where(store: Store, match: Callable[[int], npt.NDArray[np.bool_]], report: Report) -> Ids:
     """Return the chunks of the documents that ``match`` selects in a part."""
     found = [np.zeros(0, np.int64)]
@@ -124,9 +116,7 @@ def _chunks_where(store: Store, match: Callable[[int], npt.NDArray[np.bool_]], r
     return np.concatenate(found)
 
 
-def select_duplicates(
-    store: Store, report: Report = lambda _: None, *, shortest: int = SHORTEST, rows: int = hash_partitions.ROWS
-) -> Ids:
+def select_duplicates(store: Store, report: Report = lambda _: None, *, rows: int = hash_partitions.ROWS) -> Ids:
     """Return the chunks that repeat an earlier one, int64, ascending; calls ``report`` with 1 per part.
 
     ``rows``: how many hashes are held in memory. ``StorageError`` if the scratch file does not fit on the
@@ -139,7 +129,7 @@ def select_duplicates(
             purged = tombstones.rows(part)
             for first in range(0, total, parts.ROW_GROUP):
                 chunks = parts.read_chunks(store, part, [first // parts.ROW_GROUP])
-                wanted = (chunks.n_tokens >= shortest) & chunks.key
+                wanted = (chunks.n_tokens >= SHORTEST) & chunks.key
                 low, high = np.searchsorted(purged, [first, first + len(chunks)])
                 wanted[purged[low:high] - first] = False
                 of_block = np.flatnonzero(wanted)

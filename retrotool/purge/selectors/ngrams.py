@@ -27,8 +27,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ranges import expand_ranges
-from retrotool.store.parts import Chunks
+from retrotool.neighbours.token_overlap import HASH_BITS, gram_hashes
+from retrotool.ranges import pairs_of_ranges
+from retrotool.store.parts import Chunks, fixed_binary
 
 Tokens = npt.NDArray[np.unsignedinteger]
 Ints = npt.NDArray[np.int64]
@@ -37,8 +38,6 @@ Flags = npt.NDArray[np.bool_]
 
 Number = TypeVar("Number", bound=np.integer[Any])
 
-HASH_BITS = 32
-_ODD = np.array([0x9E3779B1, 0xD6E8FEB7, 0xA0761D65, 0xE7037ED1, 0x8EBC6AF1, 0x589965CD, 0x1D8E4E27, 0xEB44ACCB], "<u4")
 _TABLE_BITS = (12, 24)
 _PLACES_A_GRAM = 32
 _FIRST_SETS, _MORE_SETS = 1, 4
@@ -69,7 +68,7 @@ class GramSets:
 
     def __init__(self, grams: Tokens, owner: Ints, share: float) -> None:
         self.n = grams.shape[1]
-        self._up, self._down = Fraction(str(share)).as_integer_ratio()
+        self.share = Fraction(str(share)).as_integer_ratio()  # numerator and denominator
         kept, which = distinct_rows(grams)
         hashes = gram_hashes(np.ascontiguousarray(grams[kept]).reshape(-1), self.n)[:: self.n]
         order = np.argsort(hashes, kind="stable")
@@ -91,9 +90,8 @@ class GramSets:
 
     def _set_owners(self, owner: Ints, gram: Ints) -> None:
         """Set (owner, gram) [m], sorted, owners numbered from 0."""
-        self.size = np.bincount(owner)
-        """How many grams each set has, int64 [o]."""
-        self.needed = np.maximum(-(-self.size * self._up // self._down), 1)
+        self.size = np.bincount(owner)  # how many grams each set has, int64 [o]
+        self.needed = np.maximum(-(-self.size * self.share[0] // self.share[1]), 1)
         """How many of them a place must have, int64 [o]."""
         self._owned, self._of_owner = gram, np.append(0, np.cumsum(self.size))
         self._any_needed = np.full(len(self._hashes), np.iinfo(np.int64).max)
@@ -205,8 +203,7 @@ class GramSets:
 
 def _as_bytes(rows: Tokens) -> npt.NDArray[np.void]:
     """Return each of rows [g, n] as one value, [g], which is three times as fast to take and to compare."""
-    things: npt.NDArray[np.void] = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0]
-    return things
+    return np.asarray(rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0])
 
 
 def _distinct_sets(owner: Ints, gram: Ints, grams: int) -> tuple[Ints, Ints]:
@@ -231,32 +228,6 @@ def _bounded(cost: Ints) -> Iterator[slice]:
         low = high
 
 
-def gram_hashes(tokens: Tokens, n: int) -> Hashes:
-    """Hash the ``n`` tokens from each position on, uint32 [t − n + 1] (empty if there are fewer)."""
-    if len(tokens) < n:
-        return np.zeros(0, np.uint32)
-    power: Hashes = tokens.astype(np.uint32) * _ODD[0]  # of ``size`` tokens, a power of two
-    joined: Hashes | None = None
-    have, size = 0, 1
-    while True:
-        if n & size:
-            # Another factor than in the powers: else swapping the halves of a gram would not change its hash.
-            joined = power if joined is None else _followed(joined, power[have:], _ODD[7])
-            have += size
-        if 2 * size > n:
-            assert joined is not None
-            hashes: Hashes = joined[: len(tokens) - n + 1]
-            return hashes
-        power = _followed(power, power[size:], _ODD[1 + (size.bit_length() - 1) % 6])
-        size *= 2
-
-
-def _followed(one: Hashes, other: Hashes, factor: np.uint32) -> Hashes:
-    hashes: Hashes = one[: len(other)] * factor
-    hashes += other
-    return hashes
-
-
 def follows(chunks: Chunks, n_tokens: npt.NDArray[np.integer]) -> Flags:
     """Return which rows [n] continue in the next row, both with tokens: bool [n], the last False.
 
@@ -273,8 +244,7 @@ def reach(n_tokens: npt.NDArray[np.integer], follow: Flags, length: int) -> Ints
     total = np.cumsum(n_tokens, dtype=np.int64)
     ends = np.flatnonzero(~(follow & (n_tokens == length)))
     last = ends[np.searchsorted(ends, np.arange(len(n_tokens)))]
-    tokens: Ints = total[last] - total + n_tokens
-    return tokens
+    return np.asarray(total[last] - total + n_tokens)
 
 
 def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
@@ -287,18 +257,5 @@ def distinct(numbers: npt.NDArray[Number]) -> npt.NDArray[Number]:
 
 def distinct_rows(rows: npt.NDArray[np.unsignedinteger]) -> tuple[Ints, Ints]:
     """Return an index per distinct row of [g, n], int64 [d], and which of these each equals, int64 [g]."""
-    padded = np.zeros((len(rows), -(-rows.shape[1] * rows.itemsize // 8) * 8), np.uint8)
-    padded[:, : rows.shape[1] * rows.itemsize] = np.ascontiguousarray(rows).view(np.uint8)
-    words = padded.view(np.uint64)
-    order = np.lexsort(words.T)
-    new = np.ones(len(rows), np.bool_)
-    new[1:] = (words[order[1:]] != words[order[:-1]]).any(axis=1)
-    which = np.empty(len(rows), np.int64)
-    which[order] = np.cumsum(new) - 1
-    return order[new], which
-
-
-def pairs_of_ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
-    """Return the numbers in all ranges [first, last), [r], as (range, number), int64 each."""
-    count = last - first
-    return np.repeat(np.arange(len(count)), count), expand_ranges(first, count)
+    which = fixed_binary(rows).dictionary_encode().indices.to_numpy().astype(np.int64)  # numbered as they occur
+    return np.flatnonzero(np.diff(np.maximum.accumulate(which), prepend=-1)), which

@@ -29,15 +29,12 @@ from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Sele
 from retrotool.store.store import Store
 
 Pattern = Any
-MOST, MOST_CHARACTERS = 10_000, 1 << 20
-"""Patterns, and characters of all of them together."""
+MOST, MOST_CHARACTERS = 10_000, 1 << 20  # patterns, and characters of all of them together
 _SET_BYTES = 128 << 20
 WINDOW, OVERLAP = 56 << 10, 8 << 10
 """Bytes in which the matches of a window begin, and bytes after them in which they may end."""
-CROWDED = 256
-"""Matches of a window, including empty ones, after which it is searched in narrow windows."""
-NARROW, NARROW_OVERLAP = 512, 1 << 10
-"""``WINDOW`` and ``OVERLAP`` of a narrow window."""
+CROWDED = 256  # matches of a window, including empty ones, after which it is searched in narrow windows
+NARROW, NARROW_OVERLAP = 512, 1 << 10  # ``WINDOW`` and ``OVERLAP`` of a narrow window
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ class Patterns(Selector):
         several, together = [compiled(pattern) for pattern in self.patterns], _compiled_set(self.patterns)
 
         def match(block: TextBlock) -> BlockHits:
-            hits = [BlockHits.whole(np.zeros(0, np.int64))]
+            hits: list[BlockHits] = []
             where: dict[int, list[int]] = {}
             for document, (begin, end) in enumerate(itertools.pairwise(block.starts[block.documents].tolist())):
                 found = together.Match(block.text[begin:end]) or ()

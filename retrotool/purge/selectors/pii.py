@@ -231,10 +231,8 @@ def check_card(seen: Candidate) -> tuple[int, int] | None:
     return None
 
 
-BLOCK = 8 << 10
-"""Bytes of the longest private key block."""
-_LEAST = 64
-"""The least number of letters and digits in a private key; shorter ones are examples."""
+BLOCK = 8 << 10  # bytes of the longest private key block
+_LEAST = 64  # the least number of letters and digits in a private key; shorter ones are examples
 
 _SHAPES = (
     r"(?:AKIA|ASIA)[A-Z2-7]{16}",
@@ -254,10 +252,9 @@ _LOST_JWT = r"eyJ[A-Za-z0-9_-]{8,}\.(?:eyJ[A-Za-z0-9_-]{8,}|\[UNK\])\.(?:[A-Za-z
 _BEGIN = r"-----BEGIN (?:[A-Z0-9]+ ){0,2}PRIVATE KEY(?: BLOCK)?-----"
 
 
-def key_pattern(*, folded: bool) -> str:
-    """Return the pattern of all keys; for folded text it is to be matched ignoring case."""
-    bare, jwt = (_BARE % 40, _LOST_JWT) if folded else (_BARE % 20, _JWT)
-    return "|".join((*_SHAPES, bare, jwt, _BEGIN))
+KEY = "|".join((*_SHAPES, _BARE % 20, _JWT, _BEGIN))
+FOLDED_KEY = "|".join((*_SHAPES, _BARE % 40, _LOST_JWT, _BEGIN))
+"""For folded text, to be matched ignoring case."""
 
 
 def check_key(seen: Candidate) -> tuple[int, int] | None:
@@ -300,7 +297,7 @@ _FORMS: dict[str, tuple[str, Check]] = {
     "ip-address": (IP, check_ip),
     "iban": (IBAN, check_iban),
     "payment-card": (CARD, check_card),
-    "key": (key_pattern(folded=False), check_key),
+    "key": (KEY, check_key),
 }
 KINDS = tuple(_FORMS)
 
@@ -325,38 +322,37 @@ class PersonalData(Selector):
 
     def open(self, store: Store) -> Matcher:
         """Compile the patterns."""
-        return PersonalDataMatcher(self.kinds, folded=not stored_tokenizer(store).lossless)
+        return self.matcher(folded=not stored_tokenizer(store).lossless)
+
+    def matcher(self, *, folded: bool = False) -> Matcher:
+        """Return the matcher of text that is ``folded`` or not; it labels rows by kind."""
+        forms = {**_FORMS, "key": (FOLDED_KEY, check_key)} if folded else _FORMS
+        searches = [(compiled(forms[kind][0], ignore_case=folded), forms[kind][1]) for kind in self.kinds]
+
+        def match(block: TextBlock) -> BlockHits:
+            found = []
+            for label, (pattern, check) in enumerate(searches):
+                spans = np.array(list(_checked(block, pattern, check, folded)), np.int64).reshape(-1, 2)
+                found.append(BlockHits.touched(block, spans[:, 0], spans[:, 1], label))
+            return BlockHits.joined(found)
+
+        return match
 
 
-class PersonalDataMatcher:
-    """Finds the rows of blocks with personal data, labelled by kind."""
-
-    def __init__(self, kinds: tuple[str, ...], *, folded: bool = False) -> None:
-        known = {**_FORMS, "key": (key_pattern(folded=folded), check_key)}
-        self._folded = folded
-        self._searches = [(compiled(known[kind][0], ignore_case=folded), known[kind][1]) for kind in kinds]
-
-    def __call__(self, block: TextBlock) -> BlockHits:
-        """Find matching rows of a block."""
-        found = []
-        for label, (pattern, check) in enumerate(self._searches):
-            spans = np.array(list(self._checked(block, pattern, check)), np.int64).reshape(-1, 2)
-            found.append(BlockHits.touched(block, spans[:, 0], spans[:, 1], label))
-        return BlockHits.joined(found)
-
-    def _checked(self, block: TextBlock, pattern: Pattern, check: Check) -> Iterator[tuple[int, int]]:
-        begins, ends = find_all(pattern, block)
-        borders = block.starts[block.documents]
-        document = np.searchsorted(borders, begins, side="right")
-        places = (begins, ends, borders[document - 1], borders[document])
-        over = 0
-        for begin, end, first, last in zip(*(place.tolist() for place in places), strict=True):
-            if begin < over:
-                continue  # within a private key block
-            reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
-            edges = itertools.pairwise((max(first, begin - AROUND), begin, end, min(last, end + reach)))
-            before, text, after = (bytes(block.text[low:high]).decode("ascii", "replace") for low, high in edges)
-            place = check(Candidate(text, before, after, self._folded))
-            if place is not None:
-                over = begin + place[1]
-                yield begin + place[0], over
+def _checked(block: TextBlock, pattern: Pattern, check: Check, folded: bool) -> Iterator[tuple[int, int]]:
+    """Yield where the data in matches of ``pattern`` begins and ends in the text of a block."""
+    begins, ends = find_all(pattern, block)
+    borders = block.starts[block.documents]
+    document = np.searchsorted(borders, begins, side="right")
+    places = (begins, ends, borders[document - 1], borders[document])
+    over = 0
+    for begin, end, first, last in zip(*(place.tolist() for place in places), strict=True):
+        if begin < over:
+            continue  # within a private key block
+        reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
+        edges = itertools.pairwise((max(first, begin - AROUND), begin, end, min(last, end + reach)))
+        before, text, after = (bytes(block.text[low:high]).decode("ascii", "replace") for low, high in edges)
+        place = check(Candidate(text, before, after, folded))
+        if place is not None:
+            over = begin + place[1]
+            yield begin + place[0], over

@@ -14,10 +14,9 @@ which release the GIL. Memory: a block per thread, and 34 bytes per hit.
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
+import contextlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +28,7 @@ from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
 from retrotool.purge.selectors.selector import BLOCK_ROWS, Decoder, Matcher, Selector, TextBlock, text_blocks
+from retrotool.read_ahead import ahead
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -101,18 +101,11 @@ def _side_by_side(matchers: list[Matcher], blocks: Iterator[TextBlock]) -> Itera
     """Yield the rows and results of each block, in order; holds one block more than there are threads."""
     threads = cores()
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[tuple[int, pa.Table]]] = deque(
-            pool.submit(_first_hits, matchers, block) for block in itertools.islice(blocks, threads)
-        )
-        try:
-            while waiting:
+        begun = (pool.submit(_first_hits, matchers, block) for block in blocks)
+        with contextlib.closing(ahead(begun, max(threads - 1, 1))) as futures:
+            for future in futures:
                 interrupts.check()
-                yield waiting.popleft().result()
-                for block in itertools.islice(blocks, 1):
-                    waiting.append(pool.submit(_first_hits, matchers, block))
-        finally:
-            for future in waiting:
-                future.cancel()
+                yield future.result()
 
 
 def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Table]:

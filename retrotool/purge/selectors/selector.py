@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from retrotool.cli.options import check_utf8, read_given_lines
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.ngrams import pairs_of_ranges
+from retrotool.ranges import pairs_of_ranges
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
 from retrotool.store.store import Store
@@ -35,8 +35,7 @@ from retrotool.tokenizers.fold import Folder
 
 Offsets = npt.NDArray[np.int64]
 
-BLOCK_ROWS = 1 << 14
-"""The least number of chunks in a block, if its part has as many."""
+BLOCK_ROWS = 1 << 14  # the least number of chunks in a block, if its part has as many
 
 
 class Decoder:
@@ -96,12 +95,16 @@ def text_blocks(store: Store, decoder: Decoder, part: int, rows: int = BLOCK_ROW
     while start < total:
         after = int(np.searchsorted(first, start + rows))
         stop = int(first[after]) if after < len(first) else total
-        groups = range(start // parts.ROW_GROUP, -(-stop // parts.ROW_GROUP))
-        read = parts.read_chunks(store, part, list(groups))
-        chunks = read.between(start - groups[0] * parts.ROW_GROUP, stop - groups[0] * parts.ROW_GROUP)
         bounds = np.append(first[np.searchsorted(first, start) : after], stop)
-        yield TextBlock(chunks, start, bounds - start, decoder)
+        yield TextBlock(read_rows(store, part, start, stop), start, bounds - start, decoder)
         start = stop
+
+
+def read_rows(store: Store, part: int, start: int, stop: int) -> Chunks:
+    """Read the chunks in rows [start, stop) of a part."""
+    groups = range(start // parts.ROW_GROUP, -(-stop // parts.ROW_GROUP))
+    first = groups[0] * parts.ROW_GROUP
+    return parts.read_chunks(store, part, groups).between(start - first, stop - first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,8 @@ class BlockHits:
 
     @classmethod
     def joined(cls, several: Sequence[BlockHits]) -> BlockHits:
-        """Concatenate hits, at least one."""
+        """Concatenate hits."""
+        several = (cls.whole(np.zeros(0, np.int64)), *several)
         return cls(*(np.concatenate([getattr(hits, one.name) for hits in several]) for one in fields(cls)))
 
 
@@ -163,10 +167,8 @@ class Selector:
     """What to search for. Subclasses are frozen dataclasses, which are sent to worker processes."""
 
     __slots__ = ()
-    kind: ClassVar[str]
-    """The name of its option, without dashes."""
-    reads_text: ClassVar[bool] = False
-    """Whether it reads text; otherwise none is decoded for it."""
+    kind: ClassVar[str]  # the name of its option, without dashes
+    reads_text: ClassVar[bool] = False  # whether it reads text; otherwise none is decoded for it
 
     @property
     def names(self) -> Sequence[str]:

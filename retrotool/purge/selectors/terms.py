@@ -42,12 +42,11 @@ from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Sele
 from retrotool.ranges import expand_ranges
 from retrotool.store.store import Store
 from retrotool.tokenizers import Tokenizer, stored_tokenizer
-from retrotool.tokenizers.fold import WORD, Folder, kinds
+from retrotool.tokenizers.fold import WORD, Folder, code_points, kinds, utf8_sizes
 
 _SPACES = bytes(number for number in range(128) if chr(number).isspace())
 _LOWER = bytes(range(256)).lower().translate(bytes.maketrans(_SPACES, b" " * len(_SPACES)))
-_LEFT = (*_SPACES.decode().replace(" ", ""), *"\x85\u1680\u2028\u2029")
-"""White space that NFKC leaves."""
+_LEFT = (*_SPACES.decode().replace(" ", ""), *"\x85\u1680\u2028\u2029")  # white space that NFKC leaves
 _IS_WORD = bytes(number > 127 or chr(number).isalnum() for number in range(256))
 
 
@@ -61,12 +60,7 @@ def normalised(text: str) -> str:
 
 def is_word(text: str) -> npt.NDArray[np.bool_]:
     """Return which characters of a text are letters, digits or marks, bool [characters]."""
-    words: npt.NDArray[np.bool_] = kinds()[_code_points(text)] == WORD
-    return words
-
-
-def _code_points(text: str) -> npt.NDArray[np.uint32]:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    return np.asarray(kinds()[code_points(text)] == WORD)
 
 
 @dataclass(frozen=True)
@@ -155,14 +149,8 @@ def _normalise(islands: list[bytes]) -> tuple[list[bytes], npt.NDArray[np.uint8]
         return [], np.zeros(0, np.uint8)
     text = normalised(b"\0".join(islands).decode("utf-8", "surrogateescape"))
     data = text.encode("utf-8", "surrogateescape")
-    words = np.repeat(is_word(text), _sizes(text))[np.frombuffer(data, np.uint8) != 0]
+    words = np.repeat(is_word(text), utf8_sizes(code_points(text)))[np.frombuffer(data, np.uint8) != 0]
     return data.split(b"\0"), words.astype(np.uint8)
-
-
-def _sizes(text: str) -> npt.NDArray[np.int64]:
-    """Return the bytes of each character; bytes that are not UTF-8 are surrogates."""
-    points = _code_points(text)
-    return np.select([points < 0x80, points < 0x800, points >> 11 == 0x1B, points < 0x10000], [1, 2, 1, 3], 4)
 
 
 def _ends(island: bytes) -> tuple[Offsets, Offsets]:
@@ -172,7 +160,7 @@ def _ends(island: bytes) -> tuple[Offsets, Offsets]:
     """
     text = island.decode("utf-8", "surrogateescape")
     if normalised(text) == text:
-        ends = np.cumsum(_sizes(text))
+        ends = np.cumsum(utf8_sizes(code_points(text)))
         return ends, np.concatenate([[0], ends])
     new: list[str] = []
     old: list[str] = []

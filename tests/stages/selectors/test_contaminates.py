@@ -57,7 +57,7 @@ def matcher_of(evaluation: list[list[int]], n: int, share: float) -> Contaminati
     windows = [(tokens[i : i + n], who) for who, tokens in enumerate(evaluation) for i in range(len(tokens) - n + 1)]
     table = np.array([w for w, _ in windows], np.uint16).reshape(-1, n)
     short = {np.array(tokens, "<u4").tobytes() for tokens in evaluation if len(tokens) < n}
-    return ContaminationMatcher(GramSets(table, np.array([w for _, w in windows], np.int64), share), short, share)
+    return ContaminationMatcher(GramSets(table, np.array([w for _, w in windows], np.int64), share), short)
 
 
 @st.composite

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from retrotool import api
 from retrotool.errors import UsageError
 from retrotool.purge.selectors import patterns
-from retrotool.purge.selectors.pii import KINDS, PersonalData, PersonalDataMatcher
+from retrotool.purge.selectors.pii import KINDS, PersonalData
 from retrotool.purge.selectors.selector import Decoder, text_blocks
 from retrotool.store.store import Store
 
@@ -91,7 +91,7 @@ BAD = {
 def found_in(text: str, *, folded: bool = False, size: int = 50) -> set[tuple[str, str]]:
     """Kind and text of all that is found."""
     block = block_of([cut(text.encode(), size)])
-    found = PersonalDataMatcher(KINDS, folded=folded)(block)
+    found = PersonalData(KINDS).matcher(folded=folded)(block)
     places = zip(found.labels.tolist(), found.begin.tolist(), found.end.tolist(), strict=True)
     return {(KINDS[label], bytes(block.text[begin:end]).decode()) for label, begin, end in places}
 
@@ -139,7 +139,7 @@ def test_all_is_found_wherever_chunks_are_cut(data: st.DataObject) -> None:
 
 def test_documents_are_apart_and_kinds_are_labels() -> None:
     block = block_of([[b"john@exam", b"ple.com 81.2.69.", b"142"], [b"81.2."], [b"69.142"]])
-    matcher = PersonalDataMatcher(("ip-address", "email"))
+    matcher = PersonalData(("ip-address", "email")).matcher()
     assert PersonalData(("ip-address", "email")).names == ("ip-address", "email")
     found = matcher(block)
     assert sorted(zip(found.rows.tolist(), found.labels.tolist(), strict=True)) == [(0, 1), (1, 0), (1, 1), (2, 0)]
@@ -190,7 +190,7 @@ def test_what_is_read_is_linear(piece: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(patterns, "_find_from", counted)
     size = 150_000
     text = (piece * (size // len(piece))).encode()
-    found = PersonalDataMatcher(KINDS)(block_of([cut(text, 250)]))
+    found = PersonalData(KINDS).matcher()(block_of([cut(text, 250)]))
     assert read < 5 * len(KINDS) * size
     assert len(found) < size
 

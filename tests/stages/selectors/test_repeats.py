@@ -14,6 +14,7 @@ from selector_help import purge, random_tokens, store_of
 from stored import stored_files
 
 from retrotool import api
+from retrotool.purge.selectors import lookup
 from retrotool.purge.selectors.lookup import select_duplicates, token_hashes
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
@@ -64,8 +65,9 @@ def test_all_but_the_first_are_found_with_any_memory(store: Store, rows: int) ->
 
 
 @pytest.mark.parametrize("shortest", [1, 7, 8, 9, 64])
-def test_short_chunks_are_left_alone_unless_they_are_asked_for(store: Store, shortest: int) -> None:
-    assert select_duplicates(store, shortest=shortest).tolist() == by_hand(store, shortest)
+def test_short_chunks_are_left_alone(store: Store, shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "SHORTEST", shortest)
+    assert select_duplicates(store).tolist() == by_hand(store, shortest)
 
 
 def test_what_is_purged_or_erased_is_neither_first_nor_repeats(store: Store) -> None:
