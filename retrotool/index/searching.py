@@ -387,7 +387,7 @@ class Database(_Open):
         self._allow_missing = allow_missing
         vectors = (store.state.part_file("embeddings", part, self.encoder) for part in self.held())
         mapped = filter(None, (self._files.trained, *self._files.shards.values(), *vectors))
-        store.check_cache(mapped, f"the index {self.name!r} of {store.place}")
+        store.cache.check_room(mapped, f"the index {self.name!r} of {store.place}")
 
     @property
     def _files(self) -> IndexFiles:

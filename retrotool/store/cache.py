@@ -224,19 +224,18 @@ class FileCache:
             file.truncate(entry.bytes)
 
     def check_room(self, entries: Iterable[FileEntry], what: str) -> None:
-        """Raise ``UsageError`` if files that are mapped at the same time exceed the budget."""
-        need, (_, limit) = sum({entry.sha256: entry.bytes for entry in entries}.values()), usage()
+        """Raise ``UsageError`` if files that ``what`` maps at the same time exceed the budget."""
+        if not self._storage.latent:
+            return
+        need, limit = sum({entry.sha256: entry.bytes for entry in entries}.values()), usage()[1]
         if need > limit:
-            raise UsageError(
-                f"{what} needs {megabytes(need)} in the cache on this machine, {self.folder.parent}, which may have "
-                f"{megabytes(limit)}",
-                _MORE,
-            )
+            room = f"{megabytes(need)} in the cache {self.folder.parent}, which may have {megabytes(limit)}"
+            raise UsageError(f"{what} needs {room}", _MORE)
 
     def names(self) -> list[str]:
         """Return the names of the copies of this store's files."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return [path.name for path in self.folder.iterdir()]
+            return [path.name for path in self.folder.iterdir()] if self._storage.latent else []
         return []
 
     def remove_others(self, names: Iterable[str], live: Collection[str]) -> None:

@@ -104,7 +104,7 @@ class Store:
 
     def refresh(self) -> State:
         """Apply newer commits, remove copies of files that they removed, and return the state."""
-        copies = [] if self.is_local else self.cache.names()  # listed first: what is copied later is newer
+        copies = self.cache.names()  # listed first: what is copied later is newer
         self.state = self.state.fold(log.read_after(self.storage, self.state.number, self.state.head))
         if copies and self._cleaned < self.state.number:
             groups = (group for (kind, _), group in self.state.groups.items() if kind in MAPPED_KINDS)
@@ -185,11 +185,6 @@ class Store:
                 yield item
 
         return items if self.is_local else ahead(copied(), 1, patience=_STOP_SECONDS)
-
-    def check_cache(self, entries: Iterable[FileEntry], what: str) -> None:
-        """Raise ``UsageError`` if ``what`` maps more at the same time than there may be copies."""
-        if not self.is_local:
-            self.cache.check_room(entries, what)
 
     def write(self, name: FileName, write: Callable[[Sink], int], *, about: dict[str, Any] | None = None) -> FileEntry:
         """Write a new file by ``write(sink)``, which returns its rows; it counts once a commit names it."""

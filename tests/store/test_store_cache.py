@@ -34,7 +34,7 @@ OTHER_UUID = "0f0f0f0f-1111-4000-8000-000000000000"
 class Bucket:
     """Files elsewhere; ``reads`` has the paths of those that were read."""
 
-    place = "s3://bucket/store"
+    place, latent = "s3://bucket/store", True
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
