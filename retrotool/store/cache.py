@@ -178,8 +178,7 @@ class FileCache:
                 file.truncate(0)
                 self._reserve(file, entry, needed)
                 self._write(file, entry)
-                with contextlib.suppress(FileNotFoundError):  # the whole cache was deleted
-                    disk.fsync(partial)
+                with contextlib.suppress(FileNotFoundError), self._locked():  # or the whole cache was deleted
                     partial.rename(path)
             except BaseException:
                 partial.unlink(missing_ok=True)
@@ -197,7 +196,8 @@ class FileCache:
                     file.write(block)
             file.truncate()  # what was read before may have been longer
             if digest.hexdigest() == entry.sha256:
-                return
+                disk.announce("fsync", self.folder)
+                return os.fsync(file.fileno())
         verify = shlex.join(["retrotool", "verify", self._storage.place])
         raise CorruptError(
             f"{where(self._storage, entry.path)}: its SHA-256 is not what the log says, also when read again",
@@ -207,7 +207,7 @@ class FileCache:
     def _reserve(self, file: IO[bytes], entry: FileEntry, needed: bool) -> None:
         """Reserve space for a file, whose size others count from then on; evict copies until it fits."""
         root = self.folder.parent
-        with (root / "lock").open("ab") as lock, _exclusive(lock, waits=True):
+        with self._locked():
             copies = sorted(_copies(root))
             held = sum(size for _, size, _ in copies)
             limit = _budget(root, held)
@@ -222,6 +222,12 @@ class FileCache:
                     _MORE,
                 )
             file.truncate(entry.bytes)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes from counting copies while one is renamed, evicted or given its size."""
+        with (self.folder.parent / "lock").open("ab") as lock, _exclusive(lock, waits=True):
+            yield
 
     def check_room(self, entries: Iterable[FileEntry], what: str) -> None:
         """Raise ``UsageError`` if files that ``what`` maps at the same time exceed the budget."""

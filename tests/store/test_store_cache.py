@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -345,3 +348,24 @@ def test_a_kill_at_any_moment_leaves_nothing_wrong(bucket: Bucket, folder: Path)
         assert use(bucket, entry) == b"some bytes" * 3
         assert {path.suffix for path in folder.glob("*/*")} == {".npy"}
         cached(bucket).remove_others(cached(bucket).names(), ())
+
+
+def test_many_at_once_get_the_right_bytes_within_the_budget(
+    bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread holds one copy at a time, so that there is room for another one."""
+    monkeypatch.setenv("RETROTOOL_CACHE_SIZE", "1000")
+    entries = [bucket.add(bytes([number]) * 100) for number in range(20)]
+
+    def work(seed: int) -> int:
+        most = 0
+        for entry in random.Random(seed).choices(entries, k=100):
+            assert use(bucket, entry) == bucket.files[entry.path]
+            with (folder / "lock").open("ab") as lock:  # or it would count files that come and go
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                most = max(most, cache.usage()[0])
+        return most
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(work, range(8))) <= 1000
+    assert len(bucket.reads) > len(entries), "some were evicted and copied again"
