@@ -38,7 +38,7 @@ from retrotool.encoder.forwards import Computed, Handle, Ready
 from retrotool.machine import cores
 from retrotool.store.parts import read_chunks
 from retrotool.store.store import Store
-from retrotool.tokenizers import bundled_model
+from retrotool.tokenizers import FastTokenizer, bundled_model
 
 Vectors = np.ndarray[Any, np.dtype[Any]]
 
@@ -153,7 +153,7 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
     def paced(self: Encoder, *_: Any) -> None:
         self._runner = Paced(self, rate or 0.0)  # type: ignore[assignment]
         self.work.lanes, self.cosine = 1, 1.0
-        self.use_fast_tokenizer()
+        self.fast = FastTokenizer(self.tokenizer)
 
     usual = BATCH_TOKENS["cpu"]
     if rate is not None:

@@ -1,15 +1,16 @@
-"""Ranges of integers: many at once as arrays, [first, last] for the log, and membership in sorted numbers."""
+"""Ranges of integers as arrays, and as [first, last] for the log; membership in numbers; runs of items."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Int64s = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 def positions_within(lengths: Int64s) -> Int64s:
@@ -71,3 +72,17 @@ def within(spans: Iterable[Sequence[int]], numbers: Iterable[int]) -> set[int]:
         found.update(ascending[low:high])
         low = max(low, high)
     return found
+
+
+def runs_up_to(most: int, items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield runs of consecutive items, of up to ``most`` in all by ``size``; a larger item is alone."""
+    run, held = list[T](), 0
+    for item in items:
+        room = size(item)
+        if run and held + room > most:
+            yield run
+            run, held = [], 0
+        run.append(item)
+        held += room
+    if run:
+        yield run

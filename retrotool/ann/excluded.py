@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.lazy import torch
-from retrotool.ranges import pairs_of_ranges
 
 Ids = npt.NDArray[np.int64]
 
@@ -33,14 +32,14 @@ class Intervals:
 class Excluded:
     """The ids that each of q queries must not return: the interval [first, last], empty if first > last.
 
-    If documents repeat, ``repeats`` has their further intervals, for the ``document`` [q] of each query.
+    Two intervals are equal or disjoint, as those of documents are. If documents repeat, ``repeats`` has their
+    further intervals, for the ``document`` [q] of each query.
     """
 
     first: Ids
     last: Ids
     document: Ids | None = None
     repeats: Intervals | None = None
-    ascends: bool = False  # whether ``first`` and ``last`` both ascend
 
     @classmethod
     def nothing(cls, q: int) -> Excluded:
@@ -56,11 +55,6 @@ class Excluded:
     def any(self) -> bool:
         """Whether anything is excluded."""
         return self.repeats is not None or bool((self.first <= self.last).any())
-
-    def ascending(self) -> Excluded:
-        """Return a copy with ``ascends`` computed."""
-        ascends = bool((np.diff(self.first) >= 0).all() and (np.diff(self.last) >= 0).all())
-        return replace(self, ascends=ascends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +87,12 @@ class Queries:
 
 
 class Mask:
-    """The excluded pairs of queries and ``ids`` [n], ascending in each list.
-
-    If the queries' intervals ascend, ids are located in them once, on construction; otherwise in every call.
-    """
+    """The excluded pairs of queries, whose intervals ascend, and ``ids`` [n], which ascend in each list."""
 
     def __init__(self, excluded: Excluded, ids: Ids) -> None:
         self._excluded, self._ids = excluded, ids
         self._any = excluded.any
-        if self._any and excluded.ascends:
+        if self._any:
             self._begin = np.searchsorted(excluded.last, ids)
             self._end = np.searchsorted(excluded.first, ids, side="right")
             self._hit = self._begin < self._end
@@ -110,32 +101,20 @@ class Mask:
         """Set scores [r, high − low] of excluded ids to −inf, for the queries ``rows`` [r], ascending."""
         if not self._any:
             return
-        if self._excluded.ascends:
-            hit = np.flatnonzero(self._hit[low:high])
-            if len(hit):
-                asked, found = rows.numpy(), scores.numpy()
-                first = np.searchsorted(asked, self._begin[low:high][hit])
-                last = np.searchsorted(asked, self._end[low:high][hit])
-                own = first < last
-                # A slice of each column: quicker than all their places in one array.
-                for column, begin, end in zip(hit[own].tolist(), first[own].tolist(), last[own].tolist(), strict=True):
-                    found[begin:end, column] = -np.inf
-        else:
-            ids, some = self._ids[low:high], self._excluded.take(rows.numpy())
-            first = np.searchsorted(ids, some.first)
-            last = np.maximum(np.searchsorted(ids, some.last, side="right"), first)
-            row, column = pairs_of_ranges(first, last)
-            _hide(scores, row, column)
+        asked, found = rows.numpy(), scores.numpy()
+        hit = np.flatnonzero(self._hit[low:high])
+        if len(hit):
+            first = np.searchsorted(asked, self._begin[low:high][hit])
+            last = np.searchsorted(asked, self._end[low:high][hit])
+            own = first < last
+            # A slice of each column: quicker than all their places in one array.
+            for column, begin, end in zip(hit[own].tolist(), first[own].tolist(), last[own].tolist(), strict=True):
+                found[begin:end, column] = -np.inf
         if self._excluded.repeats is not None:
             assert self._excluded.document is not None, "repeats come with documents"
-            document = self._excluded.document[rows.numpy()]
+            document = self._excluded.document[asked]
             documents = self._excluded.repeats.documents(self._ids[low:high])
             columns = np.flatnonzero(documents >= 0)
             repeated = np.flatnonzero(np.isin(document, documents[columns]))
             row, column = np.nonzero(document[repeated][:, None] == documents[columns])
-            _hide(scores, repeated[row], columns[column])
-
-
-def _hide(scores: torch.Tensor, rows: Ids, columns: Ids) -> None:
-    if len(rows):
-        scores.numpy().reshape(-1)[rows * scores.shape[1] + columns] = -np.inf  # several times as fast as torch
+            found[repeated[row], columns[column]] = -np.inf

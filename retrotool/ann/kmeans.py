@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-from retrotool.ann.matmul import Table
+from retrotool.ann.matmul import table_of_centroids
 from retrotool.lazy import torch
 
 ReportShare = Callable[[float], object]  # takes the share of the work just done
@@ -27,9 +27,7 @@ _AWAY = 4.0  # how far an empty cluster is moved, in multiples of the largest ce
 
 def assign(vectors: torch.Tensor, centroids: torch.Tensor, *, rough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each vector's nearest centroid: squared distances, float32 [n], and indices, int64 [n]."""
-    shift = centroids.mean(0)
-    table = centroids - shift
-    products = Table(table, -table.square().sum(1) / 2, rough=rough)  # argmax q·c − |c|²/2 is argmin |q − c|²
+    shift, products = table_of_centroids(centroids, rough=rough)
     distances = torch.empty(len(vectors), device=vectors.device)
     indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), products.rows):
@@ -95,9 +93,7 @@ def _shares(counts: torch.Tensor, k: int) -> list[int]:
 def _step(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return means, float32 [k, d] (of empty clusters the overall mean), vectors' clusters and sizes [k]."""
     k = len(centroids)
-    shift = centroids.mean(0)
-    table = centroids - shift
-    products = Table(table, -table.square().sum(1) / 2, rough=True)
+    shift, products = table_of_centroids(centroids, rough=True)
     sums = torch.zeros_like(centroids)
     index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     for start in range(0, len(vectors), products.rows):

@@ -81,42 +81,26 @@ def same_training(one: Trained, other: Trained) -> bool:
 
 def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:
     """Build an empty faiss index with this training; without ``quantizer`` its coarse quantiser is empty."""
-    codec, d = trained.codec, trained.codec.d
+    codec = trained.codec
+    if isinstance(codec, Whole):
+        name = "Flat" if codec.dtype == "float32" else "SQfp16"
+    else:
+        name = f"PQ{codec.size}" if isinstance(codec, Product) else "SQ8"
     if trained.centroids is None:
-        return faiss.IndexIDMap2(_flat(codec))
-    coarse: Any = faiss.IndexFlatL2(d)
+        return faiss.index_factory(codec.d, f"IDMap2,{name}")
+    index: Any = faiss.index_factory(codec.d, f"IVF{trained.nlist},{name}")
     if quantizer:
-        coarse.add(np.ascontiguousarray(trained.centroids))
-    index: Any
+        index.quantizer.add(np.ascontiguousarray(trained.centroids))
     if isinstance(codec, Product):
-        index = faiss.IndexIVFPQ(coarse, d, trained.nlist, codec.size, 8, faiss.METRIC_L2)
         faiss.copy_array_to_vector(codec.table.ravel(), index.pq.centroids)
     elif isinstance(codec, Scalar):
-        kind = faiss.ScalarQuantizer.QT_8bit
-        index = faiss.IndexIVFScalarQuantizer(coarse, d, trained.nlist, kind, faiss.METRIC_L2, True)
         faiss.copy_array_to_vector(np.concatenate([codec.least, codec.extent]), index.sq.trained)
-    elif codec == Whole(d, "float32"):
-        index = faiss.IndexIVFFlat(coarse, d, trained.nlist, faiss.METRIC_L2)
     else:
-        kind = faiss.ScalarQuantizer.QT_fp16
-        index = faiss.IndexIVFScalarQuantizer(coarse, d, trained.nlist, kind, faiss.METRIC_L2, False)
-    index.own_fields = True
-    coarse.this.disown()
+        index.by_residual = False
     index.is_trained = True
-    return index if trained.rotation is None else _rotated(index, trained)
-
-
-def _flat(codec: Codec) -> Any:
-    if codec == Whole(codec.d, "float32"):
-        return faiss.IndexFlatL2(codec.d)
-    if codec == Whole(codec.d):
-        return faiss.IndexScalarQuantizer(codec.d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
-    raise ValueError("an index without lists holds whole vectors")
-
-
-def _rotated(index: Any, trained: Trained) -> Any:
-    assert trained.rotation is not None
-    matrix: Any = faiss.LinearTransform(trained.d, trained.codec.d, False)
+    if trained.rotation is None:
+        return index
+    matrix: Any = faiss.LinearTransform(trained.d, codec.d, False)
     faiss.copy_array_to_vector(trained.rotation.ravel(), matrix.A)
     matrix.is_trained = matrix.is_orthonormal = True
     whole = faiss.IndexPreTransform(matrix, index)

@@ -55,6 +55,13 @@ class Table:
         return found
 
 
+def table_of_centroids(centroids: torch.Tensor, *, rough: bool = False) -> tuple[torch.Tensor, Table]:
+    """Return the mean of centroids [k, d], and a table that scores rows less the mean: nearest, highest."""
+    mean = centroids.mean(0)
+    shifted = centroids - mean
+    return mean, Table(shifted, -shifted.square().sum(1) / 2, rough=rough)  # argmax q·c − |c|²/2 is argmin |q − c|²
+
+
 class Columns:
     """Vectors [n, d] scored by q · x − |x|² / 2: larger is nearer. Shapes vary too much for oneDNN."""
 

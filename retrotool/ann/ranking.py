@@ -22,6 +22,7 @@ from retrotool.lazy import faiss, torch
 
 _PAIRS, _MANY_PAIRS = 1 << 12, 1 << 15
 _FEW_COLUMNS = 32
+_COMPARED = 256  # queries compared at a time
 
 Fetch = Callable[[Ids], npt.NDArray[np.float16]]  # returns the vectors, float16 [n, d], of ascending ids [n]
 
@@ -54,6 +55,20 @@ class Best:
     def put(self, rows: Any, found: Best) -> None:
         """Replace the entries of the queries ``rows``, in place."""
         self.distances[rows], self.ids[rows] = found.distances, found.ids
+
+
+def merged(one: Best, other: Best, k: int) -> Best:
+    """Merge two results [q, ·] into the k nearest, without repeated ids."""
+    again = are_among(other.ids, one.ids)
+    distances = np.concatenate([one.distances, np.where(again, np.inf, other.distances)], 1)
+    return Best(distances, np.concatenate([one.ids, np.where(again, -1, other.ids)], 1)).nearest(k)
+
+
+def are_among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
+    """Check which ``ids`` [q, n], except −1, are among ``others`` [q, m] of the same query."""
+    blocks = [slice(start, start + _COMPARED) for start in range(0, max(len(ids), 1), _COMPARED)]
+    same = [(ids[block, :, None] == others[block, None, :]).any(axis=2) for block in blocks]
+    return np.concatenate(same) & (ids >= 0)
 
 
 def rerank(queries: npt.NDArray[np.float32], candidates: Ids, fetch: Fetch, k: int) -> Best:

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,9 @@ from retrotool.ann.lists import Trained
 from retrotool.ann.ranking import Best
 from retrotool.lazy import torch
 from retrotool.read_ahead import ahead
+
+if TYPE_CHECKING:
+    from retrotool.ann.resident_kernels import TritonKernels
 
 STRIP = 16
 _SPARE = 4  # strips, for the rounding of sums
@@ -52,24 +55,6 @@ _COPYING = 4  # threads: one copies 9 GB/s or so
 _GATHERED = 1 << 26  # numbers of vectors that are gathered at a time without Triton
 _ON_CPU = 1 << 28  # bytes for a block of queries
 _RANK = (1 << 31) - 1
-
-
-class Kernels(Protocol):
-    """The two steps of a search that touch vectors."""
-
-    def scan(
-        self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, probes: Probes, best: torch.Tensor
-    ) -> None:
-        """Write the best score of each query and strip to ``best``, float32 [q, width], filled with −inf."""
-
-    def rank(
-        self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, first: torch.Tensor, end: torch.Tensor
-    ) -> torch.Tensor:
-        """Return sort keys, int64 [q, depth · STRIP], of the vectors of strips (``sort_keys``).
-
-        Strips begin at ``first`` [q, depth] and go no further than ``end``; +inf for what is not there or
-        own.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +118,7 @@ class ResidentLists:
         ids: Ids,
         blocks: Iterable[npt.NDArray[np.float16]],
         device: str,
-        kernels: Kernels | None = None,
+        kernels: TorchKernels | TritonKernels | None = None,
     ) -> None:
         """Load vectors of ascending ``ids`` [n] from blocks in that order; ``numbers`` [n]: their lists."""
         self.device, self._centroids = torch.device(device), centroids
@@ -351,12 +336,15 @@ def sort_keys(distances: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
 
 
 class TorchKernels:
-    """``Kernels`` in plain torch, for a CPU and where there is no Triton."""
+    """The two steps of a search that touch vectors, in torch: for a CPU and where there is no Triton."""
 
     def scan(
         self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, probes: Probes, best: torch.Tensor
     ) -> None:
-        """Do a product per list."""
+        """Write the best score of each query and strip to ``best``, float32 [q, width], filled with −inf.
+
+        Do a product per list.
+        """
         bounds, offsets = probes.bounds_here, probes.offset.flatten()
         for number, (start, stop) in enumerate(pairwise(lists.starts_here)):
             pairs = probes.pairs[bounds[number] : bounds[number + 1]]
@@ -375,7 +363,11 @@ class TorchKernels:
     def rank(
         self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, first: torch.Tensor, end: torch.Tensor
     ) -> torch.Tensor:
-        """Gather the vectors of some queries at a time."""
+        """Return sort keys, int64 [q, depth · STRIP], of the vectors of strips (``sort_keys``).
+
+        Strips begin at ``first`` [q, depth] and go no further than ``end``; +inf for what is not there or
+        own. Gather the vectors of some queries at a time.
+        """
         size = max(1, _GATHERED // (first.shape[1] * STRIP * lists.d))
         found = []
         for start in range(0, len(asked), size):
@@ -392,7 +384,7 @@ class TorchKernels:
 
 
 @lru_cache
-def pick_kernels(device: torch.device, d: int) -> tuple[Kernels, str]:
+def pick_kernels(device: torch.device, d: int) -> tuple[TorchKernels | TritonKernels, str]:
     """Return the kernels in Triton on a GPU if they work there, else those in torch, and why."""
     if device.type != "cuda":
         return TorchKernels(), ""

@@ -32,27 +32,10 @@ CONSTANTS = {
 
 @triton.jit(do_not_specialize=["lists", "width", "queries", "per_query"])
 def _scan(
-    q,
-    x,
-    halves,
-    ranks,
-    own,
-    pairs,
-    offset,
-    bounds,
-    starts,
-    tiles,
-    best,
-    lists,
-    width,
-    queries,
-    per_query,
-    d,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
-):
+    q, x, halves, ranks, own, pairs, offset, bounds,
+    starts, tiles, best, lists, width, queries, per_query, d,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
     if tile < tl.load(tiles + lists):
         # The list of this tile is the last one that begins at or before it.
@@ -116,7 +99,7 @@ def _rank(q, x, ranks, own, first, end, keys, queries, depth, d, K: tl.constexpr
 
 
 class TritonKernels:
-    """``resident.Kernels`` in Triton."""
+    """``resident.TorchKernels`` in Triton."""
 
     def scan(
         self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, probes: Probes, best: torch.Tensor

@@ -22,9 +22,10 @@ import numpy.typing as npt
 from retrotool.ann.excluded import Excluded, Ids, Mask, Queries
 from retrotool.ann.kmeans import assign
 from retrotool.ann.lists import Floats, JoinedLists, Lists, Trained
-from retrotool.ann.matmul import Columns, RoughColumns, Scratch, Table, has_bfloat16, one_thread_each
+from retrotool.ann.matmul import Columns, RoughColumns, Scratch, has_bfloat16, one_thread_each, table_of_centroids
 from retrotool.ann.ranking import Fetch, Heaps, largest
 from retrotool.lazy import torch
+from retrotool.ranges import runs_up_to
 
 ROOM = 1 << 27  # bytes for distances and decoded vectors; more does not help
 _COLUMNS = 1 << 11
@@ -93,7 +94,7 @@ class Search:
         with one_thread_each(self._threads) as run:
             tables = run(self._table, self._tiles)
             jobs = list(zip(self._tiles, tables, strict=True))
-            pieces = self._pieces(shard, sorted(set().union(*(tile.asking for tile in self._tiles))))
+            pieces = self._pieces(shard, sorted(set().union(*(tile.lists for tile in self._tiles))))
             while some_pieces := list(itertools.islice(pieces, self._threads)):
                 blocks = run(functools.partial(self._decode, shard), some_pieces)
                 self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
@@ -131,19 +132,13 @@ class Search:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth), cut)
 
     def _pieces(self, shard: Lists, numbers: list[int]) -> Iterator[list[_Piece]]:
-        pieces: list[_Piece] = []
-        rows = 0
-        for number in numbers:
-            n = shard.size(number)
-            for low in range(0, n, self._columns):
-                width = min(self._columns, n - low)
-                if pieces and rows + width > self._most_rows:
-                    yield pieces
-                    pieces, rows = [], 0
-                pieces.append((number, slice(low, low + width)))
-                rows += width
-        if pieces:
-            yield pieces
+        sizes = ((number, shard.size(number)) for number in numbers)
+        pieces = (
+            (number, slice(low, min(low + self._columns, n)))
+            for number, n in sizes
+            for low in range(0, n, self._columns)
+        )
+        return runs_up_to(self._most_rows, pieces, lambda piece: piece[1].stop - piece[1].start)
 
     def _decode(self, shard: Lists, pieces: list[_Piece]) -> _Block:
         of_each = [shard.ids(number)[rows] for number, rows in pieces]
@@ -175,7 +170,7 @@ class Search:
         for pieces, bounds, ids, columns in blocks:
             mask = Mask(tile.excluded, ids)
             for (number, _), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
-                rows = tile.asking.rows(number)
+                rows = tile.probing(number)
                 if rows is None or low == high:
                     continue
                 scanned += len(rows) * (high - low)
@@ -211,11 +206,21 @@ def _fetched(fetch: Fetch, ids: Ids, d: int) -> torch.Tensor:
 
 
 class _Tile:
-    """The queries ``rows`` [t], the lists that they are ``asking``, and their results."""
+    """The queries ``rows`` [t], their results, and which of them, by place, probe each of the ``lists``."""
 
     def __init__(self, rows: Ids, probed: Ids, of_all: Excluded, depth: int) -> None:
-        self.rows, self.excluded = rows, of_all.take(rows).ascending()
-        self.nearest, self.asking = Heaps(depth, len(rows)), _ByList(probed)
+        self.rows, self.excluded, self.nearest = rows, of_all.take(rows), Heaps(depth, len(rows))
+        least = np.min_scalar_type(int(probed.max(initial=0)))  # 16-bit numbers sort several times as fast
+        flat = probed.ravel().astype(least)
+        order = np.argsort(flat, kind="stable")
+        counts = np.bincount(flat)
+        asked, ends = np.flatnonzero(counts), np.cumsum(counts)
+        self.lists = dict(zip(asked.tolist(), itertools.pairwise([0, *ends[asked].tolist()]), strict=True))
+        self._by_list = torch.from_numpy(order).div_(max(probed.shape[1], 1), rounding_mode="floor")
+
+    def probing(self, number: int) -> torch.Tensor | None:
+        bounds = self.lists.get(number)
+        return None if bounds is None else self._by_list[bounds[0] : bounds[1]]
 
 
 def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
@@ -224,28 +229,8 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
     Within a tile, queries are sorted by what they exclude or by nearest list, for locality.
     """
     by_list = probed.shape[1] and not excluded.any
-    order = np.argsort(probed[:, 0] if by_list else excluded.first, kind="stable")
+    order = np.lexsort((probed[:, 0],) if by_list else (excluded.last, excluded.first))
     return [(order[first::n], probed[order[first::n]]) for first in range(n)]
-
-
-class _ByList:
-    """The queries, by number of row, that probe each list."""
-
-    def __init__(self, probed: Ids) -> None:
-        least = np.min_scalar_type(int(probed.max(initial=0)))  # 16-bit numbers sort several times as fast
-        flat = probed.ravel().astype(least)
-        order = np.argsort(flat, kind="stable")
-        counts = np.bincount(flat)
-        asked, ends = np.flatnonzero(counts), np.cumsum(counts)
-        self._bounds = dict(zip(asked.tolist(), itertools.pairwise([0, *ends[asked].tolist()]), strict=True))
-        self._rows = torch.from_numpy(order).div_(max(probed.shape[1], 1), rounding_mode="floor")
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._bounds)
-
-    def rows(self, number: int) -> torch.Tensor | None:
-        bounds = self._bounds.get(number)
-        return None if bounds is None else self._rows[bounds[0] : bounds[1]]
 
 
 def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:
@@ -253,9 +238,7 @@ def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads
     table = torch.from_numpy(centroids)
     if nprobe == 1:
         return assign(vectors, table)[1].numpy().reshape(-1, 1)
-    shift = table.mean(0)
-    table = table - shift
-    scored = Table(table, -table.square().sum(1) / 2, rough=True)
+    shift, scored = table_of_centroids(table, rough=True)
 
     def nearest(rows: torch.Tensor) -> Ids:
         return largest(scored.scores(rows - shift), min(nprobe, len(table)))

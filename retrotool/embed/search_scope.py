@@ -6,7 +6,7 @@ documents may share an id, it joins the keys of all documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -67,8 +67,8 @@ def searchable_rows(store: Store, part: int, tombstones: Tombstones) -> npt.NDAr
     return np.flatnonzero(searchable)
 
 
-class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
-    """The searchable rows of parts, read on access; ``counts`` are known without reading."""
+class SearchableRows:
+    """The searchable rows of parts, read on access; their ``counts`` are known without reading."""
 
     def __init__(self, store: Store, numbers: Iterable[int], tombstones: Tombstones) -> None:
         self._store, self._tombstones = store, tombstones
@@ -76,12 +76,6 @@ class SearchableRows(Mapping[int, npt.NDArray[np.int64]]):
 
     def __getitem__(self, part: int) -> npt.NDArray[np.int64]:
         return searchable_rows(self._store, part, self._tombstones)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.counts)
-
-    def __len__(self) -> int:
-        return len(self.counts)
 
     def draw(self, size: int, seed: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Yield ``size`` random rows in all, ascending, from each part in proportion to its count."""

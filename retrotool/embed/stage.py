@@ -25,6 +25,7 @@ import numpy.typing as npt
 from retrotool.embed.search_scope import count_live_keys
 from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
+from retrotool.encoder.encoder import Vectors
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import CorruptError, ErasedError, NotFiniteError, UsageError
 from retrotool.store import parts, staging
@@ -35,7 +36,7 @@ from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
 from retrotool.store.vectors import MappedVectors, read_vectors, write_vector_blocks
-from retrotool.tokenizers import TokensDiffer
+from retrotool.tokenizers import FastTokenizer, TokensDiffer
 
 if TYPE_CHECKING:
     from retrotool.embed.foreign_vectors import VectorFiles
@@ -179,7 +180,7 @@ class EmbedWorker:
         except TokensDiffer as error:
             # Repeat this part without the fast tokenizer; --check can validate earlier parts.
             encoder.say(f"{error.summary}; continuing with tokenizers, which is slower")
-            encoder.use_slow_tokenizer()
+            encoder.fast = None
             progress(-rows)
             drop_pieces(self._store, task.inputs["path"])
             entry = self._write(part, name(), pieces := kept(), progress)
@@ -215,7 +216,7 @@ class EmbedWorker:
             raise self._not_finite(part, int(some[error.row % len(some)])) from error
         self._verified = True
         if self._many and not self.texts.straight:
-            self.encoder.use_fast_tokenizer()
+            self.encoder.fast = FastTokenizer(self.encoder.tokenizer)
 
     def _write(self, part: int, name: FileName, pieces: PartPieces, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)
@@ -230,7 +231,7 @@ class EmbedWorker:
                 with_vector.append(embedded)
                 yield self.texts.rows(chunks.tokens[embedded], chunks.n_tokens[embedded])
 
-        def filled(coming: Iterator[npt.NDArray[np.float16]]) -> Iterator[npt.NDArray[np.float16]]:
+        def filled(coming: Iterator[Vectors]) -> Iterator[Vectors]:
             for start, _, kept in blocks:
                 if kept is not None:
                     yield kept
@@ -272,7 +273,6 @@ class EmbedWorker:
 
 PIECE_SECONDS = 60.0
 _MOST_BYTES = 1 << 30  # held for a piece; a device that computes more in a minute needs about that for a part
-Vectors = npt.NDArray[np.float16]
 
 
 class PartPieces:

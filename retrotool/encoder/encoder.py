@@ -27,7 +27,7 @@ from retrotool.encoder.encoder_identity import find_encoder, read_config
 from retrotool.errors import NotFiniteError, UsageError
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
-from retrotool.ranges import Int64s, expand_ranges, positions_within
+from retrotool.ranges import Int64s, expand_ranges
 from retrotool.read_ahead import ahead
 from retrotool.tokenizers import FastTokenizer, Tokenizer, find_tokenizer
 
@@ -74,10 +74,6 @@ class Rows:
         ids[starts[:, None] + np.arange(len(before))] = before
         ids[(starts + len(before) + kept)[:, None] + np.arange(len(after))] = after
         return Rows(ids, lengths)
-
-    def positions(self) -> npt.NDArray[np.int32]:
-        """Return each token's position in its row, int32 [tokens]."""
-        return positions_within(self.lengths).astype(np.int32)
 
 
 def check_vocabulary(what: str, ids: npt.NDArray[Any], vocabulary: int | None) -> None:
@@ -132,7 +128,6 @@ _PROBES = (  # texts for ``verify`` without a sample
 class Work:
     """Work done; ``tokens`` include special ones, ``lanes`` is the number of parallel batches."""
 
-    rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
     lanes: int = 1
@@ -191,7 +186,7 @@ class Encoder:
         self.cosine: float | None = None  # the least with ``transformers`` in float32, set by ``verify``
         self._spec, self._path, self.say = spec, path, say
         self.tokenizer = Tokenizer(find_tokenizer(str(path)))
-        self._fast: FastTokenizer | None = None
+        self.fast: FastTokenizer | None = None  # for very many texts: testing it takes seconds
         try:
             self._before, self._after = self.tokenizer.special_tokens()
         except Exception as error:  # the library raises plain exceptions
@@ -236,21 +231,12 @@ class Encoder:
         """The device: "cpu", or the name of the GPU."""
         return torch.cuda.get_device_name(self.device) if self.device != "cpu" else self.device
 
-    def use_fast_tokenizer(self) -> None:
-        """Prepare to tokenise very many texts; testing the fast tokenizer takes seconds."""
-        if self._fast is None:
-            self._fast = FastTokenizer(self.tokenizer)
-
-    def use_slow_tokenizer(self) -> None:
-        """Use the ``tokenizers`` library alone from now on."""
-        self._fast = None
-
     def tokenize(self, texts: Sequence[str], prompt: str | None = None) -> Rows:
         """Return plain tokens of texts after ``prompt`` (None: that of chunks); raises ``TokensDiffer``."""
         prompt = self.identity.prompt if prompt is None else prompt
         texts = [prompt + text for text in texts] if prompt else texts
         texts = [text.lower() for text in texts] if self.identity.lower else texts
-        ids, lengths = (self._fast or self.tokenizer).encode_flat(texts)
+        ids, lengths = (self.fast or self.tokenizer).encode_flat(texts)
         return Rows(ids.astype(np.int32), lengths)
 
     def tokenize_query(self, text: str) -> Rows:
@@ -397,7 +383,6 @@ class Encoder:
             row = batch.first + int(batch.which[np.argmin(np.isfinite(vectors).all(axis=1))])
             raise NotFiniteError(f"encoder {self.identity.name}: row {row} gives NaN or infinity", row)
         batch.vectors[batch.which] = vectors
-        self.work.rows += len(batch.which)
         self.work.tokens += len(batch.rows.ids)
         report(batch.progress)
 

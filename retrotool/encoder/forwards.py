@@ -25,11 +25,12 @@ import torch
 from safetensors.torch import load_file
 
 from retrotool.encoder.devices import is_lost, is_out_of_memory
-from retrotool.encoder.encoder import Rows
+from retrotool.encoder.encoder import Rows, Vectors
 from retrotool.encoder.encoder_identity import EncoderIdentity, read_config, read_modules
 from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
 from retrotool.errors import UsageError
 from retrotool.machine import cores
+from retrotool.ranges import positions_within
 
 Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]  # for the device, and kept on the host
 
@@ -83,7 +84,7 @@ class _AnyForward:
 
     def most_rows(self, batch_tokens: int) -> int:
         """Return the most rows of a batch: as many as its constant shape has room for."""
-        return rows_in_batch(batch_tokens) if self.constant else sys.maxsize
+        return max(1, batch_tokens // _SHORTEST) if self.constant else sys.maxsize
 
 
 class PackedForward(_AnyForward):
@@ -118,17 +119,12 @@ class PackedForward(_AnyForward):
                 ids, places = np.pad(ids, (0, extra)), np.pad(places, (0, extra))
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
         longest = max(_LONGEST, 1 << (int(rows.lengths[0]) - 1).bit_length())
-        ends = np.cumsum(rows.lengths)
-        whole = self.least_tokens(batch_tokens) <= len(ids) <= batch_tokens
-        if not whole:
-            spans = np.concatenate([[0], ends]).astype(np.int32)
-            return {"ids": ids, "places": places, "spans": spans}, {"longest": longest, "whole": False}
-        total, room = len(ids), batch_tokens
-        filled = np.zeros((2, room), np.int32)
-        filled[0, :total], filled[1, :total] = ids, places
-        spans = np.concatenate([[0], ends, np.arange(total + longest, room, longest)])
+        total, whole = len(ids), self.least_tokens(batch_tokens) <= len(ids) <= batch_tokens
+        room = batch_tokens if whole else total
+        ids, places = (np.pad(some, (0, room - total)) for some in (ids, places))
+        spans = np.concatenate([[0], np.cumsum(rows.lengths), np.arange(total + longest, room, longest)])
         spans = np.append(spans[spans < room], room).astype(np.int32)  # the filling is rows, too
-        return {"ids": filled[0], "places": filled[1], "spans": spans}, {"longest": longest, "whole": True}
+        return {"ids": ids, "places": places, "spans": spans}, {"longest": longest, "whole": whole}
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], more: Mapping[str, Any]) -> torch.Tensor:
         """Return the vectors of a batch, float32 [at least n, d]."""
@@ -138,7 +134,8 @@ class PackedForward(_AnyForward):
         if self.constant and more["whole"] and not self.why_eager:
             try:
                 self._compiled = self._compiled or compile_layer()
-                allow_programs()
+                config = torch._dynamo.config  # since torch 2.12 each thread has its own limit
+                config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
                 torch._dynamo.mark_dynamic(spans, 0)  # as many as there are rows: empty ones would take time
                 pooled = run(self._compiled)
             except Exception as error:
@@ -162,26 +159,9 @@ def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
     return compiled
 
 
-def allow_programs() -> None:
-    """Allow this thread ``_PROGRAMS`` programs of a layer: since torch 2.12 each thread has its own limit."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _PROGRAMS)
-
-
-def rows_in_batch(batch_tokens: int) -> int:
-    """Return the rows that a batch of constant shape may have."""
-    return max(1, batch_tokens // _SHORTEST)
-
-
 def _has_varlen(device: str) -> bool:
     """Check whether the device supports FlashAttention: compute capability 8.0 (Ampere) or later."""
-    if device == "cpu":
-        return False
-    try:
-        import torch.nn.attention.varlen
-    except ImportError:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fits_flash(shape: Architecture) -> bool:
@@ -193,7 +173,7 @@ def _fits_flash(shape: Architecture) -> bool:
 def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
     """Return each token's position; with ``padding`` as RoBERTa counts, skipping padding tokens."""
     if padding is None:
-        return rows.positions()
+        return positions_within(rows.lengths).astype(np.int32)
     counted = np.cumsum(rows.ids != padding)
     before = np.where(rows.starts > 0, counted[np.maximum(rows.starts - 1, 0)], 0)
     within = counted - np.repeat(before, rows.lengths)
@@ -266,7 +246,6 @@ def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: st
     return model
 
 
-Vectors = npt.NDArray[np.float16]
 _START_SECONDS = 60.0
 
 

@@ -92,13 +92,16 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     activation = str(field("activation" if distil else "hidden_act", "gelu"))
     if activation not in ACTIVATIONS:
         raise NotPackedError(f"its activation {activation} is not supported")
+    layers = int(field("n_layers" if distil else "num_hidden_layers"))
     heads = int(field("n_heads" if distil else "num_attention_heads"))
     hidden = int(field("dim" if distil else "hidden_size"))
+    if layers < 1:
+        raise NotPackedError("it has no layers")
     if heads < 1 or hidden % heads:
         raise NotPackedError(f"{hidden} dimensions can't be divided by {heads} heads")
     return Architecture(
         family=family,
-        layers=int(field("n_layers" if distil else "num_hidden_layers")),
+        layers=layers,
         heads=heads,
         hidden=hidden,
         activation=ACTIVATIONS[activation],
@@ -223,14 +226,11 @@ def varlen(qkv: torch.Tensor, spans: torch.Tensor, longest: int) -> torch.Tensor
 def grouped(qkv: torch.Tensor, spans: list[tuple[int, int]], bias: torch.Tensor | None) -> torch.Tensor:
     """Return ``varlen`` for runs of equal rows, adding ``bias`` [heads, length, length] to the products."""
     found = []
-    start = 0
-    for rows, length in spans:
-        stop = start + rows * length
-        query, key, value = qkv[start:stop].view(rows, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
+    for some, (rows, length) in zip(torch.split(qkv, [rows * length for rows, length in spans]), spans, strict=True):
+        query, key, value = some.view(rows, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
         added = None if bias is None else bias[:, :length, :length].to(query.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
-        found.append(mixed.transpose(1, 2).reshape(stop - start, -1))
-        start = stop
+        found.append(mixed.transpose(1, 2).reshape(len(some), -1))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -303,17 +303,13 @@ class PackedBert(torch.nn.Module):
         """Return vectors, float32 [n, d], of ``ids`` at ``places`` in ``spans``; ``run`` computes a layer."""
         x = self.norm(F.embedding(ids, self.word) + F.embedding(places, self.place))
         bias = None if self.distance is None else relative_bias(self.distance, longest, self.shape.buckets)
-        first = _first(spans, ids) if self.pooling == "cls" else None
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            if first is not None and i == last:  # not worth compiling another shape
-                x = layer(x, spans, longest, bias, first)
-            else:
-                x = run(layer, x, spans, longest, bias, None)
-        if first is not None:
-            pooled: torch.Tensor = x.float()
-            return pooled
-        return mean_of_rows(x, spans)
+        *layers, last = self.layers
+        for layer in layers:
+            x = run(layer, x, spans, longest, bias, None)
+        if self.pooling != "cls":
+            return mean_of_rows(run(last, x, spans, longest, bias, None), spans)
+        pooled: torch.Tensor = last(x, spans, longest, bias, _first(spans, ids))  # another shape: not compiled
+        return pooled.float()
 
 
 def _first(spans: Spans, ids: torch.Tensor) -> torch.Tensor:
@@ -328,13 +324,8 @@ def mean_of_rows(x: torch.Tensor, spans: Spans) -> torch.Tensor:
     """Return the mean over each row's tokens, float32 [n, d], summed in a fixed order."""
     if isinstance(spans, torch.Tensor):
         return torch.segment_reduce(x.float(), "mean", offsets=spans.long(), axis=0, unsafe=True)
-    means = []
-    start = 0
-    for rows, length in spans:
-        stop = start + rows * length
-        means.append(x[start:stop].view(rows, length, -1).float().mean(1))
-        start = stop
-    return torch.cat(means)
+    groups = zip(torch.split(x, [rows * length for rows, length in spans]), spans, strict=True)
+    return torch.cat([some.view(rows, length, -1).float().mean(1) for some, (rows, length) in groups])
 
 
 def relative_bias(table: torch.Tensor, length: int, buckets: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from retrotool.store.paths import generation_in, generation_slot
 from retrotool.store.state import State
 
 SHARD = "shard-"  # prefix of slots of shards
+INDEX = "index:"  # prefix of keys of indexes' records
 RECALL = "recall"  # slot of the measurement
 DEFAULT = "default_index"  # key of the record that names the default index
 RECALL_SAMPLE = 2000  # random chunks to measure recall with by default
@@ -96,9 +97,8 @@ class ShardRecord:
 
 def as_about(record: TrainingRecord | ShardRecord) -> dict[str, Any]:
     """Return a file's record as stored in the log: without unset fields."""
-    about = {name: value for name, value in asdict(record).items() if value is not None}
+    about = asdict(record, dict_factory=lambda fields: {name: one for name, one in fields if one is not None})
     if isinstance(record, TrainingRecord):
-        about["asked"] = {name: value for name, value in about["asked"].items() if value is not None}
         del about["asked"]["target"]  # it is in the index's record
     return about
 
@@ -107,14 +107,9 @@ def _read(kind: type[T], found: Mapping[str, Any]) -> T:
     return kind(**{one.name: found[one.name] for one in fields(kind) if one.name in found})  # type: ignore[arg-type]
 
 
-def index_key(name: str) -> str:
-    """Return the key of an index's record."""
-    return f"index:{name}"
-
-
 def index_record(state: State, name: str) -> IndexRecord | None:
     """Return the record of an index; None if it was not measured yet."""
-    found = state.records.get(index_key(name))
+    found = state.records.get(INDEX + name)
     return None if found is None else _read(IndexRecord, found)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from retrotool import interrupts
 from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import Trained
-from retrotool.ann.ranking import Best, Fetch
+from retrotool.ann.ranking import Best, Fetch, merged
 from retrotool.ann.resident import Centroids, ResidentLists, free_memory, upload
 from retrotool.encoder.encoder import say
 from retrotool.lazy import torch
@@ -34,7 +34,6 @@ _LEAST = 1 << 16  # vectors of a portion, if memory is full
 _WAIT_SECONDS = 1.0  # for a turn, before Ctrl-C is looked for
 
 Portion = tuple[range, ...]  # rows of all searchable vectors
-Merge = Callable[[Best, Best, int], Best]
 
 
 class OnDevice:
@@ -66,14 +65,7 @@ class OnDevice:
         self._left: list[list[Portion]] = []  # what each search that is under way has yet to go through
 
     def search(
-        self,
-        queries: Queries,
-        k: int,
-        nprobe: int,
-        merge: Merge,
-        *,
-        only: Collection[int] | None = None,
-        beyond: int = 0,
+        self, queries: Queries, nprobe: int, k: int, *, only: Collection[int] | None = None, beyond: int = 0
     ) -> Best:
         """Return the k nearest in the ``nprobe`` nearest lists of each query, ``only`` in some parts."""
         best, left = None, self._portions(only)
@@ -89,7 +81,7 @@ class OnDevice:
                         self._is_busy = False
                         left.remove(portion)
                         self._turn.notify_all()
-                best = found if best is None else merge(best, found, k)
+                best = found if best is None else merged(best, found, k)
         finally:
             with self._turn:
                 self._left = [other for other in self._left if other is not left]

@@ -15,6 +15,7 @@ sampled are compared with the others.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +30,8 @@ from retrotool.ann.choice import parse_factory
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import InvertedLists, OneList, Trained
-from retrotool.ann.matmul import Table
-from retrotool.ann.ranking import Best, exact_distances
+from retrotool.ann.matmul import table_of_centroids
+from retrotool.ann.ranking import Best, are_among, exact_distances
 from retrotool.ann.search import SPARE, Search
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.embed import search_scope
@@ -38,24 +39,8 @@ from retrotool.encoder.devices import checking_device
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
 from retrotool.errors import ConflictError
-from retrotool.index.index_records import (
-    RECALL,
-    IndexFiles,
-    IndexRecord,
-    ShardRecord,
-    TrainingRecord,
-    index_key,
-)
-from retrotool.index.searching import (
-    TUNED_K,
-    Vectors,
-    are_among,
-    nearest_of,
-    read_shards,
-    read_trained,
-    room_in,
-    rows_in,
-)
+from retrotool.index.index_records import INDEX, RECALL, IndexFiles, IndexRecord, ShardRecord, TrainingRecord
+from retrotool.index.searching import TUNED_K, Vectors, nearest_of, read_shard, read_trained, room_in, rows_in
 from retrotool.index.stage import superseded
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
@@ -65,6 +50,7 @@ from retrotool.store.log import Draft
 from retrotool.store.parts import chunk_ids, distinct_parts, part_of, rows_by_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
+from retrotool.store.storage import each
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -156,9 +142,7 @@ def _lists_needed(truth: Truth, database: Searched, target: float) -> int:
     ids, place = np.unique(known[known >= 0], return_inverse=True)
     if trained.centroids is None or not len(ids):
         return 1
-    table = torch.from_numpy(trained.centroids)
-    shift = table.mean(0)
-    scored = Table(table - shift, -(table - shift).square().sum(1) / 2)
+    shift, scored = table_of_centroids(torch.from_numpy(trained.centroids))
 
     def scores(vectors: npt.NDArray[Any]) -> torch.Tensor:
         return scored.scores(trained.rotate(torch.from_numpy(vectors.astype(np.float32))) - shift)
@@ -205,8 +189,9 @@ class _Curve:
     def at(self, nprobe: int) -> list[Recall]:
         """Search at ``nprobe``; return the recall at all depths, the deepest last."""
         database, scanned, searched, ranked, deepest = self._database, 0, 0.0, 0.0, max(self._depths)
-        judged: dict[tuple[int, int], list[Any]] = {(depth, k): [] for depth in self._depths for k in _KS}
-        nearer = [self._nearer[:0]]
+        is_sample, shape = self._truth.share < 1, self._truth.best.ids.shape
+        none: npt.NDArray[Any] = np.zeros(shape, np.bool_) if is_sample else np.zeros(shape[0], np.int64)
+        found = {key: none.copy() for key in itertools.product(self._depths, _KS)}
         first = 0
         for queries in self._truth.queries.blocks(rows_in(database.room, deepest, database.trained.d)):
             start = time.perf_counter()
@@ -220,22 +205,19 @@ class _Curve:
             start = time.perf_counter()
             distances = exact_distances(queries.vectors, candidates, database.vectors)
             ranked += time.perf_counter() - start
-            truth = self._truth.best.take(slice(first, first + len(queries)))
-            first += len(queries)
-            # As in ``Point.depth_for``, k = 100 takes ten times the candidates, here up to the deepest.
-            enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in judged}
+            rows = slice(first, first := first + len(queries))
+            truth = self._truth.best.take(rows)
+            # As in searches, k = 100 takes ten times the candidates, here up to the deepest.
+            enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in found}
             best = {n: Best(distances[:, :n], candidates[:, :n]).nearest(DEPTH) for n in {*enough.values()}}
-            is_sample = self._truth.share < 1
-            for (depth, k), blocks in judged.items():
-                found = best[enough[depth, k]]
-                blocks.append(are_among(truth.ids, found.ids[:, :k]) if is_sample else _count_found(truth, found, k))
+            for (depth, k), hits in found.items():
+                some = best[enough[depth, k]]
+                hits[rows] = are_among(truth.ids, some.ids[:, :k]) if is_sample else _count_found(truth, some, k)
             pairs = zip(best[deepest].distances, truth.distances * (1 - _TIE), strict=True)
-            nearer.append(np.array([np.searchsorted(row, own) for row, own in pairs], np.int64))
-        if first:
-            self._nearer = np.concatenate(nearer)
+            self._nearer[rows] = [np.searchsorted(row, own) for row, own in pairs]
         q = max(first, 1)
+        self._found |= {(nprobe, depth, k): hits for (depth, k), hits in found.items()}
         for depth in self._depths:
-            self._found |= {(nprobe, depth, k): np.concatenate(judged[depth, k] or [np.zeros(0)]) for k in _KS}
             self._cost[nprobe, depth] = scanned / q, q / max(searched + ranked * depth / deepest, 1e-9)
         return [self.recall(nprobe, depth) for depth in self._depths]
 
@@ -328,10 +310,11 @@ def find_truth(
         no_queries = Queries.plain(np.zeros((0, 1), np.float32))
         return Truth(ids, no_queries, np.zeros(0, object), Best.nothing(0, DEPTH), n)
     asked = _queries(store, encoder, ids, tombstones)
-    share = min(1.0, max(_budget_on(device) / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
+    budget = BUDGET if device == "cpu" else GPU_BUDGET
+    share = min(1.0, max(budget / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
-    for part in search_scope.vectors_ahead(store, encoder, rows):
+    for part in search_scope.vectors_ahead(store, encoder, numbers):
         chosen = searchable = rows[part]
         if share < 1:
             blocks = rng.random(-(-len(searchable) // _BLOCK)) < share
@@ -371,10 +354,6 @@ def _of_documents(store: Store, part: int, rows: Ids, column: str) -> pa.Array:
     return table[column].combine_chunks().take(pa.array(documents))
 
 
-def _budget_on(device: str) -> int:
-    return BUDGET if device == "cpu" else GPU_BUDGET
-
-
 Fits = npt.NDArray[np.float64]  # [n, 3]: vectors of a part, mean squared distances to centroids and to codes
 # Thresholds for retraining, relative to the training: squared distances, imbalance, number of vectors.
 _WORSE, _UNEVEN, _GROWN = 1.15, 2.0, 4.0
@@ -398,7 +377,7 @@ def measure_until_committed(
         _, trained = read_trained(store, name, generation)
         encoder, numbers = training.encoder, files.parts
         room = room_in(training.asked.memory if memory is None else memory)
-        opened = list(read_shards(store, name, trained, generation=generation))
+        opened = list(each(store.storage, lambda entry: read_shard(store, entry, trained), files.shards.values()))
         with counting("exact search", "part", len(numbers)) as report, checking_device(device):
             truth = find_truth(store, encoder, numbers, report, sample, device, room)
         give_memory_back()
@@ -425,7 +404,7 @@ def measure_until_committed(
             kept, is_new = [now.trained, *now.shards.values()], generation != now.current
             group = state.group("index", name).items()
             old = tuple(one.path for slot, one in group if slot == RECALL or (is_new and one not in kept))
-            return Draft("index", settings, add=(file,), remove=old, records={index_key(name): record})
+            return Draft("index", settings, add=(file,), remove=old, records={INDEX + name: record})
 
         store.commit(run, build)
 

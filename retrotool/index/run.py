@@ -16,12 +16,12 @@ from retrotool.encoder import find_devices
 from retrotool.errors import UsageError
 from retrotool.index.index_records import (
     DEFAULT,
+    INDEX,
     RECALL,
     RECALL_SAMPLE,
     IndexFiles,
     IndexRecord,
     default_index,
-    index_key,
     index_record,
 )
 from retrotool.index.recall import Drift, Recall, drift, measure_until_committed
@@ -147,7 +147,7 @@ def drop(root: str | Path, *, name: str) -> Dropped:
         def build(state: State) -> Draft:
             group = state.group("index", name)
             removed[:] = group.entries()
-            records: dict[str, Any] = {key: None for key in (index_key(name),) if key in state.records}
+            records: dict[str, Any] = {key: None for key in (INDEX + name,) if key in state.records}
             if state.records.get(DEFAULT) == name:
                 records[DEFAULT] = None
             return Draft("index", {"name": name, "drop": True}, remove=tuple(e.path for e in removed), records=records)

@@ -21,7 +21,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain, islice, pairwise, product
 from typing import Any
 
@@ -34,7 +34,7 @@ from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import InvertedLists, Lists, OneList, SomeLists, Trained
-from retrotool.ann.ranking import Best, rerank
+from retrotool.ann.ranking import Best, merged, rerank
 from retrotool.ann.resident import ResidentLists
 from retrotool.ann.search import ROOM, SPARE, Search, nearest_lists, nothing_banned
 from retrotool.chunk.chunk_plan import documents_within
@@ -42,7 +42,7 @@ from retrotool.cli.command_lines import command_line, embed_command
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import embedded_parts, read_part_vectors, searchable_rows, vectors_ahead
 from retrotool.errors import CorruptError, StorageError, UsageError
-from retrotool.index.index_records import IndexFiles, IndexRecord, ShardRecord, default_index, index_key, index_record
+from retrotool.index.index_records import INDEX, IndexFiles, IndexRecord, ShardRecord, default_index, index_record
 from retrotool.index.on_device import OnDevice, in_blocks
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
@@ -82,32 +82,6 @@ def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -
     if len(shard) != entry.rows:
         raise store.corrupt(f"{store.where(entry.path)} contains {len(shard):,} vectors, the log says {entry.rows:,}")
     return shard
-
-
-def read_shards(
-    store: Store,
-    name: str,
-    trained: Trained | None = None,
-    missing: Callable[[FileEntry], object] | None = None,
-    *,
-    generation: int | None = None,
-) -> Iterator[InvertedLists]:
-    """Yield the shards of an index; pass broken ones to ``missing``, or raise ``CorruptError`` without it."""
-
-    def opened(entry: FileEntry) -> InvertedLists | None:
-        try:
-            return read_shard(store, entry, trained)
-        except CorruptError:
-            if missing is None:
-                raise
-            return None
-
-    entries = IndexFiles(store.state, name, generation).shards.values()
-    for entry, shard in zip(entries, each(store.storage, opened, entries), strict=True):
-        if shard is not None:
-            yield shard
-        elif missing is not None:
-            missing(entry)
 
 
 def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] | None) -> FileEntry:
@@ -219,7 +193,6 @@ _SHARED_LISTS = 4  # queries per list from which reading all its vectors pays of
 _LEAST_ROOM = 1 << 20
 _BLOCK_ROWS = 1 << 15  # vectors that are copied to a GPU at a time
 _MOST_PROBES = 1 << 25  # pairs of a query and a list that are chosen at a time
-_COMPARED = 256  # queries compared at a time
 _BYTES_PER_CANDIDATE, _BYTES_PER_DIMENSION = 70, 14  # memory of a query during search and re-ranking
 
 
@@ -230,16 +203,10 @@ class Point:
     nprobe: int
     depth: int
 
-    def depth_for(self, k: int, trained: Trained) -> int:
-        """Return the candidates needed for k neighbours; whole vectors need hardly more than k."""
-        if isinstance(trained.codec, Whole):
-            return k + SPARE
-        return max(self.depth, -(-self.depth * k // TUNED_K), k + SPARE)
-
 
 def pick_index(store: Store, name: str | None = None) -> str:
     """Return the index to use: ``name``, the default, or the only one; raise ``UsageError`` without any."""
-    have = store.state.with_prefix(index_key(""))
+    have = store.state.with_prefix(INDEX)
     if name is None:
         name = default_index(store.state)
         if name not in have and len(have) == 1:
@@ -344,12 +311,11 @@ class _Open(ABC):
     @contextlib.contextmanager
     def _turn(self, queries: Queries) -> Iterator[Queries]:
         """Yield the queries as they are searched for; on a CPU in float32, while no other thread searches."""
-        with contextlib.nullcontext() if self._searches_on_device(queries) else self._lock:
-            yield queries if self._searches_on_device(queries) else queries.widened()
-
-    def _searches_on_device(self, queries: Queries) -> bool:
-        """Return whether a GPU searches. Repeated documents, which are rare, are left to the CPU."""
-        return is_gpu(self._device) and queries.excluded.repeats is None
+        if searches_on_device(self._device, queries):
+            yield queries
+        else:
+            with self._lock:
+                yield queries.widened()
 
     @cached_property
     def _allowed(self) -> AllowedChunks:
@@ -406,8 +372,19 @@ class Database(_Open):
     @cached_property
     def shards(self) -> list[InvertedLists]:
         """The mapped shards; raises ``CorruptError`` for a broken one."""
-        missing = self.missing.append if self._allow_missing else None
-        return list(read_shards(self.store, self.name, self.trained, missing))
+        trained, entries = self.trained, self._files.shards.values()
+
+        def opened(entry: FileEntry) -> InvertedLists | None:
+            try:
+                return read_shard(self.store, entry, trained)
+            except CorruptError:
+                if not self._allow_missing:
+                    raise
+                return None
+
+        found = list(each(self.store.storage, opened, entries))
+        self.missing += [entry for entry, shard in zip(entries, found, strict=True) if shard is None]
+        return [shard for shard in found if shard is not None]
 
     @property
     def settings(self) -> list[Any]:
@@ -439,8 +416,10 @@ class Database(_Open):
         """
         point = point or self.point
         nprobe, beyond = point.nprobe * wider, 0 if self.is_restricted else beyond * wider
-        once = self._search_on_device if self._searches_on_device(queries) else self._search_shards
-        search = once(k, self._depth_for(k, point), only, beyond)
+        if searches_on_device(self._device, queries):
+            search: _SearchLists = partial(self._on_device.search, k=k, only=only, beyond=beyond)
+        else:
+            search = self._search_shards(k, self._depth_for(k, point), only, beyond)
         with self._turn(queries) as queries:
             best = Best.nothing(len(queries), k)
             for probed, rows in self._probes(queries, nprobe):
@@ -460,7 +439,7 @@ class Database(_Open):
         if not self.is_restricted or self.trained.centroids is None:
             return [(nprobe, np.arange(len(queries)))]
         nearest = self._nearest_lists
-        if self._searches_on_device(queries):
+        if searches_on_device(self._device, queries):
             nearest = self._on_device.nearest_lists
         return probes_by_query(nearest, queries.vectors, nprobe, *self._list_sizes)
 
@@ -497,10 +476,6 @@ class Database(_Open):
         listed = None if self.trained.centroids is None else numbers[order]
         return OnDevice(self._device, self.trained, ids[order], listed, self.vectors.mapped, self.trained.d)
 
-    def _search_on_device(self, k: int, depth: int, only: Collection[int] | None, beyond: int) -> _SearchLists:
-        del depth  # no codes are compared
-        return lambda queries, nprobe: self._on_device.search(queries, k, nprobe, merged, only=only, beyond=beyond)
-
     def _search_shards(self, k: int, depth: int, only: Collection[int] | None, beyond: int) -> _SearchLists:
         shards: Sequence[Lists] = self._searched
         if only is not None:
@@ -531,9 +506,11 @@ class Database(_Open):
         return k + SPARE if self._fits else self._depth_for(k, self.point)
 
     def _depth_for(self, k: int, point: Point) -> int:
-        """Return the re-rank depth, doubled under a source filter: codes are worse for far vectors."""
+        """Return the re-rank depth, doubled under a filter: codes are worse for far vectors."""
+        if isinstance(self.trained.codec, Whole):
+            return k + SPARE  # whole vectors need hardly more
         depth = point.depth if self._allows is None else 2 * point.depth
-        return Point(point.nprobe, depth).depth_for(k, self.trained)
+        return max(depth, -(-depth * k // TUNED_K), k + SPARE)
 
     def _is_wanted(self, ids: Ids) -> npt.NDArray[np.bool_]:
         live: npt.NDArray[np.bool_] = ~self.tombstones.contains(ids)
@@ -593,8 +570,8 @@ class ExactDatabase(_Open):
     ) -> Best:
         """Return the k nearest live keys of each query; ``only``: in these parts. Every key is compared."""
         del wider, beyond
-        if self._searches_on_device(queries):
-            return self._on_device.search(queries, k, 0, merged, only=only)
+        if searches_on_device(self._device, queries):
+            return self._on_device.search(queries, 0, k, only=only)
         best: Best | None = None
         with self._turn(queries) as queries:
             for part in vectors_ahead(self.store, self.encoder, self.held()):
@@ -616,7 +593,7 @@ class ExactDatabase(_Open):
 
 def nearest_of(queries: Queries, some: OneList, k: int, before: Best | None, *, room: int, device: str = "cpu") -> Best:
     """Return the k nearest of ``some`` and ``before``."""
-    if is_gpu(device) and queries.excluded.repeats is None:
+    if searches_on_device(device, queries):
         ids = some.ids(0)
         loaded = ResidentLists(None, None, ids, in_blocks(ids, some.vectors, _BLOCK_ROWS), device)
         found = loaded.search(queries, k)
@@ -636,18 +613,9 @@ def is_gpu(device: str) -> bool:
     return device != "cpu"
 
 
-def merged(one: Best, other: Best, k: int) -> Best:
-    """Merge two results [q, ·] into the k nearest, without repeated ids."""
-    again = are_among(other.ids, one.ids)
-    distances = np.concatenate([one.distances, np.where(again, np.inf, other.distances)], 1)
-    return Best(distances, np.concatenate([one.ids, np.where(again, -1, other.ids)], 1)).nearest(k)
-
-
-def are_among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
-    """Check which ``ids`` [q, n], except −1, are among ``others`` [q, m] of the same query."""
-    blocks = [slice(start, start + _COMPARED) for start in range(0, max(len(ids), 1), _COMPARED)]
-    same = [(ids[block, :, None] == others[block, None, :]).any(axis=2) for block in blocks]
-    return np.concatenate(same) & (ids >= 0)
+def searches_on_device(device: str, queries: Queries) -> bool:
+    """Check whether a GPU searches for queries. Repeated documents, which are rare, are left to the CPU."""
+    return is_gpu(device) and queries.excluded.repeats is None
 
 
 def searched_of(database: AnyDatabase) -> list[Any]:

@@ -39,7 +39,7 @@ from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, Traini
 from retrotool.index.searching import read_shard, read_trained, write_index
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
-from retrotool.ranges import consecutive_ranges
+from retrotool.ranges import consecutive_ranges, runs_up_to
 from retrotool.read_ahead import ahead
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
@@ -109,7 +109,11 @@ class IndexStage:
         assert files.training is not None
         there = set(search_scope.embedded_parts(store, self.encoder)).difference(files.parts)
         tasks = []
-        for window, numbers in _windows(store, files.training.shard_rows):
+        # Windows: consecutive parts of up to ``shard_rows`` keys, or one larger.
+        windows = runs_up_to(
+            files.training.shard_rows, store.state.parts(), lambda part: search_scope.count_keys(store, part)
+        )
+        for window, numbers in enumerate(windows):
             if new := [part for part in numbers if part in there]:
                 slot = _free_slot(files.shards, window, self.generation)
                 rows = sum(search_scope.count_keys(store, part) for part in new)
@@ -180,20 +184,6 @@ def default_shard_rows(choice: IndexChoice, memory: int | None) -> int:
     return rows if memory is None else max(1, min(rows, memory // (7 * choice.bytes_per_vector)))
 
 
-def _windows(store: Store, shard_rows: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (number, parts) of windows: consecutive parts of up to ``shard_rows`` keys, or one larger."""
-    number, window, rows = 0, list[int](), 0
-    for part in store.state.parts():
-        size = parts.n_keys(parts.part_entry(store, "chunks", part))
-        if window and rows + size > shard_rows:
-            yield number, window
-            number, window, rows = number + 1, [], 0
-        window.append(part)
-        rows += size
-    if window:
-        yield number, window
-
-
 def _free_slot(taken: Mapping[str, Any], window: int, generation: int) -> str:
     """Return the next free slot of a window: ``shard-0003``, ``shard-0003.1`` and so on."""
     numbered = (f"{SHARD}{window:04d}" + (f".{further}" if further else "") for further in itertools.count())
@@ -222,8 +212,8 @@ class IndexWorker:
     def _train(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
         choice, n = choose_for(store, stage.encoder, stage.wanted)
-        tombstones = read_tombstones(store)
-        rows = search_scope.SearchableRows(store, search_scope.embedded_parts(store, stage.encoder), tombstones)
+        numbers = search_scope.embedded_parts(store, stage.encoder)
+        rows = search_scope.SearchableRows(store, numbers, read_tombstones(store))
         done = 0.0
 
         def progress(share: float) -> None:
@@ -239,7 +229,7 @@ class IndexWorker:
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
             encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,
-            held=search_scope.count_keys_of(store, rows, left_out), trained_parts=consecutive_ranges(list(rows)),
+            held=search_scope.count_keys_of(store, numbers, left_out), trained_parts=consecutive_ranges(numbers),
             shard_rows=stage.wanted.shard_rows or default_shard_rows(choice, memory), asked=stage.wanted, seed=SEED,
             **fit,
         )  # fmt: skip
@@ -432,7 +422,7 @@ def _code_error(codec: Codec, residuals: torch.Tensor) -> float:
 
 def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) -> npt.NDArray[np.float16]:
     """Return ``size`` random searchable vectors, float16; raise ``CorruptError`` if some are not finite."""
-    sample = np.empty((size, read_part_vectors(store, encoder, next(iter(rows))).shape[1]), np.float16)
+    sample = np.empty((size, read_part_vectors(store, encoder, next(iter(rows.counts))).shape[1]), np.float16)
     done = 0
     drawn = rows.draw(size, SEED)
     for part, chosen in store.copied_ahead(drawn, lambda some: store.state.part_file("embeddings", some[0], encoder)):

@@ -32,7 +32,7 @@ import numpy as np
 
 from retrotool import interrupts
 from retrotool.ann.excluded import Queries
-from retrotool.ann.ranking import Best
+from retrotool.ann.ranking import Best, merged
 from retrotool.chunk import PART_SIZE
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed import search_scope
@@ -40,7 +40,7 @@ from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, own_first, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
-from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, merged, searched_of
+from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import read_text_of

@@ -48,12 +48,15 @@ if TYPE_CHECKING:
 PART_BYTES = 16 << 20  # of an upload; files up to this size are one PUT
 RANGE_BYTES = 8 << 20
 PATIENCE_SECONDS = 60.0
+_FIRST_PATIENCE_SECONDS = 10.0
 TRAFFIC_VARIABLE = "RETROTOOL_TRAFFIC"
 _RANGES_AT_ONCE = 8
 _PARTS_AT_ONCE = 4
 _PAGE = 1000  # files that a listing returns at once
 _TAIL_BYTES = 64 << 10  # read at the end of a file that is opened: the footer of most Parquet files
 _TAILS = 256
+_DENIED = (PermissionDeniedError, UnauthenticatedError)
+_METADATA_SERVER = "169.254.169.254"  # asked for the credentials of a machine if there are no others
 _STATUS_CODE = re.compile(r"status code: (\d{3})")
 _T = TypeVar("_T")
 _process = 0  # the one that sends requests
@@ -76,6 +79,7 @@ class ObjectStorage:
 
     def __init__(self, place: str) -> None:
         self.place = place.rstrip("/")
+        self.has_answered = False
         self._is_conditional = False  # whether the server is known to honour conditions
 
     @property
@@ -150,7 +154,7 @@ class ObjectStorage:
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file of at most ``PART_BYTES`` by a conditional PUT; False if the path has other bytes."""
-        patience = _Patience(where(self, path))
+        patience = _Patience(self, path)
         while True:
             try:
                 self._request("put", path, lambda: obstore.put(self._client, path, data, mode="create"), len(data))
@@ -190,13 +194,15 @@ class ObjectStorage:
 
     def list(self, prefix: str, after: str = "") -> Iterator[FileStatus]:
         folder = prefix.rpartition("/")[0]  # obstore's prefixes are whole folders
-        last, pages, patience = max(after, prefix[:-1]), None, _Patience(where(self, prefix))
+        last, pages, patience = max(after, prefix[:-1]), None, _Patience(self, prefix)
         while True:
             try:
                 if pages is None:  # or again, after the last file of the page before
                     pages = obstore.list(self._client, folder or None, offset=last or None, chunk_size=_PAGE)
                 page = self._request("list", prefix, functools.partial(next, pages, None))
             except BaseError as error:
+                if _code_of(error) == 404:
+                    raise self._no_bucket() from None
                 patience.wait(error)
                 pages = None
                 continue
@@ -231,7 +237,7 @@ class ObjectStorage:
 
     def _again(self, operation: str, path: str, call: Callable[[], _T], sent: int = 0) -> _T:
         """Return the answer to a request that may be repeated."""
-        patience = _Patience(where(self, path))
+        patience = _Patience(self, path)
         while True:
             try:
                 return self._request(operation, path, call, sent)
@@ -251,6 +257,7 @@ class ObjectStorage:
             )
         disk.announce(operation, Path(where(self, path)))
         answer = call()
+        self.has_answered = True
         content = answer[0] if isinstance(answer, tuple) else answer
         _count(operation, path, sent, len(content) if isinstance(content, bytes) else 0)
         return answer
@@ -264,26 +271,36 @@ class ObjectStorage:
 
 
 class _Patience:
-    """How long to repeat what fails."""
+    """How long to repeat what fails: a minute, or ten seconds with a server that has never answered."""
 
-    def __init__(self, place: str) -> None:
-        self._place, self._until, self._tries = place, time.monotonic() + PATIENCE_SECONDS, itertools.count()
+    def __init__(self, storage: ObjectStorage, path: str) -> None:
+        self._place = where(storage, path)
+        seconds = PATIENCE_SECONDS if storage.has_answered else _FIRST_PATIENCE_SECONDS
+        self._until, self._tries = time.monotonic() + seconds, itertools.count()
 
     def wait(self, error: BaseError, *, again: bool = False) -> None:
         """Wait before the next attempt; raise ``StorageError`` if there is no sense in one."""
         code = _code_of(error)
-        what = str(error).splitlines()[0][:500]
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-            raise StorageError(
-                f"{self._place}: access denied: {what}",
-                "Check the credentials: environment variables, profile, or the role of this machine.",
-            ) from error
-        temporary = code is None or code >= 500 or code in (408, 409, 412, 429)
-        if not (again or temporary) or code == 501 or time.monotonic() > self._until:
-            raise StorageError(
-                f"{self._place}: {what}", "Nothing that was committed is lost; run the same command again."
-            ) from error
+        is_temporary = again or code is None or (code >= 500 and code != 501) or code in (408, 409, 412, 429)
+        if not is_temporary or isinstance(error, _DENIED) or time.monotonic() > self._until:
+            raise _failed(self._place, error) from error
         time.sleep(random.uniform(0.5, 1) * min(0.1 * 2 ** next(self._tries), 8.0))  # noqa: S311
+
+
+def _failed(place: str, error: BaseError) -> StorageError:
+    """Return what a request ended with, and what may help."""
+    what = str(error).splitlines()[0][:500]
+    if isinstance(error, _DENIED) or _METADATA_SERVER in what or _code_of(error) in (401, 403):
+        found = "no credentials" if _METADATA_SERVER in what else "access denied"
+        return StorageError(
+            f"{place}: {found}: {what}",
+            "Set the cloud's environment variables, such as AWS_ACCESS_KEY_ID, or a profile (docs/how-to/"
+            "store-in-a-bucket.md), and check what they may do.",
+        )
+    return StorageError(
+        f"{place}: {what}",
+        "Check the network and the endpoint, and run the same command again: what was committed is kept.",
+    )
 
 
 class _Upload:
@@ -343,10 +360,7 @@ class _Upload:
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, "the upload was aborted", where(self._storage, self._path)) from error
         except BaseError as error:
-            raise StorageError(
-                f"{where(self._storage, self._path)}: {str(error).splitlines()[0][:500]}",
-                "Nothing that was committed is lost; run the same command again.",
-            ) from error
+            raise _failed(where(self._storage, self._path), error) from error
 
 
 class _ObjectFile(io.RawIOBase):

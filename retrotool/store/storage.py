@@ -174,6 +174,8 @@ def storage_at(place: Place) -> Storage:
     scheme, found, _ = os.fspath(place).partition("://")
     if found and scheme in CLOUD_SCHEMES:
         return _object_storage(os.fspath(place))
+    if found and scheme not in SCHEMES:
+        raise UsageError(f"{place}: unknown scheme", f"Known are {', '.join(CLOUD_SCHEMES)}; else give a folder.")
     return SCHEMES.get(scheme if found else "", LocalStorage)(os.fspath(place))
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _BEFORE_SPACE = r"[\w!-=?@\[^{}]"  # not what added tokens end with that may take the space, such as <mask>
@@ -142,17 +142,3 @@ def cut_texts(
         pieces.append(text[start:] if start else text)
         counts.append(len(pieces) - before)
     return pieces, counts
-
-
-def slices(texts: Sequence[str], most: int) -> Iterable[list[str]]:
-    """Yield runs of consecutive texts of about ``most`` characters; a longer text is a separate run."""
-    run: list[str] = []
-    held = 0
-    for text in texts:
-        if run and held + len(text) > most:
-            yield run
-            run, held = [], 0
-        run.append(text)
-        held += len(text)
-    if run:
-        yield run

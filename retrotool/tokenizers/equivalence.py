@@ -23,7 +23,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,13 +76,13 @@ class TokenRun(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a guard found, by the libraries named in ``versions``."""
+    """What a guard found, by libraries of ``versions``; ``why``: a reason not to use the fast tokenizer."""
 
     versions: str
-    substrings: tuple[str, ...]
-    runs: tuple[TokenRun, ...]
-    frames: tuple[str, str]
-    why: str
+    substrings: tuple[str, ...] = ()
+    runs: tuple[TokenRun, ...] = ()
+    frames: tuple[str, str] = ("", "")
+    why: str = ""
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Findings:
@@ -93,51 +93,51 @@ class Findings:
 
 
 class Guard:
-    """Knows which texts two tokenizers treat alike; with ``findings``, without comparing them again."""
+    """Knows which texts two tokenizers treat alike: by ``findings``, or once it ``explore``s them."""
 
     def __init__(
         self,
         whole: Pair,
-        split: Pair,  # splits like ``whole``; its tokens show where, between ``neighbours``
-        strict: Callable[[], Pair] | None = None,  # makes a pair that shows it everywhere
+        findings: Findings,
+        strict: Callable[[], Pair] | None = None,  # makes a pair whose tokens show everywhere how ``whole`` splits
         *,
         matters: Callable[[int], bool] | None = None,  # whether splitting at a code point can change tokens
+        states: States | None = None,  # of code points, from a guard like this one
+    ) -> None:
+        self._whole = self._split = whole
+        self._make_strict, self._crossed = strict, matters or (lambda _: True)
+        self.states: States = np.zeros(CODE_POINTS, np.uint8) if states is None else states.copy()
+        self.states[:128] = _SAFE
+        self.states[0xD800:0xE000] = _UNSAFE
+        self.classified = 0  # code points whose states are new
+        self.findings = findings
+        self._learn()
+
+    def explore(
+        self,
+        split: Pair,  # splits like ``whole``; its tokens show where, between ``neighbours``
+        *,
         neighbours: Sequence[tuple[str, str]] = (),
         tokens: Sequence[str] = (),
         added: Sequence[str] = (),  # added tokens
         trials: Sequence[str] = (),  # texts to try
         longest: int = 8192,  # most bytes of a text
-        findings: Findings | None = None,
-        states: States | None = None,  # of code points, from a guard like this one
     ) -> None:
-        self._whole, self._split, self._make_strict = whole, split, strict
-        self._crossed = matters or (lambda _: True)
-        self.states: States = np.zeros(CODE_POINTS, np.uint8) if states is None else states.copy()
-        self.states[:128] = _SAFE
-        self.states[0xD800:0xE000] = _UNSAFE
-        self.classified = 0  # code points whose states are new
-        self.substrings: tuple[str, ...] = ()
-        self.runs: tuple[TokenRun, ...] = ()
-        self.frames = ("", "")
-        self.why = ""  # a reason not to use the fast tokenizer at all
-        if findings is not None:
-            self.substrings, self.frames, self.why = findings.substrings, findings.frames, findings.why
-            self._look_for(findings.runs)
-            return
-        self._look_for(())
+        """Find what the two tokenizers treat differently."""
+        self._split = split
         # A tokenizer that stores lengths in a byte may get these wrong.
         long = sorted({token[:_LONG_TOKEN] for token in tokens if len(token.encode()) >= _LONG_TOKEN})
-        unsafe = [*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added), *long]
-        self.substrings = tuple(dict.fromkeys(unsafe))
-        seconds = Counter(one[0] for one in self.substrings if len(one) == 2)
-        kinds = len(self.substrings) - sum(n - 1 for n in seconds.values() if n > _MANY)
+        unsafe = dict.fromkeys([*self._unsafe_ascii(neighbours, tokens), *self._unsafe_added(added), *long])
+        self._learn(substrings=tuple(unsafe))
+        seconds = Counter(one[0] for one in unsafe if len(one) == 2)
+        kinds = len(unsafe) - sum(n - 1 for n in seconds.values() if n > _MANY)
         if kinds > _MOST_SUBSTRINGS:
-            self.why = f"it differs on at least {kinds} kinds of pairs of ASCII characters or added tokens"
+            self._learn(why=f"it differs on at least {kinds} kinds of pairs of ASCII characters or added tokens")
             return
-        self._look_for(self._unlike_runs())
         frames = [frame for frame in _CHARACTER_FRAMES if not self._is_known(frame.format("e"))]
-        frames = list(itertools.compress(frames, ~_unlike(self._split, [frame.format("e") for frame in frames])))
-        self.frames = "".join(frames), "".join(frame for frame in frames if "}'" not in frame)
+        frames = list(itertools.compress(frames, ~_unlike(split, [frame.format("e") for frame in frames])))
+        plain = "".join(frame for frame in frames if "}'" not in frame)
+        self._learn(runs=self._unlike_runs(), frames=("".join(frames), plain))
         odd = [*_odd_texts(longest, added), *trials]
         wrong = _unlike(self._whole, odd)
         for _ in range(_MOST_LEARNT):
@@ -145,20 +145,21 @@ class Guard:
             pair = self._unsafe_pair_in(odd[missed[0]]) if len(missed) else ""
             if not pair:
                 break
-            self.substrings = (*self.substrings, pair)
-            self._look_for(self.runs)
+            self._learn(substrings=(*self.findings.substrings, pair))
         if len(missed):
-            self.why = f"it differs on {len(missed)} of {len(odd)} trial texts, such as {odd[missed[0]][:40]!a}"
+            self._learn(why=f"it differs on {len(missed)} of {len(odd)} trial texts, such as {odd[missed[0]][:40]!a}")
 
-    def _look_for(self, runs: tuple[TokenRun, ...]) -> None:
-        """Set what to look for in ASCII texts and in others: a substring, and a pattern where that occurs."""
-        self.runs = runs
-        whole = [unsafe for unsafe in self.substrings if len(unsafe) != 2]
-        pairs = [unsafe for unsafe in self.substrings if len(unsafe) == 2 and unsafe[0] not in whole]
+    def _learn(self, **found: Any) -> None:
+        """Set findings, and what to look for in ASCII texts and others: a substring, and a pattern there."""
+        self.findings = replace(self.findings, **found)
+        substrings = self.findings.substrings
+        whole = [unsafe for unsafe in substrings if len(unsafe) != 2]
+        pairs = [unsafe for unsafe in substrings if len(unsafe) == 2 and unsafe[0] not in whole]
         both: list[Hint] = [(unsafe, None) for unsafe in whole]
         for first in dict.fromkeys(pair[0] for pair in pairs):
             seconds = "".join(re.escape(pair[1]) for pair in pairs if pair[0] == first)
             both.append((first, re.compile(f"{re.escape(first)}[{seconds}]").search))
+        runs = self.findings.runs
         self._unsafe = {plain: both + _run_hints(runs, ascii_only=plain) for plain in (False, True)}
 
     def _unsafe_pair_in(self, text: str) -> str:
@@ -215,7 +216,7 @@ class Guard:
         return tuple(found)
 
     def _is_known(self, text: str) -> bool:
-        return any(unsafe in text for unsafe in self.substrings)
+        return any(unsafe in text for unsafe in self.findings.substrings)
 
     def _above_ascii(self, text: str) -> npt.NDArray[np.int64]:
         """Return where unsafe code points are in ``text``, which begins and ends with a newline."""
@@ -243,9 +244,9 @@ class Guard:
         points = points[known]
         for start in range(0, len(points), 2048):
             some = points[start : start + 2048]
-            self.states[some] = np.where(self._wrong_in(self.frames[0], some), _QUOTABLE, _SAFE)
+            self.states[some] = np.where(self._wrong_in(self.findings.frames[0], some), _QUOTABLE, _SAFE)
             suspects = some[self.states[some] == _QUOTABLE]
-            self.states[suspects[self._wrong_in(self.frames[1], suspects)]] = _UNSAFE
+            self.states[suspects[self._wrong_in(self.findings.frames[1], suspects)]] = _UNSAFE
         harmless = [point for point in points[self.states[points] != _SAFE].tolist() if not self._crossed(point)]
         self.states[harmless] = _SAFE
 
@@ -348,14 +349,10 @@ def _unlike(pair: Pair, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
 
 def differing(one: Flat, other: Flat) -> npt.NDArray[np.bool_]:
     """Return which texts [n] have different ids in two results of (ids, tokens per text)."""
-    wrong = one[1] != other[1]
-    if not wrong.any() and np.array_equal(one[0], other[0]):
-        return np.asarray(wrong, bool)
-    starts, others = (np.cumsum(lengths) - lengths for lengths in (one[1], other[1]))
-    for i in np.flatnonzero(~wrong).tolist():
-        length = one[1][i]
-        wrong[i] = not np.array_equal(one[0][starts[i] : starts[i] + length], other[0][others[i] : others[i] + length])
-    return np.asarray(wrong, bool)
+    if np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1]):
+        return np.zeros(len(one[1]), bool)
+    split = (np.split(ids, np.cumsum(lengths)[:-1]) for ids, lengths in (one, other))
+    return np.array([not np.array_equal(*pair) for pair in zip(*split, strict=True)], bool)
 
 
 def _run_texts(before: str, inside: str, after: str) -> list[tuple[int, str]]:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise, product
 from typing import Any
@@ -28,7 +29,8 @@ import numpy.typing as npt
 import orjson
 
 from retrotool.errors import AbortError
-from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, slices, tabs_to_isolate, why_not_cut
+from retrotool.ranges import runs_up_to
+from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, tabs_to_isolate, why_not_cut
 from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair, States
 from retrotool.tokenizers.findings_cache import keep_findings, keep_states, read_findings, read_states
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
@@ -38,6 +40,7 @@ _WIDEST = 4  # bytes of a character
 _PARTS = (256, 32)  # characters of the parts of an unsafe piece, of the unsafe ones of these, and so on
 _GROUP = 4 << 20  # characters tokenised at a time, which bounds memory
 Encoded = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.bool_]]
+_CHARACTERS = re.compile(rb"[\x80-\xbf]+|[^\x80-\xbf][\x80-\xbf]*")  # of UTF-8; the first may be the end of one
 _LONG_TEXT, _JUDGED_PREFIX = 32 << 10, 16 << 10
 
 
@@ -50,7 +53,6 @@ class TokensDiffer(AbortError):  # noqa: N818
             f"{self.summary}, near {excerpt}",
             "Tokenise again without tokie; the tokens of `tokenizers` are the right ones.",
         )
-        self.version, self.position, self.excerpt = version, position, excerpt
 
 
 class FastTokenizer:
@@ -70,8 +72,8 @@ class FastTokenizer:
         self._random = np.random.default_rng(0)
         self._seen = self.compared = 0
         self.judged = 0  # texts sent to ``tokenizers``, in whole or in part
-        self._fast, self.why = _load(tokenizer) if use_tokie else (None, "tokie was not requested")
         fields = orjson.loads(tokenizer.file.content)
+        self._fast, self.why = _load(tokenizer, fields) if use_tokie else (None, "tokie was not requested")
         self._inside, tab = places_beside_digits(fields), tabs_to_isolate(fields)
         self._cuts = [functools.partial(isolate_tabs, tab=tab)] if tab else []
         for most in _PARTS:
@@ -80,19 +82,17 @@ class FastTokenizer:
             versions, content = library_versions(), tokenizer.file.content
             known = findings if findings is not None and findings.versions == versions else None
             known = known or read_findings(content, versions)
-            self._guard = _guard(self._fast, tokenizer, known, read_states(content, versions))
-            if known is None and (new := self.findings) is not None:
-                keep_findings(content, new)
-            self.why = f"tokie {version('tokie')} is not used: {self._guard.why}" if self._guard.why else ""
+            self._guard = _guard(self._fast, tokenizer, fields, known, read_states(content, versions))
+            found = self._guard.findings
+            if known is None:
+                keep_findings(content, found)
+            self.why = f"tokie {version('tokie')} is not used: {found.why}" if found.why else ""
         self.engine = "tokenizers" if self.why else "tokie"
 
     @property
     def findings(self) -> Findings | None:
         """What the guard found, for others with the same tokenizer; None if tokie could not be loaded."""
-        if self._fast is None:
-            return None
-        guard = self._guard
-        return Findings(library_versions(), guard.substrings, guard.runs, guard.frames, guard.why)
+        return None if self._fast is None else self._guard.findings
 
     def keep_states(self) -> None:
         """Keep what was found about code points since the last call, for others with the same tokenizer."""
@@ -116,10 +116,8 @@ class FastTokenizer:
     def _encode(self, texts: Sequence[str]) -> Encoded:
         """Return ids and lengths without comparing, and which texts [n] only the fast tokenizer did."""
         pieces, n_pieces = cut_texts(texts, _PIECE_BYTES * 3 // 4, _PIECE_BYTES, widest=_WIDEST, inside=self._inside)
-        done = [self._encode_pieces(some) for some in slices(pieces, _GROUP)]
+        done = [self._encode_pieces(some) for some in runs_up_to(_GROUP, pieces, len)]
         ids, lengths, unsure = (np.concatenate(column) for column in zip(*done, strict=True))
-        if len(pieces) == len(texts):
-            return ids, lengths, ~unsure
         starts = np.cumsum(n_pieces, dtype=np.intp) - n_pieces
         return ids, np.add.reduceat(lengths, starts), ~np.logical_or.reduceat(unsure, starts)
 
@@ -178,9 +176,8 @@ class FastTokenizer:
         raise TokensDiffer(version("tokie"), position, ascii(text[max(place - 20, 0) : place + 20]))
 
 
-def _load(tokenizer: Tokenizer) -> tuple[Encode | None, str]:
-    why = why_not_cut(orjson.loads(tokenizer.file.content))
-    if why:
+def _load(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> tuple[Encode | None, str]:
+    if why := why_not_cut(fields):
         return None, f"tokie is not used: {why}"
     try:
         return _read(tokenizer.file.content), ""
@@ -213,35 +210,34 @@ def library_versions() -> str:
     return f"{libraries}, Unicode {unicodedata.unidata_version}, guard 6"
 
 
-def _guard(fast: Encode, tokenizer: Tokenizer, findings: Findings | None, states: States | None) -> Guard:
+def _guard(
+    fast: Encode, tokenizer: Tokenizer, fields: dict[str, Any], findings: Findings | None, states: States | None
+) -> Guard:
+    """Return a guard with ``findings``, or with what it finds if there are none."""
     from tokenizers import decoders
 
     whole: Pair = (fast, tokenizer.encode_flat)
-    fields = orjson.loads(tokenizer.file.content)
     vocabulary: dict[str, int] = fields["model"]["vocab"]
     is_bpe = fields["model"]["type"] == "BPE"
     last = [letter for letter, byte in byte_level_alphabet().items() if byte < 0xC0]
     first = [letter for letter, byte in byte_level_alphabet().items() if byte < 0x80 or 0xC2 <= byte < 0xF5]
     strict = functools.partial(_pairs, fields, set(product(last, first))) if is_bpe else None
     matters = _crossings(vocabulary) if is_bpe else None
-    if findings is not None:
-        return Guard(whole, whole, strict, matters=matters, findings=findings, states=states)
-    neighbours = {two for token in vocabulary for two in pairwise(token)} if is_bpe else set()
-    ascii_of = {letter: chr(byte) for letter, byte in byte_level_alphabet().items() if byte < 128}
-    decode = decoders.ByteLevel().decode
-    rows = np.random.default_rng(0).integers(0, tokenizer.vocabulary, (1000, 8))
-    return Guard(
-        whole,
-        _pairs(fields, neighbours) if is_bpe else whole,
-        strict,
-        matters=matters,
-        neighbours=[(ascii_of[a], ascii_of[b]) for a, b in sorted(neighbours) if a in ascii_of and b in ascii_of],
-        tokens=[decode([token]) for token in vocabulary] if neighbours else [],
-        added=[token.content for token in tokenizer.backend.get_added_tokens_decoder().values()],
-        trials=tokenizer.backend.decode_batch(rows.tolist(), skip_special_tokens=True),
-        longest=_PIECE_BYTES,
-        states=states,
-    )
+    guard = Guard(whole, findings or Findings(library_versions()), strict, matters=matters, states=states)
+    if findings is None:
+        neighbours = {two for token in vocabulary for two in pairwise(token)} if is_bpe else set()
+        ascii_of = {letter: chr(byte) for letter, byte in byte_level_alphabet().items() if byte < 128}
+        decode = decoders.ByteLevel().decode
+        rows = np.random.default_rng(0).integers(0, tokenizer.vocabulary, (1000, 8))
+        guard.explore(
+            _pairs(fields, neighbours) if is_bpe else whole,
+            neighbours=[(ascii_of[a], ascii_of[b]) for a, b in sorted(neighbours) if a in ascii_of and b in ascii_of],
+            tokens=[decode([token]) for token in vocabulary] if neighbours else [],
+            added=[token.content for token in tokenizer.backend.get_added_tokens_decoder().values()],
+            trials=tokenizer.backend.decode_batch(rows.tolist(), skip_special_tokens=True),
+            longest=_PIECE_BYTES,
+        )
+    return guard
 
 
 def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
@@ -255,10 +251,7 @@ def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
         for name in vocabulary:
             if name.isascii() or any(letter not in byte_of for letter in name):
                 continue
-            token = bytes(byte_of[letter] for letter in name)
-            starts = [i for i, byte in enumerate(token) if byte & 0xC0 != 0x80]
-            borders = [0, *starts, len(token)] if starts and starts[0] else [*starts, len(token)]
-            pieces = [token[a:b] for a, b in pairwise(borders)]
+            pieces = _CHARACTERS.findall(bytes(byte_of[letter] for letter in name))
             if len(pieces) > 1:
                 whole.update(pieces)
                 ends.add(pieces[0])
@@ -268,8 +261,7 @@ def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
     def has(point: int) -> bool:
         data = chr(point).encode()
         whole, ends, begins = found()
-        reaches_in = any(data[i:] in ends for i in range(1, len(data)))
-        return data in whole or reaches_in or any(data[:i] in begins for i in range(1, len(data)))
+        return data in whole or any(data[i:] in ends or data[:i] in begins for i in range(1, len(data)))
 
     return has
 
@@ -284,9 +276,6 @@ def _pairs(fields: dict[str, Any], neighbours: set[tuple[str, str]]) -> Pair:
     tokens = [*byte_of, *("".join(pairs[i]) for i in order)]
     model = {
         "type": "BPE",
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "unk_token": None,
         "vocab": {token: i for i, token in enumerate(tokens)},
         "merges": [" ".join(pairs[i]) for i in order],
     }

@@ -22,8 +22,9 @@ import orjson
 import pyarrow as pa
 
 from retrotool.errors import UsageError
+from retrotool.ranges import runs_up_to
 from retrotool.store.identity import TokenizerIdentity
-from retrotool.tokenizers.cut import cut_texts, slices, why_not_cut
+from retrotool.tokenizers.cut import cut_texts, why_not_cut
 
 if TYPE_CHECKING:
     import tokenizers
@@ -91,7 +92,7 @@ class Tokenizer:
         if self._may_cut and any(len(text) > _HELD for text in texts):
             texts, counts = cut_texts(texts, _HELD // 4, _HELD // 2)
         ids = [np.empty(0, np.uint32)]
-        for run in slices(texts, _HELD):  # as the library needs over 100 bytes per token
+        for run in runs_up_to(_HELD, texts, len):  # as the library needs over 100 bytes per token
             ids += [np.array(encoding.ids, np.uint32) for encoding in self._encodings(run)]
         lengths = np.array([len(some) for some in ids[1:]], np.int64)
         if len(counts) < len(lengths):

@@ -29,8 +29,12 @@ def test_excluded_intervals_and_banned_ids_are_never_found_and_nothing_else_is_l
     trained = trained_as(factory if n >= 4 else "SQfp16", vectors)
     q = data.draw(st.integers(1, 5))
     queries = random_vectors(q, 6, seed + 9).astype(np.float32)
-    first = np.array(data.draw(st.lists(st.integers(-2, int(ids[-1]) + 2), min_size=q, max_size=q)), np.int64)
-    last = first + np.array(data.draw(st.lists(st.integers(-1, 30), min_size=q, max_size=q)), np.int64)
+    # Documents of up to 30 ids from 0 on, with gaps; each query is of one, or (0, −1) of none.
+    sizes = np.array(data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=40)), np.int64)
+    begins = np.cumsum(sizes) - sizes
+    ends = begins + np.maximum(sizes - 3, 0)
+    documents = np.array(data.draw(st.lists(st.integers(-1, len(sizes) - 1), min_size=q, max_size=q)), np.int64)
+    first, last = np.where(documents < 0, 0, begins[documents]), np.where(documents < 0, -1, ends[documents])
     banned = np.array(data.draw(st.lists(st.sampled_from(ids.tolist()), max_size=n)), np.int64)
     cut = data.draw(st.integers(0, n))
     room = data.draw(st.sampled_from([1, 400, 2000, ROOM]))  # several rounds, several blocks of queries

@@ -177,4 +177,4 @@ def test_the_error_crosses_process_borders():
 
     error = TokensDiffer("0.1", 7, "'near'")
     again = pickle.loads(pickle.dumps(error))
-    assert (str(again), again.position) == (str(error), 7)
+    assert (str(again), again.summary) == (str(error), error.summary)

@@ -40,6 +40,7 @@ from test_kills import (  # noqa: F401 - a fixture is among them
 from retrotool import api
 from retrotool.errors import StorageError
 from retrotool.store import log
+from retrotool.store.cache import cache_folder
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.storage import storage_at
@@ -63,16 +64,21 @@ def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Bucket:
-    """Stores in a bucket, of which each is a folder, too."""
+    """Stores in a bucket, of which each is a folder, too; this process and its children get a cache of their own."""
 
     def __init__(self, root: Path) -> None:
         self.root = root / buckets.BUCKET
+        cache, shared = root / "cache", cache_folder() / "tokenizers"
+        if shared.exists():  # what is known about tokenizers takes seconds
+            shutil.copytree(shared, cache / "tokenizers", dirs_exist_ok=True)
+        os.environ["RETROTOOL_CACHE"] = str(cache)
 
     def place(self, name: str) -> str:
         return f"s3://{buckets.BUCKET}/{name}"
 
     def fill(self, name: str, before: Path) -> Path:
-        """Copy a store of the disk into the bucket; return its folder."""
+        """Copy a store of the disk into the bucket, of which nothing is cached; return its folder."""
+        shutil.rmtree(cache_folder() / "files", ignore_errors=True)
         folder = self.root / name
         if before.exists():
             copy_store(before, folder)

@@ -23,7 +23,6 @@ def test_rows_are_the_lists_they_were_made_of(lists: list[list[int]]) -> None:
     assert len(rows) == len(lists)
     assert as_lists(rows) == lists
     assert rows.ids.dtype == np.int32
-    assert rows.positions().tolist() == [place for row in lists for place in range(len(row))]
 
 
 @given(LISTS, st.data())

@@ -15,7 +15,7 @@ from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.index import run as index_run
 from retrotool.index.run import Options
-from retrotool.index.searching import read_shards, read_trained
+from retrotool.index.searching import Database
 from retrotool.store.store import Store
 
 LISTS = ("--name", "lists", "--nlist", 4, "--code", "sq8", "--shard-size", 12)
@@ -46,8 +46,7 @@ def check(store: Path, name: str) -> None:
     """All live keys with embeddings are in the shards of the index, each once, and the store is whole."""
     assert api.verify(store).problems == []
     opened = Store.open(store)
-    trained = read_trained(opened, name)[1]
-    found = [shard.ids(number) for shard in read_shards(opened, name, trained) for number in shard.numbers]
+    found = [shard.ids(number) for shard in Database(opened, name).shards for number in shard.numbers]
     ids = np.concatenate(found)
     assert len(np.unique(ids)) == len(ids) == api.info(store).chunks
 

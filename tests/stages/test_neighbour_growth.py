@@ -14,9 +14,10 @@ from test_index_rivals import at_once
 
 from retrotool import api
 from retrotool.ann.choice import IndexOptions
+from retrotool.ann.ranking import Best, merged
 from retrotool.errors import UsageError
 from retrotool.index.run import Options
-from retrotool.index.searching import Database, ExactDatabase, merged
+from retrotool.index.searching import Database, ExactDatabase
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
@@ -174,8 +175,6 @@ def test_jobs_and_worker_processes_share_a_store(store: Path, tmp_path: Path) ->
 
 
 def test_merging_keeps_the_nearest_once_each() -> None:
-    from retrotool.ann.ranking import Best
-
     inf = np.inf
     one = Best(np.array([[0.1, 0.5, inf]], np.float32), np.array([[7, 3, -1]]))
     other = Best(np.array([[0.2, 0.5, 0.9]], np.float32), np.array([[4, 3, 8]]))

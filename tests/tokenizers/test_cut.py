@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retrotool.ranges import runs_up_to
 from retrotool.tokenizers import Tokenizer, TokenizerFile
-from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, slices, tabs_to_isolate
+from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, tabs_to_isolate
 
 CUTTABLE = [kind for kind in awkward.KINDS if kind != "unigram"]
 sizes = st.tuples(st.integers(1, 8), st.integers(1, 30)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -101,9 +102,9 @@ def test_only_chosen_texts_are_cut():
     assert len(pieces) > 3
 
 
-def test_slices_hold_consecutive_texts():
+def test_runs_hold_consecutive_texts():
     texts = ["a" * n for n in (1, 5, 3, 20, 1, 1)]
-    runs = list(slices(texts, 8))
+    runs = list(runs_up_to(8, texts, len))
     assert [text for run in runs for text in run] == texts
     assert [sum(map(len, run)) for run in runs] == [6, 3, 20, 2]
 

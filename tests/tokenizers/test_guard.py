@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retrotool.tokenizers import Tokenizer, TokenizerFile
-from retrotool.tokenizers.equivalence import Guard, differing
+from retrotool.tokenizers.equivalence import Findings, Guard, differing
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,15 @@ def wrong_at(exact, pattern: str):
 CLEAN = ["plain text, and more of it.\nA line", "x = 1", "naïve"]
 
 
+def explored(whole, split=None, **options) -> Guard:
+    guard = Guard(whole, Findings("any"))
+    guard.explore(split or whole, longest=600, **options)
+    return guard
+
+
 def guarded(exact, pattern: str) -> Guard:
-    pair = (wrong_at(exact, pattern), exact)
-    guard = Guard(pair, pair, longest=600)
-    assert guard.why == ""
+    guard = explored((wrong_at(exact, pattern), exact))
+    assert guard.findings.why == ""
     return guard
 
 
@@ -67,26 +72,26 @@ def test_what_is_wrong_is_unsure_and_other_text_is_not(exact, pattern, unsafe):
 
 
 def test_with_nothing_wrong_everything_is_sure_but_what_python_does_not_know(exact):
-    guard = Guard((exact, exact), (exact, exact), longest=600)
-    assert (guard.substrings, guard.runs, guard.why) == ((), (), "")
+    guard = explored((exact, exact))
+    assert (guard.findings.substrings, guard.findings.runs, guard.findings.why) == ((), (), "")
     assert not guard.unsure([*awkward.TOPICS, *awkward.SAMPLES]).any()
     assert guard.unsure(["\U000e0fff", "a \u0378"]).all()  # no characters of Unicode
 
 
 def test_one_that_is_wrong_in_many_ways_is_not_used(exact):
     pair = (wrong_at(exact, "[a-z][A-Z]|[0-9][a-f]|[;:][!-/]"), exact)
-    assert "pairs of ASCII characters" in Guard(pair, pair, longest=600).why
+    assert "pairs of ASCII characters" in explored(pair).findings.why
 
 
 def test_one_that_is_wrong_where_no_sign_tells_is_not_used(exact):
     pair = (wrong_at(exact, "^(..)*.$"), exact)  # every text of odd length
-    assert Guard(pair, pair, longest=600).why
+    assert explored(pair).findings.why
 
 
 def test_added_tokens_that_are_found_otherwise_are_unsure(exact):
     pair = (wrong_at(exact, re.escape("<|end|>")), exact)
     split = (exact, exact)
-    guard = Guard(pair, split, added=["<|end|>", "<|other|>"], longest=600)
+    guard = explored(pair, split, added=["<|end|>", "<|other|>"])
     assert guard.unsure(["a<|end|>b", "a<|other|>b"]).tolist() == [True, False]
 
 

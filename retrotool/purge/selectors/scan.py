@@ -14,9 +14,8 @@ which release the GIL. Memory: a block per thread, and 34 bytes per hit.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +27,7 @@ from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
 from retrotool.purge.selectors.selector import BLOCK_ROWS, Decoder, Matcher, Selector, TextBlock, text_blocks
-from retrotool.read_ahead import ahead
+from retrotool.read_ahead import concurrently
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -86,7 +85,9 @@ class ScanStage:
             part, reads = int(task.inputs["part"]), task.inputs["reads"]
             store.refresh()
             found = [parts.SCANS_SCHEMA.empty_table()]
-            for rows, some in _side_by_side(matchers, text_blocks(store, decoder, part, least)):
+            blocks = text_blocks(store, decoder, part, least)
+            for rows, some in concurrently(functools.partial(_first_hits, matchers), blocks, cores()):
+                interrupts.check()
                 found.append(some)
                 report(rows)
             name = FileName.new(run, KIND, part_slot(part), "parquet", scan)
@@ -95,17 +96,6 @@ class ScanStage:
             return Staged(task.key, "select", run, settings, tuple(reads), (entry,), tuple(task.inputs["replaces"]))
 
         return work
-
-
-def _side_by_side(matchers: list[Matcher], blocks: Iterator[TextBlock]) -> Iterator[tuple[int, pa.Table]]:
-    """Yield the rows and results of each block, in order; holds one block more than there are threads."""
-    threads = cores()
-    with ThreadPoolExecutor(threads) as pool:
-        begun = (pool.submit(_first_hits, matchers, block) for block in blocks)
-        with contextlib.closing(ahead(begun, max(threads - 1, 1))) as futures:
-            for future in futures:
-                interrupts.check()
-                yield future.result()
 
 
 def _first_hits(matchers: list[Matcher], block: TextBlock) -> tuple[int, pa.Table]:
