@@ -12,7 +12,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from retrotool import interrupts
 from retrotool.cli import output
@@ -34,6 +34,11 @@ The module ``command`` of a folder has ``command`` and ``EPILOG``; or, if it has
 ``undo_command`` and ``UNDO_EPILOG``.
 """
 _WITHOUT_PYARROW = ("info", "log", "plan")
+_CACHE = {
+    "cache_dir": ("DIR", "Folder for copies of a bucket's files.  [default: ~/.cache/retrotool]", "RETROTOOL_CACHE"),
+    "cache_size": ("SIZE", "Space for these copies.  [default: half of what is free]", "RETROTOOL_CACHE_SIZE"),
+}
+"""Metavar, help and variable of the options of all commands that may map files (``store.cache``)."""
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -54,6 +59,14 @@ class _Group(TyperGroup):
             single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
+            if cmd_name not in _WITHOUT_PYARROW:
+                self.commands[cmd_name].params += [
+                    TyperOption(
+                        param_decls=[f"--{name.replace('_', '-')}"], metavar=metavar, help=text, envvar=variable,
+                        show_envvar=True, rich_help_panel=WORK,
+                    )
+                    for name, (metavar, text, variable) in _CACHE.items()
+                ]  # fmt: skip
         return self.commands[cmd_name]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -80,7 +93,12 @@ class _Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         if self.name not in _WITHOUT_PYARROW:
             leave_pandas_out()
+        cache = {name: value for name in _CACHE if (value := ctx.params.pop(name, None)) is not None}
         with output.errors(ctx.params["as_json"]):
+            if cache:
+                from retrotool.store.cache import use_cache
+
+                use_cache(**cache)
             return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -21,11 +21,11 @@ from retrotool.cli.options import (
     WorkersOption,
     arg,
     opt,
-    parse_size,
     unescape,
 )
 from retrotool.errors import EXIT_REJECTED, UsageError
 from retrotool.scratch import use_scratch
+from retrotool.sizes import parse_size
 
 if TYPE_CHECKING:
     from retrotool.chunk.estimate import Estimate

@@ -129,20 +129,9 @@ WorkersOption = Annotated[int | None, _work("Worker processes.  [default: one pe
 ScratchOption = Annotated[str | None, _work("Folder for scratch files.  [default: the system's]", "scratch", "DIR")]
 
 LEAST_MEMORY = 16 << 20  # the smallest ``--memory``, in bytes
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30, "t": 10**12, "ti": 2**40}
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BOM = b"\xef\xbb\xbf"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
-
-
-def parse_size(option: str, text: str, *, least: int = 1) -> int:
-    """Parse a size such as ``64MiB``, ``10 MB`` or ``4096``: bytes, at least ``least``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = 0 if match is None else int(Fraction(match[1]) * _UNITS[match[2] or ""])
-    if not least <= size < 1 << 63:
-        at_least = f" of at least {least >> 20} MiB" if least > 1 else ""
-        raise UsageError(f"{option} {text}: not a size{at_least}", "Give for example 64MiB.")
-    return size
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

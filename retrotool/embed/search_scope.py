@@ -48,6 +48,11 @@ def read_part_vectors(store: Store, encoder: str, part: int) -> MappedVectors:
     return read_vectors(store, parts.part_entry(store, "embeddings", part, encoder))
 
 
+def vectors_ahead(store: Store, encoder: str, numbers: Iterable[int]) -> Iterable[int]:
+    """Iterate over parts whose embeddings are read in this order (``Store.copied_ahead``)."""
+    return store.copied_ahead(numbers, lambda part: store.state.part_file("embeddings", part, encoder))
+
+
 def live_rows(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
     """Return which rows of a part are neither erased nor purged, bool [n], including values of records."""
     alive: npt.NDArray[np.bool_] = chunks.n_tokens > 0

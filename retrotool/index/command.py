@@ -16,10 +16,10 @@ from retrotool.cli.options import (
     StoreArgument,
     opt,
     parse_shard,
-    parse_size,
 )
 from retrotool.errors import UsageError
 from retrotool.index.index_records import RECALL_SAMPLE
+from retrotool.sizes import parse_size
 
 if TYPE_CHECKING:
     from retrotool.index.run import Dropped, IndexResult

@@ -50,6 +50,7 @@ from retrotool.store.log import Draft
 from retrotool.store.parts import chunk_ids, distinct_parts, part_of, rows_by_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
+from retrotool.store.storage import each
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -313,7 +314,7 @@ def find_truth(
     share = min(1.0, max(budget / (len(ids) * n), _KNOWN / (TUNED_K * len(ids))))
     rng = np.random.default_rng(_SEED)
     best: Best | None = None
-    for part in numbers:
+    for part in search_scope.vectors_ahead(store, encoder, numbers):
         chosen = searchable = rows[part]
         if share < 1:
             blocks = rng.random(-(-len(searchable) // _BLOCK)) < share
@@ -333,7 +334,8 @@ def find_truth(
 def _queries(store: Store, encoder: str, ids: Ids, tombstones: Tombstones) -> Queries:
     vectors, intervals, keys = [], [], []
     repeat = search_scope.may_repeat(store)
-    for part, rows in rows_by_part(ids):
+    by_part = rows_by_part(ids)
+    for part, rows in store.copied_ahead(by_part, lambda some: store.state.part_file("embeddings", some[0], encoder)):
         vectors.append(search_scope.read_part_vectors(store, encoder, part)[rows].astype(np.float32))
         if repeat:
             keys.append(_of_documents(store, part, rows, "key"))
@@ -375,7 +377,7 @@ def measure_until_committed(
         _, trained = read_trained(store, name, generation)
         encoder, numbers = training.encoder, files.parts
         room = room_in(training.asked.memory if memory is None else memory)
-        opened = [read_shard(store, entry, trained) for entry in files.shards.values()]
+        opened = list(each(store.storage, lambda entry: read_shard(store, entry, trained), files.shards.values()))
         with counting("exact search", "part", len(numbers)) as report, checking_device(device):
             truth = find_truth(store, encoder, numbers, report, sample, device, room)
         give_memory_back()

@@ -112,6 +112,7 @@ def index(
     files = IndexFiles(store.state, name)
     wanted = _wanted(files, options, target_recall)
     chosen = pick_encoder(store, encoder or files.encoder)
+    store.cache.check_room(store.state.group("embeddings", chosen).entries(), f"an index of {store.place}")
     is_trained = files.trained is not None
     generation = files.generation + (options.retrain and is_trained)
     devices = find_devices(options.devices)

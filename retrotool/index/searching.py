@@ -39,7 +39,8 @@ from retrotool.ann.resident import ResidentLists
 from retrotool.ann.search import ROOM, SPARE, Search, nearest_lists, nothing_banned
 from retrotool.chunk.chunk_plan import documents_within
 from retrotool.cli.command_lines import command_line, embed_command
-from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder, read_part_vectors, searchable_rows
+from retrotool.embed import search_scope
+from retrotool.embed.search_scope import embedded_parts, read_part_vectors, searchable_rows, vectors_ahead
 from retrotool.errors import CorruptError, StorageError, UsageError
 from retrotool.index.index_records import INDEX, IndexFiles, IndexRecord, ShardRecord, default_index, index_record
 from retrotool.index.on_device import OnDevice, in_blocks
@@ -50,7 +51,8 @@ from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import part_of, row_of
-from retrotool.store.paths import FileName
+from retrotool.store.paths import FileName, part_slot
+from retrotool.store.storage import each
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones, stands_for
 from retrotool.store.vectors import MappedFile
@@ -61,15 +63,17 @@ def read_trained(store: Store, name: str, generation: int | None = None) -> tupl
     entry = IndexFiles(store.state, name, generation).trained
     if entry is None:
         raise store.corrupt(f"index {name!r} has no training")
-    store.check_sum(entry)
-    with store.reading(entry):
-        return entry, lists.read_lists(store.local(entry)).trained
+    if store.is_local:
+        store.check_sum(entry)
+    with store.reading(entry), store.local(entry) as path:
+        if not store.is_local:  # a copy, which was compared with the log when it was made
+            MappedFile(store, entry, path).check_all()
+        return entry, lists.read_lists(path).trained
 
 
 def read_shard(store: Store, entry: FileEntry, trained: Trained | None = None) -> InvertedLists:
     """Map a shard; raise ``ErasedError`` if erased since the store was opened, ``CorruptError`` if broken."""
-    with store.reading(entry):
-        path = store.local(entry)
+    with store.reading(entry), store.local(entry) as path:
         file = MappedFile(store, entry, path)
         # faiss reads everything before the lists at once, and may crash on unexpected bytes.
         in_lists = 0 if trained is None or trained.centroids is None else entry.rows * (trained.codec.size + 8)
@@ -225,7 +229,7 @@ def _how_to_make(store: Store, name: str) -> str:
 
 def commands_to_index(store: Store, encoder: str, index: str | None) -> list[str]:
     """Return the commands that bring all chunks into an index (None: exact search): embed, then index."""
-    left = count_left(store, embedded_parts(store, encoder), read_tombstones(store))
+    left = search_scope.count_left(store, embedded_parts(store, encoder), read_tombstones(store))
     found = [embed_command(store, encoder)] if left else []
     return found if index is None else [*found, command_line("index", store, name=index)]
 
@@ -234,8 +238,9 @@ class Vectors:
     """The embeddings of a store by chunk id."""
 
     def __init__(self, store: Store, encoder: str) -> None:
-        self._store = store
+        self._store, self._encoder = store, encoder
         self._part = lru_cache(_KEPT_PARTS)(lambda part: read_part_vectors(store, encoder, part))
+        self._met: set[int] = set()  # parts that were opened
 
     def __call__(self, ids: Ids) -> npt.NDArray[np.float16]:
         """Return vectors, float16 [n, d], of ascending chunk ids; raise ``CorruptError`` for unknown ids."""
@@ -246,6 +251,8 @@ class Vectors:
         """Return the same, of consecutive ids the mapped memory itself, which is read-only."""
         found = []
         numbers = part_of(ids)
+        if not self._store.is_local:
+            self._open_together(parts.distinct_parts(ids))
         for start, stop in pairwise([*np.flatnonzero(np.diff(numbers, prepend=-1)), len(ids)]):
             part, rows = int(numbers[start]), row_of(ids[start:stop])
             if part < 0 or self._store.state.part_file("chunks", part) is None:
@@ -255,6 +262,12 @@ class Vectors:
                 raise self._unknown(int(ids[stop - 1]))
             found.append(vectors[as_slice(rows)])
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _open_together(self, numbers: list[int]) -> None:
+        known = self._store.state.group("embeddings", self._encoder)
+        new = [part for part in numbers if part not in self._met and known.get(part_slot(part))][:_KEPT_PARTS]
+        self._met.update(new)
+        list(each(self._store.storage, self._part, new))
 
     def _unknown(self, chunk: int) -> CorruptError:
         return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
@@ -338,6 +351,9 @@ class Database(_Open):
         self.vectors = Vectors(store, self.encoder)
         self.missing: list[FileEntry] = []
         self._allow_missing = allow_missing
+        vectors = (store.state.part_file("embeddings", part, self.encoder) for part in self.held())
+        mapped = filter(None, (self._files.trained, *self._files.shards.values(), *vectors))
+        store.cache.check_room(mapped, f"the index {self.name!r} of {store.place}")
 
     @property
     def _files(self) -> IndexFiles:
@@ -356,15 +372,19 @@ class Database(_Open):
     @cached_property
     def shards(self) -> list[InvertedLists]:
         """The mapped shards; raises ``CorruptError`` for a broken one."""
-        found = []
-        for entry in self._files.shards.values():
+        trained, entries = self.trained, self._files.shards.values()
+
+        def opened(entry: FileEntry) -> InvertedLists | None:
             try:
-                found.append(read_shard(self.store, entry, self.trained))
+                return read_shard(self.store, entry, trained)
             except CorruptError:
                 if not self._allow_missing:
                     raise
-                self.missing.append(entry)
-        return found
+                return None
+
+        found = list(each(self.store.storage, opened, entries))
+        self.missing += [entry for entry, shard in zip(entries, found, strict=True) if shard is None]
+        return [shard for shard in found if shard is not None]
 
     @property
     def settings(self) -> list[Any]:
@@ -521,7 +541,7 @@ class ExactDatabase(_Open):
         memory: int | None = None,
         allows: Allows | AllowedChunks | None = None,
     ) -> None:
-        super().__init__(store, pick_encoder(store, encoder), device, memory, allows)
+        super().__init__(store, search_scope.pick_encoder(store, encoder), device, memory, allows)
         self._rows = lru_cache(_KEPT_ROWS)(self._read_rows)
 
     def _read_rows(self, part: int) -> npt.NDArray[np.int64]:
@@ -554,7 +574,7 @@ class ExactDatabase(_Open):
             return self._on_device.search(queries, 0, k, only=only)
         best: Best | None = None
         with self._turn(queries) as queries:
-            for part in self.held():
+            for part in vectors_ahead(self.store, self.encoder, self.held()):
                 rows = self._rows(part)
                 if len(rows) and (only is None or part in only):
                     vectors = read_part_vectors(self.store, self.encoder, part)

@@ -294,7 +294,7 @@ def _coded(
     fit = {part: np.zeros(3) for part in numbers}
 
     def blocks() -> Iterator[tuple[int, Ids, npt.NDArray[np.float16]]]:
-        for part in numbers:
+        for part in search_scope.vectors_ahead(store, encoder, numbers):
             coded, vectors = search_scope.searchable_rows(store, part, rejected), None
             for start in range(0, len(coded), size):
                 vectors = search_scope.read_part_vectors(store, encoder, part) if vectors is None else vectors
@@ -424,7 +424,8 @@ def draw_vectors(store: Store, encoder: str, rows: SearchableRows, size: int) ->
     """Return ``size`` random searchable vectors, float16; raise ``CorruptError`` if some are not finite."""
     sample = np.empty((size, read_part_vectors(store, encoder, next(iter(rows.counts))).shape[1]), np.float16)
     done = 0
-    for part, chosen in rows.draw(size, SEED):
+    drawn = rows.draw(size, SEED)
+    for part, chosen in store.copied_ahead(drawn, lambda some: store.state.part_file("embeddings", some[0], encoder)):
         vectors = read_part_vectors(store, encoder, part)[chosen]
         check_finite(store, vectors, part, chosen)
         sample[done : done + len(chosen)] = vectors

@@ -25,6 +25,7 @@ from retrotool.cli.output import count, size
 from retrotool.errors import RetrotoolError
 from retrotool.lazy import faiss, torch
 from retrotool.scratch import more_scratch, scratch_folder
+from retrotool.store import cache
 from retrotool.store.leases import Run, renew
 from retrotool.store.store import Store
 
@@ -146,6 +147,8 @@ def _limits() -> Iterator[Check]:
     else:
         advice = more_scratch(size(_LEAST_DISK))
         yield _check("scratch", f"{folder}: {size(scratch)} free", advice, wrong=scratch < _LEAST_DISK)
+    held, limit = cache.usage()
+    yield Check("cache", "ok", f"{cache.cache_folder()}: {size(held)} of at most {size(limit)} copied from buckets")
 
 
 def free_in(folder: str) -> int | None:

@@ -418,8 +418,8 @@ def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[i
     # A broken training file is a problem of its own; shards are still readable without it.
     with suppress(CorruptError):
         trained = read_trained(checked.store, name, generation)[1]
-    with checked.store.reading(entry):
-        shard = read_lists(checked.store.local(entry), trained)
+    with checked.store.reading(entry), checked.store.local(entry) as path:
+        shard = read_lists(path, trained)
     ids = np.sort(np.concatenate([np.zeros(0, np.int64), *map(shard.ids, shard.numbers)]))
     checked.note(entry.path, {f"has {len(ids):,} vectors, but the log says {entry.rows:,}": len(ids) != entry.rows})
     if not _check_chunk_ids(checked, ids, entry.path):

@@ -17,9 +17,9 @@ from retrotool.cli.options import (
     StoreArgument,
     opt,
     parse_shard,
-    parse_size,
 )
 from retrotool.errors import UsageError
+from retrotool.sizes import parse_size
 
 if TYPE_CHECKING:
     from retrotool.neighbours.run import NeighboursResult

@@ -26,6 +26,7 @@ from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, edit_rows, read_edits
 from retrotool.store.parts import ROW_GROUP, Ids
+from retrotool.store.storage import each
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -201,8 +202,13 @@ class TextReader:
             np.zeros((n, k, 2, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)),
         )  # fmt: skip
         lost = np.zeros(len(out.ids), np.bool_)
-        for block, start, stop in zip(blocks, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            lost[start:stop] = self._begin(out.rows(slice(start, stop)), block)
+        places = map(slice, starts[:-1].tolist(), starts[1:].tolist())
+
+        def begin(item: tuple[Block, slice]) -> None:
+            block, some = item
+            lost[some] = self._begin(out.rows(some), block)
+
+        list(each(store.storage, begin, zip(blocks, places, strict=True)))
         if lost.any():
             wanted = np.where(lost[:, None], out.ids, NO_NEIGHBOUR)
             no_distances = np.broadcast_to(np.float32(0), wanted.shape)

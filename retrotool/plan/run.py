@@ -41,10 +41,11 @@ from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
 from retrotool.chunk.run import check_chunk_length
 from retrotool.cli.command_lines import SAVED
-from retrotool.cli.options import parse_count, parse_size
+from retrotool.cli.options import parse_count
 from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows, sample_size
+from retrotool.sizes import parse_size
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
 ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105  # bytes per chunk without its tokens, and hundredths of a byte per token

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from retrotool.errors import StorageError, UsageError
 from retrotool.read_ahead import concurrently
+from retrotool.sizes import megabytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -213,13 +214,9 @@ def check_space(storage: Storage, need: int, what: str) -> None:
     free = storage.free_bytes()
     if free is not None and need > free:
         raise StorageError(
-            f"{storage.place}: {what} needs about {_size(need)} more, and {_size(free)} is free",
+            f"{storage.place}: {what} needs about {megabytes(need)} more, and {megabytes(free)} is free",
             "Free some space and run the same command again; none of this work has begun.",
         )
-
-
-def _size(n: int) -> str:
-    return f"{-(-n // 1000):,} kB" if n < 10**6 else f"{-(-n // 10**6):,} MB"
 
 
 def file_sha256(storage: Storage, path: str, tap: Callable[[memoryview], object] | None = None) -> str:

@@ -15,13 +15,14 @@ import random
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, RetrotoolError, UsageError
+from retrotool.read_ahead import ahead
 from retrotool.store import disk, identity, leases, log, paths
-from retrotool.store.cache import FileCache
+from retrotool.store.cache import MAPPED_KINDS, FileCache
 from retrotool.store.identity import Identity, TokenizerIdentity
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -35,6 +36,8 @@ CHECKPOINT_PATH = re.compile(r"checkpoints/(\d+)-[0-9a-f]{16}\.json")
 FENCE = "fenced:"  # record prefix: the run whose id follows can't commit any more
 _BACKOFF_SECONDS = 0.002
 _Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
+_STOP_SECONDS = 1.0
 
 
 def retry_overtaken(
@@ -66,7 +69,8 @@ class Store:
         self.identity = identity
         self.genesis = genesis
         self.state = state
-        self.cache = FileCache(identity.uuid)
+        self.cache = FileCache(storage, identity.uuid)
+        self._cleaned = -1  # the last commit whose removed files were removed from the cache, too
 
     @classmethod
     def open(cls, place: Place) -> Store:
@@ -99,8 +103,13 @@ class Store:
         return where(self.storage, path)
 
     def refresh(self) -> State:
-        """Apply newer commits and return the state."""
+        """Apply newer commits, remove copies of files that they removed, and return the state."""
+        copies = self.cache.names()  # listed first: what is copied later is newer
         self.state = self.state.fold(log.read_after(self.storage, self.state.number, self.state.head))
+        if copies and self._cleaned < self.state.number:
+            groups = (group for (kind, _), group in self.state.groups.items() if kind in MAPPED_KINDS)
+            self.cache.remove_others(copies, {entry.sha256 for group in groups for entry in group.entries()})
+            self._cleaned = self.state.number
         return self.state
 
     def at(self, number: int) -> Store:
@@ -150,10 +159,32 @@ class Store:
                 if storage.stat(beside) is None or storage.get(beside) != sums.content():
                     raise self.corrupt(f"{self.where(beside)} is missing or does not match its file")
 
-    def local(self, entry: FileEntry) -> Path:
-        """Return a file of this machine with an entry's bytes, to be mapped: the store's own, or a copy."""
+    @property
+    def is_local(self) -> bool:
+        """Whether the store's files can be mapped, so that no copies are needed."""
+        return not self.storage.latent
+
+    @contextlib.contextmanager
+    def local(self, entry: FileEntry) -> Iterator[Path]:
+        """Yield a file of this machine with an entry's bytes, to be mapped: the store's own, or a copy."""
         own = self.storage.local(entry.path)
-        return own if own is not None else self.cache.file(entry, lambda: self.storage.blocks(entry.path))
+        with contextlib.nullcontext(own) if own is not None else self.cache.file(entry) as path:
+            yield path
+
+    def copied_ahead(self, items: Iterable[_Item], entry_of: Callable[[_Item], FileEntry | None]) -> Iterable[_Item]:
+        """Iterate over ``items``; in a bucket, the files of the next two are copied while one is in use.
+
+        What fails here, or does not fit beside what was used lately, is left to the reader of the file.
+        """
+
+        def copied() -> Iterator[_Item]:
+            for item in items:
+                if (entry := entry_of(item)) is not None:
+                    with contextlib.suppress(RetrotoolError, OSError), self.cache.file(entry, needed=False):
+                        pass
+                yield item
+
+        return items if self.is_local else ahead(copied(), 1, patience=_STOP_SECONDS)
 
     def write(self, name: FileName, write: Callable[[Sink], int], *, about: dict[str, Any] | None = None) -> FileEntry:
         """Write a new file by ``write(sink)``, which returns its rows; it counts once a commit names it."""

@@ -6,6 +6,7 @@ plus one per row. ``retrotool.store.sums`` describes the sums.
 
 from __future__ import annotations
 
+import io
 import mmap
 import shlex
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from retrotool.errors import CorruptError
 from retrotool.ranges import expand_ranges
+from retrotool.store.cache import pin
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.storage import Sink
@@ -24,6 +26,7 @@ from retrotool.store.sums import BLOCK, SUM_DTYPE, SUMS, size_of_sums, sum_of
 
 Rows = npt.NDArray[np.int64]
 _NAMED = 8  # rows that a message names
+_HEADER_BYTES = 1 << 10
 
 
 class MappedFile:
@@ -31,8 +34,10 @@ class MappedFile:
 
     def __init__(self, store: Store, entry: FileEntry, path: Path) -> None:
         with path.open("rb") as file:
+            if not store.is_local:
+                pin(file)
             self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self._store, self._path = store, entry.path
+        self._store, self._path, self._file = store, entry.path, path
         try:
             sums = store.storage.get(entry.path + SUMS)
         except FileNotFoundError:
@@ -66,9 +71,11 @@ class MappedFile:
         found = [sum_of(data[start : start + BLOCK]) for start in (blocks * BLOCK).tolist()]
         bad = blocks[np.array(found, np.uint64) != self._sums[blocks]]
         if len(bad):
-            raise self._store.corrupt(
-                f"{self._store.where(self._path)}: the block at byte {bad[0] * BLOCK:,} does not match its checksum"
-            )
+            wrong = f"the block at byte {bad[0] * BLOCK:,} does not match its checksum"
+            if not self._store.is_local:
+                self._file.unlink(missing_ok=True)
+                raise self._store.corrupt(f"{self._file}, a copy that is now removed: {wrong}")
+            raise self._store.corrupt(f"{self._store.where(self._path)}: {wrong}")
         self._good[blocks] = True
         self.unchecked = len(self._good) - int(np.count_nonzero(self._good))
 
@@ -138,15 +145,14 @@ def write_vector_blocks(
 
 def read_vectors(store: Store, entry: FileEntry) -> MappedVectors:
     """Map a part's embeddings; rows of erased chunks are zero. ``CorruptError`` for a wrong shape or type."""
-    with store.reading(entry):
-        path = store.local(entry)
+    with store.reading(entry), store.local(entry) as path:
         file = MappedFile(store, entry, path)
         file.check(0, 1)
         try:
-            with path.open("rb") as header:
-                np.lib.format.read_magic(header)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
-                offset = header.tell()
+            header = io.BytesIO(file.bytes[:_HEADER_BYTES])
+            np.lib.format.read_magic(header)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+            offset = header.tell()
             matrix: npt.NDArray[np.float16] = np.frombuffer(file.bytes, dtype, offset=offset).reshape(shape)
         except (OSError, ValueError) as error:
             raise store.corrupt(f"{path}: {error}") from error

@@ -1,16 +1,14 @@
 """What was found about ``tokie`` and a tokenizer, kept for the user's next store: to find it takes seconds.
 
 Two small files for each tokenizer, by the SHA-256 of its content, and for each set of library versions, in
-``RETROTOOL_CACHE``, else in ``retrotool`` within ``XDG_CACHE_HOME`` or ``~/.cache``: the findings, and the
-states of code points that have occurred. All can be deleted at any time. What can't be read is found again,
-and what can't be written is not kept.
+``cache_folder()``: the findings, and the states of code points that have occurred. All can be deleted at any
+time. What can't be read is found again, and what can't be written is not kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import tempfile
 import zlib
 from dataclasses import asdict
@@ -19,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from retrotool.store.cache import cache_folder
 from retrotool.tokenizers.equivalence import CODE_POINTS, Findings, States
-
-VARIABLE = "RETROTOOL_CACHE"
 
 
 def read_findings(content: bytes, versions: str) -> Findings | None:
@@ -65,7 +62,5 @@ def _keep(path: Path, content: bytes) -> None:
 
 
 def _file(content: bytes, versions: str, suffix: str) -> Path:
-    named = os.environ.get(VARIABLE)
-    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retrotool"
     about = hashlib.sha256(versions.encode()).hexdigest()[:16]
-    return folder / "tokenizers" / f"{hashlib.sha256(content).hexdigest()[:32]}-{about}.{suffix}"
+    return cache_folder() / "tokenizers" / f"{hashlib.sha256(content).hexdigest()[:32]}-{about}.{suffix}"

@@ -43,6 +43,7 @@ from retrotool.neighbours.table_reader import NeighbourReader, NeighbourTokens, 
 from retrotool.ranges import positions_within
 from retrotool.store import parts
 from retrotool.store.parts import ROW_GROUP, Ids
+from retrotool.store.storage import each
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
@@ -87,10 +88,14 @@ class SequenceLayout:
         then = store.at(commit)
         tombstones = read_tombstones(then)
         part, group, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
-        for number in then.state.parts():
-            rows = parts.part_entry(then, "chunks", number).rows
+
+        def sequences(number: int) -> Ids:
             begun = np.zeros(0, np.int64) if packed else _first_rows(store, number)
-            of_part = _count_sequences(rows, begun, tombstones.rows(number), size)
+            rows = parts.part_entry(then, "chunks", number).rows
+            return _count_sequences(rows, begun, tombstones.rows(number), size)
+
+        numbers = then.state.parts()
+        for number, of_part in zip(numbers, each(store.storage, sequences, numbers), strict=True):
             part.append(np.full(len(of_part), number, np.int32))
             group.append(np.arange(len(of_part), dtype=np.int32))
             counts.append(of_part)
@@ -656,8 +661,10 @@ class TrainingReader:
             np.zeros((n, own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes)), near,
         )  # fmt: skip
         slots = np.full((len(block), layout.size), EMPTY, np.int64)
-        for number, (part, group), start, stop in zip(wanted, blocks, starts[:-1], starts[1:], strict=True):
-            chunks = parts.read_chunks(store, part, [group])
+        read = each(store.storage, lambda one: parts.read_chunks(store, one[0], [one[1]]), blocks)
+        for number, (part, group), chunks, start, stop in zip(
+            wanted, blocks, read, starts[:-1], starts[1:], strict=True
+        ):
             some = slice(start, stop)
             rows.documents[some] = parts.chunk_ids(part, chunks.doc)
             rows.n_tokens[some], rows.tokens[some] = chunks.n_tokens, chunks.tokens

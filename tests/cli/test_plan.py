@@ -17,10 +17,11 @@ from retrotool import api
 from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.app import app
 from retrotool.cli import output
-from retrotool.cli.options import parse_count, parse_size
+from retrotool.cli.options import parse_count
 from retrotool.errors import UsageError
 from retrotool.plan.command import _duration, _rate
 from retrotool.plan.run import STAGES, Plan, find_shape
+from retrotool.sizes import parse_size
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
