@@ -110,6 +110,11 @@ def batches(texts: list[str]) -> list[list[str]]:
     return [batch for batch in found if batch]
 
 
+def unpacked(path: Path) -> bytes:
+    """Return the text of a zstd archive."""
+    return b"".join(streams.blocks(lambda: path.open("rb"), "zst"))
+
+
 def rows(lines: bytes) -> Iterator[dict[str, Any]]:
     return (orjson.loads(line) for line in lines.split(b"\n") if line)
 
@@ -121,7 +126,7 @@ def floors(inputs: list[Path], tokenizer: Path, scratch: Path) -> tuple[list[tup
     steps: list[tuple[str, float]] = []
     seconds, _ = timed(lambda: [path.read_bytes() for path in inputs])
     steps.append(("read the files (page cache)", seconds))
-    seconds, data = timed(lambda: [b"".join(streams.blocks(path, "zst")) for path in inputs])
+    seconds, data = timed(lambda: [unpacked(path) for path in inputs])
     steps.append(("decompress", seconds))
     seconds, texts = timed(lambda: [row["text"] for d in data for row in rows(d)])
     steps.append(("JSON", seconds))
@@ -207,7 +212,7 @@ def cut_slice(inputs: list[Path], megabytes: float, path: Path) -> float:
     with path.open("wb") as file:
         for source in inputs:
             mine = 0.0
-            for row in rows(b"".join(streams.blocks(source, "zst"))):
+            for row in rows(unpacked(source)):
                 if mine > megabytes / len(inputs):
                     break
                 size = len(row["text"].encode()) / 1e6
@@ -246,7 +251,7 @@ def four_times(inputs: list[Path], folder: Path) -> list[Path]:
         for source in inputs:
             target = folder / f"{number}-{source.name}"
             with target.open("wb") as file, zstandard.ZstdCompressor(level=1).stream_writer(file) as packed:
-                for row in rows(b"".join(streams.blocks(source, "zst"))):
+                for row in rows(unpacked(source)):
                     changed = {**row, "id": f"{number}-{row['id']}", "text": f"{number} {row['text']}"}
                     packed.write(orjson.dumps(changed) + b"\n")
             copies.append(target)
@@ -266,8 +271,7 @@ def main() -> None:
         scratch = Path(folder)
         tokenizer = options.tokenizer or scratch / "tokenizer.json"
         if options.tokenizer is None:
-            unpacked = (b"".join(streams.blocks(path, "zst")) for path in options.inputs)
-            train([row["text"] for lines in unpacked for row in rows(lines)], tokenizer)
+            train([row["text"] for path in options.inputs for row in rows(unpacked(path))], tokenizer)
         measure(options.inputs, tokenizer, scratch, options)
 
 

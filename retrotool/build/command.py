@@ -29,7 +29,7 @@ Exit codes: as those of chunk."""
 def command(
     store: StoreArgument,
     inputs: Annotated[
-        list[str] | None, arg("Files, folders or patterns to add; - is standard input.", metavar="[INPUT]...")
+        list[str] | None, arg("Files, folders, patterns or URIs to add; - is standard input.", metavar="[INPUT]...")
     ] = None,
     tokenizer: Annotated[str | None, opt("As for chunk; only for a new store.", metavar="T")] = None,
     encoder: Annotated[

@@ -140,7 +140,7 @@ def text_bytes(file: InputFile) -> int:
 
 def _text_bytes_by_headers(file: InputFile) -> int:
     """Estimate how many bytes of text a file holds, of a large zstd archive by the headers of its blocks."""
-    if file.compression != "zst" or file.size < _WALKED_BYTES:
+    if file.compression != "zst" or file.size < _WALKED_BYTES or file.is_remote:
         return text_bytes(file)
     try:
         return estimated_text(Path(file.path), file.compression)
@@ -264,7 +264,7 @@ def write_json_file(store: Store, name: FileName, content: Mapping[str, Any], ro
     return store.write(name, write)
 
 
-_INPUT = {"uri": PLACE, "name": str, "size": COUNT, "format": str, "encoding?": str}
+_INPUT = {"uri": PLACE, "name": str, "size": COUNT, "format": str, "encoding?": str, "tag?": str}
 _SLICE = {"start": COUNT, "end": Maybe(COUNT), "first": COUNT, "last": Maybe(COUNT)}
 _INPUTS = {"fingerprints": [str], "places": [str], "given_up?": [str], "fields": {"max_document": COUNT}}
 _PLAN = {

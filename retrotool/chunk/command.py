@@ -53,7 +53,8 @@ _field = partial(_reading, metavar="F")
 def command(
     store: StoreArgument,
     inputs: Annotated[
-        list[str] | None, arg("Files, folders or patterns; - is standard input.", metavar="[INPUT]...")
+        list[str] | None,
+        arg("Files, folders, patterns or URIs, such as s3:// and hf://; - is standard input.", metavar="[INPUT]..."),
     ] = None,
     tokenizer: Annotated[
         str | None,

@@ -224,6 +224,6 @@ def _expansion(file: InputFile) -> float:
     end = min(file.size, _MEASURED)
     decompressed = 0
     with contextlib.suppress(streams.BrokenStream):  # it was cut here, not broken
-        for block in streams.blocks(Path(file.path), file.compression, 0, end):
+        for block in file.blocks(0, end):
             decompressed += len(block)
     return max(1.0, decompressed / end)

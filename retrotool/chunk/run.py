@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
 from retrotool.cli.options import check_utf8
 from retrotool.engine.progress import Progress
-from retrotool.errors import AbortError, CorruptError, ErasedError, UsageError
+from retrotool.errors import AbortError, CorruptError, ErasedError, StorageError, UsageError
 from retrotool.machine import user_name
 from retrotool.sources import InputFile
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
@@ -194,15 +194,13 @@ def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: C
 
 def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile | None = None) -> list[InputFile]:
     """Return the files behind the inputs; raise ``UsageError`` if one can't be read with these options."""
-    try:
+    with _input_errors():
         base, encoding = sources.base_of(options.format), sources.encoding_of(options.encoding)
         found = sources.survey(inputs, stdin, base, encoding, options.exclude)
         for file in found.files:
             sources.check_input(file, options.fields, keep_end=options.keep_end)
-            with Path(file.path).open("rb"):
+            with file.open():
                 pass
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was read or changed.") from error
     if found.left_out:
         skipped = output.count(len(found.left_out), "file")
         options.note(f"{skipped} of unknown format skipped, such as {found.left_out[0]}. To read all: --format.")
@@ -213,9 +211,22 @@ def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile
     return found.files
 
 
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """Raise ``UsageError`` for inputs that the system or their storage refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}", "Nothing was read or changed.") from error
+    except StorageError as error:
+        raise UsageError(str(error), error.advice) from error
+
+
 def check_rows(files: Sequence[InputFile], options: ChunkOptions) -> None:
     """Check the first rows of inputs (``sources.check_heads``); note fields to keep that no input has."""
-    for name in sources.check_heads(files, options.fields, require_id=options.require_id):
+    with _input_errors():
+        absent = sources.check_heads(files, options.fields, require_id=options.require_id)
+    for name in absent:
         options.note(f"--keep {name}: none of the rows at the beginning of the inputs has this field.")
 
 

@@ -276,21 +276,25 @@ def _rows(plan: ChunkPlan, piece: InputPiece, stage: ChunkStage) -> Iterator[Row
     """Yield the rows of a piece; what can't be read is one rejected row."""
     file = plan.files[piece.file]
     if is_spooled(file) and plan.owner != stage.run:
-        return iter([Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again")])
+        yield Rejected(0, f"{GIVEN_UP}: standard input can't be read twice: pipe it again")
+        return
     given_up = sources.is_excluded(Path(file.path), stage.exclude)
     try:
-        size = Path(file.path).stat().st_size
-        problem = "" if size == file.size else f"it had {file.size:,} bytes when it was planned, now {size:,}"
+        problem = file.change()
         given_up |= bool(problem) and file.path in stage.changed
     except OSError as error:
         problem = error.strerror or str(error)
     if given_up:
-        return iter([Rejected(0, f"{GIVEN_UP}: {problem or 'excluded'}")])
+        yield Rejected(0, f"{GIVEN_UP}: {problem or 'excluded'}")
+        return
+    if not problem:
+        yield from sources.read_input(file, plan.fields, piece.where)
+        # Several requests may have read parts of two versions.
+        problem = file.change() if file.is_remote else ""
     if problem:
         leave = f"--exclude {shlex.quote(glob.escape(file.path))}"
         advice = f"Restore it and run the same command again, or leave it out with {leave}."
         raise TaskError(f"{file.path}: {problem}", advice)
-    return sources.read_input(file, plan.fields, piece.where)
 
 
 def _characters(document: Document) -> int:

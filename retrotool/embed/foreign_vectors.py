@@ -32,7 +32,7 @@ from retrotool.engine.progress import counting
 from retrotool.engine.task import Report, Task
 from retrotool.errors import UsageError
 from retrotool.ranges import consecutive_ranges, within
-from retrotool.sources.inputs import find_inputs
+from retrotool.sources import find_inputs
 from retrotool.store import parts
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged

@@ -45,6 +45,7 @@ BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
 _FIRST_ROWS = 16
 _BUFFER_BYTES = 1 << 20
+_RANGE_BYTES = 4 << 20  # of a column, by one request
 _RETRIED_ROWS = 100_000  # most steps to read a row group again up to a damaged page
 _FILE = b"ARROW1"
 _FEATHER_1 = b"FEA1"
@@ -176,9 +177,11 @@ def head_of_table(file: InputFile, wanted: list[str]) -> tuple[list[str], list[d
     """Return which ``wanted`` fields a table lacks, and its first rows, if Python can represent them."""
     if file.base == "parquet":
         with _open(file) as table:
-            schema, batch = table.schema_arrow, next(table.iter_batches(_FIRST_ROWS), None)
+            schema, batch = table.schema_arrow, None
+            if any(_steps(schema, name) is None for name in wanted):  # else nobody needs to see its rows
+                batch = next(table.iter_batches(_FIRST_ROWS), None)
     else:
-        with pa.OSFile(file.path) as source:
+        with file.open_arrow() as source:
             batch = next(_record_batches(source, Fields(text=""), WHOLE), None)
             schema = pa.schema([]) if batch is None else batch.schema
     rows: list[dict[str, Any]] = []
@@ -278,7 +281,8 @@ def _runs(sizes: list[int], counts: list[int], target: int) -> list[Slice]:
 
 
 def _open(file: InputFile) -> pq.ParquetFile:
-    return pq.ParquetFile(file.path, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+    source, buffer = (file.open_arrow(), _RANGE_BYTES) if file.is_remote else (file.path, _BUFFER_BYTES)
+    return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False, buffer_size=buffer)
 
 
 def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
@@ -330,7 +334,7 @@ def _batches(
 def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Yield documents of a range of record batches; positions are rows of the file, from 1."""
     line = 1
-    with pa.OSFile(file.path) as source:
+    with file.open_arrow() as source:
         batches = _record_batches(source, fields, where)
         while True:
             try:
@@ -354,8 +358,10 @@ def read_arrow_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[D
 
 def cut_arrow(file: InputFile, target: int) -> list[Slice]:
     """Return runs of record batches of about ``target`` bytes of the file; streams are not cut."""
-    with pa.OSFile(file.path) as source:
-        if file.size <= target or source.read(len(_FILE)) != _FILE:
+    if file.size <= target or file.is_remote:  # the number of rows is in the header of each batch
+        return [WHOLE]
+    with file.open_arrow() as source:
+        if source.read(len(_FILE)) != _FILE:
             return [WHOLE]
         types = pa.ipc.open_file(source).schema.types
         widths = [kind.bit_width if pa.types.is_primitive(kind) else 1 << 20 for kind in types]

@@ -103,13 +103,13 @@ def _stream(file: InputFile, where: Slice) -> Generator[bytes]:
         yield from _after(file.blocks(), where.first)
         return
     start = where.start
-    if where.last is not None and where.end is not None and file.compression:
+    if where.last is not None and where.end is not None:
         held = 0
         with contextlib.closing(file.blocks(start, where.end)) as stream:
             for block in stream:
                 held += len(block)
                 yield block
-        if held != where.last - where.first:
+        if file.compression and held != where.last - where.first:
             # Rows at the borders of ranges would be lost or repeated.
             raise BrokenStream(f"frames have {held:,} bytes of text, but declare {where.last - where.first:,}")
         start = where.end
@@ -133,10 +133,11 @@ def _after(stream: Generator[bytes], first: int) -> Generator[bytes]:
 def cut_stream(file: InputFile, slices: int) -> list[Slice]:
     """Return about equal slices of an archive that is read from its beginning, at most ``slices``.
 
-    Each reader decompresses all that comes before its slice, so there are few.
+    Each reader decompresses all that comes before its slice, so there are few, and none of a file that each
+    would have to download.
     """
     slices = min(slices, _MOST_SLICES.get(file.compression, 1))
-    if slices < 2:
+    if slices < 2 or file.is_remote:
         return [WHOLE]
     text = streams.estimated_text(Path(file.path), file.compression)
     borders = sorted({text * i // slices for i in range(slices)})
@@ -145,7 +146,7 @@ def cut_stream(file: InputFile, slices: int) -> list[Slice]:
 
 def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:
     """Return slices of about ``target`` bytes of text: bytes of a plain file, or whole zstd frames."""
-    if file.compression == "zst":
+    if file.compression == "zst" and not file.is_remote:  # its headers are all over the file
         return _cut_frames(file, target)
     if file.compression or file.size <= target:
         return [WHOLE]
@@ -252,6 +253,7 @@ def cut_lines(
 
 def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
     """Return the numbers of the lines at ascending ``offsets``; raise ``InputError`` for a damaged file."""
+    _check_countable(file)
     numbers: list[int] = []
     seen = line = 0
     try:
@@ -269,10 +271,16 @@ def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
     return numbers
 
 
+def _check_countable(file: InputFile) -> None:
+    if file.is_remote:
+        raise InputError("lines aren't counted: that would download the file again")
+
+
 def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
     """Return how many lines come before a range; raise ``InputError`` if the file is damaged there."""
     if where.first == 0:
         return 0
+    _check_countable(file)
     if not fields.separator or file.base != "txt":
         numbers = count_lines(file, [where.first])
         if not numbers:

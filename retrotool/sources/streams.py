@@ -23,7 +23,7 @@ import sys
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from retrotool.read_ahead import ahead
 
@@ -93,9 +93,17 @@ def compression_by_magic(start: bytes) -> str:
     return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), "")
 
 
-def blocks(path: Path, compression: str, start: int = 0, end: int | None = None) -> Generator[bytes]:
-    """Yield decompressed blocks of bytes [``start``, ``end``); raise ``BrokenStream`` after the last good."""
-    return ahead(_blocks(path, compression, start, end), _AHEAD, patience=_PATIENCE_SECONDS)
+def blocks(
+    opener: Callable[[], BinaryIO], compression: str, start: int = 0, end: int | None = None
+) -> Generator[bytes]:
+    """Yield decompressed blocks of bytes [``start``, ``end``); raise ``BrokenStream`` after the last good.
+
+    All but the first are read in advance, in a thread: the first rows of an input are often all that is read.
+    """
+    found = _blocks(opener, compression, start, end)
+    if first := next(found, b""):
+        yield first
+        yield from ahead(found, _AHEAD, patience=_PATIENCE_SECONDS)
 
 
 def transcoded(raw: Generator[bytes], encoding: str) -> Generator[bytes]:
@@ -129,8 +137,8 @@ def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
         yield bytes(held)
 
 
-def _blocks(path: Path, compression: str, start: int, end: int | None) -> Generator[bytes]:
-    with path.open("rb") as file:
+def _blocks(opener: Callable[[], BinaryIO], compression: str, start: int, end: int | None) -> Generator[bytes]:
+    with opener() as file:
         file.seek(start)
         last = sys.maxsize if end is None else end
         raw = iter(lambda: file.read(min(BLOCK_BYTES, last - file.tell())), b"")
@@ -190,7 +198,7 @@ def estimated_text(path: Path, compression: str) -> int:
         return sum(blocks * _LARGEST_BLOCK if content is None else content for _, content, blocks in found)
     text, sample = 0, min(size, _SAMPLE_BYTES)
     with contextlib.suppress(BrokenStream):
-        for block in blocks(path, compression, 0, sample):
+        for block in blocks(lambda: path.open("rb"), compression, 0, sample):
             text += len(block)
     return text * size // max(sample, 1)
 

@@ -20,13 +20,14 @@ document, and about 100 bytes per document of a slice with an index.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ _NUMPY = b"\x93NUMPY"
 _DESCRIPTION = b"'descr'"
 _NUMPY_HEAD_BYTES = 64  # enough to recognise a header with a damaged beginning
 _ENDS_LOOKED_AT = 1000  # documents
+_BEYOND_BYTES = 64 << 10  # read at a time to find the end of a slice's last document
 _ALIGNED = 8  # the widest type, as the type is not known when a file is cut
 _SUFFIX_DTYPES = {".u16": "<u2", ".u32": "<u4"}
 _MEGATRON = b"MMIDIDX\0\0"
@@ -51,10 +53,10 @@ Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class OnDisk:
+class FileArray:
     """An array of integers in a file, read in parts: truncating a mapped file would crash the process."""
 
-    path: Path
+    file: InputFile
     dtype: np.dtype[Any]
     offset: int
     count: int
@@ -65,10 +67,11 @@ class OnDisk:
     def __getitem__(self, part: slice) -> Tokens:
         start, stop, _ = part.indices(self.count)
         count = max(0, stop - start)
-        found: Tokens = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
-        if len(found) < count:
-            raise InputError(f"{self.path.name} was truncated while it was read")
-        return found
+        width = self.dtype.itemsize
+        found = self.file.read_range(self.offset + start * width, count * width)
+        if len(found) < count * width:
+            raise InputError(f"{Path(self.file.path).name} was truncated while it was read")
+        return np.frombuffer(found, self.dtype)
 
     def at(self, place: int) -> int:
         """Return one number; negative places count from the end."""
@@ -81,10 +84,10 @@ class MegatronIndex:
     """Sequences, and the documents that they belong to."""
 
     dtype: np.dtype[Any]
-    lengths: OnDisk  # in tokens
-    pointers: OnDisk  # in bytes
-    boundaries: OnDisk  # [documents + 1]: the first sequence of each document
-    modes: OnDisk | None  # 0 is text; None: all is text
+    lengths: FileArray  # in tokens
+    pointers: FileArray  # in bytes
+    boundaries: FileArray  # [documents + 1]: the first sequence of each document
+    modes: FileArray | None  # 0 is text; None: all is text
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +145,15 @@ def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docum
     except UsageError as error:
         # Checked before the work, unless the file was damaged then.
         raise InputError(str(error)) from error
-    if array.index is not None:
-        return _documents(_by_index(file, array.index, where), file, fields, dtype, where.start)
-    return _documents(_by_marks(file, fields, array, dtype, where), file, fields, dtype, None)
+    end = where.last if array.index is None else None if where.end is None else _begin_of(where.end, array.index, file)
+    with file.open(end, BLOCK_BYTES) as stream:
+        if array.index is not None:
+            found: Iterator[Ranges | Rejected] = _by_index(file, array.index, where)
+            yield from _documents(stream, found, file, fields, dtype, where.start)
+        else:
+            yield from _documents(
+                stream, _by_marks(stream, file, fields, array, dtype, where), file, fields, dtype, None
+            )
 
 
 def cut_tokens(file: InputFile, target: int) -> list[Slice]:
@@ -157,43 +166,48 @@ def cut_tokens(file: InputFile, target: int) -> list[Slice]:
         steps = (file.size - array.begin) // _ALIGNED
         edges = sorted({array.begin + _ALIGNED * (steps * i // count) for i in range(count)})
         return [Slice(a, b, 0 if a == array.begin else a, b) for a, b in itertools.pairwise([*edges, file.size])]
-    index, total = array.index, len(array.index.boundaries) - 1
-
-    def begin(number: int) -> int:
-        sequence = index.boundaries.at(number)
-        return index.pointers.at(sequence) if 0 <= sequence < len(index.pointers) else file.size
-
+    total = len(array.index.boundaries) - 1
     if total < 2:
         return [WHOLE]
-    places = {bisect.bisect_left(range(total), file.size * i // count, key=begin) for i in range(1, count)}
+    if file.is_remote:  # searching takes many small requests
+        places = {total * i // count for i in range(1, count)}
+    else:
+        begin = functools.partial(_begin_of, index=array.index, file=file)
+        places = {bisect.bisect_left(range(total), file.size * i // count, key=begin) for i in range(1, count)}
     return [Slice(a, b, a, b) for a, b in itertools.pairwise(sorted(places | {0, total}))]
 
 
+def _begin_of(document: int, index: MegatronIndex, file: InputFile) -> int:
+    """Return where a document begins in the file; for the number of documents, where the last one ends."""
+    sequence = index.boundaries.at(document) if document < len(index.boundaries) else -1
+    return index.pointers.at(sequence) if 0 <= sequence < len(index.pointers) else file.size
+
+
 def _documents(
-    found: Iterable[Ranges | Rejected], file: InputFile, fields: Fields, dtype: np.dtype[Any], before: int | None
-) -> Iterator[Document | Rejected]:
+    stream: BinaryIO, found: Iterable[Ranges | Rejected], file: InputFile, fields: Fields, dtype: np.dtype[Any],
+    before: int | None,
+) -> Iterator[Document | Rejected]:  # fmt: skip
     """Read documents. ``before``: their number before the slice; None if positions are byte offsets."""
     line = 0
-    with Path(file.path).open("rb", BLOCK_BYTES) as stream:
-        try:
-            for ranges in found:
-                if isinstance(ranges, Rejected):
-                    yield ranges
+    try:
+        for ranges in found:
+            if isinstance(ranges, Rejected):
+                yield ranges
+                continue
+            places = zip(ranges.begins.tolist(), ranges.ends.tolist(), strict=True)
+            for i, (begin, end) in enumerate(places):
+                line += 1
+                position, offset, marks = (begin, begin, 0) if before is None else (before + line, -1, 1)
+                # A mark at the end does not count.
+                count = (end - begin) // dtype.itemsize - marks
+                if reason := ranges.reasons.get(i) or too_many_tokens(count, fields.max_document):
+                    yield Rejected(line, reason, offset)
                     continue
-                places = zip(ranges.begins.tolist(), ranges.ends.tolist(), strict=True)
-                for i, (begin, end) in enumerate(places):
-                    line += 1
-                    position, offset, marks = (begin, begin, 0) if before is None else (before + line, -1, 1)
-                    # A mark at the end does not count.
-                    count = (end - begin) // dtype.itemsize - marks
-                    if reason := ranges.reasons.get(i) or too_many_tokens(count, fields.max_document):
-                        yield Rejected(line, reason, offset)
-                        continue
-                    stream.seek(begin)
-                    tokens = _native(stream.read(end - begin), dtype, end - begin)
-                    yield _document(tokens, fields, file.name, line, position, offset)
-        except InputError as error:
-            raise InputError(str(error), line + 1) from error
+                stream.seek(begin)
+                tokens = _native(stream.read(end - begin), dtype, end - begin)
+                yield _document(tokens, fields, file.name, line, position, offset)
+    except InputError as error:
+        raise InputError(str(error), line + 1) from error
 
 
 def _document(
@@ -222,7 +236,7 @@ def _native(data: bytes, dtype: np.dtype[Any], size: int) -> Tokens:
 
 
 def _by_marks(
-    file: InputFile, fields: Fields, array: TokenArray, dtype: np.dtype[Any], where: Slice
+    stream: BinaryIO, file: InputFile, fields: Fields, array: TokenArray, dtype: np.dtype[Any], where: Slice
 ) -> Iterator[Ranges]:
     last = file.size if where.last is None else where.last
     width = dtype.itemsize
@@ -230,19 +244,19 @@ def _by_marks(
     # A document begins after a mark, so a range starts with the token before it.
     place = array.begin if where.first == 0 else where.first - width
     mark = np.array([place - width] if where.first == 0 else [], np.int64)
-    with Path(file.path).open("rb", buffering=0) as stream:
-        while place < size and (mark[0] + width if len(mark) else place) < last:
-            stream.seek(place)
-            block = stream.read(min(BLOCK_BYTES // width * width, size - place))
-            tokens = _native(block, dtype, width)
-            found = place + width * np.flatnonzero(tokens == fields.end_of_document)
-            edges = np.concatenate([mark, found])
-            begins, ends = edges[:-1] + width, edges[1:]
-            # A mark at the start of the file does not end a document.
-            own = (begins < last) & ((begins > array.begin) | (ends > begins))
-            yield Ranges(begins[own], ends[own], {})
-            mark = edges[-1:]
-            place += len(tokens) * width
+    while place < size and (mark[0] + width if len(mark) else place) < last:
+        stream.seek(place)
+        most = min(BLOCK_BYTES, last - place) if place < last else _BEYOND_BYTES
+        block = stream.read(min(most // width * width, size - place))
+        tokens = _native(block, dtype, width)
+        found = place + width * np.flatnonzero(tokens == fields.end_of_document)
+        edges = np.concatenate([mark, found])
+        begins, ends = edges[:-1] + width, edges[1:]
+        # A mark at the start of the file does not end a document.
+        own = (begins < last) & ((begins > array.begin) | (ends > begins))
+        yield Ranges(begins[own], ends[own], {})
+        mark = edges[-1:]
+        place += len(tokens) * width
     if len(mark) and mark[0] + width < min(last, size):
         yield Ranges(mark + width, np.array([size]), {})
     if last >= file.size:
@@ -308,10 +322,10 @@ def _unusable(
 
 def _open_array(file: InputFile) -> TokenArray:
     path = Path(file.path)
-    if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
-        index = open_megatron_index(path.with_suffix(".idx"))
+    if path.suffix == ".bin" and (beside := file.index()):
+        index = open_megatron_index(beside)
         return TokenArray(index.dtype, 0, "index", index=index)
-    with path.open("rb") as stream:
+    with file.open(_NUMPY_HEAD_BYTES) as stream:
         head = stream.read(_NUMPY_HEAD_BYTES)
         if not head.startswith(_NUMPY):
             if _DESCRIPTION in head:
@@ -338,11 +352,10 @@ def _open_array(file: InputFile) -> TokenArray:
     return TokenArray(dtype, begin, "header", shape[0])
 
 
-def open_megatron_index(path: Path) -> MegatronIndex:
+def open_megatron_index(file: InputFile) -> MegatronIndex:
     """Open an index; raise ``InputError`` if its header and its size do not match."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(len(_MEGATRON) + struct.calcsize(_MEGATRON_HEADER))
+    path, size = Path(file.path), file.size
+    head = file.read_range(0, len(_MEGATRON) + struct.calcsize(_MEGATRON_HEADER))
     if not head.startswith(_MEGATRON):
         raise InputError(f"{path.name} is not a Megatron index", excerpt=excerpt(head[:9]))
     try:
@@ -361,10 +374,10 @@ def open_megatron_index(path: Path) -> MegatronIndex:
         raise InputError(f"{path.name} is damaged: {counts} take {modes:,} bytes, it has {size:,}")
     return MegatronIndex(
         np.dtype(_MEGATRON_DTYPES[code]),
-        OnDisk(path, np.dtype("<i4"), len(head), sequences),
-        OnDisk(path, np.dtype("<i8"), pointers, sequences),
-        OnDisk(path, np.dtype("<i8"), edges, boundaries),
-        OnDisk(path, np.dtype("i1"), modes, sequences) if size > modes else None,
+        FileArray(file, np.dtype("<i4"), len(head), sequences),
+        FileArray(file, np.dtype("<i8"), pointers, sequences),
+        FileArray(file, np.dtype("<i8"), edges, boundaries),
+        FileArray(file, np.dtype("i1"), modes, sequences) if size > modes else None,
     )
 
 

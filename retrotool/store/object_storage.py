@@ -33,7 +33,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotSupportedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.read_ahead import concurrently
@@ -282,7 +288,8 @@ class _Patience:
         """Wait before the next attempt; raise ``StorageError`` if there is no sense in one."""
         code = _code_of(error)
         is_temporary = again or code is None or (code >= 500 and code != 501) or code in (408, 409, 412, 429)
-        if not is_temporary or isinstance(error, _DENIED) or time.monotonic() > self._until:
+        is_final = isinstance(error, (*_DENIED, NotSupportedError)) or "Header missing" in str(error)
+        if not is_temporary or is_final or time.monotonic() > self._until:
             raise _failed(self._place, error) from error
         time.sleep(random.uniform(0.5, 1) * min(0.1 * 2 ** next(self._tries), 8.0))  # noqa: S311
 
@@ -398,7 +405,8 @@ class _ObjectFile(io.RawIOBase):
 
 
 def _status(meta: Any) -> ObjectStatus:
-    return ObjectStatus(meta["path"], meta["size"], meta["last_modified"].timestamp(), str(meta["e_tag"]))
+    modified = meta["last_modified"]
+    return ObjectStatus(meta["path"], meta["size"], modified.timestamp(), meta["e_tag"] or modified.isoformat())
 
 
 def _code_of(error: BaseError) -> int | None:

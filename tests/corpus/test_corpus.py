@@ -61,7 +61,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def rows_of(path: Path) -> Iterator[Row]:
     rest = b""
-    for block in streams.blocks(path, "zst"):
+    for block in streams.blocks(lambda: path.open("rb"), "zst"):
         *lines, rest = (rest + block).split(b"\n")
         yield from map(orjson.loads, lines)
 
