@@ -184,7 +184,7 @@ def _object_storage(place: str) -> Storage:
         from retrotool.store.object_storage import ObjectStorage
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"{place}: {error.name} is not installed", "Install it: pip install 'retrotool[cloud]'"
+            f"{place}: {error.name} is not installed", "Install it with: pip install obstore boto3"
         ) from None
     return ObjectStorage(place)
 
