@@ -28,7 +28,7 @@ class WebServer:
         self.sent: Counter[str] = Counter()
         self.heads = 0
         self.address = ""
-        self.has_ranges = self.has_length = True
+        self.has_ranges = self.has_length = self.is_open = True
         self.at_head: dict[int, Callable[[], object]] = {}  # called before so many requests for headers, from 1
 
     def tag(self, path: str) -> str:
@@ -92,8 +92,8 @@ def web_server() -> Iterator[WebServer]:
             self.answer(302, b"", Location=f"{served.address}/{name}")
 
         def send_file(self, path: str) -> None:
-            if path not in served.files:
-                self.answer(404, b"")
+            if path not in served.files or not served.is_open:
+                self.answer(404 if served.is_open else 403, b"")
                 return
             data, code, headers = served.files[path], 200, {"ETag": f'"{served.tag(path)}"'}
             asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")) if served.has_ranges else None

@@ -205,9 +205,13 @@ def test_a_file_of_a_web_server_is_fetched_once_but_for_heads(cli: Cli, web: Web
 
 @pytest.mark.parametrize(
     ("lacking", "problem"),
-    [({"has_ranges": False}, "Range request not supported"), ({"has_length": False}, "Content-Length")],
+    [
+        ({"has_ranges": False}, "Range request not supported"),
+        ({"has_length": False}, "Content-Length"),
+        ({"is_open": False}, "access denied"),
+    ],
 )
-def test_a_server_without_ranges_or_sizes_is_refused(
+def test_a_server_without_ranges_or_sizes_or_that_refuses_is_an_error_before_anything_is_written(
     cli: Cli, web: WebServer, tmp_path: Path, lacking: dict[str, Any], problem: str
 ) -> None:
     web.files["a.jsonl"] = lines_of(10)
