@@ -207,7 +207,7 @@ class _S3Bucket(_Bucket):
     def copies(self, counts: Callable[[str], bool], delete: bool) -> _Questions:
         versions = partial(self._versions, counts, delete)
         return {
-            "noncurrent versions": (versions, "s3:ListBucketVersions"),
+            "noncurrent versions": (versions, "s3:GetBucketVersioning, s3:ListBucketVersions"),
             "replicas": (self._replicas, "s3:GetReplicationConfiguration"),
             "unfinished uploads": (self._unfinished, "s3:ListBucketMultipartUploads"),
         }
@@ -252,6 +252,9 @@ class _S3Bucket(_Bucket):
                 yield BucketCopies(what, "unknown", advice=advice)
 
     def _versions(self, counts: Callable[[str], bool], delete: bool) -> Iterator[BucketCopies]:
+        versioning = self._send("get_bucket_versioning", 403)
+        if versioning and "Status" not in versioning:
+            return  # it never had versions
         found: list[tuple[dict[str, str], datetime]] = []  # key and id of a version, and since when it is not current
         since: dict[str, datetime] = {}
         pages = self._client.get_paginator("list_object_versions")

@@ -69,10 +69,14 @@ def test_a_store_that_is_not_in_a_bucket_keeps_nothing(place: str) -> None:
     assert bucket_copies(place) == bucket_settings(place) == ()
 
 
-def test_a_bucket_without_versions_keeps_nothing(address: str) -> None:
+def test_a_bucket_without_versions_keeps_nothing(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = Bucket(address, versioned=False)
     bucket.write_and_delete(PATH)
     assert bucket_copies(bucket.place) == bucket_settings(bucket.place) == ()
+    for query in ("versions", "versioning"):
+        with buckets.denying(address, query) as before, monkeypatch.context() as patched:
+            patched.setenv("AWS_ENDPOINT_URL", before)
+            assert bucket_copies(bucket.place) == (), "one of the two permissions is enough"
 
 
 def test_noncurrent_versions_are_listed_and_deleted(address: str) -> None:
@@ -163,7 +167,7 @@ def test_what_may_not_be_read_is_not_checked(address: str, monkeypatch: pytest.M
         assert list_uploads(bucket.place) == []
     assert one.status == setting.status == "not checked"
     assert one.what == "noncurrent versions, unfinished uploads: access denied (403)"
-    assert one.advice == "Needed: s3:ListBucketVersions, s3:ListBucketMultipartUploads"
+    assert one.advice == "Needed: s3:GetBucketVersioning, s3:ListBucketVersions, s3:ListBucketMultipartUploads"
     assert (setting.what, setting.advice) == ("versioning: access denied (403)", "Needed: s3:GetBucketVersioning")
     assert bucket.versions() == [PATH]
 
