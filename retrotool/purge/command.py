@@ -330,7 +330,8 @@ def _erased_lines(store: str, result: PurgeResult | EraseResult) -> list[str]:
         lines.append(done if result.files_rewritten else f"Erased before: {what}.")
         receipts = [shlex.join(["retrotool", "receipt", store, purge]) for purge in result.purges[:_LISTED]]
         lines += [f"Check it: {command}" for command in receipts]
-    lines += [f"Not reached: {output.one_line(one.line)}" for one in result.bucket]
+    reached = {"kept": "Not reached"}
+    lines += [f"{reached.get(one.status, 'Not checked')}: {output.one_line(one.line)}" for one in result.bucket]
     return lines + [
         f"Not reached: neighbours {one.table!r} of {output.one_line(one.path)}, another store. They may contain ids "
         f"and text of erased chunks, which readers skip. Remove them: {one.command}"

@@ -154,7 +154,7 @@ def test_commands_on_a_bucket(address: str, secret_store: Path, tmp_path: Path) 
     purged = retrotool_command("purge", bucket.place, *documents, "--reason", "r", "--erase", "--yes")
     assert purged.returncode == 0, purged.stderr
     assert "The bucket: versioning is enabled: deleted files become noncurrent versions. An erase" in purged.stderr
-    assert "Not reached: replicas in the bucket old-versions" in purged.stdout
+    assert "Not checked: replicas in the bucket old-versions" in purged.stdout
     checked = retrotool_command("receipt", bucket.place, "last", "--out", str(tmp_path))
     assert checked.returncode == 0, checked.stdout
     assert "\nnot checked: replicas in the bucket old-versions" in checked.stdout
