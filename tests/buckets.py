@@ -6,14 +6,20 @@ import base64
 import contextlib
 import hmac
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
+
+import faulty_proxy
 
 KEYS = {"AWS_ACCESS_KEY_ID": "retrotool", "AWS_SECRET_ACCESS_KEY": "retrotool-secret", "AWS_REGION": "us-east-1"}
 AZURE_KEYS = {  # of everyone's own azurite
@@ -70,33 +76,33 @@ def local_bucket(folder: Path) -> Iterator[str]:
         yield address
 
 
+def client_of(address: str) -> Any:
+    """Return boto3's client of a server."""
+    import boto3
+
+    return boto3.client(
+        "s3", endpoint_url=address, region_name=KEYS["AWS_REGION"], aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def moto() -> Iterator[str]:
     """moto, an S3 server in memory with nearly all of S3's API."""
-    import boto3
-
     port = free_port()
     with process_on(port, _script("moto_server"), "-H", "127.0.0.1", "-p", str(port)) as address:
-        boto3.client(
-            "s3", endpoint_url=address, region_name=KEYS["AWS_REGION"], aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        ).create_bucket(Bucket=BUCKET)  # fmt: skip
+        client_of(address).create_bucket(Bucket=BUCKET)
         yield address
 
 
 @contextlib.contextmanager
 def nanio(folder: Path) -> Iterator[str]:
     """nanio, an S3 server that ignores the condition of a PUT."""
-    import boto3
-
     port = free_port()
     env = {"NANIO_ACCESS_KEY": KEYS["AWS_ACCESS_KEY_ID"], "NANIO_SECRET_KEY": KEYS["AWS_SECRET_ACCESS_KEY"]}
     command = (_script("nanio"), "serve", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(folder))
     with process_on(port, *command, "--no-access-log", env=env) as address:
-        boto3.client(
-            "s3", endpoint_url=address, region_name=KEYS["AWS_REGION"], aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        ).create_bucket(Bucket=BUCKET)  # fmt: skip
+        client_of(address).create_bucket(Bucket=BUCKET)
         yield address
 
 
@@ -132,6 +138,41 @@ def faulty(address: str, latency: float = 0.0) -> Iterator[str]:
     port, script = free_port(), str(Path(__file__).with_name("faulty_proxy.py"))
     with process_on(port, sys.executable, script, str(port), address.removeprefix("http://"), str(latency)) as proxy:
         yield proxy
+
+
+@contextlib.contextmanager
+def denying(address: str, *queries: str) -> Iterator[str]:
+    """A proxy before a server, which answers 403 where the query has one of these words, such as "versions"."""
+    host, _, port = address.removeprefix("http://").partition(":")
+
+    class Denying(faulty_proxy.Handler):
+        target = host, int(port)
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if set(queries).isdisjoint(re.split("[=&]", self.path.partition("?")[2])):
+                self._answer(*self._forward(body))
+            else:
+                self._answer(403, [], b"<Error><Code>AccessDenied</Code></Error>")
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
+
+    with serving(Denying) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server in a thread of this process, until the end of the block; yield its address."""
+    server = faulty_proxy.Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def settings_of(address: str) -> contextlib.AbstractContextManager[None]:

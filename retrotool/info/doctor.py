@@ -26,6 +26,7 @@ from retrotool.errors import RetrotoolError
 from retrotool.lazy import faiss, torch
 from retrotool.scratch import more_scratch, scratch_folder
 from retrotool.store import cache
+from retrotool.store.bucket_copies import bucket_settings
 from retrotool.store.leases import Run, renew
 from retrotool.store.store import Store
 
@@ -173,6 +174,9 @@ def _store(root: str | Path) -> Iterator[Check]:
     yield _check(
         "clock", f"{abs(skew):.1f} s {'before' if skew < 0 else 'after'} the storage's", advice, wrong=abs(skew) > _SKEW
     )
+    for one in bucket_settings(store.storage.uri):
+        status: Literal["info", "warn"] = "warn" if one.status == "setting" else "info"
+        yield Check("erase in the bucket", status, one.what, one.advice)
     groups = [store.state.group(kind, name) for kind in ("embeddings", "index") for name in store.state.names(kind)]
     due, limit = max(map(len, groups), default=0) + _OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     found = f"at most {limit:,}, {due:,} needed to map the store's vectors"

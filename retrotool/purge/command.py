@@ -125,8 +125,10 @@ def command(
     if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or reason or out):
         output.show(list_purges(store), as_json, lambda found: _list_text(store, found))
     else:
-        confirm = partial(_confirmed, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
+        confirm = partial(_confirmed, store, yes=yes, erase=erase, stopped="Nothing was purged.", as_json=as_json)
         result = purge(store, selectors, reason=reason, dry_run=dry_run, out=out, erase=erase, confirm=confirm)
+        if dry_run and erase:
+            _note_settings(store)
         output.show(result, as_json, lambda result: _text(store, selectors, result, erase))
 
 
@@ -296,8 +298,10 @@ def erase_command(
         command = shlex.join(["retrotool", "purge", store])
         raise UsageError("no purge to erase was given", f"Give PURGE or --older-than AGE. List purges: {command}")
     age = None if older_than is None else _seconds(older_than)
-    confirm = partial(_confirmed, yes=yes, erase=True, stopped="Nothing was erased.", as_json=as_json)
+    confirm = partial(_confirmed, store, yes=yes, erase=True, stopped="Nothing was erased.", as_json=as_json)
     result = erase(store, purges or (), older_than=age, dry_run=dry_run, confirm=confirm)
+    if dry_run:
+        _note_settings(store)
     output.show(result, as_json, lambda result: _erase_text(store, result, dry_run))
 
 
@@ -326,6 +330,8 @@ def _erased_lines(store: str, result: PurgeResult | EraseResult) -> list[str]:
         lines.append(done if result.files_rewritten else f"Erased before: {what}.")
         receipts = [shlex.join(["retrotool", "receipt", store, purge]) for purge in result.purges[:_LISTED]]
         lines += [f"Check it: {command}" for command in receipts]
+    reached = {"kept": "Not reached"}
+    lines += [f"{reached.get(one.status, 'Not checked')}: {output.one_line(one.line)}" for one in result.bucket]
     return lines + [
         f"Not reached: neighbours {one.table!r} of {output.one_line(one.path)}, another store. They may contain ids "
         f"and text of erased chunks, which readers skip. Remove them: {one.command}"
@@ -339,11 +345,24 @@ def _copies_text(result: PurgeResult | EraseResult) -> str:
     return f", including those of {output.count(result.copies, 'rejected document')} with the same id or text"
 
 
-def _confirmed(planned: PurgeResult | EraseResult, *, yes: bool, erase: bool, stopped: str, as_json: bool) -> bool:
+def _note_settings(store: str) -> None:
+    """Print what the bucket of a store would keep of erased files, and what to do about it first."""
+    from retrotool.store.bucket_copies import bucket_settings
+    from retrotool.store.storage import storage_at
+
+    for one in bucket_settings(storage_at(store).uri):
+        output.note(f"The bucket: {one.line}")
+
+
+def _confirmed(
+    store: str, planned: PurgeResult | EraseResult, *, yes: bool, erase: bool, stopped: str, as_json: bool
+) -> bool:
     """Ask before more than ``_ASK_ABOVE`` of a store is purged or erased; the answer no ends the command.
 
-    ``UsageError`` without a terminal.
+    Before an erase, first print what its bucket would keep. ``UsageError`` without a terminal.
     """
+    if erase:
+        _note_settings(store)
     chunks, share = getattr(planned, "chunks", 0), getattr(planned, "share", 0.0)
     if yes or max(share, planned.unerased_share) <= _ASK_ABOVE:
         return True

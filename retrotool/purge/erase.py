@@ -50,6 +50,7 @@ from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import purged_chunks
 from retrotool.purge.selectors import scan
 from retrotool.store import folding, log, neighbour_tables, parts
+from retrotool.store.bucket_copies import BucketCopies, bucket_copies
 from retrotool.store.gc import clean
 from retrotool.store.identity import Identity
 from retrotool.store.leases import Run
@@ -333,7 +334,7 @@ class EraseResult:
     * ``erased``: chunks that have been erased, copies included.
     * ``copies``: documents that ``chunk`` rejected as repeats of an erased one.
     * ``not_reached``: what an erase never reaches. ``dependents``: stores with neighbours in this one, also
-      unreached.
+      unreached. ``bucket``: what the bucket still has of files that the store deleted, now or before.
     """
 
     purges: tuple[str, ...] = ()
@@ -345,6 +346,7 @@ class EraseResult:
     commit: int
     not_reached: tuple[str, ...] = ()
     dependents: tuple[Dependent, ...] = ()
+    bucket: tuple[BucketCopies, ...] = ()
 
 
 def erase(
@@ -430,11 +432,12 @@ def carry_out_erase(store: Store, run: Run, chunks: Ids, planned: _Planned) -> _
     # Staged tasks of other runs that read the old files can't be committed any more: remove their files.
     folding.fold(store, run)
     clean(store, run, thorough=True)
+    bucket = bucket_copies(store.storage.uri, delete=True)
     state = store.refresh()
     return replace(
         planned, erased=len(chunks), files_rewritten=done, commit=state.number,
         not_reached=(ELSEWHERE,) if len(chunks) and state.names("index") else (),
-        dependents=tuple(dependents(store)) if purges_erased(store) else (),
+        dependents=tuple(dependents(store)) if purges_erased(store) else (), bucket=bucket,
     )  # fmt: skip
 
 

@@ -54,7 +54,9 @@ def _text(store: str, result: VerifiedPurge) -> str:
     lines.append(output.table(paths, ("read by", "rows", "found")))
     lines += [f"  {path.name}: {output.one_line(path.note)}" for path in receipt.read_paths if path.note]
     lines += [f"  {line}" for line in _about_files(receipt)]
-    lines.append(f"{'OK. ' if receipt.ok else ''}{verdict(receipt)}")
+    unknown = [one.line for one in receipt.bucket if one.status == "unknown"]
+    lines += [f"not checked: {output.one_line(line)}" for line in unknown]
+    lines.append(f"{'OK. ' if receipt.ok and not unknown else ''}{verdict(receipt)}")
     lines += [f"  problem: {output.one_line(problem)}" for problem in receipt.problems]
     if receipt.state != "erased":
         lines.append(f"To erase it: {shlex.join(['retrotool', 'erase', store, receipt.purge])}")

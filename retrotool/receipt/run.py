@@ -4,6 +4,8 @@
 2. Decode every file that can hold data of the purged chunks; files that left the store must be absent
    (``verify_erasure``). What is left is a problem, also of a purge that is not erased.
 3. Exercise every read path (``read_paths``).
+4. List what a bucket still has of deleted files (``bucket_copies``). Copies in it, and what could not be
+   checked, are problems; what is unknown, or elsewhere, is only listed.
 
 A commit then records the SHA-256 of the receipt's JSON, so a receipt can't be changed unnoticed. A read-only
 store gets no commit.
@@ -28,6 +30,7 @@ from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.purged_chunks import find_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
 from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
+from retrotool.store.bucket_copies import BucketCopies, bucket_copies
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
 from retrotool.store.storage import file_sha256
@@ -65,6 +68,7 @@ class Receipt:
       that no earlier purge had.
     * ``commits``: those that purged and erased. ``log_head``: SHA-256 of the newest commit, ``log_commit``.
     * ``dependents``: stores with neighbours in this one, which were not checked.
+    * ``bucket``: what the store's bucket has, or may have, of deleted files.
     """
 
     store: str
@@ -91,6 +95,7 @@ class Receipt:
     files: Erasure
     read_paths: tuple[ReadPath, ...]
     dependents: tuple[Dependent, ...]
+    bucket: tuple[BucketCopies, ...]
     limits: tuple[str, ...]
 
     @property
@@ -115,7 +120,8 @@ def verdict(receipt: Receipt) -> str:
     if not receipt.ok:
         return f"FAILED: {output.count(len(receipt.problems), 'problem')}"
     unread = f" {output.count(len(receipt.unread), 'read path')} could not be checked." if receipt.unread else ""
-    return f"Nothing of it is left in the store.{unread}"
+    bucket = " Copies that its bucket may have were not checked." if receipt.bucket else ""
+    return f"Nothing of it is left in the store.{unread}{bucket}"
 
 
 def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> VerifiedPurge:
@@ -160,6 +166,7 @@ def _check(store: Store, purge: str) -> Receipt:
         for check in checks:
             checked.append(check())
             report(1)
+    bucket = bucket_copies(store.storage.uri, clean=history.new)
     state = "erased"
     left = [f"{path}: data is left in {output.count(n, 'row')}; erase it again" for path, n in erasure.left.items()]
     if not record["erased"]:
@@ -178,6 +185,7 @@ def _check(store: Store, purge: str) -> Receipt:
         *left,
         *(f"{path.name}: returned {output.count(path.found, 'purged chunk')}" for path in checked if path.found),
         *(f"{path.name}: {path.note}" for path in checked if path.broken),
+        *(f"the bucket: {one.line}" for one in bucket if one.status != "unknown"),
     ]
     return Receipt(
         store=store.identity.uuid,
@@ -200,5 +208,6 @@ def _check(store: Store, purge: str) -> Receipt:
         files=erasure,
         read_paths=tuple(checked),
         dependents=tuple(dependents(store)),
+        bucket=bucket,
         limits=LIMITS,
     )

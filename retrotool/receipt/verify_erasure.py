@@ -121,6 +121,7 @@ class PurgeHistory:
         """The commit of the purge, and those of erases until it was erased."""
         self.added: dict[str, int] = {}  # number of the commit that added each live file, by path
         self.removed: set[str] = set()  # paths of all files that ever left the state
+        self.new: set[str] = set()  # paths of all files that were added after the erase was done
         self._places: set[tuple[str, str, str]] = set()
 
     def is_after(self, path: str) -> bool:
@@ -147,6 +148,8 @@ class PurgeHistory:
             self.removed.add(path)
         for entry in commit.add:
             self.added[entry.path] = commit.number
+            if self.is_after(entry.path):
+                self.new.add(entry.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,9 @@ from obstore.exceptions import (
 from retrotool.errors import CorruptError, StorageError
 from retrotool.read_ahead import concurrently
 from retrotool.store import disk
+from retrotool.store.bucket_copies import abort_uploads, list_uploads
 from retrotool.store.cloud_client import open_client
-from retrotool.store.paths import FileName
+from retrotool.store.paths import PROBE, FileName
 from retrotool.store.storage import FileStatus, Result, Sink, Unfinished, each, where
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class ObjectStorage:
 
     def _check_conditions(self, run: str) -> None:
         """Check that of two conditional PUTs of a path the second fails; else raise ``StorageError``."""
-        path = FileName.new(run, "plans", "probe", "bin").path
+        path = FileName.new(run, "plans", PROBE, "bin").path
         self.create(path, b"first")
         is_ignored = self.create(path, b"second")
         self.delete([path])
@@ -230,10 +231,11 @@ class ObjectStorage:
             pass
 
     def unfinished(self) -> Iterator[Unfinished]:
-        yield from ()
+        yield from self._request("uploads", "", lambda: list_uploads(self.place))
 
     def drop(self, unfinished: Iterable[Unfinished]) -> None:
-        pass
+        if paths := [one.path for one in unfinished]:
+            self._request("abort", paths[0], lambda: abort_uploads(self.place, paths))
 
     def irregular(self) -> Iterator[str]:
         yield from ()

@@ -21,6 +21,7 @@ FOLDERS = (*DATA_KINDS, "staging", "leases", "log", "checkpoints")
 NAMED_KINDS = ("embeddings", "index", "neighbours", "scans", "edits")
 PART_KINDS = ("documents", "chunks", "embeddings", "neighbours", "scans")  # one file per part; the slot is its number
 UNNUMBERED_KINDS = ("documents", "chunks")  # without a slot in the name
+PROBE = "probe"  # the slot of a file of "plans" that only tests a server
 COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # of an encoder, an index, a table or a purge
 _OTHERS = "|".join(kind for kind in DATA_KINDS if kind not in (*NAMED_KINDS, *UNNUMBERED_KINDS))

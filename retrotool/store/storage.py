@@ -50,7 +50,10 @@ class FileStatus(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """What is left of a write that has not ended; ``run`` is the id of its writer."""
+    """What is left of a write that has not ended; ``run`` is the id of its writer.
+
+    ``size``: its bytes so far, 0 for an upload to an object store.
+    """
 
     path: str
     run: str
@@ -148,7 +151,7 @@ class Storage(Protocol):
         """Remove files that exist, durably: none of them reappears."""
 
     def unfinished(self) -> Iterator[Unfinished]:
-        """Yield what is left of writes that have not ended."""
+        """Yield what is left of writes that have not ended; nothing if the storage can't list them."""
 
     def drop(self, unfinished: Iterable[Unfinished]) -> None:
         """Remove what is left of writes; those still running fail."""
