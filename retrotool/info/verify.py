@@ -178,6 +178,7 @@ def verify(root: str | Path) -> Verification:
 
 def check_store(store: Store) -> Verification:
     """Check the store at its view. Raises ``ErasedError`` if a newer commit removes one of its files."""
+    store.reads_copies = True
     result = Verification(True, store.state.number)
     checked = _Checked(store, result.problems)
     _check_log(checked)

@@ -89,6 +89,7 @@ class NeighboursStage:
     def open_database(self, queries: Store) -> AnyDatabase:
         """Open the newest commit of the database, restricted to the sources that the filters allow."""
         store, allows = Store.open(self.database), self.filters.allows(queries)
+        store.reads_copies = self.text  # of neighbours, whose chunks are anywhere
         if self.index == NO_INDEX:
             return ExactDatabase(store, self.encoder, device=self.devices[0], memory=self.memory, allows=allows)
         return Database(store, self.index, device=self.devices[0], memory=self.memory, thorough=True, allows=allows)
@@ -375,20 +376,22 @@ class NeighboursWorker:
         """Search for one part; return the function that writes the table."""
         store, stage = self._store, self._stage
         part = int(task.inputs["part"])
-        vectors = search_scope.read_part_vectors(store, database.encoder, part)
         replaced = store.state.part_file("neighbours", part, stage.table)
         if replaced is not None and replaced.path in stage.broken:
             replaced = None  # it can't be read
-        table, asking, before = self._begin(task, database, part, replaced, len(vectors))
+        total = parts.part_entry(store, "embeddings", part, database.encoder).rows
+        table, asking, before = self._begin(task, database, part, replaced, total)
+        vectors = search_scope.read_part_vectors(store, database.encoder, part) if len(asking) else None
         own = search_scope.own_documents(store, part, database.store, database.tombstones, within=self._within)
 
         def ask(rows: Ids) -> Queries:
+            assert vectors is not None, "there are rows to search for"
             asked = Queries(vectors[as_slice(rows)], own.take(rows))
             return asked if is_gpu(stage.devices[0]) else asked.widened()
 
         probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
-        for rows in finder.blocks(asking):
+        for rows in finder.blocks(asking) if len(asking) else ():
             with checking_device(stage.devices[0]):
                 best = self._search(finder, rows, before, task.inputs["new"], probed)
             table.ids[rows], table.distances[rows] = best.ids, best.distances

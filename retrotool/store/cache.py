@@ -1,4 +1,4 @@
-"""Copies on this machine of files of stores in buckets: of those that are mapped, embeddings and index files.
+"""Copies on this machine of files of stores in buckets: embeddings and index files, which are mapped.
 
 A store has a folder in ``cache_folder()/files``, named by its uuid, and each of its files at most one copy,
 named by the SHA-256 in the log, which is compared while the copy is written. All processes share the copies.
@@ -11,7 +11,8 @@ budget (``usage``). If too little can be evicted, that is a ``StorageError``. Co
 removed are removed when a process sees that commit; processes that have mapped one can still read it.
 
 Cost: the download, hashing (about 1 GB/s) and writing, once; for a copy that is there, three system calls.
-Parquet files are not cached, but read by ranges. The folder can be deleted at any time.
+Parquet files are read by ranges, and copied only for work that reads them in any order or again
+(``Store.reads_copies``). The folder can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from retrotool.store.log import FileEntry
 from retrotool.store.storage import Storage, where
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "RETROTOOL_CACHE", "RETROTOOL_CACHE_SIZE"
-MAPPED_KINDS = ("embeddings", "index")
 _PARTIAL = ".part"
 _ATTEMPTS = 2  # at bytes with the right hash
 _POLL_SECONDS = 0.05
@@ -139,7 +139,7 @@ class FileCache:
         Not ``needed`` yet: spare recently used copies. ``CorruptError`` if the bytes do not match the log,
         ``StorageError`` without space.
         """
-        path = self.folder / f"{entry.sha256}{Path(entry.path).suffix}"
+        path = self.folder / self._name(entry)
         try:
             while (file := self._open(path)) is None:
                 if not self._copy(path, entry, needed):
@@ -150,6 +150,9 @@ class FileCache:
             raise StorageError(f"{error.filename or path}: {error.strerror} (cache)", _MORE) from error
         with file:
             yield path
+
+    def _name(self, entry: FileEntry) -> str:
+        return f"{entry.sha256}{Path(entry.path).suffix}"
 
     def _open(self, path: Path) -> IO[bytes] | None:
         try:
@@ -237,6 +240,10 @@ class FileCache:
         if need > limit:
             room = f"{megabytes(need)} in the cache {self.folder.parent}, which may have {megabytes(limit)}"
             raise UsageError(f"{what} needs {room}", _MORE)
+
+    def remove(self, entry: FileEntry) -> None:
+        """Remove the copy of a file, if there is one."""
+        self.remove_others([self._name(entry)], ())
 
     def names(self) -> list[str]:
         """Return the names of the copies of this store's files."""

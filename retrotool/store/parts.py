@@ -232,9 +232,10 @@ def read_parquet(
 
 @contextlib.contextmanager
 def _open_parquet(store: Store, entry: FileEntry) -> Iterator[pq.ParquetFile]:
-    with store.reading(entry) as storage:
+    with store.reading(entry) as storage, store.opened(entry) as source:
         try:
-            with pq.ParquetFile(storage.open(entry.path, entry.bytes), page_checksum_verification=True) as file:
+            # In a bucket, columns that are near each other are read by one request.
+            with pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=storage.latent) as file:
                 yield file
         except (pa.ArrowException, OSError, ValueError) as error:
             raise store.corrupt(f"{store.where(entry.path)}: {str(error).splitlines()[0]}") from error

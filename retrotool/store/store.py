@@ -17,19 +17,30 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, RetrotoolError, UsageError
+from retrotool.errors import (
+    ConflictError,
+    CorruptError,
+    ErasedError,
+    LostRunError,
+    RetrotoolError,
+    StorageError,
+    UsageError,
+)
 from retrotool.read_ahead import ahead
 from retrotool.store import disk, identity, leases, log, paths
-from retrotool.store.cache import MAPPED_KINDS, FileCache
+from retrotool.store.cache import FileCache
 from retrotool.store.identity import Identity, TokenizerIdentity
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
-from retrotool.store.storage import Place, Sink, Storage, file_sha256, storage_at, where
+from retrotool.store.storage import BLOCK_BYTES, Place, Sink, Storage, storage_at, where
 from retrotool.store.sums import SUMS, BlockSums, has_sums, with_sums
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CHECKPOINT_EVERY = 256
 CHECKPOINT_PATH = re.compile(r"checkpoints/(\d+)-[0-9a-f]{16}\.json")
@@ -70,6 +81,7 @@ class Store:
         self.genesis = genesis
         self.state = state
         self.cache = FileCache(storage, identity.uuid)
+        self.reads_copies = False  # of tables, too, in a bucket: for work that reads files again, or in any order
         self._cleaned = -1  # the last commit whose removed files were removed from the cache, too
 
     @classmethod
@@ -107,8 +119,7 @@ class Store:
         copies = self.cache.names()  # listed first: what is copied later is newer
         self.state = self.state.fold(log.read_after(self.storage, self.state.number, self.state.head))
         if copies and self._cleaned < self.state.number:
-            groups = (group for (kind, _), group in self.state.groups.items() if kind in MAPPED_KINDS)
-            self.cache.remove_others(copies, {entry.sha256 for group in groups for entry in group.entries()})
+            self.cache.remove_others(copies, {entry.sha256 for entry in self.state.files()})
             self._cleaned = self.state.number
         return self.state
 
@@ -152,12 +163,27 @@ class Store:
         """Read a file of this view; ``CorruptError`` if its SHA-256 is not the one in the log."""
         with self.reading(entry) as storage:
             sums = BlockSums()
-            if file_sha256(storage, entry.path, sums.update if has_sums(entry.path) else None) != entry.sha256:
+            digest = hashlib.sha256()
+            for block in self._blocks(entry):
+                digest.update(block)
+                if has_sums(entry.path):
+                    sums.update(memoryview(block))
+            if digest.hexdigest() != entry.sha256:
                 raise self.corrupt(f"{self.where(entry.path)}: its SHA-256 is not what the log says")
             if has_sums(entry.path):
                 beside = entry.path + SUMS
                 if storage.stat(beside) is None or storage.get(beside) != sums.content():
                     raise self.corrupt(f"{self.where(beside)} is missing or does not match its file")
+
+    def _blocks(self, entry: FileEntry) -> Iterator[bytes]:
+        """Yield a file's bytes; with ``reads_copies`` those of a new copy, which later reads use."""
+        if self.reads_copies and self.storage.latent:
+            self.cache.remove(entry)
+            with contextlib.suppress(StorageError), self.cache.file(entry) as path, path.open("rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    yield block
+                return
+        yield from self.storage.blocks(entry.path)
 
     @property
     def is_local(self) -> bool:
@@ -170,6 +196,18 @@ class Store:
         own = self.storage.local(entry.path)
         with contextlib.nullcontext(own) if own is not None else self.cache.file(entry) as path:
             yield path
+
+    @contextlib.contextmanager
+    def opened(self, entry: FileEntry) -> Iterator[pa.NativeFile]:
+        """Yield a file for random access; see ``reads_copies``."""
+        import pyarrow as pa
+
+        with contextlib.ExitStack() as stack:
+            copy: Path | None = None
+            if self.reads_copies and self.storage.latent:
+                with contextlib.suppress(StorageError):  # without room it is read in the bucket
+                    copy = stack.enter_context(self.cache.file(entry))
+            yield self.storage.open(entry.path, entry.bytes) if copy is None else pa.memory_map(str(copy))
 
     def copied_ahead(self, items: Iterable[_Item], entry_of: Callable[[_Item], FileEntry | None]) -> Iterable[_Item]:
         """Iterate over ``items``; in a bucket, the files of the next two are copied while one is in use.
