@@ -22,6 +22,7 @@ from multiprocessing import forkserver
 from typing import Any
 
 import retrotool
+from retrotool.store import object_storage
 
 SECONDS = 300
 
@@ -53,12 +54,19 @@ class Forked:
         self.returncode: int | None = None
         self._printed = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         stdin, given = os.pipe()
-        self.pid = os.fork()
+        printed = [file.fileno() for file in self._printed]
+        if object_storage._process and before is None and program == "retrotool":
+            # The threads of obstore, which has sent requests here, do not survive a fork.
+            actions = [(os.POSIX_SPAWN_DUP2, own, number) for number, own in enumerate((stdin, *printed))]
+            words = [sys.executable, "-m", "retrotool", *arguments]
+            self.pid = os.posix_spawn(sys.executable, words, os.environ, file_actions=actions)
+        else:
+            self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
                 os.close(given)
-                code = _become([program, *arguments], [stdin, *(file.fileno() for file in self._printed)], before)
+                code = _become([program, *arguments], [stdin, *printed], before)
             except BaseException:
                 traceback.print_exc()
             finally:

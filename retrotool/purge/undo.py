@@ -105,8 +105,8 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
     """
     who = signed(reason, who)
     store = Store.open(root)
-    purge, _ = purged_chunks.find_purge(store, purge)
     with writing(store) as run:  # also removes files that a killed undo left
+        purge, _ = purged_chunks.find_purge(store, purge)
         done = retry_overtaken(lambda: commit_undo(store, run, weigh(store, purge), reason, who), store.renew)
     store.refresh()
     return replace(done, next=tuple(_refills(store)))
