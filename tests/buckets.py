@@ -34,6 +34,7 @@ _LOCAL_BUCKET = """
 import socketserver
 import localbucket
 socketserver.StreamRequestHandler.disable_nagle_algorithm = True  # else each answer with a content takes 40 ms
+socketserver.TCPServer.request_queue_size = 128  # else many connections at once take a second
 localbucket.main()
 """
 
