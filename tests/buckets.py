@@ -88,11 +88,11 @@ def client_of(address: str) -> Any:
 
 
 @contextlib.contextmanager
-def moto() -> Iterator[str]:
+def moto(bucket: str = BUCKET) -> Iterator[str]:
     """moto, an S3 server in memory with nearly all of S3's API."""
     port = free_port()
     with process_on(port, _script("moto_server"), "-H", "127.0.0.1", "-p", str(port)) as address:
-        client_of(address).create_bucket(Bucket=BUCKET)
+        client_of(address).create_bucket(Bucket=bucket)
         yield address
 
 

@@ -67,7 +67,7 @@ def _text(store: str, result: VerifiedPurge) -> str:
 
 
 def _about_files(receipt: Receipt) -> list[str]:
-    durable = "synced to disk" if receipt.files.synced else "which could not be synced to disk"
+    durable = "durably" if receipt.files.synced else "but that could not be made durable"
     absent = output.count(receipt.files.replaced - len(receipt.files.present), "file")
     lines = [f"{absent} that left the store before: absent, {durable}"]
     if unknown := receipt.files.unknown:

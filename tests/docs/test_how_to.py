@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import buckets
 import pytest
 from conftest import Shared
 from pages import ROOT, blocks, run_page
 from stored import copy_store
+
+from retrotool.store.storage import storage_at
 
 pytestmark = pytest.mark.slow
 
@@ -97,6 +100,14 @@ def test_page_with_an_encoder_of_its_own(here: Path, tutorial_store: Path, tiny_
     begin(tutorial_store, here)
     shutil.copytree(tiny_encoder, here / "models" / "my-bert")
     run_page(HOW_TO / page)
+
+
+def test_store_in_a_bucket(here: Path, tutorial_store: Path) -> None:
+    with buckets.moto("my-bucket") as address, buckets.settings_of(address):
+        texts = storage_at("s3://my-bucket/texts")
+        for file in (tutorial_store / "corpus").iterdir():
+            texts.put_if_absent(file.name, "0123abcd", file.read_bytes())
+        run_page(HOW_TO / "store-in-a-bucket.md")
 
 
 def test_plan_a_database(here: Path) -> None:
