@@ -3,8 +3,8 @@
 The server is LocalBucket, whose buckets are folders: a store in one is looked at as a folder, too. Commands run in
 forked children, so the process that forks them must never have sent a request: each test's work is done in a new one.
 
-RETROTOOL_KILLS sets how many kills and RETROTOOL_SEED which ones; ``make torture`` tries every fault at every request
-of a small run.
+RETROTOOL_KILLS sets how many kills and faults and RETROTOOL_SEED which ones; ``make torture`` tries every fault at every
+request of two commands.
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.on_disk]
 KILLS = int(os.environ.get("RETROTOOL_KILLS", times(1, 5)))
 TORTURE = "RETROTOOL_KILLS" in os.environ
 FAULTS = times(3, 20)
-BY_DEFAULT = ("chunk", "erase")
-EACH = [
-    pytest.param(i, id=name, marks=[] if name in BY_DEFAULT else pytest.mark.nightly) for i, name in enumerate(CASES)
-]
+EVERY_REQUEST = ("chunk", "purge")  # whose every request has every fault in ``make torture``; of others some
+
+
+def all_cases(by_default: str) -> list[Any]:
+    """Numbers of all cases, of which ``make test`` tries one."""
+    marks = {name: [] if name == by_default else pytest.mark.nightly for name in CASES}
+    return [pytest.param(i, id=name, marks=marks[name]) for i, name in enumerate(CASES)]
 
 
 def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -109,7 +112,7 @@ def killed(number: int, stages: dict[str, Path], encoder: Path, tmp: Path, kills
     return hit
 
 
-@pytest.mark.parametrize("number", EACH)
+@pytest.mark.parametrize("number", all_cases("erase"))
 def test_a_killed_command_run_again_gives_what_an_uninterrupted_one_gives(
     number: int,
     stages: dict[str, Path],  # noqa: F811
@@ -162,7 +165,7 @@ def try_work(case: Case, place: str) -> str:
     return "done"
 
 
-@pytest.mark.parametrize("number", EACH)
+@pytest.mark.parametrize("number", all_cases("chunk"))
 def test_whatever_goes_wrong_with_a_request_nothing_is_lost_or_doubled(
     number: int,
     stages: dict[str, Path],  # noqa: F811
@@ -170,8 +173,9 @@ def test_whatever_goes_wrong_with_a_request_nothing_is_lost_or_doubled(
     tmp_path: Path,
 ) -> None:
     """A request is repeated, so the command also ends as if nothing had happened."""
-    hit, ended = in_new_process(faulted, number, stages, tiny_encoder, tmp_path, None if TORTURE else FAULTS)
-    assert hit >= (FAULTS if not TORTURE else 100), "the faults were due"
+    faults = FAULTS if not TORTURE else None if CASES[number] in EVERY_REQUEST else KILLS
+    hit, ended = in_new_process(faulted, number, stages, tiny_encoder, tmp_path, faults)
+    assert hit >= (faults or 500), "the faults were due"
     assert ended == 0
 
 

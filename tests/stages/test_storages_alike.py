@@ -97,7 +97,9 @@ def on_disk(words: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
         return root / "store", tell(root / "store", root / "out", words)
 
 
-@pytest.fixture(params=["memory", "localbucket", "moto", "azurite"])
+@pytest.fixture(
+    params=["memory", "localbucket", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("moto", "azurite"))]
+)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "memory":
         yield f"memory://{tmp_path}"
