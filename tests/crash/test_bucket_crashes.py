@@ -3,8 +3,8 @@
 The server is LocalBucket, whose buckets are folders: a store in one is looked at as a folder, too. Commands run in
 forked children, so the process that forks them must never have sent a request: each test's work is done in a new one.
 
-RETROTOOL_KILLS sets how many kills and faults and RETROTOOL_SEED which ones; ``make torture`` tries every fault at every
-request of two commands.
+RETROTOOL_KILLS sets how many kills and faults and RETROTOOL_SEED which ones; ``make torture`` tries every fault at
+every request of two commands.
 """
 
 from __future__ import annotations
