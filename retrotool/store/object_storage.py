@@ -213,6 +213,7 @@ class ObjectStorage:
                 patience.wait(error)
                 pages = None
                 continue
+            patience = _Patience(self, prefix)
             for meta in page or ():
                 last = meta["path"]
                 if last > after and last.startswith(prefix):
