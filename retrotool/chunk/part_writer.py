@@ -59,7 +59,7 @@ class PartWriter:
         return tuple(written)
 
     def _of_part(self, first: pa.Table, tables: Iterator[pa.Table], documents: list[pa.Table]) -> Iterator[pa.Table]:
-        """Yield the tables of chunks of a part; add the table of its documents, which ends it, to ``documents``."""
+        """Yield the tables of chunks of a part; add that of its documents, which ends it, to the list."""
         yield first
         for table in tables:
             if "first_row" in table.schema.names:
