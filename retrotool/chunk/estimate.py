@@ -6,7 +6,6 @@ further in), tokenised and cut. The counts are scaled by the share of the bytes 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ from retrotool.chunk.run import (
 )  # fmt: skip
 from retrotool.engine.progress import Progress
 from retrotool.errors import UsageError
-from retrotool.sources import Document, InputFile, Rejected, Slice, streams
+from retrotool.sources import Document, InputFile, Rejected, Slice
 from retrotool.sources.records import content_hash
 from retrotool.store import parts
 from retrotool.store.identity import is_store
@@ -42,7 +41,6 @@ from retrotool.tokenizers import DEFAULT_TOKENIZER, FastTokenizer, Tokenizer, fi
 _FILES = 24
 _CHARACTERS = 2 << 20
 _SECONDS = 10.0
-_MEASURED = 2 << 20
 _DOCUMENT_BYTES = 50  # of a documents file, per document, besides the id
 
 
@@ -183,7 +181,8 @@ class _Sampler:
                 text += len(row.text) + len(row.value or "") + (0 if row.tokens is None else 4 * len(row.tokens))
             if text >= characters:
                 break
-        sample.read += share if text < characters else min(share, text / _expansion(file))
+        expanded = file.estimated_text() if file.compression else text_bytes(file)
+        sample.read += share if text < characters else min(share, text * file.size / max(file.size, expanded))
         sample.rejected += bad
         sample.cpu += time.process_time() - started
         if not batch:
@@ -215,15 +214,3 @@ def _reasons(rejected: Sequence[tuple[str, Rejected]]) -> tuple[RejectedReason, 
         for kind, rows in kinds.most_common()
         for path, row in [first[kind]]
     )
-
-
-def _expansion(file: InputFile) -> float:
-    """Return bytes of text per byte of a file, measured on its beginning if it is compressed."""
-    if not file.compression:
-        return text_bytes(file) / max(1, file.size)
-    end = min(file.size, _MEASURED)
-    decompressed = 0
-    with contextlib.suppress(streams.BrokenStream):  # it was cut here, not broken
-        for block in file.blocks(0, end):
-            decompressed += len(block)
-    return max(1.0, decompressed / end)
