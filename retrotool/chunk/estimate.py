@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from retrotool import sources
 from retrotool.chunk import CHUNK_LENGTH, chunker
 from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, cut_units, hashes_of, known_inputs, open_plans, text_bytes
-from retrotool.chunk.quarantine import without_numbers
 from retrotool.chunk.run import (
     RejectedReason,
     check_chunk_length,
@@ -27,6 +26,7 @@ from retrotool.chunk.run import (
     check_rows,
     check_store_identity,
     find_readable,
+    merge_reasons,
 )  # fmt: skip
 from retrotool.engine.progress import Progress
 from retrotool.errors import UsageError
@@ -129,7 +129,7 @@ def estimate(
         seconds=seconds, megabytes_per_second=whole.text / seconds / 1e6 if seconds else 0.0,
         workers=options.workers, sampled_documents=sum(sample.documents for sample in samples.values()),
         sampled_bytes=sum(sample.text for sample in samples.values()),
-        reasons=_reasons(sampler.rejected),
+        reasons=merge_reasons(sampler.rejected),
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ class _Sampler:
         self._dtype = parts.token_dtype(tokenizer.identity.token_bytes)
         self._options = options
         self._seen: set[str | bytes] = set()
-        self.rejected: list[tuple[str, Rejected]] = []  # with the path of its input
+        self.rejected: list[RejectedReason] = []
 
     def sample(self, files: Sequence[InputFile]) -> dict[str, _Sample]:
         chosen: list[InputFile] = []
@@ -170,11 +170,11 @@ class _Sampler:
     def _add(self, sample: _Sample, file: InputFile, where: Slice, share: float, characters: int) -> None:
         started = time.process_time()
         batch: list[Document] = []
-        text = bad = 0
+        bad: list[Rejected] = []
+        text = 0
         for row in sources.read_input(file, self._options.fields, where):
             if isinstance(row, Rejected):
-                bad += 1
-                self.rejected.append((file.path, row._replace(line=0) if where.first else row))
+                bad.append(row._replace(line=0) if where.first else row)
             else:
                 if self._options.duplicates != "skip" or not self._repeats(row):
                     batch.append(row)
@@ -183,17 +183,17 @@ class _Sampler:
                 break
         expanded = file.estimated_text() if file.compression else text_bytes(file)
         sample.read += share if text < characters else min(share, text * file.size / max(file.size, expanded))
-        sample.rejected += bad
         sample.cpu += time.process_time() - started
-        if not batch:
-            return
+        if batch:
+            self._add_batch(sample, batch, bad)
+        sample.rejected += len(bad)
+        self.rejected += (RejectedReason(row.reason, 1, file.path, row.line, row.excerpt) for row in bad)
+
+    def _add_batch(self, sample: _Sample, batch: list[Document], bad: list[Rejected]) -> None:
         # Warm up: classifying new characters must not count in the rate.
         chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, id)
         started = time.process_time()
-        bad_tokens: list[Rejected] = []
-        found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, bad_tokens.append)
-        sample.rejected += len(bad_tokens)
-        self.rejected += ((file.path, row) for row in bad_tokens)
+        found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, bad.append)
         cut = chunker.cut_chunks(found.ids, found.lengths, self._chunk_length, self._dtype, found.pieces)
         sample.documents += len(found.documents)
         sample.chunks += len(cut.doc)
@@ -204,13 +204,3 @@ class _Sampler:
         sample.disk += int(sink.getvalue().size) if found.documents else 0
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
         sample.cpu += time.process_time() - started
-
-
-def _reasons(rejected: Sequence[tuple[str, Rejected]]) -> tuple[RejectedReason, ...]:
-    kinds = Counter(without_numbers(row.reason) for _, row in rejected)
-    first = {without_numbers(row.reason): (path, row) for path, row in reversed(rejected)}
-    return tuple(
-        RejectedReason(kind if rows > 1 else first[kind][1].reason, rows, path, row.line, row.excerpt)
-        for kind, rows in kinds.most_common()
-        for path, row in [first[kind]]
-    )
