@@ -18,16 +18,8 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import CHUNK_LENGTH, chunker
+from retrotool.chunk import run as chunk_run
 from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, cut_units, hashes_of, known_inputs, open_plans, text_bytes
-from retrotool.chunk.run import (
-    RejectedReason,
-    check_chunk_length,
-    check_options,
-    check_rows,
-    check_store_identity,
-    find_readable,
-    merge_reasons,
-)  # fmt: skip
 from retrotool.engine.progress import Progress
 from retrotool.errors import UsageError
 from retrotool.sources import Document, InputFile, Rejected, Slice
@@ -62,7 +54,7 @@ class Estimate:
     workers: int
     sampled_documents: int
     sampled_bytes: int
-    reasons: tuple[RejectedReason, ...] = ()  # for rejected rows, with their numbers in the sample
+    reasons: tuple[chunk_run.RejectedReason, ...] = ()  # for rejected rows, with their numbers in the sample
 
 
 @dataclass(slots=True)
@@ -86,17 +78,17 @@ def estimate(
     options: ChunkOptions | None = None,
 ) -> Estimate:
     """Estimate what chunking inputs into the store at ``root`` would give, from a sample. Changes nothing."""
-    options = check_options(options or ChunkOptions())
-    check_chunk_length(chunk_length)
+    options = chunk_run.check_options(options or ChunkOptions())
+    chunk_run.check_chunk_length(chunk_length)
     if not inputs:
         raise UsageError("no input was given", "Name files or folders.")
-    files = find_readable(inputs, options)
-    check_rows(files, options)
+    files = chunk_run.find_readable(inputs, options)
+    chunk_run.check_rows(files, options)
     known = 0
     if is_store(storage_at(root)):
         store = Store.open(root)
         given = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
-        check_store_identity(store, tokenizer, given, chunk_length)
+        chunk_run.check_store_identity(store, tokenizer, given, chunk_length)
         fingerprints = known_inputs(store, store.state, options).fingerprints
         fingerprints = fingerprints.difference(*(plan.fingerprints for _, _, plan in open_plans(store)))
         new = [fingerprint not in fingerprints for fingerprint, _ in hashes_of(store, files, options.fields)]
@@ -129,7 +121,7 @@ def estimate(
         seconds=seconds, megabytes_per_second=whole.text / seconds / 1e6 if seconds else 0.0,
         workers=options.workers, sampled_documents=sum(sample.documents for sample in samples.values()),
         sampled_bytes=sum(sample.text for sample in samples.values()),
-        reasons=merge_reasons(sampler.rejected),
+        reasons=chunk_run.merge_reasons(sampler.rejected),
     )  # fmt: skip
 
 
@@ -140,7 +132,7 @@ class _Sampler:
         self._dtype = parts.token_dtype(tokenizer.identity.token_bytes)
         self._options = options
         self._seen: set[str | bytes] = set()
-        self.rejected: list[RejectedReason] = []
+        self.rejected: list[chunk_run.RejectedReason] = []
 
     def sample(self, files: Sequence[InputFile]) -> dict[str, _Sample]:
         chosen: list[InputFile] = []
@@ -187,7 +179,7 @@ class _Sampler:
         if batch:
             self._add_batch(sample, batch, bad)
         sample.rejected += len(bad)
-        self.rejected += (RejectedReason(row.reason, 1, file.path, row.line, row.excerpt) for row in bad)
+        self.rejected += (chunk_run.RejectedReason(row.reason, 1, file.path, row.line, row.excerpt) for row in bad)
 
     def _add_batch(self, sample: _Sample, batch: list[Document], bad: list[Rejected]) -> None:
         # Warm up: classifying new characters must not count in the rate.

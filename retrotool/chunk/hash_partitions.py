@@ -37,7 +37,7 @@ def find_repeats(
     store: Store,
     column: Literal["key", "text_hash"],
     new_parts: range,
-    leave_out: Callable[[int], npt.NDArray[np.int64]] | None = None,
+    leave_out: Callable[[int], npt.NDArray[np.int64]],
 ) -> Places:
     """Return documents of ``new_parts`` with the hash of an earlier one, not those of ``leave_out(part)``."""
     numbers = (part for part in store.state.all_parts() if part < new_parts.stop)
@@ -63,13 +63,12 @@ def find_repeats(
 
 
 def _read_hashes(
-    store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]] | None
+    store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]]
 ) -> tuple[npt.NDArray[Any], Places]:
     values = parts.read_documents(store, part, [column])[column]
     hashes = parts.from_fixed_binary(values, np.dtype(">u8"))
     wanted = np.array(values.is_valid())
-    if leave_out is not None:
-        wanted[leave_out(part)] = False
+    wanted[leave_out(part)] = False
     doc = np.flatnonzero(wanted)
     return (hashes if len(doc) == len(hashes) else hashes[doc]), parts.chunk_ids(part, doc)
 
