@@ -69,12 +69,13 @@ def ahead(items: Iterable[T], most: int, *, patience: float | None = None) -> Ge
 
     # A daemon only if needed: a daemon thread stopped inside a library at exit can crash the process.
     thread = threading.Thread(target=produce, name="retrotool-ahead", daemon=patience is not None)
-    thread.start()
     try:
+        thread.start()
         while not isinstance(item := waiting.get(), _End):
             yield item
         if item.error is not None:
             raise item.error
     finally:
         stopped.set()
-        thread.join(patience)
+        if thread.is_alive():  # else Ctrl-C came before it began
+            thread.join(patience)

@@ -15,7 +15,6 @@ import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +29,6 @@ from retrotool.errors import CorruptError, ErasedError, UsageError
 from retrotool.ranges import expand_ranges
 from retrotool.sources import Fields, InputFile, Slice
 from retrotool.sources.inputs import is_spooled
-from retrotool.sources.streams import estimated_text
 from retrotool.store import leases, parts, schema
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -143,7 +141,7 @@ def _text_bytes_by_headers(file: InputFile) -> int:
     if file.compression != "zst" or file.size < _WALKED_BYTES or file.is_remote:
         return text_bytes(file)
     try:
-        return estimated_text(Path(file.path), file.compression)
+        return file.estimated_text()
     except OSError:
         return text_bytes(file)
 

@@ -55,9 +55,7 @@ BY_TEXT = "duplicate text"
 DIFFERING = "another text than the stored document of this id"
 _REASONS = (BY_ID, BY_TEXT, DIFFERING, "")  # by kind; unchanged documents are not reported
 _BY_ID, _BY_TEXT, _DIFFERING, _UNCHANGED = range(4)
-_LOCATED_ROWS = 1 << 20
 _COUNTED_BYTES, _TEXTS_COUNTED_BYTES = 256 << 20, 4 << 20  # most of an input that is read to number ids and texts
-_TABLE_ROWS = 1 << 16
 _IN_LINES = ("jsonl", "csv", "tsv")  # formats whose rows are reported by line number
 
 Kinds = npt.NDArray[np.int8]  # indices of ``_REASONS``
@@ -406,38 +404,19 @@ def _read_repeats(
 
 
 def _locate(plan: ChunkPlan, found: Iterator[PartRepeats], reported: Sequence[int]) -> Iterator[pa.Table]:
+    """Yield the quarantine rows of each part, in which an input's documents are together and in order."""
     files = {file.name: file for file in plan.files}
-    waiting: list[pa.Table] = []
-    rows = 0
-    for name, positions, kinds in _by_input(found, reported):
-        waiting.append(_quarantine_rows(files.get(name), name, positions, kinds))
-        rows += len(positions)
-        if rows >= _TABLE_ROWS:
-            yield pa.concat_tables(waiting)
-            waiting, rows = [], 0
-    if waiting:
-        yield pa.concat_tables(waiting)
-
-
-def _by_input(
-    found: Iterator[PartRepeats], reported: Sequence[int]
-) -> Iterator[tuple[str, npt.NDArray[np.int64], Kinds]]:
-    several = itertools.chain.from_iterable(_runs(repeats, reported) for repeats in found)
-    for name, some in itertools.groupby(several, lambda run: run[0]):
-        positions, kinds = (np.concatenate(column) for column in zip(*(run[1:] for run in some), strict=True))
-        order = np.argsort(positions, kind="stable")
-        for start in range(0, len(order), _LOCATED_ROWS):
-            rows = order[start : start + _LOCATED_ROWS]
-            yield name, positions[rows], kinds[rows]
-
-
-def _runs(repeats: PartRepeats, reported: Sequence[int]) -> Iterator[tuple[str, npt.NDArray[np.int64], Kinds]]:
-    some = np.isin(repeats.kinds, reported)
-    positions, kinds = repeats.positions[some], repeats.kinds[some]
-    runs = pc.run_end_encode(repeats.inputs.filter(pa.array(some)))
-    bounds = itertools.pairwise([0, *runs.run_ends.to_pylist()])
-    for name, (start, end) in zip(runs.values.to_pylist(), bounds, strict=True):
-        yield name, positions[start:end], kinds[start:end]
+    for repeats in found:
+        some = np.isin(repeats.kinds, reported)
+        positions, kinds = repeats.positions[some], repeats.kinds[some]
+        inputs = pc.run_end_encode(repeats.inputs.filter(pa.array(some)))
+        bounds = itertools.pairwise([0, *inputs.run_ends.to_pylist()])
+        tables = [
+            _quarantine_rows(files.get(name), name, positions[start:end], kinds[start:end])
+            for name, (start, end) in zip(inputs.values.to_pylist(), bounds, strict=True)
+        ]
+        if tables:
+            yield pa.concat_tables(tables)
 
 
 def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], kinds: Kinds) -> pa.Table:

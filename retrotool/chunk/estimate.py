@@ -6,7 +6,6 @@ further in), tokenised and cut. The counts are scaled by the share of the bytes 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections import Counter
@@ -19,19 +18,11 @@ import pyarrow.parquet as pq
 
 from retrotool import sources
 from retrotool.chunk import CHUNK_LENGTH, chunker
+from retrotool.chunk import run as chunk_run
 from retrotool.chunk.chunk_plan import EXACT, ChunkOptions, cut_units, hashes_of, known_inputs, open_plans, text_bytes
-from retrotool.chunk.quarantine import without_numbers
-from retrotool.chunk.run import (
-    RejectedReason,
-    check_chunk_length,
-    check_options,
-    check_rows,
-    check_store_identity,
-    find_readable,
-)  # fmt: skip
 from retrotool.engine.progress import Progress
 from retrotool.errors import UsageError
-from retrotool.sources import Document, InputFile, Rejected, Slice, streams
+from retrotool.sources import Document, InputFile, Rejected, Slice
 from retrotool.sources.records import content_hash
 from retrotool.store import parts
 from retrotool.store.identity import is_store
@@ -42,7 +33,6 @@ from retrotool.tokenizers import DEFAULT_TOKENIZER, FastTokenizer, Tokenizer, fi
 _FILES = 24
 _CHARACTERS = 2 << 20
 _SECONDS = 10.0
-_MEASURED = 2 << 20
 _DOCUMENT_BYTES = 50  # of a documents file, per document, besides the id
 
 
@@ -64,7 +54,7 @@ class Estimate:
     workers: int
     sampled_documents: int
     sampled_bytes: int
-    reasons: tuple[RejectedReason, ...] = ()  # for rejected rows, with their numbers in the sample
+    reasons: tuple[chunk_run.RejectedReason, ...] = ()  # for rejected rows, with their numbers in the sample
 
 
 @dataclass(slots=True)
@@ -88,17 +78,17 @@ def estimate(
     options: ChunkOptions | None = None,
 ) -> Estimate:
     """Estimate what chunking inputs into the store at ``root`` would give, from a sample. Changes nothing."""
-    options = check_options(options or ChunkOptions())
-    check_chunk_length(chunk_length)
+    options = chunk_run.check_options(options or ChunkOptions())
+    chunk_run.check_chunk_length(chunk_length)
     if not inputs:
         raise UsageError("no input was given", "Name files or folders.")
-    files = find_readable(inputs, options)
-    check_rows(files, options)
+    files = chunk_run.find_readable(inputs, options)
+    chunk_run.check_rows(files, options)
     known = 0
     if is_store(storage_at(root)):
         store = Store.open(root)
         given = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
-        check_store_identity(store, tokenizer, given, chunk_length)
+        chunk_run.check_store_identity(store, tokenizer, given, chunk_length)
         fingerprints = known_inputs(store, store.state, options).fingerprints
         fingerprints = fingerprints.difference(*(plan.fingerprints for _, _, plan in open_plans(store)))
         new = [fingerprint not in fingerprints for fingerprint, _ in hashes_of(store, files, options.fields)]
@@ -131,7 +121,7 @@ def estimate(
         seconds=seconds, megabytes_per_second=whole.text / seconds / 1e6 if seconds else 0.0,
         workers=options.workers, sampled_documents=sum(sample.documents for sample in samples.values()),
         sampled_bytes=sum(sample.text for sample in samples.values()),
-        reasons=_reasons(sampler.rejected),
+        reasons=chunk_run.merge_reasons(sampler.rejected),
     )  # fmt: skip
 
 
@@ -142,7 +132,7 @@ class _Sampler:
         self._dtype = parts.token_dtype(tokenizer.identity.token_bytes)
         self._options = options
         self._seen: set[str | bytes] = set()
-        self.rejected: list[tuple[str, Rejected]] = []  # with the path of its input
+        self.rejected: list[chunk_run.RejectedReason] = []
 
     def sample(self, files: Sequence[InputFile]) -> dict[str, _Sample]:
         chosen: list[InputFile] = []
@@ -172,29 +162,30 @@ class _Sampler:
     def _add(self, sample: _Sample, file: InputFile, where: Slice, share: float, characters: int) -> None:
         started = time.process_time()
         batch: list[Document] = []
-        text = bad = 0
+        bad: list[Rejected] = []
+        text = 0
         for row in sources.read_input(file, self._options.fields, where):
             if isinstance(row, Rejected):
-                bad += 1
-                self.rejected.append((file.path, row._replace(line=0) if where.first else row))
+                bad.append(row._replace(line=0) if where.first else row)
             else:
                 if self._options.duplicates != "skip" or not self._repeats(row):
                     batch.append(row)
                 text += len(row.text) + len(row.value or "") + (0 if row.tokens is None else 4 * len(row.tokens))
             if text >= characters:
                 break
-        sample.read += share if text < characters else min(share, text / _expansion(file))
-        sample.rejected += bad
+        expanded = file.estimated_text() if file.compression else text_bytes(file)
+        sample.read += share if text < characters else min(share, text * file.size / max(file.size, expanded))
         sample.cpu += time.process_time() - started
-        if not batch:
-            return
+        if batch:
+            self._add_batch(sample, batch, bad)
+        sample.rejected += len(bad)
+        self.rejected += (chunk_run.RejectedReason(row.reason, 1, file.path, row.line, row.excerpt) for row in bad)
+
+    def _add_batch(self, sample: _Sample, batch: list[Document], bad: list[Rejected]) -> None:
         # Warm up: classifying new characters must not count in the rate.
         chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, id)
         started = time.process_time()
-        bad_tokens: list[Rejected] = []
-        found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, bad_tokens.append)
-        sample.rejected += len(bad_tokens)
-        self.rejected += ((file.path, row) for row in bad_tokens)
+        found = chunker.tokenise(batch, self._encoder, self._vocabulary, self._chunk_length, bad.append)
         cut = chunker.cut_chunks(found.ids, found.lengths, self._chunk_length, self._dtype, found.pieces)
         sample.documents += len(found.documents)
         sample.chunks += len(cut.doc)
@@ -205,25 +196,3 @@ class _Sampler:
         sample.disk += int(sink.getvalue().size) if found.documents else 0
         sample.disk += sum(_DOCUMENT_BYTES + len(d.id) for d in found.documents)
         sample.cpu += time.process_time() - started
-
-
-def _reasons(rejected: Sequence[tuple[str, Rejected]]) -> tuple[RejectedReason, ...]:
-    kinds = Counter(without_numbers(row.reason) for _, row in rejected)
-    first = {without_numbers(row.reason): (path, row) for path, row in reversed(rejected)}
-    return tuple(
-        RejectedReason(kind if rows > 1 else first[kind][1].reason, rows, path, row.line, row.excerpt)
-        for kind, rows in kinds.most_common()
-        for path, row in [first[kind]]
-    )
-
-
-def _expansion(file: InputFile) -> float:
-    """Return bytes of text per byte of a file, measured on its beginning if it is compressed."""
-    if not file.compression:
-        return text_bytes(file) / max(1, file.size)
-    end = min(file.size, _MEASURED)
-    decompressed = 0
-    with contextlib.suppress(streams.BrokenStream):  # it was cut here, not broken
-        for block in file.blocks(0, end):
-            decompressed += len(block)
-    return max(1.0, decompressed / end)

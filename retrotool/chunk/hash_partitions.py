@@ -10,9 +10,10 @@ Cost: reads 16 bytes per document of the store; writes and reads 24 bytes per co
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import IO, Any, Literal, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ def find_repeats(
     store: Store,
     column: Literal["key", "text_hash"],
     new_parts: range,
-    leave_out: Callable[[int], npt.NDArray[np.int64]] | None = None,
+    leave_out: Callable[[int], npt.NDArray[np.int64]],
 ) -> Places:
     """Return documents of ``new_parts`` with the hash of an earlier one, not those of ``leave_out(part)``."""
     numbers = (part for part in store.state.all_parts() if part < new_parts.stop)
@@ -45,28 +46,29 @@ def find_repeats(
     expected = _TABLE_ENTRIES_A_HASH * sum(sizes[part] for part in new) if old else 0
     shift = np.uint64(64 - min(max(expected.bit_length(), _LEAST_TABLE_BITS), _MOST_TABLE_BITS))
     maybe_new = np.zeros(1 << (64 - int(shift)), np.bool_)
-    with HashPartitions(sum(sizes.values()), ROWS) as partitions:
+
+    def records() -> Iterator[Records]:
         for part in new:
             hashes, places = _read_hashes(store, part, column, leave_out)
             maybe_new[hashes[:, 0].astype(np.uint64) >> shift] = True
-            partitions.add(records_of(hashes, places))
+            yield records_of(hashes, places)
         for part in old if new else ():
             hashes, places = _read_hashes(store, part, column, leave_out)
             some = np.flatnonzero(maybe_new[hashes[:, 0].astype(np.uint64) >> shift])
-            partitions.add(records_of(hashes[some], places[some]))
-        first = new_parts.start << PART_SHIFT
-        found = [again[again >= first] for again in partitions.repeats()]
-    return np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+            yield records_of(hashes[some], places[some])
+
+    first = new_parts.start << PART_SHIFT
+    found = repeats_among(records(), sum(sizes.values()), ROWS)
+    return np.sort(np.concatenate([again[again >= first] for again in found]))
 
 
 def _read_hashes(
-    store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]] | None
+    store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]]
 ) -> tuple[npt.NDArray[Any], Places]:
     values = parts.read_documents(store, part, [column])[column]
     hashes = parts.from_fixed_binary(values, np.dtype(">u8"))
     wanted = np.array(values.is_valid())
-    if leave_out is not None:
-        wanted[leave_out(part)] = False
+    wanted[leave_out(part)] = False
     doc = np.flatnonzero(wanted)
     return (hashes if len(doc) == len(hashes) else hashes[doc]), parts.chunk_ids(part, doc)
 
@@ -93,70 +95,59 @@ def split(records: Records) -> tuple[npt.NDArray[np.int64], Places]:
     return order[~again], records["place"][order[again]]
 
 
-class HashPartitions:
-    """Finds repeats among at most ``expected`` records, of which ``rows`` are held in memory."""
+def repeats_among(given: Iterable[Records], expected: int, rows: int) -> Iterator[Places]:
+    """Yield the places of all records but the lowest of each hash, and at least one array.
 
-    def __init__(self, expected: int, rows: int) -> None:
-        bits = max(1, (2 * expected // rows).bit_length())  # about rows / 2 records a partition
-        self._shift = np.uint64(64 - bits)
-        self._edges = np.arange((1 << bits) + 1, dtype=np.uint64)
-        self._rows = rows
-        self._waiting: list[Records] = []
-        self._gathered = 0
-        self._written: list[npt.NDArray[np.int64]] = []  # for each write, where partitions begin in the file
-        self._again: list[Places] = []
-        self._file: IO[bytes] | None = None
+    There are about ``expected`` records, all different, of which ``rows`` are held in memory.
+    """
+    bits = max(1, (2 * expected // rows).bit_length())  # about rows / 2 records a partition
+    shift, edges = np.uint64(64 - bits), np.arange((1 << bits) + 1, dtype=np.uint64)
+    written: list[npt.NDArray[np.int64]] = []  # for each write, where partitions begin in the file
+    file: IO[bytes] | None = None
+    with contextlib.ExitStack() as stack:
+        for records, again, is_last in _gathered(given, rows):
+            yield again
+            if file is None and is_last:
+                return
+            bounds = np.searchsorted(records["high"] >> shift, edges)
+            try:
+                file = file or stack.enter_context(scratch_file())
+                written.append(bounds + file.seek(0, os.SEEK_END) // RECORD.itemsize)
+                file.write(np.ascontiguousarray(records).view(np.uint8).data)
+                file.flush()
+            except OSError as error:
+                raise StorageError(
+                    f"{scratch_folder()}: {error.strerror} (scratch file to compare hashes)",
+                    more_scratch("24 bytes for each document"),
+                ) from error
+            del records, again  # before the next ones are gathered
+        assert file is not None
+        for number in range(len(edges) - 1):
+            yield split(np.concatenate([_read(file, *bounds[number : number + 2]) for bounds in written]))[1]
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+def _gathered(given: Iterable[Records], rows: int) -> Iterator[tuple[Records, Places, bool]]:
+    """Yield records, one for each hash of ``rows``, the places of the rest, and whether they are the last."""
+    waiting: list[Records] = []
+    count = 0
+    for records in given:
+        for start in range(0, len(records), rows):
+            some = records[start : start + rows]
+            if count + len(some) > rows:
+                yield *_distinct(waiting), False
+                count = 0
+            waiting.append(some)
+            count += len(some)
+    yield *_distinct(waiting), True
 
-    def add(self, records: Records) -> None:
-        """Add records; the same record must not be added twice."""
-        for start in range(0, len(records), self._rows):
-            some = records[start : start + self._rows]
-            if self._gathered + len(some) > self._rows:
-                self._write()
-            self._waiting.append(some)
-            self._gathered += len(some)
 
-    def _take_waiting(self) -> Records:
-        gathered = np.concatenate([np.zeros(0, RECORD), *self._waiting])
-        self._waiting, self._gathered = [], 0
-        first, again = split(gathered)
-        self._again.append(again)
-        return gathered[first]
+def _distinct(waiting: list[Records]) -> tuple[Records, Places]:
+    gathered = np.concatenate([np.zeros(0, RECORD), *waiting])
+    waiting.clear()
+    first, again = split(gathered)
+    return gathered[first], again
 
-    def _write(self) -> None:
-        records = self._take_waiting()
-        bounds = np.searchsorted(records["high"] >> self._shift, self._edges)
-        try:
-            if self._file is None:
-                self._file = scratch_file()
-            self._written.append(bounds + self._file.seek(0, os.SEEK_END) // RECORD.itemsize)
-            self._file.write(np.ascontiguousarray(records).view(np.uint8).data)
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(
-                f"{scratch_folder()}: {error.strerror} (scratch file to compare hashes)",
-                more_scratch("24 bytes for each document"),
-            ) from error
 
-    def repeats(self) -> Iterator[Places]:
-        """Yield the places of all records but the lowest of each hash. Call it once, after all were added."""
-        if not self._written:
-            self._take_waiting()
-            yield from self._again
-            return
-        self._write()
-        yield from self._again
-        for number in range(len(self._edges) - 1):
-            yield split(np.concatenate([self._read(*bounds[number : number + 2]) for bounds in self._written]))[1]
-
-    def _read(self, start: int, end: int) -> Records:
-        assert self._file is not None
-        self._file.seek(int(start) * RECORD.itemsize)
-        return np.fromfile(self._file, RECORD, count=int(end - start))
+def _read(file: IO[bytes], start: int, end: int) -> Records:
+    file.seek(int(start) * RECORD.itemsize)
+    return np.fromfile(file, RECORD, count=int(end - start))

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,17 @@ class RejectedReason:
     input: str
     line: int
     excerpt: str = ""
+
+
+def merge_reasons(rows: Iterable[RejectedReason]) -> tuple[RejectedReason, ...]:
+    """Merge reasons that differ only in numbers, which are then left out; the most frequent come first."""
+    found: dict[str, RejectedReason] = {}
+    for row in rows:
+        kind = without_numbers(row.reason)
+        old = found.get(kind, replace(row, rows=0))
+        name = row.reason if row.reason == old.reason else kind
+        found[kind] = replace(old, rows=old.rows + row.rows, reason=name)
+    return tuple(sorted(found.values(), key=lambda reason: -reason.rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +394,7 @@ def _reasons(
     store: Store, plans: Sequence[str], units: Sequence[Unit], read_again: Collection[str]
 ) -> tuple[tuple[RejectedReason, ...], int]:
     """Return the reasons for rejected rows, merged but for numbers, and how many rows stand for damage."""
-    found: dict[str, RejectedReason] = {}
+    found: list[RejectedReason] = []
     damaged = 0
     entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
     entries += [(unit.plan, unit.quarantine) for unit in units if unit.quarantine is not None]
@@ -397,12 +408,9 @@ def _reasons(
         known = pc.is_in(table["reason"], pa.array([BY_TEXT, DIFFERING]))
         grouped = table.filter(pc.invert(known)).group_by("reason", use_threads=False)
         for row in grouped.aggregate([*firsts, ("reason", "count")]).to_pylist():
-            reason, kind = row["reason"], without_numbers(row["reason"])
-            first = RejectedReason(reason, 0, row["input_first"], row["line_first"], row["excerpt_first"] or "")
-            old = found.get(kind, first)
-            name = reason if reason == old.reason else kind
-            found[kind] = replace(old, rows=old.rows + row["reason_count"], reason=name)
-    return tuple(sorted(found.values(), key=lambda reason: -reason.rows)), damaged
+            first = (row["input_first"], row["line_first"], row["excerpt_first"] or "")
+            found.append(RejectedReason(row["reason"], row["reason_count"], *first))
+    return merge_reasons(found), damaged
 
 
 def _rejected_before(store: Store, known: Mapping[str, Sequence[str]]) -> tuple[int, list[str]]:

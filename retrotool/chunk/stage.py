@@ -1,7 +1,7 @@
 """Chunk documents: read, tokenise and cut a unit, and write its parts.
 
 A task is a unit of a committed plan. One thread reads and hashes rows, one tokenises batches, for most of the
-time outside Python's lock, this one collects the columns of parts, and one writes them as Parquet.
+time outside Python's lock, one collects the columns of parts, and this one writes them as Parquet.
 Unreadable rows go to quarantine; documents on the block list are left out. Duplicates are found when the plan
 is finished (``deduplicate``). Memory: a few batches, the documents' columns of a part, and the longest
 document.
@@ -28,7 +28,7 @@ from retrotool import sources
 from retrotool.chunk import chunk_plan, chunker
 from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
 from retrotool.chunk.chunker import Tokens
-from retrotool.chunk.part_writer import Files, PartWriter
+from retrotool.chunk.part_writer import Batch, Files, PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
@@ -148,15 +148,14 @@ class ChunkWorker:
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Read, tokenise and write one unit."""
         plan = self._plan(task.inputs["plan"], task.inputs["path"])
-        with PartWriter(self._store, run, plan.fields.keep, plan.part_size) as writer:
-            blocked = None
-            if not plan.allow_purged:
-                self._store.refresh()  # documents may have been purged since the last unit
-                blocked = read_blocked(self._store)
-            unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, writer, report)
-            unit.chunk(plan.units[task.inputs["unit"]], self._stage)
-            files = writer.close()
-            unit.count_tokenised()
+        writer = PartWriter(self._store, run, plan.fields.keep, plan.part_size)
+        blocked = None
+        if not plan.allow_purged:
+            self._store.refresh()  # documents may have been purged since the last unit
+            blocked = read_blocked(self._store)
+        unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, report)
+        files = writer.write(unit.batches(plan.units[task.inputs["unit"]], self._stage))
+        unit.count_tokenised(writer.counts["documents"])
         seen = unit.write_seen(run, _slot(task))
         return _staged(self._store, task, run, unit.bad, {**writer.counts, **unit.counts}, blocked, files, seen)
 
@@ -171,7 +170,6 @@ class _Unit:
     plan: ChunkPlan
     encoder: FastTokenizer
     blocked: Blocked | None
-    writer: PartWriter
     report: Report
 
     def __post_init__(self) -> None:
@@ -181,11 +179,12 @@ class _Unit:
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut", "hashed_ids"), 0)
         self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
 
-    def chunk(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> None:
+    def batches(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[Batch]:
+        """Yield the documents to write; report how much was read."""
         with contextlib.closing(ahead(self._read_and_tokenise(pieces, stage), _AHEAD)) as batches:
             for name, found, hashes, read in batches:
                 if found is not None:
-                    self.writer.add(name, found, hashes)
+                    yield name, found, hashes
                 self.report(read)
 
     def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
@@ -263,13 +262,13 @@ class _Unit:
         self.counts[count] += int(held.sum())
         return list(itertools.compress(batch, ~held)), list(itertools.compress(hashes, ~held))
 
-    def count_tokenised(self) -> None:
+    def count_tokenised(self, documents: int) -> None:
         encoder = self.encoder
         encoder.keep_states()
         self.counts["compared"] += encoder.compared
         self.counts["exact"] += encoder.judged
         if encoder.engine == "tokenizers":
-            self.counts["exact"] = self.writer.counts["documents"]
+            self.counts["exact"] = documents
 
 
 def _rows(plan: ChunkPlan, piece: InputPiece, stage: ChunkStage) -> Iterator[Row]:

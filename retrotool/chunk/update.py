@@ -36,7 +36,12 @@ PASS = 8 << 20  # hashes compared at a time
 _KEY = np.dtype(f"S{HASH_BYTES}")
 _NUMBERED = np.dtype(f"S{HASH_BYTES + 4}")  # the number of an input, and a key
 _NONE = np.zeros(0, np.int64)
+# Documents: their place, their key and text hash (zero for an erased text), and again their key.
+_DOCUMENT = np.dtype({
+    "names": ["place", "pair", "key"], "formats": ["i8", HASHES, _KEY], "offsets": [0, 8, 8],
+})  # fmt: skip
 Hashes = npt.NDArray[np.bytes_]
+_Documents = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +68,6 @@ class Update:
         return np.union1d(self.replaced, self.removed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Documents:
-    """Documents by ascending place: ``pairs`` are their key and text hash (zero for an erased text)."""
-
-    places: Places
-    pairs: Hashes
-
-    @property
-    def keys(self) -> Hashes:
-        return np.ascontiguousarray(self.pairs.view(_KEY)[::2])
-
-    def where(self, which: npt.NDArray[np.bool_]) -> _Documents:
-        return _Documents(self.places[which], self.pairs[which])
-
-
 def compare_ids(
     store: Store, plan_id: str, plan: ChunkPlan, tombstones: Tombstones, by_id: Places, existing: Existing, *,
     keep_repeats: bool,
@@ -95,9 +85,9 @@ def compare_ids(
     for number in range(n_passes if len(by_id) or mirrored else 0):
         span = (number, n_passes)
         mine = _read(store, by_id, span)
-        stored = _live_with(store, old_parts, tombstones, mine.keys)
-        one = _decide(mine, stored, _is_dead(store, mine.places, tombstones), existing, keep_repeats)
-        removed = _removed(store, plan_id, plan, mirrored, tombstones, mine.keys, span) if mirrored else _NONE
+        stored = _live_with(store, old_parts, tombstones, mine["key"])
+        one = _decide(mine, stored, _is_dead(store, mine["place"], tombstones), existing, keep_repeats)
+        removed = _removed(store, plan_id, plan, mirrored, tombstones, mine["key"], span) if mirrored else _NONE
         found.append(Update(*one, removed))
 
     def joined(name: str) -> Places:
@@ -117,19 +107,20 @@ def _decide(
     mine: _Documents, stored: _Documents, dead: npt.NDArray[np.bool_], existing: Existing, keep_repeats: bool
 ) -> tuple[Places, Places, Places, Places]:
     """Return the places of unchanged, differing, new and replaced documents."""
-    known = is_in(mine.keys, np.sort(stored.keys))
-    same = is_in(mine.pairs, np.sort(stored.pairs))
+    known = is_in(mine["key"], np.sort(stored["key"]))
+    same = is_in(mine["pair"], np.sort(stored["pair"]))
+    place = mine["place"]
     if existing in ("skip", "fail"):
-        return mine.places[known & same], mine.places[known & ~same], _NONE, _NONE
+        return place[known & same], place[known & ~same], _NONE, _NONE
     candidates = known & ~dead  # a document that was purged since it was read replaces nothing
     if not keep_repeats:
         live = np.flatnonzero(candidates)
-        _, first = np.unique(mine.keys[live], return_index=True)
+        _, first = np.unique(mine["key"][live], return_index=True)
         candidates[:] = False
         candidates[live[first]] = True
-    chosen = mine.where(candidates)
-    goes = is_in(stored.keys, np.sort(chosen.keys)) & ~is_in(stored.pairs, np.sort(chosen.pairs))
-    return mine.places[candidates & same], _NONE, mine.places[candidates & ~same], stored.places[goes]
+    chosen = mine[candidates]
+    goes = is_in(stored["key"], np.sort(chosen["key"])) & ~is_in(stored["pair"], np.sort(chosen["pair"]))
+    return place[candidates & same], _NONE, place[candidates & ~same], stored["place"][goes]
 
 
 def _within(keys: Hashes, span: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -139,33 +130,28 @@ def _within(keys: Hashes, span: tuple[int, int]) -> npt.NDArray[np.bool_]:
 
 
 def _read(store: Store, places: Places, span: tuple[int, int]) -> _Documents:
-    found = [_Documents(_NONE, np.zeros(0, HASHES))]
-    for part, docs in parts.rows_by_part(places):
-        one = _pairs_of(store, part, docs)
-        found.append(one.where(_within(one.keys, span)))
-    return _joined(found)
+    found = (_documents_of(store, part, docs) for part, docs in parts.rows_by_part(places))
+    return np.concatenate([np.zeros(0, _DOCUMENT), *(some[_within(some["key"], span)] for some in found)])
 
 
-def _pairs_of(store: Store, part: int, docs: npt.NDArray[np.int64]) -> _Documents:
+def _documents_of(store: Store, part: int, docs: npt.NDArray[np.int64]) -> _Documents:
     table = parts.read_documents(store, part, ["key", "text_hash"])
-    return _Documents(parts.chunk_ids(part, docs), chunk_plan.pairs_of(table.take(pa.array(docs))))
-
-
-def _joined(found: Sequence[_Documents]) -> _Documents:
-    return _Documents(*(np.concatenate(column) for column in zip(*((d.places, d.pairs) for d in found), strict=True)))
+    found = np.empty(len(docs), _DOCUMENT)
+    found["place"], found["pair"] = parts.chunk_ids(part, docs), chunk_plan.pairs_of(table.take(pa.array(docs)))
+    return found
 
 
 def _live_with(store: Store, numbers: range, tombstones: Tombstones, keys: Hashes) -> _Documents:
     """Return the live documents of the parts ``numbers`` that have one of ``keys``."""
-    found = [_Documents(_NONE, np.zeros(0, HASHES))]
+    found = [np.zeros(0, _DOCUMENT)]
     if len(keys):
         wanted = _values(keys)
         for part in filter(numbers.__contains__, store.state.all_parts()):
             docs = _with_keys(parts.read_documents(store, part, ["key"]), wanted)
             docs = np.setdiff1d(docs, chunk_plan.documents_within(store, part, tombstones), assume_unique=True)
             if len(docs):
-                found.append(_pairs_of(store, part, docs))
-    return _joined(found)
+                found.append(_documents_of(store, part, docs))
+    return np.concatenate(found)
 
 
 def _values(keys: Hashes) -> pa.Array:

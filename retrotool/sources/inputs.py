@@ -16,7 +16,7 @@ import io
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +42,7 @@ COMPRESSIBLE = (*ENCODABLE, "warc")  # formats of compressed files
 IN_BYTES = ("jsonl", "csv", "tsv", "warc", "txt", "html")  # whose positions are byte offsets; else rows from 1
 _SAMPLES = 256
 _SAMPLE_BYTES = 64 << 10
+_BEGINNING_BYTES = 2 << 20
 _PIPE_ADVICE = "Pipe text into the command, or give a file instead of -."
 _PROC = Path("/proc")
 
@@ -85,6 +86,16 @@ class InputFile:
         """Yield decompressed blocks of bytes [``start``, ``end``), as UTF-8; see ``streams.blocks``."""
         found = streams.blocks(functools.partial(self.open, end), self.compression, start, end)
         return streams.transcoded(found, self.encoding) if self.encoding else found
+
+    def estimated_text(self) -> int:
+        """Estimate the bytes of text: by a zstd archive's headers, otherwise by a sample of the beginning."""
+        if self.compression == "zst" and not self.is_remote and (text := streams.text_by_blocks(Path(self.path))):
+            return text
+        text, sample = 0, min(self.size, _BEGINNING_BYTES)
+        with suppress(streams.BrokenStream):  # it was cut there, not broken
+            for block in self.blocks(0, sample):
+                text += len(block)
+        return text * self.size // max(sample, 1)
 
     def reading(self, fields: Fields) -> tuple[object, ...]:
         """Return the settings that decide which documents the rows of this input are."""

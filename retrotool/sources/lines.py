@@ -139,7 +139,7 @@ def cut_stream(file: InputFile, slices: int) -> list[Slice]:
     slices = min(slices, _MOST_SLICES.get(file.compression, 1))
     if slices < 2 or file.is_remote:
         return [WHOLE]
-    text = streams.estimated_text(Path(file.path), file.compression)
+    text = file.estimated_text()
     borders = sorted({text * i // slices for i in range(slices)})
     return [Slice(0, None, first, last) for first, last in itertools.zip_longest(borders, borders[1:])]
 

@@ -35,7 +35,6 @@ else:
 BLOCK_BYTES = 256 << 10
 _AHEAD = 16
 _PATIENCE_SECONDS = 2.0  # for the reading thread at close; a read of a pipe may never end
-_SAMPLE_BYTES = 2 << 20
 _PIECE_BYTES = 16 << 10  # compressed bytes per step
 COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 _MAGIC = {b"\x1f\x8b\x08": "gz", b"\x28\xb5\x2f\xfd": "zst", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
@@ -191,16 +190,12 @@ def frames_of(path: Path) -> list[Frame] | None:
     return [Frame(offset, size, content) for (offset, size), content, _ in found if content is not None]
 
 
-def estimated_text(path: Path, compression: str) -> int:
-    """Estimate an archive's bytes of text: by its zstd blocks, otherwise by a sample of its beginning."""
-    size = path.stat().st_size
-    if compression == "zst" and (found := _walk(path)):
-        return sum(blocks * _LARGEST_BLOCK if content is None else content for _, content, blocks in found)
-    text, sample = 0, min(size, _SAMPLE_BYTES)
-    with contextlib.suppress(BrokenStream):
-        for block in blocks(lambda: path.open("rb"), compression, 0, sample):
-            text += len(block)
-    return text * size // max(sample, 1)
+def text_by_blocks(path: Path) -> int | None:
+    """Estimate a zstd archive's bytes of text by the headers of its blocks; None if they are damaged."""
+    found = _walk(path)
+    if not found:
+        return None
+    return sum(blocks * _LARGEST_BLOCK if content is None else content for _, content, blocks in found)
 
 
 def _walk(path: Path) -> list[tuple[tuple[int, int], int | None, int]] | None:

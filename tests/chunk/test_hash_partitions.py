@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrotool.chunk.hash_partitions import RECORD, HashPartitions, split
+from retrotool.chunk.hash_partitions import RECORD, repeats_among, split
 from retrotool.errors import StorageError
 
 U64 = st.sampled_from([0, 1, 1 << 52, (1 << 52) + 1, 1 << 63, (1 << 64) - 1])
@@ -31,10 +31,7 @@ def repeats_by_hand(records: np.ndarray) -> list[int]:
 
 
 def repeats(batches: list[np.ndarray], rows: int) -> list[int]:
-    with HashPartitions(sum(map(len, batches)), rows) as partitions:
-        for batch in batches:
-            partitions.add(batch)
-        return sorted(np.concatenate([np.zeros(0, np.int64), *partitions.repeats()]).tolist())
+    return sorted(np.concatenate(list(repeats_among(batches, sum(map(len, batches)), rows))).tolist())
 
 
 def random_batches(n: int, size: int) -> list[np.ndarray]:
@@ -75,12 +72,10 @@ def test_the_memory_changes_nothing(batches: list[np.ndarray], rows: int) -> Non
 def test_the_peak_does_not_grow_with_the_records(times: int) -> None:
     rows = 10_000
     batches = random_batches(times * rows, 500)
+    repeats(batches[:1], rows)  # numpy imports what it needs at the first call
     tracemalloc.start()
     try:
-        with HashPartitions(times * rows, rows) as partitions:
-            for batch in batches:
-                partitions.add(batch)
-            found = sum(len(places) for places in partitions.repeats())
+        found = sum(len(places) for places in repeats_among(batches, times * rows, rows))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -100,12 +95,11 @@ def test_a_hash_that_everything_shares_does_not_fill_the_disk(tmp_path: Path, mo
 def test_the_scratch_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     batches = random_batches(1000, 100)
-    with HashPartitions(1000, 10) as partitions:
-        for batch in batches:
-            partitions.add(batch)
+    found = []
+    for places in repeats_among(batches, 1000, 10):
+        found += places.tolist()
         assert list(tmp_path.iterdir()) == [], "a process that is killed leaves nothing"
-        found = np.concatenate(list(partitions.repeats()))
-    assert sorted(found.tolist()) == repeats_by_hand(np.concatenate(batches))
+    assert sorted(found) == repeats_by_hand(np.concatenate(batches))
 
 
 def test_a_temporary_folder_that_can_not_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +110,8 @@ def test_a_temporary_folder_that_can_not_be_written_is_named(monkeypatch: pytest
     assert "--scratch" in caught.value.advice
 
 
-def test_a_full_temporary_folder_is_named() -> None:
-    with HashPartitions(100, 10) as partitions:
-        for batch in random_batches(10, 10):
-            partitions.add(batch)
-        partitions._file = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115 - the partitions close it
-        with pytest.raises(StorageError, match="No space left") as caught:
-            for batch in random_batches(100, 10):
-                partitions.add(batch)
+def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: PTH123, SIM115
+    with pytest.raises(StorageError, match="No space left") as caught:
+        repeats(random_batches(100, 10), 10)
     assert "--scratch" in caught.value.advice

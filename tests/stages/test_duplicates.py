@@ -233,8 +233,6 @@ def test_fail_names_the_first_and_changes_nothing_and_the_next_call_finishes(
 
 
 def test_many_repeats_in_many_inputs_are_placed(byte_level_tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("retrotool.chunk.deduplicate._LOCATED_ROWS", 3)
-    monkeypatch.setattr("retrotool.chunk.deduplicate._TABLE_ROWS", 4)
     monkeypatch.setattr(hash_partitions, "ROWS", 16)
     store = make_store(tmp_path / "store", byte_level_tokenizer)
     draw = np.random.default_rng(0)

@@ -16,7 +16,7 @@ Repeated chunks (``--duplicates``) have exactly the same tokens as a chunk with 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -124,7 +124,8 @@ def select_duplicates(store: Store, report: Report = lambda _: None, *, rows: in
     """
     tombstones = read_tombstones(store)
     sizes = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.all_parts()}
-    with hash_partitions.HashPartitions(sum(sizes.values()), rows) as partitions:
+
+    def records() -> Iterator[hash_partitions.Records]:
         for part, total in sizes.items():
             purged = tombstones.rows(part)
             for first in range(0, total, parts.ROW_GROUP):
@@ -134,9 +135,10 @@ def select_duplicates(store: Store, report: Report = lambda _: None, *, rows: in
                 wanted[purged[low:high] - first] = False
                 of_block = np.flatnonzero(wanted)
                 places = parts.chunk_ids(part, first + of_block)
-                partitions.add(hash_partitions.records_of(token_hashes(chunks, of_block), places))
+                yield hash_partitions.records_of(token_hashes(chunks, of_block), places)
             report(1)
-        return np.sort(np.concatenate([np.zeros(0, np.int64), *partitions.repeats()]))
+
+    return np.sort(np.concatenate(list(hash_partitions.repeats_among(records(), sum(sizes.values()), rows))))
 
 
 def token_hashes(chunks: Chunks, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
