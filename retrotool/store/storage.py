@@ -197,6 +197,14 @@ def each(storage: Storage, call: Callable[[Item], Result], items: Iterable[Item]
     yield from concurrently(call, items, REQUESTS_AT_ONCE if storage.latent else 1)
 
 
+def get_if_there(storage: Storage, path: str) -> bytes | None:
+    """Read a whole file; None if it does not exist."""
+    try:
+        return storage.get(path)
+    except FileNotFoundError:
+        return None
+
+
 def is_same(one: Storage, other: Storage) -> bool:
     """Return whether two storages are the same, even if their folder has two names."""
     if one.uri == other.uri:
