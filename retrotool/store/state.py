@@ -2,8 +2,8 @@
 
 It maps slots to files, in groups by (kind, name), and has a map of records. States are values: ``fold``
 returns a new state and shares what did not change. No data file is read. Cost: for a checkpoint of 150,000
-files, one JSON parse (about 16 MB) and a tuple per file; for a commit, a copy of each map that it changes (0.1
-ms per 10,000 files).
+files, one JSON parse (about 16 MB) and a tuple per file; for a commit, a copy of each map that it changes,
+0.1 ms per 10,000 files.
 """
 
 from __future__ import annotations

@@ -230,11 +230,9 @@ def check_space(storage: Storage, need: int, what: str) -> None:
         )
 
 
-def file_sha256(storage: Storage, path: str, tap: Callable[[memoryview], object] | None = None) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; ``tap`` is called with all its bytes."""
+def file_sha256(storage: Storage, path: str) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for block in storage.blocks(path):
         digest.update(block)
-        if tap is not None:
-            tap(memoryview(block))
     return digest.hexdigest()
