@@ -176,20 +176,15 @@ def storage_at(place: Place) -> Storage:
         return place
     scheme, found, _ = os.fspath(place).partition("://")
     if found and scheme in CLOUD_SCHEMES:
-        return _object_storage(os.fspath(place))
+        try:
+            from retrotool.store.object_storage import ObjectStorage
+        except ModuleNotFoundError as error:
+            advice = "Install it with: pip install obstore boto3"
+            raise UsageError(f"{place}: {error.name} is not installed", advice) from None
+        return ObjectStorage(os.fspath(place))
     if found and scheme not in SCHEMES:
         raise UsageError(f"{place}: unknown scheme", f"Known are {', '.join(CLOUD_SCHEMES)}; else give a folder.")
     return SCHEMES.get(scheme if found else "", LocalStorage)(os.fspath(place))
-
-
-def _object_storage(place: str) -> Storage:
-    try:
-        from retrotool.store.object_storage import ObjectStorage
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{place}: {error.name} is not installed", "Install it with: pip install obstore boto3"
-        ) from None
-    return ObjectStorage(place)
 
 
 def each(storage: Storage, call: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
