@@ -331,8 +331,8 @@ class _Upload:
                 return
             if self._storage.stat(self._path) is not None:
                 raise self._exists()
-            client, sizes = self._storage._client, {"buffer_size": PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}
-            self._writer = self._call(lambda: obstore.open_writer(client, self._path, **sizes))
+            open_writer = functools.partial(obstore.open_writer, buffer_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+            self._writer = self._call(lambda: open_writer(self._storage._client, self._path))
             data, self._held = bytes(self._held), bytearray()
         self._call(lambda: self._writer.write(data), len(data))
 
