@@ -27,7 +27,6 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,7 +40,7 @@ from retrotool.store import disk
 from retrotool.store.bucket_copies import abort_uploads, list_uploads
 from retrotool.store.cloud_client import open_client
 from retrotool.store.paths import PROBE, FileName
-from retrotool.store.storage import FileStatus, Result, Sink, Unfinished, each, get_if_there, where
+from retrotool.store.storage import FileStatus, Result, Sink, StoredStatus, Unfinished, each, get_if_there, where
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,16 +60,6 @@ _METADATA_SERVER = "169.254.169.254"  # asked for the credentials of a machine i
 _STATUS_CODE = re.compile(r"status code: (\d{3})")
 _T = TypeVar("_T")
 _process = 0  # the one that sends requests
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectStatus:
-    """A ``FileStatus`` as a server reported it; ``modified`` is in whole seconds on most."""
-
-    path: str
-    size: int
-    modified: float
-    tag: str
 
 
 class ObjectStorage:
@@ -401,9 +390,9 @@ class _ObjectFile(io.RawIOBase):
         return found
 
 
-def _status(meta: Any) -> ObjectStatus:
+def _status(meta: Any) -> StoredStatus:
     modified = meta["last_modified"]
-    return ObjectStatus(meta["path"], meta["size"], modified.timestamp(), meta["e_tag"] or modified.isoformat())
+    return StoredStatus(meta["path"], meta["size"], modified.timestamp(), meta["e_tag"] or modified.isoformat())
 
 
 def _code_of(error: BaseError) -> int | None:

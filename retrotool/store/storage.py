@@ -49,6 +49,16 @@ class FileStatus(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StoredStatus:
+    """A ``FileStatus`` as a server reported it; ``modified`` is in whole seconds on most."""
+
+    path: str
+    size: int
+    modified: float
+    tag: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unfinished:
     """What is left of a write that has not ended; ``run`` is the id of its writer.
 
