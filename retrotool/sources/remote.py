@@ -16,35 +16,25 @@ import io
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import unquote
 
 from retrotool.errors import UsageError
-from retrotool.store.storage import CLOUD_SCHEMES, FileStatus, storage_at
+from retrotool.store.storage import CLOUD_SCHEMES, FileStatus, Storage, storage_at
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+    from retrotool.sources.hub import HubDataset
 
 FIRST_BYTES = 256 << 10  # of a reader; as much is read of an input to look at its first rows
 BLOCK_BYTES = 8 << 20
 _GROWTH = 4
 _HUB = r"hf://datasets/[^/@]+/[^/@]+(?:@(?:refs/(?:convert|pr)/[^/]+|[^/]+))?"
 _PLACE = re.compile(rf"({_HUB}|(?:{'|'.join(CLOUD_SCHEMES)})://[^/]+)(?:/(.*))?", re.DOTALL)
-
-
-class Objects(Protocol):
-    """The methods of a ``Storage`` that inputs need."""
-
-    def get_range(self, path: str, start: int, length: int) -> bytes:
-        """Read ``length`` bytes of a file, fewer at its end."""
-
-    def stat(self, path: str) -> FileStatus | None:
-        """Return what is known about a file; None if it does not exist."""
-
-    def list(self, prefix: str) -> Iterator[FileStatus]:
-        """Yield the files whose paths begin with ``prefix``, in order."""
+Objects: TypeAlias = "Storage | HubDataset"
+"""Where inputs are that are named by URIs."""
 
 
 def is_remote(place: str) -> bool:
