@@ -133,7 +133,7 @@ def _staged(
     quarantine = bad.write(store, FileName.new(run, "quarantine", _slot(task), "parquet"))
     counts = {**counts, "rejected": len(bad), "damaged": bad.damaged}
     unit = Unit(plan_id, index, files, quarantine, counts, None if blocked is None else blocked.slots, seen)
-    return Staged(task.key, "chunk", run, reads=(task.inputs["path"],), unit=unit)
+    return Staged("chunk", reads=(task.inputs["path"],), unit=unit, task=task.key, run=run)
 
 
 class ChunkWorker:

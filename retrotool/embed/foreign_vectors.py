@@ -220,7 +220,9 @@ class ForeignWorker:
         written, settings = replace(written, about=self._about), {"encoder": identity.name}
         records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
         measured = {"tokens": 0.0, "forward": 0.0, "working": time.perf_counter() - begun}
-        return Staged(task.key, "embed", run, settings, (entry.path,), (written,), records=records, measured=measured)
+        return Staged(
+            "embed", settings, (entry.path,), (written,), records=records, measured=measured, task=task.key, run=run
+        )
 
     def blocks(self, task: Task, report: Report) -> Iterator[npt.NDArray[np.float16]]:
         """Yield a part's vectors in blocks of rows; raise ``UsageError`` if some are wrong or missing."""

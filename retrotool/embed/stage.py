@@ -197,7 +197,9 @@ class EmbedWorker:
         reads = (str(task.inputs["path"]),)
         measured = {name: now - self._begun[name] for name, now in self._measure().items()}
         removed = () if replaces is None else (str(replaces),)
-        return Staged(task.key, "embed", run, settings, reads, (entry,), removed, records=records, measured=measured)
+        return Staged(
+            "embed", settings, reads, (entry,), removed, records=records, measured=measured, task=task.key, run=run
+        )
 
     def _measure(self) -> dict[str, float]:
         work = self.encoder.work
@@ -321,7 +323,7 @@ class PartPieces:
         entry = replace(entry, about={"cosine": self.cosine})
         key = task_key("embed", {**self._settings, "piece": piece}, [self._path])
         run = FileName.parse(entry.path).run
-        staged = Staged(key, "embed", run, self._settings, (self._path,), (entry,), piece=piece)
+        staged = Staged("embed", self._settings, (self._path,), (entry,), piece=piece, task=key, run=run)
         staging.stage(self._store.storage, staged)
         self._held, self._since = [], time.monotonic()
 

@@ -236,7 +236,7 @@ class IndexWorker:
         name = FileName.new(run, "index", slot, "faiss", stage.index)
         entry = write_index(store, to_faiss(trained), name, as_about(record))
         settings = {"name": stage.index, "encoder": stage.encoder, "factory": choice.factory}
-        return Staged(task.key, "index", run, settings, add=(entry,))
+        return Staged("index", settings, add=(entry,), task=task.key, run=run)
 
     def _write_shard(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
@@ -248,7 +248,7 @@ class IndexWorker:
         reads = (entry.path, *task.inputs["paths"])
         settings = {"name": stage.index, "encoder": stage.encoder}
         replaced = task.inputs.get("replaces")
-        return Staged(task.key, "index", run, settings, reads, (written,), (replaced,) if replaced else ())
+        return Staged("index", settings, reads, (written,), (replaced,) if replaced else (), task=task.key, run=run)
 
     def _write(
         self, run: str, slot: str, numbers: Ids, ids: Ids, codes: Codes, trained: Trained, record: ShardRecord
@@ -280,7 +280,7 @@ class IndexWorker:
         report(task.weight)
         old = tuple(entry.path for entry in entries)
         settings = {"name": stage.index, "encoder": stage.encoder, "merge": True}
-        return Staged(task.key, "index", run, settings, old, (written,), old)
+        return Staged("index", settings, old, (written,), old, task=task.key, run=run)
 
 
 def _coded(

@@ -437,8 +437,8 @@ class NeighboursWorker:
                 text=text,
             )  # fmt: skip
             return Staged(
-                task.key, "neighbours", run, {"name": stage.table, "index": stage.index},
-                tuple(reads), (entry,), (old_path,) if old_path else (), claim,
+                "neighbours", {"name": stage.table, "index": stage.index},
+                tuple(reads), (entry,), (old_path,) if old_path else (), claim, task=task.key, run=run,
             )  # fmt: skip
 
         return write

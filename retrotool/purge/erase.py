@@ -243,7 +243,7 @@ class EraseWorker:
             rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[entry.kind]
             add = [rewrite(entry, FileName.new(run, entry.kind, entry.slot, name.extension, entry.name))]
         report(task.weight)
-        return Staged(task.key, "erase", run, reads=(*old, *tombstones), add=tuple(add), remove=old)
+        return Staged("erase", reads=(*old, *tombstones), add=tuple(add), remove=old, task=task.key, run=run)
 
     def _part(self, part: int, run: str) -> list[FileEntry]:
         store, rows, slot = self._store, self._targets.rows(part), part_slot(part)

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,16 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
 from retrotool.errors import StorageError
-
-
-@dataclass(frozen=True, slots=True)
-class HubStatus:
-    """A ``FileStatus``; the tag is a hash of the content. The Hub does not list when a file was written."""
-
-    path: str
-    size: int
-    tag: str
-    modified: float = 0.0
+from retrotool.store.storage import StoredStatus
 
 
 class HubDataset:
@@ -51,13 +41,13 @@ class HubDataset:
                 raise ValueError("the server sends whole files only")
             return bytes(answer.content)
 
-    def stat(self, path: str) -> HubStatus | None:
+    def stat(self, path: str) -> StoredStatus | None:
         """Return what is known about a file; None if it does not exist."""
         with self._errors(path):
             found = HfApi().get_paths_info(paths=[path], **self._of)
         return next(map(_status, filter(_is_file, found)), None)
 
-    def list(self, prefix: str) -> Iterator[HubStatus]:
+    def list(self, prefix: str) -> Iterator[StoredStatus]:
         """Yield the files whose paths begin with ``prefix``."""
         folder = prefix.rpartition("/")[0]
         with self._errors(prefix), contextlib.suppress(EntryNotFoundError):
@@ -84,5 +74,6 @@ def _is_file(one: Any) -> bool:
     return hasattr(one, "blob_id")
 
 
-def _status(one: Any) -> HubStatus:
-    return HubStatus(one.path, one.size, one.lfs.sha256 if one.lfs else one.blob_id)
+def _status(one: Any) -> StoredStatus:
+    """Return what the Hub lists: the tag is a hash of the content, but not when the file was written."""
+    return StoredStatus(one.path, one.size, 0.0, one.lfs.sha256 if one.lfs else one.blob_id)

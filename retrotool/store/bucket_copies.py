@@ -82,11 +82,11 @@ def bucket_settings(place: str) -> tuple[BucketCopies, ...]:
 
 def list_uploads(place: str) -> list[Unfinished]:
     """List the unfinished uploads of a store's files, with size 0; none if they can't be listed."""
-    if (cloud := _cloud(place)) not in _BUCKETS:
+    if _cloud(place) != "s3":
         return []
     try:
-        uploads = [*_BUCKETS[cloud](place).uploads()]
-    except Exception as error:  # of three packages; a receipt reports it
+        uploads = [*_S3Bucket(place).uploads()]
+    except Exception as error:  # of boto3; a receipt reports it
         _reason(error)
         return []
     found = ((f"{path}{_UPLOAD}{upload}", _run_of(path)) for path, upload in uploads)
@@ -95,13 +95,12 @@ def list_uploads(place: str) -> list[Unfinished]:
 
 def abort_uploads(place: str, paths: Iterable[str]) -> None:
     """Cancel uploads by their paths in ``list_uploads``; those that may not be aborted are left."""
-    bucket: Any = None
+    bucket = _S3Bucket(place)
     for path in paths:
         key, _, upload = path.rpartition(_UPLOAD)
         try:
-            bucket = bucket or _BUCKETS[_cloud(place)](place)
             bucket.abort(key, upload)
-        except Exception as error:  # of a package; the next clean-up tries again
+        except Exception as error:  # of boto3; the next clean-up tries again
             _reason(error)
 
 
@@ -180,21 +179,10 @@ def _day(time: datetime, days: int = 0) -> str:
     return (time.astimezone(UTC) + timedelta(days)).date().isoformat()
 
 
-class _Bucket:
-    """The bucket of a store, asked through its cloud's package; paths are relative to the store."""
-
+class _S3Bucket:
     def __init__(self, place: str) -> None:
         self._place = place
         self._bucket, self._prefix = bucket_of(place)
-
-    def uploads(self) -> Iterator[tuple[str, str]]:
-        """Yield the path and id of each upload."""
-        yield from ()
-
-
-class _S3Bucket(_Bucket):
-    def __init__(self, place: str) -> None:
-        super().__init__(place)
         self._client = boto3_client()
 
     def settings(self) -> _Questions:
@@ -299,6 +287,7 @@ class _S3Bucket(_Bucket):
         return min(filter(None, found), default=None)
 
     def uploads(self) -> Iterator[tuple[str, str]]:
+        """Yield the path and id of each upload."""
         pages = self._client.get_paginator("list_multipart_uploads")
         for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
             for one in page.get("Uploads", ()):
@@ -312,9 +301,9 @@ class _S3Bucket(_Bucket):
         self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._prefix + path, UploadId=upload)
 
 
-class _GoogleBucket(_Bucket):
+class _GoogleBucket:
     def __init__(self, place: str) -> None:
-        super().__init__(place)
+        self._bucket, self._prefix = bucket_of(place)
         self._session, base = google_session()
         self._url = f"{base}/storage/v1/b/{self._bucket}"
 
@@ -372,9 +361,9 @@ class _GoogleBucket(_Bucket):
         yield BucketCopies("uploads that were not finished: they are not listed", "unknown", advice=advice)
 
 
-class _AzureBucket(_Bucket):
+class _AzureBucket:
     def __init__(self, place: str) -> None:
-        super().__init__(place)
+        self._bucket, self._prefix = bucket_of(place)
         self._service = azure_service(place)
 
     def settings(self) -> _Questions:

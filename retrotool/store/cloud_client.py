@@ -7,6 +7,7 @@ Profiles and single sign-on need the cloud's own package: boto3, google-auth or 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,7 +22,11 @@ _TIMEOUT_SECONDS = 30.0  # of one request
 _CONNECT_SECONDS = 5.0
 _RETRIES = 3
 _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-_AZURE_KEYS = ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_CLIENT_SECRET")
+_GOOGLE_KEYS = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_SKIP_SIGNATURE")
+_AZURE_KEYS = (
+    "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_CLIENT_SECRET",
+    "AZURE_SKIP_SIGNATURE",
+)  # fmt: skip
 _AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _ENDPOINTS = (*_AWS_ENDPOINTS, "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "GOOGLE_BASE_URL")
 
@@ -39,14 +44,11 @@ def open_client(place: str) -> Any:
 
     scheme = place.partition("://")[0]
     options: dict[str, Any] = {}
-    config: dict[str, Any] = {}
     if scheme == "s3":
-        config, options = _aws()
-    elif scheme == "gs" and not _has("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_SKIP_SIGNATURE"):
+        options = _aws()
+    elif scheme == "gs" and not _has(*_GOOGLE_KEYS):
         options = _google()
-    elif scheme in ("az", "abfs", "abfss") and not _has(
-        *_AZURE_KEYS, "AZURE_SKIP_SIGNATURE", "AZURE_STORAGE_USE_EMULATOR"
-    ):
+    elif scheme in ("az", "abfs", "abfss") and not _has(*_AZURE_KEYS, "AZURE_STORAGE_USE_EMULATOR"):
         options = _azure()
     seconds = timeout_seconds()
     client: dict[str, Any] = {
@@ -58,8 +60,6 @@ def open_client(place: str) -> Any:
     retry = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=4 * seconds)}
     # Hosts of AWS and Azure are read by HTTPS like others.
     from_url: Any = obstore.store.HTTPStore.from_url if scheme in ("http", "https") else obstore.store.from_url
-    if config:
-        options["config"] = config
     try:
         return from_url(place, client_options=client, retry_config=retry, **options)
     except Exception as error:  # of obstore, or of a package for credentials
@@ -80,19 +80,17 @@ def timeout_seconds() -> float:
     return float(os.environ.get(TIMEOUT_VARIABLE) or _TIMEOUT_SECONDS)
 
 
-def _aws() -> tuple[dict[str, Any], dict[str, Any]]:
+def _aws() -> dict[str, Any]:
     """Return obstore's settings for S3, and where credentials come from; boto3 knows profiles."""
     endpoint, region, session = _aws_account()
-    options: dict[str, Any] = {}
+    # Few servers of others delete many objects in one request.
+    own = {} if endpoint is None else {"endpoint": endpoint, "disable_bulk_delete": True}
+    options: dict[str, Any] = {"config": {"region": region, **own}}
     if session is not None:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
         options["credential_provider"] = Boto3CredentialProvider(session)
-    config: dict[str, Any] = {"region": region}
-    if endpoint is not None:
-        # Few servers of others delete many objects in one request.
-        config |= {"endpoint": endpoint, "disable_bulk_delete": True}
-    return config, options
+    return options
 
 
 def _aws_account() -> tuple[str | None, str, Any]:
@@ -137,10 +135,8 @@ def _google() -> dict[str, Any]:
         from google.auth.exceptions import DefaultCredentialsError
         from obstore.auth.google import GoogleCredentialProvider
 
-        try:
+        with contextlib.suppress(DefaultCredentialsError):
             return {"credential_provider": GoogleCredentialProvider()}
-        except DefaultCredentialsError:
-            pass
     return {}
 
 

@@ -109,8 +109,7 @@ def _joined(draft: Draft, task: Staged) -> Draft:
 
 
 def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
-    joined = Draft(draft.kind, reads=task.reads, add=task.add, remove=task.remove, records=task.records)
-    reason = state.conflict(joined)
+    reason = state.conflict(task)
     if reason is None:
         places = {entry.place for entry in draft.add}
         reason = next((f"the slot of {e.path} is taken" for e in task.add if e.place in places), None)

@@ -21,7 +21,7 @@ import orjson
 from retrotool.errors import CorruptError
 from retrotool.store import schema, specs
 from retrotool.store.paths import FileName
-from retrotool.store.storage import Storage, each, where
+from retrotool.store.storage import Storage, each, get_if_there, where
 from retrotool.store.sums import size_of_sums, with_sums
 
 _NUMBER = re.compile(r"log/(\d+)\.json")
@@ -91,6 +91,15 @@ class Draft:
     remove: tuple[str, ...] = ()
     records: Mapping[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def fields_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a draft as JSON that was checked has them."""
+        return {
+            **{name: stored[name] for name in ("kind", "settings", "records")},
+            **{name: tuple(stored[name]) for name in ("reads", "remove")},
+            "add": tuple(map(FileEntry.from_json, stored["add"])),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit(Draft):
@@ -124,15 +133,8 @@ def checked(data: bytes) -> bytes:
 
 def read(storage: Storage, number: int, parent: str | None = None) -> Commit | None:
     """Read a commit, or None. ``CorruptError`` if it is broken or not a child of ``parent``."""
-    data = _bytes_of(storage, number)
+    data = get_if_there(storage, commit_path(number))
     return None if data is None else _parse(storage, number, data, parent)
-
-
-def _bytes_of(storage: Storage, number: int) -> bytes | None:
-    try:
-        return storage.get(commit_path(number))
-    except FileNotFoundError:
-        return None
 
 
 def _parse(storage: Storage, number: int, data: bytes, parent: str | None) -> Commit:
@@ -141,13 +143,8 @@ def _parse(storage: Storage, number: int, data: bytes, parent: str | None) -> Co
         fields = schema.load(checked(data), specs.COMMIT, path)
     except ValueError as error:
         raise CorruptError(f"{path} is not a commit: {error}") from error
-    commit = Commit(
-        **{name: fields[name] for name in ("number", "uuid", "parent", "time", "kind", "tool", "settings", "records")},
-        reads=tuple(fields["reads"]),
-        add=tuple(map(FileEntry.from_json, fields["add"])),
-        remove=tuple(fields["remove"]),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
+    own = {name: fields[name] for name in ("number", "uuid", "parent", "time", "tool")}
+    commit = Commit(**Draft.fields_of(fields), **own, sha256=hashlib.sha256(data).hexdigest())
     if commit.number != number:
         raise CorruptError(f"{path} contains commit {commit.number}")
     if parent is not None and commit.parent != parent:
@@ -164,9 +161,10 @@ def last_number(storage: Storage, after: int = -1) -> int:
 
 def read_after(storage: Storage, number: int, head: str, last: int = -1) -> Iterator[Commit]:
     """Yield the commits after commit ``number``, whose bytes hash to ``head``; those up to ``last`` exist."""
-    known = each(storage, functools.partial(_bytes_of, storage), range(number + 1, last + 1))
+    read_entry = functools.partial(get_if_there, storage)
+    known = each(storage, read_entry, map(commit_path, range(number + 1, last + 1)))
     with contextlib.closing(known):
-        while (data := next(known) if number < last else _bytes_of(storage, number + 1)) is not None:
+        while (data := next(known) if number < last else read_entry(commit_path(number + 1))) is not None:
             yield (commit := _parse(storage, number + 1, data, head))
             number, head = commit.number, commit.sha256
 

@@ -27,19 +27,12 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    NotSupportedError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.read_ahead import concurrently
@@ -47,7 +40,7 @@ from retrotool.store import disk
 from retrotool.store.bucket_copies import abort_uploads, list_uploads
 from retrotool.store.cloud_client import open_client
 from retrotool.store.paths import PROBE, FileName
-from retrotool.store.storage import FileStatus, Result, Sink, Unfinished, each, where
+from retrotool.store.storage import FileStatus, Result, Sink, StoredStatus, Unfinished, each, get_if_there, where
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,16 +60,6 @@ _METADATA_SERVER = "169.254.169.254"  # asked for the credentials of a machine i
 _STATUS_CODE = re.compile(r"status code: (\d{3})")
 _T = TypeVar("_T")
 _process = 0  # the one that sends requests
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectStatus:
-    """A ``FileStatus`` as a server reported it; ``modified`` is in whole seconds on most."""
-
-    path: str
-    size: int
-    modified: float
-    tag: str
 
 
 class ObjectStorage:
@@ -161,17 +144,16 @@ class ObjectStorage:
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file of at most ``PART_BYTES`` by a conditional PUT; False if the path has other bytes."""
-        patience = _Patience(self, path)
-        while True:
-            try:
-                self._request("put", path, lambda: obstore.put(self._client, path, data, mode="create"), len(data))
-                return True
-            except FileNotFoundError:
-                raise self._no_bucket() from None
-            except BaseError as error:
-                with contextlib.suppress(FileNotFoundError):
-                    return self.get(path) == data
-                patience.wait(error, again=isinstance(error, AlreadyExistsError))
+
+        def put() -> bool:
+            obstore.put(self._client, path, data, mode="create")
+            return True
+
+        def is_ours() -> bool | None:
+            found = get_if_there(self, path)
+            return None if found is None else found == data
+
+        return self._again("put", path, put, len(data), is_ours)
 
     def _check_conditions(self, run: str) -> None:
         """Check that of two conditional PUTs of a path the second fails; else raise ``StorageError``."""
@@ -244,8 +226,15 @@ class ObjectStorage:
     def free_bytes(self) -> int | None:
         return None
 
-    def _again(self, operation: str, path: str, call: Callable[[], _T], sent: int = 0) -> _T:
-        """Return the answer to a request that may be repeated."""
+    def _again(
+        self,
+        operation: str,
+        path: str,
+        call: Callable[[], _T],
+        sent: int = 0,
+        look: Callable[[], _T | None] | None = None,
+    ) -> _T:
+        """Return the answer to a request that may be repeated, unless ``look`` finds it after a failure."""
         patience = _Patience(self, path)
         while True:
             try:
@@ -253,6 +242,8 @@ class ObjectStorage:
             except FileNotFoundError:
                 raise (self._no_bucket() if operation == "put" else self._missing(path)) from None
             except BaseError as error:
+                if look is not None and (found := look()) is not None:
+                    return found
                 patience.wait(error)
 
     def _request(self, operation: str, path: str, call: Callable[[], _T], sent: int = 0) -> _T:
@@ -287,10 +278,10 @@ class _Patience:
         seconds = PATIENCE_SECONDS if storage.has_answered else _FIRST_PATIENCE_SECONDS
         self._until, self._tries = time.monotonic() + seconds, itertools.count()
 
-    def wait(self, error: BaseError, *, again: bool = False) -> None:
+    def wait(self, error: BaseError) -> None:
         """Wait before the next attempt; raise ``StorageError`` if there is no sense in one."""
         code = _code_of(error)
-        is_temporary = again or code is None or (code >= 500 and code != 501) or code in (408, 409, 412, 429)
+        is_temporary = code is None or (code >= 500 and code != 501) or code in (408, 409, 412, 429)
         is_final = isinstance(error, (*_DENIED, NotSupportedError)) or "Header missing" in str(error)
         if not is_temporary or is_final or time.monotonic() > self._until:
             raise _failed(self._place, error) from error
@@ -324,15 +315,16 @@ class _Upload:
 
     def write(self, data: bytes | memoryview) -> None:
         self._size += len(data)
-        if self._writer is not None:
-            self._call(lambda: self._writer.write(data), len(data))
-            return
-        self._held += data
-        if len(self._held) > PART_BYTES:
-            self._check_free()
-            self._writer = self._call(self._open)
-            held, self._held = bytes(self._held), bytearray()
-            self._call(lambda: self._writer.write(held), len(held))
+        if self._writer is None:
+            self._held += data
+            if len(self._held) <= PART_BYTES:
+                return
+            if self._storage.stat(self._path) is not None:
+                raise self._exists()
+            open_writer = functools.partial(obstore.open_writer, buffer_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+            self._writer = self._call(lambda: open_writer(self._storage._client, self._path))
+            data, self._held = bytes(self._held), bytearray()
+        self._call(lambda: self._writer.write(data), len(data))
 
     def finish(self) -> None:
         if self._writer is None:
@@ -352,14 +344,6 @@ class _Upload:
         if self._writer is not None:
             with contextlib.suppress(Exception):
                 self._writer.__exit__(type(error), error, None)
-
-    def _open(self) -> Any:
-        storage = self._storage
-        return obstore.open_writer(storage._client, self._path, buffer_size=PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
-
-    def _check_free(self) -> None:
-        if self._storage.stat(self._path) is not None:
-            raise self._exists()
 
     def _exists(self) -> FileExistsError:
         return FileExistsError(f"{where(self._storage, self._path)} exists; a file is never written twice")
@@ -407,9 +391,9 @@ class _ObjectFile(io.RawIOBase):
         return found
 
 
-def _status(meta: Any) -> ObjectStatus:
+def _status(meta: Any) -> StoredStatus:
     modified = meta["last_modified"]
-    return ObjectStatus(meta["path"], meta["size"], modified.timestamp(), meta["e_tag"] or modified.isoformat())
+    return StoredStatus(meta["path"], meta["size"], modified.timestamp(), meta["e_tag"] or modified.isoformat())
 
 
 def _code_of(error: BaseError) -> int | None:

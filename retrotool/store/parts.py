@@ -166,11 +166,9 @@ class Chunks:
         return Chunks(self.part, *(values[start:stop] for values in columns))
 
 
-def write_parquet(
-    store: Store, name: FileName, table: pa.Table, *, row_group: int = ROW_GROUP, about: dict[str, Any] | None = None
-) -> FileEntry:
-    """Write a table as ``write_batches`` does."""
-    return write_batches(store, name, table.schema, [table], row_group=row_group, about=about)
+def write_parquet(store: Store, name: FileName, table: pa.Table, *, about: dict[str, Any] | None = None) -> FileEntry:
+    """Write a table in row groups of ``ROW_GROUP`` rows, as ``write_batches`` does."""
+    return write_batches(store, name, table.schema, [table], row_group=ROW_GROUP, about=about)
 
 
 def write_batches(

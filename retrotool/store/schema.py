@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -98,57 +98,58 @@ def _is_deep(value: Any) -> bool:
 
 
 def _check(values: Sequence[Any], spec: Spec) -> None:
-    if values:
-        _CHECKS[type(spec)](values, spec)
+    if not values:
+        return
+    if isinstance(spec, Maybe):
+        _check([value for value in values if value is not None], spec.spec)
+        return
+    if isinstance(spec, FunctionType):
+        _chosen(values, spec)
+        return
+    types, fits, due = _demands(spec)
+    if not (types.issuperset(map(type, values)) and (fits is None or all(map(fits, values)))):
+        found = next(one for one in values if type(one) not in types or (fits is not None and not fits(one)))
+        shown = _shown(found)
+        raise _UnfitError(f"is {shown if len(shown) < 80 else f'{shown[:80]}…'}, not {due}")
+    if inner := _INNER.get(type(spec)):
+        inner(values, spec)
 
 
-def _demand(values: Sequence[Any], types: Collection[type], fits: Callable[[Any], object] | None, due: str) -> None:
-    """Raise the error for the first value that does not fit."""
-    found = next((one for one in values if type(one) not in types or (fits is not None and not fits(one))), None)
-    shown = "a list" if type(found) is list else "an object" if type(found) is dict else orjson.dumps(found).decode()
-    raise _UnfitError(f"is {shown if len(shown) < 80 else f'{shown[:80]}…'}, not {due}")
+def _shown(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return orjson.dumps(value).decode()
 
 
-def _plain(values: Sequence[Any], spec: type) -> None:
-    types, fits, due = _TYPES[spec]
-    if not types.issuperset(map(type, values)) or (fits is not None and not all(map(fits, values))):
-        _demand(values, types, fits, due)
-
-
-def _in_range(values: Sequence[Any], spec: range) -> None:
-    if not (_INT.issuperset(map(type, values)) and min(values) in spec and max(values) in spec):
-        _demand(values, _INT, spec.__contains__, f"an integer from {spec.start} to {spec.stop - 1}")
-
-
-def _matching(values: Sequence[Any], spec: re.Pattern[str]) -> None:
-    if not (_STR.issuperset(map(type, values)) and all(map(spec.fullmatch, values))):
-        _demand(values, _STR, spec.fullmatch, f"text of the form {spec.pattern}")
-
-
-def _one_of(values: Sequence[Any], spec: frozenset[Any]) -> None:
-    types = {type(value) for value in spec}
-    if not (types.issuperset(map(type, values)) and spec.issuperset(values)):
-        _demand(values, types, spec.__contains__, f"one of {', '.join(map(str, sorted(spec)))}")
+def _demands(spec: Spec) -> tuple[frozenset[type], Callable[[Any], object] | None, str]:
+    """Return the types of values that fit, a test that they pass (None: none), and what they are called."""
+    match spec:
+        case range():
+            return _INT, spec.__contains__, f"an integer from {spec.start} to {spec.stop - 1}"
+        case re.Pattern():
+            return _STR, spec.fullmatch, f"text of the form {spec.pattern}"
+        case frozenset():
+            return frozenset(map(type, spec)), spec.__contains__, f"one of {', '.join(map(str, sorted(spec)))}"
+        case list():
+            return _LIST, None, "a list"
+        case tuple():
+            return _LIST, lambda value: len(value) == len(spec), f"a list of {len(spec)}"
+        case dict() | Keyed():
+            return _DICT, None, "an object"
+    return _TYPES[spec]
 
 
 def _each(values: Sequence[Any], spec: list[Spec]) -> None:
-    if not _LIST.issuperset(map(type, values)):
-        _demand(values, _LIST, None, "a list")
     inner = list(chain.from_iterable(values))
     _inside(values, inner, spec[0], range(len(inner)))
 
 
 def _so_many(values: Sequence[Any], spec: tuple[Spec, ...]) -> None:
-    n = len(spec)
-    if not (_LIST.issuperset(map(type, values)) and {n}.issuperset(map(len, values))):
-        _demand(values, _LIST, lambda value: len(value) == n, f"a list of {n}")
     for place, one in enumerate(spec):
         _at(f"[{place}]", list(map(itemgetter(place), values)), one)
 
 
 def _fields(values: Sequence[Any], spec: dict[Any, Spec]) -> None:
-    if not _DICT.issuperset(map(type, values)):
-        _demand(values, _DICT, None, "an object")
     for name, one in spec.items():
         if type(name) is not str:
             _named(values, name, one)
@@ -177,8 +178,6 @@ def _named(values: Sequence[dict[str, Any]], names: re.Pattern[str], spec: Spec)
 
 
 def _keyed(values: Sequence[Any], spec: Keyed) -> None:
-    if not _DICT.issuperset(map(type, values)):
-        _demand(values, _DICT, None, "an object")
     for value in values:
         alike: dict[str, dict[str, Any]] = {}
         for key, one in value.items():
@@ -198,10 +197,6 @@ def _inside(outer: Sequence[Any], inner: list[Any], spec: Spec, names: Iterable[
         raise
 
 
-def _unless_null(values: Sequence[Any], spec: Maybe) -> None:
-    _check([value for value in values if value is not None], spec.spec)
-
-
 def _chosen(values: Sequence[Any], spec: Callable[[Any], Spec]) -> None:
     chosen: dict[int, tuple[Spec, list[Any]]] = {}
     for value in values:
@@ -217,7 +212,4 @@ _TYPES: dict[type, tuple[frozenset[type], Callable[[Any], object] | None, str]] 
     bool: (frozenset((bool,)), None, "true or false"),
     float: (frozenset((int, float)), math.isfinite, "a number"),
 }
-_CHECKS: dict[type, Callable[[Sequence[Any], Any], None]] = {
-    type: _plain, range: _in_range, re.Pattern: _matching, frozenset: _one_of, list: _each, tuple: _so_many,
-    dict: _fields, Keyed: _keyed, Maybe: _unless_null, FunctionType: _chosen,
-}  # fmt: skip
+_INNER: dict[type, Callable[[Sequence[Any], Any], None]] = {list: _each, tuple: _so_many, dict: _fields, Keyed: _keyed}

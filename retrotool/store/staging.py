@@ -12,8 +12,8 @@ import orjson
 
 from retrotool.errors import CorruptError, LostRunError
 from retrotool.store import leases, schema, specs
-from retrotool.store.log import FileEntry, checked, first_missing, with_checksum
-from retrotool.store.storage import Storage, each
+from retrotool.store.log import Draft, FileEntry, checked, first_missing, with_checksum
+from retrotool.store.storage import Storage, each, get_if_there
 from retrotool.store.sums import with_sums
 
 ENTRY_PATH = re.compile(r"staging/(?P<key>[0-9a-f]{32})\.json")
@@ -41,18 +41,12 @@ class Unit:
         return [entry for entry in (self.quarantine, self.seen) if entry is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A finished task. ``records`` are added; those that exist must be equal."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged(Draft):
+    """A finished task with the key ``task``. ``records`` are added; those that exist must be equal."""
 
     task: str
-    kind: str
     run: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    reads: tuple[str, ...] = ()
-    add: tuple[FileEntry, ...] = ()
-    remove: tuple[str, ...] = ()
-    records: Mapping[str, Any] = field(default_factory=dict)
     unit: Unit | None = None
     piece: tuple[int, int] | None = None  # the rows [first, last] of a part of a task; not committed
     measured: Mapping[str, float] = field(default_factory=dict)  # for the process that runs the task; not stored
@@ -113,32 +107,19 @@ def broken(storage: Storage) -> list[str]:
 def _read_all(storage: Storage) -> dict[str, Staged | None]:
     """Return the staged tasks by key; None for an entry that can't be read."""
     keys = sorted(staged_keys(storage))
-    entries = zip(keys, each(storage, functools.partial(_get, storage), map(staged_path, keys)), strict=True)
+    entries = zip(keys, each(storage, functools.partial(get_if_there, storage), map(staged_path, keys)), strict=True)
     # Without an entry: another process just folded the task.
     return {key: _parsed(key, data) for key, data in entries if data is not None}
 
 
-def _get(storage: Storage, path: str) -> bytes | None:
-    try:
-        return storage.get(path)
-    except FileNotFoundError:
-        return None
-
-
 def _parsed(key: str, data: bytes) -> Staged | None:
     try:
-        return _staged_from_json(key, schema.load(checked(data), specs.STAGED, key))
+        fields = schema.load(checked(data), specs.STAGED, key)
     except (CorruptError, ValueError):
         return None
-
-
-def _staged_from_json(task: str, fields: Mapping[str, Any]) -> Staged:
-    plain = {name: fields[name] for name in ("kind", "run", "settings", "records")}
-    reads, remove = tuple(fields["reads"]), tuple(fields["remove"])
-    add = tuple(map(FileEntry.from_json, fields["add"]))
     unit = _unit_from_json(fields["unit"]) if fields["unit"] else None
     piece = tuple(fields["piece"]) if fields.get("piece") else None
-    return Staged(task, **plain, reads=reads, add=add, remove=remove, unit=unit, piece=piece)
+    return Staged(**Draft.fields_of(fields), task=key, run=fields["run"], unit=unit, piece=piece)
 
 
 def is_staged(storage: Storage, task: str) -> bool:

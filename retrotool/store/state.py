@@ -1,8 +1,9 @@
 """The state of a store: the fold of its log.
 
-It maps slots to files, in groups by (kind, name), and has a map of records. Groups are kept as columns and
-indexed on first use, so a checkpoint of 150,000 files costs one JSON parse (about 16 MB) and no object per
-file. States are values: ``fold`` returns a new state and shares what did not change. No data file is read.
+It maps slots to files, in groups by (kind, name), and has a map of records. States are values: ``fold``
+returns a new state and shares what did not change. No data file is read. Cost: for a checkpoint of 150,000
+files, one JSON parse (about 16 MB) and a tuple per file; for a commit, a copy of each map that it changes,
+0.1 ms per 10,000 files.
 """
 
 from __future__ import annotations
@@ -20,56 +21,38 @@ from retrotool.store.log import Commit, Draft, FileEntry
 from retrotool.store.paths import UNNUMBERED_KINDS, FileName, part_slot
 
 _COLUMNS = ("slot", "file", "rows", "bytes", "sha256", "about")
-_REBASE = 2048
 
 
 class Group:
-    """The live files of one (kind, name): columns from a checkpoint, and changes. Immutable once shared."""
+    """The live files of one (kind, name). Immutable once shared."""
 
-    __slots__ = ("_added", "_changed", "_columns", "_index", "_prefix", "_slots")
+    __slots__ = ("_files", "_prefix", "_slots")
 
-    def __init__(self, prefix: str, columns: Mapping[str, list[Any]] | None = None) -> None:
+    def __init__(self, prefix: str, files: dict[str, tuple[Any, ...]] | None = None) -> None:
         self._prefix = prefix
-        self._columns = columns if columns is not None else {name: [] for name in _COLUMNS}
-        self._index: dict[str, int] | None = None
-        self._slots: dict[str, str] | None = None
-        self._changed: dict[str, FileEntry | None] = {}
-        self._added: dict[str, str] = {}  # slots by the paths of later files
+        self._files = {} if files is None else files  # by slot, the other columns of a checkpoint
+        self._slots: dict[str, str] | None = None  # by file, once one was looked for
 
     def __len__(self) -> int:
         """Count the live files."""
-        if not self._changed:
-            return len(self._columns["slot"])
-        return sum(1 for _ in self)
+        return len(self._files)
 
     def __iter__(self) -> Iterator[str]:
         """Return the slots of the live files, in order."""
-        base = (slot for slot in self._columns["slot"] if slot not in self._changed)
-        added = (slot for slot, entry in self._changed.items() if entry is not None)
-        return iter(sorted([*base, *added], key=lambda slot: (len(slot), slot)))
+        return iter(sorted(self._files, key=lambda slot: (len(slot), slot)))
 
     def get(self, slot: str) -> FileEntry | None:
         """Return the live file of a slot."""
-        if slot in self._changed:
-            return self._changed[slot]
-        if self._index is None:
-            self._index = {slot: i for i, slot in enumerate(self._columns["slot"])}
-        i = self._index.get(slot)
-        if i is None:
+        if (found := self._files.get(slot)) is None:
             return None
-        c = self._columns
-        path = f"{self._prefix}/{c['file'][i]}"
-        return FileEntry(path, slot, c["rows"][i], c["bytes"][i], c["sha256"][i], c["about"][i])
+        file, *others = found
+        return FileEntry(f"{self._prefix}/{file}", slot, *others)
 
     def slot_of(self, path: str) -> str | None:
         """Return the slot of a live file; None if it is not live."""
-        slot = self._added.get(path)
-        if slot is None:
-            if self._slots is None:
-                self._slots = dict(zip(self._columns["file"], self._columns["slot"], strict=True))
-            slot = self._slots.get(path.rpartition("/")[2])
-        entry = None if slot is None else self.get(slot)
-        return slot if entry is not None and entry.path == path else None
+        if self._slots is None:
+            self._slots = {found[0]: slot for slot, found in self._files.items()}
+        return self._slots.get(path.rpartition("/")[2])
 
     def items(self) -> list[tuple[str, FileEntry]]:
         """Return slots and live files, in the order of slots."""
@@ -81,26 +64,23 @@ class Group:
 
     def copy(self) -> Group:
         """Return a group that can be changed without changing this one."""
-        if len(self._changed) > _REBASE:
-            # Copying a growing number of changes at every commit would be quadratic.
-            return Group(self._prefix, self.columns())
-        copy = Group(self._prefix, self._columns)
-        copy._index, copy._slots = self._index, self._slots
-        copy._changed, copy._added = dict(self._changed), dict(self._added)
+        copy = Group(self._prefix, self._files.copy())
+        copy._slots = None if self._slots is None else self._slots.copy()
         return copy
 
     def put(self, slot: str, entry: FileEntry | None) -> None:
         """Fill a slot, or free it. Only for a copy that is not shared yet."""
-        self._changed[slot] = entry
+        before, slots = self._files.pop(slot, None), {} if self._slots is None else self._slots
+        if before is not None:
+            slots.pop(before[0], None)
         if entry is not None:
-            self._added[entry.path] = slot
+            file = entry.path.rpartition("/")[2]
+            self._files[slot] = (file, entry.rows, entry.bytes, entry.sha256, entry.about)
+            slots[file] = slot
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the live files as the columns of a checkpoint."""
-        rows = [
-            (slot, entry.path.rpartition("/")[2], entry.rows, entry.bytes, entry.sha256, entry.about)
-            for slot, entry in self.items()
-        ]
+        rows = [(slot, *self._files[slot]) for slot in self]
         return {name: [row[i] for row in rows] for i, name in enumerate(_COLUMNS)}
 
 
@@ -241,7 +221,8 @@ def decode_checkpoint(data: bytes, path: str = "the checkpoint") -> State | None
         own = slots if kind in UNNUMBERED_KINDS else [file.rpartition("-")[0] for file in files]
         if len(set(slots)) < len(slots) or own != slots or {len(columns[one]) for one in _COLUMNS} != {len(slots)}:
             raise CorruptError(f"{path}: the columns of {kind} {name} do not match")
-        groups[kind, name] = Group(f"{kind}/{name}" if name else kind, columns)
+        rows = zip(*(columns[one] for one in _COLUMNS[1:]), strict=True)
+        groups[kind, name] = Group(f"{kind}/{name}" if name else kind, dict(zip(slots, rows, strict=True)))
         if kind == "index":  # the spec of a file depends on its slot
             schema.check_value([entry.as_json() for entry in groups[kind, name].entries()], specs.FILES, path)
     state = State(header["commit"], header["head"], groups, Records(fields["records"]))

@@ -49,6 +49,16 @@ class FileStatus(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StoredStatus:
+    """A ``FileStatus`` as a server reported it; ``modified`` is in whole seconds on most."""
+
+    path: str
+    size: int
+    modified: float
+    tag: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unfinished:
     """What is left of a write that has not ended; ``run`` is the id of its writer.
 
@@ -176,25 +186,28 @@ def storage_at(place: Place) -> Storage:
         return place
     scheme, found, _ = os.fspath(place).partition("://")
     if found and scheme in CLOUD_SCHEMES:
-        return _object_storage(os.fspath(place))
+        try:
+            from retrotool.store.object_storage import ObjectStorage
+        except ModuleNotFoundError as error:
+            advice = "Install it with: pip install obstore boto3"
+            raise UsageError(f"{place}: {error.name} is not installed", advice) from None
+        return ObjectStorage(os.fspath(place))
     if found and scheme not in SCHEMES:
         raise UsageError(f"{place}: unknown scheme", f"Known are {', '.join(CLOUD_SCHEMES)}; else give a folder.")
     return SCHEMES.get(scheme if found else "", LocalStorage)(os.fspath(place))
 
 
-def _object_storage(place: str) -> Storage:
-    try:
-        from retrotool.store.object_storage import ObjectStorage
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{place}: {error.name} is not installed", "Install it with: pip install obstore boto3"
-        ) from None
-    return ObjectStorage(place)
-
-
 def each(storage: Storage, call: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
     """Yield ``call(item)`` of a storage for each of ``items``, in order."""
     yield from concurrently(call, items, REQUESTS_AT_ONCE if storage.latent else 1)
+
+
+def get_if_there(storage: Storage, path: str) -> bytes | None:
+    """Read a whole file; None if it does not exist."""
+    try:
+        return storage.get(path)
+    except FileNotFoundError:
+        return None
 
 
 def is_same(one: Storage, other: Storage) -> bool:
@@ -222,11 +235,9 @@ def check_space(storage: Storage, need: int, what: str) -> None:
         )
 
 
-def file_sha256(storage: Storage, path: str, tap: Callable[[memoryview], object] | None = None) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; ``tap`` is called with all its bytes."""
+def file_sha256(storage: Storage, path: str) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for block in storage.blocks(path):
         digest.update(block)
-        if tap is not None:
-            tap(memoryview(block))
     return digest.hexdigest()

@@ -36,7 +36,7 @@ from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.state import State, decode_checkpoint, encode_checkpoint
-from retrotool.store.storage import BLOCK_BYTES, Place, Sink, Storage, storage_at, where
+from retrotool.store.storage import BLOCK_BYTES, Place, Sink, Storage, get_if_there, storage_at, where
 from retrotool.store.sums import SUMS, BlockSums, has_sums, with_sums
 
 if TYPE_CHECKING:
@@ -162,18 +162,16 @@ class Store:
     def check_sum(self, entry: FileEntry) -> None:
         """Read a file of this view; ``CorruptError`` if its SHA-256 is not the one in the log."""
         with self.reading(entry) as storage:
-            sums = BlockSums()
-            digest = hashlib.sha256()
+            sums, digest = BlockSums(), hashlib.sha256()
             for block in self._blocks(entry):
                 digest.update(block)
                 if has_sums(entry.path):
                     sums.update(memoryview(block))
             if digest.hexdigest() != entry.sha256:
                 raise self.corrupt(f"{self.where(entry.path)}: its SHA-256 is not what the log says")
-            if has_sums(entry.path):
-                beside = entry.path + SUMS
-                if storage.stat(beside) is None or storage.get(beside) != sums.content():
-                    raise self.corrupt(f"{self.where(beside)} is missing or does not match its file")
+            beside = entry.path + SUMS
+            if has_sums(entry.path) and get_if_there(storage, beside) != sums.content():
+                raise self.corrupt(f"{self.where(beside)} is missing or does not match its file")
 
     def _blocks(self, entry: FileEntry) -> Iterator[bytes]:
         """Yield a file's bytes; with ``reads_copies`` those of a new copy, which later reads use."""
@@ -253,7 +251,7 @@ class Store:
     def tokenizer_json(self) -> bytes:
         """Return the tokenizer file's bytes, checked against the store's hash."""
         own = self.identity.tokenizer
-        data = self.storage.get(own.file) if self.storage.stat(own.file) is not None else b""
+        data = get_if_there(self.storage, own.file) or b""
         if hashlib.sha256(data).hexdigest() != own.sha256:
             raise CorruptError(
                 f"{self.where(own.file)} is missing or not this store's tokenizer",

@@ -49,31 +49,25 @@ class BlockSums:
 
     def __init__(self) -> None:
         self._sums = array("Q")
-        self._begun = xxhash.xxh3_64()
-        self._length = 0
+        self._begun = bytearray()  # less than a block
 
     def update(self, data: memoryview) -> None:
         """Add the next bytes."""
-        start = 0
-        while start < len(data):
-            piece = data[start : start + BLOCK - self._length]
-            start += len(piece)
-            if len(piece) == BLOCK:
-                self._sums.append(sum_of(piece))
-                continue
-            self._begun.update(piece)
-            self._length += len(piece)
-            if self._length == BLOCK:
-                self._close()
+        start = -len(self._begun) % BLOCK
+        self._begun += data[:start]
+        if len(self._begun) == BLOCK:
+            self._close()
+        stop = start + (len(data) - start) // BLOCK * BLOCK
+        self._sums.extend(sum_of(data[place : place + BLOCK]) for place in range(start, stop, BLOCK))
+        self._begun += data[max(start, stop) :]
 
     def _close(self) -> None:
-        self._sums.append(self._begun.intdigest())
-        self._begun.reset()
-        self._length = 0
+        self._sums.append(sum_of(self._begun))
+        self._begun.clear()
 
     def content(self) -> bytes:
         """Return the sums, after the last bytes were added."""
-        if self._length:
+        if self._begun:
             self._close()
         if sys.byteorder == "big":
             self._sums.byteswap()

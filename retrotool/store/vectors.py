@@ -20,7 +20,7 @@ from retrotool.ranges import expand_ranges
 from retrotool.store.cache import pin
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
-from retrotool.store.storage import Sink
+from retrotool.store.storage import Sink, get_if_there
 from retrotool.store.store import Store
 from retrotool.store.sums import BLOCK, SUM_DTYPE, SUMS, size_of_sums, sum_of
 
@@ -38,10 +38,8 @@ class MappedFile:
                 pin(file)
             self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self._store, self._path, self._file = store, entry.path, path
-        try:
-            sums = store.storage.get(entry.path + SUMS)
-        except FileNotFoundError:
-            raise store.corrupt(f"{store.where(entry.path + SUMS)} is missing") from None
+        if (sums := get_if_there(store.storage, entry.path + SUMS)) is None:
+            raise store.corrupt(f"{store.where(entry.path + SUMS)} is missing")
         if len(sums) != (due := size_of_sums(len(self.bytes))):
             raise store.corrupt(f"{store.where(entry.path + SUMS)} has {len(sums):,} bytes, not {due:,}")
         self._sums = np.frombuffer(sums, SUM_DTYPE)

@@ -78,7 +78,7 @@ class TouchWorker:
             os.kill(os.getpid(), signal.SIGKILL)
         entry = write_json_file(self.store, FileName.new(run, "selectors", f"t{n}", "json"), {"n": n}, 1)
         report(1)
-        return Staged(task.key, "touch", run, add=(entry,))
+        return Staged("touch", add=(entry,), task=task.key, run=run)
 
 
 @pytest.fixture

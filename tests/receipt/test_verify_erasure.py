@@ -82,7 +82,7 @@ def put_back(store: Path, before: Store, kind: str, name: str, chunk: int, forge
         new = FileName.new(run.id, kind, slot, FileName.parse(now.path).extension, name)
         if isinstance(forged, pa.Table):
             row_group = parts.ROW_GROUP
-            entry = parts.write_parquet(opened, new, forged, row_group=row_group, about=now.about)
+            entry = parts.write_batches(opened, new, forged.schema, [forged], row_group=row_group, about=now.about)
         elif isinstance(forged, np.ndarray):
             entry = write_vectors(opened, new, forged)
         else:

@@ -37,7 +37,7 @@ def unit(root: Path | Storage, run: str, name: str, index: int) -> Staged:
     parts = tuple(tuple(file(kind, part) for kind in ("documents", "chunks")) for part in range(PARTS[name, index]))
     quarantine = file("quarantine", 0, f"{name}.{index}") if (name, index) == ("a", 1) else None
     counts = dict.fromkeys(COUNTS, 10 + index)
-    return Staged(task_key(f"{name}{index}"), "chunk", run, unit=Unit(name, index, parts, quarantine, counts))
+    return Staged("chunk", unit=Unit(name, index, parts, quarantine, counts), task=task_key(f"{name}{index}"), run=run)
 
 
 def task_key(what: str) -> str:
@@ -55,7 +55,7 @@ def embedding(root: Path | Storage, run: str, part: int, reads: tuple[str, ...],
     data = f"{part} {about}".encode()
     add = write(root, run, "embeddings", f"{part:06d}", data, name="tiny")
     records = {"encoder:tiny": encoder(about)}
-    return Staged(task_key(f"embed {part} {about}"), "embed", run, reads=reads, add=(add,), records=records)
+    return Staged("embed", reads=reads, add=(add,), records=records, task=task_key(f"embed {part} {about}"), run=run)
 
 
 def numbered(state: State, root: Path) -> list[str]:

@@ -127,7 +127,7 @@ def test_a_commit_that_the_store_object_has_not_seen_counts(store: Store) -> Non
 def test_staged_files_are_kept_when_their_run_is_dead(store: Store) -> None:
     entry = write(Path(store.place), DEAD, "embeddings", "000000", name="tiny")
     with Run(store.storage, DEAD):
-        staging.stage(store.storage, Staged(TASK, "embed", DEAD, add=(entry,)))
+        staging.stage(store.storage, Staged("embed", add=(entry,), task=TASK, run=DEAD))
     assert clean(store) == 0
     assert files_in(Path(store.place)) == {entry.path, f"staging/{TASK}.json"}
     with Run(store.storage) as run:
@@ -143,7 +143,7 @@ def test_sums_stay_and_go_with_their_files(store: Store) -> None:
     with Run(store.storage, DEAD) as run:
         committed, staged, lost, erased = map(vectors, range(4))
         commit(store, run, committed, erased)
-        staging.stage(store.storage, Staged(TASK, "embed", DEAD, add=(staged,)))
+        staging.stage(store.storage, Staged("embed", add=(staged,), task=TASK, run=DEAD))
         sums = stored_file(store, f"{erased.path}.xxh3").read_bytes()
         commit(store, run, remove=(erased.path,))
         assert not stored_file(store, f"{erased.path}.xxh3").exists()
@@ -388,7 +388,7 @@ def test_the_files_of_a_dead_fold_that_are_staged_stay(store: Store) -> None:
     staged = tuple(write(Path(store.place), DEAD, kind, "", b"tokens") for kind in ("documents", "chunks"))
     lost = write(Path(store.place), DEAD, "chunks", "", b"tokens")
     counts = dict.fromkeys(staging.COUNTS, 0)
-    task = Staged(TASK, "chunk", DEAD, unit=staging.Unit("plan", 0, (staged,), None, counts))
+    task = Staged("chunk", unit=staging.Unit("plan", 0, (staged,), None, counts), task=TASK, run=DEAD)
     with Run(store.storage, DEAD):
         staging.stage(store.storage, task)
     assert clean(store) == 1

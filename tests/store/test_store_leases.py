@@ -195,7 +195,7 @@ def test_a_run_that_slept_for_half_a_day_writes_nothing_any_more(store: Store) -
             with pytest.raises(LostRunError, match="took this run for dead"):
                 commit(store, run, entry)
             with pytest.raises(LostRunError, match="took this run for dead"):
-                staging.stage(store.storage, Staged("task", "embed", run.id, add=(entry,)))
+                staging.stage(store.storage, Staged("embed", add=(entry,), task="task", run=run.id))
             with pytest.raises(LostRunError):
                 leases.claim_holders(store.storage, run.id)
         Run(store.storage, run.id, OneBeat())._beat()

@@ -67,7 +67,8 @@ def chunk_columns(draw: st.DrawFn, dtype: str) -> tuple[np.ndarray, ...]:
 
 
 def check_chunks(store: Store, columns: tuple[np.ndarray, ...], part: int, row_group: int) -> None:
-    entry = parts.write_parquet(store, name("chunks", part), parts.chunks_table(*columns), row_group=row_group)
+    table = parts.chunks_table(*columns)
+    entry = parts.write_batches(store, name("chunks", part), table.schema, [table], row_group=row_group)
     n = len(columns[0])
     assert entry.rows == n
     view = viewing(store, entry)
@@ -99,7 +100,8 @@ def test_what_is_embedded_and_searched(small: Store, rows: list[tuple[int, bool,
     """Embedded: keys that are not erased. Searched: those of them that are not purged. However the mask is read."""
     n_tokens, key, purged = (np.array(column) for column in zip(*rows, strict=True))
     table = parts.chunks_table(range(len(rows)), [0] * len(rows), n_tokens, np.zeros((len(rows), 8), "<u2"), key)
-    view = viewing(small, entry := parts.write_parquet(small, name("chunks", 2), table, row_group=row_group))
+    entry = parts.write_batches(small, name("chunks", 2), table.schema, [table], row_group=row_group)
+    view = viewing(small, entry)
     embedded = [n > 0 and is_key for n, is_key, _ in rows]
     chunks = parts.read_chunks(view, 2)
     assert chunks.embedded.tolist() == embedded

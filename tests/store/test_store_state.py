@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,13 +80,6 @@ class Model:
             assert (name in state.names(kind)) == any((k, n) == (kind, name) for k, n, _ in self.files)
             group = state.group(kind, name)
             assert len(group) == len(list(group)) == sum((k, n) == (kind, name) for k, n, _ in self.files)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _often_rebased() -> Iterator[None]:
-    """Groups are copied after a few changes rather than thousands."""
-    with mock.patch("retrotool.store.state._REBASE", 3):
-        yield
 
 
 @given(st.lists(st.tuples(slots, slots, records, st.booleans()), max_size=20))
@@ -248,9 +240,9 @@ def checkpoints(store: Store) -> list[Path]:
 
 
 def commits_read_to_open(root: Path) -> tuple[State, list[int]]:
-    with mock.patch("retrotool.store.log._bytes_of", wraps=log._bytes_of) as read:
+    with mock.patch("retrotool.store.log.get_if_there", wraps=log.get_if_there) as read:
         state = Store.open(root).state
-    return state, [call.args[1] for call in read.call_args_list]
+    return state, [int(Path(call.args[1]).stem) for call in read.call_args_list]
 
 
 def fold_of_log(store: Store) -> State:
