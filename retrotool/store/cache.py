@@ -86,7 +86,7 @@ def _copies(root: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file that no process has locked; return whether it is gone."""
+    """Remove a file that no process has locked; return whether it was deleted, by anyone."""
     try:
         with path.open("r+b") as file, _exclusive(file) as locked:  # NFS locks no file that is open for reading
             if locked:
