@@ -333,8 +333,9 @@ class _Upload:
             return
         try:
             self._call(self._writer.close)
-        except StorageError:
-            # The answer may be lost. Only this upload writes to this name, and it becomes visible whole.
+        except (StorageError, FileNotFoundError):
+            # The answer may be lost; then the upload is not found when obstore asks again. Only this upload
+            # writes to this name, and it becomes visible whole.
             found = self._storage.stat(self._path)
             if found is None or found.size != self._size:
                 raise

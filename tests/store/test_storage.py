@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import pickle
 import random
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import buckets
 import pytest
+from faulty_proxy import KINDS, set_fault
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_storage import MemoryStorage, memory_server
@@ -245,3 +247,23 @@ def test_large_pieces_pass_whole(storage: Storage) -> None:
     sink, _ = storage.put(PATH, RUN, writing(*pieces))
     assert storage.get(PATH) == b"".join(pieces)
     assert sink.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+@pytest.mark.on_disk
+@pytest.mark.parametrize("kind", ["localbucket"], indirect=True)
+def test_an_upload_in_parts_survives_every_fault(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(0).randbytes(PART_BYTES + 1)
+    with buckets.faulty(os.environ["AWS_ENDPOINT_URL"]) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy)
+        storage = storage_at(f"s3://{buckets.BUCKET}/parts {tmp_path.name}")
+        storage.put(f"plans/whole-{RUN}00000000.json", RUN, writing(data))
+        requests, _ = set_fault(proxy)
+        assert requests >= 4, "it begins, sends two parts and ends"
+        for fault in ("503", "late 500", "cut", "refuse"):
+            for at in range(1, requests + 1):
+                path = f"plans/{at}-{RUN}{KINDS.index(fault):08d}.json"
+                set_fault(proxy, fault, at)
+                sink, _ = storage.put(path, RUN, writing(data))
+                assert set_fault(proxy)[1], "the fault was due"
+                assert file_sha256(storage, path) == sink.sha256 == hashlib.sha256(data).hexdigest(), (fault, at)
+                storage.delete([path])
