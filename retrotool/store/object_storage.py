@@ -252,7 +252,7 @@ class ObjectStorage:
         _process = _process or os.getpid()
         if _process != os.getpid():
             raise StorageError(
-                f"{self.place}: this process was forked from one that had sent requests, which obstore does not support",
+                f"{self.place}: it was used before this process was forked, which obstore does not support",
                 'Start worker processes by "spawn" or "forkserver": DataLoader(multiprocessing_context="forkserver").',
             )
         disk.announce(operation, Path(where(self, path)))
