@@ -39,6 +39,12 @@ _CACHE = {
     "cache_size": ("SIZE", "Space for these copies.  [default: half of what is free]", "RETROTOOL_CACHE_SIZE"),
 }
 """Metavar, help and variable of the options of all commands that may map files (``store.cache``)."""
+_ENGINE = {
+    "engine": ("local|ray", "Where to work: this machine, or a Ray cluster.  [default: local]", "RETROTOOL_ENGINE"),
+    "ray_address": ("HOST:PORT", "Head of the cluster.  [default: this machine's cluster]", "RAY_ADDRESS"),
+}
+"""The same of the commands that run tasks (``engine``)."""
+_WITH_ENGINE = ("build", "chunk", "embed", "index", "neighbours", "purge", "erase", "verify", "repair")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -59,14 +65,15 @@ class _Group(TyperGroup):
             single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
-            if cmd_name not in _WITHOUT_PYARROW:
-                self.commands[cmd_name].params += [
-                    TyperOption(
-                        param_decls=[f"--{name.replace('_', '-')}"], metavar=metavar, help=text, envvar=variable,
-                        show_envvar=True, rich_help_panel=WORK,
-                    )
-                    for name, (metavar, text, variable) in _CACHE.items()
-                ]  # fmt: skip
+            shared = _ENGINE if cmd_name in _WITH_ENGINE else {}
+            shared = shared if cmd_name in _WITHOUT_PYARROW else shared | _CACHE
+            self.commands[cmd_name].params += [
+                TyperOption(
+                    param_decls=[f"--{name.replace('_', '-')}"], metavar=metavar, help=text, envvar=variable,
+                    show_envvar=True, rich_help_panel=WORK,
+                )
+                for name, (metavar, text, variable) in shared.items()
+            ]  # fmt: skip
         return self.commands[cmd_name]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -93,12 +100,19 @@ class _Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         if self.name not in _WITHOUT_PYARROW:
             leave_pandas_out()
-        cache = {name: value for name in _CACHE if (value := ctx.params.pop(name, None)) is not None}
+        cache, engine = (
+            {name: value for name in options if (value := ctx.params.pop(name, None)) is not None}
+            for options in (_CACHE, _ENGINE)
+        )
         with output.errors(ctx.params["as_json"]):
             if cache:
                 from retrotool.store.cache import use_cache
 
                 use_cache(**cache)
+            if engine.get("engine", "local") != "local":
+                from retrotool.engine import use_engine
+
+                use_engine(**engine)
             return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

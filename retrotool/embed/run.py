@@ -13,7 +13,7 @@ from retrotool.embed.foreign_vectors import check_vectors, find_vectors, foreign
 from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.store_encoder import compare, draw_sample
-from retrotool.encoder import Encoder, EncoderIdentity, default_name, find_devices, find_encoder
+from retrotool.encoder import Encoder, EncoderIdentity, default_name, find_encoder
 from retrotool.engine.progress import Progress, counting
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.store.folding import writing
@@ -104,7 +104,7 @@ def embed(
         found, files = ["cpu"], find_vectors(str(vectors))
         identity = foreign_identity(encoder, name or default_name(encoder), files.dimension)
     else:
-        found, files = find_devices(devices, dtype), None
+        found, files = engine.find_devices(devices, dtype), None
         with Progress("embed", doing="reading the encoder"):
             identity = find_encoder(encoder, pooling=pooling, name=name, dimension=dimension)[1]
     if name is None:  # use the store's name for it, even if it was moved

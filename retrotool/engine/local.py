@@ -25,21 +25,19 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import OpenError, Stage, Task, perform_reporting
+from retrotool.engine.task import OpenError, Stage, Task, TaskResult, perform_reporting
 from retrotool.lazy import leave_pandas_out
-from retrotool.store.leases import Run
-from retrotool.store.staging import Staged
+from retrotool.machine import use_cores
 from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
 WAIT_SECONDS = 30.0  # for a task to end, before the caller gets its turn
 _LISTEN_SECONDS = 5.0
-_perform: Callable[[Task], Staged | None] | Exception | None = None  # what this worker process does, or why it can't
+_perform: Callable[[Task], Any] | Exception | None = None  # what this worker process does, or why it can't
 _threads: ThreadPoolExecutor | None = None  # of this worker process, if several tasks are in flight
-_running: dict[Future[Staged | None], str] = {}  # the keys of these tasks
+_running: dict[Future[Any], str] = {}  # the keys of these tasks
 
 UpdatePipe: TypeAlias = "Connection[tuple[int, int], Any]"
-TaskResult = Staged | BaseException | None
 Ended = list[tuple[str, TaskResult]]  # keys of tasks that have ended
 
 
@@ -48,16 +46,9 @@ def _open_worker(
 ) -> None:
     global _perform, _threads
     leave_pandas_out()
-    if hasattr(os, "sched_setaffinity"):
-        # tokie honours nothing else. With a thread per core in each worker it would lose a third of its rate.
-        cores = sorted(os.sched_getaffinity(0))
-        first = number * threads % len(cores)
-        os.sched_setaffinity(0, (cores + cores)[first : first + threads])
+    use_cores(threads, number)  # otherwise each would start one thread per core
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_follow_parent, daemon=True).start()
-    # Otherwise the libraries of each worker would start one thread per core.
-    os.environ["RAYON_NUM_THREADS"] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     own: Any = stage
     in_flight = getattr(stage, "in_flight", 1)
     if devices := getattr(stage, "devices", ()):
@@ -105,11 +96,11 @@ def _do(task: Task | None, alone: bool) -> Ended:
 class _Here:
     """A pool of this process alone: ``begin`` does the task, or a thread where several are in flight."""
 
-    def __init__(self, stage: Stage, store: Store, run: Run, progress: Progress) -> None:
+    def __init__(self, stage: Stage, store: Store, run: str, progress: Progress) -> None:
         update = progress.update
-        self._perform = partial(perform_reporting, stage.open(store), store.storage, run=run.id, update=update)
+        self._perform = partial(perform_reporting, stage.open(store), store.storage, run=run, update=update)
         self.idle = list(range(getattr(stage, "in_flight", 1)))
-        self.busy: dict[Future[Staged | None], Task] = {}
+        self.busy: dict[Future[Any], Task] = {}
         self._threads = ThreadPoolExecutor(len(self.idle), "retrotool-task") if len(self.idle) > 1 else None
 
     def begin(self, task: Task) -> None:
@@ -117,7 +108,7 @@ class _Here:
         if self._threads is not None:
             self.busy[self._threads.submit(self._perform, task)] = task
             return
-        future: Future[Staged | None] = Future()
+        future: Future[Any] = Future()
         try:
             future.set_result(self._perform(task))
         except Exception as error:
@@ -146,11 +137,11 @@ class _Processes:
     None has more tasks in flight than its share of ``tasks``, so that all have some.
     """
 
-    def __init__(self, stage: Stage, store: Store, run: Run, workers: int, progress: Progress, tasks: int) -> None:
+    def __init__(self, stage: Stage, store: Store, run: str, workers: int, progress: Progress, tasks: int) -> None:
         self._context = multiprocessing.get_context("spawn")
         # Starting it unblocks Ctrl-C. Started with the first worker, it would expose that worker to Ctrl-C.
         resource_tracker.ensure_running()
-        self._arguments = (stage, store.storage, run.id, -(-tasks // workers))
+        self._arguments = (stage, store.storage, run, -(-tasks // workers))
         self._progress = progress
         self._threads = max(1, (os.cpu_count() or 1) // workers)
         self._pools: dict[int, ProcessPoolExecutor] = {}
@@ -223,7 +214,7 @@ class _Processes:
 
 
 def open_pool(
-    stage: Stage, store: Store, run: Run, workers: int, progress: Progress, tasks: int
+    stage: Stage, store: Store, run: str, workers: int, progress: Progress, tasks: int
 ) -> contextlib.AbstractContextManager[_Here | _Processes]:
     """Return a pool of ``workers`` processes, or of this process for one, for so many ``tasks``."""
     if workers == 1:

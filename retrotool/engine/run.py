@@ -1,4 +1,4 @@
-"""Runs the tasks of a stage in this process or in local worker processes.
+"""Runs the tasks of a stage in this process, in local worker processes, or on a Ray cluster.
 
 ``execute`` plans, runs, folds, and plans again until nothing is left, so a task whose input was erased is
 simply done again. A failed task is tried three times while the others go on. Tasks that another live run
@@ -13,11 +13,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from retrotool import interrupts
+from retrotool.engine.choice import engine_in_use
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import GivesUp, Holds, OpenError, Sized, Stage, Task, is_own
-from retrotool.errors import AbortError, ErasedError, HeldError, RetrotoolError, StorageError, TaskError
+from retrotool.engine.task import GivesUp, Holds, NodeLostError, OpenError, Sized, Stage, Task, is_own
+from retrotool.errors import AbortError, ErasedError, HeldError, RetrotoolError, StorageError, TaskError, UsageError
 from retrotool.store import folding, leases, staging
 from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
@@ -57,31 +59,49 @@ def execute(
     """
     execution = _Execution(stage, store, run, workers, enough, wait)
     with Progress(stage.name, stage.unit, doing="planning") as progress:
-        execution.work(progress)
+        execution.work(run, progress)
+
+
+def gather(stage: Stage, store: Store, tasks: Sequence[Task]) -> list[Any]:
+    """Do tasks of a stage that only reads; return what its worker returned for each.
+
+    Raises the first ``RetrotoolError`` of a task. A task that fails otherwise is tried three times.
+    """
+    found: dict[str, Any] = {}
+    if not tasks:
+        return []
+    execution = _Execution(stage, store, None)
+    with Progress(stage.name, stage.unit, doing="planning") as progress:
+        execution.run_tasks(tasks, progress, lambda task, result: found.update({task.key: result}))
+    execution.raise_failure()
+    return [found[task.key] for task in tasks]
 
 
 @dataclass(slots=True)
 class _Execution:
-    """A stage at work; ``attempts`` and the last errors of tasks ``given_up`` are by key."""
+    """A stage at work; ``attempts`` and the last errors of tasks ``given_up`` are by key.
+
+    Without a ``run``, tasks only read: nothing is committed, and errors of data end it.
+    """
 
     stage: Stage
     store: Store
-    run: Run
-    workers: int
-    enough: Enough | None
-    wait: bool
+    run: Run | None
+    workers: int = 1
+    enough: Enough | None = None
+    wait: bool = True
     known: dict[str, Task] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     given_up: dict[str, BaseException] = field(default_factory=dict)
     ended: bool = False
 
-    def work(self, progress: Progress) -> None:
-        stage, store, run = self.stage, self.store, self.run
+    def work(self, run: Run, progress: Progress) -> None:
+        stage, store = self.stage, self.store
         refused: Counter[str] = Counter()
         try:
             while not self.ended:
                 interrupts.check()
-                before = self._elsewhere()  # first: what is released from here on is not missed
+                before = self._elsewhere(run.id)  # first: what is released from here on is not missed
                 folding.fold(store, run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
                 held = leases.claim_holders(store.storage, run.id) if any(task.claimed for task in tasks) else {}
@@ -94,12 +114,11 @@ class _Execution:
                 if not tasks:
                     if not left or self.given_up:
                         break
-                    self._await(left, before, progress)
+                    self._await(left, run.id, before, progress)
                     continue
                 if isinstance(stage, Sized):  # with shards, other jobs need the space for their shares
                     check_space(store.storage, sum(stage.size_of(store, task) for task in tasks), stage.name)
-                self.known.update((task.key, task) for task in tasks)
-                self._run_tasks(tasks, progress)
+                self.run_tasks(tasks, progress, lambda _, staged: self._check_enough(staged))
                 for key in self.given_up:
                     leases.release_claim(store.storage, key, run.id)  # a killed worker could not
                 if isinstance(stage, GivesUp):
@@ -117,15 +136,19 @@ class _Execution:
         except KeyboardInterrupt:
             folding.fold(store, run)
             raise
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise the first error of the tasks that failed for good."""
         for key, error in self.given_up.items():
             if isinstance(error, RetrotoolError):
                 raise error
             raise TaskError(
-                f"{stage.name}: {self.known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
-                "The results of the other tasks are committed. Run the same command again to retry the rest.",
+                f"{self.stage.name}: {self.known[key].label} failed {ATTEMPTS} times: {type(error).__name__}: {error}",
+                "Run the same command again to retry it. The results of other tasks are kept.",
             ) from error
 
-    def _await(self, left: Mapping[str, str], before: object, progress: Progress) -> None:
+    def _await(self, left: Mapping[str, str], run: str, before: object, progress: Progress) -> None:
         """Wait until something changes about the tasks ``left``, by label, which are held by these runs."""
         storage, (label, owner) = self.store.storage, next(iter(left.items()))
         more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
@@ -137,41 +160,52 @@ class _Execution:
             )
         progress.plan(0, f"waiting for {held}")
         pause = POLL_SECONDS[0]
-        while self._elsewhere() == before:
+        while self._elsewhere(run) == before:
             interrupts.check()
             time.sleep(pause)
             pause = min(2 * pause, POLL_SECONDS[1])
 
-    def _elsewhere(self) -> object:
+    def _elsewhere(self, run: str) -> object:
         """Return what changes when another run commits, drops or takes a task, or ends."""
-        storage, run = self.store.storage, self.run.id
+        storage = self.store.storage
         return self.store.refresh().number, leases.claim_holders(storage, run), leases.others(storage, run)
 
-    def _run_tasks(self, tasks: Sequence[Task], progress: Progress) -> None:
+    def run_tasks(self, tasks: Sequence[Task], progress: Progress, take: Callable[[Task, Any], object]) -> None:
         """Run tasks in order and commit now and then; once one is enough, begin no more."""
-        from retrotool.engine.local import open_pool  # imports multiprocessing, which readers do not need
-
-        stage, store, run = self.stage, self.store, self.run
+        self.known.update((task.key, task) for task in tasks)
         workers = min(self.workers, len(tasks))
         if workers > 1 and len(tasks) <= _FEW * workers and not tasks[0].claimed:
             tasks = sorted(tasks, key=lambda task: -task.weight)
         waiting = deque(tasks)
         folded = time.monotonic()
         progress.plan(sum(task.weight for task in tasks), "loading")
-        with open_pool(stage, store, run, workers, progress, len(tasks)) as pool:
+        with self._pool(workers, progress, len(tasks)) as pool:
             while pool.busy or (waiting and not self.ended):
                 while waiting and pool.idle and not self.ended:
                     interrupts.check()
                     pool.begin(waiting.popleft())
                 for task, result in pool.finished():
                     if not isinstance(result, BaseException):
-                        self._check_enough(result)
+                        take(task, result)
                     elif self._note_failure(task, result):
                         waiting.appendleft(task)
                 interrupts.check()
-                if time.monotonic() - folded > FOLD_SECONDS:
-                    folding.fold(store, run)
+                if self.run is not None and time.monotonic() - folded > FOLD_SECONDS:
+                    folding.fold(self.store, self.run)
                     folded = time.monotonic()
+
+    def _pool(self, workers: int, progress: Progress, tasks: int) -> Any:
+        """Return a pool of the engine in use; importing it takes time that readers need not spend."""
+        run = "" if self.run is None else self.run.id
+        if (engine := engine_in_use()).name == "ray":
+            try:
+                from retrotool.engine.ray import RayPool
+            except ImportError as error:
+                raise UsageError("--engine ray needs the package ray", "pip install 'retrotool[ray]'") from error
+            return RayPool(engine, self.stage, self.store, run, progress, tasks)
+        from retrotool.engine.local import open_pool
+
+        return open_pool(self.stage, self.store, run, workers, progress, tasks)
 
     def _check_enough(self, staged: Staged | None) -> None:
         if self.enough is not None and staged is not None:
@@ -181,8 +215,10 @@ class _Execution:
         """Count a failure; return whether to try the task again."""
         if isinstance(error, OpenError):
             raise error.args[0] from None
-        if isinstance(error, _FATAL):
+        if isinstance(error, _FATAL) or (self.run is None and isinstance(error, RetrotoolError)):
             raise error
+        if isinstance(error, NodeLostError):
+            return True
         if isinstance(error, ErasedError):
             return False  # another process removed its input: the task is planned again if still needed
         self.attempts[task.key] = self.attempts.get(task.key, 0) + 1

@@ -26,6 +26,7 @@ from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
 Update = Callable[[int, int], object]  # takes units done, and units done by others
+TaskResult = Any  # of ``perform``, or the error that ended it
 Report = Callable[[int], object]  # takes how many units of work (``Stage.unit``) were just done
 
 
@@ -47,14 +48,18 @@ class Task:
 class Worker(Protocol):
     """Does tasks, one at a time, or as many as its stage has in flight."""
 
-    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
-        """Write the task's files under the run's id; return what to stage, or None if it is done already."""
+    def __call__(self, task: Task, run: str, report: Report) -> Any:
+        """Write the task's files under the run's id; return what to stage, or None if it is done already.
+
+        Without a run, only read, and return anything.
+        """
 
 
 class Stage(Protocol):
     """A kind of work. Of its ``devices``, if it has some, each worker process gets one.
 
-    With an attribute ``in_flight``, the worker of each process is called by so many threads at once.
+    With an attribute ``in_flight``, the worker of each process is called by so many threads at once. With
+    ``worker_cores``, a worker on a Ray cluster gets so many cores of its node, else all.
     """
 
     @property
@@ -131,12 +136,21 @@ def own_first(tasks: Sequence[Task], job: int, jobs: int) -> list[Task]:
     return [tasks[place] for place in sorted(range(len(tasks)), key=order)]
 
 
+class NodeLostError(Exception):
+    """A task ended with its machine, through no fault of its own."""
+
+
 class OpenError(Exception):
     """A worker process could not open the stage, for the reason in ``args[0]``; no task can be done."""
 
 
-def perform(worker: Worker, storage: Storage, task: Task, run: str, report: Report) -> Staged | None:
-    """Perform a task and stage it; None if another process did or does. Engines need only this function."""
+def perform(worker: Worker, storage: Storage, task: Task, run: str, report: Report) -> Any:
+    """Perform a task and stage it; None if another process did or does. Engines need only this function.
+
+    Without a ``run`` ("") nothing is staged, and what the worker returns is returned.
+    """
+    if not run:
+        return worker(task, run, report)
     if staging.is_staged(storage, task.key):
         return None
     if not task.claimed:
@@ -160,7 +174,7 @@ def _do(worker: Worker, storage: Storage, task: Task, run: str, report: Report) 
     return staged if staged is not None and staging.stage(storage, staged) else None
 
 
-def perform_reporting(worker: Worker, storage: Storage, task: Task, run: str, update: Update) -> Staged | None:
+def perform_reporting(worker: Worker, storage: Storage, task: Task, run: str, update: Update) -> Any:
     """Perform a task and report progress; it is subtracted if the task is not staged."""
     done = 0
 
@@ -171,10 +185,10 @@ def perform_reporting(worker: Worker, storage: Storage, task: Task, run: str, up
         update(units, 0)
 
     try:
-        staged = perform(worker, storage, task, run, report)
+        result = perform(worker, storage, task, run, report)
     except BaseException:
         update(-done, 0)
         raise
-    if staged is None:
+    if result is None:
         update(-done, task.weight)
-    return staged
+    return result

@@ -34,12 +34,13 @@ import pyarrow as pa
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.embed.search_scope import document_intervals, erased_chunks, purges_erased
-from retrotool.engine.progress import counting
-from retrotool.engine.task import Report
+from retrotool.engine import gather
+from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_records import RECALL, SHARD, IndexFiles
 from retrotool.index.searching import read_trained
 from retrotool.info.problems import Problem, problem_with
+from retrotool.ranges import runs_up_to
 from retrotool.store import neighbour_tables, parts, paths, staging
 from retrotool.store.blocked import read_hashes
 from retrotool.store.gc import foreign_files, unnamed_files
@@ -56,6 +57,7 @@ _DIGESTS = {  # by kind of files, the digests that can't be trusted if one of th
     "tombstones": ("tombstones",), "embeddings": ("embeddings",), "index": ("indexes",),
     "neighbours": ("neighbours", "materialised"), "chunks": ("content", "ids"), "documents": ("content", "ids"),
 }  # fmt: skip
+_TASK_BYTES = 1 << 30
 _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
 _SAMPLED_ROWS = 16
@@ -88,13 +90,14 @@ class Verification:
 
 
 class _Checked:
-    """A store that is being checked, its problems, and what the checks share."""
+    """A store that is being checked, its problems, and what the checks share.
 
-    def __init__(self, store: Store, problems: list[Problem]) -> None:
-        self.store, self.problems = store, problems
-        self.recorded, self.broken = set[str](), set[str]()  # keys of all records ever set, paths of damaged files
-        self.tombstones = Tombstones(np.zeros(0, np.int64))
-        self.zeros: dict[str, Ids] = {}  # by path of embeddings, the rows of live or purged keys with a zero vector
+    ``broken``: paths of damaged files. ``zeros``: by path of embeddings, the rows of live or purged keys with
+    a zero vector, if there are any.
+    """
+
+    def __init__(self, store: Store, problems: list[Problem], broken: set[str], zeros: dict[str, Ids]) -> None:
+        self.store, self.problems, self.broken, self.zeros = store, problems, broken, zeros
         self._keys: dict[int, npt.NDArray[np.uint8]] = {}
         entries = {entry.part: entry for entry in store.state.group("chunks").entries()}
         self._parts = np.array([-1, *entries])
@@ -124,6 +127,13 @@ class _Checked:
             self.add(path, str(error))
         except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, pa.ArrowException) as error:
             self.add(path, f"{what or path}: can't be checked: {type(error).__name__}: {error}")
+
+    @cached_property
+    def tombstones(self) -> Tombstones:
+        """Purged chunks; none if their files are damaged."""
+        with suppress(RetrotoolError, OSError, ValueError, pa.ArrowException):
+            return read_tombstones(self.store)
+        return Tombstones(np.zeros(0, np.int64))
 
     @cached_property
     def erasing(self) -> Tombstones:
@@ -180,9 +190,8 @@ def check_store(store: Store) -> Verification:
     """Check the store at its view. Raises ``ErasedError`` if a newer commit removes one of its files."""
     store.reads_copies = True
     result = Verification(True, store.state.number)
-    checked = _Checked(store, result.problems)
-    _check_log(checked)
-    _check_records(checked)
+    checked = _Checked(store, result.problems, set(), {})
+    _check_records(checked, _check_log(checked))
     for path in sorted(store.storage.irregular()):
         if not path.endswith("/") and ("/" in path or path in paths.FOLDERS):  # links elsewhere are harmless
             result.problems.append(problem_with(store, path, f"{path} is a symbolic link", is_link=True))
@@ -190,28 +199,24 @@ def check_store(store: Store) -> Verification:
     for path in staging.broken(store.storage):
         checked.add(path, f"{path} {broken}")
     result.foreign, result.unnamed = foreign_files(store), len(unnamed_files(store))
-    with counting("verify", "B", store.state.bytes()) as report:
-        _check_files(checked, result, report)
+    with checked.noting(store.identity.tokenizer.file):
+        store.tokenizer_json()
+    result.files, result.bytes = sum(1 for _ in store.state.files()), store.state.bytes()
+    _in_tasks(checked, "sums")
     with checked.noting("", "tombstones"):
-        checked.tombstones = read_tombstones(store)
-        result.tombstones = hashlib.blake2b(checked.tombstones.ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
-    total = PartDigest()
-    for part in store.state.all_parts():
-        entries = [store.state.part_file(kind, part) for kind in ("documents", "chunks")]
-        if any(entry is None for entry in entries):
-            checked.add("", f"part {part} has no documents file or no chunks file")
-        elif checked.broken.isdisjoint(entry.path for entry in entries if entry is not None):
-            with checked.noting(parts.part_entry(store, "chunks", part).path, f"part {part}"):
-                digest = _check_part(checked, part)
-                total += digest if store.state.is_live(part) else PartDigest()
+        ids = read_tombstones(store).ids
+        result.tombstones = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
+    total = sum(_in_tasks(checked, "chunks"), PartDigest())
     _check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
     _check_blocked(checked)
     _check_undone(checked)
     result.embeddings = _digest_files(store, "embeddings")
     result.indexes = _digest_files(store, "index")
-    result.neighbours, result.materialised = _check_neighbours(checked)
-    for name in store.state.names("index"):
-        _check_index(checked, name)
+    tables: list[tuple[str, str]] = _in_tasks(checked, "neighbours")
+    result.neighbours = _lines_digest(line for line, _ in tables)
+    result.materialised = _lines_digest(text for _, text in tables if text)
+    _check_windows(checked)
+    _in_tasks(checked, "index")
     if not checked.broken:
         result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
         for name in ("documents", "chunks", "tokens"):
@@ -228,15 +233,15 @@ def check_store(store: Store) -> Verification:
     return result
 
 
-def _check_log(checked: _Checked) -> None:
-    """Fold the log, compare the result with the open state, and collect the keys of all records ever set."""
-    store = checked.store
+def _check_log(checked: _Checked) -> set[str]:
+    """Fold the log, and compare the result with the open state; return the keys of all records ever set."""
+    store, recorded = checked.store, set[str]()
 
     def note(commit: Commit) -> None:
-        checked.recorded.update(commit.records)
+        recorded.update(commit.records)
         # A dropped index may be started again.
         removed = (key for key, value in commit.records.items() if value is None)
-        checked.recorded.difference_update(key for key in removed if key.startswith("index:"))
+        recorded.difference_update(key for key in removed if key.startswith("index:"))
 
     with checked.noting("", "log"):
         found = check_log(store.storage, store.genesis, store.state.number, note)
@@ -245,27 +250,104 @@ def _check_log(checked: _Checked) -> None:
             checked.add(named[0] if named else "", problem)
         if not found.problems and not same_state(found.state, store.state):
             checked.add("", "the open state differs from the fold of the log: commits are missing")
+    return recorded
 
 
-def _check_files(checked: _Checked, result: Verification, report: Report) -> None:
-    """Check sizes and sums, and add the paths of broken files to ``checked.broken``."""
-    store = checked.store
-    with checked.noting(store.identity.tokenizer.file):
-        store.tokenizer_json()
-    for entry in store.state.files():
-        result.files += 1
-        result.bytes += entry.bytes
-        try:
-            store.check_sum(entry)
-        except ErasedError:
-            raise
-        except (RetrotoolError, OSError) as error:
-            checked.add(entry.path, str(error).removeprefix(f"{store.place}/"))
-            checked.broken.add(entry.path)
-        report(entry.bytes)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a task has found: problems, files that are broken, zero vectors, and digests."""
+
+    problems: list[Problem]
+    broken: set[str]
+    zeros: dict[str, Ids]
+    digests: list[Any]
 
 
-def _check_part(checked: _Checked, part: int) -> PartDigest:
+@dataclass(frozen=True, slots=True)
+class VerifyStage:
+    """A step of ``verify`` at a commit; its tasks check some files each, and return a ``_Found``.
+
+    Steps: the "sums" of all files, then "chunks" with their documents and embeddings, tables of "neighbours",
+    and shards of an "index". ``broken`` and ``zeros`` are what earlier steps found.
+    """
+
+    step: str
+    commit: int
+    broken: frozenset[str] = frozenset()
+    zeros: Mapping[str, Ids] = field(default_factory=dict)
+    name: str = field(default="verify", init=False)
+    unit: str = field(default="B", init=False)
+
+    def plan(self, store: Store) -> list[Task]:
+        """Return tasks of up to ``_TASK_BYTES`` each."""
+        kinds = None if self.step == "sums" else (self.step,)
+        entries = (entry for entry in store.state.files() if kinds is None or entry.kind in kinds)
+        tasks = []
+        for number, some in enumerate(runs_up_to(_TASK_BYTES, entries, lambda entry: entry.bytes)):
+            places = [entry.place for entry in some]
+            key = task_key("verify", {"step": self.step, "number": number}, [])
+            weight = sum(entry.bytes for entry in some)
+            tasks.append(Task(key, f"{self.step} of {some[0].path}", weight, {"places": places}))
+        return tasks
+
+    def open(self, store: Store) -> Worker:
+        """Return the worker, which checks the store at the commit."""
+        view = store.at(self.commit)
+        view.reads_copies = True
+        checked = _Checked(view, [], set(self.broken), dict(self.zeros))
+        check = {"sums": _check_sum, "chunks": _check_part, "neighbours": _check_table_file, "index": _check_index}
+
+        def work(task: Task, run: str, report: Report) -> _Found:  # noqa: ARG001
+            checked.problems, checked.broken, checked.zeros, digests = [], set(self.broken), dict(self.zeros), []
+            for kind, name, slot in task.inputs["places"]:
+                entry = view.state.file(kind, slot, name)
+                assert entry is not None, "the state is that of the plan"
+                with checked.noting(entry.path):
+                    digests.append(check[self.step](checked, entry))
+                report(entry.bytes)
+            return _Found(checked.problems, checked.broken, checked.zeros, [one for one in digests if one is not None])
+
+        return work
+
+
+def _in_tasks(checked: _Checked, step: str) -> list[Any]:
+    """Do a step of ``verify``; add what it finds to ``checked``, and return its digests."""
+    stage = VerifyStage(step, checked.store.state.number, frozenset(checked.broken), checked.zeros)
+    digests = []
+    for found in gather(stage, checked.store, stage.plan(checked.store)):
+        checked.problems += found.problems
+        checked.broken |= found.broken
+        checked.zeros |= found.zeros
+        digests += found.digests
+    return digests
+
+
+def _check_sum(checked: _Checked, entry: FileEntry) -> None:
+    """Check a file's size and sum; note it if it is broken."""
+    try:
+        checked.store.check_sum(entry)
+    except ErasedError:
+        raise
+    except (RetrotoolError, OSError) as error:
+        checked.add(entry.path, str(error).removeprefix(f"{checked.store.place}/"))
+        checked.broken.add(entry.path)
+
+
+def _check_part(checked: _Checked, entry: FileEntry) -> PartDigest | None:
+    """Check a part's chunks with its documents and embeddings; return its digest if readers see it."""
+    store, part = checked.store, entry.part
+    if store.state.part_file("documents", part) is None:
+        checked.add("", f"part {part} has no documents file or no chunks file")
+        return None
+    if checked.whole("documents", part) is None or checked.whole("chunks", part) is None:
+        return None
+    digest: PartDigest | None = None
+    with checked.noting(entry.path, f"part {part}"):
+        digest = _check_chunks(checked, part)
+    return digest if store.state.is_live(part) else None
+
+
+def _check_chunks(checked: _Checked, part: int) -> PartDigest:
     store = checked.store
     chunks = parts.read_chunks(store, part)
     documents = parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks", "n_tokens"])
@@ -301,7 +383,7 @@ def _check_part(checked: _Checked, part: int) -> PartDigest:
 def _digest_files(store: Store, kind: str) -> str:
     files = [entry for name in store.state.names(kind) for entry in store.state.group(kind, name).entries()]
     lines = [f"{kind}/{one.name}/{one.slot} {one.sha256}" for one in files if one.slot != RECALL]
-    return _lines_digest(lines) if files else ""
+    return _lines_digest(lines)
 
 
 def _check_chunk_ids(checked: _Checked, ids: Ids, path: str, what: str = "") -> bool:
@@ -313,14 +395,14 @@ def _check_chunk_ids(checked: _Checked, ids: Ids, path: str, what: str = "") -> 
     return bool(known.all())
 
 
-def _check_records(checked: _Checked) -> None:
+def _check_records(checked: _Checked, recorded: set[str]) -> None:
     """Check mixtures, and that files have their records; an unfinished index or table may have none yet."""
     state = checked.store.state
     for kind, prefix in (("embeddings", "encoder:"), ("index", "index:"), ("neighbours", "neighbours:")):
         for name in state.names(kind):
             key = prefix + name
             measured = kind == "index" and state.file(kind, RECALL, name) is not None
-            if key not in state.records and (kind == "embeddings" or measured or key in checked.recorded):
+            if key not in state.records and (kind == "embeddings" or measured or key in recorded):
                 checked.add("", f"{kind} {name}: it has files, but the record {key!r} is missing")
     records = state.with_prefix("neighbours:")
     for name, record in records.items():
@@ -386,7 +468,8 @@ def _check_vectors(checked: _Checked, encoder: str, entry: FileEntry, embedded: 
         block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
         largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
     zero, infinite = (largest == 0) & embedded, np.flatnonzero(largest >= _INFINITE)
-    checked.zeros[entry.path] = np.flatnonzero(zero)
+    if zero.any():
+        checked.zeros[entry.path] = np.flatnonzero(zero)
     same = record.get("tokenizer") == store.identity.tokenizer.sha256
     # Another tokenizer may give no tokens for a text, such as white space. Then its vector is zero.
     # So is that of a purged chunk that none was given for.
@@ -399,19 +482,25 @@ def _check_vectors(checked: _Checked, encoder: str, entry: FileEntry, embedded: 
     checked.note(entry.path, wrong)
 
 
-def _check_index(checked: _Checked, name: str) -> None:
-    """Check that shards have all live embedded chunks of their parts, and no erased ones."""
-    everything: dict[int, set[int]] = {}
-    for slot, entry in checked.store.state.group("index", name).items():
-        if not slot.startswith(SHARD):
-            continue
-        covered = set((entry.about or {}).get("parts", ()))
-        held = everything.setdefault(generation_in(slot), set())
-        checked.note(entry.path, {"has parts that another shard has too": not held.isdisjoint(covered)})
-        held |= covered
-        if entry.path not in checked.broken:
-            with checked.noting(entry.path):
-                _check_shard(checked, name, entry, sorted(covered))
+def _check_windows(checked: _Checked) -> None:
+    """Check that no part is in two shards of a generation of an index."""
+    for name in checked.store.state.names("index"):
+        everything: dict[int, set[int]] = {}
+        for slot, entry in checked.store.state.group("index", name).items():
+            if slot.startswith(SHARD):
+                held, covered = everything.setdefault(generation_in(slot), set()), _parts_of_shard(entry)
+                checked.note(entry.path, {"has parts that another shard has too": not held.isdisjoint(covered)})
+                held |= covered
+
+
+def _parts_of_shard(entry: FileEntry) -> set[int]:
+    return set((entry.about or {}).get("parts", ()))
+
+
+def _check_index(checked: _Checked, entry: FileEntry) -> None:
+    """Check that a shard has all live embedded chunks of its parts, and no erased ones."""
+    if entry.slot.startswith(SHARD) and entry.path not in checked.broken:
+        _check_shard(checked, entry.name, entry, sorted(_parts_of_shard(entry)))
 
 
 def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[int]) -> None:
@@ -487,29 +576,26 @@ def _vectors(checked: _Checked, encoder: str, chunks: Iterable[int]) -> dict[int
     return found
 
 
-def _check_neighbours(checked: _Checked) -> tuple[str, str]:
-    """Check the neighbour tables; return the digest of their ids and distances, and that of their tokens."""
-    lines, texts = [], []
-    for name in checked.store.state.names("neighbours"):
-        for slot, entry in checked.store.state.group("neighbours", name).items():
-            if entry.path in checked.broken:
-                continue
-            with checked.noting(entry.path):
-                table = neighbour_tables.read_table(checked.store, entry)
-                digest = hashlib.blake2b(np.ascontiguousarray(table.ids, "<i8").data, digest_size=32)
-                digest.update(np.ascontiguousarray(table.distances, "<f4").data)
-                file = f"neighbours/{name}/{slot}"
-                lines.append(f"{file} {digest.hexdigest()}")
-                _check_table(checked, entry, name, table)
-                if neighbour_tables.text_size(entry):
-                    within = is_within(checked.store, entry, parts.read_schema(checked.store, entry).metadata)
-                    texts.append(f"{file} {_check_neighbour_text(checked, entry, table, within=within)}")
-    return _lines_digest(lines) if lines else "", _lines_digest(texts) if texts else ""
+def _check_table_file(checked: _Checked, entry: FileEntry) -> tuple[str, str] | None:
+    """Check a table; return a line with the digest of its ids and distances, and one of its tokens or ""."""
+    if entry.path in checked.broken:
+        return None
+    table = neighbour_tables.read_table(checked.store, entry)
+    digest = hashlib.blake2b(np.ascontiguousarray(table.ids, "<i8").data, digest_size=32)
+    digest.update(np.ascontiguousarray(table.distances, "<f4").data)
+    file, text = f"neighbours/{entry.name}/{entry.slot}", ""
+    with checked.noting(entry.path):
+        _check_table(checked, entry, entry.name, table)
+        if neighbour_tables.text_size(entry):
+            within = is_within(checked.store, entry, parts.read_schema(checked.store, entry).metadata)
+            text = f"{file} {_check_neighbour_text(checked, entry, table, within=within)}"
+    return f"{file} {digest.hexdigest()}", text
 
 
 def _lines_digest(lines: Iterable[str]) -> str:
-    """Compute the BLAKE2b-256 of sorted lines."""
-    return hashlib.blake2b("".join(f"{line}\n" for line in sorted(lines)).encode(), digest_size=32).hexdigest()
+    """Compute the BLAKE2b-256 of sorted lines, "" without any."""
+    text = "".join(f"{line}\n" for line in sorted(lines)).encode()
+    return hashlib.blake2b(text, digest_size=32).hexdigest() if text else ""
 
 
 def _check_table(checked: _Checked, entry: FileEntry, name: str, table: NeighbourTable) -> None:

@@ -19,7 +19,6 @@ from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import count_keys_of, count_left, embedded_parts, is_same_store, pick_encoder
-from retrotool.encoder import find_devices
 from retrotool.engine.progress import Progress
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import default_index
@@ -125,7 +124,7 @@ def neighbours(
         raise UsageError(f"--saved {saved} is more than 1000")
     engine.check_shard(search.shard)
     check_name(name, "--name")
-    devices = tuple(find_devices(search.devices))
+    devices = tuple(engine.find_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
     mixture = choose_mixture(store, name, Store.open(root), databases)
     opened = [one.database for one in mixture.tables]

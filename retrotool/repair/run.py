@@ -22,7 +22,8 @@ from retrotool.ann.lists import to_faiss
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import SearchableRows, embedded_parts
 from retrotool.embed.stage import EmbedStage
-from retrotool.encoder import find_devices, find_encoder
+from retrotool.encoder import find_encoder
+from retrotool.encoder.devices import pick_device
 from retrotool.errors import AbortError, CorruptError, RetrotoolError, StorageError, UsageError
 from retrotool.index.index_records import RECALL, RECALL_SAMPLE, SHARD, IndexFiles
 from retrotool.index.recall import measure_until_committed
@@ -71,7 +72,7 @@ def repair(root: str | Path, *, dry_run: bool = False, devices: str = "auto") ->
     before = found = _verified(root)
     if found.ok or not any(problem.repairable for problem in found.problems) or dry_run:
         return RepairResult(found.ok, found.commit, tuple(found.problems), tuple(found.problems))
-    store, used = Store.open(root), tuple(find_devices(devices))
+    store, used = Store.open(root), tuple(engine.find_devices(devices))
     tried, failed = dict[str, FileEntry | None](), dict[str, str]()
     for _ in range(_ROUNDS):
         wanted = {problem.path for problem in found.problems if problem.repairable}.difference(failed)
@@ -152,12 +153,12 @@ class _Round:
         if identity.sha256 != record["sha256"]:
             moved = f"If it was moved, record its new place: {command_line('embed', self.store)} --encoder DIR"
             raise UsageError(f"the encoder at {origin} is not the one that embedded the store", moved)
-        dtype = _recorded_dtype(self.store, name, self.devices[0])
+        dtype = _recorded_dtype(self.store, name, pick_device(self.devices[0]))
         stage = EmbedStage(origin, identity, self.devices, dtype, broken=_paths(broken))
         engine.execute(stage, self.store, run, workers=len(self.devices))
 
     def _index(self, run: Run, name: str, broken: Sequence[FileEntry]) -> None:
-        store, device = self.store, self.devices[0]
+        store, device = self.store, pick_device(self.devices[0])
         for entry in broken:
             if entry.slot.startswith("trained") and not self._train(run, name, entry):
                 index(store.place, name=name, options=Options(devices=",".join(self.devices), retrain=True))
@@ -180,7 +181,7 @@ class _Round:
         rows = sorted(training.sampled(embedded_parts(store, training.encoder)))
         searchable = SearchableRows(store, rows, read_tombstones(store))
         choice = parse_factory(training.factory, training.dimension)
-        memory, device = training.asked.memory, self.devices[0]
+        memory, device = training.asked.memory, pick_device(self.devices[0])
         made, _ = train(store, training.encoder, searchable, choice, memory=memory, device=device)
         file = FileName.new(run.id, "index", entry.slot, "faiss", name)
         new = write_index(store, to_faiss(made), file, entry.about)

@@ -1,0 +1,61 @@
+"""Which engine runs the tasks of commands: local processes, or a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from retrotool import encoder
+from retrotool.errors import UsageError
+
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine by name, and the address of a Ray cluster's head: HOST:PORT, or "auto"."""
+
+    name: str = "local"
+    address: str | None = None
+
+
+_chosen = Engine()
+
+
+def use_engine(engine: str = "local", ray_address: str | None = None) -> None:
+    """Run the tasks of all commands of this process with ``engine``, "local" or "ray".
+
+    ``ray_address``: HOST:PORT of the head of a cluster; by default $RAY_ADDRESS, else the cluster that this
+    machine belongs to.
+    """
+    global _chosen
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine} is not one of {', '.join(ENGINES)}")
+    address = ray_address or os.environ.get("RAY_ADDRESS") or "auto"
+    if engine == "ray" and "://" in address:
+        raise UsageError(
+            f"{address} is not the address of a cluster's head, HOST:PORT",
+            "To send the command to a cluster instead: ray job submit -- retrotool ...",
+        )
+    _chosen = Engine(engine, address if engine == "ray" else None)
+
+
+def engine_in_use() -> Engine:
+    """Return the engine that was chosen last."""
+    return _chosen
+
+
+def find_devices(devices: str, dtype: str = "auto") -> list[str]:
+    """Return the devices for the workers of a stage.
+
+    On Ray each worker has one GPU or a machine's cores, so there is a single entry: "auto" stands for the GPU
+    that Ray gave to the worker, or the CPU where it gave none.
+    """
+    if _chosen.name == "local":
+        return encoder.find_devices(devices, dtype)
+    if devices not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"--devices {devices}: on Ray every worker has one GPU, which is chosen by Ray",
+            "Use --devices auto, cuda or cpu.",
+        )
+    return [devices]
