@@ -71,6 +71,7 @@ class ChunkStage:
     run: str = ""
     name: str = "chunk"
     unit: str = "B"
+    worker_cores: int = 1
 
     def plan(self, store: Store) -> list[Task]:
         """Return a task for each unit that is neither committed nor another run's, in order."""

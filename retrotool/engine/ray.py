@@ -87,7 +87,8 @@ class RayWorker:
         place()
         try:
             own: Any = stage
-            if devices := getattr(stage, "devices", ()):
+            devices = getattr(stage, "devices", ())
+            if devices and "devices" in {one.name for one in dataclasses.fields(own)}:
                 own = dataclasses.replace(own, devices=(pick_device(devices[0]),))
             opened = own.open(Store.open(storage))
             self._perform = partial(perform_reporting, opened, storage, run=run, update=self._update)
@@ -145,15 +146,10 @@ class _Actor:
 class RayPool:
     """The actors of a stage; a context manager that ends them."""
 
-    def __init__(self, engine: Engine, stage: Stage, store: Store, run: str, progress: Progress, tasks: int) -> None:
+    def __init__(self, engine: Engine, stage: Stage, store: Store, run: str, progress: Progress) -> None:
         connect(engine)
-        self._stage, self._storage, self._run, self._progress, self._most = (
-            stage,
-            store.storage,
-            run,
-            progress,
-            tasks,
-        )
+        self._stage, self._storage, self._run, self._progress = stage, store.storage, run, progress
+        self.most = 0  # actors to make: as many as there are tasks
         here = {name: value for name, value in os.environ.items() if name.startswith("RETROTOOL_")}
         self._driver = _Driver(str(Path.cwd()), here)
         self._nodes: dict[str, Mapping[str, float]] = {}  # resources of the live nodes
@@ -260,7 +256,7 @@ class RayPool:
         shares = {node: share for node, share in self._shares().items() if self._failures[node] < _OPENINGS}
         for number in range(max((share.actors for share in shares.values()), default=0)):
             for node, share in shares.items():
-                if number < share.actors and len(self._actors) < self._most and (node, number) not in self._actors:
+                if number < share.actors and len(self._actors) < self.most and (node, number) not in self._actors:
                     self._make(node, number, share)
 
     def _shares(self) -> dict[str, _Share]:
@@ -271,8 +267,12 @@ class RayPool:
         if device == "cuda" or (device != "cpu" and with_gpus):
             return {node: _Share(n, max(1, cores.get(node, 1) // n), 1) for node, n in with_gpus.items()}
         each = getattr(self._stage, "worker_cores", 0)
-        others = {node: n for node, n in cores.items() if node not in with_gpus} or cores
-        return {node: _Share(max(1, n // each) if each else 1, min(each, n) or n, 0) for node, n in others.items()}
+        needed = getattr(self._stage, "worker_bytes", 0)
+        shares = {}
+        for node, n in ({node: n for node, n in cores.items() if node not in with_gpus} or cores).items():
+            room = int(self._nodes[node].get("memory", 0)) // 2 // needed if needed else n
+            shares[node] = _Share(max(1, min(n // each, room)) if each else 1, each or n, 0)
+        return shares
 
     def _make(self, node: str, number: int, share: _Share) -> None:
         options = {

@@ -9,9 +9,10 @@ the end. On Ctrl-C finished tasks are committed and the others are dropped.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,23 +59,31 @@ def execute(
     ``RetrotoolError``).
     """
     execution = _Execution(stage, store, run, workers, enough, wait)
-    with Progress(stage.name, stage.unit, doing="planning") as progress:
+    with execution.pools, Progress(stage.name, stage.unit, doing="planning") as progress:
         execution.work(run, progress)
 
 
-def gather(stage: Stage, store: Store, tasks: Sequence[Task]) -> list[Any]:
-    """Do tasks of a stage that only reads; return what its worker returned for each.
+Gather = Callable[[Sequence[Task]], list[Any]]
+"""Does tasks of a stage that only reads; returns what its worker returned for each.
 
-    Raises the first ``RetrotoolError`` of a task. A task that fails otherwise is tried three times.
-    """
-    found: dict[str, Any] = {}
-    if not tasks:
-        return []
+Raises the first ``RetrotoolError`` of a task. A task that fails otherwise is tried three times.
+"""
+
+
+@contextlib.contextmanager
+def gathering(stage: Stage, store: Store) -> Iterator[Gather]:
+    """Yield a function that does tasks of a stage that only reads; its workers stay open between calls."""
     execution = _Execution(stage, store, None)
-    with Progress(stage.name, stage.unit, doing="planning") as progress:
-        execution.run_tasks(tasks, progress, lambda task, result: found.update({task.key: result}))
-    execution.raise_failure()
-    return [found[task.key] for task in tasks]
+    with execution.pools, Progress(stage.name, stage.unit, doing="planning") as progress:
+
+        def gather(tasks: Sequence[Task]) -> list[Any]:
+            found: dict[str, Any] = {}
+            if tasks:
+                execution.run_tasks(tasks, progress, lambda task, result: found.update({task.key: result}))
+                execution.raise_failure()
+            return [found[task.key] for task in tasks]
+
+        yield gather
 
 
 @dataclass(slots=True)
@@ -94,6 +103,8 @@ class _Execution:
     attempts: dict[str, int] = field(default_factory=dict)
     given_up: dict[str, BaseException] = field(default_factory=dict)
     ended: bool = False
+    pools: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closes the pool that is kept
+    kept: Any = None
 
     def work(self, run: Run, progress: Progress) -> None:
         stage, store = self.stage, self.store
@@ -195,17 +206,27 @@ class _Execution:
                     folded = time.monotonic()
 
     def _pool(self, workers: int, progress: Progress, tasks: int) -> Any:
-        """Return a pool of the engine in use; importing it takes time that readers need not spend."""
-        run = "" if self.run is None else self.run.id
-        if (engine := engine_in_use()).name == "ray":
+        """Return a pool of the engine in use, opened; importing it takes time that readers need not spend.
+
+        It is kept for further rounds if it takes long to open: on Ray, and where it holds what was read.
+        """
+        run, engine = "" if self.run is None else self.run.id, engine_in_use()
+        if engine.name == "ray":
             try:
                 from retrotool.engine.ray import RayPool
             except ImportError as error:
                 raise UsageError("--engine ray needs the package ray", "pip install 'retrotool[ray]'") from error
-            return RayPool(engine, self.stage, self.store, run, progress, tasks)
+            if self.kept is None:
+                self.kept = self.pools.enter_context(RayPool(engine, self.stage, self.store, run, progress))
+            self.kept.most = tasks
+            return contextlib.nullcontext(self.kept)
         from retrotool.engine.local import open_pool
 
-        return open_pool(self.stage, self.store, run, workers, progress, tasks)
+        if self.run is not None:
+            return open_pool(self.stage, self.store, run, workers, progress, tasks)
+        if self.kept is None:
+            self.kept = self.pools.enter_context(open_pool(self.stage, self.store, run, workers, progress, tasks))
+        return contextlib.nullcontext(self.kept)
 
     def _check_enough(self, staged: Staged | None) -> None:
         if self.enough is not None and staged is not None:

@@ -59,7 +59,8 @@ class Stage(Protocol):
     """A kind of work. Of its ``devices``, if it has some, each worker process gets one.
 
     With an attribute ``in_flight``, the worker of each process is called by so many threads at once. With
-    ``worker_cores``, a worker on a Ray cluster gets so many cores of its node, else all.
+    ``worker_cores``, a worker on a Ray cluster gets so many cores of its node, else all; with
+    ``worker_bytes``, only as many workers are made as fit half of the node's memory.
     """
 
     @property

@@ -35,9 +35,9 @@ from retrotool.ann.ranking import Best, are_among, exact_distances
 from retrotool.ann.search import SPARE, Search
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.embed import search_scope
-from retrotool.encoder.devices import checking_device
-from retrotool.engine.progress import counting
-from retrotool.engine.task import Report
+from retrotool.encoder.devices import checking_device, pick_device
+from retrotool.engine import gathering
+from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import ConflictError
 from retrotool.index.index_records import INDEX, RECALL, IndexFiles, IndexRecord, ShardRecord, TrainingRecord
 from retrotool.index.searching import TUNED_K, Vectors, nearest_of, read_shard, read_trained, room_in, rows_in
@@ -361,8 +361,64 @@ _ENOUGH_NEW = 1000  # new vectors below which an average means nothing
 _ENOUGH = 50  # queries from new parts below which their recall means nothing
 
 
+@dataclass(frozen=True, slots=True)
+class RecallStage:
+    """Measures a generation of ``index`` as of ``commit``, in one task that returns a ``Measurement``.
+
+    ``sample``: number of queries. ``room``: bytes of each buffer.
+    """
+
+    index: str
+    generation: int
+    target: float
+    sample: int
+    room: int
+    commit: int
+    devices: tuple[str, ...]
+    name: str = field(default="recall", init=False)
+    unit: str = field(default="part", init=False)
+
+    def plan(self, store: Store) -> list[Task]:
+        """Return the task."""
+        numbers = IndexFiles(store.state, self.index, self.generation).parts
+        key = task_key("recall", {"index": self.index, "generation": self.generation}, [])
+        return [Task(key, f"index {self.index}", len(numbers), {})]
+
+    def open(self, store: Store) -> Worker:
+        """Return the worker."""
+        device = pick_device(self.devices[0])
+
+        def work(task: Task, run: str, report: Report) -> Measurement:  # noqa: ARG001
+            return self._measure(store.at(self.commit), device, report)
+
+        return work
+
+    def _measure(self, store: Store, device: str, report: Report) -> Measurement:
+        files = IndexFiles(store.state, self.index, self.generation)
+        assert files.training is not None, "the caller has looked"
+        encoder, trained = files.training.encoder, read_trained(store, self.index, self.generation)[1]
+        opened = list(each(store.storage, lambda entry: read_shard(store, entry, trained), files.shards.values()))
+        with checking_device(device):
+            truth = find_truth(store, encoder, files.parts, report, self.sample, device, self.room)
+        give_memory_back()
+        index = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains, self.room)
+        seen = np.array(sorted(files.training.sampled(distinct_parts(truth.ids))), np.int64)
+        trained_on = np.isin(part_of(truth.ids), seen)
+        groups = {
+            "source": truth.sources, "part": np.where(trained_on, "trained on", "added since").astype(object)
+        }  # fmt: skip
+        return measure_recall(truth, index, self.target, groups, report=lambda _: report(0))
+
+
 def measure_until_committed(
-    store: Store, run: Run, name: str, generation: int, target: float, sample: int, device: str, memory: int | None
+    store: Store,
+    run: Run,
+    name: str,
+    generation: int,
+    target: float,
+    sample: int,
+    devices: tuple[str, ...],
+    memory: int | None,
 ) -> None:
     """Measure a generation of an index and commit its record, which makes it the current one.
 
@@ -374,21 +430,10 @@ def measure_until_committed(
         training = files.training
         if training is None:
             raise superseded(name)
-        _, trained = read_trained(store, name, generation)
-        encoder, numbers = training.encoder, files.parts
-        room = room_in(training.asked.memory if memory is None else memory)
-        opened = list(each(store.storage, lambda entry: read_shard(store, entry, trained), files.shards.values()))
-        with counting("exact search", "part", len(numbers)) as report, checking_device(device):
-            truth = find_truth(store, encoder, numbers, report, sample, device, room)
-        give_memory_back()
-        with counting("recall", "point") as report:
-            banned = read_tombstones(store).contains
-            index = Searched(trained, opened, Vectors(store, encoder), banned, room)
-            seen = np.array(sorted(training.sampled(distinct_parts(truth.ids))), np.int64)
-            trained_on = np.isin(part_of(truth.ids), seen)
-            new_or_not = np.where(trained_on, "trained on", "added since").astype(object)
-            groups = {"source": truth.sources, "part": new_or_not}
-            found = measure_recall(truth, index, target, groups, report)
+        encoder, room = training.encoder, room_in(training.asked.memory if memory is None else memory)
+        stage = RecallStage(name, generation, target, sample, room, store.state.number, devices)
+        with gathering(stage, store) as gather:
+            found: Measurement = gather(stage.plan(store))[0]
         record = asdict(_record(files, training, found, target))
         path = FileName.new(run.id, "index", RECALL, "json", name)
         file = write_json_file(store, path, {**record, **asdict(found)}, len(found.curve))

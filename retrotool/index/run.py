@@ -12,7 +12,6 @@ from retrotool.ann.choice import IndexOptions, parse_factory
 from retrotool.chunk.chunk_plan import read_json_file
 from retrotool.cli.command_lines import command_line
 from retrotool.embed.search_scope import count_left, embedded_parts, pick_encoder
-from retrotool.encoder.devices import pick_device
 from retrotool.errors import UsageError
 from retrotool.index.index_records import (
     DEFAULT,
@@ -130,9 +129,7 @@ def index(
         elsewhere = engine.count_elsewhere(stage, store, run)
         if not elsewhere and (options.tune or not _is_measured(store.state, name, generation, wanted.target)):
             target, memory = wanted.target, wanted.memory
-            measure_until_committed(
-                store, run, name, generation, target, options.sample, pick_device(devices[0]), memory
-            )
+            measure_until_committed(store, run, name, generation, target, options.sample, stage.devices, memory)
         if options.default and store.refresh().records.get(DEFAULT) != name and index_record(store.state, name):
             store.commit(run, lambda _: Draft("index", {"default": name}, records={DEFAULT: name}))
     return retry_overtaken(lambda: describe(store, name, before=before, elsewhere=elsewhere))

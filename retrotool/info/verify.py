@@ -34,7 +34,8 @@ import pyarrow as pa
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.embed.search_scope import document_intervals, erased_chunks, purges_erased
-from retrotool.engine import gather
+from retrotool.engine import gathering
+from retrotool.engine.run import Gather
 from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
 from retrotool.index.index_records import RECALL, SHARD, IndexFiles
@@ -202,28 +203,8 @@ def check_store(store: Store) -> Verification:
     with checked.noting(store.identity.tokenizer.file):
         store.tokenizer_json()
     result.files, result.bytes = sum(1 for _ in store.state.files()), store.state.bytes()
-    _in_tasks(checked, "sums")
-    with checked.noting("", "tombstones"):
-        ids = read_tombstones(store).ids
-        result.tombstones = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
-    total = sum(_in_tasks(checked, "chunks"), PartDigest())
-    _check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
-    _check_blocked(checked)
-    _check_undone(checked)
-    result.embeddings = _digest_files(store, "embeddings")
-    result.indexes = _digest_files(store, "index")
-    tables: list[tuple[str, str]] = _in_tasks(checked, "neighbours")
-    result.neighbours = _lines_digest(line for line, _ in tables)
-    result.materialised = _lines_digest(text for _, text in tables if text)
-    _check_windows(checked)
-    _in_tasks(checked, "index")
-    if not checked.broken:
-        result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
-        for name in ("documents", "chunks", "tokens"):
-            setattr(result, name, found := getattr(total, name))
-            logged = store.state.records.get("totals", {}).get(name, 0)
-            if found != logged:
-                checked.add("", f"found {found:,} live {name}, but the log says {logged:,}")
+    with gathering(VerifyStage(store.state.number), store) as gather:
+        _check_files(checked, result, gather)
     for kind in {problem.kind for problem in result.problems}:
         for name in _DIGESTS.get(kind, ()):
             setattr(result, name, "")
@@ -231,6 +212,33 @@ def check_store(store: Store) -> Verification:
         result.problems = [one if one.path in checked.broken else one.doubtful() for one in result.problems]
     result.ok = not result.problems
     return result
+
+
+def _check_files(checked: _Checked, result: Verification, gather: Gather) -> None:
+    """Check the content of all files, and compute the digests."""
+    store = checked.store
+    _do_step(checked, "sums", gather)
+    with checked.noting("", "tombstones"):
+        ids = read_tombstones(store).ids
+        result.tombstones = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
+    total = sum(_do_step(checked, "chunks", gather), PartDigest())
+    _check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
+    _check_blocked(checked)
+    _check_undone(checked)
+    result.embeddings = _digest_files(store, "embeddings")
+    result.indexes = _digest_files(store, "index")
+    tables: list[tuple[str, str]] = _do_step(checked, "neighbours", gather)
+    result.neighbours = _lines_digest(line for line, _ in tables)
+    result.materialised = _lines_digest(text for _, text in tables if text)
+    _check_windows(checked)
+    _do_step(checked, "index", gather)
+    if not checked.broken:
+        result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
+        for name in ("documents", "chunks", "tokens"):
+            setattr(result, name, found := getattr(total, name))
+            logged = store.state.records.get("totals", {}).get(name, 0)
+            if found != logged:
+                checked.add("", f"found {found:,} live {name}, but the log says {logged:,}")
 
 
 def _check_log(checked: _Checked) -> set[str]:
@@ -265,56 +273,55 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class VerifyStage:
-    """A step of ``verify`` at a commit; its tasks check some files each, and return a ``_Found``.
+    """Checks files of a store as of ``commit``. A task checks some of them and returns a ``_Found``.
 
-    Steps: the "sums" of all files, then "chunks" with their documents and embeddings, tables of "neighbours",
-    and shards of an "index". ``broken`` and ``zeros`` are what earlier steps found.
+    Its steps: the "sums" of all files, then "chunks" with their documents and embeddings, tables of
+    "neighbours", and shards of an "index".
     """
 
-    step: str
     commit: int
-    broken: frozenset[str] = frozenset()
-    zeros: Mapping[str, Ids] = field(default_factory=dict)
     name: str = field(default="verify", init=False)
     unit: str = field(default="B", init=False)
 
     def plan(self, store: Store) -> list[Task]:
-        """Return tasks of up to ``_TASK_BYTES`` each."""
-        kinds = None if self.step == "sums" else (self.step,)
-        entries = (entry for entry in store.state.files() if kinds is None or entry.kind in kinds)
+        """Return the tasks of the first step."""
+        return self.tasks("sums", store, set(), {})
+
+    def tasks(self, step: str, store: Store, broken: set[str], zeros: dict[str, Ids]) -> list[Task]:
+        """Return the tasks of a step; ``broken`` and ``zeros`` are what earlier ones found."""
+        entries = (entry for entry in store.state.files() if step in ("sums", entry.kind))
         tasks = []
         for number, some in enumerate(runs_up_to(_TASK_BYTES, entries, lambda entry: entry.bytes)):
-            places = [entry.place for entry in some]
-            key = task_key("verify", {"step": self.step, "number": number}, [])
-            weight = sum(entry.bytes for entry in some)
-            tasks.append(Task(key, f"{self.step} of {some[0].path}", weight, {"places": places}))
+            inputs = {"step": step, "places": [entry.place for entry in some], "broken": broken, "zeros": zeros}
+            key = task_key("verify", {"step": step, "number": number}, [])
+            tasks.append(Task(key, f"{step} of {some[0].path}", sum(entry.bytes for entry in some), inputs))
         return tasks
 
     def open(self, store: Store) -> Worker:
-        """Return the worker, which checks the store at the commit."""
+        """Return the worker."""
         view = store.at(self.commit)
         view.reads_copies = True
-        checked = _Checked(view, [], set(self.broken), dict(self.zeros))
+        checked = _Checked(view, [], set(), {})
         check = {"sums": _check_sum, "chunks": _check_part, "neighbours": _check_table_file, "index": _check_index}
 
         def work(task: Task, run: str, report: Report) -> _Found:  # noqa: ARG001
-            checked.problems, checked.broken, checked.zeros, digests = [], set(self.broken), dict(self.zeros), []
+            checked.problems, checked.broken, checked.zeros = [], set(task.inputs["broken"]), dict(task.inputs["zeros"])
+            digests = []
             for kind, name, slot in task.inputs["places"]:
                 entry = view.state.file(kind, slot, name)
                 assert entry is not None, "the state is that of the plan"
                 with checked.noting(entry.path):
-                    digests.append(check[self.step](checked, entry))
+                    digests.append(check[task.inputs["step"]](checked, entry))
                 report(entry.bytes)
             return _Found(checked.problems, checked.broken, checked.zeros, [one for one in digests if one is not None])
 
         return work
 
 
-def _in_tasks(checked: _Checked, step: str) -> list[Any]:
+def _do_step(checked: _Checked, step: str, gather: Gather) -> list[Any]:
     """Do a step of ``verify``; add what it finds to ``checked``, and return its digests."""
-    stage = VerifyStage(step, checked.store.state.number, frozenset(checked.broken), checked.zeros)
-    digests = []
-    for found in gather(stage, checked.store, stage.plan(checked.store)):
+    stage, digests = VerifyStage(checked.store.state.number), list[Any]()
+    for found in gather(stage.tasks(step, checked.store, checked.broken, checked.zeros)):
         checked.problems += found.problems
         checked.broken |= found.broken
         checked.zeros |= found.zeros

@@ -76,19 +76,24 @@ from retrotool.store.vectors import read_vectors, write_vectors
 Flags = npt.NDArray[np.bool_]
 
 
+WORKER_BYTES = 1 << 29  # memory of a worker, besides the rows of a part
+
+
 @dataclass(frozen=True, slots=True)
 class EraseStage:
     """Erases ``targets``: the chunks of ``purges``, which are tombstones.
 
     ``clean`` caches the paths that hold none of them. A path always names the same bytes, so planning again
-    reads only new files.
+    reads only new files. ``worker_bytes``: memory of a worker.
     """
 
     targets: Tombstones
     purges: tuple[str, ...]
+    worker_bytes: int = WORKER_BYTES
     clean: set[str] = field(default_factory=set, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
+    worker_cores: int = field(default=1, init=False)
 
     def plan(self, store: Store) -> list[Task]:
         """Return a task per part that holds a target; if none does, per shard, table and quarantine file.
@@ -320,7 +325,7 @@ ELSEWHERE = (
     "where other stores have neighbours in this one"
 )
 _ROWS_A_WORKER = 1 << 16  # rows that a worker must have to be worth its start-up time
-_WORKER_BYTES, _TIMES_A_PART = 1 << 29, 3
+_TIMES_A_PART = 3
 """Memory of a process: fixed bytes, and a multiple of the tokens and vectors of a part."""
 _Planned = TypeVar("_Planned", bound="EraseResult")
 
@@ -447,8 +452,10 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     ``ConflictError`` if one of the purges was undone, or got more chunks, before the erase was done.
     """
     targets = Tombstones(chunks)
-    workers = _workers(store, targets)
-    stage = EraseStage(targets, tuple(purges))
+    stage = EraseStage(targets, tuple(purges), _worker_bytes(store, targets))
+    rows = sum(parts.part_entry(store, "chunks", part).rows for part in targets.parts())
+    room = memory_of_machine() // 2 // stage.worker_bytes
+    workers = max(1, min(cores(), len(targets.parts()), room, rows // _ROWS_A_WORKER))
     with Progress("erase", doing="looking for files with purged chunks"):
         rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)
@@ -478,12 +485,11 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     return rewritten
 
 
-def _workers(store: Store, targets: Tombstones) -> int:
-    """Return the number of processes: limited by cores, half the memory, and start-up time."""
+def _worker_bytes(store: Store, targets: Tombstones) -> int:
+    """Return the memory that a worker needs for the largest part."""
     several = [part_files(store, part) for part in targets.parts()]
     rows = [parts.part_entry(store, "chunks", part).rows for part in targets.parts()]
     vectors = [sum(entry.bytes for entry in files if entry.kind == "embeddings") for files in several]
     tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
     most = max((n * tokens + size for n, size in zip(rows, vectors, strict=True)), default=0)
-    room = memory_of_machine() // 2 // (_WORKER_BYTES + _TIMES_A_PART * most)
-    return max(1, min(cores(), len(several), room, sum(rows) // _ROWS_A_WORKER))
+    return WORKER_BYTES + _TIMES_A_PART * most

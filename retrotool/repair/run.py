@@ -158,7 +158,7 @@ class _Round:
         engine.execute(stage, self.store, run, workers=len(self.devices))
 
     def _index(self, run: Run, name: str, broken: Sequence[FileEntry]) -> None:
-        store, device = self.store, pick_device(self.devices[0])
+        store = self.store
         for entry in broken:
             if entry.slot.startswith("trained") and not self._train(run, name, entry):
                 index(store.place, name=name, options=Options(devices=",".join(self.devices), retrain=True))
@@ -171,7 +171,7 @@ class _Round:
         record = IndexFiles(store.refresh(), name).record
         if record is not None and (shards or any(entry.slot == RECALL for entry in broken)):
             generation, target = record.generation, record.target
-            measure_until_committed(store, run, name, generation, target, RECALL_SAMPLE, device, None)
+            measure_until_committed(store, run, name, generation, target, RECALL_SAMPLE, self.devices, None)
 
     def _train(self, run: Run, name: str, entry: FileEntry) -> bool:
         """Train with the recorded settings; replace the file and return True if that gave the same bytes."""

@@ -230,7 +230,7 @@ def erase_when(monkeypatch: pytest.MonkeyPatch, store: Path, name: str, times: i
     monkeypatch.setattr(verifying, name, called)
 
 
-@pytest.mark.parametrize("name", ["_check_log", "_in_tasks", "_check_part", "_digest_files"])
+@pytest.mark.parametrize("name", ["_check_log", "_do_step", "_check_part", "_digest_files"])
 def test_an_erase_beside_it_is_no_damage(store: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     erase_when(monkeypatch, store, name, 2)
     found = api.verify(store)
@@ -243,7 +243,7 @@ def test_where_files_are_erased_all_the_time_nothing_is_said_of_the_store(
     store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verifying, "retry_overtaken", functools.partial(verifying.retry_overtaken, attempts=4))
-    erase_when(monkeypatch, store, "_in_tasks", 100)
+    erase_when(monkeypatch, store, "_do_step", 100)
     with pytest.raises(ErasedError, match=r"replaced|erased"):
         api.verify(store)
     with pytest.raises(SystemExit) as end:
@@ -256,7 +256,7 @@ def test_an_erase_beside_it_hides_no_damage(store: Path, monkeypatch: pytest.Mon
     # Not in what the erase rewrites, or the erase would fail.
     path = stored_files(store, KINDS["inputs"])[0]
     flip(path, random.Random(0))
-    erase_when(monkeypatch, store, "_in_tasks", 1)
+    erase_when(monkeypatch, store, "_do_step", 1)
     assert_found(store, path)
 
 

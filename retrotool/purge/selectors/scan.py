@@ -26,6 +26,7 @@ from retrotool import interrupts
 from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
+from retrotool.purge.selectors.classified import Classified
 from retrotool.purge.selectors.selector import BLOCK_ROWS, Decoder, Matcher, Selector, TextBlock, text_blocks
 from retrotool.read_ahead import concurrently
 from retrotool.store import parts
@@ -44,6 +45,11 @@ class ScanStage:
     selectors: tuple[Selector, ...]
     name: str = field(default="select", init=False)
     unit: str = field(default="chunk", init=False)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device that a classifier uses, if there is one."""
+        return tuple(selector.device for selector in self.selectors if isinstance(selector, Classified))
 
     def scan(self, store: Store) -> str:
         """Return the name of this scan: a hash of its selectors, keyed with the store's secret."""
