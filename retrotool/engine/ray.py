@@ -25,6 +25,8 @@ import dataclasses
 import logging
 import os
 import pickle
+import socket
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -42,13 +44,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from retrotool.encoder.devices import pick_device
 from retrotool.engine.choice import Engine
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import NodeLostError, OpenError, Stage, Task, TaskResult, perform_reporting
+from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform_reporting
 from retrotool.errors import TaskError, UsageError
 from retrotool.lazy import leave_pandas_out
 from retrotool.machine import use_cores
 from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
+_CONNECT_SECONDS = 10.0
 WAIT_SECONDS = 5.0  # for a task to end, before nodes and progress are looked at
 _LOOK_SECONDS = 2.0  # between two looks at the nodes
 _OPENINGS = 3  # failures in a row after which a node is left alone
@@ -144,10 +147,10 @@ class _Actor:
 
 
 class RayPool:
-    """The actors of a stage; a context manager that ends them."""
+    """The actors of a stage; a context manager that connects to the cluster, and ends them."""
 
     def __init__(self, engine: Engine, stage: Stage, store: Store, run: str, progress: Progress) -> None:
-        connect(engine)
+        self._engine, self._open = engine, contextlib.ExitStack()
         self._stage, self._storage, self._run, self._progress = stage, store.storage, run, progress
         self.most = 0  # actors to make: as many as there are tasks
         here = {name: value for name, value in os.environ.items() if name.startswith("RETROTOOL_")}
@@ -224,8 +227,9 @@ class RayPool:
         usable = self._shares()
         if not self._actors and all(self._failures[node] >= _OPENINGS for node in usable):
             if isinstance(error, RayError):
-                raise TaskError(f"{self._stage.name}: the workers on Ray end when they start: {error}") from error
-            raise OpenError(error)
+                why = str(error).strip().splitlines()[-1]
+                raise TaskError(f"{self._stage.name}: the workers on Ray end when they start: {why}") from error
+            raise error
 
     def _lose(self, actor: _Actor) -> None:
         """Stop using an actor; another one is made in its place if its node is alive."""
@@ -294,21 +298,51 @@ class RayPool:
                 self._asked[actor.handle.reported.remote()] = actor
 
     def __enter__(self) -> RayPool:
+        self._open.enter_context(connected(self._engine))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor.handle)
+        with self._open:
+            for actor in self._actors.values():
+                ray.kill(actor.handle)
 
 
-def connect(engine: Engine) -> None:
-    """Connect this process to the cluster, if it is not yet; ``UsageError`` if there is none."""
-    if ray.is_initialized():
-        return
+_connections = 0  # of pools that are open
+_connecting = threading.Lock()
+
+
+@contextlib.contextmanager
+def connected(engine: Engine) -> Iterator[None]:
+    """Connect to the cluster, if this process is not connected yet; ``UsageError`` if there is none.
+
+    Ray prints on stdout what it has to say. It goes to stderr, as stdout is for results.
+    """
+    global _connections
+    with _connecting:
+        if not ray.is_initialized():
+            _connect(engine.address or "auto")
+            _connections = 0
+        elif not _connections:
+            _connections = 1  # the caller's own connection stays
+        _connections += 1
     try:
-        ray.init(engine.address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with _connecting:
+            _connections -= 1
+            if not _connections:
+                ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    try:
+        if address != "auto":  # Ray itself tries for many minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"no Ray cluster can be reached at {engine.address}: {str(error).splitlines()[0]}",
+            f"no Ray cluster can be reached at {address}: {str(error).splitlines()[0]}",
             "Start one with `ray start --head`, or name the head with --ray-address HOST:PORT.",
         ) from error

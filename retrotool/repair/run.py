@@ -70,6 +70,9 @@ class RepairResult:
 def repair(root: str | Path, *, dry_run: bool = False, devices: str = "auto") -> RepairResult:
     """Rebuild the damaged files that can be rebuilt; ``dry_run``: only say what is damaged."""
     before = found = _verified(root)
+    if found.ok and not dry_run:
+        with suppress(StorageError), writing(Store.open(root)):  # removes what a killed repair left
+            pass
     if found.ok or not any(problem.repairable for problem in found.problems) or dry_run:
         return RepairResult(found.ok, found.commit, tuple(found.problems), tuple(found.problems))
     store, used = Store.open(root), tuple(engine.find_devices(devices))

@@ -1,0 +1,154 @@
+"""Tasks on a Ray cluster: what commands leave, and what happens when workers, nodes or the driver are lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Shared, make_rows, write_jsonl
+from ray_cluster import ENVIRONMENT, RayCluster, start
+from ray_stages import MarkStage, await_file, drive
+from typer.testing import CliRunner
+
+from retrotool import api
+from retrotool.app import app
+from retrotool.errors import TaskError, UsageError
+from retrotool.store.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.on_disk]
+STORY = [
+    "chunk STORE INPUT --tokenizer ENCODER --part-size 60",
+    "embed STORE --encoder ENCODER",
+    "index STORE --nlist 8 --sample 50",
+    "neighbours STORE --saved 6",
+    "purge STORE --pattern river --allow-lossy --reason test --yes --erase",
+    "verify STORE",
+]
+
+
+@pytest.fixture
+def cluster(shared: Shared[RayCluster]) -> RayCluster:
+    """A cluster of two nodes with a core each, of which one has a GPU, for all tests."""
+    return shared("ray", lambda _: start())
+
+
+@pytest.fixture
+def driver() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own, which knows nothing of Ray yet, and takes it away when it ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            yield pool
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_encoder: Path) -> Path:
+    api.chunk(tmp_path / "store", [str(write_jsonl(tmp_path / "c.jsonl", make_rows(2)))], tokenizer=str(tiny_encoder))
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "store"
+
+
+def attempts(marks: Path) -> Counter[str]:
+    """Count the attempts at each task."""
+    return Counter(one.name.split(".")[0] for one in marks.iterdir() if one.name[0].isdigit())
+
+
+def nodes_of(marks: Path) -> set[str]:
+    return {one.name.split(".")[1] for one in marks.iterdir() if "." in one.name}
+
+
+def tell(engine: str, address: str, words: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """Run the story; return what each command prints, and what ``verify`` says of the store then."""
+    steps = []
+    for line in STORY:
+        words_of = [words.get(word, word) for word in line.split()]
+        arguments = [*words_of, "--engine", engine, *(["--ray-address", address] if engine == "ray" else [])]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        api.use_engine("local")
+        found = dataclasses.asdict(api.verify(words["STORE"]))
+        del found["bytes"]
+        if line.startswith("verify"):
+            found["printed"] = re.sub(r"[\d.]+ [kM]?B", "", done.stdout)
+        steps.append((line, found))
+    return steps
+
+
+def test_commands_leave_the_same_as_on_this_machine(
+    cluster: RayCluster, driver: ProcessPoolExecutor, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    words = {"INPUT": str(write_jsonl(tmp_path / "c.jsonl", make_rows(40))), "ENCODER": str(tiny_encoder)}
+    local = tell("local", "", {**words, "STORE": str(tmp_path / "local")})
+    on_ray = driver.submit(tell, "ray", cluster.address, {**words, "STORE": str(tmp_path / "ray")}).result()
+    assert on_ray == local
+    assert local[-1][1]["ok"]
+
+
+def test_a_killed_worker_is_replaced_and_a_task_that_kills_three_is_named(
+    cluster: RayCluster, driver: ProcessPoolExecutor, store: Path, tmp_path: Path
+) -> None:
+    stage = MarkStage(str(tmp_path / "marks"), tasks=3, die=(1, 3), opening=("die", 1))
+    with pytest.raises(TaskError, match=r"task 1 failed 3 times: .*its worker was killed"):
+        driver.submit(drive, cluster.address, str(store), stage).result()
+    assert attempts(tmp_path / "marks") == {"0": 1, "1": 3, "2": 1}
+    assert list(Store.open(store).state.group("selectors")) == ["t0", "t2"], "the others are kept"
+    assert driver.submit(drive, cluster.address, str(store), stage).result() == ["t0", "t1", "t2"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("kind", "error"), [("refuse", UsageError), ("die", TaskError)])
+def test_if_no_node_can_open_the_stage_the_reason_is_raised(
+    cluster: RayCluster, driver: ProcessPoolExecutor, store: Path, tmp_path: Path, kind: str, error: type[Exception]
+) -> None:
+    stage = MarkStage(str(tmp_path / "marks"), opening=(kind, 99))
+    with pytest.raises(error, match="the model is not here" if kind == "refuse" else "end when they start"):
+        driver.submit(drive, cluster.address, str(store), stage).result()
+    assert len(list((tmp_path / "marks").glob("opening.*"))) == 3, "on the node without a GPU, which other work leaves"
+
+
+def test_a_node_joins_and_is_lost(
+    cluster: RayCluster, driver: ProcessPoolExecutor, store: Path, tmp_path: Path
+) -> None:
+    """Tasks are held until one is on the new node; then that is lost, and its task is done elsewhere."""
+    marks = tmp_path / "marks"
+    stage = MarkStage(str(marks), tasks=8, hold="go")
+    done = driver.submit(drive, cluster.address, str(store), stage)
+    await_file(lambda: len(attempts(marks)) == 1)
+    known = nodes_of(marks)
+    new = cluster.add(num_cpus=1)
+    try:
+        await_file(lambda: done.done() or nodes_of(marks) - known == {new})
+    finally:
+        cluster.remove(new)
+    held = [Path("/proc") / one.name.split(".")[2] for one in marks.iterdir() if f".{new}." in one.name]
+    await_file(lambda: not any(process.exists() for process in held))
+    (marks / "go").touch()
+    assert len(done.result()) == 8
+    tried = attempts(marks)
+    assert sorted(tried.values()) == [1] * 7 + [2], "the task in flight there was repeated, no other"
+
+
+def test_if_the_driver_is_lost_the_same_command_goes_on(cluster: RayCluster, store: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    stage = MarkStage(str(marks), tasks=4, hold="go")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as first:
+        lost: Future[list[str]] = first.submit(drive, cluster.address, str(store), stage)
+        await_file(lambda: len(attempts(marks)) == 1)
+        for process in list(first._processes.values()):
+            os.kill(process.pid or 0, signal.SIGKILL)
+        assert lost.exception() is not None
+    (marks / "go").touch()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as second:
+        assert len(second.submit(drive, cluster.address, str(store), stage).result()) == 4
+    tried = attempts(marks)
+    assert sum(tried.values()) <= 5, "only what was in flight"
