@@ -23,7 +23,7 @@ from retrotool.cli.options import (
     opt,
     unescape,
 )
-from retrotool.errors import EXIT_REJECTED, UsageError
+from retrotool.errors import EXIT_REJECTED, UsageError, listed
 from retrotool.scratch import use_scratch
 from retrotool.sizes import parse_size
 
@@ -232,11 +232,8 @@ def chunk_text(store: str, result: ChunkResult) -> str:
         if any("invalid UTF-8" in reason.reason for reason in result.reasons):
             lines.append("If a file has another encoding, chunk it alone and name that, such as --encoding latin-1.")
     if result.rejected or result.known_rejected:
-        others = f" and {len(result.quarantine) - 3:,} more" if len(result.quarantine) > 3 else ""
-        lines.append(
-            f"Rejected rows are listed in {', '.join(result.quarantine[:3])}{others} (Parquet).\n"
-            "They are read again when their input has changed."
-        )
+        files = listed(result.quarantine[:3], len(result.quarantine))
+        lines.append(f"Rejected rows are listed in {files} (Parquet).\nThey are read again when their input has changed.")
     if result.stopped:
         lines.append(
             f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again, or raise "

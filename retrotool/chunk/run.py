@@ -23,7 +23,7 @@ from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
 from retrotool.cli.options import check_utf8
 from retrotool.engine.progress import Progress
-from retrotool.errors import AbortError, CorruptError, ErasedError, StorageError, UsageError
+from retrotool.errors import AbortError, CorruptError, ErasedError, StorageError, UsageError, listed
 from retrotool.machine import user_name
 from retrotool.sources import InputFile
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
@@ -198,9 +198,8 @@ def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: C
         resumed.update((plan.files[piece.file], None) for unit in left for piece in unit)
     names = [file.path for file in resumed if file.path not in given and not is_spooled(file)]
     if names:
-        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         skip = "" if options.exclude else " To leave an input out, add --exclude."
-        options.note(f"Resuming interrupted work: {names[0]}{more}.{skip}")
+        options.note(f"Resuming interrupted work: {listed(names[:1], len(names))}.{skip}")
 
 
 def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile | None = None) -> list[InputFile]:

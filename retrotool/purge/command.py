@@ -25,7 +25,7 @@ from retrotool.cli.options import (
     first_device,
     opt,
 )
-from retrotool.errors import UsageError
+from retrotool.errors import UsageError, listed
 
 if TYPE_CHECKING:
     from retrotool.purge.affected import AffectedChunk, AffectedResult, AskedPurge
@@ -187,8 +187,7 @@ def _same_text(store: str, result: PurgeResult) -> list[str]:
     same = result.same_text
     if not same.documents:
         return []
-    more = same.documents - len(same.first)
-    which = ", ".join(map(output.one_line, same.first)) + (f" and {more:,} more" if more else "")
+    which = listed(map(output.one_line, same.first), same.documents)
     given = [word for name in same.first for word in ("--document", f"@{name}" if name.startswith("@") else name)]
     command = output.one_line(shlex.join(["retrotool", "purge", store, *given]))
     return [f"The same text is still live in {which}. To purge it there: {command} --reason ..."]

@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import documents_within, open_plans, parts_of_plan, unfinished_plans
 from retrotool.cli.command_lines import command_line
-from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError, listed
 from retrotool.ranges import expand_ranges
 from retrotool.store import parts
 from retrotool.store.blocked import Blocked, Hashes, blocked_documents
@@ -86,8 +86,7 @@ def find_purge(store: Store, purge: str) -> tuple[str, Record]:
         raise UsageError(undone, f"List purges: {listing}")
     advice = f"List them: {listing}"
     if known:
-        more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
-        have = f"it has: {', '.join(known[-_LISTED:])}{more}"
+        have = f"it has: {listed(known[-_LISTED:], len(known))}"
     elif store.state.with_prefix(PREFIX):
         have = "all of its purges were undone"
     else:

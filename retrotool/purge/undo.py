@@ -136,7 +136,7 @@ def weigh(store: Store, purge: str) -> Undoable:
     own = read_tombstones(store, purge).ids
     standing = standing_purges(store.state)
     others = [slot for slot in store.state.group("tombstones") if slot != purge]
-    of_purges = named_chunks(store, [slot for slot in others if slot.partition(".")[0] in standing])
+    of_purges = named_chunks(store, [slot for slot in others if slot in standing])
     if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
         raise UsageError(
             f"an erase of purge {purge} was begun, so some of its chunks can't be restored",

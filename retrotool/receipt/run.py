@@ -176,8 +176,8 @@ def _check(store: Store, purge: str) -> Receipt:
         *(f"the log: {problem}" for problem in log.problems),
         *(
             f"{entry.path}: its SHA-256 does not match the log, so the wrong chunks may have been checked"
-            for entry in store.state.group("tombstones").entries()
-            if entry.slot.partition(".")[0] == purge
+            for slot, entry in store.state.group("tombstones").items()
+            if slot == purge
             if store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
         ),
         *erasure.damaged,
