@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool import engine, sources
+from retrotool import engine, sources, tokenizers
 from retrotool.chunk import CHUNK_LENGTH, chunk_plan
 from retrotool.chunk.chunk_plan import ChunkOptions
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
@@ -34,16 +34,7 @@ from retrotool.store.leases import Run
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
-from retrotool.tokenizers import (
-    DEFAULT_TOKENIZER,
-    FastTokenizer,
-    Findings,
-    Tokenizer,
-    TokensDiffer,
-    find_tokenizer,
-    library_versions,
-    stored_tokenizer,
-)  # fmt: skip
+from retrotool.tokenizers import FastTokenizer, Findings, Tokenizer, TokensDiffer, find_tokenizer
 
 _CHECKED_PARTS = 64
 
@@ -248,8 +239,8 @@ def _findings(
         return None
     known, new = chunk_plan.known_findings(store.state), None
     why = "" if known is None else known.why
-    if known is None or known.versions != library_versions():
-        fast = FastTokenizer(loaded or stored_tokenizer(store))
+    if known is None or known.versions != tokenizers.library_versions():
+        fast = FastTokenizer(loaded or tokenizers.stored_tokenizer(store))
         new, why = fast.findings, fast.why
     if why:
         options.note(f"Using only the tokenizers library, which is many times slower: {why}.")
@@ -349,7 +340,7 @@ def _open_or_create(
         known = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
         check_store_identity(store, tokenizer, known, chunk_length)
         return store, known
-    loaded = Tokenizer(find_tokenizer(tokenizer or DEFAULT_TOKENIZER))
+    loaded = Tokenizer(find_tokenizer(tokenizer or tokenizers.DEFAULT_TOKENIZER))
     store = Store.create(storage, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
     check_store_identity(store, loaded.file.name, loaded, chunk_length)  # another process may have created it
     kind = "lossless" if loaded.lossless else "loses case or spacing"

@@ -214,8 +214,7 @@ def verify_command(
 
         found = verify(store)
         output.show(found, as_json, _verified_text)
-    if not found.ok:
-        raise typer.Exit(CorruptError.exit_code)
+    output.exit_if(not found.ok, CorruptError.exit_code)
 
 
 def _verdict(found: LogVerification | Verification) -> str:
@@ -267,8 +266,7 @@ def doctor_command(
 
     found = doctor.doctor(store)
     output.show(found, as_json, _checks_text)
-    if not found.ok:
-        raise typer.Exit(output.EXIT_FAILED)
+    output.exit_if(not found.ok, output.EXIT_FAILED)
 
 
 def _checks_text(found: Diagnosis) -> str:

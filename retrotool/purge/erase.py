@@ -49,7 +49,7 @@ from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import purged_chunks
 from retrotool.purge.selectors import scan
-from retrotool.store import folding, log, neighbour_tables, parts
+from retrotool.store import folding, log, neighbour_tables, parts, tombstones
 from retrotool.store.bucket_copies import BucketCopies, bucket_copies
 from retrotool.store.gc import clean
 from retrotool.store.identity import Identity
@@ -61,16 +61,7 @@ from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import (
-    PREFIX,
-    Tombstones,
-    add_tombstones,
-    check_not_undone,
-    named_chunks,
-    read_tombstones,
-    standing_purges,
-    tombstones_naming,
-)
+from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 from retrotool.store.vectors import read_vectors, write_vectors
 
 Flags = npt.NDArray[np.bool_]
@@ -113,8 +104,8 @@ class EraseStage:
         if not len(self.targets):
             return
         # Targets may stay tombstones after an undo: another purge may name them.
-        check_not_undone(store.state, self.purges)
-        reads = tombstones_naming(store, self.targets)
+        tombstones.check_not_undone(store.state, self.purges)
+        reads = tombstones.tombstones_naming(store, self.targets)
         for entries in several:
             paths = [entry.path for entry in entries]
             if self.clean.issuperset(paths):
@@ -232,8 +223,8 @@ class EraseWorker:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Rewrite the files of a task; ``ErasedError`` if another process replaced one concurrently."""
-        old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
-        check_there(self._store, (*old, *tombstones))
+        old, named = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
+        check_there(self._store, (*old, *named))
         name, slot = FileName.parse(old[0]), self._store.state.slot_of(old[0])
         entry = None if slot is None else self._store.state.file(name.kind, slot, name.name)
         assert entry is not None, "it was there just now"
@@ -243,7 +234,7 @@ class EraseWorker:
             rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[entry.kind]
             add = [rewrite(entry, FileName.new(run, entry.kind, entry.slot, name.extension, entry.name))]
         report(task.weight)
-        return Staged("erase", reads=(*old, *tombstones), add=tuple(add), remove=old, task=task.key, run=run)
+        return Staged("erase", reads=(*old, *named), add=tuple(add), remove=old, task=task.key, run=run)
 
     def _part(self, part: int, run: str) -> list[FileEntry]:
         store, rows, slot = self._store, self._targets.rows(part), part_slot(part)
@@ -413,11 +404,11 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
 
 
 def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
-    check_not_undone(store.state, (purge,))
-    entry, before = add_tombstones(store, run.id, purge, new)
+    tombstones.check_not_undone(store.state, (purge,))
+    entry, before = tombstones.add_tombstones(store, run.id, purge, new)
 
     def build(state: State) -> Draft:
-        check_not_undone(state, (purge,))
+        tombstones.check_not_undone(state, (purge,))
         if state.records[PREFIX + purge]["erased"]:
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
         return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))

@@ -38,23 +38,14 @@ from retrotool.chunk.chunk_plan import documents_within, open_plans, parts_of_pl
 from retrotool.cli.command_lines import command_line
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError, listed
 from retrotool.ranges import expand_ranges
-from retrotool.store import parts
+from retrotool.store import parts, tombstones
 from retrotool.store.blocked import Blocked, Hashes, blocked_documents
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import Ids, rows_by_part
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.sums import with_sums
-from retrotool.store.tombstones import (
-    PREFIX,
-    Record,
-    Tombstones,
-    may_name,
-    named_chunks,
-    read_rejected,
-    read_tombstones,
-    standing_purges,
-)
+from retrotool.store.tombstones import PREFIX, Record, Tombstones, named_chunks, read_tombstones, standing_purges
 from retrotool.store.weights import Weights, weight_of
 
 NAMED = 3
@@ -114,7 +105,7 @@ def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
 
 def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
     """Return whether a purge has any of ``chunks``; its file is read only if that is possible."""
-    return may_name(store, purge, chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
+    return tombstones.may_name(store, purge, chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
 
 
 def count_rows(store: Store) -> int:
@@ -169,7 +160,9 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     records = standing_purges(store.state)
     waiting = {purge: read_tombstones(store, purge).ids for purge, r in records.items() if not r["erased"]}
     left = Tombstones(np.setdiff1d(named_chunks(store, waiting), erased.ids))
-    before = [purge for purge, record in records.items() if record["erased"] and may_name(store, purge, left)]
+    before = [
+        purge for purge, record in records.items() if record["erased"] and tombstones.may_name(store, purge, left)
+    ]
     gone = Tombstones(np.union1d(erased.ids, named_chunks(store, before)))
     return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]
 
@@ -179,7 +172,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
 
     Rejected documents are tombstones named by a finished plan.
     """
-    repeats = read_rejected(store)
+    repeats = tombstones.read_rejected(store)
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
@@ -235,7 +228,7 @@ def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:
     """Find live documents with the text of a rejected one among ``chunks``."""
-    texts = values_of(store, np.intersect1d(chunks, read_rejected(store).ids), "text_hash")
+    texts = values_of(store, np.intersect1d(chunks, tombstones.read_rejected(store).ids), "text_hash")
     if not len(texts):
         return SameText(0, ())
     gone = Tombstones(np.union1d(read_tombstones(store).ids, chunks))
