@@ -405,11 +405,6 @@ def pairs_of(documents: pa.Table) -> npt.NDArray[Any]:
     return np.ascontiguousarray(np.hstack(hashes)).view(HASHES).reshape(-1)
 
 
-def purges_of_plans(state: State) -> dict[str, str]:
-    """Return the plan of each purge of replaced documents that was not undone, by the id of the purge."""
-    return {purge: record["plan"] for purge, record in standing_purges(state).items() if "plan" in record}
-
-
 def chunks_of_purges(store: Store) -> Tombstones:
     """Return the chunks named by purges; unlike all tombstones, without those of duplicates."""
     return Tombstones(named_chunks(store, standing_purges(store.state)))

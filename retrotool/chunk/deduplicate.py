@@ -16,7 +16,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -338,7 +338,7 @@ def _counted(
         "existing": existing, "differing": counts.differing, "replaced": counts.replaced, "removed": counts.removed,
         "known_documents": plan.get("known_documents", 0) + counts.unchanged,
     }  # fmt: skip
-    gone = outdated.as_counts()
+    gone = asdict(outdated)
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
         "totals": {
@@ -353,7 +353,7 @@ def _counted(
 def replaced_record(state: State, plan_id: str, weight: Weight, reason: str, who: str | None = None) -> dict[str, Any]:
     """Return the record of a purge of documents that others replace."""
     return {
-        **weight.as_counts(), "selector": REPLACED, "hash": plan_id, "reason": reason, "who": who or user_name(),
+        **asdict(weight), "selector": REPLACED, "hash": plan_id, "reason": reason, "who": who or user_name(),
         "commit": state.number + 1, "erased": False, "plan": plan_id,
     }  # fmt: skip
 

@@ -34,6 +34,7 @@ from retrotool.store.leases import Run
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
+from retrotool.store.tombstones import standing_purges
 from retrotool.tokenizers import FastTokenizer, Findings, Tokenizer, TokensDiffer, find_tokenizer
 
 _CHECKED_PARTS = 64
@@ -173,7 +174,7 @@ def chunk(
         duplicates_by_source=dict(sum(left_out, Counter[str]())),
         **{name: sum(record.get(name, 0) for record in records) for name in ("differing", "replaced", "removed")},
         differing_examples=tuple(name for one in repeats.values() for name in one.examples),
-        purges=tuple(purge for purge, of in chunk_plan.purges_of_plans(state).items() if of in plans),
+        purges=tuple(purge for purge, record in standing_purges(state).items() if record.get("plan") in plans),
         not_mirrored=tuple(name for one in repeats.values() for name in one.not_mirrored),
     )  # fmt: skip
 
@@ -308,7 +309,10 @@ def _work(
             "samples. To check all of it, chunk its inputs into another store with --exact-tokenizer and compare the "
             "contents that retrotool verify prints.",
         ) from error
-    return _too_many(rejected, options) if _has_units(store) else ""
+    state = store.refresh()
+    records = [state.records[f"plan:{plan}"] for plan in chunk_plan.unfinished_plans(state)]
+    has_units = any(record["done"] < record["units"] for record in records)
+    return _too_many(rejected, options) if has_units else ""
 
 
 def _too_many(rejected: int, options: ChunkOptions) -> str:
@@ -316,12 +320,6 @@ def _too_many(rejected: int, options: ChunkOptions) -> str:
     if options.max_bad is None or rejected <= options.max_bad:
         return ""
     return f"{output.count(rejected, 'row')} rejected, more than --max-bad {options.max_bad:,}"
-
-
-def _has_units(store: Store) -> bool:
-    state = store.refresh()
-    records = [state.records[f"plan:{plan}"] for plan in chunk_plan.unfinished_plans(state)]
-    return any(record["done"] < record["units"] for record in records)
 
 
 def check_chunk_length(chunk_length: int | None) -> None:

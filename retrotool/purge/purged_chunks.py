@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -140,11 +140,11 @@ def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
 
     Chunks of pending parts do not count in the totals, but in the record of their plan.
     """
-    live = weight_of(weights, set(filter(state.is_live, weights))).as_counts()
+    live = asdict(weight_of(weights, set(filter(state.is_live, weights))))
     totals = {name: n + sign * live.get(name, 0) for name, n in state.records["totals"].items()}
     records: dict[str, Any] = {"totals": totals}
     for plan_id in unfinished_plans(state):
-        purged = weight_of(weights, parts_of_plan(state, plan_id)).as_counts()
+        purged = asdict(weight_of(weights, parts_of_plan(state, plan_id)))
         if any(purged.values()):
             record = state.records[name := f"plan:{plan_id}"]
             before = record.get("purged", {})
