@@ -309,10 +309,8 @@ class Reader:
         """
         name = pick_table(self._store, name)
         if len(members_of(self._store, name)) > 1:
-            raise UsageError(
-                f"the neighbours {name!r} come from several databases, so ids alone are ambiguous",
-                "Use neighbour_places(), which returns the database of each, or neighbours().",
-            )
+            advice = "Use neighbour_places(), which returns the database of each, or neighbours()."
+            raise UsageError(f"the neighbours {name!r} come from several databases, so ids alone are ambiguous", advice)
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
     def neighbour_places(

@@ -157,10 +157,8 @@ def _finishing(
     """Return the commit that finishes a plan, but for the record of its purge, and what the purge takes."""
     plan = chunk_plan.read_plan(store, entry)
     if plan.existing == "fail" and existing == "mirror":
-        raise UsageError(
-            "--existing mirror: interrupted work was begun with --existing fail",
-            "Finish it with skip or replace first.",
-        )
+        advice = "Finish it with skip or replace first."
+        raise UsageError("--existing mirror: interrupted work was begun with --existing fail", advice)
     chosen = (existing or "skip") if plan.existing == "fail" else plan.existing
     tombstones = read_tombstones(store)
     update, places, kinds = _find(store, plan_id, plan, tombstones, duplicates, chosen)

@@ -275,10 +275,8 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
     if (fields.key is None) != (fields.value is None):
         raise UsageError("--key-field and --value-field must be given together", "Give both, or neither.")
     if fields.tokens is not None and (fields.key is not None or fields.value is not None):
-        raise UsageError(
-            "--tokens-field can't be used with --key-field and --value-field",
-            "Key-value records are made of text; give one or the other.",
-        )
+        advice = "Key-value records are made of text; give one or the other."
+        raise UsageError("--tokens-field can't be used with --key-field and --value-field", advice)
     if not 0 <= options.check <= 1:
         raise UsageError(f"check={options.check} is not a share between 0 and 1")
     return replace(options, fields=fields)
@@ -357,10 +355,8 @@ def check_store_identity(store: Store, name: str | None, tokenizer: Tokenizer | 
             "Leave --tokenizer out to use the store's, or create a new store.",
         )
     if chunk_length not in (None, own.chunk_length):
-        raise UsageError(
-            f"{store.place} has chunks of {own.chunk_length} tokens, not {chunk_length}",
-            "Leave --chunk-length out, or create a new store.",
-        )
+        advice = "Leave --chunk-length out, or create a new store."
+        raise UsageError(f"{store.place} has chunks of {own.chunk_length} tokens, not {chunk_length}", advice)
 
 
 def _waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:

@@ -76,10 +76,8 @@ def check_divisible(error: Exception, what: str, device: str, rows: int, tokens:
     if not is_out_of_memory(error):
         raise error
     if rows == 1:
-        raise RetrotoolError(
-            f"{what}: {device} has too little memory for a row of {tokens} tokens",
-            "Free some memory, or use another device (--devices cpu).",
-        ) from error
+        advice = "Free some memory, or use another device (--devices cpu)."
+        raise RetrotoolError(f"{what}: {device} has too little memory for a row of {tokens} tokens", advice) from error
 
 
 @contextmanager

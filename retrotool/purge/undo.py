@@ -128,10 +128,8 @@ def weigh(store: Store, purge: str) -> Undoable:
     others = [slot for slot in store.state.group("tombstones") if slot != purge]
     of_purges = named_chunks(store, [slot for slot in others if slot in standing])
     if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
-        raise UsageError(
-            f"an erase of purge {purge} was begun, so some of its chunks can't be restored",
-            f"Finish it: {command_line('erase', store)} {purge}",
-        )
+        advice = f"Finish it: {command_line('erase', store)} {purge}"
+        raise UsageError(f"an erase of purge {purge} was begun, so some of its chunks can't be restored", advice)
     after = Tombstones(named_chunks(store, others))
     live, weights = weigh_chunks(store, own, after)
     left = Tombstones(np.setdiff1d(own, live))

@@ -139,10 +139,8 @@ class Store:
         found = self.storage.stat(entry.path)
         if found is None:
             if not Store.open(self.storage).state.has(entry.path):
-                raise ErasedError(
-                    f"{entry.path} was replaced or erased after this reader opened the store",
-                    "Run the same command again; in Python, open the store again.",
-                )
+                advice = "Run the same command again; in Python, open the store again."
+                raise ErasedError(f"{entry.path} was replaced or erased after this reader opened the store", advice)
             raise self.corrupt(f"{self.where(entry.path)} is missing")
         if found.size != entry.bytes:
             raise self.corrupt(f"{self.where(entry.path)} has {found.size:,} bytes, the log says {entry.bytes:,}")
@@ -253,10 +251,8 @@ class Store:
         own = self.identity.tokenizer
         data = get_if_there(self.storage, own.file) or b""
         if hashlib.sha256(data).hexdigest() != own.sha256:
-            raise CorruptError(
-                f"{self.where(own.file)} is missing or not this store's tokenizer",
-                "Restore the original file.",
-            )
+            advice = "Restore the original file."
+            raise CorruptError(f"{self.where(own.file)} is missing or not this store's tokenizer", advice)
         return data
 
     def commit(self, run: Run, build: Callable[[State], Draft | None]) -> State:

