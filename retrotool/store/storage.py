@@ -254,11 +254,3 @@ def check_space(storage: Storage, need: int, what: str) -> None:
             f"{storage.place}: {what} needs about {megabytes(need)} more, and {megabytes(free)} is free",
             "Free some space and run the same command again; none of this work has begun.",
         )
-
-
-def file_sha256(storage: Storage, path: str) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for block in storage.blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
