@@ -210,9 +210,8 @@ def chunk_text(store: str, result: ChunkResult) -> str:
             lines.append("If a file has another encoding, chunk it alone and name that, such as --encoding latin-1.")
     if result.rejected or result.known_rejected:
         files = listed(result.quarantine[:3], len(result.quarantine))
-        lines.append(
-            f"Rejected rows are listed in {files} (Parquet).\nThey are read again when their input has changed."
-        )
+        lines.append(f"Rejected rows are listed in {files} (Parquet).")
+        lines.append("They are read again when their input has changed.")
     if result.stopped:
         lines.append(
             f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again, or raise "

@@ -262,9 +262,8 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
         raise UsageError("--exclude: a pattern is empty", "Give a name or a path, such as '*.html' or 'drafts/*'.")
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
-            raise UsageError(
-                f"--keep {name}: the store has its own column of this name", "Rename the field in the input."
-            )
+            advice = "Rename the field in the input."
+            raise UsageError(f"--keep {name}: the store has its own column of this name", advice)
     for option, number, allowed, named in (
         ("--part-size", options.part_size, range(1, 1 << 31), "1 and 2^31 - 1"),
         ("--end-of-document", fields.end_of_document or 0, range(1 << 32), "0 and 2^32 - 1"),

@@ -26,6 +26,7 @@ from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import quarantine_files
 from retrotool.ranges import is_in
 from retrotool.store import parts
+from retrotool.store.blocked import Hashes
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import HASH_BYTES, distinct_parts
 from retrotool.store.state import State
@@ -40,7 +41,6 @@ _NONE = np.zeros(0, np.int64)
 _DOCUMENT = np.dtype({
     "names": ["place", "pair", "key"], "formats": ["i8", HASHES, _KEY], "offsets": [0, 8, 8],
 })  # fmt: skip
-Hashes = npt.NDArray[np.bytes_]
 _Documents = npt.NDArray[np.void]
 
 
@@ -165,9 +165,8 @@ def _with_keys(table: pa.Table, wanted: pa.Array) -> npt.NDArray[np.int64]:
 
 def _is_dead(store: Store, places: Places, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
     """Return which documents have no live chunk."""
-    dead = (
-        parts.chunk_ids(part, chunk_plan.documents_within(store, part, tombstones)) for part in distinct_parts(places)
-    )
+    numbers = distinct_parts(places)
+    dead = (parts.chunk_ids(part, chunk_plan.documents_within(store, part, tombstones)) for part in numbers)
     return np.isin(places, np.concatenate([_NONE, *dead]))
 
 

@@ -23,9 +23,8 @@ def check_device(device: str, dtype: str = "auto") -> None:
     if match is None:
         raise UsageError(f"device {device!r} is unknown", "Use auto, cpu, cuda or cuda:N.")
     if not torch.cuda.is_available():
-        raise UsageError(
-            f"device {device!r}: torch sees no GPU", "Use --devices cpu, or install a CUDA build of torch."
-        )
+        advice = "Use --devices cpu, or install a CUDA build of torch."
+        raise UsageError(f"device {device!r}: torch sees no GPU", advice)
     if int(match[1] or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
 

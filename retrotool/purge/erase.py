@@ -56,15 +56,13 @@ from retrotool.store.identity import Identity
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText
-from retrotool.store.parts import ROW_GROUP, Ids
+from retrotool.store.parts import ROW_GROUP, Bools, Ids
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 from retrotool.store.vectors import read_vectors, write_vectors
-
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +167,7 @@ def _has_excerpts(store: Store, entry: FileEntry, _: Tombstones) -> bool:
 _HOLDS = {"documents": _part_holds, "index": _shard_holds, "neighbours": _table_holds, "quarantine": _has_excerpts}
 
 
-def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, whole: bool) -> Iterator[Flags]:
+def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, whole: bool) -> Iterator[Bools]:
     """Yield, by row group, which rows of a neighbour table hold data of ``purged`` chunks, bool [n].
 
     Of a table against another store, n counts only their own rows. Unless ``whole``, distances and tokens
@@ -194,12 +192,12 @@ def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, wh
         yield holds if within else holds[mine]
 
 
-def _leftovers_in_text(text: NeighbourText, mine: Ids, purged: Tombstones | None, *, whole: bool) -> Flags:
+def _leftovers_in_text(text: NeighbourText, mine: Ids, purged: Tombstones | None, *, whole: bool) -> Bools:
     """Return which rows have tokens of ``purged`` chunks, ``mine`` any, or, if ``whole``, of no neighbour."""
-    has_tokens: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
+    has_tokens: Bools = (text.n_tokens != 0) | text.tokens.any(axis=3)
     empty = ~(has_tokens[:, :, 0] | has_tokens[:, :, 1])
     # An erase does not remove these: they are damage.
-    bad: Flags = (text.ids < 0) & ~(empty & np.isposinf(text.distances)) & whole
+    bad: Bools = (text.ids < 0) & ~(empty & np.isposinf(text.distances)) & whole
     if purged is not None:
         named, followed = purged.contains(text.ids), purged.contains(text.ids + 1) & has_tokens[:, :, 1]
         bad |= (text.ids >= 0) & (named | followed)
@@ -296,9 +294,8 @@ def erase_documents(
     names = {"id": ids, "key": [id_hash(name) for name in ids]} if ids else {}
     columns = {name: documents[name] for name in documents.column_names} | {"n_tokens": pa.array(left)}
     for name, some in names.items():
-        columns[name] = pc.replace_with_mask(
-            columns[name].combine_chunks(), renamed, pa.array(some, columns[name].type)
-        )
+        old = columns[name]
+        columns[name] = pc.replace_with_mask(old.combine_chunks(), renamed, pa.array(some, old.type))
     for name in columns.keys() - {"first_row", "n_chunks", "n_tokens"}:
         # The hash of the whole text would still identify it.
         kept = pa.array(whole if name == "text_hash" else left > 0)

@@ -160,10 +160,8 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     records = standing_purges(store.state)
     waiting = {purge: read_tombstones(store, purge).ids for purge, r in records.items() if not r["erased"]}
     left = Tombstones(np.setdiff1d(named_chunks(store, waiting), erased.ids))
-    before = [
-        purge for purge, record in records.items() if record["erased"] and tombstones.may_name(store, purge, left)
-    ]
-    gone = Tombstones(np.union1d(erased.ids, named_chunks(store, before)))
+    done = [purge for purge, record in records.items() if record["erased"] and tombstones.may_name(store, purge, left)]
+    gone = Tombstones(np.union1d(erased.ids, named_chunks(store, done)))
     return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]
 
 

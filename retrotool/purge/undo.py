@@ -194,8 +194,7 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
     with purged_chunks.withdrawn(store, add):
         add.append(tombstones.write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         if new:
-            add.append(
-                tombstones.write_tombstones(store, FileName.new(run.id, "tombstones", new, "parquet"), found.outdated)
-            )
+            name = FileName.new(run.id, "tombstones", new, "parquet")
+            add.append(tombstones.write_tombstones(store, name, found.outdated))
         state = store.commit(run, build)
     return replace(found.result, commit=int(state.records[PREFIX + purge]["undone"]), outdated_purge=new)

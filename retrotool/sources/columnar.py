@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from retrotool.errors import InputError
 from retrotool.sources import records
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, Rejected, column_names, maker, no_column, reason_of
+from retrotool.sources.records import Document, Fields, Rejected, column_names, maker, reason_of, too_many_tokens
 
 WINDOW_ROWS = 4096
 BATCH_BYTES = 4 << 20
@@ -185,7 +185,7 @@ def _missing(schema: pa.Schema, fields: Fields) -> Rejected | None:
     """Return the rejection for every row of a table without a required field, or None."""
     for name in fields.required:
         if _steps(schema, name) is None:
-            return Rejected(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
+            return Rejected(0, records.no_column(name, len(schema.names)), excerpt=column_names(schema.names))
     return None
 
 
@@ -226,9 +226,7 @@ def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]
     if not over.any():
         return array
     for i in np.flatnonzero(over).tolist():
-        too_many = (
-            records.too_many_tokens(int(sizes[i]) // records.TOKEN_BYTES, limit) if name == fields.tokens else None
-        )
+        too_many = too_many_tokens(int(sizes[i]) // records.TOKEN_BYTES, limit) if name == fields.tokens else None
         reasons[i] = too_many or f"{name!r} has {sizes[i]:,} bytes, more than --max-document {limit:,}"
     # ``take`` with a null index gives null for any type.
     return array.take(pa.array(np.arange(len(array)), mask=over))

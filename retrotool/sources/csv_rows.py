@@ -61,9 +61,8 @@ def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
                 yield Rejected(row.line, reason or problem, row.offset, head)
                 continue
             values = {name: cells[place] if name in required else cells[place] or None for name, place in used}
-            yield records.with_excerpt(
-                document_of(values, fields, file.name, row.line, row.offset, row.offset), row.head
-            )
+            found = document_of(values, fields, file.name, row.line, row.offset, row.offset)
+            yield records.with_excerpt(found, row.head)
         if problem and row is None:  # another kind of file may look like a header
             yield Rejected(header.line, problem, header.offset, column_names(names))
 

@@ -383,9 +383,8 @@ def _saved(tree: _Disk, folder: PurePath, names: Collection[str]) -> list[str] |
         is_name = name == Path(str(name)).name and name not in ("", ".", "..")
         if not (isinstance(name, str) and is_name) or bool(inside) == name.endswith(".arrow"):
             what = "split" if inside else "Arrow file"
-            raise UsageError(
-                f"{_shown(folder)} lists {name!r}, which is not the name of a {what}", "Save the dataset again."
-            )
+            advice = "Save the dataset again."
+            raise UsageError(f"{_shown(folder)} lists {name!r}, which is not the name of a {what}", advice)
         if not tree.is_file(folder / name / inside):
             raise UsageError(f"{_shown(folder)}: {name} is listed, but missing", "Copy the whole folder again.")
         found.append(name)
