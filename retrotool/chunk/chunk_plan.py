@@ -368,6 +368,11 @@ def parts_of_plan(state: State, plan_id: str) -> range:
     return range(first, first + record["parts"])
 
 
+def files_of_plan(state: State, kind: str, plan_id: str) -> list[FileEntry]:
+    """Return the files of a kind that a plan or its units made."""
+    return [entry for slot, entry in state.group(kind).items() if slot.partition(".")[0] == plan_id]
+
+
 def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, ChunkPlan]]:
     """Yield id, file and content of each unfinished plan, in order."""
     for plan_id in unfinished_plans(store.state):

@@ -29,7 +29,7 @@ from retrotool.chunk.chunk_plan import ChunkPlan, Duplicates, Existing
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
-from retrotool.chunk.update import Update, compare_ids, seen_files
+from retrotool.chunk.update import Update, compare_ids
 from retrotool.cli.output import count
 from retrotool.errors import ConflictError, DuplicatesError, InputError, UsageError
 from retrotool.machine import user_name
@@ -199,7 +199,7 @@ def _finishing(
     name = FileName.new(run.id, "inputs", plan_id, "json")
     add.append(chunk_plan.write_json_file(store, name, known, len(known["fingerprints"])))
     joined, parted = join_quarantines(store, run, plan_id)
-    seen = [one.path for one in seen_files(store.state, plan_id)]
+    seen = [one.path for one in chunk_plan.files_of_plan(store.state, "seen", plan_id)]
     weight = weight_of(weights)
     draft = Draft(
         "finish", {"duplicates": duplicates, "existing": chosen}, add=(*add, *joined),

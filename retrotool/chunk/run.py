@@ -379,12 +379,12 @@ def _reasons(
     """Return the reasons for rejected rows, merged but for numbers, and how many rows stand for damage."""
     found: list[RejectedReason] = []
     damaged = 0
-    entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
+    state = store.state
+    entries = [(plan, entry) for plan in plans for entry in chunk_plan.files_of_plan(state, "quarantine", plan)]
     entries += [(unit.plan, unit.quarantine) for unit in units if unit.quarantine is not None]
     columns, again = ["input", "line", "reason", "excerpt", "damage"], pa.array(read_again, pa.string())
     firsts = [(column, "first") for column in ("input", "line", "excerpt")]
-    wanted = [(plan, entry) for plan, entry in entries if plan in plans]
-    for plan, table in ((plan, table) for plan, entry in wanted for table in parts.read_tables(store, entry, columns)):
+    for plan, table in ((plan, table) for plan, entry in entries for table in parts.read_tables(store, entry, columns)):
         if plan != plans[-1]:
             table = table.filter(pc.invert(pc.is_in(table["input"], again)))
         damaged += int(pc.sum(table["damage"]).as_py() or 0)
