@@ -127,9 +127,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             advice = "Free some space and run the same command again."
             raise StorageError(f"{target}: no space left; nothing of it was kept", advice) from error
         if error.filename is None and error.errno is not None:  # a write
-            raise StorageError(
-                f"{target} can't be written: {os.strerror(error.errno)}; nothing of it was kept"
-            ) from error
+            why = os.strerror(error.errno)
+            raise StorageError(f"{target} can't be written: {why}; nothing of it was kept") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

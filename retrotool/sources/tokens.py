@@ -208,9 +208,7 @@ def _documents(
         raise InputError(str(error), line + 1) from error
 
 
-def _document(
-    tokens: Tokens, fields: Fields, source: str, line: int, position: int, offset: int
-) -> Document | Rejected:
+def _document(tokens: Tokens, fields: Fields, name: str, line: int, position: int, offset: int) -> Document | Rejected:
     if fields.end_of_document is not None and len(tokens) and tokens[-1] == fields.end_of_document:
         tokens = tokens[:-1]
         if not len(tokens):
@@ -222,7 +220,7 @@ def _document(
     if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
         return Rejected(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
     identifier, kept = content_hash("", None, tokens).hex(), (None,) * len(fields.keep)
-    return Document(identifier, "", source, position, line, kept, None, tokens)
+    return Document(identifier, "", name, position, line, kept, None, tokens)
 
 
 def _native(data: bytes, dtype: np.dtype[Any], size: int) -> Tokens:

@@ -71,9 +71,8 @@ class Where:
         known = [name for name in names if name not in HIDDEN]
         for column in self.columns:
             if column not in known:
-                raise UsageError(
-                    f"--where: documents have no column {column!r}; they have: {', '.join(known)}", _ADVICE
-                )
+                have = ", ".join(known)
+                raise UsageError(f"--where: documents have no column {column!r}; they have: {have}", _ADVICE)
         self.mask(pa.table({}))
 
     def mask(self, table: pa.Table) -> pa.Array:
