@@ -295,9 +295,8 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
     n = len(content["files"])
     pieces = [piece["file"] for unit in content["units"] for piece in unit]
     numbers = [*pieces, *map(int, content["read_before"])]
-    if not (len(content["fingerprints"]) == len(content["places"]) == n and all(content["units"])) or (
-        numbers and max(numbers) >= n
-    ):
+    is_whole = len(content["fingerprints"]) == len(content["places"]) == n and all(content["units"])
+    if not is_whole or max(numbers, default=-1) >= n:
         raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not match")
     fields = {**_fields_of(Fields, content["fields"]), "keep": tuple(content["fields"]["keep"])}
     found = {

@@ -194,9 +194,8 @@ def _build(model: Any) -> tokenizers.Tokenizer:
             ignore_merges=bool(own),
         )
     else:
-        kernel = models.Unigram(
-            [(piece, scored.score) for piece, scored in zip(names, model.pieces, strict=True)], unk_id=spec.unk_id
-        )
+        scores = [piece.score for piece in model.pieces]
+        kernel = models.Unigram([*zip(names, scores, strict=True)], unk_id=spec.unk_id)
     library = Tokenizer(kernel)
     steps: list[Any] = []
     if normal.precompiled_charsmap:
