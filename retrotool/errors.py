@@ -1,4 +1,4 @@
-"""Every exception that retrotool raises on purpose, with its exit code and its advice.
+"""Every exception that retrotool raises on purpose, with its exit code and its advice; lists in messages.
 
 The command line prints ``error: <message>`` and ``<advice>`` and exits with ``exit_code``; no other module
 chooses exit codes. An ``OSError`` with a file name is reported likewise, with exit code 1. Any other
@@ -11,6 +11,7 @@ exception is a bug and shows its traceback.
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Iterable
 from typing import Any
 
 EXIT_REJECTED = 3
@@ -106,3 +107,9 @@ class NotFiniteError(RetrotoolError):
     def __init__(self, message: str, row: int) -> None:
         super().__init__(message, "Try --dtype float32. If that fails too, the model's weights are broken.")
         self.row = row
+
+
+def listed(names: Iterable[object], total: int) -> str:
+    """Return names separated by commas, and how many more of ``total`` there are."""
+    shown = list(map(str, names))
+    return ", ".join(shown) + (f" and {total - len(shown):,} more" if total > len(shown) else "")

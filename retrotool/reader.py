@@ -34,7 +34,7 @@ from retrotool.neighbours.table_reader import Found, NeighbourReader
 from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
-from retrotool.store.parts import ROW_GROUP, Chunks, split_id
+from retrotool.store.parts import ROW_GROUP, Bools, Chunks, Ids, split_id
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_rejected, read_tombstones
 from retrotool.tokenizers import stored_tokenizer
@@ -142,17 +142,15 @@ class Reader:
         """Return the numbers of all parts, ascending."""
         return self._store.state.parts()
 
-    def is_live(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def is_live(self, ids: Sequence[int] | Ids) -> Bools:
         """Return which ids are chunks of the store that are neither purged nor erased: bool [n]."""
         return self._which(ids, lambda chunks, row: bool(chunks.n_tokens[row] > 0))
 
-    def is_searchable(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def is_searchable(self, ids: Sequence[int] | Ids) -> Bools:
         """Return which ids can have and be neighbours: live chunks that are keys, bool [n]."""
         return self._which(ids, lambda chunks, row: bool(chunks.between(row, row + 1).embedded[0]))
 
-    def _which(
-        self, ids: Sequence[int] | npt.NDArray[np.int64], fits: Callable[[Chunks, int], bool]
-    ) -> npt.NDArray[np.bool_]:
+    def _which(self, ids: Sequence[int] | Ids, fits: Callable[[Chunks, int], bool]) -> Bools:
         """Return which ids are chunks that are not purged and that ``fits`` accepts: bool [n]."""
         numbers = _ids(ids)
         good = ~self._tombstones.contains(numbers) & (numbers >= 0)
@@ -193,7 +191,7 @@ class Reader:
         whole = following.key or self.is_live([following.id - following.index])[0]
         return following if whole else None
 
-    def tokens(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def tokens(self, ids: Sequence[int] | Ids) -> npt.NDArray[Any]:
         """Return the tokens of chunks, [n, chunk_length], zero-padded; zero for missing or purged chunks."""
         numbers = _ids(ids)
         out = np.zeros((len(numbers), self.chunk_length), parts.token_dtype(self._store.identity.tokenizer.token_bytes))
@@ -281,7 +279,7 @@ class Reader:
                 row["input"] or "", row["position"] or 0, state, kept,
             )  # fmt: skip
 
-    def chunk_ids(self, part: int) -> npt.NDArray[np.int64]:
+    def chunk_ids(self, part: int) -> Ids:
         """Return the ids of a part's live chunks, ascending; not all need be keys (``is_searchable``)."""
         self._check_live(part)
         rows = np.flatnonzero(live_rows(parts.read_chunks(self._store, part), self._tombstones))
@@ -309,10 +307,8 @@ class Reader:
         """
         name = pick_table(self._store, name)
         if len(members_of(self._store, name)) > 1:
-            raise UsageError(
-                f"the neighbours {name!r} come from several databases, so ids alone are ambiguous",
-                "Use neighbour_places(), which returns the database of each, or neighbours().",
-            )
+            advice = "Use neighbour_places(), which returns the database of each, or neighbours()."
+            raise UsageError(f"the neighbours {name!r} come from several databases, so ids alone are ambiguous", advice)
         return [(i, distance) for _, i, distance in self.neighbour_places(chunk_id, name, k)]
 
     def neighbour_places(
@@ -439,7 +435,7 @@ class Reader:
         return self._encoder(self.database(index).encoder, device)
 
 
-def _ids(ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _ids(ids: Sequence[int] | Ids) -> Ids:
     """Return chunk ids as int64 [n]; −1, which is not an id, for numbers that int64 can't hold."""
     try:
         return np.asarray(ids, np.int64).reshape(-1)

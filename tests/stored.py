@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -19,6 +20,11 @@ Place = str | os.PathLike[str] | Store | Storage
 
 def _storage(store: Place) -> Storage:
     return store.storage if isinstance(store, Store) else storage_at(store)
+
+
+def file_sha256(storage: Storage, path: str) -> str:
+    """The SHA-256 of what a storage reads of a file, block by block."""
+    return hashlib.sha256(b"".join(storage.blocks(path))).hexdigest()
 
 
 def stored_file(store: Place, path: str | os.PathLike[str]) -> Path | MemoryFile:

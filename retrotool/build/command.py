@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
 from retrotool.cli import output
 from retrotool.cli.options import DevicesOption, Json, ScratchOption, StoreArgument, WorkersOption, arg, opt
 from retrotool.errors import EXIT_REJECTED
@@ -78,8 +76,7 @@ def command(
     )  # fmt: skip
     if as_json:
         output.show(result, True, str)
-    if result.chunk is not None and (result.chunk.rejected or result.chunk.stopped):
-        raise typer.Exit(EXIT_REJECTED)
+    output.exit_if(result.chunk is not None and (result.chunk.rejected or result.chunk.stopped), EXIT_REJECTED)
 
 
 def _show(store: str, step: Step, result: Any) -> None:

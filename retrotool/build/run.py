@@ -132,10 +132,8 @@ def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:
         {} if store is None else store.state.with_prefix(prefix) for prefix in ("encoder:", "index:", "neighbours:")
     )
     if given.encoder is not None and encoders:
-        raise UsageError(
-            f"{root} has embeddings, and --encoder is for a store without any",
-            f"To add an encoder: {command_line('embed', root, encoder=given.encoder)}",
-        )
+        advice = f"To add an encoder: {command_line('embed', root, encoder=given.encoder)}"
+        raise UsageError(f"{root} has embeddings, and --encoder is for a store without any", advice)
     devices = given.devices
     if not encoders:
         line = command_line("embed", root, encoder=given.encoder)

@@ -295,9 +295,8 @@ def read_plan(store: Store, entry: FileEntry) -> ChunkPlan:
     n = len(content["files"])
     pieces = [piece["file"] for unit in content["units"] for piece in unit]
     numbers = [*pieces, *map(int, content["read_before"])]
-    if not (len(content["fingerprints"]) == len(content["places"]) == n and all(content["units"])) or (
-        numbers and max(numbers) >= n
-    ):
+    is_whole = len(content["fingerprints"]) == len(content["places"]) == n and all(content["units"])
+    if not is_whole or max(numbers, default=-1) >= n:
         raise store.corrupt(f"{store.where(entry.path)}: its files, units and fingerprints do not match")
     fields = {**_fields_of(Fields, content["fields"]), "keep": tuple(content["fields"]["keep"])}
     found = {
@@ -368,6 +367,11 @@ def parts_of_plan(state: State, plan_id: str) -> range:
     return range(first, first + record["parts"])
 
 
+def files_of_plan(state: State, kind: str, plan_id: str) -> list[FileEntry]:
+    """Return the files of a kind that a plan or its units made."""
+    return [entry for slot, entry in state.group(kind).items() if slot.partition(".")[0] == plan_id]
+
+
 def open_plans(store: Store) -> Iterator[tuple[str, FileEntry, ChunkPlan]]:
     """Yield id, file and content of each unfinished plan, in order."""
     for plan_id in unfinished_plans(store.state):
@@ -403,11 +407,6 @@ def pairs_of(documents: pa.Table) -> npt.NDArray[Any]:
     """Return the ``HASHES`` of documents: key and text hash, zero where it is null."""
     hashes = [parts.from_fixed_binary(documents[name], np.dtype(np.uint8)) for name in ("key", "text_hash")]
     return np.ascontiguousarray(np.hstack(hashes)).view(HASHES).reshape(-1)
-
-
-def purges_of_plans(state: State) -> dict[str, str]:
-    """Return the plan of each purge of replaced documents that was not undone, by the id of the purge."""
-    return {purge: record["plan"] for purge, record in standing_purges(state).items() if "plan" in record}
 
 
 def chunks_of_purges(store: Store) -> Tombstones:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.ranges import positions_within
+from retrotool.ranges import Int64s, positions_within
 from retrotool.sources import Document, Rejected, excerpt
 from retrotool.store import parts
 from retrotool.store.blocked import Hashes, keyed_tokens
@@ -28,10 +28,10 @@ class Tokens:
 
     documents: list[Document]
     ids: npt.NDArray[Any]  # flat
-    lengths: npt.NDArray[np.int64]  # [d × pieces]
+    lengths: Int64s  # [d × pieces]
     pieces: int
     cut: npt.NDArray[np.bool_]  # [d]: whose key was cut
-    kept: npt.NDArray[np.int64]  # [d]: their numbers among the documents given
+    kept: Int64s  # [d]: their numbers among the documents given
 
     def hashed(self, secret: str, dtype: np.dtype[Any]) -> Hashes:
         """Hash the tokens of each document as on the block list, S16 [d]; ``dtype`` is the store's."""
@@ -53,10 +53,10 @@ class Tokens:
 class Cut:
     """n chunks of d documents."""
 
-    n_chunks: npt.NDArray[np.int64]  # [d]
-    doc: npt.NDArray[np.int64]  # [n]
-    index: npt.NDArray[np.int64]  # [n]
-    n_tokens: npt.NDArray[np.int64]  # [n]
+    n_chunks: Int64s  # [d]
+    doc: Int64s  # [n]
+    index: Int64s  # [n]
+    n_tokens: Int64s  # [n]
     tokens: npt.NDArray[Any]  # [n, chunk_length], zero-padded
     key: npt.NDArray[np.bool_] | None = None  # [n], of key-value records
 
@@ -98,9 +98,7 @@ def _given_tokens(documents: list[Document], vocabulary: int, bad: Callable[[Rej
     return Tokens(documents, ids, lengths, 1, none, np.arange(len(documents))).without(over)
 
 
-def cut_chunks(
-    ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64], chunk_length: int, dtype: np.dtype[Any], pieces: int = 1
-) -> Cut:
+def cut_chunks(ids: npt.NDArray[Any], lengths: Int64s, chunk_length: int, dtype: np.dtype[Any], pieces: int = 1) -> Cut:
     """Cut documents with flat tokens ``ids`` and ``lengths`` [d × pieces] into chunks."""
     n_chunks = -(-lengths // chunk_length)
     index = positions_within(n_chunks)

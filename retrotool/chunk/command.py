@@ -7,23 +7,11 @@ import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
 from retrotool.chunk import PART_SIZE
-from retrotool.cli import output
+from retrotool.cli import options, output
 from retrotool.cli.command_lines import next_command
-from retrotool.cli.options import (
-    WORK,
-    Json,
-    NoWaitOption,
-    ScratchOption,
-    StoreArgument,
-    WorkersOption,
-    arg,
-    opt,
-    unescape,
-)
-from retrotool.errors import EXIT_REJECTED, UsageError
+from retrotool.cli.options import Json, StoreArgument, arg, opt
+from retrotool.errors import EXIT_REJECTED, UsageError, listed
 from retrotool.scratch import use_scratch
 from retrotool.sizes import parse_size
 
@@ -121,18 +109,10 @@ def command(
     part_size: Annotated[
         int, _work("Chunks with which a part ends; units of work may end it before.", metavar="N")
     ] = PART_SIZE,
-    scratch: ScratchOption = None,
-    workers: WorkersOption = None,
-    no_wait: NoWaitOption = False,
-    exact_tokenizer: Annotated[
-        bool,
-        opt(
-            "Use only the tokenizers library, from now on; many times slower.",
-            "--exact-tokenizer",
-            panel=WORK,
-            variable="RETROTOOL_EXACT_TOKENIZER",
-        ),
-    ] = False,
+    scratch: options.ScratchOption = None,
+    workers: options.WorkersOption = None,
+    no_wait: options.NoWaitOption = False,
+    exact_tokenizer: options.ExactTokenizer = False,
     as_json: Json = False,
 ) -> None:
     """Cut a corpus into chunks of 64 tokens, in Parquet.
@@ -153,11 +133,11 @@ def command(
         key=key_field,
         value=value_field,
         tokens=tokens_field,
-        separator=None if separator is None else unescape(separator),
+        separator=None if separator is None else options.unescape(separator),
         end_of_document=_token_id(end_of_document),
         max_document=parse_size("--max-document", max_document),
     )
-    options = ChunkOptions(
+    chosen = ChunkOptions(
         fields=fields, require_id=id_field is not None, format=format, encoding=encoding, part_size=part_size,
         keep_end=end_of_document == "none", workers=workers or os.cpu_count() or 1, exclude=tuple(exclude or ()),
         duplicates=duplicates, existing=existing, allow_purged=allow_purged,
@@ -165,17 +145,14 @@ def command(
     )  # fmt: skip
     given = list(inputs or ())
     if dry_run:
-        estimate = chunk_estimate.estimate(
-            store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options
-        )
+        estimate = chunk_estimate.estimate(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=chosen)
         output.show(estimate, as_json, estimate_text)
         return
-    result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=options)
+    result = chunk_run.chunk(store, given, tokenizer=tokenizer, chunk_length=chunk_length, options=chosen)
     output.show(result, as_json, partial(chunk_text, store))
     if result.chunks and not result.stopped and not as_json:
         output.note(f"Next: {next_command(store, 'chunk')}")
-    if result.rejected or result.stopped:
-        raise typer.Exit(EXIT_REJECTED)
+    output.exit_if(result.rejected or result.stopped, EXIT_REJECTED)
 
 
 def _token_id(text: str | None) -> int | None:
@@ -232,11 +209,9 @@ def chunk_text(store: str, result: ChunkResult) -> str:
         if any("invalid UTF-8" in reason.reason for reason in result.reasons):
             lines.append("If a file has another encoding, chunk it alone and name that, such as --encoding latin-1.")
     if result.rejected or result.known_rejected:
-        others = f" and {len(result.quarantine) - 3:,} more" if len(result.quarantine) > 3 else ""
-        lines.append(
-            f"Rejected rows are listed in {', '.join(result.quarantine[:3])}{others} (Parquet).\n"
-            "They are read again when their input has changed."
-        )
+        files = listed(result.quarantine[:3], len(result.quarantine))
+        lines.append(f"Rejected rows are listed in {files} (Parquet).")
+        lines.append("They are read again when their input has changed.")
     if result.stopped:
         lines.append(
             f"Stopped: {result.stopped}. What was read is kept. Repair the input and run the command again, or raise "

@@ -16,7 +16,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from retrotool.chunk.chunk_plan import ChunkPlan, Duplicates, Existing
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
-from retrotool.chunk.update import Update, compare_ids, seen_files
+from retrotool.chunk.update import Update, compare_ids
 from retrotool.cli.output import count
 from retrotool.errors import ConflictError, DuplicatesError, InputError, UsageError
 from retrotool.machine import user_name
@@ -157,10 +157,8 @@ def _finishing(
     """Return the commit that finishes a plan, but for the record of its purge, and what the purge takes."""
     plan = chunk_plan.read_plan(store, entry)
     if plan.existing == "fail" and existing == "mirror":
-        raise UsageError(
-            "--existing mirror: interrupted work was begun with --existing fail",
-            "Finish it with skip or replace first.",
-        )
+        advice = "Finish it with skip or replace first."
+        raise UsageError("--existing mirror: interrupted work was begun with --existing fail", advice)
     chosen = (existing or "skip") if plan.existing == "fail" else plan.existing
     tombstones = read_tombstones(store)
     update, places, kinds = _find(store, plan_id, plan, tombstones, duplicates, chosen)
@@ -201,7 +199,7 @@ def _finishing(
     name = FileName.new(run.id, "inputs", plan_id, "json")
     add.append(chunk_plan.write_json_file(store, name, known, len(known["fingerprints"])))
     joined, parted = join_quarantines(store, run, plan_id)
-    seen = [one.path for one in seen_files(store.state, plan_id)]
+    seen = [one.path for one in chunk_plan.files_of_plan(store.state, "seen", plan_id)]
     weight = weight_of(weights)
     draft = Draft(
         "finish", {"duplicates": duplicates, "existing": chosen}, add=(*add, *joined),
@@ -338,7 +336,7 @@ def _counted(
         "existing": existing, "differing": counts.differing, "replaced": counts.replaced, "removed": counts.removed,
         "known_documents": plan.get("known_documents", 0) + counts.unchanged,
     }  # fmt: skip
-    gone = outdated.as_counts()
+    gone = asdict(outdated)
     return {
         f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
         "totals": {
@@ -353,7 +351,7 @@ def _counted(
 def replaced_record(state: State, plan_id: str, weight: Weight, reason: str, who: str | None = None) -> dict[str, Any]:
     """Return the record of a purge of documents that others replace."""
     return {
-        **weight.as_counts(), "selector": REPLACED, "hash": plan_id, "reason": reason, "who": who or user_name(),
+        **asdict(weight), "selector": REPLACED, "hash": plan_id, "reason": reason, "who": who or user_name(),
         "commit": state.number + 1, "erased": False, "plan": plan_id,
     }  # fmt: skip
 

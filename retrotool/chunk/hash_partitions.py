@@ -21,7 +21,7 @@ import numpy.typing as npt
 from retrotool.errors import StorageError
 from retrotool.scratch import more_scratch, scratch_file, scratch_folder
 from retrotool.store import parts
-from retrotool.store.parts import PART_SHIFT
+from retrotool.store.parts import PART_SHIFT, Ids
 from retrotool.store.store import Store
 
 ROWS = 4 << 20
@@ -37,7 +37,7 @@ def find_repeats(
     store: Store,
     column: Literal["key", "text_hash"],
     new_parts: range,
-    leave_out: Callable[[int], npt.NDArray[np.int64]],
+    leave_out: Callable[[int], Ids],
 ) -> Places:
     """Return documents of ``new_parts`` with the hash of an earlier one, not those of ``leave_out(part)``."""
     numbers = (part for part in store.state.all_parts() if part < new_parts.stop)
@@ -63,7 +63,7 @@ def find_repeats(
 
 
 def _read_hashes(
-    store: Store, part: int, column: str, leave_out: Callable[[int], npt.NDArray[np.int64]]
+    store: Store, part: int, column: str, leave_out: Callable[[int], Ids]
 ) -> tuple[npt.NDArray[Any], Places]:
     values = parts.read_documents(store, part, [column])[column]
     hashes = parts.from_fixed_binary(values, np.dtype(">u8"))

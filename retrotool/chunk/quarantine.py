@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
+from retrotool.chunk.chunk_plan import files_of_plan
 from retrotool.errors import InputError
 from retrotool.sources import Rejected
 from retrotool.store import parts
@@ -90,8 +91,7 @@ class Quarantine:
 
 def quarantine_files(state: State, plan_id: str) -> list[FileEntry]:
     """Return the quarantine files of a plan, or of its units, without the one for duplicates."""
-    files = state.group("quarantine").items()
-    return [file for slot, file in files if slot.partition(".")[0] == plan_id and slot != f"{plan_id}.duplicates"]
+    return [file for file in files_of_plan(state, "quarantine", plan_id) if file.slot != f"{plan_id}.duplicates"]
 
 
 def join_quarantines(store: Store, run: Run, plan_id: str) -> tuple[list[FileEntry], list[str]]:

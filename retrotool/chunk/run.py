@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool import engine, sources
+from retrotool import engine, sources, tokenizers
 from retrotool.chunk import CHUNK_LENGTH, chunk_plan
 from retrotool.chunk.chunk_plan import ChunkOptions
 from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
@@ -23,7 +23,7 @@ from retrotool.chunk.stage import ChunkStage
 from retrotool.cli import output
 from retrotool.cli.options import check_utf8
 from retrotool.engine.progress import Progress
-from retrotool.errors import AbortError, CorruptError, ErasedError, StorageError, UsageError
+from retrotool.errors import AbortError, CorruptError, ErasedError, StorageError, UsageError, listed
 from retrotool.machine import user_name
 from retrotool.sources import InputFile
 from retrotool.sources.inputs import STANDARD_INPUT, is_spooled, spool
@@ -34,16 +34,8 @@ from retrotool.store.leases import Run
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
-from retrotool.tokenizers import (
-    DEFAULT_TOKENIZER,
-    FastTokenizer,
-    Findings,
-    Tokenizer,
-    TokensDiffer,
-    find_tokenizer,
-    library_versions,
-    stored_tokenizer,
-)  # fmt: skip
+from retrotool.store.tombstones import standing_purges
+from retrotool.tokenizers import FastTokenizer, Findings, Tokenizer, TokensDiffer, find_tokenizer
 
 _CHECKED_PARTS = 64
 
@@ -182,7 +174,7 @@ def chunk(
         duplicates_by_source=dict(sum(left_out, Counter[str]())),
         **{name: sum(record.get(name, 0) for record in records) for name in ("differing", "replaced", "removed")},
         differing_examples=tuple(name for one in repeats.values() for name in one.examples),
-        purges=tuple(purge for purge, of in chunk_plan.purges_of_plans(state).items() if of in plans),
+        purges=tuple(purge for purge, record in standing_purges(state).items() if record.get("plan") in plans),
         not_mirrored=tuple(name for one in repeats.values() for name in one.not_mirrored),
     )  # fmt: skip
 
@@ -198,9 +190,8 @@ def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: C
         resumed.update((plan.files[piece.file], None) for unit in left for piece in unit)
     names = [file.path for file in resumed if file.path not in given and not is_spooled(file)]
     if names:
-        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
         skip = "" if options.exclude else " To leave an input out, add --exclude."
-        options.note(f"Resuming interrupted work: {names[0]}{more}.{skip}")
+        options.note(f"Resuming interrupted work: {listed(names[:1], len(names))}.{skip}")
 
 
 def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile | None = None) -> list[InputFile]:
@@ -249,8 +240,8 @@ def _findings(
         return None
     known, new = chunk_plan.known_findings(store.state), None
     why = "" if known is None else known.why
-    if known is None or known.versions != library_versions():
-        fast = FastTokenizer(loaded or stored_tokenizer(store))
+    if known is None or known.versions != tokenizers.library_versions():
+        fast = FastTokenizer(loaded or tokenizers.stored_tokenizer(store))
         new, why = fast.findings, fast.why
     if why:
         options.note(f"Using only the tokenizers library, which is many times slower: {why}.")
@@ -271,9 +262,8 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
         raise UsageError("--exclude: a pattern is empty", "Give a name or a path, such as '*.html' or 'drafts/*'.")
     for name in fields.keep:
         if name in parts.RESERVED_COLUMNS or not name:
-            raise UsageError(
-                f"--keep {name}: the store has its own column of this name", "Rename the field in the input."
-            )
+            advice = "Rename the field in the input."
+            raise UsageError(f"--keep {name}: the store has its own column of this name", advice)
     for option, number, allowed, named in (
         ("--part-size", options.part_size, range(1, 1 << 31), "1 and 2^31 - 1"),
         ("--end-of-document", fields.end_of_document or 0, range(1 << 32), "0 and 2^32 - 1"),
@@ -284,10 +274,8 @@ def check_options(options: ChunkOptions) -> ChunkOptions:
     if (fields.key is None) != (fields.value is None):
         raise UsageError("--key-field and --value-field must be given together", "Give both, or neither.")
     if fields.tokens is not None and (fields.key is not None or fields.value is not None):
-        raise UsageError(
-            "--tokens-field can't be used with --key-field and --value-field",
-            "Key-value records are made of text; give one or the other.",
-        )
+        advice = "Key-value records are made of text; give one or the other."
+        raise UsageError("--tokens-field can't be used with --key-field and --value-field", advice)
     if not 0 <= options.check <= 1:
         raise UsageError(f"check={options.check} is not a share between 0 and 1")
     return replace(options, fields=fields)
@@ -318,7 +306,10 @@ def _work(
             "samples. To check all of it, chunk its inputs into another store with --exact-tokenizer and compare the "
             "contents that retrotool verify prints.",
         ) from error
-    return _too_many(rejected, options) if _has_units(store) else ""
+    state = store.refresh()
+    records = [state.records[f"plan:{plan}"] for plan in chunk_plan.unfinished_plans(state)]
+    has_units = any(record["done"] < record["units"] for record in records)
+    return _too_many(rejected, options) if has_units else ""
 
 
 def _too_many(rejected: int, options: ChunkOptions) -> str:
@@ -326,12 +317,6 @@ def _too_many(rejected: int, options: ChunkOptions) -> str:
     if options.max_bad is None or rejected <= options.max_bad:
         return ""
     return f"{output.count(rejected, 'row')} rejected, more than --max-bad {options.max_bad:,}"
-
-
-def _has_units(store: Store) -> bool:
-    state = store.refresh()
-    records = [state.records[f"plan:{plan}"] for plan in chunk_plan.unfinished_plans(state)]
-    return any(record["done"] < record["units"] for record in records)
 
 
 def check_chunk_length(chunk_length: int | None) -> None:
@@ -350,7 +335,7 @@ def _open_or_create(
         known = Tokenizer(find_tokenizer(tokenizer)) if tokenizer else None
         check_store_identity(store, tokenizer, known, chunk_length)
         return store, known
-    loaded = Tokenizer(find_tokenizer(tokenizer or DEFAULT_TOKENIZER))
+    loaded = Tokenizer(find_tokenizer(tokenizer or tokenizers.DEFAULT_TOKENIZER))
     store = Store.create(storage, loaded.identity, loaded.file.content, chunk_length or CHUNK_LENGTH)
     check_store_identity(store, loaded.file.name, loaded, chunk_length)  # another process may have created it
     kind = "lossless" if loaded.lossless else "loses case or spacing"
@@ -369,10 +354,8 @@ def check_store_identity(store: Store, name: str | None, tokenizer: Tokenizer | 
             "Leave --tokenizer out to use the store's, or create a new store.",
         )
     if chunk_length not in (None, own.chunk_length):
-        raise UsageError(
-            f"{store.place} has chunks of {own.chunk_length} tokens, not {chunk_length}",
-            "Leave --chunk-length out, or create a new store.",
-        )
+        advice = "Leave --chunk-length out, or create a new store."
+        raise UsageError(f"{store.place} has chunks of {own.chunk_length} tokens, not {chunk_length}", advice)
 
 
 def _waiting_units(store: Store, plans: Sequence[str]) -> list[Unit]:
@@ -396,12 +379,12 @@ def _reasons(
     """Return the reasons for rejected rows, merged but for numbers, and how many rows stand for damage."""
     found: list[RejectedReason] = []
     damaged = 0
-    entries = [(slot.partition(".")[0], entry) for slot, entry in store.state.group("quarantine").items()]
+    state = store.state
+    entries = [(plan, entry) for plan in plans for entry in chunk_plan.files_of_plan(state, "quarantine", plan)]
     entries += [(unit.plan, unit.quarantine) for unit in units if unit.quarantine is not None]
     columns, again = ["input", "line", "reason", "excerpt", "damage"], pa.array(read_again, pa.string())
     firsts = [(column, "first") for column in ("input", "line", "excerpt")]
-    wanted = [(plan, entry) for plan, entry in entries if plan in plans]
-    for plan, table in ((plan, table) for plan, entry in wanted for table in parts.read_tables(store, entry, columns)):
+    for plan, table in ((plan, table) for plan, entry in entries for table in parts.read_tables(store, entry, columns)):
         if plan != plans[-1]:
             table = table.filter(pc.invert(pc.is_in(table["input"], again)))
         damaged += int(pc.sum(table["damage"]).as_py() or 0)

@@ -42,6 +42,7 @@ from retrotool.sources.records import content_hash
 from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.log import FileEntry
+from retrotool.store.parts import Bools
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
@@ -54,7 +55,6 @@ _AHEAD = 1  # batches that wait, while another one is read and one is tokenised
 _EXCERPT = 200
 _LEAST_SHARE = {"parquet": 64, "arrow": 64}  # bytes of input per byte that is surely written: few columns may be text
 Row = Document | Rejected
-Flags = npt.NDArray[np.bool_]
 HashPair = tuple[bytes, bytes]  # of a document's id and of its content
 TokenisedBatch = tuple[str, Tokens | None, list[HashPair], int]  # with the input's name, and how much of it was read
 
@@ -258,7 +258,7 @@ class _Unit:
         return found if found.documents else None, hashes
 
     def _leave_out(
-        self, count: str, held: Flags, batch: list[Document], hashes: list[HashPair]
+        self, count: str, held: Bools, batch: list[Document], hashes: list[HashPair]
     ) -> tuple[list[Document], list[HashPair]]:
         self.counts[count] += int(held.sum())
         return list(itertools.compress(batch, ~held)), list(itertools.compress(hashes, ~held))

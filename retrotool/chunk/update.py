@@ -21,14 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrotool.chunk import chunk_plan
-from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, Existing
+from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, Existing, files_of_plan
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import quarantine_files
 from retrotool.ranges import is_in
 from retrotool.store import parts
-from retrotool.store.log import FileEntry
+from retrotool.store.blocked import Hashes
 from retrotool.store.parts import HASH_BYTES, distinct_parts
-from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_rejected
 
@@ -40,7 +39,6 @@ _NONE = np.zeros(0, np.int64)
 _DOCUMENT = np.dtype({
     "names": ["place", "pair", "key"], "formats": ["i8", HASHES, _KEY], "offsets": [0, 8, 8],
 })  # fmt: skip
-Hashes = npt.NDArray[np.bytes_]
 _Documents = npt.NDArray[np.void]
 
 
@@ -79,7 +77,7 @@ def compare_ids(
     state = store.state
     old_parts = range(chunk_plan.parts_of_plan(state, plan_id).start)
     mirrored, not_mirrored = _mirrored(store, plan_id, plan) if existing == "mirror" else ({}, ())
-    n_seen = sum(entry.rows for entry in seen_files(state, plan_id)) if mirrored else 0
+    n_seen = sum(entry.rows for entry in files_of_plan(state, "seen", plan_id)) if mirrored else 0
     n_passes = max(1, -(-len(by_id) // PASS), -(-n_seen // PASS))
     found: list[Update] = []
     for number in range(n_passes if len(by_id) or mirrored else 0):
@@ -96,11 +94,6 @@ def compare_ids(
     return Update(
         joined("unchanged"), joined("differing"), joined("new"), joined("replaced"), joined("removed"), not_mirrored
     )  # fmt: skip
-
-
-def seen_files(state: State, plan_id: str) -> list[FileEntry]:
-    """Return the files with the ids that a plan has read of inputs to mirror."""
-    return [entry for slot, entry in state.group("seen").items() if slot.partition(".")[0] == plan_id]
 
 
 def _decide(
@@ -165,9 +158,8 @@ def _with_keys(table: pa.Table, wanted: pa.Array) -> npt.NDArray[np.int64]:
 
 def _is_dead(store: Store, places: Places, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
     """Return which documents have no live chunk."""
-    dead = (
-        parts.chunk_ids(part, chunk_plan.documents_within(store, part, tombstones)) for part in distinct_parts(places)
-    )
+    numbers = distinct_parts(places)
+    dead = (parts.chunk_ids(part, chunk_plan.documents_within(store, part, tombstones)) for part in numbers)
     return np.isin(places, np.concatenate([_NONE, *dead]))
 
 
@@ -213,7 +205,7 @@ def _removed(
 
 
 def _seen(store: Store, plan_id: str, numbers: set[int], span: tuple[int, int]) -> Iterator[Hashes]:
-    for entry in seen_files(store.state, plan_id):
+    for entry in files_of_plan(store.state, "seen", plan_id):
         for table in parts.read_tables(store, entry):
             some = table.filter(pc.is_in(table["file"], value_set=pa.array(numbers, pa.int32())))
             key = _keys_of(some["key"])

@@ -86,6 +86,7 @@ _complete_tables = _completer(lambda state: state.with_prefix("neighbours:"))
 _complete_encoders = _completer(lambda state: state.names("embeddings"))
 
 StoreArgument = Annotated[str, arg("Directory of the store.", metavar="STORE", complete=complete_stores)]
+PurgeId = Annotated[str, arg("Id of the purge; last is the newest one.", metavar="PURGE", complete=complete_purges)]
 Json = Annotated[bool, opt("Print one JSON object on stdout.", "--json")]
 EncoderOption = Annotated[
     str | None,
@@ -127,6 +128,9 @@ NoWaitOption = Annotated[
 ]
 WorkersOption = Annotated[int | None, _work("Worker processes.  [default: one per core]", "workers", "N", least=1)]
 ScratchOption = Annotated[str | None, _work("Folder for scratch files.  [default: the system's]", "scratch", "DIR")]
+ExactTokenizer = Annotated[
+    bool, _work("Use only the tokenizers library, from now on; many times slower.", "exact-tokenizer", None)
+]
 
 LEAST_MEMORY = 16 << 20  # the smallest ``--memory``, in bytes
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}

@@ -216,6 +216,12 @@ def note(message: str) -> None:
     typer.echo(visible(message), err=True)
 
 
+def exit_if(failed: object, exit_code: int) -> None:
+    """End the command with ``exit_code`` if it failed, although it has a result."""
+    if failed:
+        raise typer.Exit(exit_code)
+
+
 def stop(message: str, as_json: bool) -> NoReturn:
     """End a command that the user declined to continue, with exit code 1."""
     note(message)

@@ -121,17 +121,14 @@ def new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         renamed = error.filename2 is not None
         if renamed and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UsageError(
-                f"{target} was made by another process", "Remove it, or name another folder, and run the command again."
-            ) from error
+            advice = "Remove it, or name another folder, and run the command again."
+            raise UsageError(f"{target} was made by another process", advice) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"{target}: no space left; nothing of it was kept", "Free some space and run the same command again."
-            ) from error
+            advice = "Free some space and run the same command again."
+            raise StorageError(f"{target}: no space left; nothing of it was kept", advice) from error
         if error.filename is None and error.errno is not None:  # a write
-            raise StorageError(
-                f"{target} can't be written: {os.strerror(error.errno)}; nothing of it was kept"
-            ) from error
+            why = os.strerror(error.errno)
+            raise StorageError(f"{target} can't be written: {why}; nothing of it was kept") from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -30,7 +30,7 @@ from retrotool.embed.stage import EmbedStage, check_encoder_identity, unfinished
 from retrotool.encoder import EncoderIdentity
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report, Task
-from retrotool.errors import UsageError
+from retrotool.errors import UsageError, listed
 from retrotool.ranges import consecutive_ranges, within
 from retrotool.sources import find_inputs
 from retrotool.store import parts
@@ -248,8 +248,7 @@ class ForeignWorker:
                     raise UsageError(f"{path}: the vector of {named} {what}", _AGAIN)
             wrong = np.flatnonzero(embedded[start:stop] & (times != 1) & ~(purged[start:stop] & (times == 0)))
             if len(wrong):
-                shown = ", ".join(parts.format_id(first + place) for place in wrong[:_SHOWN].tolist())
-                more = f" and {len(wrong) - _SHOWN:,} more" if len(wrong) > _SHOWN else ""
-                raise UsageError(f"the files have none or several vectors of these chunks: {shown}{more}", _AGAIN)
+                shown = listed((parts.format_id(first + place) for place in wrong[:_SHOWN].tolist()), len(wrong))
+                raise UsageError(f"the files have none or several vectors of these chunks: {shown}", _AGAIN)
             yield block
             report(int(embedded[start:stop].sum()))

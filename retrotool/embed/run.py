@@ -97,10 +97,8 @@ def embed(
         if encoder == BUNDLED:
             raise UsageError("--from needs the name of the model that made the vectors", "Give it as --encoder NAME.")
         if check or dimension or (pooling, dtype) != ("auto", "auto"):
-            raise UsageError(
-                "--from takes vectors as they are: no --check, --pooling, --dimension or --dtype",
-                "Give only the name of the model that made them as --encoder.",
-            )
+            advice = "Give only the name of the model that made them as --encoder."
+            raise UsageError("--from takes vectors as they are: no --check, --pooling, --dimension or --dtype", advice)
         found, files = ["cpu"], find_vectors(str(vectors))
         identity = foreign_identity(encoder, name or default_name(encoder), files.dimension)
     else:

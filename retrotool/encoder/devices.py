@@ -23,9 +23,8 @@ def check_device(device: str, dtype: str = "auto") -> None:
     if match is None:
         raise UsageError(f"device {device!r} is unknown", "Use auto, cpu, cuda or cuda:N.")
     if not torch.cuda.is_available():
-        raise UsageError(
-            f"device {device!r}: torch sees no GPU", "Use --devices cpu, or install a CUDA build of torch."
-        )
+        advice = "Use --devices cpu, or install a CUDA build of torch."
+        raise UsageError(f"device {device!r}: torch sees no GPU", advice)
     if int(match[1] or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs, numbered from 0")
 
@@ -76,10 +75,8 @@ def check_divisible(error: Exception, what: str, device: str, rows: int, tokens:
     if not is_out_of_memory(error):
         raise error
     if rows == 1:
-        raise RetrotoolError(
-            f"{what}: {device} has too little memory for a row of {tokens} tokens",
-            "Free some memory, or use another device (--devices cpu).",
-        ) from error
+        advice = "Free some memory, or use another device (--devices cpu)."
+        raise RetrotoolError(f"{what}: {device} has too little memory for a row of {tokens} tokens", advice) from error
 
 
 @contextmanager

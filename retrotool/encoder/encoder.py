@@ -259,9 +259,8 @@ class Encoder:
         true = self._other("transformers").embed(rows)
         self.cosine = self._cosine(rows, true)
         if self.cosine < LEAST_COSINE[self.dtype] and self.gelu:
-            self.say(
-                f"{self.gelu} GELU gave a cosine of {self.cosine:.5f}: exact GELU is used instead, which is slower"
-            )
+            why = f"{self.gelu} GELU gave a cosine of {self.cosine:.5f}"
+            self.say(f"{why}: exact GELU is used instead, which is slower")
             self._loaded.use_exact_gelu()
             self.cosine = self._cosine(rows, true)
         if self.cosine < LEAST_COSINE[self.dtype] and self.forward == "packed" and not self._is_right(rows, true):

@@ -76,10 +76,8 @@ def _pooling(path: Path, config: dict[str, Any], *, refuse: bool) -> str:
     if len(known) == 1 and known <= set(POOLINGS):
         return known.pop()
     if refuse:
-        raise UsageError(
-            f"encoder {path}: pooling {', '.join(sorted(chosen))} is not supported",
-            f"Choose {', '.join(POOLINGS[:-1])} or {POOLINGS[-1]} with --pooling.",
-        )
+        advice = f"Choose {', '.join(POOLINGS[:-1])} or {POOLINGS[-1]} with --pooling."
+        raise UsageError(f"encoder {path}: pooling {', '.join(sorted(chosen))} is not supported", advice)
     return ""
 
 

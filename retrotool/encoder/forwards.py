@@ -48,9 +48,8 @@ class Head:
         self._layers: list[tuple[torch.Tensor, torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor]]] = []
         try:
             for folder, activation in read_modules(path, refuse=False).projections:
-                weights = {
-                    key: weight.float() for key, weight in load_file(folder / "model.safetensors", device).items()
-                }
+                stored = load_file(folder / "model.safetensors", device)
+                weights = {key: weight.float() for key, weight in stored.items()}
                 act = getattr(torch.nn, activation)()
                 self._layers.append((weights["linear.weight"], weights.get("linear.bias"), act))
             config = read_config(path)

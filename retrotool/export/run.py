@@ -32,7 +32,7 @@ from retrotool.cli.result_files import check_place, new_folder
 from retrotool.embed.search_scope import count_keys_of
 from retrotool.engine.progress import counting
 from retrotool.engine.task import Report
-from retrotool.errors import CorruptError, UsageError
+from retrotool.errors import CorruptError, UsageError, listed
 from retrotool.index.searching import commands_to_index
 from retrotool.neighbours.retrieved import Pieces, read_document_ids
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
@@ -276,9 +276,8 @@ def _check_complete(reader: NeighbourReader, tombstones: Tombstones) -> None:
             index = str(record["index"]) if member.within else ""  # else the new chunks are never found
             commands += commands_to_index(store, str(record["encoder"]), index or None)
             commands.append(table_command(store, member.table, member.store))
-    shown = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
     raise UsageError(
         f"{count(chunks, 'chunk')} of {store.place} {'has' if chunks == 1 else 'have'} no neighbours "
-        f"{reader.name!r} yet (part{'s' * (len(missing) > 1)} {shown})",
+        f"{reader.name!r} yet (part{'s' * (len(missing) > 1)} {listed(missing[:8], len(missing))})",
         "Compute them:\n" + "\n".join(f"  {command}" for command in dict.fromkeys(commands)),
     )

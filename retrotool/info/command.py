@@ -214,8 +214,7 @@ def verify_command(
 
         found = verify(store)
         output.show(found, as_json, _verified_text)
-    if not found.ok:
-        raise typer.Exit(CorruptError.exit_code)
+    output.exit_if(not found.ok, CorruptError.exit_code)
 
 
 def _verdict(found: LogVerification | Verification) -> str:
@@ -242,10 +241,8 @@ def _verified_text(found: Verification) -> str:
         lines.append(f"  not checked: {output.count(len(found.foreign), 'file')} that retrotool did not make")
         lines += [f"    {output.one_line(path)}" for path in found.foreign]
     if found.unnamed:
-        files = output.count(found.unnamed, "file")
-        lines.append(
-            f"  uncommitted: {files} of running or interrupted commands; the next writing command removes leftovers"
-        )
+        what = "of running or interrupted commands; the next writing command removes leftovers"
+        lines.append(f"  uncommitted: {output.count(found.unnamed, 'file')} {what}")
     hashes = ("content", "ids", "tombstones", "embeddings", "indexes", "neighbours", "materialised")
     shown = {name: getattr(found, name) for name in hashes if getattr(found, name)}
     width = max(map(len, shown), default=0) + 1
@@ -267,8 +264,7 @@ def doctor_command(
 
     found = doctor.doctor(store)
     output.show(found, as_json, _checks_text)
-    if not found.ok:
-        raise typer.Exit(output.EXIT_FAILED)
+    output.exit_if(not found.ok, output.EXIT_FAILED)
 
 
 def _checks_text(found: Diagnosis) -> str:

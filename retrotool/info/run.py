@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from retrotool.errors import RetrotoolError
 from retrotool.index.index_records import IndexFiles
@@ -63,14 +63,16 @@ def info(root: str | Path) -> Info:
     for file in state.files():
         sizes[file.kind] = sizes.get(file.kind, 0) + file.bytes
     own = store.identity
-    keys = _Keys(store)
+    every = not any("keys" in (entry.about or {}) for entry in _live_chunks(state))  # then the log has the number
+    live = state.parts()
+    keys = _Keys(live, totals["chunks"] if every else _count_keys(store, live))
     encoders = _covered(store, keys, "encoder:", "embeddings")
     for name, check in state.with_prefix("fidelity:").items():
         if name in encoders:
             encoders[name]["check"] = check
     return Info(
         path=str(root), uuid=own.uuid, commit=state.number, bytes=sizes, **{name: totals[name] for name in COUNTS},
-        keys=keys.count, chunk_length=own.chunk_length,
+        keys=keys.total, chunk_length=own.chunk_length,
         purged=sum(entry.rows for entry in _live_chunks(state)) - totals["chunks"],
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         parts=[_part(store, part) for part in state.all_parts()], encoders=encoders,
@@ -85,26 +87,17 @@ def info(root: str | Path) -> Info:
     )  # fmt: skip
 
 
-class _Keys:
-    """Counts the live keys of a store."""
+class _Keys(NamedTuple):
+    """The live parts of a store, and the number of their live keys."""
 
-    def __init__(self, store: Store) -> None:
-        self._store, self._parts = store, store.state.parts()
-        # Without other chunks, the log has the number.
-        every = not any("keys" in (entry.about or {}) for entry in _live_chunks(store.state))
-        totals = store.state.records.get("totals", {})
-        self.count = int(totals.get("chunks", 0)) if every else self._count(self._parts)
+    parts: list[int]
+    total: int
 
-    def count_in(self, kind: str, name: str) -> int:
-        """Count the live keys of the parts that have a file of a kind and name."""
-        slots = self._store.state.group(kind, name)
-        parts = [part for slot in slots if self._store.state.is_live(part := int(slot))]
-        return self.count if parts == self._parts else self._count(parts)
 
-    def _count(self, parts: list[int]) -> int:
-        from retrotool.embed.search_scope import count_keys_of
+def _count_keys(store: Store, parts: list[int]) -> int:
+    from retrotool.embed.search_scope import count_keys_of
 
-        return count_keys_of(self._store, parts)
+    return count_keys_of(store, parts)
 
 
 def _live_chunks(state: State) -> list[FileEntry]:
@@ -132,10 +125,13 @@ def _files(store: Store, kind: str) -> list[dict[str, Any]]:
 
 def _covered(store: Store, keys: _Keys, prefix: str, kind: str) -> dict[str, Any]:
     """Return records with the numbers of ``parts`` and live keys (``rows``) that they cover."""
-    return {
-        name: {**record, "parts": len(store.state.group(kind, name)), "rows": keys.count_in(kind, name)}
-        for name, record in store.state.with_prefix(prefix).items()
-    }
+    found = {}
+    for name, record in store.state.with_prefix(prefix).items():
+        slots = store.state.group(kind, name)
+        parts = [part for slot in slots if store.state.is_live(part := int(slot))]
+        rows = keys.total if parts == keys.parts else _count_keys(store, parts)
+        found[name] = {**record, "parts": len(slots), "rows": rows}
+    return found
 
 
 def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:

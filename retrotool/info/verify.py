@@ -640,14 +640,12 @@ def _check_table(checked: _Checked, entry: FileEntry, name: str, table: Neighbou
 
 
 def _problems_of_rows(ids: Ids, distances: npt.NDArray[np.float32]) -> set[str]:
-    ordered = np.sort(ids, axis=1)
+    ordered, unlike = np.sort(ids, axis=1), (ids == NO_NEIGHBOUR) != np.isposinf(distances)
     checks = {
         "distances do not ascend": not (distances[:, 1:] >= distances[:, :-1]).all(),
         "a distance is negative or not a number": not (distances >= 0).all(),
         "an id is negative": (ids < NO_NEIGHBOUR).any(),
-        "a neighbour has no distance, or an empty place has one": (
-            (ids == NO_NEIGHBOUR) != np.isposinf(distances)
-        ).any(),
+        "a neighbour has no distance, or an empty place has one": unlike.any(),
         "a row has a neighbour twice": ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(),
     }
     return {what for what, found in checks.items() if found}
@@ -711,14 +709,13 @@ def _problems_of_text(text: NeighbourText, saved: Ids) -> set[str]:
     # Replace what is not an id by values that are all different.
     ordered = np.sort(np.where(ids < 0, ERASED - np.arange(ids.shape[1]), ids), axis=1)
     named = (ids[:, :, None] == saved[:, None, :]).any(axis=2)
+    unlike = (ids >= 0) != np.isfinite(text.distances)
     checks = {
         "the id of a text is negative": (ids < ERASED).any(),
         "a text follows an empty place": (none[:, :-1] & ~none[:, 1:]).any(),
         "a row has the text of a neighbour twice": (ordered[:, 1:] == ordered[:, :-1]).any(),
         "a row has the text of a chunk that is not its neighbour": ((ids >= 0) & ~named).any(),
-        "a neighbour with a text has no distance, or an empty place has one": (
-            (ids >= 0) != np.isfinite(text.distances)
-        ).any(),
+        "a neighbour with a text has no distance, or an empty place has one": unlike.any(),
         "a text has more tokens than a chunk can": ((counts < 0) | (counts > length)).any(),
         "a neighbour has no tokens, or an empty place has some": ((counts[:, :, 0] > 0) != (ids >= 0)).any(),
         "a continuation has no neighbour": ((counts[:, :, 1] > 0) & (ids < 0)).any(),

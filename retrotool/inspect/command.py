@@ -199,9 +199,8 @@ def show_command(
     from retrotool.inspect import show
 
     check_utf8("ID", name)
-    output.show(
-        show.show_item(store, name), as_json, lambda found: output.laid_out(_shown_paragraphs(found)), styled=True
-    )
+    found = show.show_item(store, name)
+    output.show(found, as_json, lambda found: output.laid_out(_shown_paragraphs(found)), styled=True)
 
 
 def _shown_paragraphs(found: Shown) -> Iterator[output.Paragraph]:

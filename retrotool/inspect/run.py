@@ -327,9 +327,8 @@ def _check_chunk(store: Store, view: Reader, chunk: int) -> int:
         raise UsageError(f"chunk {format_id(chunk)} is not live: it was purged, or is a duplicate")
     known = store.state.parts()
     if not known:
-        raise UsageError(
-            f"{store.place} has no chunks", f"Chunk documents: {command_line('chunk', store.place)} INPUT..."
-        )
+        advice = f"Chunk documents: {command_line('chunk', store.place)} INPUT..."
+        raise UsageError(f"{store.place} has no chunks", advice)
     last = join_id(known[-1], parts.part_entry(store, "chunks", known[-1]).rows - 1)
     raise UsageError(f"the store has no chunk {format_id(chunk)}", f"Ids are PART:ROW; the last is {format_id(last)}.")
 

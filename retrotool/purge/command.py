@@ -12,20 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from retrotool.cli import output
-from retrotool.cli.options import (
-    Device,
-    Json,
-    StoreArgument,
-    TableOption,
-    arg,
-    at_file,
-    at_files,
-    complete_purges,
-    first_device,
-    opt,
-)
-from retrotool.errors import UsageError
+from retrotool.cli import options, output
+from retrotool.cli.options import Json, PurgeId, StoreArgument, TableOption, arg, at_file, at_files, opt
+from retrotool.errors import UsageError, listed
 
 if TYPE_CHECKING:
     from retrotool.purge.affected import AffectedChunk, AffectedResult, AskedPurge
@@ -101,7 +90,7 @@ def command(
     out: Annotated[Path | None, opt("With --dry-run: write the ids of the chunks here.", metavar="FILE")] = None,
     erase: Annotated[bool, opt("Also rewrite the files with the chunks. This can't be undone.", "--erase")] = False,
     yes: _YesOption = False,
-    devices: Device = "auto",
+    devices: options.Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Purge chunks: no command returns them any more. Without a selector, list purges.
@@ -119,7 +108,7 @@ def command(
         chunk=at_files(chunk), document=at_files(document), where=where, pattern=at_files(pattern), terms=terms,
         pii=select.kinds_of(pii), near_duplicates_of=at_files(near_duplicates_of), contaminates=contaminates,
         duplicates=duplicates, every=every, whole_documents=whole_documents, allow_lossy=allow_lossy,
-        like=None if like is None else at_file(like), within=within, device=first_device(devices),
+        like=None if like is None else at_file(like), within=within, device=options.first_device(devices),
         **_classifier(classifier),
     )  # fmt: skip
     if selectors == select.Selectors(device=selectors.device) and not (dry_run or erase or reason or out):
@@ -187,8 +176,7 @@ def _same_text(store: str, result: PurgeResult) -> list[str]:
     same = result.same_text
     if not same.documents:
         return []
-    more = same.documents - len(same.first)
-    which = ", ".join(map(output.one_line, same.first)) + (f" and {more:,} more" if more else "")
+    which = listed(map(output.one_line, same.first), same.documents)
     given = [word for name in same.first for word in ("--document", f"@{name}" if name.startswith("@") else name)]
     command = output.one_line(shlex.join(["retrotool", "purge", store, *given]))
     return [f"The same text is still live in {which}. To purge it there: {command} --reason ..."]
@@ -245,7 +233,7 @@ def _rewritten(touched: Touched) -> str:
 
 def undo_command(
     store: StoreArgument,
-    purge: Annotated[str, arg("Id of the purge; last is the newest one.", metavar="PURGE", complete=complete_purges)],
+    purge: PurgeId,
     reason: Annotated[str, opt("Why. It stays in the log forever: name no person.", metavar="TEXT")],
     as_json: Json = False,
 ) -> None:
@@ -280,7 +268,8 @@ def _undo_text(store: str, result: UndoResult) -> str:
 def erase_command(
     store: StoreArgument,
     purges: Annotated[
-        list[str] | None, arg("Ids of purges; last is the newest one.", metavar="[PURGE]...", complete=complete_purges)
+        list[str] | None,
+        arg("Ids of purges; last is the newest one.", metavar="[PURGE]...", complete=options.complete_purges),
     ] = None,
     older_than: Annotated[str | None, opt("All purges older than this, such as 7d or 12h.", metavar="AGE")] = None,
     dry_run: Annotated[bool, opt("Show what would be erased, and change nothing.", "--dry-run")] = False,

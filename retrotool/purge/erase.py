@@ -49,31 +49,20 @@ from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge import purged_chunks
 from retrotool.purge.selectors import scan
-from retrotool.store import folding, log, neighbour_tables, parts
+from retrotool.store import folding, log, neighbour_tables, parts, tombstones
 from retrotool.store.bucket_copies import BucketCopies, bucket_copies
 from retrotool.store.gc import clean
 from retrotool.store.identity import Identity
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR, NeighbourText
-from retrotool.store.parts import ROW_GROUP, Ids
+from retrotool.store.parts import ROW_GROUP, Bools, Ids
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import (
-    PREFIX,
-    Tombstones,
-    add_tombstones,
-    check_not_undone,
-    named_chunks,
-    read_tombstones,
-    standing_purges,
-    tombstones_naming,
-)
+from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 from retrotool.store.vectors import read_vectors, write_vectors
-
-Flags = npt.NDArray[np.bool_]
 
 
 WORKER_BYTES = 1 << 29  # memory of a worker, besides the rows of a part
@@ -118,8 +107,8 @@ class EraseStage:
         if not len(self.targets):
             return
         # Targets may stay tombstones after an undo: another purge may name them.
-        check_not_undone(store.state, self.purges)
-        reads = tombstones_naming(store, self.targets)
+        tombstones.check_not_undone(store.state, self.purges)
+        reads = tombstones.tombstones_naming(store, self.targets)
         for entries in several:
             paths = [entry.path for entry in entries]
             if self.clean.issuperset(paths):
@@ -183,7 +172,7 @@ def _has_excerpts(store: Store, entry: FileEntry, _: Tombstones) -> bool:
 _HOLDS = {"documents": _part_holds, "index": _shard_holds, "neighbours": _table_holds, "quarantine": _has_excerpts}
 
 
-def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, whole: bool) -> Iterator[Flags]:
+def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, whole: bool) -> Iterator[Bools]:
     """Yield, by row group, which rows of a neighbour table hold data of ``purged`` chunks, bool [n].
 
     Of a table against another store, n counts only their own rows. Unless ``whole``, distances and tokens
@@ -208,12 +197,12 @@ def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, wh
         yield holds if within else holds[mine]
 
 
-def _leftovers_in_text(text: NeighbourText, mine: Ids, purged: Tombstones | None, *, whole: bool) -> Flags:
+def _leftovers_in_text(text: NeighbourText, mine: Ids, purged: Tombstones | None, *, whole: bool) -> Bools:
     """Return which rows have tokens of ``purged`` chunks, ``mine`` any, or, if ``whole``, of no neighbour."""
-    has_tokens: Flags = (text.n_tokens != 0) | text.tokens.any(axis=3)
+    has_tokens: Bools = (text.n_tokens != 0) | text.tokens.any(axis=3)
     empty = ~(has_tokens[:, :, 0] | has_tokens[:, :, 1])
     # An erase does not remove these: they are damage.
-    bad: Flags = (text.ids < 0) & ~(empty & np.isposinf(text.distances)) & whole
+    bad: Bools = (text.ids < 0) & ~(empty & np.isposinf(text.distances)) & whole
     if purged is not None:
         named, followed = purged.contains(text.ids), purged.contains(text.ids + 1) & has_tokens[:, :, 1]
         bad |= (text.ids >= 0) & (named | followed)
@@ -237,8 +226,8 @@ class EraseWorker:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged:
         """Rewrite the files of a task; ``ErasedError`` if another process replaced one concurrently."""
-        old, tombstones = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
-        check_there(self._store, (*old, *tombstones))
+        old, named = tuple(task.inputs["paths"]), tuple(task.inputs["reads"])
+        check_there(self._store, (*old, *named))
         name, slot = FileName.parse(old[0]), self._store.state.slot_of(old[0])
         entry = None if slot is None else self._store.state.file(name.kind, slot, name.name)
         assert entry is not None, "it was there just now"
@@ -248,7 +237,7 @@ class EraseWorker:
             rewrite = {"index": self._shard, "neighbours": self._table, "quarantine": self._excerpts}[entry.kind]
             add = [rewrite(entry, FileName.new(run, entry.kind, entry.slot, name.extension, entry.name))]
         report(task.weight)
-        return Staged("erase", reads=(*old, *tombstones), add=tuple(add), remove=old, task=task.key, run=run)
+        return Staged("erase", reads=(*old, *named), add=tuple(add), remove=old, task=task.key, run=run)
 
     def _part(self, part: int, run: str) -> list[FileEntry]:
         store, rows, slot = self._store, self._targets.rows(part), part_slot(part)
@@ -310,9 +299,8 @@ def erase_documents(
     names = {"id": ids, "key": [id_hash(name) for name in ids]} if ids else {}
     columns = {name: documents[name] for name in documents.column_names} | {"n_tokens": pa.array(left)}
     for name, some in names.items():
-        columns[name] = pc.replace_with_mask(
-            columns[name].combine_chunks(), renamed, pa.array(some, columns[name].type)
-        )
+        old = columns[name]
+        columns[name] = pc.replace_with_mask(old.combine_chunks(), renamed, pa.array(some, old.type))
     for name in columns.keys() - {"first_row", "n_chunks", "n_tokens"}:
         # The hash of the whole text would still identify it.
         kept = pa.array(whole if name == "text_hash" else left > 0)
@@ -418,11 +406,11 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
 
 
 def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
-    check_not_undone(store.state, (purge,))
-    entry, before = add_tombstones(store, run.id, purge, new)
+    tombstones.check_not_undone(store.state, (purge,))
+    entry, before = tombstones.add_tombstones(store, run.id, purge, new)
 
     def build(state: State) -> Draft:
-        check_not_undone(state, (purge,))
+        tombstones.check_not_undone(state, (purge,))
         if state.records[PREFIX + purge]["erased"]:
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
         return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -36,25 +36,16 @@ import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import documents_within, open_plans, parts_of_plan, unfinished_plans
 from retrotool.cli.command_lines import command_line
-from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError, listed
 from retrotool.ranges import expand_ranges
-from retrotool.store import parts
+from retrotool.store import parts, tombstones
 from retrotool.store.blocked import Blocked, Hashes, blocked_documents
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import Ids, rows_by_part
 from retrotool.store.state import State
 from retrotool.store.store import Store
 from retrotool.store.sums import with_sums
-from retrotool.store.tombstones import (
-    PREFIX,
-    Record,
-    Tombstones,
-    may_name,
-    named_chunks,
-    read_rejected,
-    read_tombstones,
-    standing_purges,
-)
+from retrotool.store.tombstones import PREFIX, Record, Tombstones, named_chunks, read_tombstones, standing_purges
 from retrotool.store.weights import Weights, weight_of
 
 NAMED = 3
@@ -86,8 +77,7 @@ def find_purge(store: Store, purge: str) -> tuple[str, Record]:
         raise UsageError(undone, f"List purges: {listing}")
     advice = f"List them: {listing}"
     if known:
-        more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
-        have = f"it has: {', '.join(known[-_LISTED:])}{more}"
+        have = f"it has: {listed(known[-_LISTED:], len(known))}"
     elif store.state.with_prefix(PREFIX):
         have = "all of its purges were undone"
     else:
@@ -115,7 +105,7 @@ def withdrawn(store: Store, entries: Sequence[FileEntry]) -> Iterator[None]:
 
 def has_any(store: Store, purge: str, chunks: Tombstones) -> bool:
     """Return whether a purge has any of ``chunks``; its file is read only if that is possible."""
-    return may_name(store, purge, chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
+    return tombstones.may_name(store, purge, chunks) and bool(chunks.contains(read_tombstones(store, purge).ids).any())
 
 
 def count_rows(store: Store) -> int:
@@ -150,11 +140,11 @@ def totals_after(state: State, weights: Weights, sign: int) -> dict[str, Any]:
 
     Chunks of pending parts do not count in the totals, but in the record of their plan.
     """
-    live = weight_of(weights, set(filter(state.is_live, weights))).as_counts()
+    live = asdict(weight_of(weights, set(filter(state.is_live, weights))))
     totals = {name: n + sign * live.get(name, 0) for name, n in state.records["totals"].items()}
     records: dict[str, Any] = {"totals": totals}
     for plan_id in unfinished_plans(state):
-        purged = weight_of(weights, parts_of_plan(state, plan_id)).as_counts()
+        purged = asdict(weight_of(weights, parts_of_plan(state, plan_id)))
         if any(purged.values()):
             record = state.records[name := f"plan:{plan_id}"]
             before = record.get("purged", {})
@@ -170,8 +160,8 @@ def erased_purges(store: Store, erased: Tombstones) -> list[str]:
     records = standing_purges(store.state)
     waiting = {purge: read_tombstones(store, purge).ids for purge, r in records.items() if not r["erased"]}
     left = Tombstones(np.setdiff1d(named_chunks(store, waiting), erased.ids))
-    before = [purge for purge, record in records.items() if record["erased"] and may_name(store, purge, left)]
-    gone = Tombstones(np.union1d(erased.ids, named_chunks(store, before)))
+    done = [purge for purge, record in records.items() if record["erased"] and tombstones.may_name(store, purge, left)]
+    gone = Tombstones(np.union1d(erased.ids, named_chunks(store, done)))
     return [purge for purge, chunks in waiting.items() if gone.contains(chunks).all()]
 
 
@@ -180,7 +170,7 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
 
     Rejected documents are tombstones named by a finished plan.
     """
-    repeats = read_rejected(store)
+    repeats = tombstones.read_rejected(store)
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
@@ -236,7 +226,7 @@ def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
 
 def find_same_text(store: Store, chunks: Ids) -> SameText:
     """Find live documents with the text of a rejected one among ``chunks``."""
-    texts = values_of(store, np.intersect1d(chunks, read_rejected(store).ids), "text_hash")
+    texts = values_of(store, np.intersect1d(chunks, tombstones.read_rejected(store).ids), "text_hash")
     if not len(texts):
         return SameText(0, ())
     gone = Tombstones(np.union1d(read_tombstones(store).ids, chunks))

@@ -17,7 +17,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -328,7 +328,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         new = [part for part in purged_chunks.parts_of_open_plans(store) if part not in selection.open_parts]
         if len(purged_chunks.find_in_open_plans(store, new, selection.chunks, selection.blocked)):
             raise ConflictError("copies of selected chunks were added concurrently", "Run the same command again.")
-        counts = weight_of(selection.weights).as_counts()
+        counts = asdict(weight_of(selection.weights))
         hashed = store.identity.keyed_hash(request.literal)
         selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}

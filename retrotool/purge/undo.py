@@ -35,7 +35,7 @@ from retrotool.neighbours.stage import table_record
 from retrotool.purge import purged_chunks
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
-from retrotool.store import parts
+from retrotool.store import parts, tombstones
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -43,17 +43,7 @@ from retrotool.store.parts import Ids, distinct_parts
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import (
-    KEPT,
-    PREFIX,
-    Tombstones,
-    missed_spans,
-    named_chunks,
-    read_tombstones,
-    standing_purges,
-    tombstone_paths,
-    write_tombstones,
-)
+from retrotool.store.tombstones import KEPT, PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 from retrotool.store.weights import Weight, Weights, weigh_chunks, weight_of
 
 
@@ -122,7 +112,7 @@ def _refills(store: Store) -> list[str]:
         if not record["within"]:
             # Rows of purged chunks may be empty.
             found.append(neighbours_command(record["uri"], store.place, table, record))
-        elif any(missed_spans(store.state, commit) for commit in commits):
+        elif any(tombstones.missed_spans(store.state, commit) for commit in commits):
             found.append(table_command(store, table, store))
     return [*found, *(one.command for one in dependents(store))]
 
@@ -136,12 +126,10 @@ def weigh(store: Store, purge: str) -> Undoable:
     own = read_tombstones(store, purge).ids
     standing = standing_purges(store.state)
     others = [slot for slot in store.state.group("tombstones") if slot != purge]
-    of_purges = named_chunks(store, [slot for slot in others if slot.partition(".")[0] in standing])
+    of_purges = named_chunks(store, [slot for slot in others if slot in standing])
     if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
-        raise UsageError(
-            f"an erase of purge {purge} was begun, so some of its chunks can't be restored",
-            f"Finish it: {command_line('erase', store)} {purge}",
-        )
+        advice = f"Finish it: {command_line('erase', store)} {purge}"
+        raise UsageError(f"an erase of purge {purge} was begun, so some of its chunks can't be restored", advice)
     after = Tombstones(named_chunks(store, others))
     live, weights = weigh_chunks(store, own, after)
     left = Tombstones(np.setdiff1d(own, live))
@@ -180,14 +168,14 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
     """
     purge, repeats = found.result.purge, found.result.repeats
     record = found.state.records[PREFIX + purge]
-    seen = tombstone_paths(found.state)
+    seen = tombstones.tombstone_paths(found.state)
     touched = distinct_parts(found.chunks)
     reads = [entry.path for part in touched if (entry := found.state.part_file("chunks", part)) is not None]
     add: list[FileEntry] = []
     new = "p" + secrets.token_hex(4) if len(found.outdated) else ""
 
     def build(state: State) -> Draft:
-        if tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
+        if tombstones.tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
         counts = {name: getattr(found.result, name) for name in ("chunks", "documents", "tokens")}
@@ -204,8 +192,9 @@ def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) 
         )  # fmt: skip
 
     with purged_chunks.withdrawn(store, add):
-        add.append(write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
+        add.append(tombstones.write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
         if new:
-            add.append(write_tombstones(store, FileName.new(run.id, "tombstones", new, "parquet"), found.outdated))
+            name = FileName.new(run.id, "tombstones", new, "parquet")
+            add.append(tombstones.write_tombstones(store, name, found.outdated))
         state = store.commit(run, build)
     return replace(found.result, commit=int(state.records[PREFIX + purge]["undone"]), outdated_purge=new)

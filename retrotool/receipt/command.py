@@ -6,10 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
-from retrotool.cli.options import Json, StoreArgument, arg, complete_purges, opt
+from retrotool.cli.options import Json, PurgeId, StoreArgument, opt
 from retrotool.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ not erased ends with 12."""
 
 def command(
     store: StoreArgument,
-    purge: Annotated[str, arg("Id of the purge; last is the newest one.", metavar="PURGE", complete=complete_purges)],
+    purge: PurgeId,
     out: Annotated[Path, opt("Folder for the receipt; made if it does not exist.", metavar="DIR")] = Path(),
     as_json: Json = False,
 ) -> None:
@@ -39,8 +37,7 @@ def command(
 
     result = receipt_run.verify_purge(store, purge, out=out)
     output.show(result, as_json, lambda result: _text(store, result))
-    if not result.receipt.ok:
-        raise typer.Exit(CorruptError.exit_code)
+    output.exit_if(not result.receipt.ok, CorruptError.exit_code)
 
 
 def _text(store: str, result: VerifiedPurge) -> str:

@@ -25,7 +25,7 @@ import orjson
 
 from retrotool.cli import output, pages, result_files
 from retrotool.engine.progress import counting
-from retrotool.errors import StorageError
+from retrotool.errors import CorruptError, StorageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.purged_chunks import find_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
@@ -33,7 +33,6 @@ from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, Purg
 from retrotool.store.bucket_copies import BucketCopies, bucket_copies
 from retrotool.store.folding import writing
 from retrotool.store.log import Draft
-from retrotool.store.storage import file_sha256
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
 from retrotool.store.verify_log import check_log
@@ -172,14 +171,13 @@ def _check(store: Store, purge: str) -> Receipt:
     if not record["erased"]:
         state = "purged" if len(unerased(store, chunks)) == len(chunks) else "partly erased"
         left = [f"the purge is not erased: its data is left in {output.count(len(left), 'file')}"]
-    problems = [
-        *(f"the log: {problem}" for problem in log.problems),
-        *(
-            f"{entry.path}: its SHA-256 does not match the log, so the wrong chunks may have been checked"
-            for entry in store.state.group("tombstones").entries()
-            if entry.slot.partition(".")[0] == purge
-            if store.storage.stat(entry.path) is None or file_sha256(store.storage, entry.path) != entry.sha256
-        ),
+    problems = [f"the log: {problem}" for problem in log.problems]
+    if (named := store.state.file("tombstones", purge)) is not None:
+        try:
+            store.check_sum(named)
+        except CorruptError as error:
+            problems.append(f"{error}, so the wrong chunks may have been checked".removeprefix(f"{store.place}/"))
+    problems += [
         *erasure.damaged,
         *(f"{path}: left the store but still exists; any write to the store removes it" for path in erasure.present),
         *left,

@@ -32,11 +32,12 @@ from retrotool.engine.task import Report
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError, StorageError
 from retrotool.index.index_records import RECALL, SHARD
 from retrotool.index.searching import read_shard
-from retrotool.purge.erase import Flags, leftovers_in_table
+from retrotool.purge.erase import leftovers_in_table
 from retrotool.purge.purged_chunks import has_any
 from retrotool.ranges import in_steps
 from retrotool.store import gc, identity, leases, neighbour_tables, parts, staging
 from retrotool.store.log import Commit, FileEntry
+from retrotool.store.parts import Bools
 from retrotool.store.storage import Storage
 from retrotool.store.store import CHECKPOINT_PATH, Store
 from retrotool.store.sums import with_sums, without_sums
@@ -203,36 +204,36 @@ class _Check:
     """
 
     what: str
-    holds: Callable[[Purged, FileEntry], Flags] | None = None
+    holds: Callable[[Purged, FileEntry], Bools] | None = None
     by_row: bool = False
 
 
-def _check_documents(purged: Purged, entry: FileEntry) -> Flags:
+def _check_documents(purged: Purged, entry: FileEntry) -> Bools:
     rows, part = purged.chunks.rows(entry.part), entry.part
     chunks = parts.read_parquet(purged.store, parts.part_entry(purged.store, "chunks", part), ["doc", "n_tokens"])
     doc, n_tokens = chunks["doc"].to_numpy(), np.array(chunks["n_tokens"].to_numpy())
     n_tokens[rows] = 0
     tokens = np.bincount(doc, weights=n_tokens).astype(np.int64)
     table = parts.read_documents(purged.store, part)
-    holds: Flags = table["n_tokens"].to_numpy() != tokens
+    holds: Bools = table["n_tokens"].to_numpy() != tokens
     for name in set(table.schema.names) - {"first_row", "n_chunks", "n_tokens"}:
         present = table[name].is_valid().to_numpy()
         holds |= present if name == "text_hash" else present & (tokens == 0)
     return np.asarray(holds[np.unique(doc[rows])])
 
 
-def _check_chunks(purged: Purged, entry: FileEntry) -> Flags:
+def _check_chunks(purged: Purged, entry: FileEntry) -> Bools:
     rows = purged.chunks.rows(entry.part)
     chunks = parts.read_chunks(purged.store, entry.part)
     return np.asarray((chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1))
 
 
-def _check_embeddings(purged: Purged, entry: FileEntry) -> Flags:
+def _check_embeddings(purged: Purged, entry: FileEntry) -> Bools:
     rows, matrix = purged.chunks.rows(entry.part), read_vectors(purged.store, entry)
     return np.concatenate([matrix[some].any(axis=1) for some in in_steps(rows, _BLOCK_ROWS)])
 
 
-def _check_index(purged: Purged, entry: FileEntry) -> Flags:
+def _check_index(purged: Purged, entry: FileEntry) -> Bools:
     slot = entry.slot
     if slot == RECALL:
         return np.array([not purged.history.is_after(entry.path)])
@@ -242,27 +243,27 @@ def _check_index(purged: Purged, entry: FileEntry) -> Flags:
     return np.concatenate([_NOTHING, *(purged.chunks.contains(shard.ids(number)) for number in shard.numbers)])
 
 
-def _check_neighbours(purged: Purged, entry: FileEntry) -> Flags:
+def _check_neighbours(purged: Purged, entry: FileEntry) -> Bools:
     return np.concatenate([_NOTHING, *leftovers_in_table(purged.store, entry, purged.chunks, whole=True)])
 
 
-def _check_edits(purged: Purged, entry: FileEntry) -> Flags:
+def _check_edits(purged: Purged, entry: FileEntry) -> Bools:
     return neighbour_tables.edits_naming(purged.store, entry.name, purged.chunks.contains)[1]
 
 
-def _check_quarantine(purged: Purged, entry: FileEntry) -> Flags:
+def _check_quarantine(purged: Purged, entry: FileEntry) -> Bools:
     if purged.history.is_new(entry):
         return _NOTHING
     return np.asarray(parts.read_parquet(purged.store, entry, ["excerpt"])["excerpt"].is_valid())
 
 
-def _check_selectors(purged: Purged, entry: FileEntry) -> Flags:
+def _check_selectors(purged: Purged, entry: FileEntry) -> Bools:
     # A purge made after the erase may name the same chunks, and keeps its selectors.
     named = has_any(purged.store, entry.slot, purged.chunks)
     return np.array([True]) if named and not purged.history.is_new(entry) else _NOTHING
 
 
-def _check_scans(purged: Purged, entry: FileEntry) -> Flags:
+def _check_scans(purged: Purged, entry: FileEntry) -> Bools:
     names = purged.chunks.contains(parts.read_parquet(purged.store, entry, ["chunks"])["chunks"].to_numpy()).any()
     return np.array([bool(names) or not purged.history.is_after(entry.path)])
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from retrotool.cli import output
 from retrotool.cli.options import DevicesOption, Json, StoreArgument, opt
 from retrotool.errors import CorruptError
@@ -37,8 +35,7 @@ def command(
 
     result = repair_run.repair(store, dry_run=dry_run, devices=devices)
     output.show(result, as_json, lambda result: _text(result, dry_run))
-    if not result.ok:
-        raise typer.Exit(CorruptError.exit_code)
+    output.exit_if(not result.ok, CorruptError.exit_code)
 
 
 def _text(result: RepairResult, dry_run: bool) -> str:

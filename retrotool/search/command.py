@@ -8,21 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from retrotool.cli import output
+from retrotool.cli import options, output
 from retrotool.cli.command_lines import SHOWN, command_line
-from retrotool.cli.options import (
-    Device,
-    IndexOption,
-    Json,
-    SourceOption,
-    StoreArgument,
-    WhereOption,
-    arg,
-    at_file,
-    check_utf8,
-    opt,
-    read_given_lines,
-)
+from retrotool.cli.options import IndexOption, Json, SourceOption, StoreArgument, WhereOption, arg, opt
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.store.store import Store, retry_overtaken
 
@@ -94,7 +82,7 @@ def command(
     allow_missing_shards: Annotated[
         bool, opt("Search the remaining shards if some are broken or missing.", "--allow-missing-shards")
     ] = False,
-    devices: Device = "auto",
+    devices: options.Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Show the chunks nearest to a text, with their continuations."""
@@ -107,10 +95,10 @@ def command(
 
     if not text.strip():
         raise UsageError("TEXT is empty")
-    check_utf8("TEXT", text)
-    given = at_file(text)
+    options.check_utf8("TEXT", text)
+    given = options.at_file(text)
     many = isinstance(given, Path)
-    lines = read_given_lines("TEXT", given, "query") if isinstance(given, Path) else [given]
+    lines = options.read_given_lines("TEXT", given, "query") if isinstance(given, Path) else [given]
     texts = [line for line in lines if line.strip()]
 
     def attempt() -> tuple[list[list[Neighbour]], Database, int]:

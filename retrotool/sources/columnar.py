@@ -27,18 +27,9 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from retrotool.errors import InputError
+from retrotool.sources import records
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
-from retrotool.sources.records import (
-    TOKEN_BYTES,
-    Document,
-    Fields,
-    Rejected,
-    column_names,
-    maker,
-    no_column,
-    reason_of,
-    too_many_tokens,
-)  # fmt: skip
+from retrotool.sources.records import Document, Fields, Rejected, column_names, maker, reason_of, too_many_tokens
 
 WINDOW_ROWS = 4096
 BATCH_BYTES = 4 << 20
@@ -194,7 +185,7 @@ def _missing(schema: pa.Schema, fields: Fields) -> Rejected | None:
     """Return the rejection for every row of a table without a required field, or None."""
     for name in fields.required:
         if _steps(schema, name) is None:
-            return Rejected(0, no_column(name, len(schema.names)), excerpt=column_names(schema.names))
+            return Rejected(0, records.no_column(name, len(schema.names)), excerpt=column_names(schema.names))
     return None
 
 
@@ -230,12 +221,12 @@ def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]
     limit = fields.max_document
     sizes: npt.NDArray[np.int64] = _lengths(array)
     if isinstance(array.type, _LISTS):
-        sizes = sizes // 8 * TOKEN_BYTES
+        sizes = sizes // 8 * records.TOKEN_BYTES
     over = sizes > limit
     if not over.any():
         return array
     for i in np.flatnonzero(over).tolist():
-        too_many = too_many_tokens(int(sizes[i]) // TOKEN_BYTES, limit) if name == fields.tokens else None
+        too_many = too_many_tokens(int(sizes[i]) // records.TOKEN_BYTES, limit) if name == fields.tokens else None
         reasons[i] = too_many or f"{name!r} has {sizes[i]:,} bytes, more than --max-document {limit:,}"
     # ``take`` with a null index gives null for any type.
     return array.take(pa.array(np.arange(len(array)), mask=over))

@@ -15,18 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from retrotool.errors import InputError
+from retrotool.sources import records
 from retrotool.sources.inputs import InputFile, Slice
 from retrotool.sources.lines import HEAD_BYTES, cut_lines
-from retrotool.sources.records import (
-    Document,
-    Fields,
-    Rejected,
-    column_names,
-    document_of,
-    excerpt,
-    no_column,
-    with_excerpt,
-)
+from retrotool.sources.records import Document, Fields, Rejected, column_names, document_of, excerpt
 from retrotool.sources.streams import BrokenStream
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -48,7 +40,7 @@ def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
     # Room for doubled quotes and other columns.
     limit = fields.max_document * 3 // 2 + (1 << 20)
     with contextlib.closing(file.blocks()) as stream:
-        rows = records(stream, DELIMITERS[file.base], limit)
+        rows = csv_records(stream, DELIMITERS[file.base], limit)
         header = next(rows, None)
         if header is None:
             yield Rejected(0, "no header row", 0)
@@ -69,7 +61,8 @@ def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document
                 yield Rejected(row.line, reason or problem, row.offset, head)
                 continue
             values = {name: cells[place] if name in required else cells[place] or None for name, place in used}
-            yield with_excerpt(document_of(values, fields, file.name, row.line, row.offset, row.offset), row.head)
+            found = document_of(values, fields, file.name, row.line, row.offset, row.offset)
+            yield records.with_excerpt(found, row.head)
         if problem and row is None:  # another kind of file may look like a header
             yield Rejected(header.line, problem, header.offset, column_names(names))
 
@@ -78,13 +71,13 @@ def _missing(names: Sequence[str], fields: Fields) -> str:
     """Return what is wrong with the header and thus with every row, or ""."""
     for name in fields.required:
         if name not in names:
-            return no_column(name, len(names))
+            return records.no_column(name, len(names))
     counts = Counter(names)
     twice = next((name for name in fields.wanted if counts[name] > 1), None)
     return f"column {twice!r} occurs {counts[twice]} times" if twice is not None else ""
 
 
-def records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Record]:
+def csv_records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Record]:
     """Yield records of at most ``limit`` bytes; raise ``InputError`` after the last readable one."""
     csv.field_size_limit((1 << 31) - 1)  # no limit: records are limited here
     lines = _Lines(stream, limit)

@@ -370,10 +370,8 @@ def _saved(tree: _Disk, folder: PurePath, names: Collection[str]) -> list[str] |
     elif {"state.json", "dataset_info.json"} <= set(names):
         state = _saved_json(tree, folder / "state.json")
         if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
-            raise UsageError(
-                f"{_shown(folder)} has a row selection (indices mapping), which is not supported",
-                "Save it again: datasets.load_from_disk(folder).flatten_indices().save_to_disk(other).",
-            )
+            advice = "Save it again: datasets.load_from_disk(folder).flatten_indices().save_to_disk(other)."
+            raise UsageError(f"{_shown(folder)} has a row selection (indices mapping), which is not supported", advice)
         listed = state.get("_data_files")
     else:
         return None
@@ -385,9 +383,8 @@ def _saved(tree: _Disk, folder: PurePath, names: Collection[str]) -> list[str] |
         is_name = name == Path(str(name)).name and name not in ("", ".", "..")
         if not (isinstance(name, str) and is_name) or bool(inside) == name.endswith(".arrow"):
             what = "split" if inside else "Arrow file"
-            raise UsageError(
-                f"{_shown(folder)} lists {name!r}, which is not the name of a {what}", "Save the dataset again."
-            )
+            advice = "Save the dataset again."
+            raise UsageError(f"{_shown(folder)} lists {name!r}, which is not the name of a {what}", advice)
         if not tree.is_file(folder / name / inside):
             raise UsageError(f"{_shown(folder)}: {name} is listed, but missing", "Copy the whole folder again.")
         found.append(name)

@@ -85,7 +85,7 @@ def _rows(file: InputFile, fields: Fields) -> Iterator[Mapping[str, Any]]:
             if file.base == "json":
                 yield from (row for row in json_array.elements(stream, limit) if isinstance(row, dict))
                 return
-            records = csv_rows.records(stream, csv_rows.DELIMITERS[file.base], limit)
+            records = csv_rows.csv_records(stream, csv_rows.DELIMITERS[file.base], limit)
             names = next(records).fields
             yield dict.fromkeys(names)
             yield from (dict(zip(names, record.fields, strict=False)) for record in records)

@@ -64,10 +64,8 @@ class HubDataset:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), place) from None
         except Exception as error:  # of the Hub's library, or of the HTTP library below it
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise StorageError(
-                f"{place}: {' '.join(lines[:2])[:500]}",
-                "Check the name of the dataset, and your access to it: hf auth whoami.",
-            ) from error
+            advice = "Check the name of the dataset, and your access to it: hf auth whoami."
+            raise StorageError(f"{place}: {' '.join(lines[:2])[:500]}", advice) from error
 
 
 def _is_file(one: Any) -> bool:

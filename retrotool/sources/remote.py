@@ -12,8 +12,6 @@ Memory: three blocks of ``BLOCK_BYTES``.
 from __future__ import annotations
 
 import functools
-import io
-import os
 import re
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import unquote
 
 from retrotool.errors import UsageError
-from retrotool.store.storage import CLOUD_SCHEMES, FileStatus, Storage, storage_at
+from retrotool.store.storage import CLOUD_SCHEMES, FileStatus, RangeFile, Storage, storage_at
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -78,32 +76,19 @@ def tag_of(status: FileStatus) -> str:
     return status.tag.removeprefix("W/").strip('"')
 
 
-class RemoteReader(io.RawIOBase):
+class RemoteReader(RangeFile):
     """Random access to a file of ``size`` bytes; if it is ``exact``, each read is one request."""
 
     def __init__(self, uri: str, size: int, end: int | None = None, *, exact: bool = False) -> None:
+        super().__init__(size)
         self._objects, self._key = locate(uri)
-        self._size, self._exact = size, exact
+        self._exact = exact
         self._end = size if end is None else min(end, size)
-        self._place = 0
         self._blocks: deque[tuple[int, bytes]] = deque(maxlen=2)  # the last ones, with their places
         self._after = -1  # the place after the last one
         self._length = FIRST_BYTES
         self._next: Future[bytes] | None = None  # the block at that place
         self._thread = ThreadPoolExecutor(1, "retrotool-range")
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a place without reading."""
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         """Read some bytes, or all if they are to be exact; 0 at the end."""

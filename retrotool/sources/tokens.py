@@ -129,10 +129,8 @@ def check_ends(file: InputFile, fields: Fields) -> None:
             break
     end = int(found[0][-1]) if len(found) > 1 else None
     if end is not None and all(ids[-1] == end and end not in ids[:-1] for ids in found):
-        raise UsageError(
-            f"all documents of {file.name} end with token {end}, as if it marks their ends",
-            f"Give --end-of-document {end} to leave it out, or --end-of-document none to keep it in their text.",
-        )
+        advice = f"Give --end-of-document {end} to leave it out, or --end-of-document none to keep it in their text."
+        raise UsageError(f"all documents of {file.name} end with token {end}, as if it marks their ends", advice)
 
 
 def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
@@ -210,9 +208,7 @@ def _documents(
         raise InputError(str(error), line + 1) from error
 
 
-def _document(
-    tokens: Tokens, fields: Fields, source: str, line: int, position: int, offset: int
-) -> Document | Rejected:
+def _document(tokens: Tokens, fields: Fields, name: str, line: int, position: int, offset: int) -> Document | Rejected:
     if fields.end_of_document is not None and len(tokens) and tokens[-1] == fields.end_of_document:
         tokens = tokens[:-1]
         if not len(tokens):
@@ -224,7 +220,7 @@ def _document(
     if tokens.dtype.kind == "i" and int(tokens.min()) < 0:
         return Rejected(line, f"a negative token id at token {int(np.argmax(tokens < 0)):,}", offset)
     identifier, kept = content_hash("", None, tokens).hex(), (None,) * len(fields.keep)
-    return Document(identifier, "", source, position, line, kept, None, tokens)
+    return Document(identifier, "", name, position, line, kept, None, tokens)
 
 
 def _native(data: bytes, dtype: np.dtype[Any], size: int) -> Tokens:
@@ -390,22 +386,16 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
         given = np.dtype(fields.token_dtype).newbyteorder("<")
     dtype = array.dtype or given
     if dtype is None:
-        raise UsageError(
-            f"the type of the tokens in {file.name} is not specified",
-            "Give --format u16 or --format u32, or put Megatron's index, NAME.idx, beside it.",
-        )
+        advice = "Give --format u16 or --format u32, or put Megatron's index, NAME.idx, beside it."
+        raise UsageError(f"the type of the tokens in {file.name} is not specified", advice)
     # Ids are never negative, so the sign of the type does not matter.
     if given is not None and given.itemsize != dtype.itemsize:
-        raise UsageError(
-            f"{file.name} holds {dtype.name} by its {array.by}, not {given.name} as given",
-            "Leave --format out for this file, or rename the file if its suffix is wrong.",
-        )
+        advice = "Leave --format out for this file, or rename the file if its suffix is wrong."
+        raise UsageError(f"{file.name} holds {dtype.name} by its {array.by}, not {given.name} as given", advice)
     mark = fields.end_of_document
     if mark is None and array.index is None:
-        raise UsageError(
-            f"the ends of documents in {file.name} are not specified",
-            "Give --end-of-document with the id after each document, or put Megatron's index, NAME.idx, beside it.",
-        )
+        advice = "Give --end-of-document with the id after each document, or put Megatron's index, NAME.idx, beside it."
+        raise UsageError(f"the ends of documents in {file.name} are not specified", advice)
     if mark is not None and not np.iinfo(dtype).min <= mark <= np.iinfo(dtype).max:
         raise UsageError(
             f"--end-of-document {mark} is not in the range of {dtype.name}, the type of {file.name}",

@@ -326,13 +326,10 @@ class _GoogleBucket:
         found = self._get(self._url, fields="softDeletePolicy,versioning,retentionPolicy")
         soft, retention, versioning = (found.get(n, {}) for n in ("softDeletePolicy", "retentionPolicy", "versioning"))
         kept = "deleted files are kept for"
+        locked = "retention: files can't be deleted for {} days"
         for seconds, what, option in (
             (soft.get("retentionDurationSeconds"), f"soft delete: {kept} {{}} days", "--clear-soft-delete"),
-            (
-                retention.get("retentionPeriod"),
-                "retention: files can't be deleted for {} days",
-                "--clear-retention-period",
-            ),
+            (retention.get("retentionPeriod"), locked, "--clear-retention-period"),
             (versioning.get("enabled"), "versioning: deleted files become noncurrent versions", "--no-versioning"),
         ):
             if int(seconds or 0):

@@ -30,10 +30,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"{path}: no space left; earlier commits are unchanged",
-                "Free some space and run the same command again: it resumes where it stopped.",
-            ) from error
+            advice = "Free some space and run the same command again: it resumes where it stopped."
+            raise StorageError(f"{path}: no space left; earlier commits are unchanged", advice) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise StorageError(f"{path}: {os.strerror(error.errno)}", "Check the store's permissions.") from error
         raise

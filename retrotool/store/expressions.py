@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.errors import UsageError
+from retrotool.errors import UsageError, listed
 from retrotool.store import parts
 from retrotool.store.parts import Bools
 from retrotool.store.store import Store
@@ -71,9 +71,8 @@ class Where:
         known = [name for name in names if name not in HIDDEN]
         for column in self.columns:
             if column not in known:
-                raise UsageError(
-                    f"--where: documents have no column {column!r}; they have: {', '.join(known)}", _ADVICE
-                )
+                have = ", ".join(known)
+                raise UsageError(f"--where: documents have no column {column!r}; they have: {have}", _ADVICE)
         self.mask(pa.table({}))
 
     def mask(self, table: pa.Table) -> pa.Array:
@@ -169,12 +168,9 @@ def with_sources(store: Store, where: str | None, sources: Sequence[str]) -> str
         if not (missing := {name: None for name in missing if name not in known}):
             break
     if missing:
-        more = f" and {len(known) - _LISTED:,} more" if len(known) > _LISTED else ""
-        listed = f"The sources are: {', '.join(sorted(known)[:_LISTED])}{more}. " if known else ""
+        have = f"The sources are: {listed(sorted(known)[:_LISTED], len(known))}. " if known else ""
         command = shlex.join(["retrotool", "info", store.place, "--sources"])
-        raise UsageError(
-            f"{store.place}: no document has the source {next(iter(missing))!r}", f"{listed}List: {command}"
-        )
+        raise UsageError(f"{store.place}: no document has the source {next(iter(missing))!r}", f"{have}List: {command}")
     quoted = ", ".join("'" + source.replace("'", "''") + "'" for source in sources)
     either = [f"source in ({quoted})"] if quoted else []
     return " and ".join([*either, *([f"({where})"] if where is not None else [])]) or None

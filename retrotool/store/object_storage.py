@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import io
 import itertools
 import os
 import random
@@ -40,7 +39,7 @@ from retrotool.store import disk
 from retrotool.store.bucket_copies import abort_uploads, list_uploads
 from retrotool.store.cloud_client import open_client
 from retrotool.store.paths import PROBE, FileName
-from retrotool.store.storage import FileStatus, Result, Sink, StoredStatus, Unfinished, each, get_if_there, where
+from retrotool.store.storage import FileStatus, RangeFile, Sink, StoredStatus, Unfinished, each, get_if_there, where
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,7 +125,7 @@ class ObjectStorage:
     def local(self, path: str) -> Path | None:  # noqa: ARG002
         return None
 
-    def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:  # noqa: ARG002
+    def put(self, path: str, run: str, write: Callable[[Sink], _T]) -> tuple[Sink, _T]:  # noqa: ARG002
         upload = _Upload(self, path)
         try:
             sink = Sink(upload.write, lambda: None)
@@ -358,28 +357,15 @@ class _Upload:
             raise _failed(where(self._storage, self._path), error) from error
 
 
-class _ObjectFile(io.RawIOBase):
+class _ObjectFile(RangeFile):
     """Random access to an object: each read is one request, except in its tail."""
 
     def __init__(self, storage: ObjectStorage, path: str, size: int, tail: bytes) -> None:
-        self._storage, self._path, self._size, self._tail = storage, path, size, tail
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        return self._position
+        super().__init__(size)
+        self._storage, self._path, self._tail = storage, path, tail
 
     def read(self, size: int | None = -1) -> bytes:
-        start = self._position
+        start = self._place
         length = max(0, self._size - start if size is None or size < 0 else min(size, self._size - start))
         in_tail = start - (self._size - len(self._tail))
         if in_tail >= 0:
@@ -388,7 +374,7 @@ class _ObjectFile(io.RawIOBase):
             found = self._storage.get_range(self._path, start, length)
         if len(found) != length:
             raise CorruptError(f"{where(self._storage, self._path)}: {len(found):,} bytes read, not {length:,}")
-        self._position += length
+        self._place += length
         return found
 
 

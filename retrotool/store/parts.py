@@ -288,13 +288,11 @@ def from_fixed_binary(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> npt.NDAr
     if column.null_count:
         column = column.fill_null(b"\0" * column.type.byte_width)
     array = column.combine_chunks()
-    width = array.type.byte_width // dtype.itemsize
+    size = array.type.byte_width
+    width = size // dtype.itemsize
     if not len(array):
         return np.zeros((0, width), dtype)
-    numbers = np.frombuffer(
-        array.buffers()[1], dtype, count=len(array) * width, offset=array.offset * array.type.byte_width
-    )
-    return numbers.reshape(-1, width)
+    return np.frombuffer(array.buffers()[1], dtype, len(array) * width, array.offset * size).reshape(-1, width)
 
 
 def chunks_table(

@@ -92,8 +92,6 @@ def generation_in(slot: str) -> int:
 def check_name(name: str, what: str) -> str:
     """Return ``name`` if it can name a folder of the store, else raise ``UsageError``; it is a ``what``."""
     if not NAME.fullmatch(name):
-        raise UsageError(
-            f"{what} {name!r} can't be used as a name",
-            "Use up to 100 letters, digits, '.', '_' and '-', starting with a letter or a digit.",
-        )
+        advice = "Use up to 100 letters, digits, '.', '_' and '-', starting with a letter or a digit."
+        raise UsageError(f"{what} {name!r} can't be used as a name", advice)
     return name

@@ -9,6 +9,7 @@ keeps the files in a folder, ``object_storage`` in a bucket, and ``tests/memory_
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -173,6 +174,26 @@ class Storage(Protocol):
         """Return how many bytes can still be written; None if that is unknown or without a limit."""
 
 
+class RangeFile(io.RawIOBase):
+    """A file of ``size`` bytes elsewhere for random access: its place is a number; subclasses read ranges."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._place = size, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a place without reading."""
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+
 Place = str | os.PathLike[str] | Storage
 SCHEMES: dict[str, Callable[[str], Storage]] = {}  # constructors by URI scheme; the default is a folder
 CLOUD_SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "http", "https")
@@ -233,11 +254,3 @@ def check_space(storage: Storage, need: int, what: str) -> None:
             f"{storage.place}: {what} needs about {megabytes(need)} more, and {megabytes(free)} is free",
             "Free some space and run the same command again; none of this work has begun.",
         )
-
-
-def file_sha256(storage: Storage, path: str) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for block in storage.blocks(path):
-        digest.update(block)
-    return digest.hexdigest()

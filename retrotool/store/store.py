@@ -19,15 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from retrotool.errors import (
-    ConflictError,
-    CorruptError,
-    ErasedError,
-    LostRunError,
-    RetrotoolError,
-    StorageError,
-    UsageError,
-)
+from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, StorageError, UsageError
 from retrotool.read_ahead import ahead
 from retrotool.store import disk, identity, leases, log, paths
 from retrotool.store.cache import FileCache
@@ -46,14 +38,11 @@ CHECKPOINT_EVERY = 256
 CHECKPOINT_PATH = re.compile(r"checkpoints/(\d+)-[0-9a-f]{16}\.json")
 FENCE = "fenced:"  # record prefix: the run whose id follows can't commit any more
 _BACKOFF_SECONDS = 0.002
-_Result = TypeVar("_Result")
-_Item = TypeVar("_Item")
+_T = TypeVar("_T")
 _STOP_SECONDS = 1.0
 
 
-def retry_overtaken(
-    attempt: Callable[[], _Result], renew: Callable[[], object] = lambda: None, attempts: int = 20
-) -> _Result:
+def retry_overtaken(attempt: Callable[[], _T], renew: Callable[[], object] = lambda: None, attempts: int = 20) -> _T:
     """Return ``attempt()``; ``renew`` and retry, ``attempts`` times in all, while other commits make it fail.
 
     A commit that replaces or erases a file under its reader causes an ``ErasedError`` (``Store.reading``),
@@ -139,10 +128,8 @@ class Store:
         found = self.storage.stat(entry.path)
         if found is None:
             if not Store.open(self.storage).state.has(entry.path):
-                raise ErasedError(
-                    f"{entry.path} was replaced or erased after this reader opened the store",
-                    "Run the same command again; in Python, open the store again.",
-                )
+                advice = "Run the same command again; in Python, open the store again."
+                raise ErasedError(f"{entry.path} was replaced or erased after this reader opened the store", advice)
             raise self.corrupt(f"{self.where(entry.path)} is missing")
         if found.size != entry.bytes:
             raise self.corrupt(f"{self.where(entry.path)} has {found.size:,} bytes, the log says {entry.bytes:,}")
@@ -207,16 +194,16 @@ class Store:
                     copy = stack.enter_context(self.cache.file(entry))
             yield self.storage.open(entry.path, entry.bytes) if copy is None else pa.memory_map(str(copy))
 
-    def copied_ahead(self, items: Iterable[_Item], entry_of: Callable[[_Item], FileEntry | None]) -> Iterable[_Item]:
+    def copied_ahead(self, items: Iterable[_T], entry_of: Callable[[_T], FileEntry | None]) -> Iterable[_T]:
         """Iterate over ``items``; in a bucket, the files of the next two are copied while one is in use.
 
         What fails here, or does not fit beside what was used lately, is left to the reader of the file.
         """
 
-        def copied() -> Iterator[_Item]:
+        def copied() -> Iterator[_T]:
             for item in items:
                 if (entry := entry_of(item)) is not None:
-                    with contextlib.suppress(RetrotoolError, OSError), self.cache.file(entry, needed=False):
+                    with contextlib.suppress(CorruptError, StorageError, OSError), self.cache.file(entry, needed=False):
                         pass
                 yield item
 
@@ -253,10 +240,8 @@ class Store:
         own = self.identity.tokenizer
         data = get_if_there(self.storage, own.file) or b""
         if hashlib.sha256(data).hexdigest() != own.sha256:
-            raise CorruptError(
-                f"{self.where(own.file)} is missing or not this store's tokenizer",
-                "Restore the original file.",
-            )
+            advice = "Restore the original file."
+            raise CorruptError(f"{self.where(own.file)} is missing or not this store's tokenizer", advice)
         return data
 
     def commit(self, run: Run, build: Callable[[State], Draft | None]) -> State:

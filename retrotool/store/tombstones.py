@@ -104,8 +104,7 @@ def named_chunks(store: Store, slots: Iterable[str]) -> npt.NDArray[np.int64]:
 def read_rejected(store: Store) -> Tombstones:
     """Read the chunks that ``chunk`` left out as repeats: tombstones that belong to no purge."""
     purges = store.state.with_prefix("purge:")
-    slots = [slot for slot in store.state.group("tombstones") if slot.partition(".")[0] not in purges]
-    return Tombstones(named_chunks(store, slots))
+    return Tombstones(named_chunks(store, (slot for slot in store.state.group("tombstones") if slot not in purges)))
 
 
 def _read(store: Store, slot: str, entry: FileEntry) -> npt.NDArray[np.int64]:
@@ -196,6 +195,6 @@ def tombstones_naming(store: Store, purged: Tombstones) -> list[str]:
     return [
         entry.path
         for slot, entry in store.state.group("tombstones").items()
-        if slot.partition(".")[0] in purges and may_name(store, slot, purged)
+        if slot in purges and may_name(store, slot, purged)
         if read_tombstones(store, slot).contains(purged.ids).any()
     ]

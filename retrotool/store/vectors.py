@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.errors import CorruptError
+from retrotool.errors import CorruptError, listed
 from retrotool.ranges import expand_ranges
 from retrotool.store.cache import pin
 from retrotool.store.log import FileEntry
@@ -169,6 +169,5 @@ def check_finite(store: Store, vectors: npt.NDArray[np.float16], part: int, rows
 
 def not_finite(part: int, rows: Rows) -> str:
     """Return a sentence that names rows of a part whose vectors are not finite."""
-    more = f" and {len(rows) - _NAMED:,} more" if len(rows) > _NAMED else ""
-    named = ", ".join(map(str, rows[:_NAMED].tolist()))
-    return f"vectors of part {part} are not finite: {'row' if len(rows) == 1 else 'rows'} {named}{more}"
+    named = listed(rows[:_NAMED].tolist(), len(rows))
+    return f"vectors of part {part} are not finite: {'row' if len(rows) == 1 else 'rows'} {named}"

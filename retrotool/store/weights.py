@@ -18,7 +18,7 @@ from retrotool.store.tombstones import Tombstones
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What some chunks add to the totals of a store or take from them."""
+    """What some chunks add to the totals of a store or take from them, by their names in records."""
 
     chunks: int = 0
     documents: int = 0
@@ -26,10 +26,6 @@ class Weight:
 
     def __add__(self, other: Weight) -> Weight:
         return Weight(self.chunks + other.chunks, self.documents + other.documents, self.tokens + other.tokens)
-
-    def as_counts(self) -> dict[str, int]:
-        """Return the counts by their names in records."""
-        return {"chunks": self.chunks, "documents": self.documents, "tokens": self.tokens}
 
 
 Weights = Mapping[int, Weight]  # by part

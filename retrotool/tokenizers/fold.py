@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from retrotool.ranges import Int64s
 from retrotool.tokenizers.tokenizer import Tokenizer, joined_rows
 
 _CONTINUES = "##"
@@ -47,7 +48,7 @@ class Folder:
 
     def __call__(
         self, tokens: npt.NDArray[Any], n_tokens: npt.NDArray[Any], is_first: npt.NDArray[np.bool_]
-    ) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
+    ) -> tuple[Int64s, pa.Buffer]:
         """Fold rows of ``tokens`` [n, chunk_length]; return their bounds, int64 [n + 1], and the bytes."""
         used = np.arange(tokens.shape[1]) < n_tokens[:, None]
         if self._table is None:
@@ -75,9 +76,7 @@ def _spelled(token: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
 
 
-def folded(
-    text: memoryview, starts: npt.NDArray[np.int64], is_first: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
+def folded(text: memoryview, starts: Int64s, is_first: npt.NDArray[np.bool_]) -> tuple[Int64s, pa.Buffer]:
     """Remove spaces from rows beginning at ``starts`` [n + 1], but one between two words of a document."""
     characters = code_points(bytes(text).decode("utf-8", "surrogateescape"))
     size = utf8_sizes(characters)
@@ -100,7 +99,7 @@ def code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def utf8_sizes(points: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+def utf8_sizes(points: npt.NDArray[np.uint32]) -> Int64s:
     """Return the bytes of each character in UTF-8; a surrogate stands for a byte that is not UTF-8."""
     return np.select([points < 0x80, points < 0x800, points >> 11 == 0x1B, points < 0x10000], [1, 2, 1, 3], 4)
 

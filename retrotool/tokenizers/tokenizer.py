@@ -22,7 +22,7 @@ import orjson
 import pyarrow as pa
 
 from retrotool.errors import UsageError
-from retrotool.ranges import runs_up_to
+from retrotool.ranges import Int64s, runs_up_to
 from retrotool.store.identity import TokenizerIdentity
 from retrotool.tokenizers.cut import cut_texts, why_not_cut
 
@@ -56,10 +56,8 @@ class Tokenizer:
             fields = orjson.loads(file.content)
             self.backend = tokenizers.Tokenizer.from_str(file.content.decode())
         except Exception as error:  # the library raises bare Exception
-            raise UsageError(
-                f"tokenizer {file.name!r} can't be loaded: {error}",
-                "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it.",
-            ) from error
+            advice = "A tokenizer is a file tokenizer.json as the `tokenizers` library writes it."
+            raise UsageError(f"tokenizer {file.name!r} can't be loaded: {error}", advice) from error
         # Many published files truncate or pad to 128 tokens.
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -86,7 +84,7 @@ class Tokenizer:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], Int64s]:
         """Return all ids, uint32 [tokens], and the number of tokens of each text, int64 [texts]."""
         counts = [1] * len(texts)
         if self._may_cut and any(len(text) > _HELD for text in texts):
@@ -207,9 +205,7 @@ class Tokenizer:
         return None
 
 
-def joined_rows(
-    table: pa.Array, ids: npt.NDArray[Any], n_tokens: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.int64], pa.Buffer]:
+def joined_rows(table: pa.Array, ids: npt.NDArray[Any], n_tokens: npt.NDArray[Any]) -> tuple[Int64s, pa.Buffer]:
     """Join ``table`` entries of flat ``ids``; return where rows begin and the last ends [n + 1], and data."""
     pieces = table.take(pa.array(ids))
     offsets = np.frombuffer(pieces.buffers()[1], np.int64, count=len(pieces) + 1, offset=8 * pieces.offset)
@@ -234,9 +230,6 @@ def byte_level_alphabet() -> dict[str, int]:
     return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-Lengths = npt.NDArray[np.int64]
-
-
 @dataclass(frozen=True, slots=True)
 class Split:
     """A text in three pieces, which may be empty; without a run all of it is ``before``."""
@@ -252,7 +245,7 @@ class Split:
 
 
 def split_texts(
-    tokenizer: Tokenizer, tokens: npt.NDArray[Any], n_tokens: Lengths, start: Lengths, stop: Lengths
+    tokenizer: Tokenizer, tokens: npt.NDArray[Any], n_tokens: Int64s, start: Int64s, stop: Int64s
 ) -> list[Split]:
     """Cut the text of rows of ``tokens`` [n, w], of which ``n_tokens`` count, around tokens [start, stop)."""
     whole = tokenizer.decode_text(tokens, n_tokens)

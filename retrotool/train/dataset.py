@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -662,9 +663,8 @@ class TrainingReader:
         )  # fmt: skip
         slots = np.full((len(block), layout.size), EMPTY, np.int64)
         read = each(store.storage, lambda one: parts.read_chunks(store, one[0], [one[1]]), blocks)
-        for number, (part, group), chunks, start, stop in zip(
-            wanted, blocks, read, starts[:-1], starts[1:], strict=True
-        ):
+        edges = pairwise(starts)
+        for number, (part, group), chunks, (start, stop) in zip(wanted, blocks, read, edges, strict=True):
             some = slice(start, stop)
             rows.documents[some] = parts.chunk_ids(part, chunks.doc)
             rows.n_tokens[some], rows.tokens[some] = chunks.n_tokens, chunks.tokens

@@ -16,7 +16,7 @@ from source_help import PACK, input_of, rows_of
 
 from retrotool.errors import InputError
 from retrotool.sources import Document, Fields, Rejected, read_input, streams
-from retrotool.sources.csv_rows import records
+from retrotool.sources.csv_rows import csv_records
 from retrotool.sources.records import content_hash
 
 values = st.text(st.sampled_from('ab",\t\n\r é🎈'), max_size=10)
@@ -44,7 +44,7 @@ def test_what_the_csv_module_writes_comes_back_at_its_place(table, delimiter, la
     header = [("id", "text", "more")]
     data = written([*header, *table], delimiter, end, quoting)
     stream = (data[i : i + block] for i in range(0, len(data), block))
-    found = list(records(stream, delimiter, 1 << 20))
+    found = list(csv_records(stream, delimiter, 1 << 20))
     assert [tuple(record.fields) for record in found] == header + table
     offsets = [len(written([*header, *table][:n], delimiter, end, quoting)) for n in range(len(table) + 1)]
     assert [record.offset for record in found] == offsets
@@ -162,7 +162,7 @@ def test_a_file_without_a_header_says_so(tmp_path, data):
 @pytest.mark.parametrize("block", [10, 1 << 18])
 def test_a_record_over_the_limit_rejects_the_rest_at_its_place(long, block):
     data = b"text\none\n" + long + b"\nthree\n"
-    found = records((data[i : i + block] for i in range(0, len(data), block)), ",", 1000)
+    found = csv_records((data[i : i + block] for i in range(0, len(data), block)), ",", 1000)
     assert [next(found).fields, next(found).fields] == [["text"], ["one"]]
     with pytest.raises(InputError, match="in line 3, at byte 9: a record of more than 1,000 bytes") as refused:
         next(found)
@@ -171,7 +171,7 @@ def test_a_record_over_the_limit_rejects_the_rest_at_its_place(long, block):
 
 def test_a_record_of_the_limit_is_read():
     data = b"text\n" + b"x" * 99 + b"\n" + b"y" * 100 + b"\n"
-    assert [record.fields for record in records(iter([data]), ",", 100)] == [["text"], ["x" * 99], ["y" * 100]]
+    assert [record.fields for record in csv_records(iter([data]), ",", 100)] == [["text"], ["x" * 99], ["y" * 100]]
 
 
 def test_a_quote_that_is_never_closed_in_a_large_file_is_not_held(tmp_path):

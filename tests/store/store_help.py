@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from memory_storage import MemoryFile
-from stored import age_stored, path_in_store, stored_file, stored_files, write_stored
+from stored import age_stored, file_sha256, path_in_store, stored_file, stored_files, write_stored
 
 from retrotool.store import disk, gc, leases, paths
 from retrotool.store.identity import TokenizerIdentity
@@ -25,7 +25,7 @@ from retrotool.store.local_storage import TEMPORARY
 from retrotool.store.log import Commit, Draft, FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
-from retrotool.store.storage import Storage, file_sha256, storage_at
+from retrotool.store.storage import Storage, storage_at
 from retrotool.store.store import Store
 
 Action = Callable[[], object]

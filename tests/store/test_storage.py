@@ -18,11 +18,12 @@ from faulty_proxy import KINDS, set_fault
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_storage import MemoryStorage, memory_server
+from stored import file_sha256
 
 from retrotool.errors import CorruptError
 from retrotool.store.local_storage import LocalStorage
 from retrotool.store.object_storage import PART_BYTES
-from retrotool.store.storage import Sink, Storage, Unfinished, file_sha256, storage_at
+from retrotool.store.storage import Sink, Storage, Unfinished, storage_at
 
 RUN, OTHER = "0123abcd", "4567abcd"
 PATH = "tombstones/a-0123abcd00000000.parquet"

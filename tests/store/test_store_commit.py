@@ -22,12 +22,12 @@ from store_help import (
     steps,
     write,
 )  # fmt: skip
-from stored import stored_file
+from stored import file_sha256, stored_file
 
 from retrotool.errors import StorageError
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.storage import file_sha256, storage_at
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 
 DATA = b"all of it"

@@ -26,6 +26,7 @@ from store_help import (
     viewing,
     write,
 )  # fmt: skip
+from stored import file_sha256
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.store import disk, leases
@@ -33,7 +34,7 @@ from retrotool.store.leases import Run
 from retrotool.store.local_storage import PUT_ATTEMPTS, LocalStorage
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName
-from retrotool.store.storage import Sink, file_sha256, storage_at
+from retrotool.store.storage import Sink, storage_at
 from retrotool.store.store import Store
 from retrotool.store.vectors import write_vector_blocks, write_vectors
 

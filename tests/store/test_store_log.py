@@ -23,7 +23,7 @@ from store_help import (
     make_store,
     temporary_files,
 )
-from stored import stored_file, stored_files, write_stored
+from stored import file_sha256, stored_file, stored_files, write_stored
 
 from retrotool.errors import CorruptError, StorageError
 from retrotool.info import verify
@@ -32,7 +32,7 @@ from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
-from retrotool.store.storage import file_sha256, storage_at
+from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 
 

@@ -100,10 +100,8 @@ def select_documents(store: Store, names: Sequence[GivenValue], missing_ok: bool
         name = next(name for name in names if name.text in unknown)
         others = f", nor {len(unknown) - 1:,} more of these" if len(unknown) > 1 else ""
         near = Reader(store).did_you_mean(name.text)
-        raise name.error(
-            f"the store has no document {name.text[:100]!r}{others}",
-            f"{near} Nothing was purged. Leave out unknown ids and run the command again.".lstrip(),
-        )
+        advice = f"{near} Nothing was purged. Leave out unknown ids and run the command again.".lstrip()
+        raise name.error(f"the store has no document {name.text[:100]!r}{others}", advice)
     return found
 
 

@@ -99,9 +99,8 @@ class ScanStage:
             name = FileName.new(run, KIND, part_slot(part), "parquet", scan)
             table, about = pa.concat_tables(found).combine_chunks(), {"reads": reads, "names": names}
             entry = parts.write_parquet(store, name, table, about=about)
-            return Staged(
-                "select", settings, tuple(reads), (entry,), tuple(task.inputs["replaces"]), task=task.key, run=run
-            )
+            removed = tuple(task.inputs["replaces"])
+            return Staged("select", settings, tuple(reads), (entry,), removed, task=task.key, run=run)
 
         return work
 
