@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from retrotool import interrupts
 from retrotool.cli import output
-from retrotool.cli.options import WORK
+from retrotool.cli.options import WORK, parse_shard
 from retrotool.lazy import leave_pandas_out
 
 _COMMANDS = (
@@ -44,7 +44,14 @@ _ENGINE = {
     "ray_address": ("HOST:PORT", "Head of the cluster.  [default: this machine's cluster]", "RAY_ADDRESS"),
 }
 """The same of the commands that run tasks (``engine``)."""
-_WITH_ENGINE = ("build", "chunk", "embed", "index", "neighbours", "purge", "erase", "verify", "repair")
+_SHARD = {
+    "shard": (
+        "I/N", "This is job I of N on the store, from 0: begin with that share of the work.", "RETROTOOL_SHARD"
+    )
+}  # fmt: skip
+"""The same of those among them whose work several jobs can share."""
+_WITH_SHARD = ("build", "chunk", "embed", "index", "neighbours", "purge", "erase")
+_WITH_ENGINE = (*_WITH_SHARD, "verify", "repair")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -65,7 +72,7 @@ class _Group(TyperGroup):
             single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
-            shared = _ENGINE if cmd_name in _WITH_ENGINE else {}
+            shared = (_SHARD if cmd_name in _WITH_SHARD else {}) | (_ENGINE if cmd_name in _WITH_ENGINE else {})
             shared = shared if cmd_name in _WITHOUT_PYARROW else shared | _CACHE
             self.commands[cmd_name].params += [
                 TyperOption(
@@ -102,17 +109,17 @@ class _Command(TyperCommand):
             leave_pandas_out()
         cache, engine = (
             {name: value for name in options if (value := ctx.params.pop(name, None)) is not None}
-            for options in (_CACHE, _ENGINE)
+            for options in (_CACHE, _ENGINE | _SHARD)
         )
         with output.errors(ctx.params["as_json"]):
             if cache:
                 from retrotool.store.cache import use_cache
 
                 use_cache(**cache)
-            if engine.get("engine", "local") != "local":
+            if self.name in _WITH_ENGINE:
                 from retrotool.engine import use_engine
 
-                use_engine(**engine)
+                use_engine(**{**engine, "shard": parse_shard(engine.get("shard"))})
             return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

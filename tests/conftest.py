@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -293,6 +293,14 @@ def store_copy(built_store: Path, tmp_path: Path) -> Path:
 def snapshots(request: pytest.FixtureRequest) -> Snapshots:
     """Compare what is printed with what is kept: ``snapshots(text, STORE=store)``."""
     return Snapshots(request.path, request.node.name)
+
+
+@pytest.fixture(autouse=True)
+def own_engine() -> Iterator[None]:
+    """What a test chooses to work with is not what the next one works with."""
+    yield
+    if (choice := sys.modules.get("retrotool.engine.choice")) is not None:
+        choice.use_engine()
 
 
 @pytest.fixture(autouse=True)

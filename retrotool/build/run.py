@@ -2,18 +2,22 @@
 
 Each step is a command that resumes and does only what is new, so a build can be killed and run again. Every
 encoder, index and table of neighbours of the store is updated; a store without one gets the default. Vectors
-that were made elsewhere are not.
+that were made elsewhere are not. On Ray, parts are embedded while others are chunked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from retrotool import engine
 from retrotool.chunk.chunk_plan import ChunkOptions, unfinished_plans
 from retrotool.chunk.run import ChunkResult, chunk, find_readable
 from retrotool.cli.command_lines import command_line, embed_command, table_command
@@ -28,6 +32,7 @@ from retrotool.store.storage import storage_at
 from retrotool.store.store import Store
 from retrotool.tokenizers import BUNDLED
 
+_LOOK_SECONDS = 0.5  # between two looks whether there is a store yet
 Result = ChunkResult | EmbedResult | IndexResult | NeighboursResult
 
 
@@ -37,7 +42,7 @@ class Step:
 
     command: str
     line: str
-    run: Callable[[], Result]
+    run: Callable[..., Result]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +97,53 @@ def build(
     given = options or BuildOptions()
     before(plan_build(root, inputs, given))
     done: dict[str, list[Any]] = {"chunk": [], "embed": [], "index": [], "neighbours": []}
-    for steps in (_chunk_steps(root, inputs, given), _derived_steps(root, given)):  # the first may make the store
-        for step in steps:
-            done[step.command].append(result := step.run())
+    with engine.doing_everything():
+        chunk_steps = list(_chunk_steps(root, inputs, given))
+        with _embedding(root, given, beside=chunk_steps) as embedded:
+            for step in chunk_steps:
+                done["chunk"].append(result := step.run())
+                after(step, result)
+        for step, result in embedded:
+            done["embed"].append(result)
             after(step, result)
+        given = replace(given, encoder=None) if embedded else given
+        for step in _derived_steps(root, given):  # the first step may have made the store
+            if not (embedded and step.command == "embed"):
+                done[step.command].append(result := step.run())
+                after(step, result)
     return BuildResult(
         next(iter(done["chunk"]), None), tuple(done["embed"]), tuple(done["index"]), tuple(done["neighbours"]),
         Store.open(root).state.number,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _embedding(root: str | Path, given: BuildOptions, beside: Sequence[Step]) -> Iterator[list[tuple[Step, Result]]]:
+    """On Ray, embed parts as they are chunked, in a thread; yield a list for the steps and their results.
+
+    So nodes with GPUs work while others chunk. Elsewhere both would compete for the same cores.
+    """
+    found: list[tuple[Step, Result]] = []
+    if engine.engine_in_use().name == "local" or not beside:
+        yield found
+        return
+    is_over = threading.Event()
+
+    def follow() -> None:
+        while not is_store(storage_at(root)):
+            if is_over.wait(_LOOK_SECONDS):
+                return  # no store was made
+        for step in _derived_steps(root, given):
+            if step.command == "embed":
+                found.append((step, step.run(more=lambda: not is_over.is_set())))
+
+    with ThreadPoolExecutor(1, "retrotool-embed") as thread:
+        following = thread.submit(follow)
+        try:
+            yield found
+        finally:
+            is_over.set()
+        following.result()
 
 
 def _chunk_steps(root: str | Path, inputs: Sequence[str], given: BuildOptions) -> Iterator[Step]:

@@ -118,6 +118,11 @@ def chunk(
     repeats: dict[str, DuplicateCounts] = {}
     with contextlib.ExitStack() as stack:
         if STANDARD_INPUT in inputs:
+            if engine.engine_in_use().name != "local":
+                raise UsageError(
+                    "standard input can't be read by other machines",
+                    "Write it to a file that all of them see, or leave --engine out.",
+                )
             stream, base = sys.stdin.buffer if sys.stdin else None, sources.base_of(chosen.format)
             files = find_readable(inputs, chosen, stack.enter_context(spool(stream, base or "jsonl")))
         check_rows(files, chosen)
@@ -145,6 +150,8 @@ def chunk(
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
+        if engine.is_a_job() and chunk_plan.unfinished_plans(store.refresh()):
+            chosen.note("Other jobs are doing the rest; the last one completes the plan.")
         if not stopped:
             with Progress("chunk", doing="looking for duplicates"):
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))

@@ -30,6 +30,7 @@ from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
 from retrotool.chunk.chunker import Tokens
 from retrotool.chunk.part_writer import Batch, Files, PartWriter
 from retrotool.chunk.quarantine import Quarantine
+from retrotool.engine.choice import is_a_job
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
 from retrotool.ranges import is_in
@@ -96,7 +97,8 @@ class ChunkStage:
                 key = task_key("chunk", {"unit": index}, [entry.path])
                 inputs = {"plan": plan_id, "unit": index, "path": entry.path, "format": files[0].base}
                 weight = sum(piece.weight for piece in unit)
-                tasks.append((Task(key, f"unit {index} ({files[0].path})", weight, inputs), holder))
+                label = f"unit {index} ({files[0].path})"
+                tasks.append((Task(key, label, weight, inputs, claimed=is_a_job()), holder))
         return tasks
 
     def open(self, store: Store) -> ChunkWorker:

@@ -120,9 +120,6 @@ TableOption = Annotated[
     opt("Table to read.  [default: main, or the only one]", "--table", metavar="NAME", complete=_complete_tables),
 ]
 Device = Annotated[str, _work("auto (a GPU if there is one), cpu, cuda or cuda:N.", "devices", "D")]
-ShardOption = Annotated[
-    str | None, _work("This is job I of N on the store, from 0: begin with that share of the work.", "shard", "I/N")
-]
 NoWaitOption = Annotated[
     bool, _work("Exit with 14 instead of waiting, if other runs are doing the rest of the work.", "no-wait", None)
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
 from retrotool.cli.command_lines import next_command
-from retrotool.cli.options import DevicesOption, Json, NoWaitOption, ShardOption, StoreArgument, opt, parse_shard
+from retrotool.cli.options import DevicesOption, Json, NoWaitOption, StoreArgument, opt
 
 if TYPE_CHECKING:
     from retrotool.embed.run import EmbedResult
@@ -53,7 +53,6 @@ def command(
     dtype: Annotated[
         str, opt("auto (float16 on a GPU, else float32), float32, float16 or bfloat16.", metavar="DTYPE")
     ] = "auto",
-    shard: ShardOption = None,
     no_wait: NoWaitOption = False,
     check: Annotated[bool, opt("Compare 2,000 stored vectors with transformers in float32.", "--check")] = False,
     as_json: Json = False,
@@ -70,14 +69,14 @@ def command(
     Parquet files with a column that names the chunk of each.
     """
     from retrotool.embed import run as embed_run
+    from retrotool.engine import is_a_job
 
     result = embed_run.embed(
         store, encoder=encoder, name=name, pooling=pooling, dimension=dimension, devices=devices, dtype=dtype,
-        shard=parse_shard(shard), check=check, vectors=vectors,
-        wait=not no_wait,
+        check=check, vectors=vectors, wait=not no_wait,
     )  # fmt: skip
     output.show(result, as_json, partial(embed_text, str(store)))
-    if result.chunks and not (shard or result.in_other_runs or as_json):
+    if result.chunks and not (is_a_job() or result.in_other_runs or as_json):
         output.note(f"Next: {next_command(store, 'embed', result.encoder)}")
 
 

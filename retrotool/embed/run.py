@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,18 @@ def embed(
     dimension: int | None = None,
     devices: str = "auto",
     dtype: str = "auto",
-    shard: tuple[int, int] | None = None,
     check: bool = False,
     vectors: str | Path | None = None,
     wait: bool = True,
+    more: Callable[[], bool] | None = None,
 ) -> EmbedResult:
     """Embed every part that has no embeddings of ``encoder``, on one or several devices.
 
-    ``shard`` (i, n): this is job i of n, from 0. With several devices processes are spawned, so a script must
-    call this below ``if __name__ == "__main__":``. ``vectors``: files of vectors made elsewhere, by a model
-    called ``encoder``. ``wait``: for parts that other runs embed.
+    With several devices processes are spawned, so a script must call this below
+    ``if __name__ == "__main__":``. ``vectors``: files of vectors made elsewhere, by a model ``encoder``.
+    ``wait``: for parts that other runs embed. ``more``: whether there may be more parts soon; wait for them.
     """
     store = Store.open(root)
-    engine.check_shard(shard)
     if vectors is not None:
         if encoder == BUNDLED:
             raise UsageError("--from needs the name of the model that made the vectors", "Give it as --encoder NAME.")
@@ -110,13 +110,13 @@ def embed(
         names = sorted(name for name, record in known.items() if record["sha256"] == identity.sha256)
         identity = identity if not names or identity.name in names else replace(identity, name=names[0])
     given = () if files is None else parts_given(store, files, identity.name)
-    stage = EmbedStage(encoder, identity, tuple(found), dtype, shard, files, given)
+    stage = EmbedStage(encoder, identity, tuple(found), dtype, files, given)
     done = _Done()
     with writing(store) as run:
         _update_origin(store, run, identity)
         if files is not None:
             retry_overtaken(lambda: check_vectors(store, stage), store.renew)
-        engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait)
+        engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait, more=more)
         elsewhere = engine.count_elsewhere(stage, store, run)
         checked = _check(store, run, encoder, identity, found[0]) if check else None
     state = store.refresh()

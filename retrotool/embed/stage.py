@@ -26,7 +26,7 @@ from retrotool.embed.search_scope import count_live_keys
 from retrotool.embed.store_encoder import EncoderRows
 from retrotool.encoder import Encoder, EncoderIdentity, Rows
 from retrotool.encoder.encoder import Vectors
-from retrotool.engine.task import Report, Task, Worker, own_first, task_key
+from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import CorruptError, ErasedError, NotFiniteError, UsageError
 from retrotool.store import parts, staging
 from retrotool.store.log import FileEntry
@@ -49,7 +49,7 @@ _MANY = 100_000  # chunks from which preparing the fast tokenizer for a GPU pays
 
 @dataclass(frozen=True, slots=True)
 class EmbedStage:
-    """Embed all parts that encoder ``spec`` has not embedded; ``shard`` (i, n): those of job i of n first.
+    """Embed all parts that encoder ``spec`` has not embedded.
 
     ``files`` have the vectors of the parts ``given``, one after the other; no others are embedded then.
     ``broken``: paths of embeddings to compute again instead.
@@ -59,7 +59,6 @@ class EmbedStage:
     identity: EncoderIdentity
     devices: tuple[str, ...] = ("auto",)
     dtype: str = "auto"
-    shard: tuple[int, int] | None = None
     files: VectorFiles | None = None
     given: tuple[int, ...] = ()
     broken: tuple[str, ...] = ()
@@ -81,7 +80,7 @@ class EmbedStage:
                 weight = count_live_keys(store, part, tombstones)
                 tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
             row += entry.rows
-        return tasks if self.shard is None else own_first(tasks, *self.shard)
+        return tasks
 
     def size_of(self, store: Store, task: Task) -> int:
         """Return the bytes of a part's vectors."""

@@ -1,15 +1,17 @@
 """Who runs tasks: this process, local worker processes, or a Ray cluster."""
 
-from retrotool.engine.choice import find_devices, use_engine
+from retrotool.engine.choice import doing_everything, engine_in_use, find_devices, is_a_job, use_engine
 from retrotool.engine.run import count_elsewhere, execute, gathering, plan_tasks
-from retrotool.engine.task import check_shard, perform
+from retrotool.engine.task import perform
 
 __all__ = [
-    "check_shard",
     "count_elsewhere",
+    "doing_everything",
+    "engine_in_use",
     "execute",
     "find_devices",
     "gathering",
+    "is_a_job",
     "perform",
     "plan_tasks",
     "use_engine",

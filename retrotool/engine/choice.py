@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from retrotool import encoder
 from retrotool.errors import UsageError
@@ -13,36 +15,61 @@ ENGINES = ("local", "ray")
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine by name, and the address of a Ray cluster's head: HOST:PORT, or "auto"."""
+    """An engine by name, and the address of a Ray cluster's head: HOST:PORT, or "auto".
+
+    ``shard`` (i, n): this is job i of n, from 0. ``share_only``: it ends when its own share is done.
+    """
 
     name: str = "local"
     address: str | None = None
+    shard: tuple[int, int] | None = None
+    share_only: bool = True
 
 
 _chosen = Engine()
 
 
-def use_engine(engine: str = "local", ray_address: str | None = None) -> None:
-    """Run the tasks of all commands of this process with ``engine``, "local" or "ray".
+def use_engine(engine: str = "local", ray_address: str | None = None, shard: tuple[int, int] | None = None) -> None:
+    """Run the tasks of all commands of this process from now on with ``engine``, "local" or "ray".
 
     ``ray_address``: HOST:PORT of the head of a cluster; by default $RAY_ADDRESS, else the cluster that this
-    machine belongs to.
+    machine belongs to. ``shard`` (i, n): this process is job i of n on the store, from 0, and begins with
+    that share of the tasks.
     """
     global _chosen
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine} is not one of {', '.join(ENGINES)}")
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"--shard {shard[0]}/{shard[1]} is not i/n with i from 0 to n - 1")
     address = ray_address or os.environ.get("RAY_ADDRESS") or "auto"
     if engine == "ray" and "://" in address:
         raise UsageError(
             f"{address} is not the address of a cluster's head, HOST:PORT",
             "To send the command to a cluster instead: ray job submit -- retrotool ...",
         )
-    _chosen = Engine(engine, address if engine == "ray" else None)
+    _chosen = Engine(engine, address if engine == "ray" else None, shard)
+
+
+@contextlib.contextmanager
+def doing_everything() -> Iterator[None]:
+    """Let a job of a ``shard`` wait for the shares of others, too: what follows needs all results."""
+    global _chosen
+    before = _chosen
+    _chosen = replace(before, share_only=False)
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def engine_in_use() -> Engine:
     """Return the engine that was chosen last."""
     return _chosen
+
+
+def is_a_job() -> bool:
+    """Check whether this process is a job of a shard, so that others work on the store, too."""
+    return _chosen.shard is not None
 
 
 def find_devices(devices: str, dtype: str = "auto") -> list[str]:

@@ -307,8 +307,8 @@ class RayPool:
                 ray.kill(actor.handle)
 
 
-_connections = 0  # of pools that are open
-_connecting = threading.Lock()
+_pools, _connecting = 0, threading.Lock()  # pools that are open
+_connection = contextlib.ExitStack()  # what to undo after the last of them
 
 
 @contextlib.contextmanager
@@ -317,22 +317,21 @@ def connected(engine: Engine) -> Iterator[None]:
 
     Ray prints on stdout what it has to say. It goes to stderr, as stdout is for results.
     """
-    global _connections
+    global _pools
     with _connecting:
-        if not ray.is_initialized():
-            _connect(engine.address or "auto")
-            _connections = 0
-        elif not _connections:
-            _connections = 1  # the caller's own connection stays
-        _connections += 1
+        if not _pools:
+            if not ray.is_initialized():
+                _connect(engine.address or "auto")
+                _connection.callback(ray.shutdown)
+            _connection.enter_context(contextlib.redirect_stdout(sys.stderr))
+        _pools += 1
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         with _connecting:
-            _connections -= 1
-            if not _connections:
-                ray.shutdown()
+            _pools -= 1
+            if not _pools:
+                _connection.close()
 
 
 def _connect(address: str) -> None:

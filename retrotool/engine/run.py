@@ -19,7 +19,7 @@ from typing import Any
 from retrotool import interrupts
 from retrotool.engine.choice import engine_in_use
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import GivesUp, Holds, NodeLostError, OpenError, Sized, Stage, Task, is_own
+from retrotool.engine.task import GivesUp, Holds, NodeLostError, OpenError, Sized, Stage, Task, is_own, own_first
 from retrotool.errors import AbortError, ErasedError, HeldError, RetrotoolError, StorageError, TaskError, UsageError
 from retrotool.store import folding, leases, staging
 from retrotool.store.leases import Run
@@ -31,6 +31,7 @@ ATTEMPTS = 3
 FOLD_SECONDS = 30.0
 POLL_SECONDS = (0.5, 8.0)  # between two looks at what other runs hold: at first, and at most
 Enough = Callable[[Staged], bool]  # takes every finished task; True ends the run after the tasks that have begun
+More = Callable[[], bool]
 _FATAL = (StorageError, AbortError, KeyboardInterrupt)
 _NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)  # no task is given up for these: the data may be good
 _FEW = 8  # up to this number of tasks per worker, the largest begin first
@@ -46,19 +47,30 @@ def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
     """Plan a stage's tasks on the newest commit, without those that are staged."""
     staged = staging.staged_keys(store.storage)  # first: what is folded after this is in the state
     store.refresh()
-    return [task for task in retry_overtaken(lambda: stage.plan(store), store.renew) if task.key not in staged]
+    tasks = [task for task in retry_overtaken(lambda: stage.plan(store), store.renew) if task.key not in staged]
+    shard = engine_in_use().shard
+    return tasks if shard is None else own_first(tasks, *shard)
 
 
 def execute(
-    stage: Stage, store: Store, run: Run, *, workers: int = 1, enough: Enough | None = None, wait: bool = True
+    stage: Stage,
+    store: Store,
+    run: Run,
+    *,
+    workers: int = 1,
+    enough: Enough | None = None,
+    wait: bool = True,
+    more: More | None = None,
 ) -> None:
     """Run a stage's tasks on a store and commit them; stop early once a finished task is ``enough``.
 
-    Wait for tasks that other runs hold, those of its own share if the stage has a ``shard``; ``HeldError``
+    While there may be ``more`` tasks soon, wait for them.
+
+    Wait for tasks that other runs hold, those of its own share if it is a job of a shard; ``HeldError``
     without ``wait``. When all are done, raise the first failed task's error (``TaskError`` unless a
     ``RetrotoolError``).
     """
-    execution = _Execution(stage, store, run, workers, enough, wait)
+    execution = _Execution(stage, store, run, workers, enough, wait, more)
     with execution.pools, Progress(stage.name, stage.unit, doing="planning") as progress:
         execution.work(run, progress)
 
@@ -99,6 +111,7 @@ class _Execution:
     workers: int = 1
     enough: Enough | None = None
     wait: bool = True
+    more: More | None = None
     known: dict[str, Task] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     given_up: dict[str, BaseException] = field(default_factory=dict)
@@ -112,17 +125,21 @@ class _Execution:
         try:
             while not self.ended:
                 interrupts.check()
+                more_to_come = self.more is not None and self.more()
                 before = self._elsewhere(run.id)  # first: what is released from here on is not missed
                 folding.fold(store, run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
                 held = leases.claim_holders(store.storage, run.id) if any(task.claimed for task in tasks) else {}
-                shard = getattr(stage, "shard", None)
+                shard = engine_in_use().shard if engine_in_use().share_only else None
                 waited = [task for task in tasks if shard is None or task.for_all or is_own(task, *shard)]
                 left = {task.label: held[task.key] for task in waited if task.key in held}
                 if isinstance(stage, Holds):
                     left |= stage.held(store)
                 tasks = [task for task in tasks if task.key not in held]
                 if not tasks:
+                    if more_to_come and not self.given_up:
+                        time.sleep(POLL_SECONDS[0])
+                        continue
                     if not left or self.given_up:
                         break
                     self._await(left, run.id, before, progress)

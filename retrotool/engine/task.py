@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import orjson
 
 from retrotool import interrupts
-from retrotool.errors import ErasedError, UsageError
+from retrotool.errors import ErasedError
 from retrotool.store import leases, staging
 from retrotool.store.staging import Staged
 from retrotool.store.storage import Storage
@@ -34,7 +34,7 @@ Report = Callable[[int], object]  # takes how many units of work (``Stage.unit``
 class Task:
     """A piece of work; ``weight`` is in the stage's unit. If ``claimed``, a run claims it first.
 
-    ``for_all``: other tasks are planned only after it, so every job of a shard waits for it.
+    ``for_all``: what follows needs its result, so every job of a shard waits for it.
     """
 
     key: str
@@ -114,12 +114,6 @@ def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> s
     """Return a task's key: 32 hexadecimal digits that depend only on what it does and what it reads."""
     fields = [stage, dict(settings), list(reads)]
     return hashlib.blake2b(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
-
-
-def check_shard(shard: tuple[int, int] | None) -> None:
-    """Check that ``shard`` (i, n) is job i of n, from 0, else raise ``UsageError``."""
-    if shard is not None and not 0 <= shard[0] < shard[1]:
-        raise UsageError(f"--shard {shard[0]}/{shard[1]} is not i/n with i from 0 to n - 1")
 
 
 def is_own(task: Task, job: int, jobs: int) -> bool:

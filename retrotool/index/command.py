@@ -12,10 +12,8 @@ from retrotool.cli.options import (
     EncoderOption,
     Json,
     NoWaitOption,
-    ShardOption,
     StoreArgument,
     opt,
-    parse_shard,
 )
 from retrotool.errors import UsageError
 from retrotool.index.index_records import RECALL_SAMPLE
@@ -60,7 +58,6 @@ def command(
     shard_size: Annotated[
         int | None, opt("Vectors per shard.  [default: a million, or what fits]", metavar="N", least=1, most=1 << 40)
     ] = None,
-    shard: ShardOption = None,
     no_wait: NoWaitOption = False,
     devices: DevicesOption = "auto",
     encoder: EncoderOption = None,
@@ -84,12 +81,13 @@ def command(
     it decides how many lists are probed and how many candidates are re-ranked.
     """
     from retrotool.ann.choice import IndexOptions
+    from retrotool.engine import is_a_job
     from retrotool.index import run as index_run
 
     if drop:
         _refuse_with_drop(
             tune=tune, retrain=retrain, merge=merge, default=default, target_recall=target_recall, memory=memory,
-            nlist=nlist, code=code, factory=factory, shard_size=shard_size, shard=shard, encoder=encoder,
+            nlist=nlist, code=code, factory=factory, shard_size=shard_size, encoder=encoder,
         )  # fmt: skip
         if name is None:
             raise UsageError("--drop needs the name of the index", "Give it with --name.")
@@ -97,10 +95,10 @@ def command(
         return
     size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
     wanted = IndexOptions(memory=size, nlist=nlist, code=code, factory=factory, shard_rows=shard_size)
-    options = index_run.Options(wanted, devices, parse_shard(shard), sample, tune, retrain, merge, default, not no_wait)
+    options = index_run.Options(wanted, devices, sample, tune, retrain, merge, default, not no_wait)
     result = index_run.index(store, name=name, encoder=encoder, target_recall=target_recall, options=options)
     output.show(result, as_json, index_text)
-    if result.added and not (shard or result.not_embedded or result.in_other_runs or as_json):
+    if result.added and not (is_a_job() or result.not_embedded or result.in_other_runs or as_json):
         output.note(f"Next: {next_command(store, 'index', result.name)}")
     if result.not_embedded:
         output.note(f"Not indexed: {output.count(result.not_embedded, 'chunk')} without embeddings. Next:")

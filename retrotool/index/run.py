@@ -82,7 +82,6 @@ class Options:
 
     wanted: IndexOptions = field(default_factory=IndexOptions)
     devices: str = "auto"
-    shard: tuple[int, int] | None = None
     sample: int = RECALL_SAMPLE
     tune: bool = False
     retrain: bool = False
@@ -116,7 +115,7 @@ def index(
     generation = files.generation + (options.retrain and is_trained)
     devices = engine.find_devices(options.devices)
     stage = IndexStage(
-        name, chosen, wanted, generation, tuple(devices), options.shard, options.merge,
+        name, chosen, wanted, generation, tuple(devices), options.merge,
         trained=is_trained and not options.retrain,
     )  # fmt: skip
     before = 0 if options.retrain else files.vectors
@@ -206,10 +205,9 @@ def _wanted(files: IndexFiles, options: Options, target: float | None) -> IndexO
 def _check(options: Options, target: float | None) -> None:
     if target is not None and not 0 < target <= 1:
         raise UsageError(f"--target-recall {target} is not above 0 and at most 1")
-    engine.check_shard(options.shard)
     if options.merge and options.retrain:
         raise UsageError("--merge and --retrain can't be combined", "Run one after the other.")
-    if options.retrain and options.shard is not None:
+    if options.retrain and engine.is_a_job():
         raise UsageError(
             "--retrain and --shard can't be combined: every job would train",
             "For several GPUs of one machine use --devices; for several machines, --shard with a new --name.",

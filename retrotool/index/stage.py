@@ -33,7 +33,7 @@ from retrotool.ann.resident import free_memory
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.encoder.devices import checking_device
-from retrotool.engine.task import Report, Task, own_first, task_key
+from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, TrainingRecord, as_about
 from retrotool.index.searching import read_shard, read_trained, write_index
@@ -68,7 +68,6 @@ class IndexStage:
     wanted: IndexOptions = field(default_factory=IndexOptions)
     generation: int = 0
     devices: tuple[str, ...] = ("cpu",)  # one per worker
-    shard: tuple[int, int] | None = None  # (i, n): this is job i of n
     merge: bool = False
     broken: tuple[str, ...] = ()  # paths of shards to rebuild instead
     trained: bool = False
@@ -93,14 +92,10 @@ class IndexStage:
                 raise superseded(self.index)
             n = sum(search_scope.count_keys(store, part) for part in search_scope.embedded_parts(store, self.encoder))
             key = self._key({"train": self.encoder, "generation": self.generation}, [])
-            tasks = [Task(key, "training", n, {"train": True}, claimed=True, for_all=True)]
-        else:
-            tasks = (
-                self._repairs(store, files) if self.broken
-                else self._merges(files) if self.merge
-                else self._new_shards(store, files)
-            )  # fmt: skip
-        return tasks if self.shard is None else own_first(tasks, *self.shard)
+            return [Task(key, "training", n, {"train": True}, claimed=True, for_all=True)]
+        if self.broken:
+            return self._repairs(store, files)
+        return self._merges(files) if self.merge else self._new_shards(store, files)
 
     def _key(self, settings: dict[str, Any], reads: Sequence[str]) -> str:
         return task_key("index", {"name": self.index, **settings}, reads)

@@ -13,10 +13,8 @@ from retrotool.cli.options import (
     IndexOption,
     Json,
     NoWaitOption,
-    ShardOption,
     StoreArgument,
     opt,
-    parse_shard,
 )
 from retrotool.errors import UsageError
 from retrotool.sizes import parse_size
@@ -62,7 +60,6 @@ def command(
     encoder: EncoderOption = None,
     memory: Annotated[str | None, opt("Memory for a block of queries, besides the tables.", metavar="SIZE")] = None,
     devices: DevicesOption = "auto",
-    shard: ShardOption = None,
     no_wait: NoWaitOption = False,
     as_json: Json = False,
 ) -> None:
@@ -84,6 +81,7 @@ def command(
     With --edit, STORE is the store that has the table. Each line of FILE is a JSON object with a "chunk" and
     its "neighbours", those to "ban", or "reset": true, which undoes this. Later runs keep the edits.
     """
+    from retrotool.engine import is_a_job
     from retrotool.neighbours import run as neighbours_run
     from retrotool.neighbours.edits import edit_neighbours
     from retrotool.neighbours.filters import FilterOptions
@@ -91,7 +89,7 @@ def command(
 
     if edit is not None:
         filtering = (max_overlap, exclude_near_copies, exclude_source, only_source, no_filters)
-        searching = (queries, index, database, exact, materialise, encoder, memory, shard)
+        searching = (queries, index, database, exact, materialise, encoder, memory)
         if any((*filtering, *searching)) or (k, saved) != (K, SAVED):
             raise UsageError("--edit can't be combined with options other than --name")
         name = "main" if name is None else name
@@ -100,7 +98,7 @@ def command(
         output.show(done, as_json, lambda _: f"Edits of {name!r}: {now}.")
         return
     size = None if memory is None else parse_size("--memory", memory, least=LEAST_MEMORY)
-    search = SearchOptions(exact, encoder, size, devices, parse_shard(shard), not no_wait)
+    search = SearchOptions(exact, encoder, size, devices, not no_wait)
     excluded, only = tuple(exclude_source or ()), tuple(only_source or ())
     filters = FilterOptions(max_overlap, exclude_near_copies, excluded, only, no_filters)
     databases = [_weighed(text) for text in database or ()]
@@ -118,7 +116,7 @@ def command(
         output.note(f"Not searchable yet: {chunks} of {store} that {are} not in the index.")
     for path in result.unaware:
         output.note(f"{path} is not writable, so it can't record this store: an erase there won't list it.")
-    if result.queries and not (shard or result.next or result.in_other_runs or as_json):
+    if result.queries and not (is_a_job() or result.next or result.in_other_runs or as_json):
         table = None if result.name == "main" else result.name
         output.note(f"Next: {command_line('inspect', queries or store, table=table)}")
     if result.next:

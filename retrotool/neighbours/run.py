@@ -93,7 +93,6 @@ class SearchOptions:
     encoder: str | None = None
     memory: int | None = None
     devices: str = "auto"
-    shard: tuple[int, int] | None = None
     wait: bool = True  # for parts that other runs do
 
 
@@ -122,7 +121,6 @@ def neighbours(
         raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
     if saved > 1000:
         raise UsageError(f"--saved {saved} is more than 1000")
-    engine.check_shard(search.shard)
     check_name(name, "--name")
     devices = tuple(engine.find_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
@@ -140,7 +138,7 @@ def neighbours(
         applied = filters.applied(known, store)
         stages.append(NeighboursStage(
             database.uri, _choose_index(database, index, search), one.table, saved, k,
-            search.encoder, search.memory, devices, search.shard, applied, text,
+            search.encoder, search.memory, devices, applied, text,
         ))  # fmt: skip
     _check(store, stages)
     if not may_replace:

@@ -38,7 +38,7 @@ from retrotool.cli.command_lines import command_line, embed_command, table_comma
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
-from retrotool.engine.task import Report, Task, Worker, own_first, task_key
+from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
@@ -78,7 +78,6 @@ class NeighboursStage:
     encoder: str | None = None
     memory: int | None = None  # limits a search, in bytes
     devices: tuple[str, ...] = ("cpu",)  # one per worker process
-    shard: tuple[int, int] | None = None  # (i, n): this is job i of n
     filters: Filters = field(default_factory=Filters)
     text: bool = False  # also store the tokens of the first k neighbours of each row
     broken: tuple[str, ...] = ()  # paths of tables to make again instead
@@ -133,7 +132,7 @@ class NeighboursStage:
             inputs["replaces"] = old.path if old is not None else None
             key = task_key("neighbours", settings, [path])
             tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
-        return tasks if self.shard is None else own_first(tasks, *self.shard)
+        return tasks
 
     @property
     def in_flight(self) -> int:

@@ -64,7 +64,6 @@ from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
 from retrotool.store.vectors import read_vectors, write_vectors
 
-
 WORKER_BYTES = 1 << 29  # memory of a worker, besides the rows of a part
 
 
@@ -120,7 +119,9 @@ class EraseStage:
                     label, ids = f"part {first.part}", self.targets.rows(first.part)
                 digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
                 key = task_key("erase", {"targets": digest}, paths)
-                yield Task(key, label, len(paths), {"paths": paths, "reads": reads})
+                yield Task(
+                    key, label, len(paths), {"paths": paths, "reads": reads}, claimed=engine.is_a_job(), for_all=True
+                )
             else:
                 self.clean.update(paths)
 

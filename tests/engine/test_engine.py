@@ -215,13 +215,6 @@ def test_a_claimed_task_is_left_to_the_run_that_is_at_it(store: Store, tmp_path:
     assert len(store.state.group("selectors")) == 6
 
 
-@dataclass(frozen=True)
-class ShardStage(ClaimingStage):
-    """Of which a job does a share."""
-
-    shard: tuple[int, int] | None = None
-
-
 @pytest.mark.parametrize("how", ["drops", "does", "falls silent"])
 def test_a_run_waits_for_what_another_holds_and_does_what_is_dropped(
     how: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,16 +244,21 @@ def test_a_run_waits_for_what_another_holds_and_does_what_is_dropped(
 
 
 def test_a_job_waits_only_for_its_own_share_and_for_what_all_need(store: Store, tmp_path: Path) -> None:
-    stage = ShardStage(str(tmp_path / "marks"))
+    stage = ClaimingStage(str(tmp_path / "marks"))
     task = stage.plan(store)[3]
     owner = int(task.key, 16) % 2
     with Run(store.storage) as other, Run(store.storage) as run:
         assert leases.take_claim(store.storage, task.key, other.id)
-        engine.execute(replace(stage, shard=(1 - owner, 2)), store, run, wait=False)
+        engine.use_engine(shard=(1 - owner, 2))
+        engine.execute(stage, store, run, wait=False)
+        with pytest.raises(HeldError), engine.doing_everything():
+            engine.execute(stage, store, run, wait=False)
+        engine.use_engine(shard=(owner, 2))
         with pytest.raises(HeldError):
-            engine.execute(replace(stage, shard=(owner, 2)), store, run, wait=False)
+            engine.execute(stage, store, run, wait=False)
         leases.release_claim(store.storage, task.key, other.id)
-        engine.execute(replace(stage, shard=(1 - owner, 2)), store, run, wait=False)
+        engine.use_engine(shard=(1 - owner, 2))
+        engine.execute(stage, store, run, wait=False)
     assert len(store.state.group("selectors")) == 6
 
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from retrotool import api
 from retrotool.app import app
+from retrotool.chunk.chunk_plan import ChunkOptions
 from retrotool.errors import TaskError, UsageError
 from retrotool.store.store import Store
 
@@ -103,6 +104,31 @@ def test_a_killed_worker_is_replaced_and_a_task_that_kills_three_is_named(
     assert attempts(tmp_path / "marks") == {"0": 1, "1": 3, "2": 1}
     assert list(Store.open(store).state.group("selectors")) == ["t0", "t2"], "the others are kept"
     assert driver.submit(drive, cluster.address, str(store), stage).result() == ["t0", "t1", "t2"]
+
+
+def build(address: str, words: dict[str, str]) -> str:
+    api.use_engine("ray", address)
+    options = api.BuildOptions(words["ENCODER"], ChunkOptions(part_size=20), words["ENCODER"])
+    return str(api.build(words["STORE"], [words["INPUT"]], options).commit)
+
+
+def test_a_build_embeds_parts_while_others_are_chunked(
+    cluster: RayCluster, driver: ProcessPoolExecutor, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    words = {"INPUT": str(write_jsonl(tmp_path / "c.jsonl", make_rows(40))), "ENCODER": str(tiny_encoder)}
+    store = {"STORE": str(tmp_path / "store")}
+    driver.submit(build, cluster.address, {**words, **store}).result()
+    found = api.verify(store["STORE"])
+    api.use_engine()
+    api.build(
+        tmp_path / "local",
+        [words["INPUT"]],
+        api.BuildOptions(str(tiny_encoder), ChunkOptions(part_size=20), str(tiny_encoder)),
+    )
+    local = api.verify(tmp_path / "local")
+    assert found.ok
+    for digest in ("content", "ids", "embeddings", "neighbours"):
+        assert getattr(found, digest) == getattr(local, digest)
 
 
 @pytest.mark.nightly

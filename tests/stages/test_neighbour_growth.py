@@ -171,7 +171,7 @@ def test_jobs_and_worker_processes_share_a_store(store: Path, tmp_path: Path) ->
     assert np.array_equal(saved_neighbours(store, "two")[0], saved_neighbours(one)[0])
     assert api.verify(store).problems == []
     with pytest.raises(UsageError, match="--shard 2/2"):
-        api.neighbours(store, search=SearchOptions(shard=(2, 2)))
+        api.use_engine(shard=(2, 2))
 
 
 def test_merging_keeps_the_nearest_once_each() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from stored import copy_store, stored_files
 
 from retrotool import api
+from retrotool.chunk.chunk_plan import ChunkOptions
 from retrotool.embed.stage import EmbedStage, EmbedWorker
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task, own_first
@@ -118,7 +119,8 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
     with Run(store.storage) as other:
         assert leases.take_claim(store.storage, task.key, other.id)
         job = (int(task.key, 16) + 1) % 2
-        result = api.embed(chunked, encoder=str(tiny_encoder), shard=(job, 2))
+        api.use_engine(shard=(job, 2))
+        result = api.embed(chunked, encoder=str(tiny_encoder))
         assert result.in_other_runs == 1
         assert result.parts == len(store.state.parts()) - 1
         again = cli("embed", chunked, "--encoder", tiny_encoder, "--shard", f"{job}/2")
@@ -129,6 +131,7 @@ def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, t
             refused = cli("embed", chunked, "--encoder", tiny_encoder, "--no-wait", *shard)
             assert (refused.returncode, refused.stdout) == (14, "")
             assert f"part 2, held by run {other.id} (process {os.getpid()} on " in refused.stderr
+    api.use_engine()
     last = api.embed(chunked, encoder=str(tiny_encoder))
     assert (last.parts, last.in_other_runs) == (1, 0)
 
@@ -240,3 +243,16 @@ def test_ctrl_c_that_a_library_swallows_is_kept_in_mind(chunked: Path, tiny_enco
     assert errors == INTERRUPTED
     assert len(sums(chunked)) <= 1, "it ends at the next step"
     assert api.embed(chunked, encoder=str(tiny_encoder)).embedded == api.info(chunked).chunks
+
+
+def test_jobs_that_chunk_at_once_make_the_store_of_one(tmp_path: Path, tiny_encoder: Path) -> None:
+    files = [str(write_jsonl(tmp_path / f"{n}.jsonl", make_rows(6, first=6 * n))) for n in range(6)]
+    arguments = ["chunk", str(tmp_path / "store"), *files, "--tokenizer", str(tiny_encoder), "--part-size", "10"]
+    jobs = [Forked([*arguments, "--workers", "1", "--shard", f"{job}/3"]) for job in range(3)]
+    for job in jobs:
+        _, errors = job.communicate(timeout=200)
+        assert job.returncode == 0, errors
+    api.chunk(tmp_path / "one", files, tokenizer=str(tiny_encoder), options=ChunkOptions(part_size=10, workers=1))
+    found, one = api.verify(tmp_path / "store"), api.verify(tmp_path / "one")
+    assert (found.ok, found.content, found.ids) == (True, one.content, one.ids)
+    assert api.info(tmp_path / "store").unfinished == 0

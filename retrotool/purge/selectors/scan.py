@@ -63,7 +63,7 @@ class ScanStage:
             key = task_key(self.name, {"scan": self.scan(store)}, reads)
             inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
             rows = parts.part_entry(store, "chunks", part).rows
-            tasks.append(Task(key, f"part {part}", rows, inputs, claimed=True))
+            tasks.append(Task(key, f"part {part}", rows, inputs, claimed=True, for_all=True))
         return tasks
 
     def is_done(self, store: Store) -> bool:

@@ -1,4 +1,4 @@
-"""Without the packages of the extra ``cloud``, everything works that is not in a bucket, and nothing imports them."""
+"""Without the packages of the extras ``cloud`` and ``ray``, what needs none of them works, and nothing imports them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conftest import make_rows, write_jsonl
 
 PROGRAM = """
 import sys
-missing = ("obstore", "boto3", "botocore", "google.auth", "azure.storage.blob")
+missing = ("obstore", "boto3", "botocore", "google.auth", "azure.storage.blob", "ray")
 sys.modules.update(dict.fromkeys(missing))
 from typer.testing import CliRunner
 from retrotool.app import app
@@ -23,6 +23,8 @@ for line in (
 ):
     done = CliRunner().invoke(app, line.split())
     assert done.exit_code == 0, (line, done.output)
+done = CliRunner().invoke(app, f"verify {store} --engine ray".split())
+assert done.exit_code == 2 and "pip install 'retrotool[ray]'" in done.stderr, done.stderr
 assert not any(sys.modules[name] for name in missing)
 """
 
