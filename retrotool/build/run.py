@@ -133,9 +133,8 @@ def _embedding(root: str | Path, given: BuildOptions, beside: Sequence[Step]) ->
         while not is_store(storage_at(root)):
             if is_over.wait(_LOOK_SECONDS):
                 return  # no store was made
-        for step in _derived_steps(root, given):
-            if step.command == "embed":
-                found.append((step, step.run(more=lambda: not is_over.is_set())))
+        steps = [step for step in _derived_steps(root, given) if step.command == "embed"]
+        found.extend((step, step.run(more=lambda: not is_over.is_set())) for step in steps)
 
     with ThreadPoolExecutor(1, "retrotool-embed") as thread:
         following = thread.submit(follow)

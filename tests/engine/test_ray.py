@@ -107,6 +107,17 @@ def test_a_killed_worker_is_replaced_and_a_task_that_kills_three_is_named(
 
 
 def build(address: str, words: dict[str, str]) -> str:
+    """Build a store; its ``chunk`` does not end before something is embedded."""
+    from retrotool.build import run as build_run
+
+    chunk = build_run.chunk
+
+    def chunk_until_embedded(*arguments: Any, **options: Any) -> Any:
+        result = chunk(*arguments, **options)
+        await_file(lambda: Store.open(words["STORE"]).state.names("embeddings"))
+        return result
+
+    build_run.chunk = chunk_until_embedded
     api.use_engine("ray", address)
     options = api.BuildOptions(words["ENCODER"], ChunkOptions(part_size=20), words["ENCODER"])
     return str(api.build(words["STORE"], [words["INPUT"]], options).commit)
