@@ -55,7 +55,8 @@ class RayCluster:
 def start() -> RayCluster:
     """Start a cluster with two nodes, of which one has a GPU; it ends with the process that runs all tests."""
     tests = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    stages = {"PYTHONPATH": str(Path(__file__).parent / "engine")}  # of tests, for the workers
+    folders = [str(Path(__file__).parent / "engine"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    stages = {"PYTHONPATH": os.pathsep.join(folders)}  # of tests, for the workers
     environment = {**os.environ, **ENVIRONMENT, **_NO_GPU, **stages}
     done = subprocess.run(
         [sys.executable, __file__, str(tests)], stdout=subprocess.PIPE, text=True, env=environment, check=True
