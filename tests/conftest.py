@@ -87,7 +87,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: whichever process gets one last makes all others wait for it."""
+    """Files with slow tests first: whichever process gets one last makes all others wait for it.
+
+    Last those that send requests: commands on a bucket can't be forked from a process that has sent one.
+    """
     if PROFILE != "nightly":
         for item in items:
             if item.get_closest_marker("nightly"):
@@ -97,7 +100,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("on_disk"):
                 item.add_marker(pytest.mark.skip(reason="it is about a disk"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.get_closest_marker("sends_requests") is not None, item.path not in slow))
 
 
 _frozen = 0

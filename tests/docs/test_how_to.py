@@ -102,6 +102,7 @@ def test_page_with_an_encoder_of_its_own(here: Path, tutorial_store: Path, tiny_
     run_page(HOW_TO / page)
 
 
+@pytest.mark.sends_requests
 def test_store_in_a_bucket(here: Path, tutorial_store: Path) -> None:
     with buckets.moto("my-bucket") as address, buckets.settings_of(address):
         texts = storage_at("s3://my-bucket/texts")

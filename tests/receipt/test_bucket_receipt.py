@@ -25,7 +25,7 @@ from retrotool.index.run import Options
 from retrotool.receipt.run import Receipt
 from retrotool.store.storage import storage_at
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sends_requests
 
 
 @pytest.fixture(scope="module")

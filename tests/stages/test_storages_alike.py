@@ -25,6 +25,8 @@ from retrotool import api
 from retrotool.app import app
 from retrotool.store.storage import SCHEMES
 
+pytestmark = pytest.mark.sends_requests
+
 ARTICLE = "id = 'doc-3' or id = 'doc-17'"
 STORY = [
     "chunk STORE FIRST --tokenizer ENCODER --part-size 120 --keep year --workers 2",

@@ -25,6 +25,8 @@ from retrotool.store.local_storage import LocalStorage
 from retrotool.store.object_storage import PART_BYTES
 from retrotool.store.storage import Sink, Storage, Unfinished, file_sha256, storage_at
 
+pytestmark = pytest.mark.sends_requests
+
 RUN, OTHER = "0123abcd", "4567abcd"
 PATH = "tombstones/a-0123abcd00000000.parquet"
 
