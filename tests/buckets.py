@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -151,6 +152,24 @@ def faulty(address: str, latency: float = 0.0) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def short_waits() -> Iterator[None]:
+    """Have new clients of obstore repeat a request as often as others do, but after milliseconds."""
+    import obstore.store
+
+    from_url: Any = obstore.store.from_url
+    waits = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=10), "base": 2}
+
+    def soon(place: str, *, retry_config: dict[str, Any], **options: Any) -> Any:
+        return from_url(place, retry_config={**retry_config, "backoff": waits}, **options)
+
+    obstore.store.from_url = soon
+    try:
+        yield
+    finally:
+        obstore.store.from_url = from_url
+
+
+@contextlib.contextmanager
 def denying(address: str, *queries: str) -> Iterator[str]:
     """A proxy before a server, which answers 403 where the query has one of these words, such as "versions"."""
     host, _, port = address.removeprefix("http://").partition(":")
@@ -175,7 +194,7 @@ def denying(address: str, *queries: str) -> Iterator[str]:
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """A server in a thread of this process, until the end of the block; yield its address."""
     server = faulty_proxy.Server(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

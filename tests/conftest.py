@@ -406,7 +406,12 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 def cli() -> Cli:
     """Run ``retrotool`` in a process of its own, which is forked: ``cli("info", store, "--json")``."""
 
+    from retrotool.tokenizers import DEFAULT_TOKENIZER, Tokenizer, find_tokenizer
+
+    default = find_tokenizer(DEFAULT_TOKENIZER)
+
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        _ = Tokenizer(default)._byte_table  # known to this process from now on, and so to those that it forks
         return run_forked([str(argument) for argument in arguments], **options)
 
     return run

@@ -139,6 +139,7 @@ def faulted(number: int, stages: dict[str, Path], encoder: Path, tmp: Path, faul
         buckets.local_bucket(tmp / "root") as server,
         buckets.faulty(server) as proxy,
         buckets.settings_of(proxy),
+        buckets.short_waits(),
     ):
         bucket = Bucket(tmp / "root")
         bucket.fill("whole", before)

@@ -259,7 +259,7 @@ def test_an_upload_in_parts_survives_every_fault(kind: str, tmp_path: Path, monk
     least = 5 << 20  # bytes of a part in S3
     monkeypatch.setattr(object_storage, "PART_BYTES", least)
     data = random.Random(0).randbytes(least + 1)
-    with buckets.faulty(os.environ["AWS_ENDPOINT_URL"]) as proxy, monkeypatch.context() as patch:
+    with buckets.faulty(os.environ["AWS_ENDPOINT_URL"]) as proxy, monkeypatch.context() as patch, buckets.short_waits():
         patch.setenv("AWS_ENDPOINT_URL", proxy)
         storage = storage_at(f"s3://{buckets.BUCKET}/parts {tmp_path.name}")
         storage.put(f"plans/whole-{RUN}00000000.json", RUN, writing(data))
