@@ -6,6 +6,7 @@ import base64
 import contextlib
 import functools
 import hmac
+import importlib
 import os
 import re
 import socket
@@ -154,19 +155,18 @@ def faulty(address: str, latency: float = 0.0) -> Iterator[str]:
 @contextlib.contextmanager
 def short_waits() -> Iterator[None]:
     """Have new clients of obstore repeat a request as often as others do, but after milliseconds."""
-    import obstore.store
-
-    from_url: Any = obstore.store.from_url
+    store: Any = importlib.import_module("obstore.store")
+    from_url = store.from_url
     waits = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=10), "base": 2}
 
     def soon(place: str, *, retry_config: dict[str, Any], **options: Any) -> Any:
         return from_url(place, retry_config={**retry_config, "backoff": waits}, **options)
 
-    obstore.store.from_url = soon
+    store.from_url = soon
     try:
         yield
     finally:
-        obstore.store.from_url = from_url
+        store.from_url = from_url
 
 
 @contextlib.contextmanager
