@@ -25,7 +25,7 @@ from retrotool import api
 from retrotool.app import app
 from retrotool.store.storage import SCHEMES
 
-pytestmark = pytest.mark.sends_requests
+pytestmark = [pytest.mark.sends_requests, pytest.mark.on_disk]  # it names the storages that it compares
 
 ARTICLE = "id = 'doc-3' or id = 'doc-17'"
 STORY = [
