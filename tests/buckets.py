@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hmac
+import importlib
 import os
 import re
 import socket
@@ -14,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -36,6 +39,14 @@ import localbucket
 socketserver.StreamRequestHandler.disable_nagle_algorithm = True  # else each answer with a content takes 40 ms
 socketserver.TCPServer.request_queue_size = 128  # else many connections at once take a second
 localbucket.main()
+"""
+_MOTO = """
+import logging, sys
+from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
+from werkzeug.serving import run_simple
+logging.getLogger("werkzeug").setLevel("ERROR")
+# moto_server looks through the folders of all services at each request, which takes half of its time.
+run_simple("127.0.0.1", int(sys.argv[1]), create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler)
 """
 
 
@@ -91,7 +102,7 @@ def client_of(address: str) -> Any:
 def moto(bucket: str = BUCKET) -> Iterator[str]:
     """moto, an S3 server in memory with nearly all of S3's API."""
     port = free_port()
-    with process_on(port, _script("moto_server"), "-H", "127.0.0.1", "-p", str(port)) as address:
+    with process_on(port, sys.executable, "-c", _MOTO, str(port), env={"MOTO_DISABLE_GLOBAL_CORS": "true"}) as address:
         client_of(address).create_bucket(Bucket=bucket)
         yield address
 
@@ -142,6 +153,23 @@ def faulty(address: str, latency: float = 0.0) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def short_waits() -> Iterator[None]:
+    """Have new clients of obstore repeat a request as often as others do, but after milliseconds."""
+    store: Any = importlib.import_module("obstore.store")
+    from_url = store.from_url
+    waits = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=10), "base": 2}
+
+    def soon(place: str, *, retry_config: dict[str, Any], **options: Any) -> Any:
+        return from_url(place, retry_config={**retry_config, "backoff": waits}, **options)
+
+    store.from_url = soon
+    try:
+        yield
+    finally:
+        store.from_url = from_url
+
+
+@contextlib.contextmanager
 def denying(address: str, *queries: str) -> Iterator[str]:
     """A proxy before a server, which answers 403 where the query has one of these words, such as "versions"."""
     host, _, port = address.removeprefix("http://").partition(":")
@@ -166,7 +194,7 @@ def denying(address: str, *queries: str) -> Iterator[str]:
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """A server in a thread of this process, until the end of the block; yield its address."""
     server = faulty_proxy.Server(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -176,8 +204,18 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.server_close()
 
 
+@functools.cache
+def _read_botocore_once() -> None:
+    """Have botocore read what it knows of S3 now, and not again for each client; forked processes inherit it."""
+    import botocore.session
+
+    botocore.session.create_loader = functools.cache(botocore.session.create_loader)
+    client_of("http://127.0.0.1")
+
+
 def settings_of(address: str) -> contextlib.AbstractContextManager[None]:
     """Set the environment by which clients find an S3 server."""
+    _read_botocore_once()
     return _environment({**KEYS, "AWS_ENDPOINT_URL": address})
 
 

@@ -87,7 +87,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: whichever process gets one last makes all others wait for it."""
+    """Files with slow tests first: whichever process gets one last makes all others wait for it.
+
+    Last those that send requests: commands on a bucket can't be forked from a process that has sent one.
+    """
     if PROFILE != "nightly":
         for item in items:
             if item.get_closest_marker("nightly"):
@@ -97,7 +100,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("on_disk"):
                 item.add_marker(pytest.mark.skip(reason="it is about a disk"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.get_closest_marker("sends_requests") is not None, item.path not in slow))
 
 
 _frozen = 0
@@ -411,7 +414,12 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 def cli() -> Cli:
     """Run ``retrotool`` in a process of its own, which is forked: ``cli("info", store, "--json")``."""
 
+    from retrotool.tokenizers import DEFAULT_TOKENIZER, Tokenizer, find_tokenizer
+
+    default = find_tokenizer(DEFAULT_TOKENIZER)
+
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        _ = Tokenizer(default)._byte_table  # known to this process from now on, and so to those that it forks
         return run_forked([str(argument) for argument in arguments], **options)
 
     return run

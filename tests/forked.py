@@ -55,7 +55,9 @@ class Forked:
         self._printed = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         stdin, given = os.pipe()
         printed = [file.fileno() for file in self._printed]
-        if object_storage._process and before is None and program == "retrotool":
+        if _has_workers(arguments):
+            forkserver.ensure_running()  # or the child starts its own, which takes seconds to import what workers need
+        if object_storage._process and before is None and program == "retrotool" and "://" in " ".join(arguments):
             # The threads of obstore, which has sent requests here, do not survive a fork.
             actions = [(os.POSIX_SPAWN_DUP2, own, number) for number, own in enumerate((stdin, *printed))]
             words = [sys.executable, "-m", "retrotool", *arguments]
@@ -114,6 +116,10 @@ def _import_commands() -> None:
             importlib.import_module(module.name)
     for library in ("torch", "faiss", "pyarrow.pandas_compat"):
         importlib.import_module(library)
+
+
+def _has_workers(arguments: list[str]) -> bool:
+    return "--workers" in arguments and arguments[arguments.index("--workers") + 1] not in ("0", "1")
 
 
 def _give(pipe: int, data: bytes) -> None:

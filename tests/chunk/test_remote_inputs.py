@@ -239,12 +239,25 @@ def test_a_file_that_is_replaced_after_it_was_planned_is_an_error_that_names_it(
 # The Hub
 
 
-def hub(web: WebServer, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A command in a new process, as the Hub's library reads the environment once."""
-    program = "from retrotool.app import main; main()"
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from retrotool.app import app
+done = [CliRunner().invoke(app, words) for words in json.load(sys.stdin)]
+json.dump([(one.exit_code, one.stdout, one.stderr) for one in done], sys.stdout)
+"""
+
+
+def hub(web: WebServer, *commands: list[object]) -> list[tuple[int, str, str]]:
+    """Run commands in a new process, as the Hub's library reads the environment once.
+
+    Return the exit code of each, and what it printed to stdout and stderr.
+    """
     env = {**os.environ, "HF_ENDPOINT": web.address, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", COMMANDS], input=words, env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    return [(code, printed, problem) for code, printed, problem in json.loads(done.stdout)]
 
 
 def test_a_dataset_of_the_hub_is_read_by_ranges_and_known_by_the_hashes_of_its_files(
@@ -255,17 +268,17 @@ def test_a_dataset_of_the_hub_is_read_by_ranges_and_known_by_the_hashes_of_its_f
             as_line(row) + b"\n" for row in make_rows(2 + 30 * number, first=100 * number)
         )
     web.files |= {".gitattributes": b"", "README.md": b"# Lakes"}
-    result = hub(web, "chunk", tmp_path / "store", f"hf://datasets/{DATASET}/data/[!1]*.jsonl")
-    assert result.returncode == 0, result.stderr
-    assert "64 documents" in result.stdout
+
+    def chunk(*places: str) -> list[tuple[int, str, str]]:
+        return hub(web, *(["chunk", tmp_path / "store", f"hf://datasets/{place}"] for place in places))
+
+    first, none, other = chunk(f"{DATASET}/data/[!1]*.jsonl", f"{DATASET}/none", f"{DATASET}@v2/data")
+    assert first[0] == 0, first
+    assert "64 documents" in first[1]
     assert set(web.sent) == {"data/0 of 3.jsonl", "data/2 of 3.jsonl"}
-    known = hub(web, "chunk", tmp_path / "store", f"hf://datasets/{DATASET}@v1")
-    assert "2 inputs skipped: already in the store" in known.stdout
-    assert "33 documents" in known.stdout, "one file, and README.md"
+    assert (none[0], "no such file or folder" in none[2]) == (2, True), none
+    assert (other[0], "Revision Not Found" in other[2]) == (2, True), other
+    (known,) = chunk(f"{DATASET}@v1")
+    assert "2 inputs skipped: already in the store" in known[1]
+    assert "33 documents" in known[1], "one file, and README.md"
     assert {row["input"].rpartition("@")[2] for row in documents(tmp_path / "store")} >= {"v1/data/1 of 3.jsonl"}
-    for place, problem in (
-        (f"{DATASET}/none", "no such file or folder"),
-        (f"{DATASET}@v2/data", "Revision Not Found"),
-    ):
-        refused = hub(web, "chunk", tmp_path / "store", f"hf://datasets/{place}")
-        assert (refused.returncode, problem in refused.stderr) == (2, True), refused.stderr

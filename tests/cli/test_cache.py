@@ -16,6 +16,8 @@ from retrotool import RetroDataset
 from retrotool.app import app
 from retrotool.store.store import Store
 
+pytestmark = pytest.mark.sends_requests
+
 MAPPED = (".npy", ".faiss")
 
 

@@ -61,8 +61,11 @@ def all_cases(by_default: str) -> list[Any]:
 
 
 def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return ``work(*arguments)``, done by a process that was not forked from this one."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    """Return ``work(*arguments)``, done by a process that was not forked from this one.
+
+    It is forked from one that has imported what it needs (``quick_workers``), and has sent no request.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
         return pool.submit(work, *arguments).result()
 
 
@@ -136,6 +139,7 @@ def faulted(number: int, stages: dict[str, Path], encoder: Path, tmp: Path, faul
         buckets.local_bucket(tmp / "root") as server,
         buckets.faulty(server) as proxy,
         buckets.settings_of(proxy),
+        buckets.short_waits(),
     ):
         bucket = Bucket(tmp / "root")
         bucket.fill("whole", before)

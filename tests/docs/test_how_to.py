@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import buckets
 import pytest
@@ -102,6 +105,18 @@ def test_page_with_an_encoder_of_its_own(here: Path, tutorial_store: Path, tiny_
     run_page(HOW_TO / page)
 
 
+@pytest.fixture
+def new_fork_server(quick_workers: None) -> Iterator[None]:
+    """Have workers forked from a process that is started by this test, and so has its environment."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server._stop()
+    forkserver.set_forkserver_preload(["retrotool.train.dataset"])
+    yield
+    server._stop()
+
+
+@pytest.mark.sends_requests
+@pytest.mark.usefixtures("new_fork_server")
 def test_store_in_a_bucket(here: Path, tutorial_store: Path) -> None:
     with buckets.moto("my-bucket") as address, buckets.settings_of(address):
         texts = storage_at("s3://my-bucket/texts")

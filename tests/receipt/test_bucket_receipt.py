@@ -16,14 +16,16 @@ import pytest
 from conftest import Shared, make_rows, write_jsonl
 from receipt_help import NAMES, TEXTS
 from stored import contents_of
+from typer.testing import CliRunner, Result
 
 import retrotool
 from retrotool import api
+from retrotool.app import app
 from retrotool.index.run import Options
 from retrotool.receipt.run import Receipt
 from retrotool.store.storage import storage_at
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.sends_requests
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +86,8 @@ def receipt(place: str, purge: str, tmp_path: Path) -> Receipt:
     return api.verify_purge(place, purge, out=tmp_path).receipt
 
 
-def retrotool_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process that is started, as obstore can't be forked."""
-    program = str(Path(sys.executable).with_name("retrotool"))
-    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+def retrotool_command(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
 
 
 def test_no_old_version_has_any_of_it(
@@ -152,11 +152,11 @@ def test_commands_on_a_bucket(address: str, secret_store: Path, tmp_path: Path) 
     assert "replicas in the bucket old-versions" in checks["erase in the bucket"]["found"]
     documents = [word for name in NAMES for word in ("--document", name)]
     purged = retrotool_command("purge", bucket.place, *documents, "--reason", "r", "--erase", "--yes")
-    assert purged.returncode == 0, purged.stderr
+    assert purged.exit_code == 0, purged.stderr
     assert "The bucket: versioning is enabled: deleted files become noncurrent versions. An erase" in purged.stderr
     assert "Not checked: replicas in the bucket old-versions" in purged.stdout
     checked = retrotool_command("receipt", bucket.place, "last", "--out", str(tmp_path))
-    assert checked.returncode == 0, checked.stdout
+    assert checked.exit_code == 0, checked.stdout
     assert "\nnot checked: replicas in the bucket old-versions" in checked.stdout
     assert "\nNothing of it is left in the store. Copies that its bucket may have were not checked." in checked.stdout
     page, written = (next(tmp_path.glob(f"receipt-*.{kind}")).read_text() for kind in ("html", "json"))

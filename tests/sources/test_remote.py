@@ -10,7 +10,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,26 +239,26 @@ def as_csv(rows: list[dict[str, object]]) -> bytes:
     return b"id,text\n" + "".join(f"{row['id']},{row['text']}\n" for row in rows).encode()
 
 
-ROWS = rows_to(40_000)
-FILES = {
-    "a.jsonl": as_lines(ROWS),
-    **{f"a.jsonl.{kind}": pack(as_lines(ROWS)) for kind, pack in PACK.items()},
-    "a.json": json.dumps(ROWS).encode(),
-    "a.csv": as_csv(ROWS),
-    "a.txt": b"One lake.\n\nAnother lake. " * 1000,
-    "a.parquet": as_parquet(ROWS),
-    "a.arrow": as_arrow(ROWS),
-    "b.arrow": as_arrow(ROWS, stream=True),
-    "a.u16": b"".join((i % 60_000).to_bytes(2, "little") for i in range(500_000)),
+ROWS = rows_to(20_000)
+FILES: dict[str, Callable[[], bytes]] = {
+    "a.jsonl": lambda: as_lines(ROWS),
+    **{f"a.jsonl.{kind}": lambda pack=pack: pack(as_lines(ROWS)) for kind, pack in PACK.items()},
+    "a.json": lambda: json.dumps(ROWS).encode(),
+    "a.csv": lambda: as_csv(ROWS),
+    "a.txt": lambda: b"One lake.\n\nAnother lake. " * 1000,
+    "a.parquet": lambda: as_parquet(ROWS),
+    "a.arrow": lambda: as_arrow(ROWS),
+    "b.arrow": lambda: as_arrow(ROWS, stream=True),
+    "a.u16": lambda: b"".join((i % 60_000).to_bytes(2, "little") for i in range(500_000)),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_slices_of_an_object_have_the_rows_of_the_file_and_their_bytes_are_fetched_once(objects, tmp_path, name):
     fields = Fields(separator="\n\n", end_of_document=7)
-    path = tmp_path / name
-    path.write_bytes(FILES[name])
-    objects.files[name] = FILES[name]
+    path, content = tmp_path / name, FILES[name]()
+    path.write_bytes(content)
+    objects.files[name] = content
     (local,), (there,) = find_inputs([str(path)]), find_inputs([f"{BUCKET}/{name}"])
     expected = [row._replace(source="") for row in read_input(local, fields)]
     slices = cut_input(there, fields, 300_000)
@@ -268,7 +268,7 @@ def test_slices_of_an_object_have_the_rows_of_the_file_and_their_bytes_are_fetch
     assert [str(row._replace(source="", line=0)) for row in found] == [str(row._replace(line=0)) for row in expected]
     footers = 64 << 10 if name.endswith("parquet") else 1 << 10
     heads = FIRST_BYTES if name in ("a.jsonl", "a.txt", "a.u16", "a.json") else footers
-    assert objects.read(name) - cutting <= len(FILES[name]) + heads * len(slices)
+    assert objects.read(name) - cutting <= len(content) + heads * len(slices)
 
 
 def test_an_object_is_known_by_its_size_and_tag_alone(objects):

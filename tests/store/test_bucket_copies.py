@@ -21,6 +21,8 @@ from retrotool.store.bucket_copies import bucket_copies, bucket_settings, list_u
 from retrotool.store.cloud_client import azure_service
 from retrotool.store.storage import storage_at
 
+pytestmark = pytest.mark.sends_requests
+
 PATH, OTHER, LEASE = "chunks/0123abcd00000000.parquet", "documents/0123abcd00000001.parquet", "leases/run-0123abcd"
 RUN = "0123abcd"
 _number = itertools.count()

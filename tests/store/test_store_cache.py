@@ -10,8 +10,6 @@ import mmap
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -249,48 +247,38 @@ def test_copies_that_are_not_live_are_removed(bucket: Bucket, folder: Path) -> N
         assert file.read() == b"a"
 
 
-CHILD = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_store_cache import Bucket, cached
-
-bucket, log = Bucket(), Path({log!r})
-entry, blocks = bucket.add(b"shared bytes"), bucket.blocks
-
-def slow(path):
-    with log.open("a") as file:
-        file.write("begun\\n")
-    for block in blocks(path):
-        yield block
-        time.sleep({seconds})
-
-bucket.blocks = slow
-with cached(bucket).file(entry) as path:
-    print(path.read_bytes().decode())
-"""
+Child = Callable[[float], int]
 
 
 @pytest.fixture
-def child(tmp_path: Path, folder: Path) -> Iterator[Callable[[float], subprocess.Popen[str]]]:
-    """Start processes that use the file with ``shared bytes``, which takes them some seconds a block to read."""
-    begun: list[subprocess.Popen[str]] = []
+def child(tmp_path: Path, folder: Path) -> Iterator[Child]:
+    """Fork processes that use the file with ``shared bytes``, which takes them some seconds a block to read."""
+    begun: list[int] = []
 
-    def start(seconds: float) -> subprocess.Popen[str]:
-        code = CHILD.format(tests=str(Path(__file__).parent), log=str(tmp_path / "log"), seconds=seconds)
-        paths = os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
-        )
-        begun.append(process)
-        return process
+    def start(seconds: float) -> int:
+        begun.append(fork(lambda: use_slowly(tmp_path / "log", seconds)))
+        return begun[-1]
 
     yield start
     for process in begun:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+
+def use_slowly(log: Path, seconds: float) -> None:
+    bucket = Bucket()
+    entry, blocks = bucket.add(b"shared bytes"), bucket.blocks
+
+    def slow(path: str) -> Iterator[bytes]:
+        with log.open("a") as file:
+            file.write("begun\n")
+        for block in blocks(path):
+            yield block
+            time.sleep(seconds)
+
+    bucket.blocks = slow  # type: ignore[method-assign]
+    assert use(bucket, entry) == b"shared bytes"
 
 
 def wait_for(path: Path) -> None:
@@ -298,31 +286,26 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_of_several_processes_one_reads_the_file(
-    child: Callable[[float], subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    processes = [child(0.5) for _ in range(3)]
-    assert [process.communicate()[0] for process in processes] == ["shared bytes\n"] * 3
+def test_of_several_processes_one_reads_the_file(child: Child, tmp_path: Path) -> None:
+    processes = [child(0.1) for _ in range(3)]
+    assert [exit_code(process) for process in processes] == [0] * 3
     assert (tmp_path / "log").read_text() == "begun\n"
 
 
-def test_when_a_process_is_killed_another_takes_over(
-    child: Callable[[float], subprocess.Popen[str]], tmp_path: Path, folder: Path
-) -> None:
+def test_when_a_process_is_killed_another_takes_over(child: Child, tmp_path: Path, folder: Path) -> None:
     first = child(3600)
     wait_for(tmp_path / "log")
     second = child(0)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        second.wait(1.0)
-    assert second.poll() is None, "it waits"
-    first.send_signal(signal.SIGKILL)
-    assert second.communicate()[0] == "shared bytes\n"
+    time.sleep(0.2)
+    assert os.waitpid(second, os.WNOHANG) == (0, 0), "it waits"
+    os.kill(first, signal.SIGKILL)
+    assert exit_code(second) == 0
     assert (tmp_path / "log").read_text() == "begun\nbegun\n"
     assert [path.suffix for path in folder.glob("*/*")] == [".npy"]
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_that_copies(
-    child: Callable[[float], subprocess.Popen[str]], tmp_path: Path, folder: Path, bucket: Bucket
+    child: Child, tmp_path: Path, folder: Path, bucket: Bucket
 ) -> None:
     entry, writing = bucket.add(b"another"), bucket.add(b"shared bytes")
     process = child(3600)
@@ -330,8 +313,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_copies(
     use(bucket, entry)
     assert copies(folder) == {entry.sha256, writing.sha256}, "it is being written"
     assert cache.usage()[0] == entry.bytes + writing.bytes, "and counts with its whole size"
-    process.kill()
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert exit_code(process) == -signal.SIGKILL
     use(bucket, bucket.add(b"one more"))
     assert writing.sha256 not in copies(folder)
 
