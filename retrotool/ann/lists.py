@@ -192,6 +192,38 @@ class OneList:
         return self._vectors[np.searchsorted(self._ids, ids)]
 
 
+class VectorLists:
+    """Vectors, float16 [n, d], with ascending ids [n], in the lists ``numbers`` [n], in any order in memory.
+
+    Of centroids there is only their mean, so that a search must be given the lists to probe.
+    """
+
+    def __init__(self, ids: Ids, vectors: npt.NDArray[np.float16], numbers: npt.NDArray[np.int32], nlist: int) -> None:
+        d = vectors.shape[1]
+        mean = vectors.mean(0, dtype=np.float32) if len(vectors) else np.zeros(d, np.float32)
+        self.trained = Trained(d, Whole(d), mean[None], None, nlist)
+        self._all, self._vectors, self._order = ids, vectors, np.argsort(numbers, kind="stable")
+        self._bounds = np.searchsorted(numbers[self._order], np.arange(nlist + 2))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def _rows(self, number: int) -> Ids:
+        return self._order[self._bounds[number] : self._bounds[number + 1]]
+
+    def size(self, number: int) -> int:
+        """Return the number of vectors in a list; list ``nlist`` is empty."""
+        return int(self._bounds[number + 1] - self._bounds[number])
+
+    def ids(self, number: int) -> Ids:
+        """Return chunk ids of a list, int64 [n], ascending."""
+        return self._all[self._rows(number)]
+
+    def codes(self, number: int) -> Codes:
+        """Return the vectors of a list as bytes, uint8 [n, 2·d]."""
+        return self._vectors[self._rows(number)].view(np.uint8)
+
+
 class SomeLists:
     """Lists reduced to the vectors whose ids are ``wanted``; no others are decoded or compared.
 
@@ -338,7 +370,7 @@ class InvertedLists:
         return int(self._index.id_map.size()) == n and int(self._flat.codes.size()) == n * self.trained.codec.size
 
 
-Lists = OneList | SomeLists | JoinedLists | InvertedLists
+Lists = OneList | VectorLists | SomeLists | JoinedLists | InvertedLists
 
 
 def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:

@@ -49,7 +49,7 @@ class Search:
     """A search of the shards of one index for ``depth`` candidates per query, in ``room`` bytes of buffers.
 
     ``rough``: rounded products where they are faster. ``vectors``: used instead of codes. ``beyond``: skip
-    this many nearest lists.
+    this many nearest lists. ``probed`` [q, nprobe]: the lists of each query; by default the nearest.
     """
 
     def __init__(
@@ -64,12 +64,13 @@ class Search:
         vectors: Fetch | None = None,
         rough: bool = False,
         beyond: int = 0,
+        probed: Ids | None = None,
     ) -> None:
         self.scanned = 0  # number of codes compared, over all queries
         self._trained, self._banned, self._depth, self._q = trained, banned, depth, len(queries)
         self._vectors = vectors
         self._excluded, self._nprobe, self._room, self._rough = queries.excluded, nprobe, room, rough
-        self._beyond = beyond
+        self._beyond, self._probed = beyond, probed
         asked = torch.from_numpy(queries.vectors)
         self._rotated = trained.rotate(asked)
         self._asked = self._rotated if vectors is None else asked
@@ -125,6 +126,8 @@ class Search:
         self._columns = max(1, min(self._most_rows, self._entries, _COLUMNS))
         if trained.centroids is None:
             probed = np.zeros((self._q, 1), np.int64)
+        elif self._probed is not None:
+            probed = self._probed
         else:
             probed = nearest_lists(trained.centroids, self._rotated, self._nprobe, most)[:, self._beyond :]
         cut = _tiles(probed, self._excluded, self._threads)

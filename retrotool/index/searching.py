@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice, pairwise, product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,7 @@ def write_index(store: Store, index: Any, name: FileName, about: dict[str, Any] 
         ) from error
 
 
+_Shard = TypeVar("_Shard", bound=Lists)
 Allows = Callable[[str], bool]  # checks whether a source may be searched
 
 
@@ -479,8 +480,7 @@ class Database(_Open):
     def _search_shards(self, k: int, depth: int, only: Collection[int] | None, beyond: int) -> _SearchLists:
         shards: Sequence[Lists] = self._searched
         if only is not None:
-            records = map(ShardRecord.of, self._files.shards.values())
-            shards = [shard for shard, one in zip(shards, records, strict=True) if not set(one.parts).isdisjoint(only)]
+            shards = self._with_parts(shards, only)
         depth = min(depth, max(self._n_searched, 1))
 
         def search(queries: Queries, nprobe: int) -> Best:
@@ -496,6 +496,14 @@ class Database(_Open):
             return rerank(queries.vectors, found.candidates, self.vectors, k)
 
         return search
+
+    def shards_with(self, numbers: Collection[int]) -> list[InvertedLists]:
+        """Return the shards that have some of these parts."""
+        return self._with_parts(self.shards, numbers)
+
+    def _with_parts(self, shards: Sequence[_Shard], numbers: Collection[int]) -> list[_Shard]:
+        records = map(ShardRecord.of, self._files.shards.values())
+        return [shard for shard, one in zip(shards, records, strict=True) if not set(one.parts).isdisjoint(numbers)]
 
     @property
     def _fits(self) -> bool:

@@ -19,6 +19,7 @@ from retrotool.ann.choice import FLAT_LIMIT
 from retrotool.cli.command_lines import SAVED, K, command_line, embed_command
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import count_keys_of, count_left, embedded_parts, is_same_store, pick_encoder
+from retrotool.encoder.encoder import say
 from retrotool.engine.progress import Progress
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import default_index
@@ -27,6 +28,7 @@ from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders, database_of, members_of, table_record
 from retrotool.neighbours.table_reader import check_same_tokens
+from retrotool.neighbours.tiles import routes_to_remove
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
@@ -203,6 +205,9 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, 
     with Progress("neighbours", doing="opening the index"):
         database = stage.open_database(store)
         tasks = engine.plan_tasks(stage, store)
+        if any("step" in task.inputs for task in tasks):
+            tasks = stage.part_tasks(store, database)
+            say(f"neighbours: {stage.tiles(store, database, tasks)}")
     todo = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
     todo += sum(task.weight for task in tasks if task.inputs["mode"] == FEW)
     record = stage.record(store, database)
@@ -218,6 +223,10 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, 
         what = "with another index or other filters"
         raise ConflictError(f"a concurrent run made the neighbours {stage.table!r} {what}", _RENAME)
     elsewhere = engine.count_elsewhere(stage, store, run)
+    if (routes := routes_to_remove(store, stage.table)) and not engine.plan_tasks(stage, store):
+        store.commit(run, lambda state: Draft(
+            "neighbours", {"name": stage.table, "routes": "removed"}, remove=tuple(filter(state.has, routes))
+        ))  # fmt: skip
 
     def describe() -> DatabaseResult:
         database = stage.open_database(store)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -44,6 +44,7 @@ from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactData
 from retrotool.machine import give_memory_back, memory_of_machine
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import read_text_of
+from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, plan_tiles
 from retrotool.ranges import as_slice, consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
@@ -100,6 +101,19 @@ class NeighboursStage:
         encoders, or tokens that filters compare, differ between queries and database.
         """
         database = self.open_database(store)
+        tasks = self.part_tasks(store, database)
+        tiles = self.tiles(store, database, tasks)
+        if tiles is None:
+            return tasks
+        whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
+        return [*tiles.next_tasks(store, whole), *(task for task in tasks if task.inputs["mode"] != _WHOLE)]
+
+    def tiles(self, store: Store, database: AnyDatabase, tasks: Sequence[Task]) -> TilePlan | None:
+        """Return how the tasks of parts are done if the vectors of the database don't fit into memory."""
+        return plan_tiles(self, store, database, [task for task in tasks if task.inputs["mode"] == _WHOLE])
+
+    def part_tasks(self, store: Store, database: AnyDatabase) -> list[Task]:
+        """Return a task for each part, which ``tiles`` may have to precede; raises as ``plan`` does."""
         check_encoders(store, database)
         self.filters.check_can_compare(store, database.store)
         record = self.record(store, database)
@@ -347,6 +361,9 @@ class NeighboursWorker:
             database = self._database
             self._searching += 1
         try:
+            if "step" in task.inputs:
+                assert isinstance(database, Database), "an index was searched when this was planned"
+                return TileStep(self._store, database, self._stage)(task, run, report)
             write = self._compute(database, task, run, report, undone)
         finally:
             with self._turn:
@@ -390,9 +407,16 @@ class NeighboursWorker:
 
         probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
+        found: Best | None = None
+        if task.inputs.get("from_tiles"):
+            found = found_in_tiles(store, stage.table, part, asking, stage.saved)
         for rows in finder.blocks(asking) if len(asking) else ():
             with checking_device(stage.devices[0]):
-                best = self._search(finder, rows, before, task.inputs["new"], probed)
+                if found is None:
+                    best = self._search(finder, rows, before, task.inputs["new"], probed)
+                else:
+                    place = np.searchsorted(asking, rows)
+                    best = self._completed(finder, rows, Best(found.distances[place], found.ids[place]))
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
             if stage.memory is not None:
@@ -469,6 +493,16 @@ class NeighboursWorker:
         if len(short):
             again = finder.search(rows[short])
             best.ids[short], best.distances[short] = again.ids, again.distances
+        return best
+
+    def _completed(self, finder: Finder, rows: Ids, found: Best) -> Best:
+        """Leave out what was purged since tiles were searched; search again for rows that are short then."""
+        gone = finder.database.tombstones.contains(found.ids)
+        kept = Best(np.where(gone, np.float32(np.inf), found.distances), np.where(gone, NO_NEIGHBOUR, found.ids))
+        best = kept.nearest(self._stage.saved)
+        short = np.flatnonzero((best.ids == NO_NEIGHBOUR).any(axis=1))
+        if len(short):
+            best.put(short, finder.search(rows[short]))
         return best
 
     def _begin(

@@ -268,6 +268,10 @@ def _check_scans(purged: Purged, entry: FileEntry) -> Bools:
     return np.array([bool(names) or not purged.history.is_after(entry.path)])
 
 
+def _check_routes(purged: Purged, entry: FileEntry) -> Bools:
+    return np.array([not purged.history.is_after(entry.path)])
+
+
 CHECKS: Mapping[str, _Check] = {
     "documents": _Check("documents: all columns null; no hash where a part is erased", _check_documents, by_row=True),
     "chunks": _Check("rows: no tokens", _check_chunks, by_row=True),
@@ -283,6 +287,7 @@ CHECKS: Mapping[str, _Check] = {
     "selectors": _Check("files that quote the selectors of the purge", _check_selectors),
     "seen": _Check("not decoded: only hashes of ids, while a chunk is unfinished"),
     "edits": _Check("entries: no id", _check_edits),
+    "routes": _Check("files older than the erase", _check_routes),
     "scans": _Check("files that name a chunk, or are older than the erase", _check_scans),
 }
 """The check of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""

@@ -131,7 +131,13 @@ class _Round:
     failed: dict[str, str]
 
     def work(self) -> None:
-        ways = {"embeddings": self._embed, "index": self._index, "neighbours": self._search, "scans": self._drop}
+        ways = {
+            "embeddings": self._embed,
+            "index": self._index,
+            "neighbours": self._search,
+            "scans": self._drop,
+            "routes": self._drop,
+        }
         with writing(self.store) as run:  # which also removes broken entries of staging/
             if bad := [path for _, path in checkpoint_files(self.store.storage) if path in self.wanted]:
                 self.store.storage.delete(bad)

@@ -30,7 +30,7 @@ from retrotool.store.storage import Sink
 from retrotool.store.store import Store
 
 ROW_GROUP = 8192
-_UNIQUE = frozenset(("tokens", "distances"))  # files with such columns: a dictionary would save nothing
+_UNIQUE = frozenset(("tokens", "distances", "vector"))  # files with such columns: a dictionary would save nothing
 _CHECKED: dict[str, Any] = {"write_page_checksum": True, "write_page_index": True}
 HASH_BYTES = 16
 PART_SHIFT = 32
@@ -178,6 +178,7 @@ def write_batches(
     batches: Iterable[pa.Table],
     *,
     row_group: int | None = None,
+    compression: str = "zstd",
     about: dict[str, Any] | None = None,
 ) -> FileEntry:
     """Write tables of one schema to one file, in row groups of their own or of ``row_group`` rows.
@@ -190,7 +191,7 @@ def write_batches(
         nonlocal keys
         rows = 0
         repeats = _UNIQUE.isdisjoint(schema.names)
-        with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=repeats, **_CHECKED) as writer:
+        with pq.ParquetWriter(sink, schema, compression=compression, use_dictionary=repeats, **_CHECKED) as writer:
             for batch in batches:
                 writer.write_table(batch, row_group_size=row_group)
                 rows += batch.num_rows

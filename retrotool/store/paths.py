@@ -15,10 +15,10 @@ from retrotool.errors import CorruptError, UsageError
 
 DATA_KINDS = (
     "documents", "chunks", "embeddings", "index", "neighbours", "tombstones", "undone", "blocked", "quarantine",
-    "plans", "inputs", "selectors", "scans", "seen", "edits",
+    "plans", "inputs", "selectors", "scans", "seen", "edits", "routes",
 )  # fmt: skip
 FOLDERS = (*DATA_KINDS, "staging", "leases", "log", "checkpoints")
-NAMED_KINDS = ("embeddings", "index", "neighbours", "scans", "edits")
+NAMED_KINDS = ("embeddings", "index", "neighbours", "scans", "edits", "routes")
 PART_KINDS = ("documents", "chunks", "embeddings", "neighbours", "scans")  # one file per part; the slot is its number
 UNNUMBERED_KINDS = ("documents", "chunks")  # without a slot in the name
 PROBE = "probe"  # the slot of a file of "plans" that only tests a server
