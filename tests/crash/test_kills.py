@@ -40,6 +40,7 @@ from retrotool.index import run as index_run
 from retrotool.index.run import Options
 from retrotool.info.run import info
 from retrotool.info.verify import Verification, verify
+from retrotool.neighbours.run import SearchOptions
 from retrotool.purge.undo import undo
 from retrotool.store import disk, leases
 from retrotool.store.blocked import read_blocked
@@ -229,6 +230,11 @@ def embed_in_pieces(store: Path, encoder: Path) -> None:
         api.embed(store, encoder=str(encoder), devices="cpu")
 
 
+def in_tiles(store: Path) -> None:
+    """Search as if hardly anything fitted into memory."""
+    api.neighbours(store, name="tiled", index="lists", search=SearchOptions(memory=1000))
+
+
 def drop_if_there(store: Path) -> None:
     with contextlib.suppress(UsageError):
         index_run.drop(store, name="lists")
@@ -280,12 +286,13 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("undo", restore_if_purged, (*logical, "indexes"), [False]),
         Case("embed --in-pieces", lambda s: embed_in_pieces(s, encoder), logical, []),
         Case("refill", lambda s: api.neighbours(s, saved=3), logical, [False]),
+        Case("renew --tiles", in_tiles, logical, []),
         Case("embed --from", lambda s: api.embed(s, encoder="their/model", vectors=vectors), logical, []),
     ]
 
 
 CASES = ["chunk", "mirror", "embed", "index", "lists", "merge", "retrain", "drop", "repair", "neighbours", "both"]
-CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "pieces", "refill", "from"]
+CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "pieces", "refill", "tiles", "from"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)

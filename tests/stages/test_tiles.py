@@ -1,0 +1,181 @@
+"""Neighbours in a database larger than the memory to use: as if found in memory, whatever happens in between."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import saved_neighbours
+from stored import copy_store, stored_files
+
+from retrotool import api
+from retrotool.ann.choice import IndexOptions
+from retrotool.index.run import Options
+from retrotool.neighbours import tiles
+from retrotool.neighbours.run import SearchOptions
+from retrotool.store.store import Store
+
+SAVED = 5
+INDEXES = {"whole": "IVF24,SQfp16", "coded": "IVF24,SQ8"}
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """A store of some parts with two indexes of 24 lists, and neighbours by both. Not to be changed: copy it."""
+    store = tmp_path_factory.mktemp("tiles") / "store"
+    inputs = [str(write_jsonl(store.parent / "rows.jsonl", make_rows(150, words=80)))]
+    api.chunk(store, inputs, tokenizer=str(tiny_encoder), part_size=60)
+    api.embed(store, encoder=str(tiny_encoder))
+    for name, factory in INDEXES.items():
+        options = Options(IndexOptions(factory=factory, shard_rows=100), sample=50)
+        api.index(store, name=name, target_recall=0.5, options=options)
+        api.neighbours(store, name=name, index=name, saved=SAVED)
+    return store
+
+
+@pytest.fixture
+def store(indexed: Path, tmp_path: Path) -> Path:
+    return copy_store(indexed, tmp_path / "store")
+
+
+def vectors(store: Path) -> int:
+    return sum(entry.bytes for entry in Store.open(store).state.group("embeddings", "tiny").entries())
+
+
+def find(store: Path, memory: int, index: str = "whole", name: str = "tiled") -> None:
+    api.neighbours(store, name=name, index=index, saved=SAVED, search=SearchOptions(memory=memory))
+
+
+def assert_equal(store: Path, one: str, other: str) -> None:
+    for here, there in zip(saved_neighbours(store, one), saved_neighbours(store, other), strict=True):
+        assert np.array_equal(here, there)
+
+
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("share", [1.5, 4, 30])
+def test_tables_are_those_of_a_search_in_memory(
+    store: Path, index: str, share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find(store, int(vectors(store) / share), index)
+    (found,) = re.findall(r"more than .*: (\d+) tiles$", capsys.readouterr().err, re.MULTILINE)
+    assert int(found) == min(round(2 * share), 24)
+    assert_equal(store, "tiled", index)
+    assert not stored_files(store, "routes/*/*"), "nothing is left"
+    assert api.verify(store).ok
+    before = Store.open(store).state.number
+    find(store, int(vectors(store) / share), index)
+    assert Store.open(store).state.number == before, "nothing is left to do"
+
+
+def test_what_fits_is_not_sorted(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    find(store, vectors(store))
+    assert "tiles" not in capsys.readouterr().err
+    assert_equal(store, "tiled", "whole")
+
+
+def test_each_row_is_written_once_as_a_home_and_a_few_times_as_a_guest(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    route = tiles.TileStep._route
+
+    def watched(self: tiles.TileStep, *arguments: Any) -> Any:
+        seen.append(dict((entry := route(self, *arguments)).about or {}))
+        return entry
+
+    monkeypatch.setattr(tiles.TileStep, "_route", watched)
+    find(store, vectors(store) // 4)
+    homes, guests = (sum(sum(about[name]) for about in seen) for name in ("homes", "guests"))
+    assert homes == api.info(store).chunks
+    assert 0 < guests < 7 * homes, "of eight tiles, a row goes to those that it probes"
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, step: str, act: Any) -> list[str]:
+    """Call ``act`` before the first task of a step; return the list of the steps of all tasks."""
+    done: list[str] = []
+    call = tiles.TileStep.__call__
+
+    def watched(self: tiles.TileStep, task: Any, run: str, report: Any) -> Any:
+        if task.inputs["step"] == step and step not in done:
+            done.append(step)
+            act()
+        else:
+            done.append(task.inputs["step"])
+        return call(self, task, run, report)
+
+    patch.setattr(tiles.TileStep, "__call__", watched)
+    return done
+
+
+def purge(store: Path, *, erase: bool = False) -> None:
+    api.purge(store, api.Selectors(where="id = 'doc-7' or id = 'doc-90'"), reason="test", erase=erase)
+
+
+@pytest.mark.parametrize("erase", [False, True])
+@pytest.mark.parametrize("step", ["routes", "tile"])
+def test_what_is_purged_in_between_is_not_found(
+    store: Path, step: str, erase: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        done = interrupt_at(patch, step, lambda: purge(store, erase=erase))
+        find(store, vectors(store) // 3)
+    assert (done.count("tiling") > 1) == erase, "an erase removes what was sorted"
+    find(store, 1 << 30, name="direct")
+    assert_equal(store, "tiled", "direct")
+    assert api.verify(store).ok
+    assert not stored_files(store, "routes/*/*")
+
+
+def test_an_erase_removes_what_an_interrupted_search_has_left(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, "tile", stop)
+        find(store, vectors(store) // 3)
+    assert len(stored_files(store, "routes/tiled/*")) > 3
+    assert api.verify(store).ok
+    purge(store, erase=True)
+    assert not stored_files(store, "routes/*/*")
+    (made,) = api.info(store).purges
+    assert api.verify_purge(store, made, out=store.parent).receipt.ok
+    find(store, vectors(store) // 3)
+    find(store, 1 << 30, name="direct")
+    assert_equal(store, "tiled", "direct")
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, "tile", stop)
+        find(store, vectors(store) // 3)
+    with monkeypatch.context() as patch:
+        done = interrupt_at(patch, "", lambda: None)
+        find(store, vectors(store) // 3)
+    assert set(done) == {"tile"}
+    assert_equal(store, "tiled", "whole")
+
+
+@given(st.integers(1, 12), st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_lists_are_split_evenly_and_near_ones_stay_together(several: int, n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    centroids, sizes = rng.normal(size=(n, 8)).astype(np.float32), rng.integers(0, 50, n)
+    found = tiles.split_lists(centroids, sizes, several)
+    assert found.shape == (n,) and found.min() >= 0 and found.max() < several
+    held = np.bincount(found, sizes, minlength=several)
+    assert held.max(initial=0) <= sizes.sum() / several + (np.log2(several) + 1) * (sizes.max() + 1) + n
+    assert np.array_equal(found, tiles.split_lists(centroids, sizes, several))
+
+
+def test_lists_on_a_line_are_split_into_segments() -> None:
+    centroids = np.outer(np.random.default_rng(0).permutation(64), np.ones(4)).astype(np.float32)
+    found = tiles.split_lists(centroids, np.full(64, 10), 8)[np.argsort(centroids[:, 0])]
+    assert (np.diff(found) != 0).sum() == 7
