@@ -53,7 +53,9 @@ def make_store(root: Path, place: str, vectors: np.ndarray, part_size: int, envi
 def timed(arguments: list[str], environment: dict[str, str]) -> tuple[float, int, str]:
     """Run a command; return seconds, the peak of its memory in bytes, and what it said."""
     begun = time.perf_counter()
-    process = subprocess.Popen([*tool(), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*tool(), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
     said = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
@@ -118,8 +120,8 @@ def count_bytes(root: Path, place: str, memory: int, traffic: Path, size: int) -
         counts[0], counts[1] = counts[0] + int(out), counts[1] + int(back)
     print(said.splitlines()[0])
     print(f"sent {sent / 1e6:,.0f} MB, received {received / 1e6:,.0f} MB; vectors {size / 1e6:,.0f} MB")
-    for kind, (out, back) in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
-        print(f"  {kind}: sent {out / 1e6:,.1f} MB, received {back / 1e6:,.1f} MB")
+    for kind, (up, down) in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
+        print(f"  {kind}: sent {up / 1e6:,.1f} MB, received {down / 1e6:,.1f} MB")
 
 
 def main() -> None:
