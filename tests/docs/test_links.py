@@ -166,5 +166,5 @@ def test_nobody_is_reported_to_install_the_package_that_has_the_name_on_pypi() -
 
 
 def test_blocks_are_of_known_languages() -> None:
-    known = {"console", "python", "text", "sh", "py", "json", ""}
+    known = {"console", "python", "text", "sh", "py", "json", "yaml", ""}
     assert {block.language for page in PAGES for block in blocks(page)} <= known
