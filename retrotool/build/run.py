@@ -119,7 +119,7 @@ def build(
 
 @contextlib.contextmanager
 def _embedding(root: str | Path, given: BuildOptions, beside: Sequence[Step]) -> Iterator[list[tuple[Step, Result]]]:
-    """On Ray, embed parts as they are chunked, in a thread; yield a list for the steps and their results.
+    """Embed parts in a thread as they are chunked, on Ray; yield a list for the steps and their results.
 
     So nodes with GPUs work while others chunk. Elsewhere both would compete for the same cores.
     """

@@ -28,6 +28,8 @@ Examples:
   retrotool chunk wiki-store wiki.idx --tokenizer minilm --end-of-document 102
   retrotool chunk notes-store notes/ --format text --encoding latin-1
   retrotool chunk store corpus/*.jsonl.zst --existing replace
+  retrotool chunk store corpus/*.jsonl.zst --engine ray
+  retrotool chunk store corpus/*.jsonl.zst --shard 3/16
 
 Exit codes: 0 done, also if documents were repeats; 3 done or stopped with rejected rows or broken inputs;
 2 usage; 11 lost a race; 12 corrupt; 14 others are working on the rest."""

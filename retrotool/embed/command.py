@@ -22,6 +22,7 @@ Examples:
   retrotool embed store --shard 3/16
   retrotool embed store --no-wait
   retrotool embed store --devices cuda:0,cuda:1
+  retrotool embed store --engine ray
   retrotool embed store --from vectors.parquet --encoder their-model"""
 
 _MIN_SECONDS_FOR_RATE = 2.0

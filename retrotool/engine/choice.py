@@ -52,7 +52,7 @@ def use_engine(engine: str = "local", ray_address: str | None = None, shard: tup
 
 @contextlib.contextmanager
 def doing_everything() -> Iterator[None]:
-    """Let a job of a ``shard`` wait for the shares of others, too: what follows needs all results."""
+    """Wait for the shares of other jobs, too, in a job of a ``shard``: what follows needs all results."""
     global _chosen
     before = _chosen
     _chosen = replace(before, share_only=False)

@@ -232,7 +232,7 @@ class _Execution:
             try:
                 from retrotool.engine.ray import RayPool
             except ImportError as error:
-                raise UsageError("--engine ray needs the package ray", "pip install 'retrotool[ray]'") from error
+                raise UsageError("--engine ray needs the package ray", "Install it with: pip install ray") from error
             if self.kept is None:
                 self.kept = self.pools.enter_context(RayPool(engine, self.stage, self.store, run, progress))
             self.kept.most = tasks

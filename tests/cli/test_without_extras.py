@@ -24,7 +24,7 @@ for line in (
     done = CliRunner().invoke(app, line.split())
     assert done.exit_code == 0, (line, done.output)
 done = CliRunner().invoke(app, f"verify {store} --engine ray".split())
-assert done.exit_code == 2 and "pip install 'retrotool[ray]'" in done.stderr, done.stderr
+assert done.exit_code == 2 and "pip install ray" in done.stderr, done.stderr
 assert not any(sys.modules[name] for name in missing)
 """
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from pages import PAGES, ROOT, blocks
 
 from retrotool.app import app
@@ -60,11 +61,11 @@ def test_every_page_is_linked_from_the_readme() -> None:
 def command_lines(page: Path) -> Iterator[str]:
     """All that is shown as a retrotool command: in blocks, and in prose as code."""
     for block in blocks(page):
-        if block.language not in ("console", "sh", "text"):
+        if block.language not in ("console", "sh", "text", "yaml"):
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
-            line = line.strip().removeprefix("$ ")
-            yield from (part for part in re.split(r" (?:&&|\||&|;) ", line) if part.startswith("retrotool "))
+            parts = re.split(r"^\$ |^entrypoint: | (?:&&|\||&|;) |; do | -- (?=retrotool )", line.strip())
+            yield from (part for part in parts if part.startswith("retrotool "))
     for code in _CODE.findall(prose(page)):
         if code.startswith("retrotool "):
             yield code
@@ -165,6 +166,12 @@ def test_nobody_is_reported_to_install_the_package_that_has_the_name_on_pypi() -
     assert [path for path in texts if reported.search(path.read_text("utf-8"))] == []
 
 
+def test_yaml_can_be_read() -> None:
+    found = [yaml.safe_load(block.text) for page in PAGES for block in blocks(page) if block.language == "yaml"]
+    assert found
+    assert all(isinstance(one, dict) for one in found)
+
+
 def test_blocks_are_of_known_languages() -> None:
-    known = {"console", "python", "text", "sh", "py", "json", ""}
+    known = {"console", "python", "text", "sh", "py", "json", "yaml", ""}
     assert {block.language for page in PAGES for block in blocks(page)} <= known
