@@ -18,7 +18,7 @@ import hashlib
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,15 @@ def make_store(root: Path, parts: int, shards: int) -> None:
         slot = part_slot(part)
         add += [entry("documents", slot, "parquet"), entry("chunks", slot, "parquet")]
         add.append(entry("embeddings", slot, "npy", "real"))
-        add.append(entry("neighbours", slot, "parquet", "main", {**SEARCHED, "searched": [[0, parts - 1]]}))
+        add.append(
+            entry(
+                "neighbours",
+                slot,
+                "parquet",
+                "main",
+                {**SEARCHED, "commit": 0, "head": "", "searched": [[0, parts - 1]]},
+            )
+        )
     table = {
         "database": store.identity.uuid, "uri": str(root), "within": True, "index": "main", "encoder": "real",
         "saved": 20, "k": 2,
@@ -112,13 +120,13 @@ def make_store(root: Path, parts: int, shards: int) -> None:
     }  # fmt: skip
     fields = {
         "number": 0, "uuid": "0", "parent": store.genesis, "time": "2026-01-01T00:00:00.000Z", "kind": "chunk",
-        "tool": "benchmark", "settings": {}, "reads": [], "add": [one.as_json() for one in add], "remove": [],
-        "records": records,
+        "tool": "benchmark", "settings": {}, "reads": [], "add": [], "remove": [], "records": records,
     }  # fmt: skip
     (root / log.commit_path(0)).write_bytes(log.with_checksum(orjson.dumps(fields)))
     commit = log.read(store.storage, 0, store.genesis)
     assert commit is not None
-    state = store.state.fold([commit])
+    # Of the commits that added the files there is only the checkpoint, which is all that an open reads.
+    state = store.state.fold([replace(commit, add=tuple(add))])
     (root / "checkpoints" / f"{0:08d}-{new_token(RUN)}.json").write_bytes(encode_checkpoint(state))
 
 
@@ -143,7 +151,7 @@ STEPS = {
     "tasks = engine.plan_tasks(EmbedStage('x', replace(scale.ENCODER, name='other')), store)\n"
     "assert len(tasks) == {parts}",
     "plan index": OPEN + "tasks = engine.plan_tasks(IndexStage('new', 'real', trained=True), store)\n"
-    "assert len(tasks) > 1000, len(tasks)",
+    "assert len(tasks) >= {shards} // 2, len(tasks)",
     "plan neighbours": OPEN + "tasks = engine.plan_tasks(scale.search({root!r}), store)\n"
     "assert [task.inputs.get('step') for task in tasks] == ['tiling'], tasks[:2]",
     "plan an up-to-date table": OPEN + ""
@@ -180,7 +188,7 @@ def main() -> None:
         root = Path(folder) / buckets.BUCKET / "store"
         make_store(root, arguments.parts, arguments.shards)
         print("| step | seconds | peak of memory, MB |\n|---|---|---|")
-        known = {"parts": arguments.parts}
+        known = {"parts": arguments.parts, "shards": arguments.shards}
         for name, what in STEPS.items():
             print(f"| {name} | {run(what, root=str(root), **known)} |", flush=True)
         tasks = "import retrotool.engine.run as running\nstore = Store.open({root!r})\nstage = scale.NothingStage()\n"

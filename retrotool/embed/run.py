@@ -15,6 +15,7 @@ from retrotool.embed.search_scope import count_keys_of, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.embed.store_encoder import compare, draw_sample
 from retrotool.encoder import Encoder, EncoderIdentity, default_name, find_encoder
+from retrotool.encoder.devices import pick_device
 from retrotool.engine.progress import Progress, counting
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.store.folding import writing
@@ -118,7 +119,7 @@ def embed(
             retry_overtaken(lambda: check_vectors(store, stage), store.renew)
         engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait, more=more)
         elsewhere = engine.count_elsewhere(stage, store, run)
-        checked = _check(store, run, encoder, identity, found[0]) if check else None
+        checked = _check(store, run, encoder, identity, pick_device(found[0])) if check else None
     state = store.refresh()
     made = [part for path, part in done.parts.items() if state.has(path)]
     return EmbedResult(

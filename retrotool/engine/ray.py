@@ -41,7 +41,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from retrotool.encoder.devices import pick_device
+from retrotool.encoder.devices import find_devices
 from retrotool.engine.choice import Engine
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform_reporting
@@ -92,7 +92,7 @@ class RayWorker:
             own: Any = stage
             devices = getattr(stage, "devices", ())
             if devices and "devices" in {one.name for one in dataclasses.fields(own)}:
-                own = dataclasses.replace(own, devices=(pick_device(devices[0]),))
+                own = dataclasses.replace(own, devices=(find_devices(devices[0])[0],))
             opened = own.open(Store.open(storage))
             self._perform = partial(perform_reporting, opened, storage, run=run, update=self._update)
             self._opened: int | BaseException = min(getattr(own, "in_flight", 1), _MOST_IN_FLIGHT)

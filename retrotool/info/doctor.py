@@ -30,7 +30,7 @@ from retrotool.store.bucket_copies import bucket_settings
 from retrotool.store.leases import Run, renew
 from retrotool.store.store import Store
 
-EXTRAS = ("minilm", "sentencepiece", "warc")
+EXTRAS = ("minilm", "sentencepiece", "warc", "cloud", "ray")
 _OLD_KERNELS = ("Prescott", "Core2", "Penryn", "Dunnington", "Nehalem", "Atom", "Katmai", "Coppermine", "generic")
 _CORENAMES = ("openblas_get_corename", "scipy_openblas_get_corename64_", "openblas_get_corename64_")
 _WRITES, _WRITING_SECONDS = 5, 0.5  # the most writes to measure, and when to stop

@@ -120,21 +120,26 @@ class NeighboursStage:
         self._check_database(store.state, record)
         version, gaps = _version(database, record), GapFinder(store, database, self)
         held, checked = database.held(), set[tuple[int, str]]()
+        spans = consecutive_ranges(held)
+        # Of all parts, as it takes time in proportion to their number.
+        to_search = cache(partial(_to_search, database=database.store.state, held=held))
         tasks = []
         for part in search_scope.embedded_parts(store, database.encoder):
-            old, mode, new = store.state.part_file("neighbours", part, self.table), _WHOLE, held
+            old, mode, new = store.state.part_file("neighbours", part, self.table), _WHOLE, spans
             if self.broken and (old is None or old.path not in self.broken):
                 continue
             if old is not None and _commit(old) not in checked:
                 check_neighbour_ids(old, self.table, database.store)
                 checked.add(_commit(old))
             path = parts.part_entry(store, "embeddings", part, database.encoder).path
-            settings: dict[str, Any] = {"table": self.table, "version": version, "held": held}
+            settings: dict[str, Any] = {"table": self.table, "version": version, "held": spans}
             weight = search_scope.count_keys(store, part)
             if self.broken:
                 settings["repair"] = self.broken
             elif old is not None and _is_of(old, record) and (old.about or {}).get("version") == version:
-                mode, new = _to_search(old, database.store.state, held)
+                about = old.about or {}
+                searched = tuple(map(tuple, about["searched"]))
+                mode, new = to_search(searched, _commit(old)[0], by_tokens=Filters.of(about).by_tokens)
                 settings["from"] = [old.path, mode, *gaps.taken, self.k]
                 if mode == FEW:
                     if (short := gaps.find(part, old)) is None:
@@ -229,17 +234,22 @@ def probed_by(database: AnyDatabase) -> int:
     return min(database.point.nprobe, database.trained.nlist)
 
 
-def _to_search(entry: FileEntry, database: State, held: list[int]) -> tuple[str, list[int]]:
-    """Return the mode of a task for an existing table of the same index, and the parts to search."""
-    spans = (entry.about or {})["searched"]
+def _to_search(
+    spans: Sequence[Sequence[int]], commit: int, *, by_tokens: bool, database: State, held: list[int]
+) -> tuple[str, list[list[int]]]:
+    """Return the mode of a task for a table of the same index, and runs [first, last] of parts to search.
+
+    Of the table are the ``spans`` of parts that it was searched in, the ``commit`` of the database, and if it
+    is filtered ``by_tokens``.
+    """
     before, now = within(spans, held), set(held)
-    missed = within(missed_spans(database, _commit(entry)[0]), held)
+    missed = within(missed_spans(database, commit), held)
     has_lost = sum(last + 1 - first for first, last in spans) > len(before)
     # Filters by tokens may have compared neighbours without their continuations, which are no longer purged.
-    if has_lost or (Filters.of(entry.about).by_tokens and missed):
-        return _WHOLE, held
+    if has_lost or (by_tokens and missed):
+        return _WHOLE, consecutive_ranges(held)
     new = sorted(now - before | missed)
-    return (_WHOLE if set(new) == now else _MORE if new else FEW), new
+    return (_WHOLE if set(new) == now else _MORE if new else FEW), consecutive_ranges(new)
 
 
 def _is_of(entry: FileEntry, record: Mapping[str, Any]) -> bool:
@@ -407,13 +417,14 @@ class NeighboursWorker:
 
         probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
+        new = sorted(within(task.inputs["new"], database.held()))
         found: Best | None = None
         if task.inputs.get("from_tiles"):
             found = found_in_tiles(store, stage.table, part, asking, stage.saved)
         for rows in finder.blocks(asking) if len(asking) else ():
             with checking_device(stage.devices[0]):
                 if found is None:
-                    best = self._search(finder, rows, before, task.inputs["new"], probed)
+                    best = self._search(finder, rows, before, new, probed)
                 else:
                     place = np.searchsorted(asking, rows)
                     best = self._completed(finder, rows, Best(found.distances[place], found.ids[place]))

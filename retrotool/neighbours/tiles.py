@@ -446,9 +446,13 @@ class Asked:
 
 def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> Best:
     """Return the nearest of ``rows`` [n], ascending, of a part, from what all tiles have found."""
-    best = Best.nothing(len(rows), saved)
-    for slot, entry in store.state.group(KIND, table).items():
-        if slot == TILING or slot.isdigit() or part not in _about(entry)["parts"]:
+    best, files = Best.nothing(len(rows), saved), store.state.group(KIND, table)
+    tiling = files.get(TILING)
+    if tiling is None:
+        raise ErasedError(f"{KIND} of {table!r} were removed by another process")
+    for tile in range(_about(tiling)["tiles"]):
+        entry = files.get(_tile_slot(tile))
+        if entry is None or part not in _about(entry)["parts"]:
             continue
         found = parts.read_parquet(store, entry, row_groups=[_about(entry)["parts"].index(part)])
         ids = np.frombuffer(found["ids"].combine_chunks().buffers()[1], np.int64).reshape(-1, saved)
