@@ -9,8 +9,9 @@ s per million chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,14 +86,23 @@ def read_document_ids(store: Store, ids: Ids) -> npt.NDArray[np.object_]:
     return names
 
 
+Read = Callable[[Ids, Pieces], object]  # fills pieces, as ``read_pieces`` does
+
+
 def read_text_of(
-    database: Store, tombstones: Tombstones, table: NeighbourTable, k: int, old: tuple[Store, FileEntry] | None = None
+    database: Store,
+    tombstones: Tombstones,
+    table: NeighbourTable,
+    k: int,
+    old: tuple[Store, FileEntry] | None = None,
+    read: Read | None = None,
 ) -> Iterator[NeighbourText]:
     """Yield, by row group, the first k live neighbours of each row of a table, with their tokens.
 
     ``old``: a query store and its former table, whose tokens are copied where the neighbours are the same.
     """
     no_rows, own = np.zeros(0, np.int64), database.identity
+    read = partial(read_pieces, database, tombstones) if read is None else read
     at_once = max(1, BLOCK_BYTES // (2 * k * own.chunk_length * own.tokenizer.token_bytes * ROW_GROUP))
     groups = range(-(-len(table.ids) // ROW_GROUP))
     for first in groups[::at_once]:
@@ -110,7 +120,7 @@ def read_text_of(
             n_tokens[same], tokens[same] = text.n_tokens[same], text.tokens[same]
             n_tokens[:, :, 1][short], tokens[:, :, 1][short] = 0, 0
             missing = np.where(same, NO_NEIGHBOUR, ids)
-        read_pieces(database, tombstones, missing.ravel(), into)
+        read(missing.ravel(), into)
         text = NeighbourText(ids, near.distances[:, :k], n_tokens.astype(np.int32), tokens)
         for start in range(0, len(ids), ROW_GROUP):
             yield text.rows(slice(start, start + ROW_GROUP))

@@ -207,7 +207,8 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, 
         tasks = engine.plan_tasks(stage, store)
         if any("step" in task.inputs for task in tasks):
             tasks = stage.part_tasks(store, database)
-            say(f"neighbours: {stage.tiles(store, database, tasks)}")
+            for plan in filter(None, stage.in_rounds(store, database, tasks)):
+                say(f"neighbours: {plan}")
     todo = count_keys_of(store, [task.inputs["part"] for task in tasks if task.inputs["mode"] != FEW])
     todo += sum(task.weight for task in tasks if task.inputs["mode"] == FEW)
     record = stage.record(store, database)

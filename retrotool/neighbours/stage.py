@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactData
 from retrotool.machine import give_memory_back, memory_of_machine
 from retrotool.neighbours.filters import Filters, Finder
 from retrotool.neighbours.retrieved import read_text_of
+from retrotool.neighbours.shelves import ShelfPlan, do_text_step, from_shelves, plan_shelves
 from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, plan_tiles
 from retrotool.ranges import as_slice, consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
@@ -102,15 +103,23 @@ class NeighboursStage:
         """
         database = self.open_database(store)
         tasks = self.part_tasks(store, database)
-        tiles = self.tiles(store, database, tasks)
-        if tiles is None:
-            return tasks
+        tiles, shelves = self.in_rounds(store, database, tasks)
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
-        return [*tiles.next_tasks(store, whole), *(task for task in tasks if task.inputs["mode"] != _WHOLE)]
+        others = [task for task in tasks if task.inputs["mode"] != _WHOLE]
+        if shelves is not None:  # tokens are added when all tables are there
+            adding = [task for task in others if task.inputs["adds_text"]]
+            others = [task for task in others if not task.inputs["adds_text"]]
+            others += [] if whole else shelves.next_tasks(store, adding)
+            whole = [replace(task, inputs={**task.inputs, "text": False}) for task in whole]
+        return [*(whole if tiles is None else tiles.next_tasks(store, whole)), *others]
 
-    def tiles(self, store: Store, database: AnyDatabase, tasks: Sequence[Task]) -> TilePlan | None:
-        """Return how the tasks of parts are done if the vectors of the database don't fit into memory."""
-        return plan_tiles(self, store, database, [task for task in tasks if task.inputs["mode"] == _WHOLE])
+    def in_rounds(
+        self, store: Store, database: AnyDatabase, tasks: Sequence[Task]
+    ) -> tuple[TilePlan | None, ShelfPlan | None]:
+        """Return how tasks are done if vectors, and if tokens, of the database don't fit into memory."""
+        whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
+        adding = [task for task in tasks if task.inputs["adds_text"]]
+        return plan_tiles(self, store, database, whole), plan_shelves(self, store, database.store, [*whole, *adding])
 
     def part_tasks(self, store: Store, database: AnyDatabase) -> list[Task]:
         """Return a task for each part, which ``tiles`` may have to precede; raises as ``plan`` does."""
@@ -148,6 +157,7 @@ class NeighboursStage:
             if self.text:
                 settings["text"] = self.k
             inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
+            inputs["adds_text"] = self.text and mode == FEW and not weight
             inputs["replaces"] = old.path if old is not None else None
             key = task_key("neighbours", settings, [path])
             tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
@@ -371,6 +381,8 @@ class NeighboursWorker:
             database = self._database
             self._searching += 1
         try:
+            if task.inputs.get("step") == "text":
+                return do_text_step(self._store, database.tombstones, self._stage, task, run, report)
             if "step" in task.inputs:
                 assert isinstance(database, Database), "an index was searched when this was planned"
                 return TileStep(self._store, database, self._stage)(task, run, report)
@@ -452,15 +464,17 @@ class NeighboursWorker:
             about["erased"] = erased
         name = FileName.new(run, "neighbours", part_slot(part), "parquet", stage.table)
         text = None
-        if stage.text:
+        if has_text := stage.text and task.inputs.get("text", True):
             about["text"] = stage.k
             old = (store, replaced) if replaced and text_is_current(replaced, database.store, stage.k) else None
-            text = read_text_of(database.store, database.tombstones, table, stage.k, old)
+            tombstones = database.tombstones
+            read = from_shelves(store, tombstones, stage.table, part) if task.inputs.get("from_shelves") else None
+            text = read_text_of(database.store, tombstones, table, stage.k, old, read)
         old_path = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]
         if self._within:  # an erase replaces these: results from before it must not be committed after it
             reads += database.reads()
-            if stage.text:
+            if has_text:
                 reads += [chunks.path for chunks in database.store.state.group("chunks").entries()]
         # The first table claims the name, so that a run with another database is refused.
         claim = {} if stage.key in store.state.records else {stage.key: record}

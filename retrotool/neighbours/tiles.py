@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from retrotool.neighbours.stage import NeighboursStage
 
 Vectors16 = npt.NDArray[np.float16]
-KIND = "routes"
+ROUTES = "routes"
 TILING = "tiling"  # the slot of the file that says which list is in which tile
 _NOWHERE = -1
 _FEWEST_ROWS = 8  # 1/n of the vectors: for fewer rows, reading what they need is cheaper than sorting all
@@ -92,9 +92,9 @@ class TilePlan:
 
         Parts that were added after the first round are searched directly.
         """
-        files = store.state.group(KIND, self.table)
+        files = store.state.group(ROUTES, self.table)
         tiling = files.get(TILING)
-        if tiling is None or _about(tiling)["plan"] != self.digest:
+        if tiling is None or routes_about(tiling)["plan"] != self.digest:
             old = [entry.path for entry in files.entries()]
             return [self._task("tiling", len(tasks), [], {"remove": old})]
         missing = [task for task in tasks if files.get(part_slot(task.inputs["part"])) is None]
@@ -142,7 +142,7 @@ def plan_tiles(stage: NeighboursStage, store: Store, database: AnyDatabase, task
 
 def routes_to_remove(store: Store, table: str) -> tuple[str, ...]:
     """Return the paths of all files of a search in tiles."""
-    return tuple(entry.path for entry in store.state.group(KIND, table).entries())
+    return tuple(entry.path for entry in store.state.group(ROUTES, table).entries())
 
 
 def split_lists(centroids: Floats, sizes: Ids, tiles: int) -> npt.NDArray[np.int32]:
@@ -202,17 +202,17 @@ class TileStep:
         return Staged("neighbours", settings, reads, (entry,), remove, task=task.key, run=run)
 
     def _file(self, slot: str, plan: str) -> FileEntry:
-        entry = self.store.state.file(KIND, slot, self.stage.table)
-        if entry is None or _about(entry)["plan"] != plan:
-            raise ErasedError(f"{KIND} of {self.stage.table!r} were removed by another process")
+        entry = self.store.state.file(ROUTES, slot, self.stage.table)
+        if entry is None or routes_about(entry)["plan"] != plan:
+            raise ErasedError(f"{ROUTES} of {self.stage.table!r} were removed by another process")
         return entry
 
     def _requests(self) -> list[FileEntry]:
-        files = self.store.state.group(KIND, self.stage.table).items()
+        files = self.store.state.group(ROUTES, self.stage.table).items()
         return [entry for slot, entry in files if slot.isdigit()]
 
     def _name(self, run: str, slot: str) -> FileName:
-        return FileName.new(run, KIND, slot, "parquet", self.stage.table)
+        return FileName.new(run, ROUTES, slot, "parquet", self.stage.table)
 
     def _write_tiling(self, task: Task, run: str) -> FileEntry:
         trained = self.database.trained
@@ -329,8 +329,10 @@ class LoadedTile:
         self, store: Store, database: Database, stage: NeighboursStage, requests: Sequence[FileEntry], tile: int
     ) -> None:
         self._store, self._database, self._stage, self._tile = store, database, stage, tile
-        self._requests = [one for one in requests if _about(one)["homes"][tile] + _about(one)["guests"][tile]]
-        starts = np.cumsum([0, *(_about(one)["homes"][tile] for one in self._requests)])
+        self._requests = [
+            one for one in requests if routes_about(one)["homes"][tile] + routes_about(one)["guests"][tile]
+        ]
+        starts = np.cumsum([0, *(routes_about(one)["homes"][tile] for one in self._requests)])
         self._places = [slice(low, high) for low, high in pairwise(starts.tolist())]
         d = int(store.state.records[f"encoder:{database.encoder}"]["dimension"])
         self._vectors = np.empty((int(starts[-1]), d), np.float16)
@@ -341,7 +343,7 @@ class LoadedTile:
             table = self._read(entry, "homes")
             self._at_home.append(None if table is None else table.drop_columns(["home", "vector"]))
             if table is not None:
-                self._vectors[place] = _vectors_of(table, d)
+                self._vectors[place] = _vectors_of(table)
                 ids[place] = parts.chunk_ids(int(entry.slot), table["row"].to_numpy())
                 homes[place] = table["home"].to_numpy()
         self._ids, self._lists = ids, VectorLists(ids, self._vectors, homes, database.trained.nlist)
@@ -351,7 +353,7 @@ class LoadedTile:
 
     def _read(self, entry: FileEntry, kind: str) -> pa.Table | None:
         """Read a row group of a part: the rows at home in the tile, or its guests; None if there are none."""
-        about = _about(entry)
+        about = routes_about(entry)
         if not about[kind][self._tile]:
             return None
         before = sum(n > 0 for name in ("homes", "guests") for n in about[name][: self._tile])
@@ -379,7 +381,7 @@ class LoadedTile:
         """Return the rows of a part that probe a list of the tile: those at home in it, and its guests."""
         found = [] if at_home is None else [Asked.of(at_home, self._vectors[place])]
         guests = self._read(entry, "guests")
-        found += [] if guests is None else [Asked.of(guests, _vectors_of(guests, self._vectors.shape[1]))]
+        found += [] if guests is None else [Asked.of(guests, _vectors_of(guests))]
         return Asked.joined(found)
 
     def _answered(self, several: Sequence[tuple[int, Asked]]) -> Iterator[tuple[int, npt.NDArray[np.int32], Best]]:
@@ -446,17 +448,17 @@ class Asked:
 
 def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> Best:
     """Return the nearest of ``rows`` [n], ascending, of a part, from what all tiles have found."""
-    best, files = Best.nothing(len(rows), saved), store.state.group(KIND, table)
+    best, files = Best.nothing(len(rows), saved), store.state.group(ROUTES, table)
     tiling = files.get(TILING)
     if tiling is None:
-        raise ErasedError(f"{KIND} of {table!r} were removed by another process")
-    for tile in range(_about(tiling)["tiles"]):
+        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
+    for tile in range(routes_about(tiling)["tiles"]):
         entry = files.get(_tile_slot(tile))
-        if entry is None or part not in _about(entry)["parts"]:
+        if entry is None or part not in routes_about(entry)["parts"]:
             continue
-        found = parts.read_parquet(store, entry, row_groups=[_about(entry)["parts"].index(part)])
-        ids = np.frombuffer(found["ids"].combine_chunks().buffers()[1], np.int64).reshape(-1, saved)
-        distances = np.frombuffer(found["distances"].combine_chunks().buffers()[1], np.float32).reshape(-1, saved)
+        found = parts.read_parquet(store, entry, row_groups=[routes_about(entry)["parts"].index(part)])
+        ids = parts.from_fixed_binary(found["ids"], np.dtype(np.int64))
+        distances = parts.from_fixed_binary(found["distances"], np.dtype(np.float32))
         its = found["row"].to_numpy()
         known = np.isin(its, rows)  # the others were purged since
         place = np.searchsorted(rows, its[known])
@@ -469,7 +471,8 @@ def _tile_slot(tile: int) -> str:
     return f"tile-{tile:05d}"
 
 
-def _about(entry: FileEntry) -> dict[str, Any]:
+def routes_about(entry: FileEntry) -> dict[str, Any]:
+    """Return what the log says about a file of the kind ``routes``."""
     assert entry.about is not None, "files of this kind have it"
     return entry.about
 
@@ -483,5 +486,5 @@ def _answers_schema(saved: int) -> pa.Schema:
     return pa.schema([("row", pa.int32()), ("ids", pa.binary(8 * saved)), ("distances", pa.binary(4 * saved))])
 
 
-def _vectors_of(table: pa.Table, d: int) -> Vectors16:
-    return np.frombuffer(table["vector"].combine_chunks().buffers()[1], np.float16).reshape(-1, d)
+def _vectors_of(table: pa.Table) -> Vectors16:
+    return parts.from_fixed_binary(table["vector"], np.dtype(np.float16))

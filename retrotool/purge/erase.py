@@ -47,7 +47,7 @@ from retrotool.index.index_records import RECALL, SHARD, ShardRecord
 from retrotool.index.searching import read_shard, write_index
 from retrotool.machine import cores, memory_of_machine
 from retrotool.neighbours.dependents import Dependent, dependents
-from retrotool.neighbours.tiles import KIND
+from retrotool.neighbours.tiles import ROUTES
 from retrotool.purge import purged_chunks
 from retrotool.purge.selectors import scan
 from retrotool.store import folding, log, neighbour_tables, parts, tombstones
@@ -469,7 +469,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         # Scan files hold places in the text of targets, and hashes of what was searched for.
         gone += [entry for name in state.names(scan.KIND) for entry in state.group(scan.KIND, name).entries()]
         # Files of an unfinished search hold vectors of targets.
-        gone += [entry for name in state.names(KIND) for entry in state.group(KIND, name).entries()]
+        gone += [entry for name in state.names(ROUTES) for entry in state.group(ROUTES, name).entries()]
         paths = tuple(entry.path for entry in gone if entry is not None)
         return Draft("erase", {"purges": done}, remove=paths, records=records)
 

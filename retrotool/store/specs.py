@@ -92,7 +92,9 @@ _ABOUT: dict[str, Spec] = {
     },
     "scans": {"reads": [PATH], "names": [[str]]},
     "edits": {"rows": COUNT, "bans": COUNT},
-    "routes": {"plan": str, "tiles?": COUNT, "homes?": [COUNT], "guests?": [COUNT], "parts?": [PART]},
+    "routes": {
+        "plan": str, "tiles?": COUNT, "homes?": [COUNT], "guests?": [COUNT], "asked?": [COUNT], "parts?": [PART],
+    },
     "tombstones": Maybe({"within?": [(INT64, INT64)]}),
     "trained": {
         **dict.fromkeys(("encoder", "factory", "why"), str), "dimension": _DIMENSION, "vectors": COUNT, "held?": COUNT,

@@ -232,7 +232,7 @@ def embed_in_pieces(store: Path, encoder: Path) -> None:
 
 def in_tiles(store: Path) -> None:
     """Search as if hardly anything fitted into memory."""
-    api.neighbours(store, name="tiled", index="lists", search=SearchOptions(memory=1000))
+    api.neighbours(store, name="tiled", index="lists", materialise=True, search=SearchOptions(memory=1000))
 
 
 def drop_if_there(store: Path) -> None:

@@ -17,6 +17,7 @@ from stored import copy_store, stored_files
 from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.index.run import Options
+from retrotool.info import verify as verifying
 from retrotool.neighbours import tiles
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store.store import Store
@@ -71,6 +72,29 @@ def test_tables_are_those_of_a_search_in_memory(
     before = Store.open(store).state.number
     find(store, int(vectors(store) / share), index)
     assert Store.open(store).state.number == before, "nothing is left to do"
+
+
+@pytest.mark.parametrize("share", [3, 12])
+def test_tokens_are_those_of_a_pass_through_the_whole_text(
+    store: Path, share: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.neighbours(store, name="direct", index="whole", saved=SAVED, materialise=True)
+    expected = api.verify(store).materialised
+    text = api.info(store).chunks * 64 * 2
+    search = SearchOptions(memory=text // share)
+    capsys.readouterr()
+    api.neighbours(store, name="tiled", index="whole", saved=SAVED, materialise=True, search=search)
+    said = capsys.readouterr().err
+    assert re.search(r"of text, more than .*: \d+ shelves$", said, re.MULTILINE), said
+    assert_equal(store, "tiled", "whole")
+    assert not stored_files(store, "routes/*/*")
+    with pytest.MonkeyPatch.context() as patch:  # the digest names the table
+        patch.setattr(verifying, "_lines_digest", lambda lines: "\n".join(sorted(lines)))
+        found = api.verify(store)
+    lines = found.materialised.splitlines()
+    tokens = {name: [line.split()[1] for line in lines if f"/{name}/" in line] for name in ("direct", "tiled")}
+    assert tokens["direct"] == tokens["tiled"] and len(lines) > 8
+    assert found.ok and expected
 
 
 def test_what_fits_is_not_sorted(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

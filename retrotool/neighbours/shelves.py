@@ -1,0 +1,229 @@
+"""Store the tokens of the neighbours of all chunks, of a database whose text doesn't fit into memory.
+
+The neighbours of one part are chunks of nearly all parts. Reading their tokens part by part would read the
+whole database again for every part (``neighbours.retrieved``). Here every chunk file is read once, in three
+rounds of tasks, as in ``neighbours.tiles``, after the tables were made without tokens:
+
+1. For each part, write the ids of the neighbours whose tokens it needs, in a row group per *shelf*: a run of
+   parts of the database, the answers from which fit into memory.
+2. For each shelf, read its chunks, and write the tokens that each part needs, in a row group per part.
+3. The task of a part, as in ``neighbours.stage``, puts them into its table.
+
+Files are of the kind ``routes``, and are treated like those of a search in tiles. Bytes: the chunk files
+once, the ids, and the tokens, which are written and read once more than they are stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from retrotool import interrupts
+from retrotool.cli import output
+from retrotool.embed import search_scope
+from retrotool.engine.task import Report, Task, task_key
+from retrotool.errors import ErasedError
+from retrotool.machine import memory_of_machine
+from retrotool.neighbours.retrieved import Pieces, read_pieces
+from retrotool.neighbours.tiles import ROUTES, routes_about
+from retrotool.ranges import runs_up_to
+from retrotool.store import neighbour_tables, parts
+from retrotool.store.log import FileEntry
+from retrotool.store.parts import Ids
+from retrotool.store.paths import FileName
+from retrotool.store.staging import Staged
+from retrotool.store.store import Store
+from retrotool.store.tombstones import Tombstones, digest_of_undone
+
+if TYPE_CHECKING:
+    from retrotool.neighbours.stage import NeighboursStage
+
+_SHARE_OF_MACHINE, _SHARE_FOR_SHELF, _FEWEST_ROWS = 2, 4, 8
+_ASKED = pa.schema({"id": pa.int64()})
+_MOST_GROUP = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class ShelfPlan:
+    """How tokens of ``text`` bytes in all are read, of which ``memory`` bytes may be loaded at a time.
+
+    ``shelves``: the first and the last part of each. ``digest``: of all that decides what is read.
+    """
+
+    table: str
+    k: int
+    shelves: tuple[tuple[int, int], ...]
+    text: int
+    memory: int
+    digest: str
+
+    def next_tasks(self, store: Store, tasks: Sequence[Task]) -> list[Task]:
+        """Return the tasks of the next round, for ``tasks`` that add tokens to the table of a part each."""
+        files = store.state.group(ROUTES, self.table)
+
+        def is_current(slot: str) -> bool:
+            entry = files.get(slot)
+            return entry is not None and routes_about(entry)["plan"] == self.digest
+
+        missing = [task for task in tasks if not is_current(_asks_slot(task.inputs["part"]))]
+        left = [number for number in range(len(self.shelves)) if not is_current(_shelf_slot(number))]
+        if missing and len(left) == len(self.shelves):
+            return [self._task(files, _asks_slot(one.inputs["part"]), one.label, one.inputs) for one in missing]
+        if left and len(missing) < len(tasks):
+            return [self._task(files, _shelf_slot(n), f"shelf {n}", {"shelf": n}) for n in left]
+        return [one if one in missing else replace(one, inputs={**one.inputs, "from_shelves": True}) for one in tasks]
+
+    def _task(self, files: Any, slot: str, label: str, inputs: Mapping[str, Any]) -> Task:
+        old = files.get(slot)
+        known = {"part": inputs.get("part"), "shelf": inputs.get("shelf"), "slot": slot, "shelves": self.shelves}
+        known |= {"step": "text", "plan": self.digest, "replaces": None if old is None else old.path}
+        key = task_key("neighbours", {"table": self.table, "plan": self.digest, "step": slot}, [])
+        return Task(key, f"text of {label}", 1, known, claimed=True, for_all=True)
+
+    def __str__(self) -> str:
+        return f"{output.size(self.text)} of text, more than {output.size(self.memory)}: {len(self.shelves)} shelves"
+
+
+def plan_shelves(stage: NeighboursStage, store: Store, database: Store, tasks: Sequence[Task]) -> ShelfPlan | None:
+    """Return how to read the tokens for ``tasks``, which only add them; None: each reads what it needs."""
+    if not stage.text or not tasks or not search_scope.is_same_store(store, database):
+        return None
+    numbers, own = database.state.parts(), database.identity
+    entries = [parts.part_entry(database, "chunks", part) for part in numbers]
+    memory = memory_of_machine() // _SHARE_OF_MACHINE if stage.memory is None else stage.memory
+    each = 2 * stage.k * own.chunk_length * own.tokenizer.token_bytes  # of a row, as often asked for as it asks
+    text = sum(entry.rows for entry in entries) * own.chunk_length * own.tokenizer.token_bytes
+    few = _FEWEST_ROWS * len(tasks) < len(numbers)
+    if text <= memory or few:
+        return None
+    rows = {part: entry.rows for part, entry in zip(numbers, entries, strict=True)}
+    runs = runs_up_to(memory // _SHARE_FOR_SHELF // each, numbers, rows.__getitem__)
+    shelves = tuple((run[0], run[-1]) for run in runs)
+    held = [stage.k, shelves, [entry.path for entry in entries], digest_of_undone(database.state)]
+    return ShelfPlan(
+        stage.table, stage.k, shelves, text, memory, hashlib.blake2b(repr(held).encode(), digest_size=8).hexdigest()
+    )
+
+
+def do_text_step(
+    store: Store, tombstones: Tombstones, stage: NeighboursStage, task: Task, run: str, report: Report
+) -> Staged:
+    """Do a task of the first two rounds."""
+    inputs, about = task.inputs, {"plan": task.inputs["plan"]}
+    name = FileName.new(run, ROUTES, inputs["slot"], "parquet", stage.table)
+    if inputs["shelf"] is None:
+        table = store.state.part_file("neighbours", inputs["part"], stage.table)
+        if table is None:
+            raise ErasedError(f"the table of part {inputs['part']} was removed by another process")
+        reads, counts, sections = [table.path], list[int](), _asks(store, tombstones, table, stage.k, inputs["shelves"])
+
+        def counted() -> Iterator[pa.Table]:
+            for ids in sections:
+                counts.append(len(ids))
+                if len(ids):
+                    yield pa.table([ids], schema=_ASKED)
+
+        entry = parts.write_batches(store, name, _ASKED, counted(), row_group=_MOST_GROUP, about=about)
+        entry = replace(entry, about={**about, "asked": counts})
+    else:
+        files = store.state.group(ROUTES, stage.table).items()
+        asks = [one for slot, one in files if slot.startswith("asks-") and routes_about(one)["plan"] == inputs["plan"]]
+        reads, done = [one.path for one in asks], list[int]()
+        first, last = inputs["shelves"][inputs["shelf"]]
+        reads += [parts.part_entry(store, "chunks", n).path for n in store.state.parts() if first <= n <= last]
+        answers = _answers(store, tombstones, asks, inputs["shelf"], done)
+        entry = parts.write_batches(store, name, _answers_schema(store), answers, row_group=_MOST_GROUP, about=about)
+        entry = replace(entry, about={**about, "parts": done})
+    report(task.weight)
+    replaces = (inputs["replaces"],) if inputs["replaces"] and store.state.has(inputs["replaces"]) else ()
+    settings = {"name": stage.table, "index": stage.index}
+    return Staged("neighbours", settings, tuple(reads), (entry,), replaces, task=task.key, run=run)
+
+
+def _asks(
+    store: Store, tombstones: Tombstones, table: FileEntry, k: int, shelves: Sequence[Sequence[int]]
+) -> Iterator[Ids]:
+    """Yield for each shelf the ids, ascending, of the first k live neighbours in a table."""
+    near = neighbour_tables.read_table(store, table)
+    near = neighbour_tables.erase_neighbours(near, np.zeros(0, np.int64), tombstones.contains)
+    ids = np.unique(near.ids[:, :k])
+    ids = ids[ids >= 0]
+    bounds = [int(np.searchsorted(ids, parts.join_id(first, 0))) for first, _ in shelves]
+    for low, high in pairwise([*bounds, len(ids)]):
+        yield ids[low:high]
+
+
+def _answers(
+    store: Store, tombstones: Tombstones, asks: Sequence[FileEntry], shelf: int, done: list[int]
+) -> Iterator[pa.Table]:
+    """Yield the tokens of what each part asks for, in the order of parts, which are added to ``done``."""
+    asked = {int(entry.slot.removeprefix("asks-")): ids for entry in asks if len(ids := _asked(store, entry, shelf))}
+    every = np.unique(np.concatenate([np.zeros(0, np.int64), *asked.values()]))
+    pieces = read_pieces(store, tombstones, every)
+    for part, ids in asked.items():
+        interrupts.check()
+        place = np.searchsorted(every, ids)
+        done.append(part)
+        columns = [
+            ids, parts.fixed_binary(pieces.n_tokens[place].astype(np.int32).view(np.uint8)),
+            parts.fixed_binary(pieces.tokens[place].reshape(len(ids), -1).view(np.uint8)),
+        ]  # fmt: skip
+        yield pa.table(columns, schema=_answers_schema(store))
+
+
+def _asked(store: Store, entry: FileEntry, shelf: int) -> Ids:
+    counts = routes_about(entry)["asked"]
+    if not counts[shelf]:
+        return np.zeros(0, np.int64)
+    group = sum(n > 0 for n in counts[:shelf])
+    ids: Ids = parts.read_parquet(store, entry, row_groups=[group])["id"].to_numpy()
+    return ids
+
+
+def from_shelves(store: Store, tombstones: Tombstones, table: str, part: int) -> Callable[[Ids, Pieces], Pieces]:
+    """Return a function that fills pieces as ``read_pieces`` does, from what all shelves have for a part.
+
+    Ids that it did not ask for, because its table has changed since, are read directly.
+    """
+    own = store.identity
+    length, dtype = own.chunk_length, parts.token_dtype(own.tokenizer.token_bytes)
+    known, counts, tokens = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)], [np.zeros((0, 2, length), dtype)]
+    for slot, entry in store.state.group(ROUTES, table).items():
+        if slot.startswith("shelf-") and part in (numbers := routes_about(entry)["parts"]):
+            found = parts.read_parquet(store, entry, row_groups=[numbers.index(part)])
+            known.append(found["id"].to_numpy())
+            counts.append(parts.from_fixed_binary(found["n_tokens"], np.dtype(np.int32)))
+            tokens.append(parts.from_fixed_binary(found["tokens"], dtype).reshape(-1, 2, length))
+    ids, n_tokens, all_tokens = np.concatenate(known), np.concatenate(counts), np.concatenate(tokens)
+
+    def read(wanted: Ids, into: Pieces) -> Pieces:
+        live = (wanted >= 0) & ~tombstones.contains(wanted)
+        place = np.minimum(np.searchsorted(ids, wanted), max(len(ids) - 1, 0))
+        there = live & (ids[place] == wanted) if len(ids) else np.zeros(len(wanted), np.bool_)
+        into.n_tokens[there], into.tokens[there] = n_tokens[place[there]], all_tokens[place[there]]
+        gone = there & (into.n_tokens[:, 1] > 0) & tombstones.contains(wanted + 1)  # continuations purged since
+        into.n_tokens[gone, 1], into.tokens[gone, 1] = 0, 0
+        left = live & ~there
+        return read_pieces(store, tombstones, np.where(left, wanted, -1), into) if left.any() else into
+
+    return read
+
+
+def _asks_slot(part: int) -> str:
+    return f"asks-{part:06d}"
+
+
+def _shelf_slot(number: int) -> str:
+    return f"shelf-{number:05d}"
+
+
+def _answers_schema(store: Store) -> pa.Schema:
+    own = store.identity
+    size = 2 * own.chunk_length * own.tokenizer.token_bytes
+    return pa.schema([("id", pa.int64()), ("n_tokens", pa.binary(8)), ("tokens", pa.binary(size))])
