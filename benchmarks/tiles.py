@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -50,23 +49,27 @@ def make_store(root: Path, place: str, vectors: np.ndarray, part_size: int, envi
         subprocess.run([*tool(), *arguments], check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
+LAUNCH = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+raise SystemExit(done.returncode)
+"""
+"""A small process between this one and a command, which would begin with the memory of this one."""
+
+
 def timed(arguments: list[str], environment: dict[str, str]) -> tuple[float, int, str]:
     """Run a command; return seconds, the peak of its memory in bytes, and what it said."""
     begun = time.perf_counter()
-    process = subprocess.Popen(
-        [*tool(), *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, said
-    return time.perf_counter() - begun, usage.ru_maxrss * 1024, said
+    launch = [sys.executable, "-c", LAUNCH, *tool(), *arguments]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return time.perf_counter() - begun, int(done.stdout), done.stderr
 
 
-def difference(store: Store) -> tuple[int, int]:
-    """Return how many neighbours differ between the two tables, and how many there are."""
-    differ = total = 0
+def difference(store: Store) -> tuple[int, int, int, int]:
+    """Return how many neighbours differ between the two tables, are nearer and farther in tiles, and of how many."""
+    differ = nearer = farther = total = 0
     for slot in store.state.group("neighbours", "whole"):
         one, other = (
             neighbour_tables.read_table(store, entry)
@@ -74,8 +77,10 @@ def difference(store: Store) -> tuple[int, int]:
             if (entry := store.state.file("neighbours", slot, name)) is not None
         )
         differ += int((one.ids != other.ids).sum())
+        nearer += int((other.distances < one.distances).sum())
+        farther += int((other.distances > one.distances).sum())
         total += one.ids.size
-    return differ, total
+    return differ, nearer, farther, total
 
 
 def measure(root: Path, arguments: argparse.Namespace) -> None:
@@ -90,10 +95,10 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     print("| how | seconds | chunks/s | peak of memory, MB |\n|---|---|---|---|")
     for name, options in (("whole", []), ("tiled", ["--memory", str(memory)])):
         seconds, peak, said = timed(["neighbours", place, "--name", name, *options], environment)
-        note = next((line for line in said.splitlines() if "tiles" in line), "in memory")
+        note = next((line for line in said.splitlines() if line.endswith(" tiles")), "in memory")
         print(f"| {note} | {seconds:.1f} | {len(vectors) / seconds:,.0f} | {peak / 1e6:,.0f} |", flush=True)
-    differ, total = difference(Store.open(place))
-    print(f"{differ:,} of {total:,} neighbours differ")
+    differ, nearer, farther, total = difference(Store.open(place))
+    print(f"{differ:,} of {total:,} neighbours differ; in tiles {nearer:,} are nearer, {farther:,} farther")
     if arguments.bucket:
         count_bytes(root, place, memory, traffic, size)
 
@@ -134,7 +139,6 @@ def main() -> None:
     parser.add_argument("--bucket", action="store_true")
     arguments = parser.parse_args()
     print(describe())
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     root = Path(tempfile.mkdtemp(prefix="retrotool-tiles-"))
     try:
         measure(root, arguments)

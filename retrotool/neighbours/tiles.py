@@ -69,7 +69,7 @@ _FEWEST_ROWS = 8  # 1/n of the vectors: for fewer rows, reading what they need i
 _SHARE_OF_MACHINE, _SHARE_FOR_TILE = 2, 2
 _TILING = pa.schema({"tile": pa.int32()})
 _BATCH_ROWS = 1 << 16  # queries searched at a time
-_SHARE_FOR_ROWS = 64  # 1/n of the memory, in numbers of queries, which are there several times
+_SHARE_FOR_ROWS = 32  # 1/n of the memory, in numbers of queries, which are there several times
 _MOST_GROUP = 1 << 26  # rows of a row group
 _ITERATIONS = 8  # of the power method
 
