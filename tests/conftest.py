@@ -302,7 +302,7 @@ def snapshots(request: pytest.FixtureRequest) -> Snapshots:
 def own_engine() -> Iterator[None]:
     """What a test chooses to work with is not what the next one works with."""
     yield
-    if (choice := sys.modules.get("retrotool.engine.choice")) is not None:
+    if (choice := sys.modules.get("retrotool.engine.engines")) is not None:
         choice.use_engine()
 
 

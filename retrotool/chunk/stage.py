@@ -30,7 +30,7 @@ from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
 from retrotool.chunk.chunker import Tokens
 from retrotool.chunk.part_writer import Batch, Files, PartWriter
 from retrotool.chunk.quarantine import Quarantine
-from retrotool.engine.choice import is_a_job
+from retrotool.engine.engines import is_a_job
 from retrotool.engine.task import Report, Task, task_key
 from retrotool.errors import ErasedError, TaskError
 from retrotool.ranges import is_in

@@ -103,7 +103,7 @@ def embed(
         found, files = ["cpu"], find_vectors(str(vectors))
         identity = foreign_identity(encoder, name or default_name(encoder), files.dimension)
     else:
-        found, files = engine.find_devices(devices, dtype), None
+        found, files = engine.worker_devices(devices, dtype), None
         with Progress("embed", doing="reading the encoder"):
             identity = find_encoder(encoder, pooling=pooling, name=name, dimension=dimension)[1]
     if name is None:  # use the store's name for it, even if it was moved

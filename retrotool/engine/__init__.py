@@ -1,6 +1,6 @@
 """Who runs tasks: this process, local worker processes, or a Ray cluster."""
 
-from retrotool.engine.choice import doing_everything, engine_in_use, find_devices, is_a_job, use_engine
+from retrotool.engine.engines import doing_everything, engine_in_use, is_a_job, use_engine, worker_devices
 from retrotool.engine.run import count_elsewhere, execute, gathering, plan_tasks
 from retrotool.engine.task import perform
 
@@ -9,10 +9,10 @@ __all__ = [
     "doing_everything",
     "engine_in_use",
     "execute",
-    "find_devices",
     "gathering",
     "is_a_job",
     "perform",
     "plan_tasks",
     "use_engine",
+    "worker_devices",
 ]

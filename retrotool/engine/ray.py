@@ -42,7 +42,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retrotool.encoder.devices import find_devices
-from retrotool.engine.choice import Engine
+from retrotool.engine.engines import Engine
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform_reporting
 from retrotool.errors import TaskError, UsageError

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retrotool import interrupts
-from retrotool.engine.choice import engine_in_use
+from retrotool.engine.engines import engine_in_use
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import GivesUp, Holds, NodeLostError, OpenError, Sized, Stage, Task, is_own, own_first
 from retrotool.errors import AbortError, ErasedError, HeldError, RetrotoolError, StorageError, TaskError, UsageError

@@ -113,7 +113,7 @@ def index(
     store.cache.check_room(store.state.group("embeddings", chosen).entries(), f"an index of {store.place}")
     is_trained = files.trained is not None
     generation = files.generation + (options.retrain and is_trained)
-    devices = engine.find_devices(options.devices)
+    devices = engine.worker_devices(options.devices)
     stage = IndexStage(
         name, chosen, wanted, generation, tuple(devices), options.merge,
         trained=is_trained and not options.retrain,

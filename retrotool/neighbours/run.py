@@ -124,7 +124,7 @@ def neighbours(
     if saved > 1000:
         raise UsageError(f"--saved {saved} is more than 1000")
     check_name(name, "--name")
-    devices = tuple(engine.find_devices(search.devices))
+    devices = tuple(engine.worker_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
     mixture = choose_mixture(store, name, Store.open(root), databases)
     opened = [one.database for one in mixture.tables]

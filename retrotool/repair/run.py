@@ -75,7 +75,7 @@ def repair(root: str | Path, *, dry_run: bool = False, devices: str = "auto") ->
             pass
     if found.ok or not any(problem.repairable for problem in found.problems) or dry_run:
         return RepairResult(found.ok, found.commit, tuple(found.problems), tuple(found.problems))
-    store, used = Store.open(root), tuple(engine.find_devices(devices))
+    store, used = Store.open(root), tuple(engine.worker_devices(devices))
     tried, failed = dict[str, FileEntry | None](), dict[str, str]()
     for _ in range(_ROUNDS):
         wanted = {problem.path for problem in found.problems if problem.repairable}.difference(failed)

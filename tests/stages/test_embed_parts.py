@@ -361,8 +361,6 @@ def _posing(path: Path, identity: object, *arguments: object, **options: object)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard": (2, 2)}, "--shard 2/2"),
-        ({"shard": (0, 0)}, "--shard 0/0"),
         ({"pooling": "max"}, "pooling 'max' is unknown"),
         ({"name": "a/b"}, "can't be used as a name"),
         ({"devices": "cpu,"}, "is unknown"),

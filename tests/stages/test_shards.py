@@ -21,6 +21,7 @@ from retrotool.chunk.chunk_plan import ChunkOptions
 from retrotool.embed.stage import EmbedStage, EmbedWorker
 from retrotool.encoder import find_encoder
 from retrotool.engine.task import Task, own_first
+from retrotool.errors import UsageError
 from retrotool.store import leases, log
 from retrotool.store.leases import Run
 from retrotool.store.storage import storage_at
@@ -243,6 +244,12 @@ def test_ctrl_c_that_a_library_swallows_is_kept_in_mind(chunked: Path, tiny_enco
     assert errors == INTERRUPTED
     assert len(sums(chunked)) <= 1, "it ends at the next step"
     assert api.embed(chunked, encoder=str(tiny_encoder)).embedded == api.info(chunked).chunks
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (0, 0), (-1, 2)])
+def test_a_job_that_does_not_exist_is_refused(shard: tuple[int, int]) -> None:
+    with pytest.raises(UsageError, match=f"--shard {shard[0]}/{shard[1]}"):
+        api.use_engine(shard=shard)
 
 
 def test_jobs_that_chunk_at_once_make_the_store_of_one(tmp_path: Path, tiny_encoder: Path) -> None:

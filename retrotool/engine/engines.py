@@ -72,7 +72,7 @@ def is_a_job() -> bool:
     return _chosen.shard is not None
 
 
-def find_devices(devices: str, dtype: str = "auto") -> list[str]:
+def worker_devices(devices: str, dtype: str = "auto") -> list[str]:
     """Return the devices for the workers of a stage.
 
     On Ray each worker has one GPU or a machine's cores, so there is a single entry: "auto" stands for the GPU
