@@ -119,9 +119,9 @@ def count_bytes(root: Path, place: str, memory: int, traffic: Path, size: int) -
     sent = received = 0
     by_kind: dict[str, list[int]] = {}
     for line in traffic.read_text().splitlines():
-        _, path, out, back = line.split()
+        _, *path, out, back = line.split()
         sent, received = sent + int(out), received + int(back)
-        counts = by_kind.setdefault(path.split("/")[0], [0, 0])
+        counts = by_kind.setdefault(path[0].split("/")[0] if path else "listings", [0, 0])
         counts[0], counts[1] = counts[0] + int(out), counts[1] + int(back)
     print(said.splitlines()[0])
     print(f"sent {sent / 1e6:,.0f} MB, received {received / 1e6:,.0f} MB; vectors {size / 1e6:,.0f} MB")

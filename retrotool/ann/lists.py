@@ -8,6 +8,7 @@ writer does not raise if the disk is full when the file is closed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ann import kmeans
 from retrotool.ann.codes import Codec, Codes, Product, Scalar, Whole, is_same_codec
 from retrotool.ann.excluded import Ids
-from retrotool.ann.kmeans import assign
 from retrotool.errors import CorruptError
 from retrotool.lazy import faiss, torch
 
@@ -51,14 +52,22 @@ class Trained:
         """Rotate float32 [n, d] to the space of lists and codes, [n, codec.d]."""
         return rows if self.rotation is None else rows @ torch.from_numpy(self.rotation).to(rows.device).T
 
-    def encode(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-        """Return lists int64 [n], codes uint8 [n, size], and the summed squared errors of both."""
+    def encode(
+        self, rows: torch.Tensor, lists: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+        """Return lists int64 [n], codes uint8 [n, size], and the summed squared errors of both.
+
+        ``lists``: where they are known already; by default the nearest.
+        """
         rotated = self.rotate(rows)
         if self.centroids is None:
             return torch.zeros(len(rows), dtype=torch.int64), self.codec.encode(rotated), 0.0, 0.0
         table = torch.from_numpy(self.centroids).to(rows.device)
-        # On a GPU exact float32 is several times as slow and hardly ever gives other lists.
-        distances, lists = assign(rotated, table, rough=rows.device.type == "cuda")
+        if lists is None:
+            # On a GPU exact float32 is several times as slow and hardly ever gives other lists.
+            distances, lists = kmeans.assign(rotated, table, rough=rows.device.type == "cuda")
+        else:
+            distances = (rotated - table[lists]).square().sum(1)
         aim = rotated - table[lists] if self.by_residual else rotated
         codes, off = self.codec.encode(aim), 0.0
         if not isinstance(self.codec, Whole) and len(aim):
@@ -347,7 +356,8 @@ class InvertedLists:
         scale = _TIE * some.square().sum(1)  # accuracy of float32 products
         if trained.centroids is not None and len(trained.centroids):
             table = torch.from_numpy(trained.centroids)
-            least = assign(some, table)[0]
+            # Of very many, only nearly the nearest was searched for.
+            least = kmeans.assign(some, table)[0] if len(table) <= kmeans.TWO_LEVELS else some.new_tensor(math.inf)
             if ((some - table[number]).square().sum(1) > least * (1 + _TIE) + _TIE * scale).any():
                 return False
             some = some - table[number] if trained.by_residual else some

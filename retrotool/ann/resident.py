@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ann import kmeans
+from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import Trained
 from retrotool.ann.ranking import Best
@@ -49,6 +51,7 @@ _SPARE = 4  # strips, for the rounding of sums
 _EXACT_LIST = 1 << 12  # vectors of a list if all are searched
 _MOST_QUERIES = 1 << 17  # of a block: more would not be faster
 _LEAST_QUERIES = 1 << 8
+_UPPER_PROBED = 32  # lists of centroids
 _MOST_SCORES = 1 << 27  # of lists at a time
 _WIDTHS = 64  # strips that the widths of tables are multiples of, so that blocks use the same memory again
 _COPYING = 4  # threads: one copies 9 GB/s or so
@@ -81,7 +84,11 @@ class Probes:
 
 
 class Centroids:
-    """The centroids of a training and its rotation on a device."""
+    """The centroids of a training and its rotation on a device.
+
+    More than ``TWO_LEVELS`` are themselves searched through lists, √n for n centroids, of which each vector
+    probes ``_UPPER_PROBED``: for a million, a 30th of the products, and nearly always the same centroids.
+    """
 
     def __init__(self, trained: Trained, device: torch.device) -> None:
         assert trained.centroids is not None
@@ -90,17 +97,39 @@ class Centroids:
         table = table - self._mean  # to lose fewer digits
         self._table, self._halves = table.half(), table.square().sum(1).div_(2)
         self._rotation = None if trained.rotation is None else torch.from_numpy(trained.rotation).to(device)
+        self._upper = _in_lists(table) if len(table) > kmeans.TWO_LEVELS else None
 
     def __len__(self) -> int:
         return len(self._table)
 
     def nearest(self, asked: torch.Tensor, nprobe: int) -> torch.Tensor:
         """Return the nearest lists of float32 [q, d], int64 [q, nprobe], nearest first up to rounding."""
-        found = [torch.empty(0, nprobe, dtype=torch.int64, device=asked.device)]
-        for some in torch.split(asked, max(1, _MOST_SCORES // len(self))):
-            turned = some if self._rotation is None else some @ self._rotation.T
-            found.append(k_largest(product((turned - self._mean).half(), self._table).sub_(self._halves), nprobe)[1])
-        return torch.cat(found)
+        none = torch.empty(0, nprobe, dtype=torch.int64, device=asked.device)
+        blocks = torch.split(asked, _MOST_QUERIES if self._upper else max(1, _MOST_SCORES // len(self)))
+        turned = (some if self._rotation is None else some @ self._rotation.T for some in blocks)
+        return torch.cat([none, *(self.nearest_turned(some, nprobe) for some in turned)])
+
+    def nearest_turned(self, turned: torch.Tensor, nprobe: int) -> torch.Tensor:
+        """Return the same of vectors that are rotated already, of one block."""
+        centred = turned - self._mean
+        if self._upper is None:
+            return k_largest(product(centred.half(), self._table).sub_(self._halves), nprobe)[1]
+        ids = torch.from_numpy(self._upper.search(Queries.plain(centred.cpu().numpy()), nprobe, _UPPER_PROBED).ids)
+        found = ids.to(turned.device)
+        if (short := (found < 0).any(1)).any():  # more lists are wanted than the upper ones have
+            scores = product(centred[short].half(), self._table).sub_(self._halves)
+            found[short] = k_largest(scores, nprobe)[1]
+        return found
+
+
+def _in_lists(table: torch.Tensor) -> ResidentLists:
+    """Return centroids, float32 [n, d] around 0, in √n lists on their device; ids are their numbers."""
+    upper = kmeans.kmeans(table, math.isqrt(len(table)))
+    numbers = kmeans.assign(table, upper)[1].cpu().numpy()
+    trained = Trained(table.shape[1], Whole(table.shape[1]), upper.cpu().numpy(), None, len(upper))
+    blocks = [table.half().cpu().numpy()]
+    lists = Centroids(trained, table.device)
+    return ResidentLists(lists, numbers, np.arange(len(table)), blocks, str(table.device))
 
 
 class ResidentLists:

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrotool.ann import kmeans
 from retrotool.ann.excluded import Excluded, Ids, Mask, Queries
-from retrotool.ann.kmeans import assign
-from retrotool.ann.lists import Floats, JoinedLists, Lists, Trained
+from retrotool.ann.lists import JoinedLists, Lists, Trained
 from retrotool.ann.matmul import Columns, RoughColumns, Scratch, has_bfloat16, one_thread_each, table_of_centroids
 from retrotool.ann.ranking import Fetch, Heaps, largest
+from retrotool.ann.resident import Centroids
 from retrotool.lazy import torch
 from retrotool.ranges import runs_up_to
 
@@ -129,7 +130,7 @@ class Search:
         elif self._probed is not None:
             probed = self._probed
         else:
-            probed = nearest_lists(trained.centroids, self._rotated, self._nprobe, most)[:, self._beyond :]
+            probed = nearest_lists(trained, self._rotated, self._nprobe, most)[:, self._beyond :]
         cut = _tiles(probed, self._excluded, self._threads)
         with one_thread_each(self._threads) as run:
             self._tiles = run(lambda some: _Tile(*some, self._excluded, self._depth), cut)
@@ -236,11 +237,19 @@ def _tiles(probed: Ids, excluded: Excluded, n: int) -> list[tuple[Ids, Ids]]:
     return [(order[first::n], probed[order[first::n]]) for first in range(n)]
 
 
-def nearest_lists(centroids: Floats, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:
-    """Return the nearest centroids of vectors, int64 [q, nprobe], nearest first, by rough products."""
-    table = torch.from_numpy(centroids)
+@functools.lru_cache(1)
+def _in_two_levels(trained: Trained) -> Centroids:
+    return Centroids(trained, torch.device("cpu"))
+
+
+def nearest_lists(trained: Trained, vectors: torch.Tensor, nprobe: int, threads: int = 1) -> Ids:
+    """Return the nearest lists of rotated vectors, int64 [q, nprobe], nearest first, by rough products."""
+    assert trained.centroids is not None
+    if trained.nlist > kmeans.TWO_LEVELS:
+        return _in_two_levels(trained).nearest_turned(vectors, nprobe).numpy()
+    table = torch.from_numpy(trained.centroids)
     if nprobe == 1:
-        return assign(vectors, table)[1].numpy().reshape(-1, 1)
+        return kmeans.assign(vectors, table)[1].numpy().reshape(-1, 1)
     shift, scored = table_of_centroids(table, rough=True)
 
     def nearest(rows: torch.Tensor) -> Ids:

@@ -445,8 +445,7 @@ class Database(_Open):
         return probes_by_query(nearest, queries.vectors, nprobe, *self._list_sizes)
 
     def _nearest_lists(self, vectors: npt.NDArray[np.float32], nprobe: int) -> Ids:
-        assert self.trained.centroids is not None
-        return nearest_lists(self.trained.centroids, self.trained.rotate(torch.from_numpy(vectors)), nprobe)
+        return nearest_lists(self.trained, self.trained.rotate(torch.from_numpy(vectors)), nprobe)
 
     @cached_property
     def _searched(self) -> list[InvertedLists] | list[SomeLists]:

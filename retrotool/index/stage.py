@@ -27,9 +27,9 @@ from retrotool.ann import codes, lists
 from retrotool.ann.choice import ITERATIONS, SAMPLES_PER_LIST, IndexChoice, IndexOptions, choose_index, parse_factory
 from retrotool.ann.codes import Codec, Codes, Product, Scalar, Whole
 from retrotool.ann.excluded import Ids
-from retrotool.ann.kmeans import ReportShare, assign, kmeans
+from retrotool.ann.kmeans import TWO_LEVELS, ReportShare, assign, kmeans
 from retrotool.ann.lists import Trained, to_faiss
-from retrotool.ann.resident import free_memory
+from retrotool.ann.resident import Centroids, free_memory
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.encoder.devices import checking_device
@@ -38,7 +38,7 @@ from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, TrainingRecord, as_about
 from retrotool.index.searching import read_shard, read_trained, write_index
 from retrotool.lazy import torch
-from retrotool.machine import give_memory_back
+from retrotool.machine import give_memory_back, memory_of_machine
 from retrotool.ranges import consecutive_ranges, runs_up_to
 from retrotool.read_ahead import ahead
 from retrotool.store import parts
@@ -287,6 +287,7 @@ def _coded(
     codes = np.empty((most, trained.codec.size), np.uint8)
     rejected, size = read_rejected(store), _BLOCK_ROWS[device.split(":")[0]]
     fit = {part: np.zeros(3) for part in numbers}
+    centroids = Centroids(trained, torch.device(device)) if trained.nlist > TWO_LEVELS else None
 
     def blocks() -> Iterator[tuple[int, Ids, npt.NDArray[np.float16]]]:
         for part in search_scope.vectors_ahead(store, encoder, numbers):
@@ -302,7 +303,8 @@ def _coded(
             there = torch.from_numpy(some).to(device).float()
             if not bool(there.sum(1).isfinite().all()):  # sums of float16 can't overflow
                 check_finite(store, some, part, rows)
-            found, made, *off = _encode(trained, there)
+            lists = None if centroids is None else centroids.nearest(there, 1)[:, 0]
+            found, made, *off = _encode(trained, there, lists)
             place = slice(n, n + len(rows))
             in_lists[place], codes[place] = found.cpu().numpy(), made.cpu().numpy()
             ids[place] = parts.chunk_ids(part, rows)
@@ -313,15 +315,18 @@ def _coded(
     return in_lists[:n], ids[:n], codes[:n], means
 
 
-def _encode(trained: Trained, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def _encode(
+    trained: Trained, rows: torch.Tensor, lists: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Code rows as ``Trained.encode`` does, in halves if a GPU's memory does not suffice."""
     try:
-        return trained.encode(rows)
+        return trained.encode(rows, lists)
     except torch.OutOfMemoryError:
         if len(rows) <= _BLOCK_ROWS["cpu"]:
             raise
     torch.cuda.empty_cache()
-    halves = [_encode(trained, half) for half in rows.chunk(2)]
+    in_halves = zip(rows.chunk(2), (None, None) if lists is None else lists.chunk(2), strict=True)
+    halves = [_encode(trained, *half) for half in in_halves]
     found, made, *errors = zip(*halves, strict=True)
     return torch.cat(found), torch.cat(made), sum(errors[0]), sum(errors[1])
 
@@ -335,9 +340,8 @@ _LEAST_CODE_SAMPLE = 16 * 256
 def sample_size(n: int, choice: IndexChoice, memory: int | None) -> int:
     """Return the number of vectors to train on."""
     most = max(SAMPLES_PER_LIST * choice.nlist, codes.SAMPLE)
-    if memory is not None:
-        most = min(most, max(memory // (4 * choice.d), choice.nlist))
-    return min(n, most)
+    memory = memory_of_machine() if memory is None else memory
+    return min(n, most, max(memory // (4 * choice.d), choice.nlist))
 
 
 def _code_sample(choice: IndexChoice, memory: int | None) -> int:

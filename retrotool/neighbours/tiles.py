@@ -284,7 +284,7 @@ class TileStep:
             if on_device is not None:
                 nearest = on_device.nearest(asked, nprobe).cpu().numpy()
             else:
-                nearest = nearest_lists(trained.centroids, trained.rotate(asked), nprobe, torch.get_num_threads())
+                nearest = nearest_lists(trained, trained.rotate(asked), nprobe, torch.get_num_threads())
             found.append(nearest.astype(np.int32))
         return np.concatenate(found)
 
