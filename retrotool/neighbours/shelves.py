@@ -129,7 +129,7 @@ def do_text_step(
                 if len(ids):
                     yield pa.table([ids], schema=_ASKED)
 
-        entry = parts.write_batches(store, name, _ASKED, counted(), row_group=_MOST_GROUP, about=about)
+        entry = parts.write_batches(store, name, _ASKED, counted(), row_group=_MOST_GROUP, brief=True, about=about)
         entry = replace(entry, about={**about, "asked": counts})
     else:
         files = store.state.group(ROUTES, stage.table).items()
@@ -138,7 +138,9 @@ def do_text_step(
         first, last = inputs["shelves"][inputs["shelf"]]
         reads += [parts.part_entry(store, "chunks", n).path for n in store.state.parts() if first <= n <= last]
         answers = _answers(store, tombstones, asks, inputs["shelf"], done)
-        entry = parts.write_batches(store, name, _answers_schema(store), answers, row_group=_MOST_GROUP, about=about)
+        entry = parts.write_batches(
+            store, name, _answers_schema(store), answers, row_group=_MOST_GROUP, brief=True, about=about
+        )
         entry = replace(entry, about={**about, "parts": done})
     report(task.weight)
     replaces = (inputs["replaces"],) if inputs["replaces"] and store.state.has(inputs["replaces"]) else ()

@@ -17,7 +17,7 @@ short of neighbours are searched for again, as they are otherwise.
 
 Results are those of a search in memory that probes as many lists. The embeddings are read once; then 1 plus
 the guests of a row times as much is written, and read once. Memory: half of the limit for the vectors of a
-tile; in the first round 20 bytes per probe of a part.
+tile, and on a GPU at most 48 GiB; in the first round 20 bytes per probe of a part.
 
 Not for exact search, filters, other databases, nor repeated documents: these are searched directly.
 """
@@ -67,6 +67,7 @@ TILING = "tiling"  # the slot of the file that says which list is in which tile
 _NOWHERE = -1
 _FEWEST_ROWS = 8  # 1/n of the vectors: for fewer rows, reading what they need is cheaper than sorting all
 _SHARE_OF_MACHINE, _SHARE_FOR_TILE = 2, 2
+_CARD_BYTES = 48 << 30  # the rest is for queries
 _TILING = pa.schema({"tile": pa.int32()})
 _BATCH_ROWS = 1 << 16  # queries searched at a time
 _SHARE_FOR_ROWS = 32  # 1/n of the memory, in numbers of queries, which are there several times
@@ -134,10 +135,16 @@ def plan_tiles(stage: NeighboursStage, store: Store, database: AnyDatabase, task
     few = _FEWEST_ROWS * sum(task.weight for task in tasks) < database.vectors_in_log
     if vectors <= memory or few or not database.record.nlist or search_scope.may_repeat(store):
         return None
-    tiles = min(-(-vectors // (memory // _SHARE_FOR_TILE)), database.record.nlist)
+    tiles = min(-(-vectors // room_of_tile(memory, is_gpu(stage.devices[0]))), database.record.nlist)
     held = [database.settings, database.point.nprobe, database.reads(), stage.saved, tiles]
     digest = hashlib.blake2b(repr([*held, digest_of_undone(store.state)]).encode(), digest_size=8).hexdigest()
     return TilePlan(stage.table, tiles, vectors, memory, digest)
+
+
+def room_of_tile(memory: int, on_gpu: bool) -> int:
+    """Return the bytes of vectors in a tile: a share of the memory, at most what a card of 80 GB holds."""
+    room = memory // _SHARE_FOR_TILE
+    return min(room, _CARD_BYTES) if on_gpu else room
 
 
 def routes_to_remove(store: Store, table: str) -> tuple[str, ...]:
@@ -268,7 +275,7 @@ class TileStep:
         schema = _requests_schema(vectors.shape[1])
         name = self._name(run, part_slot(part))
         entry = parts.write_batches(
-            store, name, schema, sections(), row_group=_MOST_GROUP, compression="none", about={"plan": inputs["plan"]}
+            store, name, schema, sections(), row_group=_MOST_GROUP, brief=True, about={"plan": inputs["plan"]}
         )
         return replace(entry, about={"plan": inputs["plan"], **count})
 
@@ -317,7 +324,7 @@ class TileStep:
         name = self._name(run, _tile_slot(tile))
         schema = _answers_schema(self.stage.saved)
         entry = parts.write_batches(
-            self.store, name, schema, answers(), row_group=_MOST_GROUP, about={"plan": inputs["plan"]}
+            self.store, name, schema, answers(), row_group=_MOST_GROUP, brief=True, about={"plan": inputs["plan"]}
         )
         return replace(entry, about={"plan": inputs["plan"], "parts": done})
 

@@ -178,10 +178,12 @@ def write_batches(
     batches: Iterable[pa.Table],
     *,
     row_group: int | None = None,
-    compression: str = "zstd",
+    brief: bool = False,
     about: dict[str, Any] | None = None,
 ) -> FileEntry:
     """Write tables of one schema to one file, in row groups of their own or of ``row_group`` rows.
+
+    ``brief``: for files that are read once, without compression and statistics.
 
     Only one table is held at a time. For chunks with a ``key`` column, ``about`` gets the number of keys.
     """
@@ -191,7 +193,14 @@ def write_batches(
         nonlocal keys
         rows = 0
         repeats = _UNIQUE.isdisjoint(schema.names)
-        with pq.ParquetWriter(sink, schema, compression=compression, use_dictionary=repeats, **_CHECKED) as writer:
+        with pq.ParquetWriter(
+            sink,
+            schema,
+            compression="none" if brief else "zstd",
+            write_statistics=not brief,
+            use_dictionary=repeats,
+            **_CHECKED,
+        ) as writer:
             for batch in batches:
                 writer.write_table(batch, row_group_size=row_group)
                 rows += batch.num_rows
