@@ -212,7 +212,8 @@ class VectorLists:
         mean = vectors.mean(0, dtype=np.float32) if len(vectors) else np.zeros(d, np.float32)
         self.trained = Trained(d, Whole(d), mean[None], None, nlist)
         self._all, self._vectors, self._order = ids, vectors, np.argsort(numbers, kind="stable")
-        self._bounds = np.searchsorted(numbers[self._order], np.arange(nlist + 2))
+        self._bounds = np.searchsorted(numbers[self._order], np.arange(nlist + 1))
+        self.empty = int(np.diff(self._bounds).argmin())  # a list without vectors, if there is one
 
     def __len__(self) -> int:
         return len(self._all)
@@ -221,7 +222,7 @@ class VectorLists:
         return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def size(self, number: int) -> int:
-        """Return the number of vectors in a list; list ``nlist`` is empty."""
+        """Return the number of vectors in a list."""
         return int(self._bounds[number + 1] - self._bounds[number])
 
     def ids(self, number: int) -> Ids:

@@ -196,9 +196,17 @@ class ResidentLists:
         return len(self.starts_here) - 1
 
     def search(
-        self, queries: Queries, k: int, nprobe: int = 0, beyond: int = 0, say: Callable[[str], object] = lambda _: None
+        self,
+        queries: Queries,
+        k: int,
+        nprobe: int = 0,
+        beyond: int = 0,
+        say: Callable[[str], object] = lambda _: None,
+        probed: Ids | None = None,
     ) -> Best:
         """Return the k nearest vectors of each query in its nearest lists, without the nearest ``beyond``.
+
+        ``probed`` [q, nprobe]: the lists of each query; by default the nearest.
 
         If memory runs out, blocks of queries are halved, and ``say`` gets a message;
         ``torch.OutOfMemoryError`` if that does not help.
@@ -213,7 +221,7 @@ class ResidentLists:
         while start < len(queries):
             rows = slice(start, min(start + size, len(queries)))
             try:
-                waiting.append(self._search(queries.take(rows), rows, k, nprobe, beyond))
+                waiting.append(self._search(queries.take(rows), rows, k, nprobe, beyond, probed))
                 start = rows.stop
             except torch.OutOfMemoryError:
                 size = (rows.stop - rows.start) // 2
@@ -236,12 +244,12 @@ class ResidentLists:
         # Best scores are fewer than 2^31, so that no operator has to divide them.
         return max(_LEAST_QUERIES, min(_MOST_QUERIES, int(free / each), int(_RANK / strips)))
 
-    def _search(self, queries: Queries, rows: slice, k: int, nprobe: int, beyond: int) -> _Found:
+    def _search(self, queries: Queries, rows: slice, k: int, nprobe: int, beyond: int, probed: Ids | None) -> _Found:
         """Begin a search for the ``rows`` of all queries."""
         vectors = upload(queries.vectors, self.device)
         asked, halves = vectors.float(), vectors.half()
         own = self._own_ranks(queries)
-        probes = self._probe(asked, nprobe, beyond)
+        probes = self._probe(asked, nprobe, beyond, None if probed is None else upload(probed[rows], self.device))
         best = torch.full((len(asked), probes.width), -math.inf, device=self.device)
         self._kernels.scan(self, halves, own, probes, best)
         scores, strip = k_largest(best, min(k + _SPARE, probes.width))
@@ -265,9 +273,11 @@ class ResidentLists:
         low = torch.searchsorted(self.ids, first, out_int32=True)
         return torch.stack([low, torch.searchsorted(self.ids, last, right=True, out_int32=True) - 1])
 
-    def _probe(self, asked: torch.Tensor, nprobe: int, beyond: int) -> Probes:
-        """Choose the lists of each query."""
-        if self._centroids is None:
+    def _probe(self, asked: torch.Tensor, nprobe: int, beyond: int, given: torch.Tensor | None) -> Probes:
+        """Choose the lists of each query, unless they are ``given``."""
+        if given is not None:
+            lists = given
+        elif self._centroids is None:
             lists = torch.arange(self.n_lists, device=self.device).expand(len(asked), -1)
         else:
             lists = self._centroids.nearest(asked, nprobe)[:, beyond:]

@@ -65,9 +65,19 @@ class OnDevice:
         self._left: list[list[Portion]] = []  # what each search that is under way has yet to go through
 
     def search(
-        self, queries: Queries, nprobe: int, k: int, *, only: Collection[int] | None = None, beyond: int = 0
+        self,
+        queries: Queries,
+        nprobe: int,
+        k: int,
+        *,
+        only: Collection[int] | None = None,
+        beyond: int = 0,
+        probed: Ids | None = None,
     ) -> Best:
-        """Return the k nearest in the ``nprobe`` nearest lists of each query, ``only`` in some parts."""
+        """Return the k nearest in the ``nprobe`` nearest lists of each query, ``only`` in some parts.
+
+        ``probed`` [q, nprobe]: the lists of each query, instead of the nearest.
+        """
         best, left = None, self._portions(only)
         with self._turn:
             self._left.append(left)
@@ -75,7 +85,7 @@ class OnDevice:
             while left:
                 portion = self._await_turn(left)
                 try:
-                    found = self._load(portion).search(queries, k, nprobe, beyond, say)
+                    found = self._load(portion).search(queries, k, nprobe, beyond, say, probed)
                 finally:
                     with self._turn:
                         self._is_busy = False

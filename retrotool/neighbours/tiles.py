@@ -400,11 +400,11 @@ class LoadedTile:
 
     def _nearest(self, asked: Asked) -> Best:
         k, queries = self._stage.saved, Queries(asked.vectors, Excluded(asked.first, asked.last))
-        if self._on_device is not None:
-            return self._on_device.search(queries, self._database.point.nprobe, k)
-        queries = queries.widened()
-        probed = np.full((len(queries), int(asked.counts.max())), self._lists.trained.nlist, np.int64)  # an empty list
+        probed = np.full((len(queries), int(asked.counts.max())), self._lists.empty, np.int64)
         probed[np.arange(probed.shape[1]) < asked.counts[:, None]] = asked.lists
+        if self._on_device is not None:
+            return self._on_device.search(queries, probed.shape[1], k, probed=probed)
+        queries = queries.widened()
         search = Search(
             self._lists.trained, queries, probed.shape[1], k + SPARE, nothing_banned, room=self._database.room,
             rough=True, probed=probed,

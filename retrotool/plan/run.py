@@ -21,8 +21,9 @@ Work, in floating-point operations (a multiplication and an addition are two)
 Time
     The longest of: operations / rate of the devices, core-seconds / cores, and bytes / rate of the disks,
     which read and write each file once. neighbours reads vectors twice, to re-rank; GPUs load them once, or
-    for every eight parts if they do not fit. Parts are the units of work, so the worker with the most parts
-    decides. Stages run one after another.
+    for every eight parts if they do not fit. Vectors that half of a host's memory does not hold are searched
+    in tiles (``neighbours.tiles``), for which rows are written and read again. Parts are the units of work,
+    so the worker with the most parts decides. Stages run one after another.
 
 Not included: what the plan lists as not counted, killed jobs, and the recall, which can only be measured.
 """
@@ -45,6 +46,7 @@ from retrotool.cli.options import parse_count
 from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
 from retrotool.index.stage import default_shard_rows, sample_size
+from retrotool.neighbours.tiles import room_of_tile
 from retrotool.sizes import parse_size
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
@@ -54,6 +56,9 @@ LIST_BYTES = 8
 SPECIAL_TOKENS = 2
 SCANNED_LISTS = 3
 RERANKED = 100
+PROBED = 80  # lists of a chunk
+_NEAR_TOGETHER = 0.7  # tiles that a chunk goes to, by those of a random choice of lists: measured 0.55 to 0.8
+_BESIDE_ROUTED, _LIST_NUMBER, _ANSWER = 24, 4, 12  # bytes of a row in a tile, besides its vector; and of a neighbour
 _CARD_BYTES, _BESIDE_VECTOR = 56e9, 40  # of 80 GB, for vectors; bytes of a vector besides its numbers
 _PARTS_AT_ONCE = 8  # searched by a GPU in each portion of vectors that is loaded
 _LOADED_PER_SECOND = 2e10  # bytes, from memory to a GPU
@@ -67,6 +72,7 @@ _EPYC = "an EPYC with AVX-512 BF16"
 _SSD = "assumed: a local SSD"
 _MOST_SIZE = 1 << 14
 _MOST_RATE = 1e24
+_MOST_BYTES = (1 << 63) - 1  # the most that JSON can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +260,7 @@ class _Work:
         self.parts = -(-self.n // PART_SIZE)
         choice = self._choice = choose_index(self.n, self.encoder.hidden, IndexOptions(target=self.target_recall))
         self._shards = -(-self.n // default_shard_rows(choice, None))
-        self._sample = sample_size(self.n, choice, None) if choice.nlist else 0
+        self._sample = sample_size(self.n, choice, self.machines.memory) if choice.nlist else 0
         of_lists = LIST_BYTES * choice.nlist * self._shards
         n, vector, saved = self.n, 2 * choice.d, NEIGHBOUR_BYTES * self.saved
         tokens = TOKEN_HUNDREDTHS * self.tokens // 100
@@ -269,6 +275,10 @@ class _Work:
         )
         self._bytes = {one.kind: one.bytes for one in self.files}
         self._device = "GPU" if self.machines.gpus else "core"
+        half, vectors = self.machines.memory // 2, self._bytes["embeddings"]
+        self._tiles = -(-vectors // room_of_tile(half, machines.gpus > 0)) if choice.nlist and vectors > half else 0
+        apart = self._tiles and self._tiles * (1 - (1 - 1 / self._tiles) ** PROBED)  # of lists that are anywhere
+        self._copies = max(1.0, _NEAR_TOGETHER * apart)
 
     def index(self) -> IndexPlan:
         choice, sample, memory = self._choice, self._sample, self._bytes["index"]
@@ -311,7 +321,10 @@ class _Work:
         coded = choice.code not in ("float16", "float32")
         scanned = min(n, SCANNED_LISTS * choice.nlist) if choice.nlist else n
         flops = n * (choice.nlist + scanned + min(n, RERANKED) * coded) * 2.0 * choice.coded
-        seconds, vectors = self._products("neighbours", flops), self._bytes["embeddings"]
+        vectors = self._bytes["embeddings"]
+        if self._tiles:
+            return self._in_tiles(n * (choice.nlist + scanned) * 2.0 * choice.coded)
+        seconds = self._products("neighbours", flops)
         read = vectors * (1 + coded) + self._bytes["index"]
         if self.machines.gpus:
             fits = n * (2 * choice.d + _BESIDE_VECTOR) <= _CARD_BYTES
@@ -319,6 +332,17 @@ class _Work:
             seconds += loads * vectors / _LOADED_PER_SECOND
             read = vectors * (1 if 2 * vectors <= self.machines.memory else loads)
         return self._spread("neighbours", seconds, read, self._bytes["neighbours"])
+
+    def _in_tiles(self, flops: float) -> StagePlan:
+        """Return the cost of a search in tiles, with ``flops`` to find and search lists."""
+        choice, n, copies = self._choice, self.n, self._copies
+        moved = int(n * (copies * (2 * choice.d + _BESIDE_ROUTED) + _LIST_NUMBER * PROBED))
+        moved += int(n * copies * _ANSWER * self.saved)
+        seconds = self._products("neighbours", flops)
+        seconds += moved / _LOADED_PER_SECOND if self.machines.gpus else 0.0
+        read = self._bytes["embeddings"] + LIST_BYTES * n + moved
+        written = moved + self._bytes["neighbours"]
+        return self._spread("neighbours", seconds, min(read, _MOST_BYTES), min(written, _MOST_BYTES))
 
     def _rate(self, stage: str, per: str) -> float:
         return self._use(TABLE[stage, per])
@@ -368,10 +392,14 @@ class _Work:
             "disks: every file is read and written once, a lower bound",
             "not counted: reading the input, networks, and cores that only drive a GPU",
         ]
-        if self.machines.gpus:
+        if self._tiles:
             found.append(
-                f"GPUs hold all vectors, or load them for every {_PARTS_AT_ONCE} parts: from half of a host's memory "
-                "or from disks"
+                f"{self._tiles:,} tiles of vectors, as half of a host's memory does not hold all; a chunk goes to "
+                f"{self._copies:.1f} of them, as measured with up to 100 tiles"
+            )
+        elif self.machines.gpus:
+            found.append(
+                f"GPUs hold all vectors, or load them for every {_PARTS_AT_ONCE} parts from the memory of a host"
             )
         if choice.nlist:
             candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"

@@ -20,6 +20,7 @@ from retrotool.ann.excluded import Queries
 from retrotool.encoder import Encoder, cosines, forwards
 from retrotool.index.run import IndexOptions, Options
 from retrotool.index.searching import NO_INDEX, ExactDatabase
+from retrotool.neighbours import tiles
 from retrotool.neighbours.filters import FilterOptions
 from retrotool.neighbours.run import SearchOptions
 from retrotool.neighbours.stage import NeighboursStage
@@ -157,6 +158,19 @@ def test_a_commit_that_changes_nothing_that_is_searched_does_not_load_it_again(
     neighbours_of(store_copy, True, "cuda:0")
     assert api.info(store_copy).commit > before + 2, "tables were committed one after the other"
     assert len(loads) == 1
+
+
+@pytest.mark.parametrize("card", [1 << 40, 2000])
+def test_tiles_are_searched_as_on_a_cpu(
+    store_copy: Path, gpu: None, monkeypatch: pytest.MonkeyPatch, card: int
+) -> None:
+    monkeypatch.setattr(tiles, "_CARD_BYTES", card)
+    wanted = IndexOptions(nlist=24, code="float16", shard_rows=100)
+    api.index(store_copy, target_recall=0.5, options=Options(wanted, devices="cuda:0", retrain=True, sample=50))
+    memory = sum(entry.bytes for entry in Store.open(store_copy).state.group("embeddings", "tiny").entries()) // 3
+    api.neighbours(store_copy, saved=6, name="on-cpu", search=SearchOptions(devices="cpu"))
+    api.neighbours(store_copy, saved=6, name="on-cuda", search=SearchOptions(memory=memory, devices="cuda:0"))
+    compare(store_copy, 0.99)
 
 
 def test_a_part_without_anything_to_search_for_has_an_empty_table(store_copy: Path, gpu: None) -> None:
