@@ -58,7 +58,10 @@ def command(
     materialise: Annotated[bool, opt("Also store the tokens of the K neighbours.", "--materialise")] = False,
     edit: Annotated[str | None, opt("Edit the table by the JSON lines in FILE instead.", metavar="FILE")] = None,
     encoder: EncoderOption = None,
-    memory: Annotated[str | None, opt("Memory for a block of queries, besides the tables.", metavar="SIZE")] = None,
+    memory: Annotated[
+        str | None,
+        opt("Memory for vectors and queries, besides the tables.  [default: half of the machine's]", metavar="SIZE"),
+    ] = None,
     devices: DevicesOption = "auto",
     no_wait: NoWaitOption = False,
     as_json: Json = False,
