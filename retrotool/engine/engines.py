@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,6 +13,7 @@ from retrotool import encoder
 from retrotool.errors import UsageError
 
 ENGINES = ("local", "ray")
+_CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,34 @@ def use_engine(engine: str = "local", ray_address: str | None = None, shard: tup
         raise UsageError(f"--engine {engine} is not one of {', '.join(ENGINES)}")
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise UsageError(f"--shard {shard[0]}/{shard[1]} is not i/n with i from 0 to n - 1")
-    address = ray_address or os.environ.get("RAY_ADDRESS") or "auto"
-    if engine == "ray" and "://" in address:
+    _chosen = Engine(engine, _ray_address(ray_address) if engine == "ray" else None, shard)
+
+
+def _ray_address(given: str | None) -> str:
+    """Return the address of a cluster; ``UsageError``, before anything is written, if there can't be one."""
+    address = given or os.environ.get("RAY_ADDRESS") or "auto"
+    if "://" in address:
         raise UsageError(
             f"{address} is not the address of a cluster's head, HOST:PORT",
             "To send the command to a cluster instead: ray job submit -- retrotool ...",
         )
-    _chosen = Engine(engine, address if engine == "ray" else None, shard)
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("--engine ray needs the package ray", "Install it with: pip install ray")
+    if address != "auto":  # Ray itself tries for many minutes
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise no_cluster(address, error) from error
+    return address
+
+
+def no_cluster(address: str, error: Exception) -> UsageError:
+    """Return the error for an address at which no cluster answers."""
+    return UsageError(
+        f"no Ray cluster can be reached at {address}: {str(error).splitlines()[0]}",
+        "Start one with `ray start --head`, or name the head with --ray-address HOST:PORT.",
+    )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ import dataclasses
 import logging
 import os
 import pickle
-import socket
 import sys
 import threading
 import time
@@ -42,16 +41,15 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retrotool.encoder.devices import find_devices
-from retrotool.engine.engines import Engine
+from retrotool.engine.engines import Engine, no_cluster
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform_reporting
-from retrotool.errors import TaskError, UsageError
+from retrotool.errors import TaskError
 from retrotool.lazy import leave_pandas_out
 from retrotool.machine import use_cores
 from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
-_CONNECT_SECONDS = 10.0
 WAIT_SECONDS = 5.0  # for a task to end, before nodes and progress are looked at
 _LOOK_SECONDS = 2.0  # between two looks at the nodes
 _OPENINGS = 3  # failures in a row after which a node is left alone
@@ -336,12 +334,6 @@ def connected(engine: Engine) -> Iterator[None]:
 
 def _connect(address: str) -> None:
     try:
-        if address != "auto":  # Ray itself tries for many minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"no Ray cluster can be reached at {address}: {str(error).splitlines()[0]}",
-            "Start one with `ray start --head`, or name the head with --ray-address HOST:PORT.",
-        ) from error
+        raise no_cluster(address, error) from error

@@ -20,7 +20,7 @@ from retrotool import interrupts
 from retrotool.engine.engines import engine_in_use
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import GivesUp, Holds, NodeLostError, OpenError, Sized, Stage, Task, is_own, own_first
-from retrotool.errors import AbortError, ErasedError, HeldError, RetrotoolError, StorageError, TaskError, UsageError
+from retrotool.errors import AbortError, ErasedError, HeldError, RetrotoolError, StorageError, TaskError
 from retrotool.store import folding, leases, staging
 from retrotool.store.leases import Run
 from retrotool.store.staging import Staged
@@ -229,10 +229,8 @@ class _Execution:
         """
         run, engine = "" if self.run is None else self.run.id, engine_in_use()
         if engine.name == "ray":
-            try:
-                from retrotool.engine.ray import RayPool
-            except ImportError as error:
-                raise UsageError("--engine ray needs the package ray", "Install it with: pip install ray") from error
+            from retrotool.engine.ray import RayPool
+
             if self.kept is None:
                 self.kept = self.pools.enter_context(RayPool(engine, self.stage, self.store, run, progress))
             self.kept.most = tasks

@@ -189,3 +189,16 @@ def test_if_the_driver_is_lost_the_same_command_goes_on(cluster: RayCluster, sto
         assert len(second.submit(drive, cluster.address, str(store), stage).result()) == 4
     tried = attempts(marks)
     assert sum(tried.values()) <= 5, "only what was in flight"
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("127.0.0.1:1", "no Ray cluster can be reached at 127.0.0.1:1"), ("http://127.0.0.1:8265", "ray job submit")],
+)
+def test_without_a_cluster_nothing_is_written(tmp_path: Path, address: str, message: str) -> None:
+    source = write_jsonl(tmp_path / "c.jsonl", make_rows(2))
+    done = CliRunner().invoke(
+        app, ["chunk", str(tmp_path / "store"), str(source), "--engine", "ray", "--ray-address", address]
+    )
+    assert done.exit_code == 2 and message in done.stderr
+    assert not (tmp_path / "store").exists()

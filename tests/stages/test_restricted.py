@@ -76,11 +76,11 @@ def test_lists_are_probed_until_they_hold_as_much(
     wanted = wanted & (np.arange(2000) >= first)
     some = [lists.SomeLists(whole, lambda ids: wanted[ids] & (ids % 2 == parity)) for parity in (0, 1)]  # noqa: B023
     queries = np.random.default_rng(6).normal(size=(40, 8)).astype(np.float32)
-    order = nearest_lists(whole.trained.centroids, torch.from_numpy(queries), 12)
+    order = nearest_lists(whole.trained, torch.from_numpy(queries), 12)
     seen = np.zeros(40, np.int64)
 
     def nearest(vectors: np.ndarray, nprobe: int) -> np.ndarray:
-        return nearest_lists(whole.trained.centroids, torch.from_numpy(vectors), nprobe)
+        return nearest_lists(whole.trained, torch.from_numpy(vectors), nprobe)
 
     everything, allowed = sum(one.whole for one in some), sum(one.sizes for one in some)
     for probed, rows in probes_by_query(nearest, queries, nprobe, everything, allowed):
