@@ -59,17 +59,20 @@ def _ray_address(given: str | None) -> str:
         raise UsageError("--engine ray needs the package ray", "Install it with: pip install ray")
     if address != "auto":  # Ray itself tries for many minutes
         host, _, port = address.rpartition(":")
+        if not (host and port.isdecimal()):
+            raise UsageError(f"--ray-address {address} is not HOST:PORT")
         try:
             socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-        except (OSError, ValueError) as error:
+        except (OSError, OverflowError) as error:
             raise no_cluster(address, error) from error
     return address
 
 
 def no_cluster(address: str, error: Exception) -> UsageError:
     """Return the error for an address at which no cluster answers."""
+    why = f"no Ray cluster can be reached at {address}: {str(error).splitlines()[0]}"
     return UsageError(
-        f"no Ray cluster can be reached at {address}: {str(error).splitlines()[0]}",
+        "this machine is not part of a running Ray cluster" if address == "auto" else why,
         "Start one with `ray start --head`, or name the head with --ray-address HOST:PORT.",
     )
 

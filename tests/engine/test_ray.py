@@ -193,7 +193,11 @@ def test_if_the_driver_is_lost_the_same_command_goes_on(cluster: RayCluster, sto
 
 @pytest.mark.parametrize(
     ("address", "message"),
-    [("127.0.0.1:1", "no Ray cluster can be reached at 127.0.0.1:1"), ("http://127.0.0.1:8265", "ray job submit")],
+    [
+        ("127.0.0.1:1", "no Ray cluster can be reached at 127.0.0.1:1"),
+        ("http://127.0.0.1:8265", "ray job submit"),
+        ("head", "--ray-address head is not HOST:PORT"),
+    ],
 )
 def test_without_a_cluster_nothing_is_written(tmp_path: Path, address: str, message: str) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", make_rows(2))
