@@ -206,8 +206,14 @@ class NeighboursStage:
             return None
         return Draft("neighbours", {"name": self.table, "index": self.index}, remove=others, records={self.key: record})
 
-    def size_of(self, store: Store, task: Task) -> int:  # noqa: ARG002
-        """Return the bytes of a part's table: at least ids and distances of the rows that are searched."""
+    def size_of(self, store: Store, task: Task) -> int:
+        """Return the bytes of a part's table: at least ids and distances of the rows that are searched.
+
+        Of a part that is sorted by tiles, those of its vectors, which are written at least once.
+        """
+        if task.inputs.get("step") == "routes":
+            encoder = store.state.records[f"index:{self.index}"]["encoder"]
+            return parts.part_entry(store, "embeddings", task.inputs["part"], encoder).bytes
         return task.weight * self.saved * _NEIGHBOUR_BYTES
 
     def open(self, store: Store) -> Worker:

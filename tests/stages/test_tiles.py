@@ -16,6 +16,7 @@ from stored import copy_store, stored_files
 
 from retrotool import api
 from retrotool.ann.choice import IndexOptions
+from retrotool.engine import run as running
 from retrotool.index.run import Options
 from retrotool.info import verify as verifying
 from retrotool.neighbours import tiles
@@ -118,6 +119,15 @@ def test_each_row_is_written_once_as_a_home_and_a_few_times_as_a_guest(
     homes, guests = (sum(sum(about[name]) for about in seen) for name in ("homes", "guests"))
     assert homes == api.info(store).chunks
     assert 0 < guests < 7 * homes, "of eight tiles, a row goes to those that it probes"
+
+
+def test_space_for_the_sorted_vectors_is_checked_before_they_are_written(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(running, "check_space", lambda storage, size, name: asked.append(size))
+    find(store, vectors(store) // 3)
+    assert vectors(store) in asked
 
 
 def interrupt_at(patch: pytest.MonkeyPatch, step: str, act: Any) -> list[str]:
