@@ -4,8 +4,9 @@ Searching part by part would read the vectors of nearly all lists again for ever
 read a few times, whatever the number of parts, in three rounds of tasks:
 
 1. For each part, write its rows by *tile*. A tile is a range of lists whose vectors fit into memory; near
-   lists are in the same tile. A row goes to its *home*, the tile of the list that it is indexed in, and as a
-   *guest* to other tiles with lists that it probes. Of a tile, one row group has the homes, one the guests.
+   lists are in the same tile. A row goes to its *home*, the tile of the list that it is indexed in, and, if
+   it has no neighbours yet, as a *guest* to other tiles with lists that it probes. Of a tile, one row group
+   has the homes, one the guests.
 2. For each tile, load the vectors of its homes, and compare every row that probes a list of the tile with all
    vectors of this list, exactly. Write the nearest of each row, in a row group per part.
 3. The task of a part, as in ``neighbours.stage``, merges what the tiles have found for its rows.
@@ -15,9 +16,12 @@ killed is repeated alone. They are removed when the table is done, when the data
 erase, as vectors are in them. What is purged in between is left out by the third round; rows that are then
 short of neighbours are searched for again, as they are otherwise.
 
-Results are those of a search in memory that probes as many lists. The embeddings are read once; then 1 plus
-the guests of a row times as much is written, and read once. Memory: half of the limit for the vectors of a
-tile, and on a GPU at most 48 GiB; in the first round 20 bytes per probe of a part.
+With many tiles a row is a guest of many. So that guests never take more than ``_MOST_GUESTS`` times the space
+of the vectors, the parts that ask are divided into *waves*, with three rounds each; homes are written in all.
+
+Results are those of a search in memory that probes as many lists. For each wave the embeddings are read once,
+and written; guests are written once; and everything written is read once. Memory: half of the limit for the
+vectors of a tile, and on a GPU at most 48 GiB; in the first round 20 bytes per probe of a part.
 
 Not for exact search, filters, other databases, nor repeated documents: these are searched directly.
 """
@@ -25,9 +29,11 @@ Not for exact search, filters, other databases, nor repeated documents: these ar
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +55,7 @@ from retrotool.index.on_device import OnDevice
 from retrotool.index.searching import AnyDatabase, Database, is_gpu
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
-from retrotool.ranges import in_steps
+from retrotool.ranges import consecutive_ranges, in_steps, within
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -65,10 +71,13 @@ Vectors16 = npt.NDArray[np.float16]
 ROUTES = "routes"
 TILING = "tiling"  # the slot of the file that says which list is in which tile
 _NOWHERE = -1
-_FEWEST_ROWS = 8  # 1/n of the vectors: for fewer rows, reading what they need is cheaper than sorting all
+_FEWEST_ROWS = 64  # 1/n of the vectors: for fewer rows, reading what they need is cheaper than sorting all
+_HOMES, _GUESTS = 0, 1  # row groups of a tile
+_MOST_GUESTS = 8  # at a time, per vector
+_NEAR_TOGETHER = 0.7  # tiles that a row goes to, by those of a random choice of lists: measured 0.55 to 0.8
 _SHARE_OF_MACHINE, _SHARE_FOR_TILE = 2, 2
 _CARD_BYTES = 48 << 30  # the rest is for queries
-_TILING = pa.schema({"tile": pa.int32()})
+_TILING = pa.schema({"tile": pa.int32(), "size": pa.int64()})
 _BATCH_ROWS = 1 << 16  # queries searched at a time
 _SHARE_FOR_ROWS = 32  # 1/n of the memory, in numbers of queries, which are there several times
 _MOST_GROUP = 1 << 26  # rows of a row group
@@ -79,44 +88,54 @@ _ITERATIONS = 8  # of the power method
 class TilePlan:
     """A search in ``tiles``: of ``vectors`` bytes in all, of which ``memory`` bytes may be loaded at a time.
 
-    ``digest``: of what decides the results of the first two rounds; files of another one are useless.
+    ``held``: the parts that are searched. ``wave_rows``: rows that may ask at a time. ``digest``: of what
+    decides the results of the first two rounds; files of another one are useless.
     """
 
     table: str
     tiles: int
     vectors: int
     memory: int
+    held: tuple[int, ...]
+    wave_rows: float
     digest: str
 
     def next_tasks(self, store: Store, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks of the next round, for ``tasks`` that each make the table of a part from scratch.
 
-        Parts that were added after the first round are searched directly.
+        Tasks of later waves come when those of this one are done.
         """
         files = store.state.group(ROUTES, self.table)
         tiling = files.get(TILING)
-        if tiling is None or routes_about(tiling)["plan"] != self.digest:
-            old = [entry.path for entry in files.entries()]
-            return [self._task("tiling", len(tasks), [], {"remove": old})]
-        missing = [task for task in tasks if files.get(part_slot(task.inputs["part"])) is None]
-        found = [tile for tile in range(self.tiles) if files.get(_tile_slot(tile)) is not None]
-        if missing and not found:
-            return [
-                self._task(f"routes of {task.label}", task.weight, [task.inputs["path"]], {"part": task.inputs["part"]})
-                for task in missing
-            ]
-        if len(missing) < len(tasks) and len(found) < self.tiles:
-            weight = sum(task.weight for task in tasks) // self.tiles
-            left = [tile for tile in range(self.tiles) if tile not in found]
-            return [self._task(f"tile {tile}", weight, [], {"tile": tile}) for tile in left]
-        return [
-            task if task in missing else replace(task, inputs={**task.inputs, "from_tiles": True}) for task in tasks
-        ]
+        wave = None if tiling is None else routes_about(tiling)
+        asking = []
+        if wave is not None and wave["of"] == self.digest:
+            asked = within(wave["asking"], (task.inputs["part"] for task in tasks))
+            asking = [task for task in tasks if task.inputs["part"] in asked]
+        if wave is None or not asking:
+            waves = math.ceil(sum(task.weight for task in tasks) / self.wave_rows)
+            spans = consecutive_ranges([task.inputs["part"] for task in tasks[: math.ceil(len(tasks) / waves)]])
+            name = hashlib.blake2b(repr([self.digest, spans]).encode(), digest_size=8).hexdigest()
+            tiling_of = {"remove": [entry.path for entry in files.entries()], "of": self.digest, "asking": spans}
+            return [self._task(name, "tiling", len(tasks), [], tiling_of)]
+        weights = {task.inputs["part"]: task.weight for task in asking}
+        unsorted = [part for part in sorted({*self.held, *weights}) if files.get(part_slot(part)) is None]
+        if unsorted:
+            routes = []
+            for part in unsorted:
+                path = parts.part_entry(store, "embeddings", part, wave["encoder"]).path
+                inputs = {"part": part, "asks": part in weights}
+                routes.append(self._task(wave["plan"], f"routes of part {part}", weights.get(part, 1), [path], inputs))
+            return routes
+        if left := [tile for tile in range(self.tiles) if files.get(_tile_slot(tile)) is None]:
+            weight = sum(weights.values()) // self.tiles
+            return [self._task(wave["plan"], f"tile {tile}", weight, [], {"tile": tile}) for tile in left]
+        return [replace(task, inputs={**task.inputs, "from_tiles": True}) for task in asking]
 
-    def _task(self, label: str, weight: int, reads: list[str], inputs: dict[str, Any]) -> Task:
-        key = task_key("neighbours", {"table": self.table, "plan": self.digest, "step": label}, reads)
+    def _task(self, wave: str, label: str, weight: int, reads: list[str], inputs: dict[str, Any]) -> Task:
+        key = task_key("neighbours", {"table": self.table, "plan": wave, "step": label}, reads)
         step = label.split()[0]
-        inputs = {"step": step, "plan": self.digest, "tiles": self.tiles, "part": None, **inputs}
+        inputs = {"step": step, "plan": wave, "tiles": self.tiles, "part": None, **inputs}
         return Task(key, label, weight, inputs, claimed=True, for_all=True)
 
     def __str__(self) -> str:
@@ -132,13 +151,29 @@ def plan_tiles(stage: NeighboursStage, store: Store, database: AnyDatabase, task
     dimension = int(store.state.records[f"encoder:{database.encoder}"]["dimension"])
     vectors = 2 * dimension * database.vectors_in_log
     memory = memory_of_machine() // _SHARE_OF_MACHINE if stage.memory is None else stage.memory
-    few = _FEWEST_ROWS * sum(task.weight for task in tasks) < database.vectors_in_log
-    if vectors <= memory or few or not database.record.nlist or search_scope.may_repeat(store):
+    if not tasks or vectors <= memory or not database.record.nlist or search_scope.may_repeat(store):
         return None
     tiles = min(-(-vectors // room_of_tile(memory, is_gpu(stage.devices[0]))), database.record.nlist)
-    held = [database.settings, database.point.nprobe, database.reads(), stage.saved, tiles]
-    digest = hashlib.blake2b(repr([*held, digest_of_undone(store.state)]).encode(), digest_size=8).hexdigest()
-    return TilePlan(stage.table, tiles, vectors, memory, digest)
+    decides = [database.settings, database.point.nprobe, database.reads(), stage.saved, tiles]
+    digest = hashlib.blake2b(repr([*decides, digest_of_undone(store.state)]).encode(), digest_size=8).hexdigest()
+    few = _FEWEST_ROWS * sum(task.weight for task in tasks) < database.vectors_in_log
+    begun = store.state.file(ROUTES, TILING, stage.table)
+    if few and (begun is None or routes_about(begun)["of"] != digest):
+        return None
+    guests = max(copies(tiles, database.point.nprobe) - 1, 1)
+    rows = _MOST_GUESTS * database.vectors_in_log / guests
+    return TilePlan(stage.table, tiles, vectors, memory, tuple(database.held()), rows, digest)
+
+
+def copies(tiles: int, nprobe: int) -> float:
+    """Return the expected number of tiles that a row with ``nprobe`` lists goes to."""
+    apart = tiles * (1 - (1 - 1 / tiles) ** nprobe)  # of lists that are anywhere
+    return max(1.0, _NEAR_TOGETHER * apart)
+
+
+def count_waves(copies_of_row: float) -> int:
+    """Return the number of waves in which all rows of a database are searched for."""
+    return max(1, math.ceil((copies_of_row - 1) / _MOST_GUESTS))
 
 
 def room_of_tile(memory: int, on_gpu: bool) -> int:
@@ -195,15 +230,16 @@ class TileStep:
         else:
             remove = ()
             tiling = self._file(TILING, inputs["plan"])
-            tile_of = parts.read_parquet(self.store, tiling)["tile"].to_numpy()
+            tile_of, sizes = (column.to_numpy() for column in parts.read_parquet(self.store, tiling).columns)
             reads = (tiling.path,)
             if inputs["step"] == "routes":
                 reads += (parts.part_entry(self.store, "embeddings", inputs["part"], self.database.encoder).path,)
                 entry = self._route(inputs["part"], tile_of, inputs, run)
             else:
-                requests = self._requests()
+                requests, tile = self._requests(), inputs["tile"]
                 reads += tuple(one.path for one in requests)
-                entry = self._search(inputs["tile"], requests, inputs, run)
+                asking = _numbers_in(routes_about(tiling)["asking"])
+                entry = self._search(tile, requests, asking, int(sizes[tile_of == tile].sum()), inputs, run)
         report(task.weight)
         settings = {"name": table, "index": self.stage.index}
         return Staged("neighbours", settings, reads, (entry,), remove, task=task.key, run=run)
@@ -228,19 +264,20 @@ class TileStep:
         for shard in self.database.shards:
             sizes += [shard.size(number) for number in shard.numbers]
         tile = split_lists(trained.centroids, sizes, task.inputs["tiles"])
-        about = {"plan": task.inputs["plan"], "tiles": task.inputs["tiles"]}
-        table = pa.table({"tile": tile}, schema=_TILING)
+        about = {name: task.inputs[name] for name in ("plan", "tiles", "of", "asking")}
+        about["encoder"] = self.database.encoder
+        table = pa.table({"tile": tile, "size": sizes}, schema=_TILING)
         return parts.write_parquet(self.store, self._name(run, TILING), table, about=about)
 
     def _route(self, part: int, tile_of: npt.NDArray[np.int32], inputs: Mapping[str, Any], run: str) -> FileEntry:
-        """Write the rows of a part by tile."""
+        """Write the rows of a part by tile; if it does not ask, as homes without lists."""
         store, encoder = self.store, self.database.encoder
         rows = searchable_rows(store, part, self.database.tombstones)
         vectors = read_part_vectors(store, encoder, part)
-        lists, homes = self._lists(vectors, rows), self._homes(part, len(vectors))[rows]
+        lists = self._lists(vectors, rows if inputs["asks"] else rows[:0])
+        homes = self._homes(part, len(vectors))[rows]
         first, last = (ends[rows] for ends in search_scope.document_intervals(store, part))
-        count: dict[str, list[int]] = {"homes": [], "guests": []}
-        nprobe = lists.shape[1]
+        nprobe, schema = lists.shape[1], _requests_schema(vectors.shape[1])
         probed_tiles, home_tiles = tile_of[lists].ravel(), np.where(homes >= 0, tile_of[homes], _NOWHERE)
         by_tile = np.argsort(probed_tiles, kind="stable")
         bounds = np.searchsorted(probed_tiles[by_tile], np.arange(inputs["tiles"] + 1))
@@ -249,7 +286,7 @@ class TileStep:
             for tile, (low, high) in enumerate(pairwise(bounds.tolist())):
                 interrupts.check()
                 pairs = by_tile[low:high]  # of a row and a list, in the order of rows
-                asking, counts = np.unique(pairs // nprobe, return_counts=True)
+                asking, counts = np.unique(pairs // max(nprobe, 1), return_counts=True)
                 probes = pa.ListArray.from_arrays(
                     np.append(0, np.cumsum(counts)).astype(np.int32), lists.ravel()[pairs]
                 )
@@ -260,24 +297,25 @@ class TileStep:
                 some = np.concatenate([asking, silent])[order]
                 probes = pa.concat_arrays([probes, none]).take(pa.array(order))
                 is_home = home_tiles[some] == tile
-                for kind, chosen in (("homes", np.flatnonzero(is_home)), ("guests", np.flatnonzero(~is_home))):
-                    count[kind].append(len(chosen))
-                    if len(chosen):
-                        its = some[chosen]
-                        yield pa.table(
-                            [
-                                rows[its].astype(np.int32), first[its], last[its], homes[its],
-                                probes.take(pa.array(chosen)), parts.fixed_binary(vectors[rows[its]].view(np.uint8)),
-                            ],
-                            schema=_requests_schema(vectors.shape[1]),
-                        )  # fmt: skip
+                for chosen in (np.flatnonzero(is_home), np.flatnonzero(~is_home)):
+                    its = some[chosen]
+                    yield pa.table(
+                        [
+                            rows[its].astype(np.int32), first[its], last[its], homes[its],
+                            probes.take(pa.array(chosen)), parts.fixed_binary(vectors[rows[its]].view(np.uint8)),
+                        ],
+                        schema=schema,
+                    )  # fmt: skip
 
-        schema = _requests_schema(vectors.shape[1])
-        name = self._name(run, part_slot(part))
-        entry = parts.write_batches(
-            store, name, schema, sections(), row_group=_MOST_GROUP, brief=True, about={"plan": inputs["plan"]}
-        )
-        return replace(entry, about={"plan": inputs["plan"], **count})
+        return self._write(part_slot(part), schema, sections(), inputs, run)
+
+    def _write(
+        self, slot: str, schema: pa.Schema, groups: Iterator[pa.Table], inputs: Mapping[str, Any], run: str
+    ) -> FileEntry:
+        """Write a file with these row groups, of which some are empty."""
+        about = {"plan": inputs["plan"]}
+        name = self._name(run, slot)
+        return parts.write_batches(self.store, name, schema, groups, row_group=_MOST_GROUP, brief=True, about=about)
 
     def _lists(self, vectors: MappedVectors, rows: Ids) -> npt.NDArray[np.int32]:
         """Return the lists that each row probes, int32 [n, nprobe]."""
@@ -304,101 +342,85 @@ class TileStep:
                 homes[parts.row_of(ids[parts.slice_of_part(ids, part)])] = number
         return homes
 
-    def _search(self, tile: int, requests: Sequence[FileEntry], inputs: Mapping[str, Any], run: str) -> FileEntry:
-        """Answer the rows of all parts that probe a list of the tile."""
-        loaded = LoadedTile(self.store, self.database, self.stage, requests, tile)
-        done: list[int] = []
-
-        def answers() -> Iterator[pa.Table]:
-            for part, rows, best in loaded.answers():
-                done.append(part)
-                yield pa.table(
-                    [
-                        rows,
-                        parts.fixed_binary(best.ids.view(np.uint8)),
-                        parts.fixed_binary(best.distances.view(np.uint8)),
-                    ],
-                    schema=_answers_schema(self.stage.saved),
-                )
-
-        name = self._name(run, _tile_slot(tile))
+    def _search(
+        self, tile: int, requests: Sequence[FileEntry], asking: Sequence[int], room: int, inputs: Mapping[str, Any],
+        run: str,
+    ) -> FileEntry:  # fmt: skip
+        """Answer the rows of parts that probe a list of the tile, in a row group for each part that asks."""
+        loaded = LoadedTile(self.store, self.database, self.stage, requests, asking, tile, room)
         schema = _answers_schema(self.stage.saved)
-        entry = parts.write_batches(
-            self.store, name, schema, answers(), row_group=_MOST_GROUP, brief=True, about={"plan": inputs["plan"]}
+        answers = (
+            pa.table(
+                [rows, parts.fixed_binary(best.ids.view(np.uint8)), parts.fixed_binary(best.distances.view(np.uint8))],
+                schema=schema,
+            )
+            for rows, best in loaded.answers()
         )
-        return replace(entry, about={"plan": inputs["plan"], "parts": done})
+        return self._write(_tile_slot(tile), schema, answers, inputs, run)
 
 
 class LoadedTile:
-    """The vectors at home in a tile, in lists that are searched exactly, and the rows that probe them."""
+    """The vectors at home in a tile, up to ``room``, in lists that are searched exactly, and who probes them.
+
+    ``requests``: the files of all parts, by part; ``asking``: the parts with rows that probe lists.
+    """
 
     def __init__(
-        self, store: Store, database: Database, stage: NeighboursStage, requests: Sequence[FileEntry], tile: int
-    ) -> None:
+        self, store: Store, database: Database, stage: NeighboursStage, requests: Sequence[FileEntry],
+        asking: Sequence[int], tile: int, room: int,
+    ) -> None:  # fmt: skip
         self._store, self._database, self._stage, self._tile = store, database, stage, tile
-        self._requests = [
-            one for one in requests if routes_about(one)["homes"][tile] + routes_about(one)["guests"][tile]
-        ]
-        starts = np.cumsum([0, *(routes_about(one)["homes"][tile] for one in self._requests)])
-        self._places = [slice(low, high) for low, high in pairwise(starts.tolist())]
         d = int(store.state.records[f"encoder:{database.encoder}"]["dimension"])
-        self._vectors = np.empty((int(starts[-1]), d), np.float16)
-        ids, homes = np.empty(len(self._vectors), np.int64), np.empty(len(self._vectors), np.int32)
-        self._at_home: list[pa.Table | None] = []  # the same rows without vectors
-        for entry, place in zip(self._requests, self._places, strict=True):
+        self._vectors = np.empty((room, d), np.float16)
+        ids, homes, held = np.empty(room, np.int64), np.empty(room, np.int32), 0
+        # Of each part that asks its file, the places of its vectors, and the same rows without vectors.
+        self._asking: list[tuple[FileEntry, slice, pa.Table]] = []
+        for entry in requests:
             interrupts.check()
-            table = self._read(entry, "homes")
-            self._at_home.append(None if table is None else table.drop_columns(["home", "vector"]))
-            if table is not None:
-                self._vectors[place] = _vectors_of(table)
-                ids[place] = parts.chunk_ids(int(entry.slot), table["row"].to_numpy())
-                homes[place] = table["home"].to_numpy()
+            table, part = self._read(entry, _HOMES), int(entry.slot)
+            place = slice(held, held := held + len(table))
+            if held > room:
+                raise ErasedError(f"the index {stage.index!r} was changed by another process")
+            self._vectors[place] = _vectors_of(table)
+            ids[place], homes[place] = parts.chunk_ids(part, table["row"].to_numpy()), table["home"].to_numpy()
+            if part in asking:
+                self._asking.append((entry, place, table.drop_columns(["home", "vector"])))
+        self._vectors, ids, homes = self._vectors[:held], ids[:held], homes[:held]
         self._ids, self._lists = ids, VectorLists(ids, self._vectors, homes, database.trained.nlist)
         device, self._on_device = stage.devices[0], None
         if is_gpu(device):
             self._on_device = OnDevice(device, database.trained, ids, homes, self._fetch, d)
 
-    def _read(self, entry: FileEntry, kind: str) -> pa.Table | None:
-        """Read a row group of a part: the rows at home in the tile, or its guests; None if there are none."""
-        about = routes_about(entry)
-        if not about[kind][self._tile]:
-            return None
-        before = sum(n > 0 for name in ("homes", "guests") for n in about[name][: self._tile])
-        group = before + (kind == "guests" and about["homes"][self._tile] > 0)
-        return parts.read_parquet(self._store, entry, row_groups=[group])
+    def _read(self, entry: FileEntry, kind: int) -> pa.Table:
+        """Read a row group of a part: the rows at home in the tile, or its guests."""
+        return parts.read_parquet(self._store, entry, row_groups=[2 * self._tile + kind])
 
     def _fetch(self, ids: Ids) -> Vectors16:
         return self._vectors[np.searchsorted(self._ids, ids)]
 
-    def answers(self) -> Iterator[tuple[int, npt.NDArray[np.int32], Best]]:
-        """Yield each part with rows that probe the tile, these rows [n], and the nearest of each."""
-        waiting, held, memory = list[tuple[int, Asked]](), 0, self._stage.memory
+    def answers(self) -> Iterator[tuple[npt.NDArray[np.int32], Best]]:
+        """Yield the rows [n] of each part that asks which probe the tile, and the nearest of each."""
+        waiting, held, memory = list[Asked](), 0, self._stage.memory
         most = _BATCH_ROWS if memory is None else min(_BATCH_ROWS, memory // _SHARE_FOR_ROWS // self._vectors.shape[1])
-        for entry, place, table in zip(self._requests, self._places, self._at_home, strict=True):
-            asked = self._asked(entry, place, table)
-            if len(asked.rows):
-                waiting.append((int(entry.slot), asked))
-                held += len(asked.rows)
+        for entry, place, table in self._asking:
+            guests = self._read(entry, _GUESTS)
+            waiting += [Asked.joined([Asked.of(table, self._vectors[place]), Asked.of(guests, _vectors_of(guests))])]
+            held += len(waiting[-1].rows)
             if held >= most:
                 yield from self._answered(waiting)
                 waiting, held = [], 0
         yield from self._answered(waiting)
 
-    def _asked(self, entry: FileEntry, place: slice, at_home: pa.Table | None) -> Asked:
-        """Return the rows of a part that probe a list of the tile: those at home in it, and its guests."""
-        found = [] if at_home is None else [Asked.of(at_home, self._vectors[place])]
-        guests = self._read(entry, "guests")
-        found += [] if guests is None else [Asked.of(guests, _vectors_of(guests))]
-        return Asked.joined(found)
-
-    def _answered(self, several: Sequence[tuple[int, Asked]]) -> Iterator[tuple[int, npt.NDArray[np.int32], Best]]:
+    def _answered(self, several: Sequence[Asked]) -> Iterator[tuple[npt.NDArray[np.int32], Best]]:
         if several:
             interrupts.check()
-            best, low = self._nearest(Asked.joined([asked for _, asked in several])), 0
-            for part, asked in several:
-                yield part, asked.rows, best.take(slice(low, low := low + len(asked.rows)))
+            best, low = self._nearest(Asked.joined(several)), 0
+            for asked in several:
+                yield asked.rows, best.take(slice(low, low := low + len(asked.rows)))
 
     def _nearest(self, asked: Asked) -> Best:
+        if not len(asked.rows):
+            return Best.nothing(0, self._stage.saved)
         k, queries = self._stage.saved, Queries(asked.vectors, Excluded(asked.first, asked.last))
         probed = np.full((len(queries), int(asked.counts.max())), self._lists.empty, np.int64)
         probed[np.arange(probed.shape[1]) < asked.counts[:, None]] = asked.lists
@@ -445,12 +467,11 @@ class Asked:
 
     @classmethod
     def joined(cls, several: Sequence[Asked]) -> Asked:
-        """Concatenate rows."""
-        if len(several) == 1:
-            return several[0]
-        none = np.zeros(0, np.int64)
-        nothing = cls(none.astype(np.int32), np.zeros((0, 0), np.float16), none, none, none, none.astype(np.int32))
-        return cls(*map(np.concatenate, zip(*map(astuple, several), strict=True))) if several else nothing
+        """Concatenate rows of one or several."""
+        return several[0] if len(several) == 1 else cls(*map(np.concatenate, zip(*map(_FIELDS, several), strict=True)))
+
+
+_FIELDS = attrgetter(*Asked.__dataclass_fields__)
 
 
 def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> Best:
@@ -459,11 +480,13 @@ def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -
     tiling = files.get(TILING)
     if tiling is None:
         raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
-    for tile in range(routes_about(tiling)["tiles"]):
+    about = routes_about(tiling)
+    group = _numbers_in(about["asking"]).index(part)
+    for tile in range(about["tiles"]):
         entry = files.get(_tile_slot(tile))
-        if entry is None or part not in routes_about(entry)["parts"]:
-            continue
-        found = parts.read_parquet(store, entry, row_groups=[routes_about(entry)["parts"].index(part)])
+        if entry is None or routes_about(entry)["plan"] != about["plan"]:
+            raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
+        found = parts.read_parquet(store, entry, row_groups=[group])
         ids = parts.from_fixed_binary(found["ids"], np.dtype(np.int64))
         distances = parts.from_fixed_binary(found["distances"], np.dtype(np.float32))
         its = found["row"].to_numpy()
@@ -472,6 +495,11 @@ def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -
         so_far = Best(best.distances[place], best.ids[place])
         best.put(place, merged(so_far, Best(distances[known], ids[known]), saved))
     return best
+
+
+def _numbers_in(spans: Sequence[Sequence[int]]) -> list[int]:
+    """Return the numbers in ranges [first, last]."""
+    return [number for first, last in spans for number in range(first, last + 1)]
 
 
 def _tile_slot(tile: int) -> str:

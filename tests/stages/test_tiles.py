@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_rows, write_jsonl
 from hypothesis import given
@@ -107,18 +108,50 @@ def test_what_fits_is_not_sorted(store: Path, capsys: pytest.CaptureFixture[str]
 def test_each_row_is_written_once_as_a_home_and_a_few_times_as_a_guest(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[list[int]] = []
     route = tiles.TileStep._route
 
     def watched(self: tiles.TileStep, *arguments: Any) -> Any:
-        seen.append(dict((entry := route(self, *arguments)).about or {}))
+        entry = route(self, *arguments)
+        about = pq.read_metadata(store / entry.path)
+        seen.append([about.row_group(n).num_rows for n in range(about.num_row_groups)])
         return entry
 
     monkeypatch.setattr(tiles.TileStep, "_route", watched)
     find(store, vectors(store) // 4)
-    homes, guests = (sum(sum(about[name]) for about in seen) for name in ("homes", "guests"))
+    homes, guests = (sum(sum(rows[kind::2]) for rows in seen) for kind in (0, 1))
     assert homes == api.info(store).chunks
     assert 0 < guests < 7 * homes, "of eight tiles, a row goes to those that it probes"
+
+
+@pytest.mark.parametrize("rows", [60, 130])
+def test_waves_find_what_one_finds(store: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 60 chunks ask one by one, or two at a time; each wave finds neighbours in all parts."""
+    parts = api.info(store).parts
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "_MOST_GUESTS", rows / api.info(store).chunks)
+        patch.setattr(tiles, "copies", lambda *_: 2)
+        done = interrupt_at(patch, "", lambda: None)
+        find(store, vectors(store) // 4)
+    assert done.count("tiling") == -(-api.info(store).chunks // rows)
+    assert done.count("routes") == done.count("tiling") * len(parts)
+    assert_equal(store, "tiled", "whole")
+    assert not stored_files(store, "routes/*/*")
+    assert api.verify(store).ok
+
+
+def test_a_store_that_has_doubled_is_searched_as_a_whole(store: Path, tiny_encoder: Path) -> None:
+    """Old parts have tables already: they are only added to, but new parts find neighbours in old ones."""
+    more = [{**row, "id": f"more-{row['id']}", "text": f"more {row['text']}"} for row in make_rows(150, words=80)]
+    api.chunk(store, [str(write_jsonl(store.parent / "more.jsonl", more))], part_size=60)
+    api.embed(store, encoder=str(tiny_encoder))
+    api.index(store, name="whole")
+    other = copy_store(store, store.parent / "other")
+    find(store, vectors(store) // 3, name="whole")
+    find(other, 1 << 30, name="whole")
+    for here, there in zip(saved_neighbours(store, "whole"), saved_neighbours(other, "whole"), strict=True):
+        assert np.array_equal(here, there)
+    assert not stored_files(store, "routes/*/*")
 
 
 def test_space_for_the_sorted_vectors_is_checked_before_they_are_written(
