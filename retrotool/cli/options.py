@@ -146,12 +146,19 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_count(option: str, text: str) -> int:
-    """Parse a number such as ``1.75T``, ``300B`` (or ``300G``), ``20M``, ``500k``, ``1e9`` or ``4096``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([kmbgt])?", text.strip().lower())
-    count = 0 if match is None else int(Fraction(match[1]) * _COUNTS[match[2] or ""])
+    """Parse a count such as ``1.75T``, ``300B`` (or ``300G``), ``20M``, ``500k``, ``1e9`` or ``4096``."""
+    count = int(parse_number(option, text))
     if count < 1:
         raise UsageError(f"{option} {text}: not a positive number", "Give for example 1.75T, 20M or 4096.")
     return count
+
+
+def parse_number(option: str, text: str) -> Fraction:
+    """Parse a number as ``parse_count`` does, with its fraction."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([kmbgt])?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{option} {text}: not a positive number", "Give for example 1.75T, 20M or 4096.")
+    return Fraction(match[1]) * _COUNTS[match[2] or ""]
 
 
 def first_device(devices: str) -> str:

@@ -204,8 +204,8 @@ def scaled(n: float, unit: str = "") -> str:
 
 def size(n: float) -> str:
     """Return bytes as text, such as ``12.3 GB``."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if n < 1000 or unit == "PB":
             break
         n /= 1000
     return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

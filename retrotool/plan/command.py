@@ -9,11 +9,11 @@ from retrotool.ann.choice import TARGET_RECALL
 from retrotool.chunk import CHUNK_LENGTH
 from retrotool.cli import output
 from retrotool.cli.command_lines import SAVED
-from retrotool.cli.options import Json, opt, parse_count
+from retrotool.cli.options import Json, opt, parse_number
 from retrotool.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrotool.plan.run import Plan, Rate
+    from retrotool.plan.run import Plan, Rate, StagePlan
 
 EPILOG = """\b
 Examples:
@@ -35,13 +35,23 @@ def command(
     chunk_length: Annotated[int, _corpus("Tokens per chunk.", metavar="N")] = CHUNK_LENGTH,
     neighbours: Annotated[int, _corpus("Neighbours to save per chunk.", metavar="N")] = SAVED,
     target_recall: Annotated[float, _corpus("Recall to choose the index for.", metavar="R")] = TARGET_RECALL,
+    nprobe: Annotated[int, _corpus("Lists that each chunk is compared with.", metavar="N")] = 128,
     gpus: Annotated[int, _machines("Total number of GPUs; 0: CPU only.", metavar="N")] = 0,
     hosts: Annotated[int | None, _machines("Number of hosts.  [default: one per 8 GPUs]", metavar="N")] = None,
     cores: Annotated[int | None, _machines("CPU cores per host.  [default: as here]", metavar="N")] = None,
     memory_per_host: Annotated[str | None, _machines("Memory per host.  [default: as here]", metavar="SIZE")] = None,
+    bucket: Annotated[bool, _machines("The store is in object storage, not on disks.")] = False,
     rate: Annotated[
         list[str] | None,
-        _machines("Rate of a stage, in the plan's unit, such as embed=25k. Repeatable.", metavar="STAGE=NUMBER"),
+        _machines("Rate of a stage, in the plan's unit, such as embed=25k. Repeatable.", metavar="NAME=NUMBER"),
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        _machines(
+            "Price of a gpu or host for an hour, of 1,000 get or put requests, or of a GB stored for a month, "
+            "such as gpu=2.50. Repeatable.",
+            metavar="NAME=NUMBER",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -55,16 +65,18 @@ def command(
     result = plan_run.plan(
         tokens, encoder=encoder, gpus=gpus, hosts=hosts, cores=cores, memory_per_host=memory_per_host,
         tokens_per_document=tokens_per_document, chunk_length=chunk_length, saved=neighbours,
-        target_recall=target_recall, rates=dict(map(_parse_rate, rate or ())),
+        target_recall=target_recall, nprobe=nprobe, bucket=bucket,
+        rates=dict(_parse("--rate", one, "embed=25k") for one in rate or ()),
+        prices=dict(_parse("--price", one, "gpu=2.50") for one in price or ()),
     )  # fmt: skip
     output.show(result, as_json, _text)
 
 
-def _parse_rate(text: str) -> tuple[str, float]:
-    stage, separator, number = text.partition("=")
+def _parse(option: str, text: str, example: str) -> tuple[str, float]:
+    name, separator, number = text.partition("=")
     if not separator:
-        raise UsageError(f"--rate {text} is not STAGE=NUMBER, such as embed=25k")
-    return stage, float(parse_count(f"--rate {stage}", number))
+        raise UsageError(f"{option} {text} is not NAME=NUMBER, such as {example}")
+    return name, float(parse_number(f"{option} {name}", number))
 
 
 def _text(plan: Plan) -> str:
@@ -72,8 +84,14 @@ def _text(plan: Plan) -> str:
     where = f"{output.count(machines.gpus, 'GPU')} on " if machines.gpus else ""
     memory = output.size(machines.memory)
     files = [(one.kind, output.size(one.bytes), one.each) for one in plan.files]
-    stages = [(one.name, one.gpu_hours, one.core_hours, one.wall_hours, one.limit) for one in plan.stages]
-    stages.append(("all", plan.gpu_hours, plan.core_hours, plan.wall_hours, ""))
+    stages = [_row(one) for one in plan.stages if one.tasks]
+    requests = sum(one.gets + one.puts for one in plan.stages)
+    stages.append(
+        ("all", _hours(plan.gpu_hours), _hours(plan.core_hours), "", "", output.scaled(requests),
+         _duration(plan.wall_hours), "" if plan.price is None else f"{plan.price:,.2f}", "")
+    )  # fmt: skip
+    shown = [0, 1, 2, 3, 4, *([5] if machines.bucket else []), 6, *([] if plan.price is None else [7]), 8]
+    names = ("", "GPU-hours", "core-hours", "read", "written", "requests", "time", "price", "limited by")
     return "\n".join([
         f"{output.scaled(plan.tokens)} tokens: {output.scaled(plan.documents)} documents, "
         f"{output.scaled(plan.chunks)} chunks of up to {plan.chunk_length} tokens, {output.count(plan.parts, 'part')}",
@@ -94,10 +112,11 @@ def _text(plan: Plan) -> str:
         "",
         "Stages, one after another",
         output.table(
-            [(name, *map(_hours, hours), _duration(wall), limit) for name, *hours, wall, limit in stages],
-            ("", "GPU-hours", "core-hours", "time", "limited by"),
-            right=(1, 2, 3),
+            [tuple(row[n] for n in shown) for row in stages],
+            tuple(names[n] for n in shown),
+            right=tuple(range(1, len(shown) - 1)),
         ),
+        *([] if plan.price_a_month is None else [f"Stored for a month: {plan.price_a_month:,.2f}"]),
         "",
         "Rates",
         output.table([(one.stage, _rate(one), f"per {one.per}", one.source) for one in plan.rates], right=(1,)),
@@ -105,6 +124,14 @@ def _text(plan: Plan) -> str:
         "Assumed",
         *(f"  {one}" for one in plan.assumptions),
     ])  # fmt: skip
+
+
+def _row(one: StagePlan) -> tuple[str, ...]:
+    return (
+        one.name, _hours(one.gpu_hours), _hours(one.core_hours), output.size(one.read_bytes),
+        output.size(one.written_bytes), output.scaled(one.gets + one.puts), _duration(one.wall_hours),
+        "" if one.price is None else f"{one.price:,.2f}", one.limit,
+    )  # fmt: skip
 
 
 def _hours(n: float) -> str:

@@ -1,7 +1,7 @@
-"""``plan``: estimate the files, index, GPU-hours, core-hours and hours of a database, without a corpus.
+"""``plan``: estimate the files, index, hours, bytes, requests and price of a database, without a corpus.
 
 n chunks of up to m tokens are encoded to d dimensions; L = tokens / n + 2 is their mean length with special
-tokens. Rates are measured, per core, per GPU, or per host (its file system).
+tokens. Rates are measured, per core, per GPU, or per host (its disks or network).
 
 Sizes
     chunks        n = tokens / m + documents · (m − 1) / 2m: last chunks of documents are half full on average
@@ -14,16 +14,21 @@ Work, in floating-point operations (a multiplication and an addition are two)
     index: train  sample · nlist · 2·d · iterations, with sample = 64 · nlist vectors, on one GPU or host;
                   2·√nlist instead of nlist for two-level k-means
     index: encode n · (nlist + 256 + d) · 2·d: nearest list, 256 centroids per piece, rotation (the latter two
-                  only if the index has pieces and a rotation; nothing for an exact one)
-    neighbours    n · (nlist + scanned + 100) · 2·d: scanned = 3·nlist codes per query, those of 24 to 96
-                  lists, and 100 re-ranked candidates unless codes are the vectors; n · n · 2·d if exact
+                  only if the index has pieces and a rotation; nothing for an exact one); for very many lists
+                  33·√nlist instead of nlist
+    index: recall 2,000 queries · n · 2·d, up to a budget: exact search
+    neighbours    n · nlist · 2·d to find lists, at the rate of index, and n · (nprobe · n / nlist + 80 per
+                  saved neighbour, to re-rank) · 2·d; no re-ranking on GPUs and in tiles, where codes are
+                  the vectors; n · n · 2·d if exact
 
 Time
-    The longest of: operations / rate of the devices, core-seconds / cores, and bytes / rate of the disks,
-    which read and write each file once. neighbours reads vectors twice, to re-rank; GPUs load them once, or
-    for every eight parts if they do not fit. Vectors that half of a host's memory does not hold are searched
-    in tiles (``neighbours.tiles``), for which rows are written and read again. Parts are the units of work,
-    so the worker with the most parts decides. Stages run one after another.
+    The longest of: operations / rate of the devices, core-seconds / cores, bytes / rate of the hosts, which
+    read and write each file once, and in a bucket requests / rate of the bucket. GPUs load vectors once for
+    neighbours, or for every eight parts if they do not fit. Vectors that half of a host's memory does not
+    hold are searched in tiles (``neighbours.tiles``), for which rows are written and read again. Tasks are
+    the units of work, so the worker with the most decides. Stages run one after another.
+
+Requests: files are read in ranges of 8 MiB, and sent in parts of 16; a task needs some more for the log.
 
 Not included: what the plan lists as not counted, killed jobs, and the recall, which can only be measured.
 """
@@ -41,27 +46,31 @@ from retrotool.ann.choice import ITERATIONS, TARGET_RECALL, IndexOptions, IndexS
 from retrotool.ann.kmeans import TWO_LEVELS
 from retrotool.chunk import CHUNK_LENGTH, PART_SIZE
 from retrotool.chunk.run import check_chunk_length
+from retrotool.cli import output
 from retrotool.cli.command_lines import SAVED
 from retrotool.cli.options import parse_count
 from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
+from retrotool.index.recall import BUDGET, GPU_BUDGET
 from retrotool.index.stage import default_shard_rows, sample_size
-from retrotool.neighbours.tiles import room_of_tile
+from retrotool.neighbours.tiles import copies, count_waves, room_of_tile
 from retrotool.sizes import parse_size
+from retrotool.store.object_storage import PART_BYTES, RANGE_BYTES
 
 DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
 ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105  # bytes per chunk without its tokens, and hundredths of a byte per token
 TEXT_BYTES = 4  # bytes of text per token
 LIST_BYTES = 8
 SPECIAL_TOKENS = 2
-SCANNED_LISTS = 3
-RERANKED = 100
-PROBED = 80  # lists of a chunk
-_NEAR_TOGETHER = 0.7  # tiles that a chunk goes to, by those of a random choice of lists: measured 0.55 to 0.8
+NPROBE = 128  # lists that a chunk is compared with: 96 to 168 for documentation
+_RERANKED = 5 * 16  # for a saved neighbour 5 candidates, each as much work as 16 codes
+_ASKED = 2000  # queries, to measure recall
+_UPPER_PROBED = 33  # of √nlist upper lists, with finding them
 _BESIDE_ROUTED, _LIST_NUMBER, _ANSWER = 24, 4, 12  # bytes of a row in a tile, besides its vector; and of a neighbour
 _CARD_BYTES, _BESIDE_VECTOR = 56e9, 40  # of 80 GB, for vectors; bytes of a vector besides its numbers
 _PARTS_AT_ONCE = 8  # searched by a GPU in each portion of vectors that is loaded
 _LOADED_PER_SECOND = 2e10  # bytes, from memory to a GPU
+_BESIDE_READS, _BESIDE_WRITES = 12, 8  # requests of a task, besides those for its data
 GPUS_A_HOST = 8
 TOKENS_A_DOCUMENT = 700
 _CENTROIDS = 256
@@ -69,7 +78,7 @@ _HOUR = 3600.0
 _MOST = 10**9
 WIDE = 768  # encoders with fewer dimensions have a separate rate: small matrices don't keep a device busy
 _EPYC = "an EPYC with AVX-512 BF16"
-_SSD = "assumed: a local SSD"
+_SSD, _NETWORK, _S3 = "assumed: a local SSD", "assumed: a network of 25 Gbit/s", "S3, for a prefix"
 _MOST_SIZE = 1 << 14
 _MOST_RATE = 1e24
 _MOST_BYTES = (1 << 63) - 1  # the most that JSON can have
@@ -101,7 +110,14 @@ _RATES = (
     Rate("write", 1.0e9, "B/s", "host", _SSD),
 )
 TABLE = {(rate.stage, rate.per): rate for rate in _RATES}
-STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write")  # whose rate the caller can give
+_OF_BUCKET = (
+    Rate("read", 3.0e9, "B/s", "host", _NETWORK),
+    Rate("write", 3.0e9, "B/s", "host", _NETWORK),
+    Rate("get", 5500.0, "requests/s", "bucket", _S3),
+    Rate("put", 3500.0, "requests/s", "bucket", _S3),
+)
+STAGES = ("chunk", "embed", "feed", "index", "neighbours", "read", "write", "get", "put")  # rates that can be given
+PRICES = ("gpu", "host", "get", "put", "stored")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +137,13 @@ class EncoderShape:
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """The hosts, with cores and ``memory`` (bytes) per host, and the total GPUs."""
+    """The hosts, cores and ``memory`` (bytes) per host, GPUs in all, and whether a bucket has the store."""
 
     gpus: int
     hosts: int
     cores: int
     memory: int
+    bucket: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,20 +168,30 @@ class IndexPlan(IndexShape):
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """What a stage costs. ``limit`` is its bottleneck: GPU, CPU or disk. ``core_hours`` counts busy cores."""
+    """What a stage costs. ``limit`` is its bottleneck: GPU, CPU, disk, network or requests.
+
+    ``core_hours`` counts busy cores, ``gets`` and ``puts`` requests to a bucket, which ``price`` contains.
+    """
 
     name: str
+    tasks: int
     gpu_hours: float
     core_hours: float
     wall_hours: float
     read_bytes: int
     written_bytes: int
+    gets: int
+    puts: int
+    price: float | None
     limit: str
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a database of ``tokens`` tokens takes, and the ``rates`` that were used."""
+    """What a database of ``tokens`` tokens takes, and the ``rates`` that were used.
+
+    ``price`` is that of all stages, ``price_a_month`` that of the files; None without prices.
+    """
 
     tokens: int
     documents: int
@@ -180,6 +207,8 @@ class Plan:
     gpu_hours: float
     core_hours: float
     wall_hours: float
+    price: float | None
+    price_a_month: float | None
     rates: tuple[Rate, ...]
     assumptions: tuple[str, ...]
 
@@ -196,26 +225,36 @@ def plan(
     chunk_length: int = CHUNK_LENGTH,
     saved: int = SAVED,
     target_recall: float = TARGET_RECALL,
+    nprobe: int = NPROBE,
+    bucket: bool = False,
     rates: Mapping[str, float] | None = None,
+    prices: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan a database of ``tokens`` tokens, such as 1.75T.
 
     ``cores`` and ``memory_per_host`` (bytes, or for example 64GiB) are by default those of this machine,
-    ``hosts`` one per 8 GPUs. ``rates`` (by stage, in the units of the plan) replace those of ``TABLE``.
+    ``hosts`` one per 8 GPUs. ``nprobe``: lists that each chunk is compared with. ``bucket``: the store is in
+    object storage. ``rates`` (by stage, in the units of the plan) replace those of ``TABLE``. ``prices``: of
+    a ``gpu`` and a ``host`` for an hour, of 1,000 requests (``get``, ``put``), and of a GB ``stored`` for a
+    month.
     """
     hosts = max(1, -(-gpus // GPUS_A_HOST)) if hosts is None else hosts
     tokens = parse_count("--tokens", tokens) if isinstance(tokens, str) else tokens
     given = parse_size("--memory-per-host", memory_per_host) if isinstance(memory_per_host, str) else memory_per_host
     memory = machine.memory_of_machine() if given is None else given
-    machines = Machines(gpus, hosts, machine.cores() if cores is None else cores, memory)
+    machines = Machines(gpus, hosts, machine.cores() if cores is None else cores, memory, bucket)
     work = _Work(
-        tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, rates or {}
-    )
-    stages = (work.chunk(), work.embed(), work.train(), work.encode(), work.neighbours())
+        tokens, find_shape(encoder), machines, tokens_per_document, chunk_length, saved, target_recall, nprobe,
+        rates or {}, prices or {},
+    )  # fmt: skip
+    stages = (work.chunk(), work.embed(), work.train(), work.encode(), work.recall(), *work.neighbours())
+    priced = [stage.price for stage in stages if stage.price is not None]
+    size = sum(one.bytes for one in work.files)
     gpu, core, wall = (sum(getattr(stage, f"{kind}_hours") for stage in stages) for kind in ("gpu", "core", "wall"))
     return Plan(
         tokens, work.documents, work.n, chunk_length, work.parts, work.encoder, machines, work.files,
-        sum(one.bytes for one in work.files), work.index(), stages, gpu, core, wall, tuple(work.rates.values()),
+        size, work.index(), stages, gpu, core, wall, sum(priced) if priced else None,
+        size / 1e9 * work.prices["stored"] if "stored" in work.prices else None, tuple(work.rates.values()),
         work.assumptions(),
     )  # fmt: skip
 
@@ -231,7 +270,9 @@ class _Work:
     chunk_length: int
     saved: int
     target_recall: float
+    nprobe: int
     given: Mapping[str, float]
+    prices: Mapping[str, float]
     rates: dict[str, Rate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -244,15 +285,17 @@ class _Work:
             ("--memory-per-host", machines.memory, 1, 10**15),
             ("--tokens-per-document", self.tokens_per_document, 1, _MOST),
             ("--neighbours", self.saved, 1, 1000),
+            ("--nprobe", self.nprobe, 1, _MOST),
         ):
             if not least <= value <= most:
                 raise UsageError(f"{option} {value} is not between {least:,} and {most:,}")
         check_chunk_length(self.chunk_length)
-        for stage, rate in self.given.items():
-            if stage not in STAGES:
-                raise UsageError(f"--rate {stage}={rate:g}: {stage!r} is not one of {', '.join(STAGES)}")
-            if not 0 < rate <= _MOST_RATE:
-                raise UsageError(f"--rate {stage}={rate:g} is not above 0 and at most {_MOST_RATE:g}")
+        for option, known, numbers in (("--rate", STAGES, self.given), ("--price", PRICES, self.prices)):
+            for name, number in numbers.items():
+                if name not in known:
+                    raise UsageError(f"{option} {name}={number:g}: {name!r} is not one of {', '.join(known)}")
+                if not 0 < number <= _MOST_RATE:
+                    raise UsageError(f"{option} {name}={number:g} is not above 0 and at most {_MOST_RATE:g}")
         if not 0 < self.target_recall <= 1:
             raise UsageError(f"--target-recall {self.target_recall} is not above 0 and at most 1")
         self.documents, m = -(-self.tokens // self.tokens_per_document), self.chunk_length
@@ -277,8 +320,14 @@ class _Work:
         self._device = "GPU" if self.machines.gpus else "core"
         half, vectors = self.machines.memory // 2, self._bytes["embeddings"]
         self._tiles = -(-vectors // room_of_tile(half, machines.gpus > 0)) if choice.nlist and vectors > half else 0
-        apart = self._tiles and self._tiles * (1 - (1 - 1 / self._tiles) ** PROBED)  # of lists that are anywhere
-        self._copies = max(1.0, _NEAR_TOGETHER * apart)
+        self._probed = min(self.nprobe, choice.nlist)
+        self._copies = copies(self._tiles, self._probed) if self._tiles else 1.0
+        self._waves = count_waves(self._copies)
+        row = 2 * choice.d + _BESIDE_ROUTED + _ANSWER * self.saved
+        self._scratch = int(n * (1 + (self._copies - 1) / self._waves) * row)
+        upper = _UPPER_PROBED * choice.nlist**0.5
+        self._compared = choice.nlist if choice.nlist <= TWO_LEVELS else upper  # centroids, to find lists
+        self._known = TABLE | {(rate.stage, rate.per): rate for rate in _OF_BUCKET if self.machines.bucket}
 
     def index(self) -> IndexPlan:
         choice, sample, memory = self._choice, self._sample, self._bytes["index"]
@@ -291,8 +340,9 @@ class _Work:
         machines = self.machines
         seconds = TEXT_BYTES * self.tokens / self._rate("chunk", "core")
         written = self._bytes["documents"] + self._bytes["chunks"]
-        wall = seconds * self._share(machines.hosts * machines.cores)
-        return self._stage("chunk", 0.0, seconds, {"CPU": wall}, 0, written, self._share(machines.hosts))
+        walls = {"CPU": seconds * self._share(machines.hosts * machines.cores)}
+        hosts = self._share(machines.hosts)
+        return self._stage("chunk", self.parts, 0.0, seconds, walls, 0, written, hosts, files=2)
 
     def embed(self) -> StagePlan:
         length, encoder = self.tokens / self.n + SPECIAL_TOKENS, self.encoder
@@ -300,52 +350,66 @@ class _Work:
         chunks = known.value / (length * encoder.flops_per_token(length))
         seconds = self.n / self._use(Rate("embed", chunks, "chunks/s", self._device, known.source))
         feed = self.n / self._rate("feed", "core") if self.machines.gpus else 0.0
-        return self._spread("embed", seconds, self._bytes["chunks"], self._bytes["embeddings"], feed)
+        return self._spread("embed", self.parts, seconds, self._bytes["chunks"], self._bytes["embeddings"], feed)
 
     def train(self) -> StagePlan:
         choice, sample = self._choice, self._sample
         lists = choice.nlist if choice.nlist <= TWO_LEVELS else 2 * choice.nlist**0.5
         flops = sample * lists * 2.0 * choice.coded * ITERATIONS
         read, written = 2 * choice.d * sample, choice.trained_bytes
-        return self._spread("index: train", self._products("index", flops), read, written, alone=True)
+        return self._spread("index: train", 1, self._products("index", flops), read, written, alone=True)
 
     def encode(self) -> StagePlan:
         choice = self._choice
-        centroids = choice.nlist + (_CENTROIDS if choice.pieces else 0) + (choice.d if choice.rotated else 0)
-        flops = self.n * centroids * 2.0 * choice.coded
+        centroids = self._compared + (_CENTROIDS if choice.pieces else 0) + (choice.d if choice.rotated else 0)
+        seconds = self._products("index", self.n * centroids * 2.0 * choice.coded)
         read, written = self._bytes["embeddings"], self._bytes["index"] - choice.trained_bytes
-        return self._spread("index: encode", self._products("index", flops), read, written)
+        return self._spread("index: encode", self._shards, seconds, read, written)
 
-    def neighbours(self) -> StagePlan:
-        choice, n = self._choice, self.n
-        coded = choice.code not in ("float16", "float32")
-        scanned = min(n, SCANNED_LISTS * choice.nlist) if choice.nlist else n
-        flops = n * (choice.nlist + scanned + min(n, RERANKED) * coded) * 2.0 * choice.coded
-        vectors = self._bytes["embeddings"]
+    def recall(self) -> StagePlan:
+        if not self._choice.nlist:
+            return self._spread("index: recall", 0, 0.0, 0, 0)
+        asked = min(_ASKED, self.n)
+        budget = GPU_BUDGET if self.machines.gpus else BUDGET
+        share = min(1.0, max(budget / (asked * self.n), 2000 / (10 * asked)))
+        seconds = self._products("index", share * asked * self.n * 2.0 * self._choice.d)
+        return self._spread("index: recall", self.parts, seconds, int(share * self._bytes["embeddings"]), 0)
+
+    def neighbours(self) -> tuple[StagePlan, ...]:
+        choice, n, gpus = self._choice, self.n, self.machines.gpus
+        reranked = choice.code not in ("float16", "float32") and not gpus and not self._tiles
+        scanned = min(n, self._probed * n / choice.nlist) if choice.nlist else n
+        finding = self._products("index", n * self._compared * 2.0 * choice.d)
+        flops = n * (scanned + min(n, _RERANKED * self.saved) * reranked) * 2.0 * choice.d
+        searching, vectors = self._products("neighbours", flops), self._bytes["embeddings"]
         if self._tiles:
-            return self._in_tiles(n * (choice.nlist + scanned) * 2.0 * choice.coded)
-        seconds = self._products("neighbours", flops)
-        read = vectors * (1 + coded) + self._bytes["index"]
-        if self.machines.gpus:
+            return self._in_tiles(finding, searching)
+        read = vectors + (0 if gpus else self._bytes["index"])
+        if gpus:
             fits = n * (2 * choice.d + _BESIDE_VECTOR) <= _CARD_BYTES
             loads = 1 if fits else -(-self.parts // _PARTS_AT_ONCE)
-            seconds += loads * vectors / _LOADED_PER_SECOND
+            searching += loads * vectors / _LOADED_PER_SECOND
             read = vectors * (1 if 2 * vectors <= self.machines.memory else loads)
-        return self._spread("neighbours", seconds, read, self._bytes["neighbours"])
+        read += self._bytes["documents"]
+        return (self._spread("neighbours", self.parts, finding + searching, read, self._bytes["neighbours"]),)
 
-    def _in_tiles(self, flops: float) -> StagePlan:
-        """Return the cost of a search in tiles, with ``flops`` to find and search lists."""
-        choice, n, copies = self._choice, self.n, self._copies
-        moved = int(n * (copies * (2 * choice.d + _BESIDE_ROUTED) + _LIST_NUMBER * PROBED))
-        moved += int(n * copies * _ANSWER * self.saved)
-        seconds = self._products("neighbours", flops)
-        seconds += moved / _LOADED_PER_SECOND if self.machines.gpus else 0.0
-        read = self._bytes["embeddings"] + LIST_BYTES * n + moved
-        written = moved + self._bytes["neighbours"]
-        return self._spread("neighbours", seconds, min(read, _MOST_BYTES), min(written, _MOST_BYTES))
+    def _in_tiles(self, finding: float, searching: float) -> tuple[StagePlan, ...]:
+        """Return the cost of the three rounds of a search in tiles: to find lists, search them, and merge."""
+        choice, n, tiles, waves = self._choice, self.n, self._tiles, self._waves
+        routed = int(n * ((self._copies - 1 + waves) * (2 * choice.d + _BESIDE_ROUTED) + _LIST_NUMBER * self._probed))
+        found = int(n * self._copies * _ANSWER * self.saved)
+        if self.machines.gpus:
+            searching += routed / _LOADED_PER_SECOND
+        read = waves * (self._bytes["embeddings"] + LIST_BYTES * n)
+        pieces, tasks = self.parts * tiles, self.parts * waves
+        return (
+            self._spread("neighbours: route", tasks, finding, read, routed),
+            self._spread("neighbours: search", tiles * waves, searching, routed, found, pieces=pieces * (waves + 1)),
+            self._spread("neighbours: merge", self.parts, 0.0, found, self._bytes["neighbours"], pieces=pieces),
+        )
 
     def _rate(self, stage: str, per: str) -> float:
-        return self._use(TABLE[stage, per])
+        return self._use(self._known[stage, per])
 
     def _use(self, rate: Rate) -> float:
         given = self.given.get(rate.stage)
@@ -358,24 +422,38 @@ class _Work:
         return flops / self._rate(stage, self._device) if flops else 0.0
 
     def _spread(
-        self, name: str, seconds: float, read: int, written: int, feed: float = 0.0, *, alone: bool = False
-    ) -> StagePlan:
+        self, name: str, tasks: int, seconds: float, read: int, written: int, feed: float = 0.0, *,
+        alone: bool = False, pieces: int = 0,
+    ) -> StagePlan:  # fmt: skip
         """Distribute ``seconds`` of one device over all devices; ``feed`` are core-seconds that GPUs need."""
         machines = self.machines
         gpus, hosts = (1.0, 1.0) if alone else (self._share(machines.gpus or 1), self._share(machines.hosts))
         gpu, core = (seconds, feed) if machines.gpus else (0.0, seconds)
         walls = {"GPU": gpu * gpus, "CPU": core / machines.cores * hosts}
-        return self._stage(name, gpu, core, walls, read, written, hosts)
+        return self._stage(name, tasks, gpu, core, walls, read, written, hosts, pieces=pieces)
 
     def _stage(
-        self, name: str, gpu: float, core: float, walls: dict[str, float], read: int, written: int, hosts: float
-    ) -> StagePlan:
-        """Add the disks to ``walls`` (seconds); ``hosts``: share of files of the busiest host."""
-        disk = read / self._rate("read", "host") + written / self._rate("write", "host")
-        walls = {**walls, "disk": disk * hosts}
+        self, name: str, tasks: int, gpu: float, core: float, walls: dict[str, float], read: int, written: int,
+        hosts: float, *, files: int = 1, pieces: int = 0,
+    ) -> StagePlan:  # fmt: skip
+        """Add bytes and requests to ``walls`` (seconds).
+
+        Tasks write ``files`` each, and read ``pieces`` in all. ``hosts``: share of files of the busiest host.
+        """
+        moved = read / self._rate("read", "host") + written / self._rate("write", "host")
+        walls = {**walls, "network" if self.machines.bucket else "disk": moved * hosts}
+        gets = max(pieces, tasks) + read // RANGE_BYTES + _BESIDE_READS * tasks
+        puts = files * tasks + written // PART_BYTES + _BESIDE_WRITES * tasks
+        if self.machines.bucket:
+            walls["requests"] = gets / self._rate("get", "bucket") + puts / self._rate("put", "bucket")
         limit = max(walls, key=walls.__getitem__)
-        wall = walls[limit]
-        return StagePlan(name, gpu / _HOUR, core / _HOUR, wall / _HOUR, read, written, limit if wall else "")
+        wall, machines = walls[limit] / _HOUR, self.machines
+        hourly = machines.gpus * self.prices.get("gpu", 0.0) + machines.hosts * self.prices.get("host", 0.0)
+        asked = gets * self.prices.get("get", 0.0) + puts * self.prices.get("put", 0.0)
+        price = wall * hourly + asked * self.machines.bucket / 1000 if self.prices else None
+        read, written = min(read, _MOST_BYTES), min(written, _MOST_BYTES)
+        limit = limit if wall else ""
+        return StagePlan(name, tasks, gpu / _HOUR, core / _HOUR, wall, read, written, gets, puts, price, limit)
 
     def _share(self, workers: int) -> float:
         """Return the share of all chunks that the busiest worker has, as workers take whole parts."""
@@ -389,21 +467,22 @@ class _Work:
             "tokens of 2 bytes (a vocabulary of up to 65,536), compressed to about half",
             "document ids of about 13 bytes when compressed, and no kept metadata",
             "every chunk is embedded and indexed and gets neighbours, one stage after another",
-            "disks: every file is read and written once, a lower bound",
-            "not counted: reading the input, networks, and cores that only drive a GPU",
+            f"{'networks' if self.machines.bucket else 'disks'}: every file is read and written once, a lower bound",
+            "not counted: reading the input, copies of a bucket's files on disks, and cores that only drive a GPU",
         ]
         if self._tiles:
             found.append(
                 f"{self._tiles:,} tiles of vectors, as half of a host's memory does not hold all; a chunk goes to "
-                f"{self._copies:.1f} of them, as measured with up to 100 tiles"
+                f"{self._copies:.1f} of them, as measured with up to 100 tiles; {output.count(self._waves, 'wave')} of "
+                f"chunks, so that {output.size(self._scratch)} suffice for what is removed in the end"
             )
         elif self.machines.gpus:
             found.append(
                 f"GPUs hold all vectors, or load them for every {_PARTS_AT_ONCE} parts from the memory of a host"
             )
         if choice.nlist:
-            candidates = "" if choice.code in ("float16", "float32") else f", {RERANKED} candidates are re-ranked"
-            found.insert(4, f"each query is compared with {SCANNED_LISTS * choice.nlist:,} codes{candidates}")
+            compared = self.n * self._probed // choice.nlist
+            found.insert(4, f"each chunk is compared with {self._probed:,} lists, about {compared:,} vectors")
         return tuple(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -37,7 +38,12 @@ def made(tokens: int, **settings: object) -> Plan:
 
 TOKENS = st.integers(1, 10**13)
 MACHINES = st.fixed_dictionaries(
-    {"gpus": st.sampled_from([0, 1, 8, 64, 1000]), "hosts": st.sampled_from([None, 1, 3]), "cores": st.integers(1, 256)}
+    {
+        "gpus": st.sampled_from([0, 1, 8, 64, 1000]),
+        "hosts": st.sampled_from([None, 1, 3]),
+        "cores": st.integers(1, 256),
+        "bucket": st.booleans(),
+    }
 )
 SETTINGS = st.fixed_dictionaries(
     {
@@ -56,7 +62,9 @@ def costs(plan: Plan) -> dict[str, float]:
     found |= {one.kind: one.bytes for one in plan.files}
     found |= {name: getattr(plan.index, name) for name in ("memory", "hosts", "shards", "sample", "trained_bytes")}
     for stage in plan.stages:
-        found |= {f"{stage.name}.{field.name}": getattr(stage, field.name) for field in dataclasses.fields(stage)[1:-1]}
+        for field in dataclasses.fields(stage)[2:-2]:
+            name = f"{stage.name.split(':')[0]}.{field.name}"
+            found[name] = found.get(name, 0) + getattr(stage, field.name)
     return found
 
 
@@ -181,9 +189,14 @@ WRONG = [
     (("--tokens", "1T", "--neighbours", "1001"), "--neighbours 1001"),
     (("--tokens", "1T", "--target-recall", "1.5"), "--target-recall 1.5"),
     (("--tokens", "1T", "--encoder", "0x768"), "encoder '0x768'"),
-    (("--tokens", "1T", "--rate", "embed"), "--rate embed is not STAGE=NUMBER"),
+    (("--tokens", "1T", "--rate", "embed"), "--rate embed is not NAME=NUMBER"),
+    (("--tokens", "1T", "--price", "gpu"), "--price gpu is not NAME=NUMBER"),
+    (("--tokens", "1T", "--price", "cpu=1"), "'cpu' is not one of gpu, host, get, put, stored"),
+    (("--tokens", "1T", "--price", "gpu=0"), "--price gpu=0"),
+    (("--tokens", "1T", "--price", "gpu=free"), "--price gpu free"),
+    (("--tokens", "1T", "--nprobe", "0"), "--nprobe 0"),
     (("--tokens", "1T", "--rate", "purge=1"), "'purge' is not one of chunk, embed, feed"),
-    (("--tokens", "1T", "--rate", "read=0"), "--rate read 0"),
+    (("--tokens", "1T", "--rate", "read=0"), "--rate read=0"),
     (("--tokens", "1T", "--rate", "read=fast"), "--rate read fast"),
     (("--tokens", "1T", "--rate", "read=1e30"), "--rate read=1e+30"),
 ]
@@ -221,13 +234,13 @@ def test_rates_that_are_given_replace_those_of_the_table():
 
 
 def test_every_rate_that_is_used_is_shown_and_no_other():
-    for gpus in (0, 8):
-        plan = made(10**12, gpus=gpus)
+    for gpus, bucket in itertools.product((0, 8), (False, True)):
+        plan = made(10**12, gpus=gpus, bucket=bucket)
         shown = {rate.stage: rate for rate in plan.rates}
         assert len(shown) == len(plan.rates)
         assert {rate.per for rate in plan.rates if rate.unit == "FLOP/s"} == {"GPU" if gpus else "core"}
         for stage in STAGES:
-            differs = made(10**12, gpus=gpus, rates={stage: 1.0}).stages != plan.stages
+            differs = made(10**12, gpus=gpus, bucket=bucket, rates={stage: 1.0}).stages != plan.stages
             assert differs == (stage in shown)
 
 
@@ -243,17 +256,19 @@ def test_json_has_the_keys_that_scripts_rely_on():
     assert set(reported) == {field.name for field in dataclasses.fields(Plan)}
     assert set(reported["files"][0]) == {"kind", "bytes", "each"}
     assert set(reported["stages"][0]) == {
-        "name", "gpu_hours", "core_hours", "wall_hours", "read_bytes", "written_bytes", "limit",
+        "name", "tasks", "gpu_hours", "core_hours", "wall_hours", "read_bytes", "written_bytes", "gets", "puts",
+        "price", "limit",
     }  # fmt: skip
     assert set(reported["index"]) == {
         "factory", "kind", "why", "nlist", "bytes_per_vector", "trained_bytes", "sample", "sample_bytes", "shards",
         "memory", "hosts",
     }  # fmt: skip
     assert set(reported["rates"][0]) == {"stage", "value", "unit", "per", "source"}
-    assert set(reported["machines"]) == {"gpus", "hosts", "cores", "memory"}
+    assert set(reported["machines"]) == {"gpus", "hosts", "cores", "memory", "bucket"}
     assert set(reported["encoder"]) == {"name", "layers", "hidden", "intermediate"}
     assert [stage["name"] for stage in reported["stages"]] == [
-        "chunk", "embed", "index: train", "index: encode", "neighbours",
+        "chunk", "embed", "index: train", "index: encode", "index: recall", "neighbours: route", "neighbours: search",
+        "neighbours: merge",
     ]  # fmt: skip
 
 
@@ -289,3 +304,24 @@ def test_text_says_the_same():
         assert re.search(rf"^  {rate.stage} +{_rate(rate)}  per {rate.per} +{rate.source}$", out, re.MULTILINE)
     assert f"Index {plan.index.factory}: " in out
     assert all(f"  {one}\n" in out for one in plan.assumptions)
+
+
+def test_a_price_is_that_of_hours_and_requests():
+    given = {"gpu": 2.5, "host": 1.0, "get": 0.0004, "put": 0.005, "stored": 0.02}
+    plan = made(10**12, gpus=16, bucket=True, prices=given)
+    free = made(10**12, gpus=16, bucket=True)
+    assert free.price is free.price_a_month is None and {stage.price for stage in free.stages} == {None}
+    hours, gets, puts = (sum(getattr(stage, name) for stage in plan.stages) for name in ("wall_hours", "gets", "puts"))
+    assert plan.price == pytest.approx(hours * (16 * 2.5 + 2 * 1.0) + gets * 0.0004 / 1000 + puts * 0.005 / 1000)
+    assert plan.price == pytest.approx(sum(stage.price or 0 for stage in plan.stages))
+    assert plan.price_a_month == pytest.approx(plan.bytes / 1e9 * 0.02)
+    on_disks = made(10**12, gpus=16, prices=given)
+    assert on_disks.price == pytest.approx(on_disks.wall_hours * 42)
+    words = [word for name, price in given.items() for word in ("--price", f"{name}={price}")]
+    out = run("--tokens", "1T", "--gpus", 16, "--cores", 8, "--memory-per-host", "100GB", "--bucket", *words)[1]
+    assert f"{plan.price:,.2f}" in out and f"Stored for a month: {plan.price_a_month:,.2f}" in out
+
+
+def test_more_lists_are_more_work_to_search():
+    few, many = (costs(made(10**11, gpus=8, nprobe=n))["neighbours.gpu_hours"] for n in (32, 320))
+    assert few < many < 10 * few
