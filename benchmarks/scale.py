@@ -6,7 +6,8 @@ The log names the files of 30,000 parts of about a million chunks, of an index o
 neighbours and, for one step, of a search in tiles. Each line is a fresh process: seconds without imports, and the
 peak of its memory. On a folder, then in a bucket of a server on this machine (LocalBucket), with ``--latency``
 seconds more for each request. ``30,000 tasks``
-are done by workers that do nothing: what remains is the driver; with ``--ray`` on that cluster, too.
+are done by workers that do nothing: what remains is the driver; with ``--ray`` on that cluster, too. ``fold``
+commits 30,000 finished tasks, each with a small file, that are waiting.
 
 A purge of a million chunks of such a store: ``large_purge.py --sizes 28000000000``.
 """
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,9 @@ from retrotool.encoder import EncoderIdentity
 from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.index.index_records import IndexRecord, ShardRecord, TrainingRecord, as_about
 from retrotool.neighbours.stage import NeighboursStage
-from retrotool.store import log
+from retrotool.store import log, staging
 from retrotool.store.identity import TokenizerIdentity
+from retrotool.store.leases import Run
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, new_token, part_slot
 from retrotool.store.state import encode_checkpoint
@@ -135,6 +139,8 @@ import resource, sys, time
 sys.path[:0] = [{here!r}]
 import scale
 from retrotool import api, engine
+from retrotool.store import folding
+from retrotool.store.leases import Run
 from retrotool.store.store import Store
 from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import EncoderIdentity
@@ -159,6 +165,19 @@ STEPS = {
     "info": "api.info({root!r})",
     "list files": "assert len(api.list_files({root!r}).files) > 4 * {parts}",
 }
+
+
+def stage_all(store: Store, run: Run, parts: int) -> None:
+    """Let the embeddings of all parts by another encoder wait for a commit."""
+    with ThreadPoolExecutor(16) as threads:
+
+        def finish(part: int) -> None:
+            name = FileName.new(run.id, "embeddings", part_slot(part), "npy", "other")
+            added = store.write(name, lambda sink: sink.write(b"vectors") and 1)
+            key = task_key("embed", {"part": part}, [])
+            staging.stage(store.storage, staging.Staged("embed", {}, (), (added,), task=key, run=run.id))
+
+        list(threads.map(finish, range(parts)))
 
 
 def search(root: str) -> NeighboursStage:
@@ -195,6 +214,11 @@ def main() -> None:
         tasks += "begun = time.perf_counter()\nwith engine.gathering(stage, store) as gather:\n"
         tasks += "    assert len(gather(stage.plan(store))) == 30_000"
         print(f"| 30,000 tasks, in one process | {run(tasks, root=str(root), **known)} |", flush=True)
+        fold = OPEN + "with Run(store.storage) as run:\n    scale.stage_all(store, run, {parts})\n"
+        fold += "    begun = time.perf_counter()\n    assert len(folding.fold(store, run).committed) == {parts}"
+        shutil.copytree(root, Path(folder) / "folded")
+        print(f"| fold | {run(fold, root=str(Path(folder) / 'folded'), **known)} |", flush=True)
+        shutil.rmtree(Path(folder) / "folded")
         if arguments.ray:
             on_ray = f"engine.use_engine('ray', {arguments.ray!r})\n" + tasks
             print(f"| 30,000 tasks, on Ray | {run(on_ray, root=str(root), **known)} |", flush=True)

@@ -78,17 +78,18 @@ def _forget(store: Store, tasks: Sequence[Staged]) -> None:
 
 
 def _draft_of_files(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
-    draft = Draft(tasks[0].kind, tasks[0].settings)
+    joined = _Joined(state)
     for task in tasks:
         if task.add and all(state.has(entry.path) for entry in task.add):
             outcome[task.task] = ""  # a process was killed between the commit and the removal of the entry
         elif _is_fenced(state, task) or not is_whole(store.storage, task):
             outcome[task.task] = "its files are missing"
-        elif reason := _conflict(state, draft, task):
+        elif reason := joined.conflict(task):
             outcome[task.task] = reason
         elif task.piece is None:  # pieces wait for the whole task
             outcome[task.task] = ""
-            draft = _joined(draft, task)
+            joined.append(task)
+    draft = joined.draft(tasks[0])
     return draft if draft.add or draft.remove or draft.records else None
 
 
@@ -98,39 +99,67 @@ def _is_fenced(state: State, task: Staged) -> bool:
     return fence is not None and task.task not in fence["staged"]
 
 
-def _joined(draft: Draft, task: Staged) -> Draft:
-    return dataclasses.replace(
-        draft,
-        reads=tuple(dict.fromkeys((*draft.reads, *task.reads))),
-        add=(*draft.add, *task.add),
-        remove=(*draft.remove, *task.remove),
-        records={**draft.records, **task.records},
-    )
+class _Joined:
+    """Tasks for one commit after ``state``; the cost of each does not depend on the others."""
+
+    def __init__(self, state: State) -> None:
+        self._state, self._tasks = state, list[Staged]()
+        self._places = set[tuple[str, str, str]]()
+        self._records = dict(state.records)
+        # Of an index and generation, the path of the shard that covers a part.
+        self._covered: dict[tuple[str, str, int], dict[int, str]] = {}
+
+    def conflict(self, task: Staged) -> str | None:
+        """Return why the task can't be committed with the others."""
+        reason = self._state.conflict(task)
+        if reason is None:
+            reason = next((f"the slot of {e.path} is taken" for e in task.add if e.place in self._places), None)
+        for key, value in task.records.items():
+            if self._records.get(key, value) != value:
+                reason = f"another process committed {key} with other settings"
+        return reason or self._overlap(task)
+
+    def _overlap(self, task: Staged) -> str | None:
+        """Return why an index shard of the task can't be added: another one covers some of the same parts."""
+        for entry in filter(_is_shard, task.add):
+            covered = self._covered_with(entry)
+            for part in _parts_of(entry):
+                if covered.get(part) not in (None, *task.remove):
+                    return f"{covered[part]} covers the same parts"
+        return None
+
+    def _covered_with(self, entry: FileEntry) -> dict[int, str]:
+        """Return the parts that shards of the same index and generation cover."""
+        kind, name, slot = entry.place
+        key = kind, name, generation_in(slot)
+        if key not in self._covered:
+            others = filter(_is_shard, self._state.group(kind, name).entries())
+            alike = (other for other in others if generation_in(other.slot) == key[2])
+            self._covered[key] = {part: other.path for other in alike for part in _parts_of(other)}
+        return self._covered[key]
+
+    def append(self, task: Staged) -> None:
+        """Add a task that has no conflict."""
+        self._tasks.append(task)
+        self._places.update(entry.place for entry in task.add)
+        self._records |= task.records
+        for entry in filter(_is_shard, task.add):
+            self._covered_with(entry).update(dict.fromkeys(_parts_of(entry), entry.path))
+
+    def draft(self, like: Draft) -> Draft:
+        """Return the draft of all, with the kind and settings of ``like``."""
+        return Draft(
+            like.kind,
+            like.settings,
+            reads=tuple(dict.fromkeys(path for task in self._tasks for path in task.reads)),
+            add=tuple(entry for task in self._tasks for entry in task.add),
+            remove=tuple(path for task in self._tasks for path in task.remove),
+            records={key: value for task in self._tasks for key, value in task.records.items()},
+        )
 
 
-def _conflict(state: State, draft: Draft, task: Staged) -> str | None:
-    reason = state.conflict(task)
-    if reason is None:
-        places = {entry.place for entry in draft.add}
-        reason = next((f"the slot of {e.path} is taken" for e in task.add if e.place in places), None)
-    known = {**state.records, **draft.records}
-    for key, value in task.records.items():
-        if known.get(key, value) != value:
-            reason = f"another process committed {key} with other settings"
-    return reason or _overlap(state, draft, task)
-
-
-def _overlap(state: State, draft: Draft, task: Staged) -> str | None:
-    """Return why an index shard of the task can't be added: another shard covers some of the same parts."""
-    for entry in filter(_is_shard, task.add):
-        covered = set((entry.about or {}).get("parts", ()))
-        kind, name, own = entry.place
-        live = [other for other in state.group(kind, name).entries() if other.path not in task.remove]
-        for other in filter(_is_shard, (*live, *(e for e in draft.add if e.place[:2] == (kind, name)))):
-            same = generation_in(other.slot) == generation_in(own)
-            if same and not covered.isdisjoint((other.about or {}).get("parts", ())):
-                return f"{other.path} covers the same parts"
-    return None
+def _parts_of(shard: FileEntry) -> list[int]:
+    return list((shard.about or {}).get("parts", ()))
 
 
 def _is_shard(entry: FileEntry) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from memory_storage import is_everywhere
-from staging_help import IN_ORDER, TOTALS, numbered, staged_store, task_key
+from staging_help import IN_ORDER, TOTALS, embedding, numbered, staged_store, task_key
 from store_help import (
     announced,
     assert_whole,
@@ -21,12 +21,14 @@ from store_help import (
     full_disk,
     kill_at_step,
     live_files,
+    make_store,
 )
 from stored import copy_store
 
 from retrotool.errors import ErasedError, StorageError
-from retrotool.store import folding
+from retrotool.store import folding, staging
 from retrotool.store.leases import Run
+from retrotool.store.log import FileEntry
 from retrotool.store.store import Store
 
 
@@ -133,3 +135,22 @@ def test_a_unit_whose_files_another_process_takes_away_meanwhile_is_left_to_the_
     staged.refresh()
     assert numbered(staged.state, Path(staged.place)) == IN_ORDER
     assert_whole(staged)
+
+
+def test_what_a_task_costs_does_not_depend_on_how_many_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands may wait, if the process that commits was killed."""
+    store, count = make_store(tmp_path / "store"), 40
+    asked = list[FileEntry]()
+    place = vars(FileEntry)["place"].fget
+
+    def counted(entry: FileEntry) -> tuple[str, str, str]:
+        asked.append(entry)
+        return place(entry)
+
+    with Run(store.storage) as run:
+        for number in range(count):
+            staging.stage(store.storage, embedding(store.storage, run.id, number, ()))
+        with monkeypatch.context() as patch:
+            patch.setattr(FileEntry, "place", property(counted))
+            assert len(folding.fold(store, run).committed) == count
+    assert count <= len(asked) < 10 * count
