@@ -8,7 +8,10 @@ are found twice, each time by a new process: in memory, and with ``--memory`` 1/
 are seconds, chunks per second, the peak of memory, and how many neighbours differ.
 
 With ``--bucket`` the store is on a server of this machine, and the bytes that the search in tiles sends and
-receives are counted, beside what was predicted from the number of tiles that a row goes to.
+receives are counted, beside what ``retrotool plan`` says of the same search.
+
+With ``--copies`` nothing is searched: for several numbers of lists and tiles, the number of tiles that a row goes to
+is counted, beside what ``retrotool.neighbours.tiles.copies`` expects.
 """
 
 from __future__ import annotations
@@ -24,10 +27,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from index import export, tool
 from machine import describe
 from neighbours import filled_up
 
+from retrotool import api
+from retrotool.ann.kmeans import assign, kmeans
+from retrotool.neighbours.tiles import copies, split_lists
+from retrotool.plan.run import Plan
 from retrotool.store import neighbour_tables
 from retrotool.store.store import Store
 
@@ -100,11 +108,22 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     differ, nearer, farther, total = difference(Store.open(place))
     print(f"{differ:,} of {total:,} neighbours differ; in tiles {nearer:,} are nearer, {farther:,} farther")
     if arguments.bucket:
-        count_bytes(root, place, memory, traffic, size)
+        count_bytes(root, place, memory, traffic, vectors.shape)
 
 
-def count_bytes(root: Path, place: str, memory: int, traffic: Path, size: int) -> None:
-    """Search again in a copy of the store in a bucket; print the bytes."""
+def planned(place: str, shape: tuple[int, ...], memory: int) -> Plan:
+    """Return the plan of the search with ``memory`` bytes in a store of vectors of this shape, one a document."""
+    nprobe = Store.open(place).state.records["index:main"]["nprobe"] * 7 // 4
+    plan = api.plan(
+        shape[0], encoder=f"1x{shape[1]}", tokens_per_document=1, memory_per_host=2 * memory, nprobe=nprobe, bucket=True
+    )
+    assert plan.chunks == shape[0]
+    return plan
+
+
+def count_bytes(root: Path, place: str, memory: int, traffic: Path, shape: tuple[int, ...]) -> None:
+    """Search again in a copy of the store in a bucket; print the bytes, beside those of the plan."""
+    plan = planned(place, shape, memory)
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import buckets
 
@@ -124,9 +143,37 @@ def count_bytes(root: Path, place: str, memory: int, traffic: Path, size: int) -
         counts = by_kind.setdefault(path[0].split("/")[0] if path else "listings", [0, 0])
         counts[0], counts[1] = counts[0] + int(out), counts[1] + int(back)
     print(said.splitlines()[0])
-    print(f"sent {sent / 1e6:,.0f} MB, received {received / 1e6:,.0f} MB; vectors {size / 1e6:,.0f} MB")
+    mine = [stage for stage in plan.stages if stage.name.startswith("neighbours")]
+    for what, found, expected in (
+        ("sent", sent, sum(stage.written_bytes for stage in mine)),
+        ("received", received, sum(stage.read_bytes for stage in mine)),
+    ):
+        print(f"{what} {found / 1e6:,.0f} MB, planned {expected / 1e6:,.0f} MB: {found / expected:.2f} x")
     for kind, (up, down) in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
         print(f"  {kind}: sent {up / 1e6:,.1f} MB, received {down / 1e6:,.1f} MB")
+
+
+def count_copies(vectors: np.ndarray) -> None:
+    """Print the tiles that a row goes to, for numbers of lists, tiles and lists probed."""
+    rows, draw = torch.from_numpy(vectors), np.random.default_rng(0)
+    asked = rows[torch.from_numpy(np.sort(draw.choice(len(rows), 3000, replace=False)))]
+    probes = (3, 8, 24, 48, 81, 128)
+    print("| lists | tiles |" + "".join(f" {n} probed, counted | expected |" for n in probes))
+    print("|---|---|" + "---|---|" * len(probes))
+    for nlist in (512, 1024, 2048):
+        sample = np.sort(draw.choice(len(rows), min(len(rows), 64 * nlist), replace=False))
+        centroids = kmeans(rows[torch.from_numpy(sample)], nlist, iterations=6)
+        sizes = np.bincount(assign(rows, centroids)[1].numpy(), minlength=nlist)
+        near = torch.cdist(asked, centroids).topk(max(probes), largest=False)[1].numpy()
+        for tiles in (5, 10, 20, 50, 100, 200, 400):
+            if tiles > nlist // 5:
+                break
+            tile = split_lists(centroids.numpy(), sizes, tiles)[near]
+            cells = ""
+            for n in probes:
+                found = 1 + (np.diff(np.sort(tile[:, :n], axis=1), axis=1) != 0).sum(1).mean()
+                cells += f" {found:.1f} | {copies(tiles, nlist, n):.1f} |"
+            print(f"| {nlist} | {tiles} |{cells}", flush=True)
 
 
 def main() -> None:
@@ -137,11 +184,15 @@ def main() -> None:
     parser.add_argument("--share", type=int, default=10)
     parser.add_argument("--part-size", type=int, default=125_000)
     parser.add_argument("--bucket", action="store_true")
+    parser.add_argument("--copies", action="store_true")
     arguments = parser.parse_args()
     print(describe())
     root = Path(tempfile.mkdtemp(prefix="retrotool-tiles-"))
     try:
-        measure(root, arguments)
+        if arguments.copies:
+            count_copies(export(arguments.store, arguments.encoder, root, 0)[0])
+        else:
+            measure(root, arguments)
     finally:
         shutil.rmtree(root)
 

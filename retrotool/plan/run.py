@@ -321,7 +321,7 @@ class _Work:
         half, vectors = self.machines.memory // 2, self._bytes["embeddings"]
         self._tiles = -(-vectors // room_of_tile(half, machines.gpus > 0)) if choice.nlist and vectors > half else 0
         self._probed = min(self.nprobe, choice.nlist)
-        self._copies = copies(self._tiles, self._probed) if self._tiles else 1.0
+        self._copies = copies(self._tiles, choice.nlist, self._probed) if self._tiles else 1.0
         self._waves = count_waves(self._copies)
         row = 2 * choice.d + _BESIDE_ROUTED + _ANSWER * self.saved
         self._scratch = int(n * (1 + (self._copies - 1) / self._waves) * row)
@@ -473,7 +473,7 @@ class _Work:
         if self._tiles:
             found.append(
                 f"{self._tiles:,} tiles of vectors, as half of a host's memory does not hold all; a chunk goes to "
-                f"{self._copies:.1f} of them, as measured with up to 100 tiles; {output.count(self._waves, 'wave')} of "
+                f"{self._copies:.1f} of them, as measured with up to 400 tiles; {output.count(self._waves, 'wave')} of "
                 f"chunks, so that {output.size(self._scratch)} suffice for what is removed in the end"
             )
         elif self.machines.gpus:
