@@ -19,7 +19,8 @@ EPILOG = """\b
 Examples:
   retrotool plan --tokens 1.75T --encoder bert-base --gpus 64
   retrotool plan --tokens 1.75T --encoder models/bert-base-uncased --gpus 64 --memory-per-host 512GB
-  retrotool plan --tokens 20G --hosts 4 --cores 32 --rate embed=20 --rate read=500M"""
+  retrotool plan --tokens 20G --hosts 4 --cores 32 --rate embed=20 --rate read=500M
+  retrotool plan --tokens 100B --gpus 8 --bucket --price gpu=2.50 --price get=0.0004 --price put=0.005"""
 
 _corpus = partial(opt, panel="Database")
 _machines = partial(opt, panel="Machines")
@@ -55,7 +56,7 @@ def command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate the size of a database's files and index, and the GPU-hours, core-hours and hours to build it.
+    """Estimate the size of a database's files and index, and the hours, bytes, requests and price of it.
 
     The estimate needs no store and no corpus. It is computed from rates, which are printed with their source.
     Hours are a lower bound, as disks and networks are rarely as fast as assumed.
