@@ -1,6 +1,6 @@
 """Count what each command asks of an object store, and compare the bytes with those that it needs.
 
-    python benchmarks/bucket.py [--chunks 100000] [--dimension 384] [--latency 0.02]
+    python benchmarks/bucket.py [--chunks 100000] [--parts 8] [--dimension 384] [--latency 0.02]
 
 A server on this machine, LocalBucket, holds the inputs and the store; a proxy before it adds ``--latency``
 seconds to every request. Text is drawn from the project's documentation; vectors are random around a few
@@ -96,6 +96,7 @@ def main() -> None:
     """Run the commands in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=100_000, help="about how many")
+    parser.add_argument("--parts", type=int, default=8, help="about how many")
     parser.add_argument("--dimension", type=int, default=384, help="of the vectors")
     parser.add_argument("--latency", type=float, default=0.02, help="seconds that each request takes longer")
     options = parser.parse_args()
@@ -119,7 +120,7 @@ def measure(root: Path, proxy: str, options: argparse.Namespace) -> None:
     tool = [str(Path(sys.executable).with_name("retrotool"))]
     vectors = root / "vectors.npy"
     steps: list[tuple[str, list[str]]] = [
-        ("chunk", [*tool, "chunk", STORE, INPUTS, "--part-size", str(max(1, options.chunks // 8))]),
+        ("chunk", [*tool, "chunk", STORE, INPUTS, "--part-size", str(max(1, options.chunks // options.parts))]),
         ("embed", [*tool, "embed", STORE, "--encoder", "drawn", "--from", str(vectors)]),
         ("index", [*tool, "index", STORE]),
         ("neighbours", [*tool, "neighbours", STORE]),

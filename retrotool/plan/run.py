@@ -5,8 +5,8 @@ tokens. Rates are measured, per core, per GPU, or per host (its disks or network
 
 Sizes
     chunks        n = tokens / m + documents · (m − 1) / 2m: last chunks of documents are half full on average
-    neighbours    13 bytes each; 8 in a small store, where ids compress better
-    For a store of 158,539 chunks of documentation, the errors are between -1 % and +12 %.
+    neighbours    3.4 bytes for a distance, and 0.16 for each binary digit of the largest id
+    For stores of 1, 2 and 4 million chunks, all files together are XX
 
 Work, in floating-point operations (a multiplication and an addition are two)
     embed         n · L · layers · (8·h² + 4·h·i + 4·L·h), with h hidden and i intermediate dimensions; on
@@ -17,9 +17,9 @@ Work, in floating-point operations (a multiplication and an addition are two)
                   only if the index has pieces and a rotation; nothing for an exact one); for very many lists
                   33·√nlist instead of nlist
     index: recall 2,000 queries · n · 2·d, up to a budget: exact search
-    neighbours    n · nlist · 2·d to find lists, at the rate of index, and n · (nprobe · n / nlist + 80 per
-                  saved neighbour, to re-rank) · 2·d; no re-ranking on GPUs and in tiles, where codes are
-                  the vectors; n · n · 2·d if exact
+    neighbours    n · nlist · 2·d to find lists, at the rate of index, and n · nprobe · n / nlist · 2·d to search
+                  them; on cores also n · (nprobe · 70,000 + saved · 130,000) for what is done once for
+                  each list and neighbour, as measured; n · n · 2·d if exact
 
 Time
     The longest of: operations / rate of the devices, core-seconds / cores, bytes / rate of the hosts, which
@@ -35,6 +35,7 @@ Not included: what the plan lists as not counted, killed jobs, and the recall, w
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -57,20 +58,21 @@ from retrotool.neighbours.tiles import copies, count_waves, room_of_tile
 from retrotool.sizes import parse_size
 from retrotool.store.object_storage import PART_BYTES, RANGE_BYTES
 
-DOCUMENT_BYTES, NEIGHBOUR_BYTES = 60, 13
+DOCUMENT_BYTES = 60
+DISTANCE_BYTES, ID_BYTES = 3.4, 0.16  # of a neighbour, compressed: of its distance, and of each binary digit
 ROW_BYTES, TOKEN_HUNDREDTHS = 3, 105  # bytes per chunk without its tokens, and hundredths of a byte per token
 TEXT_BYTES = 4  # bytes of text per token
 LIST_BYTES = 8
 SPECIAL_TOKENS = 2
 NPROBE = 128  # lists that a chunk is compared with: 96 to 168 for documentation
-_RERANKED = 5 * 16  # for a saved neighbour 5 candidates, each as much work as 16 codes
+_LIST_FLOPS, _SAVED_FLOPS = 70_000, 130_000  # as much work as a list and a saved neighbour of a query are on cores
 _ASKED = 2000  # queries, to measure recall
 _UPPER_PROBED = 33  # of √nlist upper lists, with finding them
 _BESIDE_ROUTED, _LIST_NUMBER, _ANSWER = 24, 4, 12  # bytes of a row in a tile, besides its vector; and of a neighbour
 _CARD_BYTES, _BESIDE_VECTOR = 56e9, 40  # of 80 GB, for vectors; bytes of a vector besides its numbers
 _PARTS_AT_ONCE = 8  # searched by a GPU in each portion of vectors that is loaded
 _LOADED_PER_SECOND = 2e10  # bytes, from memory to a GPU
-_BESIDE_READS, _BESIDE_WRITES = 12, 8  # requests of a task, besides those for its data
+_BESIDE_READS, _BESIDE_WRITES = 20, 6  # requests of a task besides those for its data: measured 7 to 35, and 2 to 10
 GPUS_A_HOST = 8
 TOKENS_A_DOCUMENT = 700
 _CENTROIDS = 256
@@ -305,7 +307,8 @@ class _Work:
         self._shards = -(-self.n // default_shard_rows(choice, None))
         self._sample = sample_size(self.n, choice, self.machines.memory) if choice.nlist else 0
         of_lists = LIST_BYTES * choice.nlist * self._shards
-        n, vector, saved = self.n, 2 * choice.d, NEIGHBOUR_BYTES * self.saved
+        n, vector = self.n, 2 * choice.d
+        saved = round(self.saved * (DISTANCE_BYTES + ID_BYTES * math.log2(n + 1)))
         tokens = TOKEN_HUNDREDTHS * self.tokens // 100
         of_chunks = f"{ROW_BYTES} bytes per chunk and {TOKEN_HUNDREDTHS / 100} per token"
         of_index = f"{choice.bytes_per_vector:,} bytes per chunk, lists, training"
@@ -377,10 +380,10 @@ class _Work:
 
     def neighbours(self) -> tuple[StagePlan, ...]:
         choice, n, gpus = self._choice, self.n, self.machines.gpus
-        reranked = choice.code not in ("float16", "float32") and not gpus and not self._tiles
         scanned = min(n, self._probed * n / choice.nlist) if choice.nlist else n
         finding = self._products("index", n * self._compared * 2.0 * choice.d)
-        flops = n * (scanned + min(n, _RERANKED * self.saved) * reranked) * 2.0 * choice.d
+        flops = n * scanned * 2.0 * choice.d
+        flops += 0 if gpus else n * (self._probed * _LIST_FLOPS + self.saved * _SAVED_FLOPS)
         searching, vectors = self._products("neighbours", flops), self._bytes["embeddings"]
         if self._tiles:
             return self._in_tiles(finding, searching)
