@@ -5,7 +5,8 @@ that catches everything, it is swallowed, and a run of hours goes on. So the com
 code that works in steps calls ``check``. At the end of an ``__enter__``, what was acquired would never be
 released, and a thread may wait for that lock forever. So there it is raised a moment later.
 
-Without ``install``, as in scripts, Python's own behaviour stays.
+Without ``install``, as in scripts, Python's own behaviour stays. Work that must end in order, with a
+checkpoint, is ``deferred``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _interrupted = threading.Event()
 _LATER_SECONDS = 0.001
@@ -44,3 +48,29 @@ def check() -> None:
     """Raise ``KeyboardInterrupt`` after a Ctrl-C, in any thread."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
+
+
+@contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Remember SIGTERM and Ctrl-C instead of ending; yield a function that returns whether one came.
+
+    The second one acts as before. Outside of the main thread nothing changes.
+    """
+    came, before = threading.Event(), dict[int, Any]()
+
+    def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        came.set()
+        restore()
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, remember)
+    try:
+        yield came.is_set
+    finally:
+        restore()

@@ -1,0 +1,276 @@
+"""``retrotool train``: a run that is stopped goes on as if it had not been, alone and in several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import INTERRUPTED, Cli
+from forked import Forked
+from typer.testing import CliRunner
+
+from retrotool import RetroDataset, api
+from retrotool.app import app
+from retrotool.errors import UsageError
+from retrotool.store.leases import Run
+from retrotool.store.storage import storage_at
+from retrotool.train.retro_model import load_model
+
+CONFIG: dict[str, dict[str, Any]] = {
+    "model": {
+        "dimension": 16, "layers": 3, "heads": 2, "first_cross_layer": 2, "encoder_dimension": 16, "encoder_heads": 2,
+    },
+    "data": {"sequence_length": 1024, "batch_size": 2},
+    "optimiser": {
+        "steps": 12, "accumulation": 2, "learning_rate": 0.01, "warmup_steps": 2, "checkpoint_steps": 4,
+    },
+}  # fmt: skip
+
+
+def write_config(path: Path, **sections: dict[str, Any]) -> Path:
+    """The settings of these tests, with others in some sections."""
+    lines = []
+    for name, values in CONFIG.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in {**values, **sections.get(name, {})}.items()]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "small.toml")
+
+
+def losses(out: Path) -> list[dict[str, Any]]:
+    """The lines of losses.jsonl, without what depends on the time."""
+    lines = [json.loads(line) for line in storage_at(out).get("losses.jsonl").splitlines()]
+    return [{key: line[key] for key in ("step", "tokens", "loss", "bits_per_token")} for line in lines]
+
+
+def newest(out: Path) -> dict[str, Any]:
+    heads = [one.path for one in storage_at(out).list("checkpoints/") if one.path.endswith(".json")]
+    found: dict[str, Any] = json.loads(storage_at(out).get(heads[-1]))
+    return found
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Weights, and the state of the optimiser, of the last checkpoint."""
+    files = [newest(out)["files"][name]["path"] for name in ("model", "optimiser")]
+    return {key: value for file in files for key, value in safetensors.torch.load(storage_at(out).get(file)).items()}
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs are equal to the bit: all losses, and what the last checkpoint has."""
+    a, b = tensors(one), tensors(other)
+    return losses(one) == losses(other) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def at_write(part: str, count: int, number: int) -> Callable[[], None]:
+    """Send a signal to the process itself, when it is about to name a file for the ``count``-th time."""
+
+    def before() -> None:
+        seen = 0
+
+        def hear(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event == "retrotool.disk" and arguments[0] in ("rename", "finish", "overwrite") and part in str(arguments[1]):
+                seen += 1
+                if seen == count:
+                    os.kill(os.getpid(), number)
+
+        sys.addaudithook(hear)
+
+    return before
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, built_store: Path, cli: Cli) -> Path:
+    """A run that nothing interrupted. Not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = cli("train", built_store, "--config", write_config(folder / "small.toml"), "--out", folder / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["step"], found["resumed"]) == (12, 0)
+    return folder / "run"
+
+
+def test_losses_and_checkpoints(whole: Path, built_store: Path) -> None:
+    lines = losses(whole)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    # Each step has other texts, but the first ones of a model that knows nothing are all alike.
+    assert abs(lines[0]["loss"] - math.log(api_vocabulary(built_store))) < 0.2
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert all(math.isclose(line["bits_per_token"], line["loss"] / math.log(2)) for line in lines)
+    batches = list(RetroDataset(built_store, sequence_length=1024, batch_size=2))
+    targets = [int(batch["loss_mask"][:, 1:].sum()) for batch in batches[:4]]
+    assert [line["tokens"] for line in lines[:2]] == [sum(targets[:2]), sum(targets)]
+    names = [one.path.removeprefix("checkpoints/") for one in storage_at(whole).list("checkpoints/")]
+    assert [name for name in names if name.endswith(".json")] == ["0000000008.json", "0000000012.json"]
+    assert len(names) == 6
+    consumed, epoch = (newest(whole)["dataset"][key] for key in ("consumed", "epoch"))
+    assert epoch > 0 and 0 < consumed < newest(whole)["dataset"]["sequences"], "it ended within an epoch"
+
+
+def api_vocabulary(store: Path) -> int:
+    return int(api.info(store).tokenizer["vocabulary"])
+
+
+@pytest.mark.parametrize("part", ["losses.jsonl", "-model-", "-optimiser-", "0000000008.json"])
+def test_a_run_that_is_killed_is_resumed_to_the_bit(
+    whole: Path, built_store: Path, config: Path, tmp_path: Path, cli: Cli, part: str
+) -> None:
+    train = ("train", built_store, "--config", config, "--out", tmp_path / "run")
+    killed = cli(*train, preexec_fn=at_write(part, 1 if "json" in part and part[0] == "0" else 2, signal.SIGKILL))
+    assert killed.returncode == -signal.SIGKILL
+    assert newest(tmp_path / "run")["step"] == 4
+    done = cli(*train, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["resumed"] == 4
+    assert same(tmp_path / "run", whole)
+    assert not list(storage_at(tmp_path / "run").unfinished())
+    assert len(list(storage_at(tmp_path / "run").list("checkpoints/"))) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint(
+    whole: Path, built_store: Path, config: Path, tmp_path: Path, cli: Cli, number: int
+) -> None:
+    train = ("train", built_store, "--config", config, "--out", tmp_path / "run")
+    stopped = cli(*train, preexec_fn=at_write("-model-", 1, number))
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", INTERRUPTED)
+    assert newest(tmp_path / "run")["step"] == 5 == len(losses(tmp_path / "run"))
+    done = cli(*train)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "in 12 steps, resumed after step 5" in done.stdout
+    assert same(tmp_path / "run", whole)
+    again = cli(*train, "--json")
+    assert json.loads(again.stdout)["resumed"] == 12, "nothing is left to do"
+    assert same(tmp_path / "run", whole)
+
+
+def run_ranks(size: int, *arguments: object) -> list[tuple[str, str]]:
+    """Run a command in several processes, as torchrun does; return what each prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+
+    def become(rank: int) -> Callable[[], None]:
+        return lambda: os.environ.update({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+
+    running = [Forked([str(one) for one in arguments], before=become(rank)) for rank in range(size)]
+    printed = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0] * size, printed
+    return printed
+
+
+def test_two_processes_train_as_one_with_twice_the_batches(built_store: Path, tmp_path: Path) -> None:
+    """A step has a whole epoch, as processes read it in another order."""
+    n = RetroDataset(built_store, sequence_length=1024).sequences
+    assert n % 2 == 1, "one process has a sequence less"
+    data = {"batch_size": (n + 1) // 2}
+    for name, accumulation, size in (("one", 2, 1), ("two", 1, 2)):
+        optimiser = {"steps": 4, "accumulation": accumulation, "checkpoint_steps": 3}
+        path = write_config(tmp_path / f"{name}.toml", data=data, optimiser=optimiser)
+        arguments = ("train", built_store, "--config", path, "--out", tmp_path / name, "--json")
+        printed = run_ranks(size, *arguments)
+        assert json.loads(printed[0][0])["step"] == 4
+        assert [out for out, _ in printed[1:]] == [""] * (size - 1), "one of them prints the result"
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-5)
+    a, b = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert all(torch.allclose(a[key], b[key], rtol=1e-2, atol=1e-4) for key in a if "exp_avg" not in key)
+
+
+def test_a_model_is_loaded_for_others(whole: Path, built_store: Path, tmp_path: Path) -> None:
+    model = load_model(whole)
+    assert not model.training
+    batch = next(iter(RetroDataset(built_store, sequence_length=1024, batch_size=2)))
+    loss = model.loss_of(batch["tokens"], batch["loss_mask"], batch["neighbours"], batch["neighbour_mask"])
+    assert loss.shape == batch["tokens"].shape
+    assert 0 < float(loss.sum() / batch["loss_mask"].sum()) < losses(whole)[0]["loss"] - 0.5
+    with pytest.raises(UsageError, match="has no checkpoint"):
+        load_model(tmp_path / "nothing")
+
+
+def test_without_retrieval_there_is_no_encoder(built_store: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "plain.toml", model={"retrieval": False}, optimiser={"steps": 1})
+    result = api.train(built_store, config=config, out=tmp_path / "run", device="cpu")
+    assert result.parameters == sum(weight.numel() for weight in load_model(tmp_path / "run").parameters())
+    assert not any("cross" in name or "encoder" in name for name in tensors(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model", "is not TOML"),
+        ("[train]", "train is not a section"),
+        ("model = 1", "model is not a section"),
+        ("[optimiser]", "optimiser.steps is missing"),
+        ("[optimiser]\nsteps = 1\nlr = 0.1", "optimiser.lr is unknown"),
+        ("[optimiser]\nsteps = 0", "optimiser.steps is 0, which is too small"),
+        ("[optimiser]\nsteps = 1.5", "optimiser.steps is 1.5, not an integer"),
+        ("[optimiser]\nsteps = 1\nclip = nan", "optimiser.clip is nan, which is too small"),
+        ("[optimiser]\nsteps = 1\nbeta1 = 1", "beta1=1 and beta2=0.95 are not less than 1"),
+        ("[optimiser]\nsteps = 1\n[data]\npacked = 1", "data.packed is 1, not true or false"),
+        ("[optimiser]\nsteps = 1\n[data]\ntable = 'x'", "has no neighbours 'x'"),
+        ("[optimiser]\nsteps = 1\n[data]\nsequence_length = 100", "sequence_length=100 is not a multiple"),
+        ("[optimiser]\nsteps = 1\n[model]\nvocabulary = 9", "model.vocabulary is unknown"),
+        ("[optimiser]\nsteps = 1\n[model]\nheads = 3", "model: dimension=512 is not a multiple of twice its 3 heads"),
+        ("[optimiser]\nsteps = 1\n[model]\nneighbours = 500", "500"),
+    ],
+)
+def test_wrong_settings_are_named(built_store: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "wrong.toml").write_text(text)
+    command = ["train", built_store, "--config", tmp_path / "wrong.toml", "--out", tmp_path / "run"]
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_a_run_is_resumed_with_its_model_and_store_alone(
+    whole: Path, built_store: Path, store_copy: Path, tmp_path: Path, cli: Cli
+) -> None:
+    other = write_config(tmp_path / "other.toml", model={"layers": 2})
+    done = cli("train", built_store, "--config", other, "--out", whole)
+    assert (done.returncode, f"error: the run in {whole} has layers=3" in done.stderr) == (2, True)
+    with Run(storage_at(whole)):
+        done = cli("train", built_store, "--config", write_config(tmp_path / "same.toml"), "--out", whole)
+    assert (done.returncode, f"is training in {whole}" in done.stderr) == (14, True)
+    for place, message in ((built_store, "is a store"), (built_store / "run", "is in the store")):
+        done = cli("train", built_store, "--config", write_config(tmp_path / "same.toml"), "--out", place)
+        assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.on_disk
+def test_a_damaged_checkpoint_is_refused(built_store: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "short.toml", optimiser={"steps": 2, "checkpoint_steps": 1})
+    api.train(built_store, config=config, out=tmp_path / "run", device="cpu")
+    file = tmp_path / "run" / newest(tmp_path / "run")["files"]["model"]["path"]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    command = ["train", str(built_store), "--config", str(config), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 12
+    assert "is missing, or not what" in done.stderr
+    head = tmp_path / "run" / "checkpoints" / "0000000002.json"
+    assert f"remove {head}" in done.stderr
+    head.unlink()
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert json.loads(done.stdout)["resumed"] == 1
