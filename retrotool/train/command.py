@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   retrotool train store --config small.toml --out run
-  retrotool train training --config small.toml --out run-2 --devices cpu
+  retrotool train store --config small.toml --out run --devices cpu --json
 Over 8 GPUs: torchrun --nproc-per-node 8 -m retrotool train store --config small.toml --out run"""
 
 

@@ -98,9 +98,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, places: Tensor, allowed: Tensor, source: Tensor | None = None, at: Tensor | None = None
     ) -> Tensor:
-        """Attend from x [n, t, dimension], at ``places`` [t], to itself or ``source`` [n, s, ...] ``at`` [s].
+        """Return what x [n, t, dimension] finds in itself, or in ``source`` [n, s, ...]; 0 without any allowed.
 
-        ``allowed``: bool [n, t or 1, s]. Returns [n, t, dimension]; what may attend to nothing is 0.
+        ``places`` [t] and ``at`` [s] are their positions; ``allowed``: bool [n, t or 1, s].
         """
         x = self.norm(x)
         source, at = (x, places) if source is None or at is None else (source, at)

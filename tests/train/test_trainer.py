@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import INTERRUPTED, Cli
+from conftest import INTERRUPTED, Cli, make_rows, write_jsonl
 from forked import Forked
 from typer.testing import CliRunner
 
@@ -31,7 +31,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "model": {
         "dimension": 16, "layers": 3, "heads": 2, "first_cross_layer": 2, "encoder_dimension": 16, "encoder_heads": 2,
     },
-    "data": {"sequence_length": 1024, "batch_size": 2},
+    "data": {"sequence_length": 64, "batch_size": 3},
     "optimiser": {
         "steps": 12, "accumulation": 2, "learning_rate": 0.01, "warmup_steps": 2, "checkpoint_steps": 4,
     },
@@ -85,7 +85,11 @@ def at_write(part: str, count: int, number: int) -> Callable[[], None]:
 
         def hear(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal seen
-            if event == "retrotool.disk" and arguments[0] in ("rename", "finish", "overwrite") and part in str(arguments[1]):
+            if (
+                event == "retrotool.disk"
+                and arguments[0] in ("rename", "finish", "overwrite")
+                and part in str(arguments[1])
+            ):
                 seen += 1
                 if seen == count:
                     os.kill(os.getpid(), number)
@@ -96,24 +100,35 @@ def at_write(part: str, count: int, number: int) -> Callable[[], None]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, built_store: Path, cli: Cli) -> Path:
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """A store of short chunks with their neighbours. Not to be changed."""
+    folder = tmp_path_factory.mktemp("short")
+    rows = write_jsonl(folder / "rows.jsonl", make_rows(40, words=40))
+    api.chunk(folder / "store", [str(rows)], tokenizer=str(tiny_encoder), chunk_length=16)
+    api.embed(folder / "store", encoder=str(tiny_encoder))
+    api.neighbours(folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, store: Path, cli: Cli) -> Path:
     """A run that nothing interrupted. Not to be changed."""
     folder = tmp_path_factory.mktemp("whole")
-    done = cli("train", built_store, "--config", write_config(folder / "small.toml"), "--out", folder / "run", "--json")
+    done = cli("train", store, "--config", write_config(folder / "small.toml"), "--out", folder / "run", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["step"], found["resumed"]) == (12, 0)
     return folder / "run"
 
 
-def test_losses_and_checkpoints(whole: Path, built_store: Path) -> None:
+def test_losses_and_checkpoints(whole: Path, store: Path) -> None:
     lines = losses(whole)
     assert [line["step"] for line in lines] == list(range(1, 13))
     # Each step has other texts, but the first ones of a model that knows nothing are all alike.
-    assert abs(lines[0]["loss"] - math.log(api_vocabulary(built_store))) < 0.2
+    assert abs(lines[0]["loss"] - math.log(api_vocabulary(store))) < 0.2
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     assert all(math.isclose(line["bits_per_token"], line["loss"] / math.log(2)) for line in lines)
-    batches = list(RetroDataset(built_store, sequence_length=1024, batch_size=2))
+    batches = list(RetroDataset(store, sequence_length=64, batch_size=3))
     targets = [int(batch["loss_mask"][:, 1:].sum()) for batch in batches[:4]]
     assert [line["tokens"] for line in lines[:2]] == [sum(targets[:2]), sum(targets)]
     names = [one.path.removeprefix("checkpoints/") for one in storage_at(whole).list("checkpoints/")]
@@ -129,9 +144,9 @@ def api_vocabulary(store: Path) -> int:
 
 @pytest.mark.parametrize("part", ["losses.jsonl", "-model-", "-optimiser-", "0000000008.json"])
 def test_a_run_that_is_killed_is_resumed_to_the_bit(
-    whole: Path, built_store: Path, config: Path, tmp_path: Path, cli: Cli, part: str
+    whole: Path, store: Path, config: Path, tmp_path: Path, cli: Cli, part: str
 ) -> None:
-    train = ("train", built_store, "--config", config, "--out", tmp_path / "run")
+    train = ("train", store, "--config", config, "--out", tmp_path / "run")
     killed = cli(*train, preexec_fn=at_write(part, 1 if "json" in part and part[0] == "0" else 2, signal.SIGKILL))
     assert killed.returncode == -signal.SIGKILL
     assert newest(tmp_path / "run")["step"] == 4
@@ -145,9 +160,9 @@ def test_a_run_that_is_killed_is_resumed_to_the_bit(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_with_a_checkpoint(
-    whole: Path, built_store: Path, config: Path, tmp_path: Path, cli: Cli, number: int
+    whole: Path, store: Path, config: Path, tmp_path: Path, cli: Cli, number: int
 ) -> None:
-    train = ("train", built_store, "--config", config, "--out", tmp_path / "run")
+    train = ("train", store, "--config", config, "--out", tmp_path / "run")
     stopped = cli(*train, preexec_fn=at_write("-model-", 1, number))
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", INTERRUPTED)
     assert newest(tmp_path / "run")["step"] == 5 == len(losses(tmp_path / "run"))
@@ -178,15 +193,15 @@ def run_ranks(size: int, *arguments: object) -> list[tuple[str, str]]:
     return printed
 
 
-def test_two_processes_train_as_one_with_twice_the_batches(built_store: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_twice_the_batches(store: Path, tmp_path: Path) -> None:
     """A step has a whole epoch, as processes read it in another order."""
-    n = RetroDataset(built_store, sequence_length=1024).sequences
+    n = RetroDataset(store, sequence_length=64).sequences
     assert n % 2 == 1, "one process has a sequence less"
     data = {"batch_size": (n + 1) // 2}
     for name, accumulation, size in (("one", 2, 1), ("two", 1, 2)):
         optimiser = {"steps": 4, "accumulation": accumulation, "checkpoint_steps": 3}
         path = write_config(tmp_path / f"{name}.toml", data=data, optimiser=optimiser)
-        arguments = ("train", built_store, "--config", path, "--out", tmp_path / name, "--json")
+        arguments = ("train", store, "--config", path, "--out", tmp_path / name, "--json")
         printed = run_ranks(size, *arguments)
         assert json.loads(printed[0][0])["step"] == 4
         assert [out for out, _ in printed[1:]] == [""] * (size - 1), "one of them prints the result"
@@ -197,20 +212,21 @@ def test_two_processes_train_as_one_with_twice_the_batches(built_store: Path, tm
     assert all(torch.allclose(a[key], b[key], rtol=1e-2, atol=1e-4) for key in a if "exp_avg" not in key)
 
 
-def test_a_model_is_loaded_for_others(whole: Path, built_store: Path, tmp_path: Path) -> None:
+def test_a_model_is_loaded_for_others(whole: Path, store: Path, tmp_path: Path) -> None:
     model = load_model(whole)
     assert not model.training
-    batch = next(iter(RetroDataset(built_store, sequence_length=1024, batch_size=2)))
-    loss = model.loss_of(batch["tokens"], batch["loss_mask"], batch["neighbours"], batch["neighbour_mask"])
+    batch = next(iter(RetroDataset(store, sequence_length=64, batch_size=3)))
+    with torch.no_grad():
+        loss = model.loss_of(batch["tokens"], batch["loss_mask"], batch["neighbours"], batch["neighbour_mask"])
     assert loss.shape == batch["tokens"].shape
     assert 0 < float(loss.sum() / batch["loss_mask"].sum()) < losses(whole)[0]["loss"] - 0.5
     with pytest.raises(UsageError, match="has no checkpoint"):
         load_model(tmp_path / "nothing")
 
 
-def test_without_retrieval_there_is_no_encoder(built_store: Path, tmp_path: Path) -> None:
+def test_without_retrieval_there_is_no_encoder(store: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "plain.toml", model={"retrieval": False}, optimiser={"steps": 1})
-    result = api.train(built_store, config=config, out=tmp_path / "run", device="cpu")
+    result = api.train(store, config=config, out=tmp_path / "run", device="cpu")
     assert result.parameters == sum(weight.numel() for weight in load_model(tmp_path / "run").parameters())
     assert not any("cross" in name or "encoder" in name for name in tensors(tmp_path / "run"))
 
@@ -235,37 +251,35 @@ def test_without_retrieval_there_is_no_encoder(built_store: Path, tmp_path: Path
         ("[optimiser]\nsteps = 1\n[model]\nneighbours = 500", "500"),
     ],
 )
-def test_wrong_settings_are_named(built_store: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_settings_are_named(store: Path, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "wrong.toml").write_text(text)
-    command = ["train", built_store, "--config", tmp_path / "wrong.toml", "--out", tmp_path / "run"]
+    command = ["train", store, "--config", tmp_path / "wrong.toml", "--out", tmp_path / "run"]
     done = CliRunner().invoke(app, [str(word) for word in command])
     assert (done.exit_code, done.stdout) == (2, "")
     assert message in done.stderr
 
 
-def test_a_run_is_resumed_with_its_model_and_store_alone(
-    whole: Path, built_store: Path, store_copy: Path, tmp_path: Path, cli: Cli
-) -> None:
+def test_a_run_is_resumed_with_its_model_and_store_alone(whole: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
     other = write_config(tmp_path / "other.toml", model={"layers": 2})
-    done = cli("train", built_store, "--config", other, "--out", whole)
+    done = cli("train", store, "--config", other, "--out", whole)
     assert (done.returncode, f"error: the run in {whole} has layers=3" in done.stderr) == (2, True)
     with Run(storage_at(whole)):
-        done = cli("train", built_store, "--config", write_config(tmp_path / "same.toml"), "--out", whole)
+        done = cli("train", store, "--config", write_config(tmp_path / "same.toml"), "--out", whole)
     assert (done.returncode, f"is training in {whole}" in done.stderr) == (14, True)
-    for place, message in ((built_store, "is a store"), (built_store / "run", "is in the store")):
-        done = cli("train", built_store, "--config", write_config(tmp_path / "same.toml"), "--out", place)
+    for place, message in ((store, "is a store"), (store / "run", "is in the store")):
+        done = cli("train", store, "--config", write_config(tmp_path / "same.toml"), "--out", place)
         assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.on_disk
-def test_a_damaged_checkpoint_is_refused(built_store: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(store: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "short.toml", optimiser={"steps": 2, "checkpoint_steps": 1})
-    api.train(built_store, config=config, out=tmp_path / "run", device="cpu")
+    api.train(store, config=config, out=tmp_path / "run", device="cpu")
     file = tmp_path / "run" / newest(tmp_path / "run")["files"]["model"]["path"]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    command = ["train", str(built_store), "--config", str(config), "--out", str(tmp_path / "run")]
+    command = ["train", str(store), "--config", str(config), "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 12
     assert "is missing, or not what" in done.stderr
