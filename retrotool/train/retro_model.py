@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, places: Tensor, allowed: Tensor, source: Tensor | None = None, at: Tensor | None = None
     ) -> Tensor:
-        """Return what x [n, t, dimension] finds in itself, or in ``source`` [n, s, ...]; 0 without any allowed.
+        """Return what x [n, t, dimension] finds in itself or ``source`` [n, s, ...]; 0 if nothing is allowed.
 
         ``places`` [t] and ``at`` [s] are their positions; ``allowed``: bool [n, t or 1, s].
         """
