@@ -110,12 +110,9 @@ class Trainer:
 
     def __init__(self, model: RetroModel, dataset: RetroDataset, config: OptimiserConfig, device: str) -> None:
         self.model, self.dataset, self.config, self.device = model.to(device), dataset, config, device
-        weights = {False: list[Tensor](), True: list[Tensor]()}
-        for weight in model.parameters():
-            weights[weight.dim() > 1].append(weight)
-        groups = [
-            {"params": some, "weight_decay": config.weight_decay * is_matrix} for is_matrix, some in weights.items()
-        ]
+        matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+        others = [weight for weight in model.parameters() if weight.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
         self.step, self.tokens = 0, 0
         self._batches, self._last = endless(dataset), Item()
