@@ -108,7 +108,7 @@ class Attention(nn.Module):
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.query(x), self.key(source), self.value(source))
         )
-        # A softmax over nothing is NaN: such a row attends to everything, and its result is dropped.
+        # A softmax over nothing is NaN in some kernels: such a row attends to everything, and is dropped.
         some = allowed.any(-1, keepdim=True)
         mask = (allowed | ~some)[:, None]
         attended = F.scaled_dot_product_attention(rotate(query, places), rotate(key, at), value, attn_mask=mask)

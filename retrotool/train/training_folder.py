@@ -48,7 +48,7 @@ class TrainingFolder:
 
     @contextmanager
     def held(self) -> Iterator[str]:
-        """Yield the id of a new run, which alone writes here; remove what killed runs left.
+        """Yield the id of a new run, which alone writes here; what killed runs left goes with the next ``save``.
 
         ``HeldError`` if another run is alive, or was silent for less than five minutes on another machine.
         """
@@ -61,7 +61,6 @@ class TrainingFolder:
                     raise HeldError(message, "Wait until it ends, or five minutes if its machine is gone.")
                 self.storage.delete([lease])
             self.storage.drop(self.storage.unfinished())
-            self._remove_old()
             yield run.id
 
     def newest(self) -> dict[str, Any] | None:

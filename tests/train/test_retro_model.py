@@ -39,9 +39,9 @@ def inputs(b: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def with_padding() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A short chunk, a purged one, chunks with one neighbour or none; and a sequence without tokens."""
+    """Short chunks, a purged one, chunks with one neighbour or none; and a sequence without tokens."""
     tokens, mask, neighbours, neighbour_mask = inputs(3)
-    mask[0, M - 1] = mask[0, M : 2 * M] = mask[2] = False
+    mask[0, M - 1] = mask[1, 2 * M - 1] = mask[0, M : 2 * M] = mask[2] = False
     neighbour_mask[0, 1], neighbour_mask[1, 0, 1], neighbour_mask[1, 2, 0, R - 2 :] = False, False, False
     neighbour_mask[2] = False
     return tokens, mask, neighbours, neighbour_mask
@@ -159,6 +159,20 @@ def test_padding_has_no_effect_and_no_loss(model: RetroModel) -> None:
     assert (loss[predicted] > 0).all() and (loss[~predicted] == 0).all()
     loss.sum().backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_padding_is_not_attended_to(model: RetroModel) -> None:
+    """It is embedded as token 0, which these texts don't have."""
+    tokens, mask, neighbours, neighbour_mask = with_padding()
+    given = (tokens.clamp(min=1), mask, neighbours.clamp(min=1), neighbour_mask)
+    before = model(*given)
+    with torch.no_grad():
+        model.encoder.embedding.weight[0] += 1
+        assert torch.equal(model(*given), before)
+        model.embedding.weight[0] += 1
+        after = model(*given)
+    assert torch.equal(after[mask][:, 1:], before[mask][:, 1:])
+    assert not torch.equal(after[~mask][:, 1:], before[~mask][:, 1:])
 
 
 def test_the_loss_is_that_of_the_token_that_follows(model: RetroModel) -> None:
