@@ -14,6 +14,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,6 +22,7 @@ from typing import Any
 
 _interrupted = threading.Event()
 _LATER_SECONDS = 0.001
+_REPEATED_SECONDS = 2.0  # torchrun passes on a Ctrl-C that its processes have got from the terminal already
 
 
 def install() -> None:
@@ -54,13 +56,15 @@ def check() -> None:
 def deferred() -> Iterator[Callable[[], bool]]:
     """Remember SIGTERM and Ctrl-C instead of ending; yield a function that returns whether one came.
 
-    The second one acts as before. Outside of the main thread nothing changes.
+    A later Ctrl-C acts as before. Outside of the main thread nothing changes.
     """
-    came, before = threading.Event(), dict[int, Any]()
+    came, before = list[float](), dict[int, Any]()
 
     def remember(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        came.set()
-        restore()
+        came.append(time.monotonic())
+        if number == signal.SIGINT and came[-1] - came[0] > _REPEATED_SECONDS:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         while before:
@@ -71,6 +75,6 @@ def deferred() -> Iterator[Callable[[], bool]]:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, remember)
     try:
-        yield came.is_set
+        yield lambda: bool(came)
     finally:
         restore()

@@ -48,7 +48,7 @@ class TrainingFolder:
 
     @contextmanager
     def held(self) -> Iterator[str]:
-        """Yield the id of a new run, which alone writes here; what killed runs left goes with the next ``save``.
+        """Yield the id of a new run; no other may write here until it ends.
 
         ``HeldError`` if another run is alive, or was silent for less than five minutes on another machine.
         """
@@ -79,7 +79,10 @@ class TrainingFolder:
         return safetensors.torch.load(data)
 
     def save(self, run: str, facts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write a checkpoint: ``facts``, with its step, as JSON, and named tensors. Then remove old ones."""
+        """Write a checkpoint: ``facts``, with its step, as JSON, and named tensors.
+
+        Then remove old ones, and what killed runs left of theirs.
+        """
         files = {}
         for name, values in tensors.items():
             path = f"{_FOLDER}{facts['step']:010d}-{name}-{run}.safetensors"

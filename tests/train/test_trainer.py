@@ -20,7 +20,7 @@ from conftest import INTERRUPTED, Cli, make_rows, write_jsonl
 from forked import Forked
 from typer.testing import CliRunner
 
-from retrotool import RetroDataset, api
+from retrotool import RetroDataset, api, interrupts
 from retrotool.app import app
 from retrotool.errors import UsageError
 from retrotool.store.leases import Run
@@ -79,8 +79,8 @@ def same(one: Path, other: Path) -> bool:
     return losses(one) == losses(other) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def at_write(part: str, count: int, number: int) -> Callable[[], None]:
-    """Send a signal to the process itself, when it is about to name a file for the ``count``-th time."""
+def at_write(part: str, number: int, *counts: int) -> Callable[[], None]:
+    """Send a signal to the process itself, when it is about to name a file for the first time, or the ``counts``-th."""
 
     def before() -> None:
         seen = 0
@@ -93,7 +93,7 @@ def at_write(part: str, count: int, number: int) -> Callable[[], None]:
                 and part in str(arguments[1])
             ):
                 seen += 1
-                if seen == count:
+                if seen in (counts or (1,)):
                     os.kill(os.getpid(), number)
 
         sys.addaudithook(hear)
@@ -149,7 +149,7 @@ def test_a_run_that_is_killed_is_resumed_to_the_bit(
     whole: Path, store: Path, config: Path, tmp_path: Path, cli: Cli, part: str
 ) -> None:
     train = ("train", store, "--config", config, "--out", tmp_path / "run")
-    killed = cli(*train, preexec_fn=at_write(part, 1 if part.endswith(".json") else 2, signal.SIGKILL))
+    killed = cli(*train, preexec_fn=at_write(part, signal.SIGKILL, 1 if part.endswith(".json") else 2))
     assert killed.returncode == -signal.SIGKILL
     assert newest(tmp_path / "run")["step"] == 4
     done = cli(*train, "--json")
@@ -160,12 +160,12 @@ def test_a_run_that_is_killed_is_resumed_to_the_bit(
     assert len(list(storage_at(tmp_path / "run").list("checkpoints/"))) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "counts"), [(signal.SIGTERM, (1, 2)), (signal.SIGINT, (1,))])
 def test_a_signal_ends_a_run_with_a_checkpoint(
-    whole: Path, store: Path, config: Path, tmp_path: Path, cli: Cli, number: int
+    whole: Path, store: Path, config: Path, tmp_path: Path, cli: Cli, number: int, counts: tuple[int, ...]
 ) -> None:
     train = ("train", store, "--config", config, "--out", tmp_path / "run")
-    stopped = cli(*train, preexec_fn=at_write("-model-", 1, number))
+    stopped = cli(*train, preexec_fn=at_write("-model-", number, *counts))
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", INTERRUPTED)
     assert newest(tmp_path / "run")["step"] == 5 == len(losses(tmp_path / "run"))
     done = cli(*train)
@@ -306,9 +306,14 @@ def test_a_run_is_resumed_with_its_model_and_store_alone(whole: Path, store: Pat
     with Run(storage_at(whole)):
         done = cli("train", store, "--config", write_config(tmp_path / "same.toml"), "--out", whole)
     assert (done.returncode, f"is training in {whole}" in done.stderr) == (14, True)
-    for place, message in ((store, "is a store"), (store / "run", "is in the store")):
-        done = cli("train", store, "--config", write_config(tmp_path / "same.toml"), "--out", place)
-        assert done.returncode == 2 and message in done.stderr
+    done = cli("train", store, "--config", tmp_path / "same.toml", "--out", store)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"error: {store} is a store")
+
+
+@pytest.mark.on_disk
+def test_a_folder_in_a_store_is_refused(store: Path, config: Path, cli: Cli) -> None:
+    done = cli("train", store, "--config", config, "--out", store / "run")
+    assert (done.returncode, f"is in the store {store}" in done.stderr) == (2, True)
 
 
 @pytest.mark.on_disk
@@ -328,3 +333,13 @@ def test_a_damaged_checkpoint_is_refused(store: Path, tmp_path: Path) -> None:
     head.unlink()
     done = CliRunner().invoke(app, [*command, "--json"])
     assert json.loads(done.stdout)["resumed"] == 1
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_REPEATED_SECONDS", 0.0)
+    with interrupts.deferred() as came, pytest.raises(KeyboardInterrupt):
+        assert not came()
+        signal.raise_signal(signal.SIGINT)
+        assert came()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
