@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from retrotool.errors import UsageError
 from retrotool.store.storage import Place
+from retrotool.train.training_config import parse_section
 from retrotool.train.training_folder import TrainingFolder
 
 _ROTARY_BASE = 10_000.0
@@ -270,6 +271,6 @@ def load_model(directory: Place) -> RetroModel:
     checkpoint = folder.newest()
     if checkpoint is None:
         raise UsageError(f"{folder.storage.place} has no checkpoint", "Name the --out of retrotool train.")
-    model = RetroModel(RetroConfig(**checkpoint["model"]))
+    model = RetroModel(parse_section(RetroConfig, checkpoint["model"], f"{folder.storage.place}: model"))
     model.load_state_dict(folder.tensors(checkpoint, "model"))
     return model.eval()

@@ -67,11 +67,11 @@ def joined_ranks(device: str) -> Iterator[str]:
     if started and device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = pick_device(device)
-    try:
-        if started:
+    if started:
+        try:
             distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    except ValueError as error:
-        raise UsageError(str(error), "Start several processes with torchrun.") from error
+        except ValueError as error:
+            raise UsageError(str(error), "Start several processes with torchrun.") from error
     try:
         yield device
     finally:
@@ -133,7 +133,8 @@ class Trainer:
 
         Raises ``RetrotoolError`` if the loss is not finite.
         """
-        begun, waited, nats, tokens = time.perf_counter(), 0.0, torch.zeros(()), torch.zeros(())
+        begun, waited = time.perf_counter(), 0.0
+        nats, tokens = torch.zeros(2, dtype=torch.float64)
         for left in reversed(range(self.config.accumulation)):
             asked = time.perf_counter()
             self._last = next(self._batches)
@@ -141,7 +142,7 @@ class Trainer:
             with self._shared.no_sync() if self._shared is not None and left else nullcontext():
                 of_batch, targets = self._losses(self._last)
                 torch.autograd.backward(of_batch)
-            nats, tokens = nats + of_batch.detach().double(), tokens + targets
+            nats, tokens = nats + of_batch.detach(), tokens + targets
         total, count, stops = self.sums(nats, tokens, stop())
         loss = total / max(count, 1)
         if not math.isfinite(loss):
@@ -244,7 +245,7 @@ def _train_to_end(
     """Take the steps that are left, and append their losses to ``lines``; the first rank writes files."""
     config, writes = trainer.config, trainer.dataset.rank == 0
     written, stopped = time.monotonic(), False
-    progress = counting("train", "step", max(0, config.steps - trainer.step)) if writes else nullcontext(int)
+    progress = counting("train", "step", max(0, config.steps - trainer.step)) if writes else nullcontext(lambda _: None)
     with interrupts.deferred() as ended, progress as report:
         while trainer.step < config.steps and not stopped:
             line, stopped = trainer.advance(ended)

@@ -299,6 +299,13 @@ def test_wrong_settings_are_named(store: Path, tmp_path: Path, text: str, messag
     assert message in done.stderr
 
 
+def test_processes_without_torchrun_are_refused(store: Path, config: Path, tmp_path: Path, cli: Cli) -> None:
+    train = ("train", store, "--config", config, "--out", tmp_path / "run")
+    done = cli(*train, preexec_fn=lambda: os.environ.update({"RANK": "0", "WORLD_SIZE": "2"}))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "MASTER_ADDR expected, but not set" in done.stderr and "with torchrun.\n" in done.stderr
+
+
 def test_a_run_is_resumed_with_its_model_and_store_alone(whole: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
     other = write_config(tmp_path / "other.toml", model={"layers": 2})
     done = cli("train", store, "--config", other, "--out", whole)
