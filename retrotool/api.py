@@ -39,3 +39,4 @@ from retrotool.reader import open_store as open_store
 from retrotool.receipt.run import VerifiedPurge as VerifiedPurge
 from retrotool.receipt.run import verify_purge as verify_purge
 from retrotool.repair.run import repair as repair
+from retrotool.train.trainer import train as train

@@ -219,7 +219,9 @@ class IndexWorker:
         # Shards include purged vectors, as a purge can be undone.
         left_out = Tombstones(np.union1d(read_rejected(store).ids, search_scope.erased_chunks(store).ids))
         memory = stage.wanted.memory
-        trained, fit = train(store, stage.encoder, rows, choice, memory=memory, device=self._device, report=progress)
+        trained, fit = train_index(
+            store, stage.encoder, rows, choice, memory=memory, device=self._device, report=progress
+        )
         report(task.weight - int(done * task.weight))
         slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
@@ -351,7 +353,7 @@ def _code_sample(choice: IndexChoice, memory: int | None) -> int:
     return min(codes.SAMPLE, max(_LEAST_CODE_SAMPLE, memory // (48 * choice.d)))
 
 
-def train(
+def train_index(
     store: Store,
     encoder: str,
     rows: SearchableRows,

@@ -29,7 +29,7 @@ from retrotool.index.index_records import RECALL, RECALL_SAMPLE, SHARD, IndexFil
 from retrotool.index.recall import measure_until_committed
 from retrotool.index.run import Options, index
 from retrotool.index.searching import write_index
-from retrotool.index.stage import IndexStage, train
+from retrotool.index.stage import IndexStage, train_index
 from retrotool.info.problems import Problem, problem_with
 from retrotool.info.verify import Verification, verify
 from retrotool.neighbours.filters import Filters
@@ -191,7 +191,7 @@ class _Round:
         searchable = SearchableRows(store, rows, read_tombstones(store))
         choice = parse_factory(training.factory, training.dimension)
         memory, device = training.asked.memory, pick_device(self.devices[0])
-        made, _ = train(store, training.encoder, searchable, choice, memory=memory, device=device)
+        made, _ = train_index(store, training.encoder, searchable, choice, memory=memory, device=device)
         file = FileName.new(run.id, "index", entry.slot, "faiss", name)
         new = write_index(store, to_faiss(made), file, entry.about)
         if new.sha256 == entry.sha256:

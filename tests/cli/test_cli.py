@@ -44,18 +44,32 @@ from retrotool.purge import command as purge_command
 from retrotool.receipt import command as receipt_command
 from retrotool.repair import command as repair_command
 from retrotool.search import command as search_command
+from retrotool.train import command as train_command
 from retrotool.train.dataset import RetroDataset
 
 COMMANDS = {
     "build": build_command,
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
     "search": search_command, "documents": inspect_command, "show": inspect_command,
-    "inspect": inspect_command, "leakage": leakage_command,
+    "inspect": inspect_command, "leakage": leakage_command, "train": train_command,
     "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
     "affected": purge_command, "export": export_command, "info": info_command,
     "log": info_command, "verify": info_command, "repair": repair_command, "plan": plan_command,
     "doctor": info_command,
 }  # fmt: skip
+SMALL = """[model]
+dimension = 16
+layers = 1
+heads = 2
+first_cross_layer = 1
+encoder_dimension = 16
+[data]
+sequence_length = 64
+batch_size = 1
+[optimiser]
+steps = 1
+"""
+"""The settings of a model to train."""
 Run = Callable[..., tuple[int, str, str]]
 TROUBLE = re.compile("error|warning|traceback", re.IGNORECASE)
 
@@ -119,6 +133,7 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
     write_jsonl(tmp_path / "edits.jsonl", [{"ban": ["0:1"]}])
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README").write_bytes(b"caf\xe9")
+    (tmp_path / "small.toml").write_text(SMALL)
     write_megatron(tmp_path / "wiki", [[2003 + i, 2004, 102] for i in range(4)])
     shutil.copytree(tiny_encoder, tmp_path / "models" / "bert-base-uncased")
     chunks = [f"{part}:{row}" for part in range(4) for row in range(100)]
@@ -145,8 +160,8 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
-        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "documents", "show", "purge",
-        "erase", "receipt", "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
+        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "documents", "show", "train",
+        "purge", "erase", "receipt", "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
         "build",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
@@ -254,7 +269,8 @@ def check_fields(value: Any, wanted: Any, where: str) -> None:
 @pytest.fixture
 def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[str, dict[str, Any]]:
     """What each command says with --json, on one store; each says one object and nothing else."""
-    store = tmp_path / "store"
+    store, config = tmp_path / "store", tmp_path / "small.toml"
+    config.write_text(SMALL)
     steps: list[tuple[str, list[Any]]] = [
         ("chunk", [store, corpus, "--tokenizer", tiny_encoder, "--part-size", 150, "--workers", 1]),
         ("embed", [store, "--encoder", tiny_encoder, "--devices", "cpu"]),
@@ -266,6 +282,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         ("documents", [store]),
         ("show", [store, "0:1"]),
         ("leakage", [store, "--queries", store]),
+        ("train", [store, "--config", config, "--out", tmp_path / "trained"]),
         ("build", [store, corpus]),
         ("purge", [store, "--document", "doc-8", "--reason", "test", "--yes"]),
         ("affected", [store]),

@@ -3,7 +3,8 @@
 * In a ``console`` block, a line ``$ COMMAND`` is run (``> `` goes on with it), and the lines below it are its output.
   A command that fails must be followed by ``$ echo $?``.
 * A ``python`` block is run in the page's one namespace; a ``text`` block right below it is what it prints. If its first
-  line is a comment that names a file, such as ``# job.py``, the block is written to that file instead.
+  line is a comment that names a file, such as ``# job.py``, the block is written to that file instead, as is a ``toml``
+  block.
 * Other blocks are not run.
 
 Pages show the current directory as ``/home/me``. Outputs are compared loosely: hexadecimal digits (8 or more) and the
@@ -104,7 +105,7 @@ def steps(page: Path) -> list[Step]:
     for block, after in zip(all_blocks, [*all_blocks[1:], None], strict=True):
         if block.language == "console":
             found += commands(block)
-        elif block.language == "python":
+        elif block.language in ("python", "toml"):
             end = block.first + len(block.lines)
             shown = after is not None and after.language == "text" and after.first <= end + 3
             start, stop = (after.first, after.first + len(after.lines)) if shown and after else (end, end)

@@ -173,5 +173,5 @@ def test_yaml_can_be_read() -> None:
 
 
 def test_blocks_are_of_known_languages() -> None:
-    known = {"console", "python", "text", "sh", "py", "json", "yaml", ""}
+    known = {"console", "python", "text", "sh", "py", "json", "yaml", "toml", ""}
     assert {block.language for page in PAGES for block in blocks(page)} <= known
