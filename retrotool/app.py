@@ -20,8 +20,8 @@ from retrotool.cli.options import WORK, parse_shard
 from retrotool.lazy import leave_pandas_out
 
 _COMMANDS = (
-    "build", "chunk", "embed", "index", "neighbours", "search", "documents", "show", "inspect", "leakage", "purge",
-    "undo", "erase", "receipt", "affected", "export", "info", "log", "verify", "repair", "plan", "doctor",
+    "build", "chunk", "embed", "index", "neighbours", "search", "documents", "show", "inspect", "leakage", "evaluate",
+    "purge", "undo", "erase", "receipt", "affected", "export", "info", "log", "verify", "repair", "plan", "doctor",
 )  # fmt: skip
 """The commands in the order of ``--help``."""
 _FOLDERS = {

@@ -243,6 +243,22 @@ def make_encoder(path: Path, seed: int, dimension: int = 32) -> Path:
     return path
 
 
+def make_causal_model(path: Path, tokenizer: bytes, dtype: str = "float32", **config: Any) -> Path:
+    """A Llama of two layers with random weights, for ids of a ``tokenizer.json``."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path.mkdir(parents=True)
+    (path / "tokenizer.json").write_bytes(tokenizer)
+    vocabulary = max(Tokenizer.from_str(tokenizer.decode()).get_vocab().values()) + 1
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, initializer_range=0.2, **(sizes | config)))
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def byte_level_tokenizer(shared: Shared[Path]) -> Path:
     """A byte-level BPE of 2,000 tokens, trained here: lossless."""

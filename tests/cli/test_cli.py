@@ -33,6 +33,7 @@ from retrotool.build import command as build_command
 from retrotool.chunk import command as chunk_command
 from retrotool.cli import output
 from retrotool.embed import command as embed_command
+from retrotool.evaluate import command as evaluate_command
 from retrotool.export import command as export_command
 from retrotool.index import command as index_command
 from retrotool.info import command as info_command
@@ -50,7 +51,7 @@ COMMANDS = {
     "build": build_command,
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
     "search": search_command, "documents": inspect_command, "show": inspect_command,
-    "inspect": inspect_command, "leakage": leakage_command,
+    "inspect": inspect_command, "leakage": leakage_command, "evaluate": evaluate_command,
     "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
     "affected": purge_command, "export": export_command, "info": info_command,
     "log": info_command, "verify": info_command, "repair": repair_command, "plan": plan_command,
@@ -145,8 +146,8 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
-        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "documents", "show", "purge",
-        "erase", "receipt", "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
+        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "evaluate", "search", "documents",
+        "show", "purge", "erase", "receipt", "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
         "build",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
