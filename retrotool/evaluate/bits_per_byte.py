@@ -24,7 +24,7 @@ _QUANTILE = 1.959964  # of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class RatioEstimate:
     """A ratio in bits per byte, and its 95 % confidence interval; None with fewer than two documents."""
 
     value: float
@@ -42,12 +42,12 @@ class BitsPerByte:
     chunks: int
     documents: int
     bytes: int
-    on: Estimate | None
-    off: Estimate | None
-    difference: Estimate | None
+    on: RatioEstimate | None
+    off: RatioEstimate | None
+    difference: RatioEstimate | None
 
 
-def estimate_ratio(amounts: Floats, sizes: Ints, clusters: Ints) -> Estimate | None:
+def estimate_ratio(amounts: Floats, sizes: Ints, clusters: Ints) -> RatioEstimate | None:
     """Return the sum of ``amounts`` [n] over that of ``sizes`` [n]; ``clusters`` [n] are independent."""
     _, cluster = np.unique(clusters, return_inverse=True)
     amount, size = np.bincount(cluster, amounts), np.bincount(cluster, sizes)
@@ -56,10 +56,10 @@ def estimate_ratio(amounts: Floats, sizes: Ints, clusters: Ints) -> Estimate | N
         return None
     value = float(amount.sum()) / whole
     if n == 1:
-        return Estimate(value)
+        return RatioEstimate(value)
     variance = n / (n - 1) * float(((amount - value * size) ** 2).sum()) / whole**2
     margin = _QUANTILE * math.sqrt(variance)
-    return Estimate(value, value - margin, value + margin)
+    return RatioEstimate(value, value - margin, value + margin)
 
 
 @dataclass(frozen=True, slots=True)

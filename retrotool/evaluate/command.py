@@ -8,14 +8,13 @@ from retrotool.cli import options, output
 from retrotool.cli.options import Json, StoreArgument, opt
 
 if TYPE_CHECKING:
-    from retrotool.evaluate.bits_per_byte import BitsPerByte, Estimate
+    from retrotool.evaluate.bits_per_byte import BitsPerByte, RatioEstimate
     from retrotool.evaluate.run import EvaluateResult, TableResult
 
 EPILOG = """\b
 Examples:
-  retrotool evaluate database --queries training --model models/my-llama
-  retrotool evaluate database --queries training --model models/my-llama -k 5 --context 128 --limit 20
-  retrotool evaluate database --queries training --model models/my-llama --name main --name wiki"""
+  retrotool evaluate database --queries training --name wiki --model models/my-llama
+  retrotool evaluate database --queries training --name wiki --name mixed --model models/my-llama -k 5 --limit 20"""
 
 _SOURCES = 8
 
@@ -88,7 +87,7 @@ def _row(text: str, table: TableResult, one: BitsPerByte) -> tuple[str, str, int
     return text, table.name, one.chunks, _estimate(one.on), _estimate(one.off), _estimate(one.difference, "+")
 
 
-def _estimate(one: Estimate | None, sign: str = "") -> str:
+def _estimate(one: RatioEstimate | None, sign: str = "") -> str:
     if one is None:
         return "-"
     margin = "" if one.high is None else f" ± {one.high - one.value:.4f}"

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import make_rows, write_jsonl
+from conftest import make_causal_model, make_rows, write_jsonl
 from stored import stored_file, stored_files
 from watching import STORE, outside, watching
 
@@ -129,6 +129,7 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
         api.chunk(tmp_path / name, [str(source)], tokenizer=str(tiny_encoder))
         api.embed(tmp_path / name, encoder=str(tiny_encoder))
     api.index(tmp_path / "database")
+    make_causal_model(tmp_path / "models" / "my-llama", (tiny_encoder / "tokenizer.json").read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -256,6 +257,7 @@ def check_fields(value: Any, wanted: Any, where: str) -> None:
 def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[str, dict[str, Any]]:
     """What each command says with --json, on one store; each says one object and nothing else."""
     store = tmp_path / "store"
+    model = make_causal_model(tmp_path / "llama", (tiny_encoder / "tokenizer.json").read_bytes())
     steps: list[tuple[str, list[Any]]] = [
         ("chunk", [store, corpus, "--tokenizer", tiny_encoder, "--part-size", 150, "--workers", 1]),
         ("embed", [store, "--encoder", tiny_encoder, "--devices", "cpu"]),
@@ -267,6 +269,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         ("documents", [store]),
         ("show", [store, "0:1"]),
         ("leakage", [store, "--queries", store]),
+        ("evaluate", [store, "--queries", store, "--model", model, "--limit", 20, "--devices", "cpu"]),
         ("build", [store, corpus]),
         ("purge", [store, "--document", "doc-8", "--reason", "test", "--yes"]),
         ("affected", [store]),
