@@ -108,9 +108,10 @@ def load_causal_model(
     network, vocabulary = _load_gguf(path) if path.suffix == ".gguf" else _load_folder(path, device)
     network, ours = network.to(device), stored_tokenizer(store)
     if not ours.backend.get_vocab(with_added_tokens=True).items() <= vocabulary.items():
+        of_model = "FOLDER, where its AutoTokenizer was saved" if path.suffix == ".gguf" else str(path)
         raise UsageError(
             f"{store.place} has the tokenizer {store.identity.tokenizer.name!r}, whose ids are not those of {path}",
-            f"Chunk both stores with its tokenizer: retrotool chunk STORE INPUT... --tokenizer {path}",
+            f"Chunk both stores with the model's: retrotool chunk STORE INPUT... --tokenizer {of_model}",
         )
     config, length = network.config.get_text_config(), store.identity.chunk_length
     begin = config.eos_token_id if config.bos_token_id is None else config.bos_token_id

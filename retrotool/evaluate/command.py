@@ -62,11 +62,12 @@ def command(
 
 def _text(result: EvaluateResult) -> str:
     drawn = f" of {result.live_chunks:,} (seed {result.seed})" if result.chunks < result.live_chunks else ""
-    scored = (
-        f"{output.count(result.chunks, 'chunk')}{drawn} of {output.count(result.tables[0].all.documents, 'document')}"
+    documents = output.count(result.tables[0].all.documents, "document")
+    about = (
+        f"Bits per byte of {result.evaluation}, {output.count(result.chunks, 'chunk')}{drawn} of {documents}, by "
+        f"{result.model}, {result.method}: k = {result.k}, up to {output.count(result.context, 'token')} of the "
+        "document before a chunk."
     )
-    before = f"up to {output.count(result.context, 'token')} of the document before a chunk"
-    by = f"by {result.model}, {result.method}: k = {result.k}"
     rows = [_row("all", table, table.all) for table in result.tables]
     for share in result.tables[0].up_to:
         rows += [_row(f"copied <= {share}", table, table.up_to[share]) for table in result.tables]
@@ -74,13 +75,7 @@ def _text(result: EvaluateResult) -> str:
     for source in sorted(sources, key=lambda name: -sources[name].chunks)[: _SOURCES if len(sources) > 1 else 0]:
         rows += [_row(f"source {source}", table, table.sources[source]) for table in result.tables]
     header = ("text", "neighbours", "chunks", "retrieval on", "off", "on - off")
-    return "\n".join(
-        (
-            f"Bits per byte of {result.evaluation}, {scored}, {by}, {before}.",
-            output.table(rows, header, right=(3, 4, 5)),
-            "±: 95 % confidence, by documents.",
-        )
-    )
+    return "\n".join((about, output.table(rows, header, right=(3, 4, 5)), "±: 95 % confidence, by documents."))
 
 
 def _row(text: str, table: TableResult, one: BitsPerByte) -> tuple[str, str, int, str, str, str]:

@@ -85,41 +85,23 @@ def read_documents_with_neighbours(
     store: Store, readers: Sequence[NeighbourReader], documents: Sequence[DrawnDocument], k: int
 ) -> EvaluationText:
     """Read the chunks of some documents with up to k neighbours of each, or all that a table has saved."""
-    tombstones, ids = read_tombstones(store), list[Ids]()
+    tombstones, ids = read_tombstones(store), np.zeros(0, np.int64)
     for one in documents:
         rows = parts.chunk_ids(one.part, one.first_row + np.arange(one.n_chunks))
-        ids.append(rows[~tombstones.contains(rows)][: one.live])
-    found = list[tuple[npt.NDArray[Any], ...]]()
-    near = [list[tuple[npt.NDArray[Any], ...]]() for _ in readers]
-    for places, chunks, rows in parts.read_groups_of(store, np.concatenate(ids)):  # in order, as ids ascend
-        found.append((chunks.tokens[rows], chunks.n_tokens[rows].astype(np.int64)))
-        group = int(parts.row_of(np.concatenate(ids)[places])[0]) // ROW_GROUP
-        for reader, columns in zip(readers, near, strict=True):
-            read = reader.read(chunks.part, min(k, reader.saved), [group]).take(rows)
-            columns.append((read.ids, read.distances, read.databases))
-    tokens, n_tokens = map(np.concatenate, zip(*found, strict=True))
+        ids = np.append(ids, rows[~tombstones.contains(rows)][: one.live])
+    texts, near = list[tuple[npt.NDArray[Any], ...]](), [list[Found]() for _ in readers]
+    for places, chunks, rows in parts.read_groups_of(store, ids):  # in order, as ids ascend
+        texts.append((chunks.tokens[rows], chunks.n_tokens[rows].astype(np.int64)))
+        group = int(parts.row_of(ids[places])[0]) // ROW_GROUP
+        for reader, found in zip(readers, near, strict=True):
+            found.append(reader.read(chunks.part, min(k, reader.saved), [group]).take(rows))
+    tokens, n_tokens = map(np.concatenate, zip(*texts, strict=True))
     live = np.array([one.live for one in documents])
     first = np.repeat(np.cumsum(live) - live, live)
     n_bytes = pc.binary_length(stored_tokenizer(store).decode(tokens, n_tokens)).to_numpy()
-    return EvaluationText(
-        DocumentChunks(tokens, n_tokens, first), n_bytes, np.concatenate(ids)[first],
-        np.array([one.source or "" for one in documents for _ in range(one.live)], np.object_),
-        [
-            _read_tokens(reader, Found(*map(np.concatenate, zip(*columns, strict=True))))
-            for reader, columns in zip(readers, near, strict=True)
-        ],
-    )  # fmt: skip
-
-
-def _read_tokens(reader: NeighbourReader, found: Found) -> NeighbourTokens:
-    pieces, (n, k) = reader.pieces(found), found.ids.shape
-    n_tokens = pieces.n_tokens.reshape(n, k, 2).astype(np.int32)
-    return NeighbourTokens(found.ids, found.databases, n_tokens, pieces.tokens.reshape(n, k, 2, -1))
-
-
-def nearest(near: NeighbourTokens, k: int) -> NeighbourTokens:
-    """Return the first k neighbours of each chunk."""
-    return NeighbourTokens(near.ids[:, :k], near.databases[:, :k], near.n_tokens[:, :k], near.tokens[:, :k])
+    source = np.repeat(np.array([one.source or "" for one in documents], np.object_), live)
+    read = [reader.tokens(Found.joined(found)) for reader, found in zip(readers, near, strict=True)]
+    return EvaluationText(DocumentChunks(tokens, n_tokens, first), n_bytes, ids[first], source, read)
 
 
 def measure_copied(chunks: DocumentChunks, near: NeighbourTokens, k: int) -> Floats:
@@ -127,10 +109,10 @@ def measure_copied(chunks: DocumentChunks, near: NeighbourTokens, k: int) -> Flo
 
     These are ``COMPARED`` of its own, and the k neighbours of the chunk before, which a model is given.
     """
-    own, given, at = nearest(near, COMPARED), nearest(near, k), np.arange(len(chunks.tokens))
-    before = np.where(at > chunks.first, at - 1, at)
-    tokens = np.concatenate([own.tokens, given.tokens[before]], axis=1)
-    n_tokens = np.concatenate([own.n_tokens, given.n_tokens[before]], axis=1).astype(np.int64)
+    own, given, at = near.nearest(COMPARED), near.nearest(k), np.arange(len(chunks.tokens))
+    is_given = (at > chunks.first)[:, None, None]
+    tokens = np.concatenate([own.tokens, given.tokens[at - 1]], axis=1)
+    n_tokens = np.concatenate([own.n_tokens, given.n_tokens[at - 1] * is_given], axis=1).astype(np.int64)
     n, many = n_tokens.shape[:2]
     pieces, each = Pieces(tokens.reshape(n * many, 2, -1), n_tokens.reshape(n * many, 2)), at.repeat(many)
     runs = longest_common(chunks.tokens[each], chunks.n_tokens[each], *pieces.joined())

@@ -111,7 +111,7 @@ def load_retro_model(
     Raises ``UsageError`` if it was trained on other tokens or chunks.
     """
     model = retro_model.load_model(path).to(device)
-    facts, own = training_folder.TrainingFolder(path).newest().facts, store.identity
+    facts, own = training_folder.TrainingFolder(path).newest(), store.identity
     if (facts["tokenizer"], model.config.chunk_length) != (own.tokenizer.sha256, own.chunk_length):
         trained = f"the model in {path} was trained on chunks of {model.config.chunk_length} tokens"
         advice = "Evaluate it on stores with the tokenizer and the chunk length of its training store."

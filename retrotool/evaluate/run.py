@@ -104,7 +104,7 @@ def evaluate(
             text = evaluation_text.read_documents_with_neighbours(store, readers, some, max(k, COMPARED))
             off = model.nats(text.chunks, None).sum(axis=1)
             for near, of_table in zip(text.near, scores, strict=True):
-                on = model.nats(text.chunks, evaluation_text.nearest(near, k)).sum(axis=1)
+                on = model.nats(text.chunks, near.nearest(k)).sum(axis=1)
                 copied = evaluation_text.measure_copied(text.chunks, near, k)
                 of_table.append(Scores(on, off, text.n_bytes, text.document, text.source, copied))
             report(len(off))

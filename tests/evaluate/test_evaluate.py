@@ -290,6 +290,47 @@ def test_a_retro_model_reads_the_context_of_each_chunk(context: int) -> None:
                 assert found[i, j] == pytest.approx(expected), (i, j)
 
 
+def test_a_model_that_was_trained_here(evaluation: Path, built_store: Path, tmp_path: Path, cli: Cli) -> None:
+    retro_model = pytest.importorskip("retrotool.train.retro_model")
+    (tmp_path / "tiny.toml").write_text(
+        "[model]\ndimension = 16\nlayers = 2\nheads = 2\nfirst_cross_layer = 1\nencoder_dimension = 8\n"
+        "encoder_heads = 2\n[data]\nsequence_length = 192\nbatch_size = 4\n[optimiser]\nsteps = 3\n"
+    )
+    trained = cli("train", built_store, "--config", tmp_path / "tiny.toml", "--out", tmp_path / "out")
+    assert trained.returncode == 0, trained.stderr
+    found = api.evaluate(built_store, queries=evaluation, model=tmp_path / "out")
+    assert (found.method, found.context, found.k) == ("RETRO", 128, 2)
+    model, reader = retro_model.load_model(tmp_path / "out"), retrotool.open(evaluation)
+    nats: dict[bool, dict[int, float]] = {True: {}, False: {}}
+    for _, ids in chunks_of(evaluation):
+        for place, chunk in enumerate(ids):
+            window = ids[max(0, place - 2) : place + 1]
+            tokens, near = torch.zeros(2, len(window), LENGTH), torch.zeros(2, len(window), 2, 2, LENGTH)  # and masks
+            for row, one in enumerate(window):
+                own = reader.chunk(one).tokens.tolist()
+                tokens[0, row, : len(own)], tokens[1, row, : len(own)] = torch.tensor(own), 1
+                for column, neighbour in enumerate(reader.neighbours(one, "main", 2)):
+                    for half, piece in enumerate((neighbour.chunk, neighbour.continuation)):
+                        other = piece.tokens.tolist() if piece else []
+                        near[0, row, column, half, : len(other)] = torch.tensor(other)
+                        near[1, row, column, half, : len(other)] = 1
+            inputs = [tokens[0].reshape(1, -1).long(), tokens[1].reshape(1, -1).bool()]
+            near_inputs = [near[0].reshape(1, len(window), 2, -1).long(), near[1].reshape(1, len(window), 2, -1).bool()]
+            for on in (True, False):
+                with torch.no_grad():
+                    scores = model.loss_of(*inputs, *(near_inputs if on else []))[0, -LENGTH:]
+                first = math.log(model.config.vocabulary) if not place else 0
+                nats[on][chunk] = float(scores.sum()) + first
+    whole = found.tables[0].all
+    expected = bits_per_byte(evaluation, nats[True]), bits_per_byte(evaluation, nats[False])
+    assert whole.on is not None and whole.off is not None
+    assert (whole.on.value, whole.off.value) == pytest.approx(expected, rel=1e-5)
+    refused = cli("evaluate", tmp_path, "--queries", evaluation, "--model", tmp_path)
+    assert refused.returncode == 10
+    refused = cli("evaluate", built_store, "--queries", evaluation, "--model", tmp_path)
+    assert refused.returncode == 2 and "has no checkpoint" in refused.stderr
+
+
 def test_the_command_prints_a_line_for_each_group(evaluation: Path, built_store: Path, llama: Path, cli: Cli) -> None:
     given = ("evaluate", built_store, "--queries", evaluation, "--model", llama, "--limit", 12, "--context", 64)
     ended = cli(*given)
@@ -313,7 +354,8 @@ def test_what_cannot_be_evaluated_is_refused(
     assert "does not exist" in str(refused(tmp_path / "nothing"))
     foreign = make_causal_model(tmp_path / "foreign", byte_level_tokenizer.read_bytes())
     error = refused(foreign)
-    assert "whose ids are not those of" in str(error) and f"--tokenizer {foreign}" in error.advice
+    assert "whose ids are not those of" in str(error)
+    assert f"--tokenizer {foreign}" in error.advice
     tokenizer = (llama / "tokenizer.json").read_bytes()
     short = make_causal_model(tmp_path / "short", tokenizer, max_position_embeddings=512)
     assert api.evaluate(built_store, queries=evaluation, model=short, k=2, limit=5).context == 128
