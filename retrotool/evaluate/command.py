@@ -73,7 +73,7 @@ def _text(result: EvaluateResult) -> str:
         rows += [_row(f"copied <= {share}", table, table.up_to[share]) for table in result.tables]
     sources = result.tables[0].sources
     for source in sorted(sources, key=lambda name: -sources[name].chunks)[: _SOURCES if len(sources) > 1 else 0]:
-        rows += [_row(f"source {source}", table, table.sources[source]) for table in result.tables]
+        rows += [_row(f"source {output.one_line(source)}", table, table.sources[source]) for table in result.tables]
     header = ("text", "neighbours", "chunks", "retrieval on", "off", "on - off")
     return "\n".join((about, output.table(rows, header, right=(3, 4, 5)), "±: 95 % confidence, by documents."))
 
