@@ -61,7 +61,7 @@ class LanguageModel(Protocol):
 class RetroWindows:
     """Scores chunks by a RETRO model on ``device``, ``batch_size`` windows at a time.
 
-    The model does not predict the first token of a document: that is counted as ln ``vocabulary``.
+    The model does not predict the first token that it reads: that of a document counts as ln ``vocabulary``.
     """
 
     method = "RETRO"
