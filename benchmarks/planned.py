@@ -1,11 +1,11 @@
 """Compare what ``retrotool plan`` says with what the commands take, for stores of several sizes.
 
     python benchmarks/planned.py STORE INPUT.jsonl.zst [...] [--encoder minilm] [--first 500000]
-        [--sizes 1000000,2000000,4000000]
+        [--sizes 1000000,2000000,4000000] [--dimension 96]
 
 Stores are made of the texts of INPUT, again and again with another beginning, until there are about as many
-chunks. Their vectors are those of STORE, then noisy copies of them, as in ``neighbours.py``: an encoder would take
-a day. So ``embed`` is not compared, and the noise makes ``index`` choose fewer lists than real text needs.
+chunks. Their vectors are the first ``--dimension`` principal components of those of STORE, then noisy copies of
+them, as in ``neighbours.py``: an encoder would take a day. So ``embed`` is not compared.
 
 The store of ``--first`` chunks gives the rates of this machine, which are the only ones that ``plan`` is given
 for the others, with the number of lists that ``neighbours`` compares. Printed are bytes by kind of file and seconds
@@ -31,12 +31,13 @@ import numpy as np
 import zstandard
 from index import export, tool
 from machine import describe
-from neighbours import filled_up
+from neighbours import NOISE
 
 from retrotool import api
 from retrotool.plan.run import TABLE, Plan
 from retrotool.store.store import Store
 
+BLOCK = 1 << 16
 COMMANDS = ("chunk", "index", "neighbours")
 
 
@@ -46,6 +47,7 @@ class Measured:
 
     tokens: int
     documents: int
+    dimension: int
     bytes: dict[str, int]
     seconds: dict[str, float]
     nprobe: int
@@ -53,8 +55,8 @@ class Measured:
     def planned(self, rates: dict[str, float]) -> Plan:
         """Return the plan of the same store."""
         return api.plan(
-            self.tokens, encoder="minilm", tokens_per_document=round(self.tokens / self.documents), rates=rates,
-            nprobe=self.nprobe,
+            self.tokens, encoder=f"6x{self.dimension}", rates=rates,
+            tokens_per_document=round(self.tokens / self.documents), nprobe=self.nprobe,
         )  # fmt: skip
 
 
@@ -66,6 +68,20 @@ def texts(files: list[Path]) -> Iterator[str]:
                 for line in io.TextIOWrapper(stream, encoding="utf-8"):
                     text = json.loads(line)["text"]
                     yield f"{turn}. {text}" if turn else text
+
+
+def save_vectors(path: Path, vectors: np.ndarray, n: int) -> None:
+    """Write ``n`` vectors as float16: the given ones, then noisy copies of random ones."""
+    out = np.lib.format.open_memmap(path, "w+", np.float16, (n, vectors.shape[1]))
+    known, draw = min(n, len(vectors)), np.random.default_rng(0)
+    out[:known] = vectors[:known]
+    for low in range(known, n, BLOCK):
+        some = vectors[draw.integers(0, len(vectors), min(BLOCK, n - low))]
+        length = np.linalg.norm(some, axis=1, keepdims=True)
+        noise = draw.standard_normal(some.shape, np.float32) * (NOISE / some.shape[1] ** 0.5)
+        near = some + noise * length
+        out[low : low + len(some)] = near * (length / np.linalg.norm(near, axis=1, keepdims=True))
+    out.flush()
 
 
 def seconds_of(command: str, place: Path, *arguments: object) -> float:
@@ -92,12 +108,11 @@ def measure(root: Path, files: list[Path], vectors: np.ndarray, n: int, bytes_a_
                 break
     seconds = {"chunk": seconds_of("chunk", place, inputs, "--tokenizer", "minilm")}
     inputs.unlink()
-    chunks = api.info(place).chunks
-    np.save(root / "vectors.npy", filled_up(vectors, chunks).astype(np.float16))
-    subprocess.run(
-        [*tool(), "embed", str(place), "--encoder", "real", "--from", str(root / "vectors.npy")],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    chunks = sum(entry.rows for entry in Store.open(place).state.group("chunks").entries())
+    save_vectors(root / "vectors.npy", vectors, chunks)
+    embed = [*tool(), "embed", str(place), "--encoder", "real", "--from", str(root / "vectors.npy")]
+    done = subprocess.run(embed, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     for command in ("index", "neighbours"):
         seconds[command] = seconds_of(command, place)
     info, state = api.info(place), Store.open(place).state
@@ -106,7 +121,7 @@ def measure(root: Path, files: list[Path], vectors: np.ndarray, n: int, bytes_a_
         sizes[entry.kind] = sizes.get(entry.kind, 0) + entry.bytes
     nprobe = state.records["index:main"]["nprobe"] * 7 // 4
     shutil.rmtree(place)
-    return Measured(info.tokens, info.documents, sizes, seconds, nprobe)
+    return Measured(info.tokens, info.documents, vectors.shape[1], sizes, seconds, nprobe)
 
 
 def planned_seconds(plan: Plan) -> dict[str, float]:
@@ -133,6 +148,7 @@ def main() -> None:
     parser.add_argument("inputs", type=Path, nargs="+")
     parser.add_argument("--encoder", default="minilm")
     parser.add_argument("--first", type=int, default=500_000)
+    parser.add_argument("--dimension", type=int, default=96)
     parser.add_argument("--sizes", default="1000000,2000000,4000000")
     arguments = parser.parse_args()
     print(describe())
@@ -140,6 +156,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="retrotool-planned-"))
     try:
         vectors = export(arguments.store, arguments.encoder, root, 0)[0]
+        vectors = vectors @ np.linalg.eigh(np.cov(vectors.T))[1][:, -arguments.dimension :].astype(np.float32)
         sample = list(itertools.islice(texts(arguments.inputs), 2000))
         with (root / "sample.jsonl").open("w") as file:
             file.writelines(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(sample))

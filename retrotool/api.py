@@ -11,6 +11,7 @@ from retrotool.chunk.estimate import estimate as estimate
 from retrotool.chunk.run import chunk as chunk
 from retrotool.embed.run import embed as embed
 from retrotool.engine import use_engine as use_engine
+from retrotool.evaluate.run import evaluate as evaluate
 from retrotool.export.run import export as export
 from retrotool.index.run import index as index
 from retrotool.info.doctor import doctor as doctor

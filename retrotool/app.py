@@ -21,7 +21,8 @@ from retrotool.lazy import leave_pandas_out
 
 _COMMANDS = (
     "build", "chunk", "embed", "index", "neighbours", "search", "documents", "show", "inspect", "leakage", "train",
-    "purge", "undo", "erase", "receipt", "affected", "export", "info", "log", "verify", "repair", "plan", "doctor",
+    "evaluate", "purge", "undo", "erase", "receipt", "affected", "export", "info", "log", "verify", "repair", "plan",
+    "doctor",
 )  # fmt: skip
 """The commands in the order of ``--help``."""
 _FOLDERS = {

@@ -243,6 +243,45 @@ def make_encoder(path: Path, seed: int, dimension: int = 32) -> Path:
     return path
 
 
+def make_causal_model(path: Path, tokenizer: bytes, dtype: str = "float32", **config: Any) -> Path:
+    """A Llama of two layers with random weights, for ids of a ``tokenizer.json``."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path.mkdir(parents=True)
+    (path / "tokenizer.json").write_bytes(tokenizer)
+    vocabulary = max(Tokenizer.from_str(tokenizer.decode()).get_vocab().values()) + 1
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, initializer_range=0.2, **(sizes | config)))
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    return path
+
+
+def make_cache_model(path: Path, tokenizer: bytes) -> Path:
+    """A Llama that expects the tokens that it has read before, the more often the more: text helps it that is alike.
+
+    Its one layer attends to all tokens alike, so that the output is the mean of their embeddings.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    width = 256
+    make_causal_model(path, tokenizer, hidden_size=width, num_hidden_layers=1, tie_word_embeddings=True)
+    model = LlamaForCausalLM.from_pretrained(path)
+    embedding, layer = model.get_input_embeddings(), model.model.layers[0]
+    with torch.no_grad():
+        embedding.weight.copy_(torch.nn.functional.normalize(embedding.weight))
+        for weight in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.mlp.down_proj.weight):
+            weight.zero_()
+        layer.self_attn.v_proj.weight.copy_(torch.eye(width))
+        layer.self_attn.o_proj.weight.copy_(8 * torch.eye(width))
+        model.model.norm.weight.fill_(0.9)
+    model.save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def byte_level_tokenizer(shared: Shared[Path]) -> Path:
     """A byte-level BPE of 2,000 tokens, trained here: lossless."""

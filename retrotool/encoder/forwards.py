@@ -213,8 +213,12 @@ class PaddedForward(_AnyForward):
 Forward = PackedForward | PaddedForward
 
 
-def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "") -> Any:
+def load_pretrained(
+    saved_by: str, what: str, path: Path, device: str, dtype: str, *, unused: str = "", **more: Any
+) -> Any:
     """Load a model by a class of ``transformers`` from safetensors, without any code of its own.
+
+    ``more``: arguments of ``from_pretrained``.
 
     Raises ``UsageError`` naming ``what`` if that fails, or for missing weights except ``unused``.
     """
@@ -225,7 +229,7 @@ def load_pretrained(saved_by: str, what: str, path: Path, device: str, dtype: st
     try:
         model, info = getattr(transformers, saved_by).from_pretrained(
             path, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True,
+            output_loading_info=True, **more,
         )  # fmt: skip
         model = model.to(device).eval()
         if device == "cpu":  # mapped weights would change with the file

@@ -51,6 +51,11 @@ class Found:
         """Return the neighbours of some of the chunks."""
         return Found(self.ids[rows], self.distances[rows], self.databases[rows])
 
+    @classmethod
+    def joined(cls, some: Sequence[Found]) -> Found:
+        """Concatenate the neighbours of several runs of chunks."""
+        return cls(*(np.concatenate([getattr(one, name) for one in some]) for name in cls.__slots__))
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -150,6 +155,14 @@ class NeighbourReader:
             read_pieces(member.store, member.tombstones, own, into)
         return into
 
+    def tokens(self, found: Found) -> NeighbourTokens:
+        """Read the tokens of neighbours [n, k]."""
+        pieces, shape = self.pieces(found), found.ids.shape
+        n_tokens = pieces.n_tokens.reshape(*shape, 2).astype(np.int32)
+        return NeighbourTokens(
+            found.ids, found.databases, n_tokens, pieces.tokens.reshape(*shape, *pieces.tokens.shape[1:])
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class NeighbourTokens:
@@ -163,6 +176,10 @@ class NeighbourTokens:
     def rows(self, some: slice) -> NeighbourTokens:
         """Return a view of some of the rows."""
         return NeighbourTokens(self.ids[some], self.databases[some], self.n_tokens[some], self.tokens[some])
+
+    def nearest(self, k: int) -> NeighbourTokens:
+        """Return a view of the first k neighbours of each chunk."""
+        return NeighbourTokens(self.ids[:, :k], self.databases[:, :k], self.n_tokens[:, :k], self.tokens[:, :k])
 
     def clear(self, rows: npt.NDArray[Any]) -> None:
         """Remove the neighbours of ``rows`` (numbers, or bool [n])."""

@@ -17,9 +17,9 @@ Work, in floating-point operations (a multiplication and an addition are two)
                   only if the index has pieces and a rotation; nothing for an exact one); for very many lists
                   33·√nlist instead of nlist
     index: recall 2,000 queries · n · 2·d, up to a budget: exact search
-    neighbours    n · nlist · 2·d to find lists, at the rate of index, and n · nprobe · n / nlist · 2·d to search
-                  them; on cores also n · (nprobe · 70,000 + saved · 130,000) for what is done once for
-                  each list and neighbour, as measured; n · n · 2·d if exact
+    neighbours    n · nlist · 2·d to find lists, at the rate of index; n · nprobe · n / nlist · 2·d to search them;
+                  and on cores n · (nprobe · 70,000 + saved · 130,000), for what is done for each list and
+                  neighbour, as measured; n · n · 2·d if exact
 
 Time
     The longest of: operations / rate of the devices, core-seconds / cores, bytes / rate of the hosts, which

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import make_rows, write_jsonl
+from conftest import make_causal_model, make_rows, write_jsonl
 from stored import stored_file, stored_files
 from watching import STORE, outside, watching
 
@@ -33,6 +33,7 @@ from retrotool.build import command as build_command
 from retrotool.chunk import command as chunk_command
 from retrotool.cli import output
 from retrotool.embed import command as embed_command
+from retrotool.evaluate import command as evaluate_command
 from retrotool.export import command as export_command
 from retrotool.index import command as index_command
 from retrotool.info import command as info_command
@@ -51,7 +52,7 @@ COMMANDS = {
     "build": build_command,
     "chunk": chunk_command, "embed": embed_command, "index": index_command, "neighbours": neighbours_command,
     "search": search_command, "documents": inspect_command, "show": inspect_command,
-    "inspect": inspect_command, "leakage": leakage_command, "train": train_command,
+    "inspect": inspect_command, "leakage": leakage_command, "train": train_command, "evaluate": evaluate_command,
     "purge": purge_command, "undo": purge_command, "erase": purge_command, "receipt": receipt_command,
     "affected": purge_command, "export": export_command, "info": info_command,
     "log": info_command, "verify": info_command, "repair": repair_command, "plan": plan_command,
@@ -143,6 +144,7 @@ def workplace(tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatc
         api.chunk(tmp_path / name, [str(source)], tokenizer=str(tiny_encoder))
         api.embed(tmp_path / name, encoder=str(tiny_encoder))
     api.index(tmp_path / "database")
+    make_causal_model(tmp_path / "models" / "my-llama", (tiny_encoder / "tokenizer.json").read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -160,8 +162,9 @@ def write_megatron(prefix: Path, documents: list[list[int]]) -> None:
 def ordered_examples() -> Iterator[str]:
     """All examples, so that each finds what it needs: what an earlier one made, and no second encoder."""
     commands = (
-        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "search", "documents", "show", "train",
-        "purge", "erase", "receipt", "affected", "undo", "info", "log", "verify", "repair", "plan", "doctor",
+        "chunk", "embed", "index", "neighbours", "export", "inspect", "leakage", "evaluate", "search", "documents",
+        "show", "train", "purge", "erase", "receipt", "affected", "undo", "info", "log", "verify", "repair", "plan",
+        "doctor",
         "build",
     )  # fmt: skip
     found = [example for command in commands for example in examples(command)]
@@ -271,6 +274,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
     """What each command says with --json, on one store; each says one object and nothing else."""
     store, config = tmp_path / "store", tmp_path / "small.toml"
     config.write_text(SMALL)
+    model = make_causal_model(tmp_path / "llama", (tiny_encoder / "tokenizer.json").read_bytes())
     steps: list[tuple[str, list[Any]]] = [
         ("chunk", [store, corpus, "--tokenizer", tiny_encoder, "--part-size", 150, "--workers", 1]),
         ("embed", [store, "--encoder", tiny_encoder, "--devices", "cpu"]),
@@ -283,6 +287,7 @@ def results(tmp_path: Path, corpus: Path, tiny_encoder: Path, run: Run) -> dict[
         ("show", [store, "0:1"]),
         ("leakage", [store, "--queries", store]),
         ("train", [store, "--config", config, "--out", tmp_path / "trained"]),
+        ("evaluate", [store, "--queries", store, "--model", model, "--limit", 20, "--devices", "cpu"]),
         ("build", [store, corpus]),
         ("purge", [store, "--document", "doc-8", "--reason", "test", "--yes"]),
         ("affected", [store]),

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_text, write_jsonl
+from conftest import make_causal_model, make_text, write_jsonl
 from page_reader import read
 from stored import copy_store
 from typer.testing import CliRunner
@@ -79,6 +79,7 @@ def commands() -> Iterator[list[str]]:
         ["documents", "STORE", "--limit", "0"], ["documents", "STORE", "--where", "kept = '\x1b'"],
         ["show", "STORE", f"3 {PAYLOADS[3]}"], ["show", "STORE", "0:1"], ["show", "STORE", "\x1b\u202e"],
         ["inspect", "STORE", "--random", "60"], ["leakage", "STORE", "--queries", "STORE"],
+        ["evaluate", "STORE", "--queries", "STORE", "--model", "MODEL"],
         ["index", "STORE", "--tune"], ["chunk", "STORE", "FILE", "--dry-run"], ["chunk", "STORE2", "FILE"],
         ["embed", "STORE"], ["neighbours", "STORE"], ["export", "STORE", "OUT"], ["affected", "STORE"],
         ["purge", "STORE", "--pattern", "words that", "--dry-run"],
@@ -97,10 +98,13 @@ def commands() -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-def test_no_payload_reaches_a_terminal(hostile: Path, tmp_path: Path, as_json: bool) -> None:
+def test_no_payload_reaches_a_terminal(
+    hostile: Path, tmp_path: Path, byte_level_tokenizer: Path, as_json: bool
+) -> None:
     store = copy_store(hostile, tmp_path / "store")
     file = next(hostile.parent.glob("in*.jsonl"))
-    words = {"STORE": store, "STORE2": tmp_path / "second", "FILE": file, "OUT": tmp_path / "out"}
+    model = make_causal_model(tmp_path / "model", byte_level_tokenizer.read_bytes())
+    words = {"STORE": store, "MODEL": model, "STORE2": tmp_path / "second", "FILE": file, "OUT": tmp_path / "out"}
     printed = 0
     for command in commands():
         line = [str(words.get(word, word.replace("FOLDER", str(tmp_path)))) for word in command]

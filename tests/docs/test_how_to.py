@@ -10,11 +10,12 @@ from typing import Any
 
 import buckets
 import pytest
-from conftest import Shared
+from conftest import Shared, make_cache_model
 from pages import ROOT, blocks, run_page
 from stored import copy_store
 
 from retrotool.store.storage import storage_at
+from retrotool.tokenizers import DEFAULT_TOKENIZER, find_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +104,12 @@ def test_page_with_an_encoder_of_its_own(here: Path, tutorial_store: Path, tiny_
     begin(tutorial_store, here)
     shutil.copytree(tiny_encoder, here / "models" / "my-bert")
     run_page(HOW_TO / page)
+
+
+def test_evaluate_retrieval(here: Path, tutorial_store: Path) -> None:
+    begin(tutorial_store, here)
+    make_cache_model(here / "models" / "my-llama", find_tokenizer(DEFAULT_TOKENIZER).content)
+    run_page(HOW_TO / "evaluate-retrieval.md")
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Evaluate language models on a store, with and without retrieval from a database."""

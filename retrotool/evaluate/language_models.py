@@ -1,0 +1,122 @@
+"""What ``evaluate`` asks of a language model, and models of ``retrotool train``.
+
+A model gets chunks of documents with the neighbours of each, and returns the nats of every token. To predict
+chunk u it may use the chunks of the document before u, and the neighbours of chunk u − 1: a chunk's own
+neighbours are not known before the chunk is.
+
+``RetroWindows`` gives a RETRO model as much of the document as others get from ``causal_model``. The first
+window of a document is scored as a whole; each further chunk has a window that ends with it. Cost: a forward
+of ``context`` tokens for each chunk of documents that are longer than that; far less for shorter ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retrotool import interrupts
+from retrotool.errors import UsageError
+from retrotool.evaluate.bits_per_byte import Floats, Ints
+from retrotool.lazy import torch
+from retrotool.neighbours.table_reader import NeighbourTokens
+from retrotool.ranges import in_steps
+from retrotool.store.store import Store
+from retrotool.train.retro_model import RetroModel, load_model
+from retrotool.train.training_folder import TrainingFolder
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentChunks:
+    """n chunks, each document's in order: zero-padded ``tokens`` [n, m], of which ``n_tokens`` [n] count.
+
+    ``first`` [n]: index of the first chunk of each chunk's document.
+    """
+
+    tokens: npt.NDArray[Any]
+    n_tokens: Ints
+    first: Ints
+
+
+class LanguageModel(Protocol):
+    """A model to evaluate. ``method`` and ``context``, the most tokens before a chunk, are reported."""
+
+    method: str
+    context: int
+
+    def nats(self, chunks: DocumentChunks, near: NeighbourTokens | None) -> Floats:
+        """Return −ln p of each token, float64 [n, m], 0 for padding.
+
+        ``near`` has the neighbours of each chunk itself, [n, k]; None: retrieval is off.
+        """
+        ...
+
+
+class RetroWindows:
+    """Scores chunks by a RETRO model on ``device``, ``batch_size`` windows at a time.
+
+    The model does not predict the first token that it reads: that of a document counts as ln ``vocabulary``.
+    """
+
+    method = "RETRO"
+
+    def __init__(self, retro_model: RetroModel, context: int, device: str, batch_size: int) -> None:
+        config = retro_model.config
+        self._model, self._vocabulary, self._device = retro_model, config.vocabulary, device
+        self._slots, self._batch_size = context // config.chunk_length + 1, batch_size
+        self.context = (self._slots - 1) * config.chunk_length
+
+    def nats(self, chunks: DocumentChunks, near: NeighbourTokens | None) -> Floats:
+        """Return the nats of each token, as ``LanguageModel`` says."""
+        n, found = len(chunks.tokens), np.zeros(chunks.tokens.shape)
+        columns = [chunks.tokens, chunks.n_tokens] + ([] if near is None else [near.tokens, near.n_tokens])
+        columns = [np.concatenate([column, np.zeros_like(column[:1])]) for column in columns]  # n: an empty slot
+        place = np.arange(n) - chunks.first
+        begin = np.arange(n) - np.minimum(place, self._slots - 1)
+        is_last = np.append(place[1:] == 0, True)
+        for ends in in_steps(np.flatnonzero(is_last | (place >= self._slots - 1)), self._batch_size):
+            interrupts.check()
+            window = begin[ends][:, None] + np.arange(self._slots)
+            window = np.where(window <= ends[:, None], window, n)
+            is_scored = (window == ends[:, None]) | ((place[ends] < self._slots)[:, None] & (window < n))
+            found[window[is_scored]] = self._forward([column[window] for column in columns])[is_scored]
+        return found
+
+    def _forward(self, columns: Sequence[npt.NDArray[Any]]) -> Floats:
+        """Return the nats of tokens [b, slots, m], which may have neighbours [b, slots, k, 2, m]."""
+        inputs = list[Any]()
+        for tokens, counts in zip(columns[::2], columns[1::2], strict=True):
+            mask = np.arange(tokens.shape[-1]) < counts[..., None]
+            shape = (len(tokens), -1) if tokens.ndim == 3 else (*tokens.shape[:3], -1)
+            inputs += [array.reshape(shape) for array in (tokens.astype(np.int64), mask)]
+        with torch.inference_mode():
+            nats = self._model.loss_of(*(torch.from_numpy(array).to(self._device) for array in inputs))
+        found: Floats = nats.double().cpu().numpy().reshape(columns[0].shape)
+        found[:, 0, 0] = math.log(self._vocabulary)
+        return found
+
+
+def load_retro_model(
+    path: str | Path, store: Store, _: int, context: int | None, device: str, batch_size: int
+) -> RetroWindows:
+    """Load a model of ``retrotool train`` to evaluate on stores like ``store``, with any neighbours.
+
+    ``context``: most tokens of the document (default: those before the last chunk of a training sequence).
+    Raises ``UsageError`` if it was trained on other tokens or chunks.
+    """
+    model = load_model(path).to(device)
+    facts, own = TrainingFolder(path).newest(), store.identity
+    assert facts is not None, "load_model read it"
+    if (facts["tokenizer"], model.config.chunk_length) != (own.tokenizer.sha256, own.chunk_length):
+        trained = f"the model in {path} was trained on chunks of {model.config.chunk_length} tokens"
+        advice = "Evaluate it on stores with the tokenizer and the chunk length of its training store."
+        raise UsageError(
+            f"{trained}, or with another tokenizer than {store.place}, which has {own.chunk_length}", advice
+        )
+    default = facts["dataset"]["sequence_length"] - own.chunk_length
+    return RetroWindows(model, default if context is None else context, device, batch_size)
