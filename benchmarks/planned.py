@@ -181,8 +181,8 @@ def show(found: Measured, rates: dict[str, float]) -> None:
         print(f"| {one.kind}, MB | {one.bytes / 1e6:,.1f} | {real / 1e6:,.1f} | {one.bytes / real:.2f} |")
     total = sum(found.bytes[one.kind] for one in plan.files)
     print(f"| all files, MB | {plan.bytes / 1e6:,.1f} | {total / 1e6:,.1f} | {plan.bytes / total:.2f} |")
-    for name, real in found.seconds.items():
-        print(f"| {name}, s | {seconds[name]:.1f} | {real:.1f} | {seconds[name] / real:.2f} |")
+    for name, took in found.seconds.items():
+        print(f"| {name}, s | {seconds[name]:.1f} | {took:.1f} | {seconds[name] / took:.2f} |")
     whole = sum(found.seconds.values())
     print(
         f"| all commands, s | {sum(seconds.values()):.1f} | {whole:.1f} | {sum(seconds.values()) / whole:.2f} |",

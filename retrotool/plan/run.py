@@ -17,8 +17,8 @@ Work, in floating-point operations (a multiplication and an addition are two)
                   only if the index has pieces and a rotation; nothing for an exact one); for very many lists
                   33·√nlist instead of nlist
     index: recall 2,000 queries · n · 2·d, up to a budget: exact search
-    neighbours    n · nlist · 2·d to find lists, at the rate of index; n · nprobe · n / nlist · 2·d to search them;
-                  and on cores n · (nprobe · 70,000 + saved · 130,000), for what is done for each list and
+    neighbours    n · nlist · 2·d to find lists, at the rate of index; n · nprobe · n / nlist · 2·d to search;
+                  on cores also n · (nprobe · 70,000 + saved · 130,000), for what is done for each list and
                   neighbour, as measured; n · n · 2·d if exact
 
 Time
