@@ -61,7 +61,7 @@ _DIGESTS = {  # by kind of files, the digests that can't be trusted if one of th
 _TASK_BYTES = 1 << 30
 _BLOCK = 1 << 16
 _SAMPLED_VECTORS = 256
-_SAMPLED_ROWS = 16
+_SAMPLED_ROWS, _NEAR_PARTS = 16, 8
 _ROUNDING = 5e-4  # allowed error of a distance computed in float32, as a share of the two squared norms
 _INFINITE = 0x7C00  # smallest bits of a float16, without its sign, that are infinite or NaN
 _LOGGED = re.compile(r"(log|checkpoints)/[0-9a-f-]+\.json")
@@ -665,10 +665,16 @@ def _documents_of_rows(checked: _Checked, part: int) -> tuple[Ids, Ids] | None:
 def _wrong_distances(
     checked: _Checked, encoder: str, entry: FileEntry, part: int, table: NeighbourTable
 ) -> tuple[int, int]:
-    """Compute a sample of the distances again; return how many are wrong, and the size of the sample."""
-    asking = np.flatnonzero((table.ids != NO_NEIGHBOUR).any(axis=1))
+    """Compute a sample of the distances again; return how many are wrong, and the size of the sample.
+
+    Only neighbours in ``_NEAR_PARTS`` parts are drawn, so that each file is read by few of these checks.
+    """
+    others = np.array(checked.store.state.parts())
+    near = others[np.argsort(abs(others - part), kind="stable")[:_NEAR_PARTS]]
+    is_near = (table.ids != NO_NEIGHBOUR) & np.isin(part_of(table.ids), near)
+    asking = np.flatnonzero(is_near.any(axis=1))
     rows = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False).tolist()
-    named = [chunk for row in rows for chunk in table.ids[row].tolist() if chunk != NO_NEIGHBOUR]
+    named = [chunk for row in rows for chunk in table.ids[row][is_near[row]].tolist()]
     stored = _vectors(checked, encoder, [*(join_id(part, row) for row in rows), *named])
     wrong = sampled = 0
     for row in rows:
