@@ -168,7 +168,7 @@ def copies(tiles: int, nlist: int, nprobe: int) -> float:
     """Return the expected number of tiles that a row goes to which probes ``nprobe`` of ``nlist`` lists.
 
     As many as if ``anywhere`` lists were anywhere; near ones are often in the same tile. The power is that of
-    documentation, with 512 to 2,048 lists and 5 to 400 tiles, to 5 % (``benchmarks/tiles.py``).
+    documentation, with 512 to 2,048 lists and 5 to 400 tiles (``benchmarks/tiles.py --copies``).
     """
     if tiles == 1 or nlist == 1:
         return 1.0
