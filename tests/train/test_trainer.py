@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +342,15 @@ def test_a_damaged_checkpoint_is_refused(store: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["resumed"] == 1
 
 
+@pytest.fixture
+def plain_ctrl_c() -> Iterator[None]:
+    """Python's own handler: a command that ran in this process may have installed another."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("plain_ctrl_c")
 def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "_REPEATED_SECONDS", 0.0)
     with interrupts.deferred() as came, pytest.raises(KeyboardInterrupt):
