@@ -15,10 +15,10 @@ lower perplexity with neighbours that share more tokens (Doostmohammadi et al. 2
 * Nothing is searched: only what was saved is scored. Libraries (``bm25s``, ``rank-bm25``) index all chunks,
   which takes longer than to score 20 of them per row.
 
-Cost: RATE pairs per second and core, with chunks of 64 tokens; the time grows with the square of their
-length. Pairs are scored in the order of the neighbours' ids, so that the tokens of the database are read once
-per 2 to 16 million pairs (``filters.candidates_at_once``): beyond some 50 million chunks, reading takes longer
-than scoring. Memory: 40 bytes per pair.
+Cost: 0.5 to 0.7 million pairs per second and core, with chunks of 64 tokens; the time grows with the square
+of their length. Pairs are scored in the order of the neighbours' ids, so that the tokens of the database are
+read once per 2 to 16 million pairs (``filters.candidates_at_once``). Beyond some 50 million chunks this takes
+longer than scoring; there are no shelves for it. Memory: 40 bytes per pair.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Tokens = npt.NDArray[np.integer]
 K1, B = 1.2, 0.75
 _SAMPLED_GROUPS = 128
 _NEIGHBOURS_READ = 1 << 18  # distinct neighbours whose tokens are in memory at a time
-_TOKENS_COMPARED = 1 << 15  # in the pairs of a thread: these stay in its cache
+_TOKENS_COMPARED = 1 << 16  # in the pairs of a thread: these stay in its cache
 
 
 @dataclass(frozen=True, slots=True)

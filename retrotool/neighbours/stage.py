@@ -112,11 +112,11 @@ class NeighboursStage:
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
         others = [task for task in tasks if task.inputs["mode"] != _WHOLE]
         if shelves is not None:  # tokens are added when all tables are there, and in order
-            are_made = all(map(_has_order, others)) and not whole
+            are_made = not whole and all(map(_has_order, others))
             adding = [task for task in others if task.inputs["adds_text"]]
-            others = [task for task in others if not task.inputs["adds_text"]]
+            others = [_without_text(task) for task in others if not task.inputs["adds_text"]]
             others += shelves.next_tasks(store, adding) if are_made else []
-            whole, others = (list(map(_without_text, some)) for some in (whole, others))
+            whole = [_without_text(task) for task in whole]
         return [*(whole if tiles is None else tiles.next_tasks(store, whole)), *others]
 
     def in_rounds(
