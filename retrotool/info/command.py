@@ -147,6 +147,8 @@ def _neighbours(info: Info, name: str) -> str:
 
         words = f"; excluded: {in_words(filters)}"
     database = "" if about["within"] else f", from database {about['uri']}"
+    if order := about.get("rerank"):
+        words += f"; re-ranked by {order}"
     if edits := about.get("edits"):
         words += f"; edited: {output.count(edits['rows'], 'row')} set, {output.count(edits['bans'], 'ban')}"
     how = f"index {about['index']!r}" if about["index"] else "exact search"

@@ -584,12 +584,14 @@ def _vectors(checked: _Checked, encoder: str, chunks: Iterable[int]) -> dict[int
 
 
 def _check_table_file(checked: _Checked, entry: FileEntry) -> tuple[str, str] | None:
-    """Check a table; return a line with the digest of its ids and distances, and one of its tokens or ""."""
+    """Check a table; return a line with the digest of its neighbours, and one of its tokens or ""."""
     if entry.path in checked.broken:
         return None
     table = neighbour_tables.read_table(checked.store, entry)
     digest = hashlib.blake2b(np.ascontiguousarray(table.ids, "<i8").data, digest_size=32)
     digest.update(np.ascontiguousarray(table.distances, "<f4").data)
+    if table.scores is not None:
+        digest.update(np.ascontiguousarray(table.scores, "<f4").data)
     file, text = f"neighbours/{entry.name}/{entry.slot}", ""
     with checked.noting(entry.path):
         _check_table(checked, entry, entry.name, table)
@@ -623,7 +625,7 @@ def _check_table(checked: _Checked, entry: FileEntry, name: str, table: Neighbou
     known = True
     for start in range(0, len(table.ids), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        found |= _problems_of_rows(table.ids[rows], table.distances[rows])
+        found |= _problems_of_rows(table.rows(rows))
         if own is not None and ((table.ids[rows] >= own[0][rows]) & (table.ids[rows] <= own[1][rows])).any():
             found.add("a chunk has a neighbour in its own document")
         if within and known:
@@ -639,10 +641,21 @@ def _check_table(checked: _Checked, entry: FileEntry, name: str, table: Neighbou
     checked.note(entry.path, dict.fromkeys(sorted(found), True))
 
 
-def _problems_of_rows(ids: Ids, distances: npt.NDArray[np.float32]) -> set[str]:
-    ordered, unlike = np.sort(ids, axis=1), (ids == NO_NEIGHBOUR) != np.isposinf(distances)
-    checks = {
-        "distances do not ascend": not (distances[:, 1:] >= distances[:, :-1]).all(),
+def _problems_of_rows(table: NeighbourTable) -> set[str]:
+    ids, distances, none = table.ids, table.distances, table.ids == NO_NEIGHBOUR
+    ordered, unlike, scores = np.sort(ids, axis=1), none != np.isposinf(distances), table.scores
+    ascends = distances[:, 1:] >= distances[:, :-1]
+    checks = {}
+    if scores is not None:
+        descends = scores[:, 1:] <= scores[:, :-1]
+        ascends |= scores[:, 1:] < scores[:, :-1]
+        checks = {
+            "scores do not descend": not descends.all(),
+            "a score is negative or not a finite number": not (none | ((scores >= 0) & (scores < np.inf))).all(),
+            "a neighbour has no score, or an empty place has one": (none != np.isneginf(scores)).any(),
+        }
+    checks |= {
+        "distances do not ascend": not ascends.all(),
         "a distance is negative or not a number": not (distances >= 0).all(),
         "an id is negative": (ids < NO_NEIGHBOUR).any(),
         "a neighbour has no distance, or an empty place has one": unlike.any(),

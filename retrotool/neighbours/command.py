@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from retrotool.cli import output
 from retrotool.cli.command_lines import SAVED, K, command_line
@@ -29,6 +29,7 @@ Examples:
   retrotool neighbours store --exact --name exact
   retrotool neighbours store --name apart --max-overlap 0.5 --exclude-near-copies --exclude-source a
   retrotool neighbours database --queries training --name mixed --database database=1 --database training=2 --exact
+  retrotool neighbours store --name reranked --rerank overlap
   retrotool neighbours store --materialise
   retrotool neighbours store --edit edits.jsonl
   retrotool neighbours store --shard 3/16"""
@@ -54,6 +55,13 @@ def command(
     exclude_source: Annotated[list[str] | None, opt("Exclude this source. Repeatable.", metavar="S")] = None,
     only_source: Annotated[list[str] | None, opt("Exclude all other sources. Repeatable.", metavar="S")] = None,
     no_filters: Annotated[bool, opt("Drop the filters of earlier runs.", "--no-filters")] = False,
+    rerank: Annotated[
+        Literal["overlap", "distance"] | None,
+        opt(
+            "Order what is saved by the tokens in common (BM25), or by distance again.  [default: distance]",
+            metavar="overlap|distance",
+        ),
+    ] = None,
     exact: Annotated[bool, opt("Search exactly, without an index.", "--exact")] = False,
     materialise: Annotated[bool, opt("Also store the tokens of the K neighbours.", "--materialise")] = False,
     edit: Annotated[str | None, opt("Edit the table by the JSON lines in FILE instead.", metavar="FILE")] = None,
@@ -76,7 +84,10 @@ def command(
 
     Near copies have half or more of a chunk's runs of 8 tokens. A small store without an index is searched
     exactly. --database makes a mixture: one table per database, merged on reading; it can also give STORE a
-    weight. Later runs keep the databases, weights and filters unless the options are given again.
+    weight. Later runs keep databases, weights, filters and the order unless the options are given again.
+
+    --rerank overlap does not search: of the saved neighbours of a chunk, those with more of its tokens come
+    first, and rare tokens count more. Distances stay as they are.
 
     --materialise makes training with retrotool.RetroDataset faster. Later runs of this name keep the stored
     tokens up to date, with or without the option.
@@ -92,7 +103,7 @@ def command(
 
     if edit is not None:
         filtering = (max_overlap, exclude_near_copies, exclude_source, only_source, no_filters)
-        searching = (queries, index, database, exact, materialise, encoder, memory)
+        searching = (queries, index, database, exact, materialise, encoder, memory, rerank)
         if any((*filtering, *searching)) or (k, saved) != (K, SAVED):
             raise UsageError("--edit can't be combined with options other than --name")
         name = "main" if name is None else name
@@ -107,7 +118,7 @@ def command(
     databases = [_weighed(text) for text in database or ()]
     result = neighbours_run.neighbours(
         store, queries=queries, k=k, saved=saved, name=name, index=index, search=search, filters=filters,
-        databases=databases, materialise=materialise,
+        databases=databases, materialise=materialise, rerank=rerank,
     )  # fmt: skip
     output.show(result, as_json, neighbours_text)
     if result.not_embedded:
@@ -154,6 +165,8 @@ def neighbours_text(result: NeighboursResult) -> str:
     if words := in_words(result.filters):
         kept = " (as before; --no-filters drops this)" if result.filters_kept else ""
         text += f"\nExcluded: {words}{kept}."
+    if result.rerank:
+        text += f"\nRe-ranked by {result.rerank} (--rerank distance undoes this)."
     if result.in_other_runs:
         text += f"\n{output.count(result.in_other_runs, 'part')} left to other running commands."
     if result.materialised:

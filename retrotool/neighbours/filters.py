@@ -170,6 +170,14 @@ def in_words(filters: Mapping[str, Any]) -> str:
     return "; ".join(found)
 
 
+def candidates_at_once(database: AnyDatabase, memory: int | None) -> int:
+    """Return how many candidates to compare at a time: more for a large database, which is read each time."""
+    state = database.store.state
+    rows = sum(entry.rows for part in database.held() if (entry := state.part_file("chunks", part)))
+    judged = min(max(rows // 16, _FEWEST_JUDGED), _MOST_JUDGED)
+    return judged if memory is None else min(judged, memory // 10 // _BYTES_A_CANDIDATE)
+
+
 @dataclass
 class Finder:
     """Finds the neighbours of rows of one part that pass the filters.
@@ -193,7 +201,7 @@ class Finder:
         """Return the rows in blocks for ``search``."""
         if self._tombstones is None:
             return self._search_blocks(rows, self.saved)
-        return in_steps(rows, max(1, self._judged // self._wanted))
+        return in_steps(rows, max(1, candidates_at_once(self.database, self.memory) // self._wanted))
 
     def search(self, rows: Ids, only: Collection[int] | None = None, beyond: int = 0) -> Best:
         """Return the nearest neighbours of rows of a block.
@@ -206,7 +214,7 @@ class Finder:
         left, wanted, wider = np.arange(len(rows)), self._wanted, 1
         while len(left):
             short = []
-            for some in in_steps(left, max(1, self._judged // wanted)):
+            for some in in_steps(left, max(1, candidates_at_once(self.database, self.memory) // wanted)):
                 found = self._candidates(rows[some], wanted, only, wider, beyond)
                 whole = found.ids[:, -1] != NO_NEIGHBOUR
                 dropped = self._dropped(self._tombstones, rows[some], found.ids)
@@ -218,14 +226,6 @@ class Finder:
                 break
             left, wanted, wider = np.concatenate(short), min(2 * wanted, self._most), 2 * wider
         return best
-
-    @property
-    def _judged(self) -> int:
-        """Candidates to compare at a time: more for a large database, whose tokens are read each time."""
-        state = self.database.store.state
-        rows = sum(entry.rows for part in self.database.held() if (entry := state.part_file("chunks", part)))
-        judged = min(max(rows // 16, _FEWEST_JUDGED), _MOST_JUDGED)
-        return judged if self.memory is None else min(judged, self.memory // 10 // _BYTES_A_CANDIDATE)
 
     def _candidates(self, rows: Ids, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
         best = Best.nothing(len(rows), k)

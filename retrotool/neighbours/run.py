@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from retrotool import engine
 from retrotool.ann.choice import FLAT_LIMIT
@@ -32,7 +32,7 @@ from retrotool.neighbours.tiles import routes_to_remove
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
-from retrotool.store.neighbour_tables import commit_edits, read_edits
+from retrotool.store.neighbour_tables import OVERLAP, commit_edits, read_edits
 from retrotool.store.paths import check_name
 from retrotool.store.state import State
 from retrotool.store.store import Store, check_compatible, retry_overtaken
@@ -63,6 +63,7 @@ class NeighboursResult:
 
     * ``filters``: with names of sources. ``filters_kept``: they are from an earlier run.
     * ``mix``: the databases of a mixture. Other fields are then those of the first one, and counts are sums.
+    * ``rerank``: ``overlap`` if they are ordered by that, "" if by distance.
     * ``left_out``: former tables of the mixture. ``unaware``: databases that could not record this store.
     """
 
@@ -85,6 +86,7 @@ class NeighboursResult:
     left_out: tuple[str, ...] = ()
     unaware: tuple[str, ...] = ()
     materialised: bool = False
+    rerank: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +112,14 @@ def neighbours(
     filters: FilterOptions | None = None,
     databases: Given = (),
     materialise: bool = False,
+    rerank: Literal["overlap", "distance"] | None = None,
 ) -> NeighboursResult:
     """Find the neighbours, in the store ``root``, of every chunk of ``queries`` (default: ``root`` itself).
 
     ``name`` is by default main; only if it is given, a table of another index is replaced. ``databases``:
     more databases with their weights, which makes a mixture. ``materialise``: also store the tokens of the
-    first k neighbours; later runs update them.
+    first k neighbours; later runs update them. ``rerank``: order what is saved by common tokens (BM25), or
+    by distance again; None keeps what the table has.
     """
     may_replace, name = name is not None, "main" if name is None else name
     search, filters = search or SearchOptions(), filters or FilterOptions()
@@ -123,6 +127,8 @@ def neighbours(
         raise UsageError(f"-k {k} is not between 1 and --saved {saved}")
     if saved > 1000:
         raise UsageError(f"--saved {saved} is more than 1000")
+    if rerank not in (None, OVERLAP, "distance"):
+        raise UsageError(f"--rerank {rerank} is neither {OVERLAP} nor distance")
     check_name(name, "--name")
     devices = tuple(engine.worker_devices(search.devices))
     store = Store.open(queries if queries is not None else root)
@@ -135,12 +141,13 @@ def neighbours(
         check_same_tokens(store, opened)
     stages, others = [], [table for table, _ in members_of(store, name)]
     for one, database in zip(mixture.tables, opened, strict=True):
-        # A new table gets the filters of another table of the mixture.
+        # A new table gets the filters, and the order, of another table of the mixture.
         known = next((records[table] for table in (one.table, *others) if table in records), None)
         applied = filters.applied(known, store)
+        order = str((known or {}).get("rerank", "")) if rerank is None else rerank.replace("distance", "")
         stages.append(NeighboursStage(
             database.uri, _choose_index(database, index, search), one.table, saved, k,
-            search.encoder, search.memory, devices, applied, text,
+            search.encoder, search.memory, devices, applied, text, order,
         ))  # fmt: skip
     _check(store, stages)
     if not may_replace:
@@ -170,7 +177,7 @@ def neighbours(
         k, saved, store.refresh().number, not_embedded, sum(one.not_indexed for one in found),
         tuple(dict.fromkeys(left)), sum(one.in_other_runs for one in found), first.filters,
         bool(first.filters) and not asked_for, tuple(found) if mixture.mixed else (), mixture.left_out,
-        tuple(one.database for one in found if not one.aware), text,
+        tuple(one.database for one in found if not one.aware), text, stages[0].rerank,
     )  # fmt: skip
 
 
@@ -180,6 +187,9 @@ def _check(store: Store, stages: Sequence[NeighboursStage]) -> None:
         database = stage.open_database(store)
         check_encoders(store, database)
         stage.filters.check_can_compare(store, database.store)
+        if stage.rerank:
+            drop = "Give --rerank distance, or chunk one of the stores again."
+            check_compatible(store, database.store, "their tokens can't be compared", drop, lengths=False)
         encoders.add(database.encoder)
     if len(encoders) > 1:
         raise UsageError(
@@ -219,9 +229,9 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, 
         commit_edits(store, run, stage.table, edits[~gone])
     aware = record["within"] or register_dependent(Store.open(stage.database), store, stage.table, again)
     engine.execute(stage, store, run, workers=len(stage.devices), wait=wait)
-    known, names = store.refresh().records.get(stage.key), ("database", "index", "encoder", "filters")
+    known, names = store.refresh().records.get(stage.key), ("database", "index", "encoder", "filters", "rerank")
     if known is None or any(known.get(name) != record.get(name) for name in names):
-        what = "with another index or other filters"
+        what = "with another index, filters or order"
         raise ConflictError(f"a concurrent run made the neighbours {stage.table!r} {what}", _RENAME)
     elsewhere = engine.count_elsewhere(stage, store, run)
     if (routes := routes_to_remove(store, stage.table)) and not engine.plan_tasks(stage, store):

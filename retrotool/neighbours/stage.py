@@ -9,6 +9,9 @@ records, are empty. A task searches:
   another database has erased;
 * chunks whose purge was undone (``store.tombstones``), once the index has them.
 
+If tables are re-ranked, it then orders what it has saved by tokens (``neighbours.bm25``). Rows that it has
+not searched keep their scores. Searches merge by distance, so a table is put into that order first.
+
 A name belongs to one database: its record is set with the first task, or before (``claim``). The log's entry
 of a table has its index and the commit of the database, which detects diverged copies of the database and
 tables of concurrent runs. It also has the purges that the table takes into account. If there are others, the
@@ -42,14 +45,15 @@ from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
-from retrotool.neighbours.filters import Filters, Finder
+from retrotool.neighbours.bm25 import OverlapScorer, TermStatistics, count_terms
+from retrotool.neighbours.filters import Filters, Finder, candidates_at_once
 from retrotool.neighbours.retrieved import read_text_of
 from retrotool.neighbours.shelves import ShelfPlan, do_text_step, from_shelves, plan_shelves
 from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, plan_tiles
 from retrotool.ranges import as_slice, consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NO_SCORE, NeighbourTable
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
@@ -82,6 +86,7 @@ class NeighboursStage:
     devices: tuple[str, ...] = ("cpu",)  # one per worker process
     filters: Filters = field(default_factory=Filters)
     text: bool = False  # also store the tokens of the first k neighbours of each row
+    rerank: str = ""  # ``OVERLAP``: order saved neighbours by that, else by distance
     broken: tuple[str, ...] = ()  # paths of tables to make again instead
     gaps: dict[Any, tuple[int, bool]] = field(default_factory=dict, compare=False, repr=False)  # see ``GapFinder``
     name: str = field(default="neighbours", init=False)
@@ -106,11 +111,12 @@ class NeighboursStage:
         tiles, shelves = self.in_rounds(store, database, tasks)
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
         others = [task for task in tasks if task.inputs["mode"] != _WHOLE]
-        if shelves is not None:  # tokens are added when all tables are there
+        if shelves is not None:  # tokens are added when all tables are there, and in order
+            are_made = not whole and all(map(_has_order, others))
             adding = [task for task in others if task.inputs["adds_text"]]
-            others = [task for task in others if not task.inputs["adds_text"]]
-            others += [] if whole else shelves.next_tasks(store, adding)
-            whole = [replace(task, inputs={**task.inputs, "text": False}) for task in whole]
+            others = [_without_text(task) for task in others if not task.inputs["adds_text"]]
+            others += shelves.next_tasks(store, adding) if are_made else []
+            whole = [_without_text(task) for task in whole]
         return [*(whole if tiles is None else tiles.next_tasks(store, whole)), *others]
 
     def in_rounds(
@@ -118,7 +124,7 @@ class NeighboursStage:
     ) -> tuple[TilePlan | None, ShelfPlan | None]:
         """Return how tasks are done if vectors, and if tokens, of the database don't fit into memory."""
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
-        adding = [task for task in tasks if task.inputs["adds_text"]]
+        adding = [task for task in tasks if task.inputs["adds_text"] or not _has_order(task)]
         return plan_tiles(self, store, database, whole), plan_shelves(self, store, database.store, [*whole, *adding])
 
     def part_tasks(self, store: Store, database: AnyDatabase) -> list[Task]:
@@ -156,8 +162,11 @@ class NeighboursStage:
                     weight = short
             if self.text:
                 settings["text"] = self.k
+            if self.rerank:
+                settings["rerank"] = self.rerank
+            has_order = mode == _WHOLE or (old is not None and neighbour_tables.reranked_by(old) == self.rerank)
             inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
-            inputs["adds_text"] = self.text and mode == FEW and not weight
+            inputs["adds_text"], inputs["has_order"] = self.text and mode == FEW and not weight and has_order, has_order
             inputs["replaces"] = old.path if old is not None else None
             key = task_key("neighbours", settings, [path])
             tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
@@ -178,7 +187,7 @@ class NeighboursStage:
 
     def record(self, store: Store, database: AnyDatabase) -> dict[str, Any]:
         """Build the record ``neighbours:<table>``."""
-        optional = {"filters": self.filters.as_record(), "text": self.text}
+        optional = {"filters": self.filters.as_record(), "text": self.text, "rerank": self.rerank}
         return {
             "database": database.store.identity.uuid, "uri": database.store.uri,
             "within": search_scope.is_same_store(store, database.store),
@@ -237,6 +246,17 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
         )
 
 
+def _has_order(task: Task) -> bool:
+    """Return whether a task does not have to put the neighbours of an older table into another order."""
+    return bool(task.inputs["has_order"])
+
+
+def _without_text(task: Task) -> Task:
+    """Return a task that adds no text yet, if it makes a table, or puts one into another order."""
+    makes = task.inputs["mode"] == _WHOLE or not _has_order(task)
+    return replace(task, inputs={**task.inputs, "text": False}) if makes else task
+
+
 def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
     filters = [record["filters"]] if "filters" in record else []
     fields = [record["database"], *database.settings, record["saved"], *filters]
@@ -289,10 +309,10 @@ def check_neighbour_ids(entry: FileEntry, table: str, database: Store) -> None:
 def check_table(store: Store, part: int, table: str, database: Store) -> FileEntry:
     """Return a part's table. Raises ``UsageError`` if it differs from its record or from ``database``."""
     entry, record = parts.part_entry(store, "neighbours", part, table), store.state.records[f"neighbours:{table}"]
-    if not _is_of(entry, record):
+    if not _is_of(entry, record) or neighbour_tables.reranked_by(entry) != record.get("rerank", ""):
         how = "exact search" if record["index"] == NO_INDEX else f"the index {record['index']!r}"
         raise UsageError(
-            f"part {part} has no neighbours {table!r} of {how} yet: its table has another index or other filters",
+            f"part {part} has no neighbours {table!r} of {how} yet: its table has another index, filters or order",
             f"Compute them: {table_command(store, table, database)}",
         )
     check_neighbour_ids(entry, table, database)
@@ -375,6 +395,7 @@ class NeighboursWorker:
         self._database = stage.open_database(store)
         self._newest = Store.open(stage.database)
         self._within = search_scope.is_same_store(store, self._database.store)
+        self._counting, self._terms = threading.Lock(), dict[Any, TermStatistics]()
         self._turn = threading.Condition()
         self._searching = 0  # threads
 
@@ -454,11 +475,13 @@ class NeighboursWorker:
         if task.inputs["mode"] == FEW and not self._within:
             is_erased = erased_chunks(database.store).contains
             table = neighbour_tables.erase_neighbours(table, asking[:0], is_erased)
+        if stage.rerank:
+            table = self._reranked(table, database, part, asking)
         record = stage.record(store, database)
         commit, head = search_scope.last_change(database.store)
         about = {
             "version": task.inputs["version"],
-            **{name: record[name] for name in (*_SAME, "filters") if name in record},
+            **{name: record[name] for name in (*_SAME, "filters", "rerank") if name in record},
             "commit": commit, "head": head[:_HEAD_DIGITS], "purges": stands_for(database.store.state),
             "searched": consecutive_ranges(database.held()), "probed": probed_by(database),
         }  # fmt: skip
@@ -496,6 +519,28 @@ class NeighboursWorker:
             )  # fmt: skip
 
         return write
+
+    def _reranked(self, table: NeighbourTable, database: AnyDatabase, part: int, asking: Ids) -> NeighbourTable:
+        """Order neighbours by scores, which rows that are not ``asking`` have if the table has any."""
+        has_some = (table.ids != NO_NEIGHBOUR).any(axis=1)
+        rows = np.flatnonzero(has_some) if table.scores is None else asking
+        scores = np.full(table.ids.shape, NO_SCORE, np.float32) if table.scores is None else table.scores
+        if len(rows):
+            at_once = candidates_at_once(database, self._stage.memory)
+            terms = self._terms_of(database)
+            scorer = OverlapScorer(self._store, database.store, database.tombstones, terms, at_once)
+            scores[rows] = scorer.scores(part, rows, table.ids[rows])
+        return NeighbourTable(table.ids, table.distances, scores).by_score()
+
+    def _terms_of(self, database: AnyDatabase) -> TermStatistics:
+        """Count tokens in the chunks of the database, once until these change."""
+        state = database.store.state
+        chunks = tuple(entry.path for entry in state.group("chunks").entries())
+        key = chunks, stands_for(state), digest_of_undone(state)
+        with self._counting:
+            if key not in self._terms:
+                self._terms = {key: count_terms(database.store, database.tombstones)}
+            return self._terms[key]
 
     def _search(self, finder: Finder, rows: Ids, before: NeighbourTable | None, new: list[int], probed: int) -> Best:
         """Find the neighbours of a block of rows. With a table ``before``, search ``new`` parts and merge.
@@ -542,12 +587,13 @@ class NeighboursWorker:
         """Return the table to fill, the rows to search for, and the table to merge with, if any."""
         store, stage, mode = self._store, self._stage, task.inputs["mode"]
         known = old is not None and old.path == task.inputs["replaces"]
-        table = neighbour_tables.read_table(store, old) if old is not None and known else None
+        table = neighbour_tables.read_table(store, old).by_distance() if old is not None and known else None
         searchable = search_scope.searchable_rows(store, part, read_tombstones(store))
         if mode == FEW and table is not None:
             live = (table.ids != NO_NEIGHBOUR) & ~database.tombstones.contains(table.ids)
             few = searchable[live[searchable].sum(axis=1) < stage.k]
-            return NeighbourTable(np.array(table.ids), np.array(table.distances)), few, None
+            scores = None if table.scores is None or not stage.rerank else np.array(table.scores)
+            return NeighbourTable(np.array(table.ids), np.array(table.distances), scores), few, None
         nothing = Best.nothing(rows, stage.saved)
         return NeighbourTable(nothing.ids, nothing.distances), searchable, table if mode == _MORE else None
 
@@ -557,6 +603,7 @@ class GapFinder:
 
     def __init__(self, store: Store, database: AnyDatabase, stage: NeighboursStage) -> None:
         self._store, self._database, self._k, self._text = store, database, stage.k, stage.text
+        self._rerank = stage.rerank
         self._known = stage.gaps
         self._own, self._erased = cache(partial(read_tombstones, store)), cache(partial(erased_chunks, database.store))
         # Digests: purges of database and queries, erases of the database, and undone purges of queries, whose
@@ -576,7 +623,8 @@ class GapFinder:
                 self._known[key] = self._read(part, entry)
             few, is_stale = self._known[key]
         lacks_text = self._text and not text_is_current(entry, self._database.store, self._k)
-        return few if few or is_stale or lacks_text else None
+        lacks_order = neighbour_tables.reranked_by(entry) != self._rerank
+        return few if few or is_stale or lacks_text or lacks_order else None
 
     def _read(self, part: int, entry: FileEntry) -> tuple[int, bool]:
         """Return how many rows have fewer than k live neighbours, and whether other data is out of date."""

@@ -1,6 +1,7 @@
 """Read neighbour tables: the live neighbours of the rows of a part, nearest first, and their tokens.
 
-The tables of a mixture are merged by squared distance divided by weight. Purged neighbours are masked by the
+The tables of a mixture are merged by squared distance divided by weight, or, if all are re-ranked, by score
+times weight. Purged neighbours are masked by the
 tombstones that the databases had when the reader opened them, so a row can have fewer than k neighbours.
 
 ``TextReader`` reads tokens from materialised tables, else from the database, with the same result. Cost: a
@@ -24,18 +25,19 @@ from retrotool.neighbours.retrieved import Pieces, read_pieces
 from retrotool.neighbours.stage import check_table, database_of, members_of, pick_table, text_is_current
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
-from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, edit_rows, read_edits
+from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NO_SCORE, edit_rows, read_edits
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.storage import each
 from retrotool.store.store import Store, check_compatible
 from retrotool.store.tombstones import Tombstones, read_tombstones
 
+Columns = tuple[npt.NDArray[Any], ...]  # of a table, [n, m, ...] each
 Block = tuple[int, int]  # a part, and the number of one of its row groups
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The neighbours of n chunks, nearest first, all [n, k]."""
+    """The neighbours of n chunks, nearest first or as re-ranked, all [n, k]."""
 
     ids: Ids  # −1: none
     distances: npt.NDArray[np.float32]  # squared L2; +inf: none
@@ -67,6 +69,7 @@ class Member:
     tombstones: Tombstones
     within: bool
     edits: npt.NDArray[Any]  # entries
+    rerank: str  # see ``neighbour_tables.reranked_by``
 
 
 class NeighbourReader:
@@ -81,12 +84,13 @@ class NeighbourReader:
         self.store, self.name = store, pick_table(store, name)
         self.members: tuple[Member, ...] = ()
         for table, weight in members_of(store, self.name) if self.name else ():
-            database = database_of(store, table)[0]
-            view = read_tombstones(database), database is store, read_edits(store, table)
+            database, record = database_of(store, table)
+            view = read_tombstones(database), database is store, read_edits(store, table), record.get("rerank", "")
             self.members += (Member(table, weight, database, *view),)
         self.databases = tuple(member.store for member in self.members)
         records = [store.state.records[f"neighbours:{member.table}"] for member in self.members]
         self.k = int(records[0]["k"]) if records else 0  # neighbours per chunk by default
+        self.by_score = len(records) > 1 and all(member.rerank for member in self.members)  # how members are merged
         self.saved = min((int(record["saved"]) for record in records), default=0)  # most neighbours per chunk
 
     def choose_k(self, k: int | None) -> int:
@@ -120,17 +124,19 @@ class NeighbourReader:
 
         Rows of chunks that are not keys, or were not embedded, are empty. The caller has to skip purged rows.
         """
-        columns = []
+        columns = list[Columns]()
         for member, entry in zip(self.members, self.entries(part), strict=True):
             table = neighbour_tables.read_table(self.store, entry, row_groups)
             table = edit_rows(member.edits, table, part, row_groups, member.tombstones.contains)
-            columns.append((table.ids, table.distances))
-        databases, ids, distances = self.merged(columns, k)
+            own = table.ids, table.distances
+            columns.append((*own, table.scores) if self.by_score and table.scores is not None else own)
+        databases, ids, distances, *_ = self.merged(columns, k)
         return Found(ids, distances, databases)
 
-    def merged(self, columns: Sequence[tuple[npt.NDArray[Any], ...]], k: int) -> list[npt.NDArray[Any]]:
+    def merged(self, columns: Sequence[Columns], k: int) -> list[npt.NDArray[Any]]:
         """Merge ids, distances and more [n, m, ...] of all members to the k nearest by distance / weight.
 
+        ``by_score``: the third columns are scores, by which, times the weight, they are merged instead.
         Returns ``Found.databases``, then these columns.
         """
         of_each = []
@@ -139,8 +145,9 @@ class NeighbourReader:
         if len(of_each) == 1:
             return [values[:, :k] for values in of_each[0]]
         joined = [np.concatenate(values, 1) for values in zip(*of_each, strict=True)]
-        weights = np.array([member.weight for member in self.members], np.float32)
-        order = np.argsort(joined[2] / weights[joined[0]], axis=1, kind="stable")[:, :k]
+        weights = np.array([member.weight for member in self.members], np.float32)[joined[0]]
+        keys = -joined[3] * weights if self.by_score else joined[2] / weights
+        order = np.argsort(keys, axis=1, kind="stable")[:, :k]
         return [values[np.arange(len(order))[:, None], order] for values in joined]
 
     def pieces(self, found: Found, into: Pieces | None = None) -> Pieces:
@@ -250,16 +257,27 @@ class TextReader:
 
     def _copy_text(self, out: NeighbourTokens, entries: tuple[FileEntry, ...], group: int) -> npt.NDArray[np.bool_]:
         """Copy stored tokens; return the rows that have lost a neighbour since."""
-        columns, lost = [], np.zeros(len(out.ids), np.bool_)
+        columns, lost = list[Columns](), np.zeros(len(out.ids), np.bool_)
         for entry, member in zip(entries, self.reader.members, strict=True):
             text = neighbour_tables.read_text(self.reader.store, entry, [group]).nearest(self.k)
             purged, short = neighbour_tables.text_naming(text, member.tombstones.contains)
             if (purged | short).any():
                 text = neighbour_tables.erase_text(text, np.zeros(0, np.int64), member.tombstones.contains)
             lost |= (text.ids == ERASED).any(axis=1)
-            columns.append((text.ids, text.distances, text.n_tokens, text.tokens))
-        out.databases[:], out.ids[:], _, out.n_tokens[:], out.tokens[:] = self.reader.merged(columns, self.k)
+            scores = [self._scores_of(text.ids, entry, group)] if self.reader.by_score else []
+            columns.append((text.ids, text.distances, *scores, text.n_tokens, text.tokens))
+        out.databases[:], out.ids[:], *_, out.n_tokens[:], out.tokens[:] = self.reader.merged(columns, self.k)
         return lost
+
+    def _scores_of(self, ids: Ids, entry: FileEntry, group: int) -> npt.NDArray[np.float32]:
+        """Return the scores that a table has of some ids [n, k] in its rows."""
+        table = neighbour_tables.read_table(self.reader.store, entry, [group])
+        assert table.scores is not None, "entries() checked the order"
+        scores = np.full(ids.shape, NO_SCORE, np.float32)
+        for i, column in enumerate(ids.T):
+            named = (table.ids == column[:, None]) & (table.ids >= 0)
+            scores[:, i] = np.where(named, table.scores, NO_SCORE).max(axis=1)
+        return scores
 
 
 def block_rows(store: Store, block: Block) -> int:

@@ -186,7 +186,10 @@ def leftovers_in_table(store: Store, entry: FileEntry, purged: Tombstones, *, wh
             continue
         if whole:
             table = neighbour_tables.read_table(store, entry, [group])
-            ids, holds = table.ids, ((table.ids == NO_NEIGHBOUR) & ~np.isposinf(table.distances)).any(axis=1)
+            ids, is_empty = table.ids, np.isposinf(table.distances)
+            if table.scores is not None:
+                is_empty &= np.isneginf(table.scores)
+            holds = ((ids == NO_NEIGHBOUR) & ~is_empty).any(axis=1)
         else:
             ids = neighbour_tables.read_ids(store, entry, [group])
             holds = np.zeros(len(ids), np.bool_)

@@ -205,7 +205,8 @@ class _Round:
         database, record = database_of(self.store, name)
         stage = NeighboursStage(
             database.uri, record["index"], name, record["saved"], record["k"], record["encoder"],
-            devices=self.devices, filters=Filters.of(record), text=bool(record.get("text")), broken=_paths(broken),
+            devices=self.devices, filters=Filters.of(record), text=bool(record.get("text")),
+            rerank=record.get("rerank", ""), broken=_paths(broken),
         )  # fmt: skip
         engine.execute(stage, self.store, run, workers=len(self.devices))
 

@@ -1,5 +1,7 @@
 """Neighbour tables: ids and distances of the neighbours of every row of a part, nearest first.
 
+A table that is re-ranked also has their scores, and the neighbours with the highest scores are first.
+
 A table may also hold the tokens of each row's first neighbours and their continuations, for training to read
 sequentially. These columns are read only on request; for two neighbours per row they cost 1 µs and 0.25 KB of
 disk (uint16; 60 % of that with zstd). Chunks purged since are returned, too: readers mask them.
@@ -25,16 +27,44 @@ from retrotool.store.paths import FileName
 from retrotool.store.store import Store
 
 NO_NEIGHBOUR = -1
+NO_SCORE = -np.inf
+OVERLAP = "overlap"  # what a table can be re-ranked by
 ERASED = -2  # in place of the id of a neighbour whose tokens were erased
 Contains = Callable[[Ids], npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True)
 class NeighbourTable:
-    """``ids`` int64 and ``distances`` float32, both [n, saved], nearest first; −1 and +inf: none."""
+    """``ids`` int64 and ``distances`` float32, both [n, saved], nearest first; −1 and +inf: none.
+
+    If the table is re-ranked, neighbours are ordered by their ``scores``, float32 [n, saved], instead, the
+    highest first; −inf: none.
+    """
 
     ids: Ids
     distances: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32] | None = None
+
+    def rows(self, some: slice) -> NeighbourTable:
+        """Return some of the rows, without a copy."""
+        scores = None if self.scores is None else self.scores[some]
+        return NeighbourTable(self.ids[some], self.distances[some], scores)
+
+    def taken(self, order: npt.NDArray[np.int64]) -> NeighbourTable:
+        """Return the table with the neighbours of each row in another ``order`` [n, saved]."""
+        scores = None if self.scores is None else np.take_along_axis(self.scores, order, 1)
+        return NeighbourTable(
+            np.take_along_axis(self.ids, order, 1), np.take_along_axis(self.distances, order, 1), scores
+        )
+
+    def by_distance(self) -> NeighbourTable:
+        """Return the table nearest first; of equal distances the least id."""
+        return self if self.scores is None else self.taken(np.lexsort((self.ids, self.distances), axis=1))
+
+    def by_score(self) -> NeighbourTable:
+        """Return the table with the highest scores first; of equal scores the nearest."""
+        assert self.scores is not None, "it was scored"
+        return self.taken(np.lexsort((self.ids, self.distances, -self.scores), axis=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +90,11 @@ def text_size(entry: FileEntry) -> int:
     return int((entry.about or {}).get("text", 0))
 
 
+def reranked_by(entry: FileEntry) -> str:
+    """Return what the table is re-ranked by, according to the log: ``OVERLAP``, or "" if nearest first."""
+    return str((entry.about or {}).get("rerank", ""))
+
+
 def write_table(
     store: Store,
     name: FileName,
@@ -78,6 +113,8 @@ def write_table(
     metadata = {"retrotool.database": database, "retrotool.commit": str(commit), "retrotool.uri": uri}
     saved = table.ids.shape[1]
     own = [("ids", pa.list_(pa.int64(), saved)), ("distances", pa.list_(pa.float32(), saved))]
+    if table.scores is not None:
+        own.append(("scores", pa.list_(pa.float32(), saved)))
     more = () if text is None else text_schema(store, int(about["text"]))
     schema = pa.schema([*own, *more], metadata=metadata)
 
@@ -88,7 +125,7 @@ def write_table(
         start = 0
         for group in text:
             rows = slice(start, start + len(group.ids))
-            yield to_arrow(NeighbourTable(table.ids[rows], table.distances[rows]), group, schema)
+            yield to_arrow(table.rows(rows), group, schema)
             start = rows.stop
 
     return parts.write_batches(store, name, schema, groups(), row_group=ROW_GROUP, about=about)
@@ -106,6 +143,8 @@ def text_schema(store: Store, k: int) -> pa.Schema:
 def to_arrow(table: NeighbourTable, text: NeighbourText | None, schema: pa.Schema) -> pa.Table:
     """Return rows with the types of ``schema``."""
     columns = {"ids": _list_array(table.ids), "distances": _list_array(table.distances)}
+    if table.scores is not None:
+        columns["scores"] = _list_array(table.scores)
     if text is not None:
         n = len(text.ids)
         columns |= {"text_ids": _list_array(text.ids), "text_distances": _list_array(text.distances)}
@@ -120,8 +159,9 @@ def _list_array(values: npt.NDArray[Any]) -> pa.Array:
 
 def read_table(store: Store, entry: FileEntry, row_groups: Sequence[int] | None = None) -> NeighbourTable:
     """Read a part's neighbours as they are stored."""
-    arrow = parts.read_parquet(store, entry, ["ids", "distances"], row_groups)
-    return NeighbourTable(_lists(store, entry, arrow, "ids"), _lists(store, entry, arrow, "distances"))
+    columns = ["ids", "distances", *(["scores"] if reranked_by(entry) else [])]
+    arrow = parts.read_parquet(store, entry, columns, row_groups)
+    return NeighbourTable(*(_lists(store, entry, arrow, column) for column in columns))
 
 
 def read_ids(store: Store, entry: FileEntry, row_groups: Sequence[int] | None = None) -> Ids:
@@ -153,14 +193,17 @@ def erase_neighbours(table: NeighbourTable, rows: Ids, banned: Contains | None) 
     drop = np.zeros(table.ids.shape, np.bool_) if banned is None else banned(table.ids)
     if not (len(rows) or drop.any()):
         return table
-    ids, distances = table.ids.copy(), table.distances.copy()
     drop[rows] = True
-    ids[drop], distances[drop] = NO_NEIGHBOUR, np.inf
     hit = np.flatnonzero(drop.any(axis=1))
     order = np.argsort(drop[hit], axis=1, kind="stable")  # the others move up, in order
-    ids[hit] = np.take_along_axis(ids[hit], order, 1)
-    distances[hit] = np.take_along_axis(distances[hit], order, 1)
-    return NeighbourTable(ids, distances)
+
+    def without(values: npt.NDArray[Any], none: float) -> npt.NDArray[Any]:
+        left = np.where(drop, np.array(none, values.dtype), values)
+        left[hit] = np.take_along_axis(left[hit], order, 1)
+        return left
+
+    scores = None if table.scores is None else without(table.scores, NO_SCORE)
+    return NeighbourTable(without(table.ids, NO_NEIGHBOUR), without(table.distances, np.inf), scores)
 
 
 def text_naming(text: NeighbourText, banned: Contains) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -234,7 +277,10 @@ def edits_naming(store: Store, table: str, chunks: Contains) -> tuple[npt.NDArra
 def edit_rows(
     edits: npt.NDArray[Any], table: NeighbourTable, part: int, row_groups: Sequence[int] | None, purged: Contains
 ) -> NeighbourTable:
-    """Return the rows of a part, or of ascending row groups, as edited, without ``purged`` neighbours."""
+    """Return the rows of a part, or of ascending row groups, as edited, without ``purged`` neighbours.
+
+    In a table that is re-ranked, neighbours that an edit sets have the score +inf.
+    """
     n, width = table.ids.shape
     groups = np.arange(-(-n // ROW_GROUP)) if row_groups is None else np.array(row_groups)
     at = (parts.chunk_ids(part, groups[:, None] * ROW_GROUP) + np.arange(ROW_GROUP)).reshape(-1)[:n]
@@ -245,6 +291,9 @@ def edit_rows(
     rank = np.arange(len(row)) - np.searchsorted(row, row) - 1
     put = ~bans & (rank >= 0) & (rank < width)
     ids[row[put], rank[put]], distances[row[put], rank[put]] = mine["neighbour"][put], mine["distance"][put]
+    scores = None if table.scores is None else np.array(table.scores)
+    if scores is not None:
+        scores[row[begins]], scores[row[put], rank[put]] = NO_SCORE, np.inf
     drop, pairs = purged(ids) | np.isin(ids, edits["neighbour"][edits["chunk"] == EVERY]), bans & ~begins
     np.logical_or.at(drop, row[pairs], ids[row[pairs]] == mine["neighbour"][pairs, None])
-    return erase_neighbours(NeighbourTable(ids, distances), np.zeros(0, np.int64), lambda _: drop)
+    return erase_neighbours(NeighbourTable(ids, distances, scores), np.zeros(0, np.int64), lambda _: drop)

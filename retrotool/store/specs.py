@@ -49,9 +49,10 @@ _INDEX = {
     **dict.fromkeys(("share?", "rate?", "imbalance?"), float),
 }  # fmt: skip
 _FILTERS = {"max_overlap?": float, "near_copies?": bool, "exclude_sources?": [str], "only_sources?": [str]}
+_RERANK = frozenset(("overlap",))
 _TABLE = {
     "database": str, "uri": PLACE, "within": bool, "index": str, "encoder": str, "saved": _K, "k": _K,
-    "filters?": _FILTERS, "text?": bool,
+    "filters?": _FILTERS, "text?": bool, "rerank?": _RERANK,
 }  # fmt: skip
 _MIXTURE = {"mix": [{"table": NAME, "weight": float}]}
 _DEPENDENT = {
@@ -89,6 +90,7 @@ _ABOUT: dict[str, Spec] = {
     "neighbours": {
         "version": str, "index": str, "encoder": str, "commit": COUNT, "head": str, "purges": str, "searched": _SPANS,
         "probed?": PART, "erased?": str, "undone?": str, "k?": _K, "text?": _K, "filters?": _FILTERS,
+        "rerank?": _RERANK,
     },
     "scans": {"reads": [PATH], "names": [[str]]},
     "edits": {"rows": COUNT, "bans": COUNT},

@@ -287,12 +287,13 @@ def cases(stages: dict[str, Path], encoder: Path) -> list[Case]:
         Case("embed --in-pieces", lambda s: embed_in_pieces(s, encoder), logical, []),
         Case("refill", lambda s: api.neighbours(s, saved=3), logical, [False]),
         Case("renew --tiles", in_tiles, logical, []),
+        Case("purge --rerank", lambda s: api.neighbours(s, rerank="overlap"), logical, []),
         Case("embed --from", lambda s: api.embed(s, encoder="their/model", vectors=vectors), logical, []),
     ]
 
 
 CASES = ["chunk", "mirror", "embed", "index", "lists", "merge", "retrain", "drop", "repair", "neighbours", "both"]
-CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "pieces", "refill", "tiles", "from"]
+CASES += ["materialise", "purge", "erase", "erase earlier", "undo", "pieces", "refill", "tiles", "rerank", "from"]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)

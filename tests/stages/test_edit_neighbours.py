@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -124,8 +124,11 @@ class Model:
         assert info == {"rows": len(self.rows), "bans": sum(map(len, self.bans.values())) + len(self.banned)}
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_edits_purges_undos_and_later_runs_in_any_order(store: Path, tiny_encoder: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "rerank"), [(1, None), (2, "overlap")])
+def test_edits_purges_undos_and_later_runs_in_any_order(
+    store: Path, tiny_encoder: Path, seed: int, rerank: Literal["overlap"] | None
+) -> None:
+    api.neighbours(store, saved=SAVED, search=EXACT, rerank=rerank)
     draw, model = random.Random(seed), Model(store)
     for step in range(8):
         edit(store, *(model.draw(draw) for _ in range(4)))
