@@ -2,8 +2,8 @@
 
     python examples/knn_lm.py FOLDER --model MODEL [--corpus TEXTS.jsonl]
 
-The method of Khandelwal et al. 2020 (arXiv 1911.00172), which continues the cache of Grave et al. 2017
-(arXiv 1612.04426). A store with chunks of one token is its datastore:
+The method of Khandelwal et al. 2020 (arXiv 1911.00172), which extends the continuous cache of Grave et al.
+2017 (arXiv 1612.04426) from the text read so far to any text. The datastore is a store of single tokens:
 
 1. The value of an entry is a token, ``chunk --chunk-length 1``. Its key is the last hidden state of a causal
    model that has read the document up to that token, ``embed --from``.
@@ -14,8 +14,8 @@ The method of Khandelwal et al. 2020 (arXiv 1911.00172), which continues the cac
    none of its tokens any more.
 
 MODEL is a directory of a causal model with ``tokenizer.json``, as transformers saves it. TEXTS.jsonl has
-objects with ``id`` and ``text``; by default it is the language reference inside Python. Of every ten documents
-the first is for evaluation. FOLDER must be new.
+objects with ``id`` and ``text``; by default it is the language reference inside Python. Of every ten
+documents the first is for evaluation. FOLDER must be new.
 
 Cost: the model reads everything once, in windows that overlap by half. A token takes two bytes per dimension
 of the model, and as much in the index. On two cores, a model of 135M parameters takes about five minutes for
@@ -39,9 +39,11 @@ from transformers import AutoModelForCausalLM
 
 import retrotool
 from retrotool import api
+from retrotool.errors import RetrotoolError
 
 HALF_WINDOW = 512  # tokens that the model reads at a time, after as many that it has read before
 ENCODER = "hidden-states"
+Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
@@ -55,7 +57,7 @@ def read_corpus(path: Path | None) -> list[dict[str, str]]:
 
 
 def states_and_bits(model: Any, tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], Floats]:
-    """Return the hidden state [n, d] before each of n tokens, and the bits [n] that the model needs for it."""
+    """Return the hidden state [n, d] before each of n tokens, and the bits [n] of the token by the model."""
     config = model.config
     begin = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
     ids, found = torch.tensor([begin, *tokens.tolist()]), list[tuple[Any, Any]]()
@@ -72,7 +74,7 @@ def states_and_bits(model: Any, tokens: npt.NDArray[Any]) -> tuple[npt.NDArray[n
 
 
 def build(store: Path, documents: list[dict[str, str]], model_path: Path, model: Any) -> tuple[list[int], Floats]:
-    """Make a store of tokens with hidden states; return the ids of its chunks, and the model's bits for each."""
+    """Make a store of tokens with hidden states; return its chunk ids, and the model's bits for each."""
     corpus, keys = store.with_suffix(".jsonl"), store.with_suffix(".parquet")
     corpus.write_text("".join(json.dumps(document) + "\n" for document in documents), "utf-8")
     api.chunk(store, [str(corpus)], tokenizer=str(model_path), chunk_length=1)
@@ -89,62 +91,52 @@ def build(store: Path, documents: list[dict[str, str]], model_path: Path, model:
     return ids, np.concatenate(bits)
 
 
-def lookup(evaluation: Path, ids: list[int], k: int) -> tuple[npt.NDArray[np.int64], Floats]:
-    """Return k neighbours of each chunk by the table: ids [n, k], −1 for none, and squared distances [n, k]."""
+def lookup(evaluation: Path, datastore: Path, ids: list[int], k: int) -> tuple[Ids, Any, Floats]:
+    """Return, by the table of neighbours, their ids (−1: none), tokens and squared distances, all [n, k]."""
     near, distances = np.full((len(ids), k), -1), np.full((len(ids), k), np.inf)
     reader = retrotool.open(evaluation)
     for row, chunk in enumerate(ids):
         for column, (neighbour, distance) in enumerate(reader.neighbour_ids(chunk, k=k)):
             near[row, column], distances[row, column] = neighbour, distance
-    return near, distances
+    return near, retrotool.open(datastore).tokens(near.ravel()).reshape(near.shape), distances
 
 
-def mixed_bits(bits: Floats, targets: Any, values: Any, distances: Floats, share: float, temperature: float) -> Floats:
-    """Return the bits [n] for ``targets`` [n], with a ``share`` of the probability from ``values`` [n, k]."""
+def mixed_bits(bits: Floats, hits: Any, distances: Floats, share: float, temperature: float) -> Floats:
+    """Return bits [n], with a ``share`` of the probability from neighbours that are ``hits`` [n, k]."""
     nearest = np.minimum(distances[:, :1], np.finfo(np.float64).max)  # finite, also without neighbours
     weights = np.exp((nearest - distances) / temperature)
     total = weights.sum(axis=1)
-    looked_up = (weights * (values == targets[:, None])).sum(axis=1) / np.maximum(total, 1)
-    share_of_each = np.where(total > 0, share, 0)
-    return -np.log2((1 - share_of_each) * 2**-bits + share_of_each * looked_up)
+    looked_up, share_of_each = (weights * hits).sum(axis=1) / np.maximum(total, 1), np.where(total > 0, share, 0)
+    mixed: Floats = -np.log2((1 - share_of_each) * 2**-bits + share_of_each * looked_up)
+    return mixed
 
 
 def main(folder: Path, options: argparse.Namespace) -> None:
-    folder.mkdir(parents=True)
     documents = read_corpus(options.corpus)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, local_files_only=True).eval()
+    folder.mkdir(parents=True)
     datastore, evaluation = folder / "datastore", folder / "evaluation"
-    stored = [document for n, document in enumerate(documents) if n % 10]
-    build(datastore, stored, options.model, model)
+    build(datastore, [document for n, document in enumerate(documents) if n % 10], options.model, model)
     ids, bits = build(evaluation, documents[::10], options.model, model)
     api.index(datastore)
     api.neighbours(datastore, queries=evaluation, k=options.k, saved=options.k + options.k // 4)
-    reader = retrotool.open(datastore)
-    targets = retrotool.open(evaluation).tokens(ids)[:, 0]
-    first_chunks = {entry.first_chunk: entry.id for entry in reader.documents()}
-    names, starts = np.array(list(first_chunks.values())), np.array(list(first_chunks))
 
-    def documents_of(near: npt.NDArray[np.int64]) -> Any:
-        return names[np.searchsorted(starts, near[near >= 0], side="right") - 1]
+    entries = list(retrotool.open(datastore).documents())
+    tokens = retrotool.open(evaluation).tokens(ids)
+    print(f"{len(entries)} documents are stored; {len(ids):,} tokens are evaluated.")
+    near, values, distances = lookup(evaluation, datastore, ids, options.k)
+    with_lookup = mixed_bits(bits, values == tokens, distances, options.share, options.temperature)
+    print(f"bits per token, the model alone     {bits.mean():.3f}")
+    print(f"with {options.k} neighbours of each token    {with_lookup.mean():.3f}")
 
-    def evaluate() -> tuple[npt.NDArray[np.int64], float]:
-        near, distances = lookup(evaluation, ids, options.k)
-        values = reader.tokens(near.ravel()).reshape(near.shape)
-        mixed = mixed_bits(bits, targets, values, distances, options.share, options.temperature)
-        return near, float(mixed.mean())
-
-    near, with_lookup = evaluate()
-    print(f"{len(starts)} documents of {reader.totals['chunks']:,} tokens stored; {len(ids):,} tokens evaluated.")
-    print(f"bits per token, the model alone    {bits.mean():.3f}")
-    print(f"with {options.k} neighbours of each token   {with_lookup:.3f}")
-    found, counts = np.unique(documents_of(near), return_counts=True)
-    name = str(found[counts.argmax()])
-    api.purge(datastore, api.Selectors(document=name), reason="an example of a takedown")
-    reader.refresh()
-    after, without_it = evaluate()
-    left = int((documents_of(after) == name).sum())
-    print(f"Document {name} was found {counts.max():,} times; after its purge, {left} times.")
-    print(f"bits per token after the purge     {without_it:.3f}")
+    places = np.searchsorted([entry.first_chunk for entry in entries], near[near >= 0], side="right") - 1
+    found = entries[np.bincount(places).argmax()]
+    api.purge(datastore, api.Selectors(document=found.id), reason="an example of a takedown")
+    near, values, distances = lookup(evaluation, datastore, ids, options.k)
+    left = ((near >= found.first_chunk) & (near < found.first_chunk + found.n_chunks)).sum()
+    print(f"Document {found.id} was found {np.bincount(places).max():,} times; after its purge, {left} times.")
+    after = mixed_bits(bits, values == tokens, distances, options.share, options.temperature)
+    print(f"bits per token after the purge      {after.mean():.3f}")
 
 
 if __name__ == "__main__":
@@ -158,4 +150,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} is there already. Name a folder that is not.")
-    main(arguments.folder, arguments)
+    try:
+        main(arguments.folder, arguments)
+    except RetrotoolError as error:
+        sys.exit(f"error: {error}\n{error.advice}")
