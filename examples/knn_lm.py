@@ -18,8 +18,8 @@ objects with ``id`` and ``text``; by default it is the language reference inside
 documents the first is for evaluation. FOLDER must be new.
 
 Cost: the model reads everything once, in windows that overlap by half. A token takes two bytes per dimension
-of the model, and as much in the index. On two cores, a model of 135M parameters takes about five minutes for
-the 115,000 tokens of the language reference.
+of the model, and as much in the index. On two cores, a model of 135M parameters takes about a quarter of an
+hour for the 115,000 tokens of the language reference.
 """
 
 from __future__ import annotations
