@@ -6,7 +6,7 @@ A store of key-value records is searched by its questions and returns their answ
 (arXiv 2005.11401), but with a model that is used as it is:
 
 1. ``chunk --key-field question --value-field answer`` stores the pairs, and ``embed`` embeds the questions.
-2. For each question, the nearest k records are put into a prompt, nearest last, before the question.
+2. For each question, the nearest three records are put into a prompt, nearest last, before the question.
 3. The model continues the prompt; what it writes is printed for the first question. How well it knows the
    true answer is measured for all: the bits that it needs for a byte of it, with and without the records.
 4. The first record found is purged, and the first question asked again.
@@ -48,11 +48,8 @@ MODULES = (
     "heapq", "inspect", "locale", "mimetypes", "os", "platform", "random", "re", "shlex", "shutil", "statistics",
     "subprocess", "tempfile", "textwrap", "threading", "tokenize", "traceback", "urllib.parse", "uuid", "warnings",
 )  # fmt: skip
+K = 3  # records in a prompt
 Pairs = list[dict[str, str]]
-
-
-def read_pairs(path: Path) -> Pairs:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def pairs_of_the_library() -> tuple[Pairs, Pairs]:
@@ -99,7 +96,7 @@ class Answerer:
         return text.strip().partition("\n")[0]
 
 
-def prompt_for(reader: Reader, question: str, k: int) -> str:
+def prompt_for(reader: Reader, question: str, k: int = K) -> str:
     """Return a prompt with the k nearest records, nearest last, and the question."""
     blocks = [f"Question: {question}\nAnswer:"]
     for found in reader.search(question, k=k) if k else []:
@@ -110,10 +107,11 @@ def prompt_for(reader: Reader, question: str, k: int) -> str:
 
 
 def main(folder: Path, options: argparse.Namespace) -> None:
+    pairs, asked = pairs_of_the_library()
     if options.pairs:
-        pairs, asked = read_pairs(options.pairs), read_pairs(options.questions)
-    else:
-        pairs, asked = pairs_of_the_library()
+        pairs, asked = (
+            [json.loads(line) for line in file.open(encoding="utf-8")] for file in (options.pairs, options.questions)
+        )
     folder.mkdir(parents=True)
     store, corpus, model = folder / "store", folder / "pairs.jsonl", Answerer(options.model)
     corpus.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
@@ -123,10 +121,10 @@ def main(folder: Path, options: argparse.Namespace) -> None:
     reader = retrotool.open(store)
 
     question, answer = asked[0]["question"], asked[0]["answer"]
-    print(prompt := prompt_for(reader, question, options.k))
+    print(prompt := prompt_for(reader, question))
     print("→", textwrap.shorten(model.answer(prompt), 90))
     print("True answer:", answer)
-    for name, k in (("without records", 0), (f"with {options.k} records", options.k)):
+    for name, k in (("without records", 0), (f"with {K} records", K)):
         bits = [model.bits_per_byte(prompt_for(reader, one["question"], k), one["answer"]) for one in asked]
         print(f"bits per byte of {len(asked)} true answers, {name:<16} {statistics.mean(bits):.3f}")
 
@@ -134,7 +132,7 @@ def main(folder: Path, options: argparse.Namespace) -> None:
     api.purge(store, api.Selectors(document=found.chunk.document), reason="an example of a takedown")
     reader.refresh()
     (now,) = reader.search(question, k=1)
-    bits_now = model.bits_per_byte(prompt_for(reader, question, options.k), answer)
+    bits_now = model.bits_per_byte(prompt_for(reader, question), answer)
     print(f'After the purge of "{found.chunk.text}", the nearest record is "{now.chunk.text}",')
     print(f"and the true answer to the first question takes {bits_now:.3f} bits per byte.")
 
@@ -146,7 +144,6 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--questions", type=Path)
     parser.add_argument("--encoder", default="minilm")
-    parser.add_argument("-k", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} is there already. Name a folder that is not.")

@@ -7,7 +7,7 @@ similar sentence as a guide. A store of key-value records is such a memory, and 
 
 1. ``chunk --key-field original --value-field translation`` stores the pairs, and ``embed`` embeds the
    originals. The field ``source`` names the file of a pair, as each client has a memory.
-2. For each line of NEW.txt, the nearest k records are found. Of these, the one with the fewest words to edit
+2. For each line of NEW.txt, the nearest ten records are found. The one of them with the fewest words to edit
    is the match. Its score is the share of words that stay; from --threshold on, it is offered.
 3. The memory that gave most matches is purged with ``--where "source = …"``, as when a client leaves, and the
    sentences are looked up again. Counts of matches are shown in the bands by which translators are paid.
@@ -37,6 +37,7 @@ from retrotool.errors import RetrotoolError
 from retrotool.reader import Reader
 from retrotool.sources import Fields
 
+CANDIDATES = 10  # nearest records, of which the most similar one is the match
 BANDS = (100, 95, 85, 75, 50)
 LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 
@@ -87,16 +88,18 @@ def score(one: str, other: str) -> int:
     return 100 * (longest - words_to_edit(words, others)) // longest
 
 
-def best_matches(reader: Reader, sentences: list[str], k: int) -> list[Match]:
-    """Return, for each sentence, the record among the nearest k with the fewest words to edit."""
+def best_matches(reader: Reader, sentences: list[str]) -> list[Match]:
+    """Return, for each sentence, the record among the nearest with the fewest words to edit."""
     matches = list[Match]()
-    for sentence, near in zip(sentences, reader.search_many(sentences, k=k), strict=True):
-        scores = [score(sentence, neighbour.chunk.text) for neighbour in near]
-        best = near[scores.index(max(scores))].chunk
+    for sentence, near in zip(sentences, reader.search_many(sentences, k=CANDIDATES), strict=True):
+        if not near:  # everything is purged
+            matches.append(Match(0, "", "", ""))
+            continue
+        best = max((neighbour.chunk for neighbour in near), key=lambda chunk: score(sentence, chunk.text))
         entry = reader.document_of(best.id)
         _, *value = reader.document(entry.id)
         translation = "".join(reader.chunk(chunk).text for chunk in value)
-        matches.append(Match(max(scores), best.text, translation, entry.source))
+        matches.append(Match(score(sentence, best.text), best.text, translation, entry.source))
     return matches
 
 
@@ -119,7 +122,7 @@ def main(folder: Path, options: argparse.Namespace) -> None:
     api.index(store)
     reader = retrotool.open(store)
 
-    before = best_matches(reader, sentences, options.k)
+    before = best_matches(reader, sentences)
     fuzzy = [(text, match) for text, match in zip(sentences, before, strict=True) if match.score >= options.threshold]
     for sentence, match in fuzzy[:3]:
         print(f"{sentence}\n{match.score:>3} %  {match.original}\n    →  {match.translation}")
@@ -130,7 +133,7 @@ def main(folder: Path, options: argparse.Namespace) -> None:
     where = "source = '" + client.replace("'", "''") + "'"
     api.purge(store, api.Selectors(where=where), reason="an example of a client who leaves")
     reader.refresh()
-    after = best_matches(reader, sentences, options.k)
+    after = best_matches(reader, sentences)
     left = sum(match.source == client for match in after)
     print(f"The memory {client} gave {times} of these; after its purge, it gives {left}.")
     print("best match         " + "".join(f"{f'{band} %':>7}" for band in BANDS) + "   less")
@@ -146,7 +149,6 @@ if __name__ == "__main__":
     parser.add_argument("--sentences", type=Path, required=True)
     parser.add_argument("--threshold", type=int, default=75, help="in percent")
     parser.add_argument("--encoder", default="minilm")
-    parser.add_argument("-k", type=int, default=10)
     arguments = parser.parse_args()
     if arguments.folder.exists():
         sys.exit(f"{arguments.folder} is there already. Name a folder that is not.")

@@ -50,6 +50,13 @@ def test_a_copy_is_looked_up_until_it_is_purged(tmp_path: Path, byte_level_token
     assert re.search(r"Document old was found \d+ times; after its purge, 0 times\.", printed)
 
 
+def test_a_client_who_leaves_takes_the_only_memory_along(tmp_path: Path, tiny_encoder: Path) -> None:
+    given = ["--to", "de", "--sentences", EXAMPLES / "sentences.txt", "--encoder", tiny_encoder]
+    printed = run("translation_memory.py", tmp_path / "made", EXAMPLES / "bakery.tmx", *given)
+    assert "The memory bakery gave 2 of these; after its purge, it gives 0." in printed
+    assert printed.splitlines()[-1].split() == ["after", "0", "0", "0", "0", "0", "4"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_folder_that_is_there_is_left_alone(script: str, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("three years")
