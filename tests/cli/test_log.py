@@ -278,13 +278,17 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
         for number in range(2 * CHECKPOINT_EVERY):
             opened.commit(run, lambda _: Draft("embed", records={"x": "y" * 1000 + str(number)}))  # noqa: B023
     next(api.log_entries(tmp_path / "store"))
-    tracemalloc.start()
-    try:
-        assert sum(1 for _ in api.log_entries(tmp_path / "store")) == 2 * CHECKPOINT_EVERY
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 100_000, "of 512 kB"
+
+    def peak() -> int:
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in api.log_entries(tmp_path / "store")) == 2 * CHECKPOINT_EVERY
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    # The least: a thread that an earlier test has left allocates memory at some time or other.
+    assert min(peak() for _ in range(5)) < 100_000, "of 512 kB"
     with pytest.raises(CorruptError):
         commit_file(tmp_path / "store", 1).write_bytes(b"")
         list(api.log_entries(tmp_path / "store"))
