@@ -243,7 +243,7 @@ class TileStep:
             else:
                 requests, tile = self._requests(), inputs["tile"]
                 reads += tuple(one.path for one in requests)
-                asking = _numbers_in(routes_about(tiling)["asking"])
+                asking = set(_numbers_in(routes_about(tiling)["asking"]))
                 entry = self._search(tile, requests, asking, int(sizes[tile_of == tile].sum()), inputs, run)
         report(task.weight)
         settings = {"name": table, "index": self.stage.index}
@@ -348,7 +348,7 @@ class TileStep:
         return homes
 
     def _search(
-        self, tile: int, requests: Sequence[FileEntry], asking: Sequence[int], room: int, inputs: Mapping[str, Any],
+        self, tile: int, requests: Sequence[FileEntry], asking: set[int], room: int, inputs: Mapping[str, Any],
         run: str,
     ) -> FileEntry:  # fmt: skip
         """Answer the rows of parts that probe a list of the tile, in a row group for each part that asks."""
@@ -372,7 +372,7 @@ class LoadedTile:
 
     def __init__(
         self, store: Store, database: Database, stage: NeighboursStage, requests: Sequence[FileEntry],
-        asking: Sequence[int], tile: int, room: int,
+        asking: set[int], tile: int, room: int,
     ) -> None:  # fmt: skip
         self._store, self._database, self._stage, self._tile = store, database, stage, tile
         d = int(store.state.records[f"encoder:{database.encoder}"]["dimension"])

@@ -56,7 +56,7 @@ from retrotool.index.recall import BUDGET, GPU_BUDGET
 from retrotool.index.stage import default_shard_rows, sample_size
 from retrotool.neighbours.tiles import copies, count_waves, room_of_tile
 from retrotool.sizes import parse_size
-from retrotool.store.object_storage import PART_BYTES, RANGE_BYTES
+from retrotool.store.storage import PART_BYTES, RANGE_BYTES
 
 DOCUMENT_BYTES = 60
 DISTANCE_BYTES, ID_BYTES = 3.4, 0.16  # of a neighbour, compressed: of its distance, and of each binary digit

@@ -39,13 +39,22 @@ from retrotool.store import disk
 from retrotool.store.bucket_copies import abort_uploads, list_uploads
 from retrotool.store.cloud_client import open_client
 from retrotool.store.paths import PROBE, FileName
-from retrotool.store.storage import FileStatus, RangeFile, Sink, StoredStatus, Unfinished, each, get_if_there, where
+from retrotool.store.storage import (
+    PART_BYTES,
+    RANGE_BYTES,
+    FileStatus,
+    RangeFile,
+    Sink,
+    StoredStatus,
+    Unfinished,
+    each,
+    get_if_there,
+    where,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PART_BYTES = 16 << 20  # of an upload; files up to this size are one PUT
-RANGE_BYTES = 8 << 20
 PATIENCE_SECONDS = 60.0
 _FIRST_PATIENCE_SECONDS = 10.0
 TRAFFIC_VARIABLE = "RETROTOOL_TRAFFIC"

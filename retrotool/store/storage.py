@@ -27,6 +27,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 REQUESTS_AT_ONCE = 16
 BLOCK_BYTES = 4 << 20
+PART_BYTES = 16 << 20  # of an upload to a bucket; files up to this size are one PUT
+RANGE_BYTES = 8 << 20  # of a download from a bucket
 
 
 class FileStatus(Protocol):

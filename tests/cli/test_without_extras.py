@@ -13,6 +13,7 @@ import sys
 missing = ("obstore", "boto3", "botocore", "google.auth", "azure.storage.blob", "ray")
 sys.modules.update(dict.fromkeys(missing))
 from typer.testing import CliRunner
+from retrotool import api
 from retrotool.app import app
 store, source, encoder, out = sys.argv[1:]
 for line in (
@@ -20,10 +21,12 @@ for line in (
     f"purge {store} --document doc-1 --reason r --erase --yes",
     f"receipt {store} last --out {out}",
     f"verify {store}",
+    "plan --tokens 1B --bucket",
 ):
     done = CliRunner().invoke(app, line.split())
     assert done.exit_code == 0, (line, done.output)
 done = CliRunner().invoke(app, f"verify {store} --engine ray".split())
+assert api.plan("1B", bucket=True).stages[0].puts
 assert done.exit_code == 2 and "pip install ray" in done.stderr, done.stderr
 assert not any(sys.modules[name] for name in missing)
 """

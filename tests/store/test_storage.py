@@ -23,8 +23,7 @@ from stored import file_sha256
 from retrotool.errors import CorruptError
 from retrotool.store import object_storage
 from retrotool.store.local_storage import LocalStorage
-from retrotool.store.object_storage import PART_BYTES
-from retrotool.store.storage import Sink, Storage, Unfinished, storage_at
+from retrotool.store.storage import PART_BYTES, Sink, Storage, Unfinished, storage_at
 
 pytestmark = pytest.mark.sends_requests
 
