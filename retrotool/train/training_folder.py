@@ -58,7 +58,7 @@ class TrainingFolder:
                 other = lease.removeprefix(leases.run_path(""))
                 if leases.is_alive(self.storage, other, now=now, silence=CLAIM_SILENCE_SECONDS):
                     message = f"{leases.describe_run(self.storage, other)} is training in {self.storage.place}"
-                    raise HeldError(message, "Wait until it ends, or five minutes if its machine is gone.")
+                    raise HeldError(message, "Wait until it ends; if its machine has failed, for five minutes.")
                 self.storage.delete([lease])
             self.storage.drop(self.storage.unfinished())
             yield run.id
