@@ -6,7 +6,7 @@ continuation, has r tokens.
 
 * Decoder: layers of causal self-attention with rotary positions, of chunked cross-attention in some of them,
   and of a gated feed-forward. Each normalises its input by RMSNorm, and is added to it. The embedding of the
-  tokens is also that of the output.
+  tokens is also that of the output, and of the tokens of neighbours (projected).
 * Encoder: reads each neighbour in both directions. Its first layer attends to the chunk that retrieved the
   neighbour, as it is in the decoder's first layer with cross-attention.
 * Chunked cross-attention: the neighbours of a chunk are known from its last token on. So that token and the
@@ -165,19 +165,19 @@ class NeighbourEncoder(nn.Module):
     def __init__(self, config: RetroConfig) -> None:
         super().__init__()
         dimension, heads, layers = config.encoder_dimension, config.encoder_heads, range(config.encoder_layers)
-        self.embedding = nn.Embedding(config.vocabulary, dimension)
+        self.project = nn.Linear(config.dimension, dimension, bias=False)
         self.attention = nn.ModuleList(Attention(dimension, heads) for _ in layers)
         self.chunk_norm = nn.RMSNorm(config.dimension)
         self.chunk_attention = Attention(dimension, heads, config.dimension)
         self.feed_forward = nn.ModuleList(FeedForward(dimension) for _ in layers)
         self.norm = nn.RMSNorm(dimension)
 
-    def forward(self, neighbours: Tensor, mask: Tensor, x: Tensor, x_mask: Tensor) -> Tensor:
+    def forward(self, embedding: nn.Embedding, neighbours: Tensor, mask: Tensor, x: Tensor, x_mask: Tensor) -> Tensor:
         """Return [b, l, k, r, e] for neighbours [b, l, k, r], activations x [b, L, d], and their masks."""
         b, n, k, r = neighbours.shape
         places, chunk_places = (torch.arange(size, device=x.device) for size in (r, x.shape[1] // n))
         chunks, chunk_mask = self.chunk_norm(x).reshape(b * n, -1, x.shape[-1]), x_mask.reshape(b * n, 1, -1)
-        found: Tensor = self.embedding(neighbours.masked_fill(~mask, 0)).flatten(0, 2)
+        found: Tensor = self.project(embedding(neighbours.masked_fill(~mask, 0))).flatten(0, 2)
         for number, (attention, feed_forward) in enumerate(zip(self.attention, self.feed_forward, strict=True)):
             found = found + attention(found, places, mask.reshape(b * n * k, 1, r))
             if number == 0:  # P_enc of the paper
@@ -235,7 +235,7 @@ class RetroModel(nn.Module):
             x = x + attention(x, places, allowed)
             if encoder is not None and number in self.config.cross_layers:
                 if encoded is None:
-                    encoded = encoder(neighbours, neighbour_mask, x, mask)
+                    encoded = encoder(self.embedding, neighbours, neighbour_mask, x, mask)
                 x = x + self.cross_attention[str(number)](x, encoded, neighbour_mask)
             x = x + feed_forward(x)
         return F.linear(self.norm(x), self.embedding.weight)
@@ -257,9 +257,10 @@ def targets_of(mask: Tensor) -> Tensor:
 
 def nats_of(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Return −log p of each token, in nats [b, L], by the logits [b, L, v] of the position before."""
-    exact = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(exact.transpose(1, 2), tokens[:, 1:], reduction="none")
-    return F.pad(nats, (1, 0)) * targets_of(mask)
+    # All positions, the last one too: leaving it out would copy the largest tensor there is.
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    nats = F.cross_entropy(exact, tokens.roll(-1, 1).flatten(), reduction="none").view_as(tokens)
+    return nats.roll(1, 1) * targets_of(mask)
 
 
 def load_model(directory: Place) -> RetroModel:
