@@ -177,7 +177,8 @@ class NeighbourEncoder(nn.Module):
         b, n, k, r = neighbours.shape
         places, chunk_places = (torch.arange(size, device=x.device) for size in (r, x.shape[1] // n))
         chunks, chunk_mask = self.chunk_norm(x).reshape(b * n, -1, x.shape[-1]), x_mask.reshape(b * n, 1, -1)
-        found: Tensor = self.project(embedding(neighbours.masked_fill(~mask, 0))).flatten(0, 2)
+        # In the precision of x, as sums are, where autocast projects in a lower one.
+        found = self.project(embedding(neighbours.masked_fill(~mask, 0))).flatten(0, 2).to(x.dtype)
         for number, (attention, feed_forward) in enumerate(zip(self.attention, self.feed_forward, strict=True)):
             found = found + attention(found, places, mask.reshape(b * n * k, 1, r))
             if number == 0:  # P_enc of the paper
