@@ -97,15 +97,16 @@ class InContextModel:
 
 
 def load_causal_model(
-    path: str | Path, store: Store, k: int, context: int | None, device: str, batch_size: int
+    path: str | Path, store: Store, k: int, context: int | None, device: str, dtype: str, batch_size: int
 ) -> InContextModel:
     """Load a model to evaluate on stores like ``store``, with k neighbours.
 
-    ``context``: most tokens of the document (default: what the model has room for, at most 2,048). Raises
-    ``UsageError`` if the tokenizers differ, or the model reads too few tokens.
+    ``context``: most tokens of the document (default: what the model has room for, at most 2,048). ``dtype``
+    auto: float32 on a CPU, else as the model was saved (a GGUF file: float32). Raises ``UsageError`` if the
+    tokenizers differ, or the model reads too few tokens.
     """
     path = Path(path)
-    network, vocabulary = _load_gguf(path) if path.suffix == ".gguf" else _load_folder(path, device)
+    network, vocabulary = _load_gguf(path, dtype) if path.suffix == ".gguf" else _load_folder(path, device, dtype)
     network, ours = network.to(device), stored_tokenizer(store)
     if not ours.backend.get_vocab(with_added_tokens=True).items() <= vocabulary.items():
         of_model = "FOLDER, where its AutoTokenizer was saved" if path.suffix == ".gguf" else str(path)
@@ -131,20 +132,22 @@ def load_causal_model(
     return InContextModel(network, int(begin), separator, context // length * length, batch_size)
 
 
-def _load_folder(path: Path, device: str) -> tuple[Any, dict[str, int]]:
+def _load_folder(path: Path, device: str, dtype: str) -> tuple[Any, dict[str, int]]:
     config, what = check_model(path, f"model {str(path)!r}", _CLASS), f"model {str(path)!r}"
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = stored if device != "cpu" or stored == "float64" else "float32"
+    if dtype == "auto":
+        dtype = stored if device != "cpu" or stored == "float64" else "float32"
     vocabulary = Tokenizer(find_tokenizer(str(path))).backend.get_vocab(with_added_tokens=True)
     return load_pretrained(_CLASS, what, path, device, dtype), vocabulary
 
 
-def _load_gguf(file: Path) -> tuple[Any, dict[str, int]]:
+def _load_gguf(file: Path, dtype: str) -> tuple[Any, dict[str, int]]:
     from importlib.util import find_spec
 
     from transformers import AutoTokenizer
 
     if not all(map(find_spec, ("gguf", "accelerate"))):
         raise UsageError(f"{file} can't be read without gguf and accelerate", "Run: pip install gguf accelerate")
-    network = load_pretrained(_CLASS, f"model {str(file)!r}", file.parent, "cpu", "float32", gguf_file=file.name)
+    dtype = "float32" if dtype == "auto" else dtype
+    network = load_pretrained(_CLASS, f"model {str(file)!r}", file.parent, "cpu", dtype, gguf_file=file.name)
     return network, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True).get_vocab()

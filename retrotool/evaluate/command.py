@@ -40,6 +40,10 @@ def command(
     seed: Annotated[int, opt("Seed of the random documents.", metavar="N", least=0)] = 0,
     batch_size: Annotated[int, opt("Chunks that the model reads at once.", metavar="N", least=1)] = 8,
     devices: options.Device = "auto",
+    dtype: Annotated[
+        str,
+        opt("auto (float32 on a CPU, else as the model was saved), float32, float16 or bfloat16.", metavar="DTYPE"),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure what retrieval from the database STORE gives a language model, in bits per byte.
@@ -55,7 +59,7 @@ def command(
 
     result = evaluate_run.evaluate(
         store, queries=queries, model=model, names=name or (), k=k, context=context, limit=limit, seed=seed,
-        device=options.first_device(devices), batch_size=batch_size,
+        device=options.first_device(devices), dtype=dtype, batch_size=batch_size,
     )  # fmt: skip
     output.show(result, as_json, _text)
 

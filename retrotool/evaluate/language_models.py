@@ -102,14 +102,14 @@ class RetroWindows:
 
 
 def load_retro_model(
-    path: str | Path, store: Store, _: int, context: int | None, device: str, batch_size: int
+    path: str | Path, store: Store, _: int, context: int | None, device: str, dtype: str, batch_size: int
 ) -> RetroWindows:
     """Load a model of ``retrotool train`` to evaluate on stores like ``store``, with any neighbours.
 
     ``context``: most tokens of the document (default: those before the last chunk of a training sequence).
-    Raises ``UsageError`` if it was trained on other tokens or chunks.
+    ``dtype`` auto: float32. Raises ``UsageError`` if it was trained on other tokens or chunks.
     """
-    model = load_model(path).to(device)
+    model = load_model(path).to(device, getattr(torch, "float32" if dtype == "auto" else dtype))
     facts, own = TrainingFolder(path).newest(), store.identity
     assert facts is not None, "load_model read it"
     if (facts["tokenizer"], model.config.chunk_length) != (own.tokenizer.sha256, own.chunk_length):

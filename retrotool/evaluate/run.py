@@ -77,13 +77,15 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    dtype: str = "auto",
     batch_size: int = 8,
 ) -> EvaluateResult:
     """Evaluate ``model`` on the store ``queries``, which has neighbours in the database ``root``.
 
     ``names``: its tables (default: main, or the only one), at least one of which reads ``root``. ``k``:
     neighbours per chunk (default: the tables'). ``context``: most tokens of the document before a chunk.
-    ``limit``: most chunks to score, of random documents by ``seed``. ``batch_size``: windows per forward.
+    ``limit``: most chunks to score, of random documents by ``seed``. ``dtype``: of the weights (``auto``:
+    float32 on a CPU). ``batch_size``: windows per forward.
     """
     store = Store.open(queries)
     readers = [NeighbourReader(store, name) for name in names] or [NeighbourReader(store)]
@@ -92,12 +94,12 @@ def evaluate(
     documents, live = evaluation_text.draw_documents(store, limit, seed)
     name = str(model) if isinstance(model, str | Path) else type(model).__name__
     if isinstance(model, str | Path):
-        check_device(device)
+        check_device(device, dtype)
         is_causal = Path(model).suffix == ".gguf" or (Path(model) / "config.json").exists()
         if not (Path(model).exists() or "://" in name):
             raise UsageError(f"--model {name} does not exist", "Give a directory or a file of this machine.")
         load = load_causal_model if is_causal else load_retro_model
-        model = load(model, store, k, context, pick_device(device), batch_size)
+        model = load(model, store, k, context, pick_device(device), dtype, batch_size)
     scores, chunks = [list[Scores]() for _ in readers], sum(one.live for one in documents)
     with counting("evaluate", "chunk", chunks) as report:
         for some in runs_up_to(_BLOCK, documents, lambda one: one.live):

@@ -122,6 +122,20 @@ def test_bits_per_byte_are_those_of_prompts_built_by_hand(
     assert before is not None and (abs(before.value - on) < 1e-9) == (after == "nothing")
 
 
+def test_a_model_runs_in_the_type_that_is_asked_for(evaluation: Path, built_store: Path, llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"queries": evaluation, "model": llama, "k": K, "context": CONTEXT * LENGTH}
+    exact, found = (
+        api.evaluate(built_store, **options, dtype=dtype).tables[0].all.on for dtype in ("auto", "bfloat16")
+    )
+    network = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    assert exact is not None and found is not None and found.value != exact.value
+    assert found.value == pytest.approx(bits_per_byte(evaluation, literal(evaluation, network, 2, "main", K)), rel=1e-3)
+    with pytest.raises(UsageError, match="dtype 'int8' is unknown"):
+        api.evaluate(built_store, **options, dtype="int8")
+
+
 def near_of(store: Path, chunk: int) -> list[Any]:
     return retrotool.open(store).neighbours(chunk, "main", K)
 
