@@ -22,6 +22,7 @@ from retrotool.chunk.chunk_plan import ChunkOptions, unfinished_plans
 from retrotool.chunk.run import ChunkResult, chunk, find_readable
 from retrotool.cli.command_lines import command_line, embed_command, table_command
 from retrotool.embed.run import EmbedResult, embed
+from retrotool.encoder import find_encoder
 from retrotool.errors import UsageError
 from retrotool.index.run import IndexResult, Options, index
 from retrotool.neighbours.run import NeighboursResult, SearchOptions, neighbours
@@ -74,11 +75,13 @@ class BuildPlan:
 
 
 def plan_build(root: str | Path, inputs: Sequence[str] = (), options: BuildOptions | None = None) -> BuildPlan:
-    """Return what ``build`` would run; ``UsageError`` if that is nothing, or an input can't be read."""
+    """Return what ``build`` would run; ``UsageError`` if that is nothing, or it can't read something."""
     given = options or BuildOptions()
     quiet = replace(given.chunk or ChunkOptions(), note=lambda _: None)  # ``chunk`` prints the notes
     find_readable([name for name in inputs if name != STANDARD_INPUT], quiet)
     steps = [*_chunk_steps(root, inputs, given), *_derived_steps(root, given)]
+    if not (is_store(storage_at(root)) and Store.open(root).state.with_prefix("encoder:")):
+        find_encoder(given.encoder or BUNDLED)  # before hours of chunking
     return BuildPlan(tuple(step.line for step in steps))
 
 

@@ -122,6 +122,8 @@ def test_what_is_wrong_is_said_before_anything_is_done(tmp_path: Path, store_cop
         for dry_run in ([], ["--dry-run"]):
             result = run_cli("build", tmp_path / "none", *inputs, *dry_run)
             assert result.exit_code == 2 and "gone.jsonl" in result.stderr and "Running" not in result.stderr
+    result = run_cli("build", tmp_path / "new", write_jsonl(tmp_path / "rows.jsonl", ROWS), "--encoder", tmp_path)
+    assert result.exit_code == 2 and "has no config.json" in result.stderr and not (tmp_path / "new").exists()
     number = Store.open(store_copy).state.number
     result = run_cli("build", store_copy, "--encoder", "another")
     assert result.exit_code == 2 and f"retrotool embed {store_copy} --encoder another" in result.stderr
