@@ -4,17 +4,17 @@
         --added F --related F --other F [--limit 600] [--context 256] [--sweep 100] [--encoder minilm]
 
 All files are JSONL with ``id``, ``text`` and ``source``. FOLDER gets a store of each, in the tokens of the
-models, and the evaluation text is scored in these states of the database, one after the other:
+models, and the evaluation text is scored with these tables of neighbours:
 
-1. ``database``, by its neighbours (table main), by the same in the order of their overlap (overlap), by those
-   in other databases alone (related, other), and by those in all three together (mixed).
-2. With the texts ``added`` to it (added).
-3. With every second document of the evaluation text planted in it (planted).
-4. After a purge of what was planted, before and after another search.
-5. After a purge of what was added, and another search.
+* main: in the database; overlap: the same in the order of their overlap;
+* related and other: in these databases alone; mixed: in all three together;
+* added: in the database with the texts ``added``; planted: also with every second document of the evaluation
+  text in it.
 
-``--sweep N`` scores N chunks with k from 1 to 40 in state 1. A line of results.jsonl is a table in a state,
-with everything that ``retrotool evaluate`` reports; what is there already is not measured again.
+Then what was planted is purged, and planted scored again, before and after another search; and what was added
+is purged, and added searched and scored again. ``--sweep N`` scores N chunks by main with k from 1 to 40.
+A line of results.jsonl is a table in a state of the database, with everything that ``retrotool evaluate``
+reports; what is there already is not measured again.
 
 Cost: vectors of all texts, then forwards: ``retrotool plan`` and ``retrotool evaluate`` describe them.
 """
@@ -62,9 +62,7 @@ class Gains:
             **options,
         )  # fmt: skip
 
-    def measure(
-        self, state: str, names: Sequence[str], k: int = 2, limit: int | None = None, first: Path | None = None
-    ) -> None:
+    def measure(self, state: str, names: Sequence[str], k: int = 2, limit: int | None = None) -> None:
         """Score the evaluation text by every model with the neighbours ``names``, and print and keep the results."""
         for model in self.given.model:
             left = [name for name in names if (state, str(model), k, name) not in self.done]
@@ -72,7 +70,7 @@ class Gains:
                 continue
             begun = time.monotonic()
             result = api.evaluate(
-                first or self.database, queries=self.evaluation, model=model, names=left, k=k,
+                self.database, queries=self.evaluation, model=model, names=left, k=k,
                 context=self.given.context, limit=limit or self.given.limit, dtype=self.given.dtype,
             )  # fmt: skip
             facts = {key: value for key, value in asdict(result).items() if key != "tables"}
@@ -89,6 +87,11 @@ class Gains:
         """Purge all documents of a source, once."""
         if not any(one.reason == source for one in api.list_purges(self.database).purges):
             api.purge(self.database, api.Selectors(where=f"source = '{source}'"), reason=source)
+
+    def take_out(self, source: str) -> None:
+        """Purge a source, and search the table of its name again."""
+        self.purge(source)
+        self.search(source)
 
 
 def _text(estimate: Any) -> str:
@@ -125,7 +128,7 @@ def main() -> None:
     related, other = given.folder / "related", given.folder / "other"
     planted = copy_rows(given.evaluation, "planted", given.folder / "planted.jsonl", 2)
     added = copy_rows(given.added, "added", given.folder / "added.jsonl")
-    names = ("main", "overlap", "related", "other", "mixed")
+    names = ("main", "overlap", "related", "other", "mixed", "added", "planted")
 
     def build() -> None:
         for store, files in (
@@ -139,21 +142,20 @@ def main() -> None:
         gains.search("related", first=related)
         gains.search("other", first=other)
         gains.search("mixed", related, other)
+        for name, file in (("added", added), ("planted", planted)):
+            gains.grow(gains.database, [file])
+            gains.search(name)
 
-    states: list[tuple[str, Callable[[], None], Sequence[str]]] = [
-        ("database", build, names),
-        ("added", lambda: gains.grow(gains.database, [added]), ["added"]),
-        ("planted", lambda: gains.grow(gains.database, [planted]), ["planted"]),
+    states: list[tuple[str, Callable[[], object], Sequence[str]]] = [
+        ("built", build, names),
         ("planted is purged", lambda: gains.purge("planted"), ["planted"]),
-        ("and searched again", lambda: None, ["planted"]),
-        ("added is purged", lambda: gains.purge("added"), ["added"]),
+        ("and searched again", lambda: gains.take_out("planted"), ["planted"]),
+        ("added is purged, too", lambda: gains.take_out("added"), ["added"]),
     ]
     reached = given.folder / "state"
     for number, (state, prepare, tables) in enumerate(states):
         if number > (int(reached.read_text()) if reached.exists() else -1):
             prepare()
-            if number and state != "planted is purged":
-                gains.search(tables[0])
             reached.write_text(str(number))
         if number == int(reached.read_text()):  # later states have changed the database
             gains.measure(state, tables)
