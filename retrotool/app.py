@@ -51,8 +51,8 @@ _SHARD = {
     )
 }  # fmt: skip
 """The same of those among them whose work several jobs can share."""
-_WITH_SHARD = ("build", "chunk", "embed", "index", "neighbours", "purge", "erase")
-_WITH_ENGINE = (*_WITH_SHARD, "verify", "repair")
+_WITH_SHARD = ("build", "chunk", "embed", "index", "neighbours", "purge", "erase", "verify")
+_WITH_ENGINE = (*_WITH_SHARD, "repair")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 

@@ -37,6 +37,7 @@ VERIFY_EPILOG = """\b
 Examples:
   retrotool verify store
   retrotool verify store --json
+  retrotool verify store --shard 3/16
   retrotool verify store --log
 
 Exit codes: 0 OK; 12 a problem was found, or concurrent erases kept removing files."""
@@ -200,6 +201,9 @@ def verify_command(
     live chunks), ids (which chunk has which id), tombstones, embeddings, indexes, neighbours, and
     materialised neighbours.
 
+    With --shard, each job checks its share of the files, and the first also the log: the store is whole if
+    all say so. Hashes need all files, so none are printed.
+
     With --log, the hash of the last entry (head) is printed. Keep it elsewhere: anyone who can write to the
     store can rewrite the whole log, and only --head with a hash that you kept detects that.
     """
@@ -237,6 +241,7 @@ def _verified_text(found: Verification) -> str:
     from retrotool.info.problems import problem_lines
 
     checked = f"{output.count(found.files, 'file')}, {output.size(found.bytes)}, at commit {found.commit}"
+    checked = f"Share {found.shard}: {checked}" if found.shard else checked
     opened = checked if found.commit >= 0 else "The store can't be opened"
     lines = [f"{opened}: {_verdict(found)}", *problem_lines(found.problems)]
     if found.foreign:

@@ -12,6 +12,9 @@ If another process removes files concurrently, it starts again on the newest com
 once for SHA-256, and Parquet files and embeddings a second time. Memory: one part or table, or the ids of one
 shard, and what ``_Checked`` holds.
 
+A job of an array checks its share of the files, the first also what is not in a single file. It does not know
+what others find, so what belongs to a broken file may be a problem, too. There are no digests: they need all.
+
 Digests of documents do not depend on how a store is split into files: they are sums of one BLAKE2b-256 per
 document, about 1.5 µs per document and 1 GB/s of tokens.
 """
@@ -34,7 +37,7 @@ import pyarrow as pa
 from retrotool.ann.lists import InvertedLists, read_lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.embed.search_scope import document_intervals, erased_chunks, purges_erased
-from retrotool.engine import gathering
+from retrotool.engine import engine_in_use, gathering
 from retrotool.engine.run import Gather
 from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import CorruptError, ErasedError, RetrotoolError
@@ -69,10 +72,14 @@ _LOGGED = re.compile(r"(log|checkpoints)/[0-9a-f-]+\.json")
 
 @dataclass(slots=True)
 class Verification:
-    """Result of ``verify``, see ``docs/json.md``. Digests are empty where a problem prevents them."""
+    """Result of ``verify``, see ``docs/json.md``. Digests are empty where a problem prevents them.
+
+    ``shard``: I/N in a job of an array, whose share ``files`` and ``bytes`` are; totals are 0.
+    """
 
     ok: bool
     commit: int
+    shard: str = ""
     problems: list[Problem] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     unnamed: int = 0
@@ -91,14 +98,10 @@ class Verification:
 
 
 class _Checked:
-    """A store that is being checked, its problems, and what the checks share.
+    """A store that is being checked, its problems, the paths of ``broken`` files, and what checks share."""
 
-    ``broken``: paths of damaged files. ``zeros``: by path of embeddings, the rows of live or purged keys with
-    a zero vector, if there are any.
-    """
-
-    def __init__(self, store: Store, problems: list[Problem], broken: set[str], zeros: dict[str, Ids]) -> None:
-        self.store, self.problems, self.broken, self.zeros = store, problems, broken, zeros
+    def __init__(self, store: Store, problems: list[Problem]) -> None:
+        self.store, self.problems, self.broken = store, problems, set[str]()
         self._keys: dict[int, npt.NDArray[np.uint8]] = {}
         entries = {entry.part: entry for entry in store.state.group("chunks").entries()}
         self._parts = np.array([-1, *entries])
@@ -184,14 +187,31 @@ def verify(root: str | Path) -> Verification:
         return retry_overtaken(lambda: check_store(Store.open(root)))
     except CorruptError as error:
         advice = error.advice or "Restore the store from a backup."
-        return Verification(False, -1, [Problem("store", "", str(error), advice)])
+        return Verification(False, -1, problems=[Problem("store", "", str(error), advice)])
 
 
 def check_store(store: Store) -> Verification:
     """Check the store at its view. Raises ``ErasedError`` if a newer commit removes one of its files."""
     store.reads_copies = True
-    result = Verification(True, store.state.number)
-    checked = _Checked(store, result.problems, set(), {})
+    stage = VerifyStage(store.state.number, engine_in_use().shard)
+    result = Verification(True, store.state.number, "{}/{}".format(*stage.shard) if stage.shard else "")
+    checked = _Checked(store, result.problems)
+    if stage.is_first:
+        _check_whole(checked, result)
+    with gathering(stage, store) as gather:
+        _check_files(checked, result, stage, gather)
+    for kind in {problem.kind for problem in result.problems}:
+        for name in _DIGESTS.get(kind, ()):
+            setattr(result, name, "")
+    if not all(problem.repairable for problem in result.problems):  # sound files may look wrong without the others
+        result.problems = [one if one.path in checked.broken else one.doubtful() for one in result.problems]
+    result.ok = not result.problems
+    return result
+
+
+def _check_whole(checked: _Checked, result: Verification) -> None:
+    """Check the log, its records, and what else is in the store's folder."""
+    store = checked.store
     _check_records(checked, _check_log(checked))
     for path in sorted(store.storage.irregular()):
         if not path.endswith("/") and ("/" in path or path in paths.FOLDERS):  # links elsewhere are harmless
@@ -202,36 +222,35 @@ def check_store(store: Store) -> Verification:
     result.foreign, result.unnamed = foreign_files(store), len(unnamed_files(store))
     with checked.noting(store.identity.tokenizer.file):
         store.tokenizer_json()
-    result.files, result.bytes = sum(1 for _ in store.state.files()), store.state.bytes()
-    with gathering(VerifyStage(store.state.number), store) as gather:
-        _check_files(checked, result, gather)
-    for kind in {problem.kind for problem in result.problems}:
-        for name in _DIGESTS.get(kind, ()):
-            setattr(result, name, "")
-    if not all(problem.repairable for problem in result.problems):  # sound files may look wrong without the others
-        result.problems = [one if one.path in checked.broken else one.doubtful() for one in result.problems]
-    result.ok = not result.problems
-    return result
 
 
-def _check_files(checked: _Checked, result: Verification, gather: Gather) -> None:
-    """Check the content of all files, and compute the digests."""
-    store = checked.store
-    _do_step(checked, "sums", gather)
-    with checked.noting("", "tombstones"):
-        ids = read_tombstones(store).ids
+def _check_files(checked: _Checked, result: Verification, stage: VerifyStage, gather: Gather) -> None:
+    """Check the content of the files of a stage's share, and compute the digests if it has all."""
+    store, ids = checked.store, None
+    sums = stage.plan(store)
+    result.files, result.bytes = sum(len(task.inputs["places"]) for task in sums), sum(task.weight for task in sums)
+    _do_step(checked, "sums", stage, gather)
+    if stage.is_first:
+        with checked.noting("", "tombstones"):
+            ids = read_tombstones(store).ids
+    total = sum(_do_step(checked, "chunks", stage, gather), PartDigest())
+    if stage.is_first:
+        _check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
+        _check_blocked(checked)
+        _check_undone(checked)
+    if not stage.shard:
+        result.embeddings = _digest_files(store, "embeddings")
+        result.indexes = _digest_files(store, "index")
+    tables: list[tuple[str, str]] = _do_step(checked, "neighbours", stage, gather)
+    if stage.is_first:
+        _check_windows(checked)
+    _do_step(checked, "index", stage, gather)
+    if stage.shard:
+        return
+    if ids is not None:
         result.tombstones = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
-    total = sum(_do_step(checked, "chunks", gather), PartDigest())
-    _check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
-    _check_blocked(checked)
-    _check_undone(checked)
-    result.embeddings = _digest_files(store, "embeddings")
-    result.indexes = _digest_files(store, "index")
-    tables: list[tuple[str, str]] = _do_step(checked, "neighbours", gather)
     result.neighbours = _lines_digest(line for line, _ in tables)
     result.materialised = _lines_digest(text for _, text in tables if text)
-    _check_windows(checked)
-    _do_step(checked, "index", gather)
     if not checked.broken:
         result.content, result.ids = hexadecimal(total.content), hexadecimal(total.ids)
         for name in ("documents", "chunks", "tokens"):
@@ -263,11 +282,10 @@ def _check_log(checked: _Checked) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What a task has found: problems, files that are broken, zero vectors, and digests."""
+    """What a task has found: problems, files that are broken, and digests."""
 
     problems: list[Problem]
     broken: set[str]
-    zeros: dict[str, Ids]
     digests: list[Any]
 
 
@@ -276,36 +294,43 @@ class VerifyStage:
     """Checks files of a store as of ``commit``. A task checks some of them and returns a ``_Found``.
 
     Its steps: the "sums" of all files, then "chunks" with their documents and embeddings, tables of
-    "neighbours", and shards of an "index".
+    "neighbours", and shards of an "index". ``shard`` (i, n): only the tasks of job i of n.
     """
 
     commit: int
+    shard: tuple[int, int] | None = None
     name: str = field(default="verify", init=False)
     unit: str = field(default="B", init=False)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether no other job checks what is not in a single file."""
+        return self.shard is None or self.shard[0] == 0
+
     def plan(self, store: Store) -> list[Task]:
         """Return the tasks of the first step."""
-        return self.tasks("sums", store, set(), {})
+        return self.tasks("sums", store, set())
 
-    def tasks(self, step: str, store: Store, broken: set[str], zeros: dict[str, Ids]) -> list[Task]:
-        """Return the tasks of a step; ``broken`` and ``zeros`` are what earlier ones found."""
+    def tasks(self, step: str, store: Store, broken: set[str]) -> list[Task]:
+        """Return the tasks of a step; ``broken`` is what earlier ones found."""
         entries = (entry for entry in store.state.files() if step in ("sums", entry.kind))
         tasks = []
         for number, some in enumerate(runs_up_to(_TASK_BYTES, entries, lambda entry: entry.bytes)):
-            inputs = {"step": step, "places": [entry.place for entry in some], "broken": broken, "zeros": zeros}
+            inputs = {"step": step, "places": [entry.place for entry in some], "broken": broken}
             key = task_key("verify", {"step": step, "number": number}, [])
             tasks.append(Task(key, f"{step} of {some[0].path}", sum(entry.bytes for entry in some), inputs))
-        return tasks
+        job, jobs = self.shard or (0, 1)
+        return tasks[job::jobs]
 
     def open(self, store: Store) -> Worker:
         """Return the worker."""
         view = store.at(self.commit)
         view.reads_copies = True
-        checked = _Checked(view, [], set(), {})
+        checked = _Checked(view, [])
         check = {"sums": _check_sum, "chunks": _check_part, "neighbours": _check_table_file, "index": _check_index}
 
         def work(task: Task, run: str, report: Report) -> _Found:  # noqa: ARG001
-            checked.problems, checked.broken, checked.zeros = [], set(task.inputs["broken"]), dict(task.inputs["zeros"])
+            checked.problems, checked.broken = [], set(task.inputs["broken"])
             digests = []
             for kind, name, slot in task.inputs["places"]:
                 entry = view.state.file(kind, slot, name)
@@ -313,18 +338,17 @@ class VerifyStage:
                 with checked.noting(entry.path):
                     digests.append(check[task.inputs["step"]](checked, entry))
                 report(entry.bytes)
-            return _Found(checked.problems, checked.broken, checked.zeros, [one for one in digests if one is not None])
+            return _Found(checked.problems, checked.broken, [one for one in digests if one is not None])
 
         return work
 
 
-def _do_step(checked: _Checked, step: str, gather: Gather) -> list[Any]:
+def _do_step(checked: _Checked, step: str, stage: VerifyStage, gather: Gather) -> list[Any]:
     """Do a step of ``verify``; add what it finds to ``checked``, and return its digests."""
-    stage, digests = VerifyStage(checked.store.state.number), list[Any]()
-    for found in gather(stage.tasks(step, checked.store, checked.broken, checked.zeros)):
+    digests = list[Any]()
+    for found in gather(stage.tasks(step, checked.store, checked.broken)):
         checked.problems += found.problems
         checked.broken |= found.broken
-        checked.zeros |= found.zeros
         digests += found.digests
     return digests
 
@@ -475,8 +499,6 @@ def _check_vectors(checked: _Checked, encoder: str, entry: FileEntry, embedded: 
         block = matrix[start : start + _BLOCK].view(np.uint16) & 0x7FFF
         largest[start : start + _BLOCK] = block.max(axis=1, initial=0)
     zero, infinite = (largest == 0) & embedded, np.flatnonzero(largest >= _INFINITE)
-    if zero.any():
-        checked.zeros[entry.path] = np.flatnonzero(zero)
     same = record.get("tokenizer") == store.identity.tokenizer.sha256
     # Another tokenizer may give no tokens for a text, such as white space. Then its vector is zero.
     # So is that of a purged chunk that none was given for.
@@ -536,8 +558,6 @@ def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[i
         # An erase rewrites parts and shards one after another.
         unembedded += int((~checked.erasing.contains(own[~embedded[rows]])).sum())
         embedded[checked.tombstones.rows(part)] = False
-        vectors_of = checked.store.state.part_file("embeddings", part, encoder)
-        embedded[checked.zeros.get(vectors_of.path if vectors_of else "", np.zeros(0, np.int64))] = False
         embedded[rows] = False
         missing += int(embedded.sum())
     wrong = {

@@ -100,6 +100,43 @@ def test_a_flipped_bit_is_found(store: Path, kind: str, number: int) -> None:
     assert_found(store, path)
 
 
+def verify_by_jobs(store: Path) -> list[verifying.Verification]:
+    """What three jobs of an array find; every file is a task of its own."""
+    found = []
+    try:
+        with mock.patch.object(verifying, "_TASK_BYTES", 1):
+            for job in range(3):
+                api.use_engine(shard=(job, 3))
+                found.append(api.verify(store))
+    finally:
+        api.use_engine()
+    return found
+
+
+def test_jobs_check_each_file_once(store: Path) -> None:
+    for change in (None, lambda: api.erase(store), lambda: api.purge(store, api.Selectors(chunk="1:1"), reason="test")):
+        if change is not None:
+            change()
+        whole, jobs = api.verify(store), verify_by_jobs(store)
+        assert [job.problems for job in jobs] == [[], [], []]
+        assert [job.shard for job in jobs] == ["0/3", "1/3", "2/3"]
+        assert sum(job.files for job in jobs) == whole.files
+        assert sum(job.bytes for job in jobs) == whole.bytes
+        assert min(job.files for job in jobs) > 0
+        assert not any(job.content or job.tombstones or job.indexes for job in jobs)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"store.json"}))
+def test_a_flipped_bit_is_found_by_a_job(store: Path, kind: str) -> None:
+    path = pick(store, kind, random.Random(kind))
+    flip(path, random.Random(kind))
+    name, found = (
+        path_in_store(store, path),
+        [problem.text for job in verify_by_jobs(store) for problem in job.problems],
+    )
+    assert any(name.startswith("log/") or name in problem for problem in found), found
+
+
 def keep(size: Callable[[int], int]) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(path.read_bytes()[: size(path.stat().st_size)])
 
