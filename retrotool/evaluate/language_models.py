@@ -84,18 +84,23 @@ class RetroWindows:
             window = begin[ends][:, None] + np.arange(self._slots)
             window = np.where(window <= ends[:, None], window, n)
             is_scored = (window == ends[:, None]) | ((place[ends] < self._slots)[:, None] & (window < n))
-            found[window[is_scored]] = self._forward([column[window] for column in columns])[is_scored]
+            found[window[is_scored]] = self._forward([column[window] for column in columns], is_scored)[is_scored]
         return found
 
-    def _forward(self, columns: Sequence[npt.NDArray[Any]]) -> Floats:
-        """Return the nats of tokens [b, slots, m], which may have neighbours [b, slots, k, 2, m]."""
+    def _forward(self, columns: Sequence[npt.NDArray[Any]], is_scored: npt.NDArray[np.bool_]) -> Floats:
+        """Return the nats of tokens [b, slots, m], which may have neighbours [b, slots, k, 2, m].
+
+        They are 0 in slots that are not scored, bool [b, slots].
+        """
         inputs = list[Any]()
         for tokens, counts in zip(columns[::2], columns[1::2], strict=True):
             mask = np.arange(tokens.shape[-1]) < counts[..., None]
             shape = (len(tokens), -1) if tokens.ndim == 3 else (*tokens.shape[:3], -1)
             inputs += [array.reshape(shape) for array in (tokens.astype(np.int64), mask)]
         with torch.inference_mode():
-            nats = self._model.loss_of(*(torch.from_numpy(array).to(self._device) for array in inputs))
+            given = [torch.from_numpy(array).to(self._device) for array in inputs]
+            scored = torch.from_numpy(is_scored.repeat(columns[0].shape[-1], axis=1)).to(self._device)
+            nats = self._model.loss_of(*given, scored=scored)
         found: Floats = nats.double().cpu().numpy().reshape(columns[0].shape)
         found[:, 0, 0] = math.log(self._vocabulary)
         return found

@@ -217,7 +217,13 @@ class RetroModel(nn.Module):
     def forward(
         self, tokens: Tensor, mask: Tensor, neighbours: Tensor | None = None, neighbour_mask: Tensor | None = None
     ) -> Tensor:
-        """Return the logits [b, L, vocabulary] of the token after each position.
+        """Return the logits [b, L, vocabulary] of the token after each position, by ``activations``."""
+        return F.linear(self.activations(tokens, mask, neighbours, neighbour_mask), self.embedding.weight)
+
+    def activations(
+        self, tokens: Tensor, mask: Tensor, neighbours: Tensor | None = None, neighbour_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the normalised output of the last layer, [b, L, d].
 
         ``tokens``: int64 [b, L], L a multiple of the chunk length. ``mask``: bool [b, L], False for padding.
         ``neighbours``: int64 [b, l, k, r], in place u those **of chunk u** (the model shifts them), and their
@@ -239,16 +245,25 @@ class RetroModel(nn.Module):
                     encoded = encoder(self.embedding, neighbours, neighbour_mask, x, mask)
                 x = x + self.cross_attention[str(number)](x, encoded, neighbour_mask)
             x = x + feed_forward(x)
-        return F.linear(self.norm(x), self.embedding.weight)
+        normalised: Tensor = self.norm(x)
+        return normalised
 
     def loss_of(
-        self, tokens: Tensor, mask: Tensor, neighbours: Tensor | None = None, neighbour_mask: Tensor | None = None
-    ) -> Tensor:
-        """Return −log p of each token given those before, in nats [b, L]; arguments as of ``forward``.
+        self, tokens: Tensor, mask: Tensor, neighbours: Tensor | None = None, neighbour_mask: Tensor | None = None,
+        *, scored: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return −log p of each token given those before, in nats [b, L]; arguments as of ``activations``.
 
-        It is 0 for padding, and for the first position, which nothing predicts.
+        It is 0 for padding, for the first position, which nothing predicts, and for tokens that are not
+        ``scored``, bool [b, L]: logits are computed for these alone.
         """
-        return nats_of(self(tokens, mask, neighbours, neighbour_mask), tokens, mask)
+        x, due = self.activations(tokens, mask, neighbours, neighbour_mask), targets_of(mask)
+        due = due if scored is None else due & scored
+        logits = F.linear(x[due.roll(-1, 1)], self.embedding.weight)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nats = exact.new_zeros(tokens.shape)
+        nats[due] = F.cross_entropy(exact, tokens[due], reduction="none")
+        return nats
 
 
 def targets_of(mask: Tensor) -> Tensor:

@@ -268,13 +268,15 @@ class Sums:
 
     config = SimpleNamespace(vocabulary=50, chunk_length=4)
 
-    def loss_of(self, tokens: Any, mask: Any, neighbours: Any = None, neighbour_mask: Any = None) -> Any:
+    def loss_of(
+        self, tokens: Any, mask: Any, neighbours: Any = None, neighbour_mask: Any = None, *, scored: Any
+    ) -> Any:
         values = tokens * mask
         nats = 1 + 0.1 * (values.cumsum(1) - values).double()
         if neighbours is not None:
             of_chunk = (neighbours * neighbour_mask).sum((2, 3)).double()
             nats[:, 4:] += of_chunk[:, :-1].repeat_interleave(4, 1)
-        return nats * mask
+        return nats * (mask & scored)
 
 
 @pytest.mark.parametrize("context", [0, 4, 12, 100])

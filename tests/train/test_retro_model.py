@@ -183,6 +183,13 @@ def test_the_loss_is_that_of_the_token_that_follows(model: RetroModel) -> None:
             assert math.isclose(loss[b, position], wanted, rel_tol=1e-9)
 
 
+def test_only_what_is_scored_has_a_loss(model: RetroModel) -> None:
+    given = with_padding()
+    loss, scored = model.loss_of(*given), torch.rand(given[0].shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    torch.testing.assert_close(model.loss_of(*given, scored=scored), loss * scored, rtol=1e-12, atol=0)
+    assert not model.loss_of(*given, scored=torch.zeros_like(scored)).any()
+
+
 def test_without_neighbours_it_is_a_decoder(model: RetroModel) -> None:
     tokens, mask, neighbours, neighbour_mask = inputs()
     config = RetroConfig(**{**vars(SMALL), "retrieval": False})
