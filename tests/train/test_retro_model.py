@@ -222,3 +222,24 @@ def test_what_does_not_fit_is_refused(model: RetroModel) -> None:
         model(tokens[:, 1:], mask[:, 1:])
     with pytest.raises(ValueError, match=r"neighbours \[2, 3, 2, 5\] are not those of 2 sequences of 4 chunks"):
         model(tokens, mask, neighbours[:, 1:], neighbour_mask[:, 1:])
+
+
+def test_it_learns_to_copy_from_neighbours() -> None:
+    """Of random tokens nothing is known but that each neighbour is the chunk itself, and goes on as the text does."""
+    config = RetroConfig(
+        vocabulary=16, chunk_length=8, dimension=32, layers=2, heads=2, first_cross_layer=1, cross_every=1,
+        encoder_dimension=32, encoder_layers=1, encoder_heads=2, neighbours=1,
+    )  # fmt: skip
+    model, random, losses = RetroModel(config), torch.Generator().manual_seed(0), []
+    optimiser = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(80):
+        text = torch.randint(16, (32, 32), generator=random)
+        tokens, neighbours = text[:, :24], text.unfold(1, 16, 8)[:, :, None]
+        masks = torch.ones_like(tokens, dtype=torch.bool), torch.ones_like(neighbours, dtype=torch.bool)
+        loss = model.loss_of(tokens, masks[0], neighbours, masks[1])[:, 8:].mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 2.6, "nats; log 16 is 2.77"
+    assert losses[-1] < 1.6
