@@ -8,11 +8,11 @@ models, and the evaluation text is scored with these tables of neighbours:
 
 * main: in the database; overlap: the same in the order of their overlap;
 * related and other: in these databases alone; mixed: in all three together;
-* added: in the database with the texts ``added``; planted: also with every second document of the evaluation
-  text in it.
+* planted: in the database with every second document of the evaluation text in it;
+* added: in the database with the texts ``added``, after what was planted is purged.
 
-Then what was planted is purged, and planted scored again, before and after another search; and what was added
-is purged, and added searched and scored again. ``--sweep N`` scores N chunks by main with k from 1 to 40.
+After the purge, planted is scored again, before and after another search. At the end what was added is purged,
+too, and added is searched and scored again. ``--sweep N`` scores N chunks by main with k from 1 to 40.
 A line of results.jsonl is a table in a state of the database, with everything that ``retrotool evaluate``
 reports; what is there already is not measured again.
 
@@ -126,9 +126,11 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     gains = Gains(given)
     related, other = given.folder / "related", given.folder / "other"
-    planted = copy_rows(given.evaluation, "planted", given.folder / "planted.jsonl", 2)
-    added = copy_rows(given.added, "added", given.folder / "added.jsonl")
-    names = ("main", "overlap", "related", "other", "mixed", "added", "planted")
+    sources = {
+        "planted": copy_rows(given.evaluation, "planted", given.folder / "planted.jsonl", 2),
+        "added": copy_rows(given.added, "added", given.folder / "added.jsonl"),
+    }
+    names = ("main", "overlap", "related", "other", "mixed", "planted")
 
     def build() -> None:
         for store, files in (
@@ -142,15 +144,18 @@ def main() -> None:
         gains.search("related", first=related)
         gains.search("other", first=other)
         gains.search("mixed", related, other)
-        for name, file in (("added", added), ("planted", planted)):
-            gains.grow(gains.database, [file])
-            gains.search(name)
+        add("planted")
+
+    def add(source: str) -> None:
+        gains.grow(gains.database, [sources[source]])
+        gains.search(source)
 
     states: list[tuple[str, Callable[[], object], Sequence[str]]] = [
         ("built", build, names),
         ("planted is purged", lambda: gains.purge("planted"), ["planted"]),
         ("and searched again", lambda: gains.take_out("planted"), ["planted"]),
-        ("added is purged, too", lambda: gains.take_out("added"), ["added"]),
+        ("added", lambda: add("added"), ["added"]),
+        ("added is purged", lambda: gains.take_out("added"), ["added"]),
     ]
     reached = given.folder / "state"
     for number, (state, prepare, tables) in enumerate(states):

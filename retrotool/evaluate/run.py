@@ -33,7 +33,7 @@ from retrotool.ranges import runs_up_to
 from retrotool.store.store import Store
 
 SHARES = tuple(i / 8 for i in range(1, 9))  # α of the groups by leakage, as in RETRO
-_BLOCK = 256  # chunks that are scored together, but whole documents
+_BLOCK = 64  # chunks that are scored together, but whole documents
 
 
 @dataclass(frozen=True, slots=True)
