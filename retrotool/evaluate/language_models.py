@@ -118,10 +118,10 @@ def load_retro_model(
     facts, own = TrainingFolder(path).newest(), store.identity
     assert facts is not None, "load_model read it"
     if (facts["tokenizer"], model.config.chunk_length) != (own.tokenizer.sha256, own.chunk_length):
-        trained = f"the model in {path} was trained on chunks of {model.config.chunk_length} tokens"
+        trained = f"another tokenizer than {store.place} has"
+        if model.config.chunk_length != own.chunk_length:
+            trained = f"chunks of {model.config.chunk_length} tokens, and {store.place} has {own.chunk_length}"
         advice = "Evaluate it on stores with the tokenizer and the chunk length of its training store."
-        raise UsageError(
-            f"{trained}, or with another tokenizer than {store.place}, which has {own.chunk_length}", advice
-        )
+        raise UsageError(f"the model in {path} was trained with {trained}", advice)
     default = facts["dataset"]["sequence_length"] - own.chunk_length
     return RetroWindows(model, default if context is None else context, device, batch_size)

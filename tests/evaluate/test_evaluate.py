@@ -20,8 +20,9 @@ import retrotool
 from retrotool import api
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.evaluate.bits_per_byte import estimate_ratio
-from retrotool.evaluate.language_models import DocumentChunks, RetroWindows
+from retrotool.evaluate.language_models import DocumentChunks, RetroWindows, load_retro_model
 from retrotool.neighbours.table_reader import NeighbourTokens
+from retrotool.store.store import Store
 
 K, CONTEXT, LENGTH = 3, 2, 64
 SHARES = [i / 8 for i in range(1, 9)]
@@ -345,6 +346,14 @@ def test_a_model_that_was_trained_here(evaluation: Path, built_store: Path, tmp_
     assert refused.returncode == 10
     refused = cli("evaluate", built_store, "--queries", evaluation, "--model", tmp_path)
     assert refused.returncode == 2 and "has no checkpoint" in refused.stderr
+    rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    for name, message, options in (
+        ("other", "was trained with another tokenizer than", {}),
+        ("short", f"was trained with chunks of {LENGTH} tokens, and .* has 32", {"chunk_length": 32}),
+    ):
+        api.chunk(tmp_path / name, [str(rows)], **options)
+        with pytest.raises(UsageError, match=message):
+            load_retro_model(tmp_path / "out", Store.open(tmp_path / name), 2, None, "cpu", "auto", batch_size=1)
 
 
 def test_the_command_prints_a_line_for_each_group(evaluation: Path, built_store: Path, llama: Path, cli: Cli) -> None:
