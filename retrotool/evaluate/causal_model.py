@@ -45,7 +45,7 @@ _AFTER_NEIGHBOUR = "\n\n"
 class InContextModel:
     """A causal ``network`` that reads ``begin`` before everything, and ``separator`` after each neighbour."""
 
-    method = "in context"
+    method, reach = "in context", 1
 
     def __init__(self, network: Any, begin: int, separator: list[int], context: int, batch_size: int) -> None:
         self._network, self._begin, self._separator = network, begin, np.array(separator, np.int64)
@@ -65,11 +65,11 @@ class InContextModel:
 
     def nats(self, chunks: DocumentChunks, near: NeighbourTokens | None) -> Floats:
         """Return the nats of each token, as ``LanguageModel`` says."""
-        windows = [self.window(chunks, near, chunk) for chunk in range(len(chunks.tokens))]
-        found = np.zeros(chunks.tokens.shape)
+        scored, found = np.flatnonzero(chunks.scored), np.zeros(chunks.tokens.shape)
+        windows = [self.window(chunks, near, int(chunk)) for chunk in scored]
         for some in in_steps(np.argsort([-len(window) for window in windows], kind="stable"), self._batch_size):
             interrupts.check()
-            self._score([windows[i] for i in some], chunks.n_tokens[some], found, some)
+            self._score([windows[i] for i in some], chunks.n_tokens[scored[some]], found, scored[some])
         return found
 
     def _score(self, windows: list[Ints], counts: Ints, into: Floats, rows: Ints) -> None:

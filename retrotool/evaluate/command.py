@@ -35,9 +35,9 @@ def command(
         int | None, opt("Tokens of the document before a chunk.  [default: up to 2,048]", metavar="N", least=1)
     ] = None,
     limit: Annotated[
-        int | None, opt("Score at most N chunks, of random documents.  [default: all]", metavar="N", least=1)
+        int | None, opt("Score at most N chunks, drawn at random.  [default: all]", metavar="N", least=1)
     ] = None,
-    seed: Annotated[int, opt("Seed of the random documents.", metavar="N", least=0)] = 0,
+    seed: Annotated[int, opt("Seed of the random chunks.", metavar="N", least=0)] = 0,
     batch_size: Annotated[int, opt("Chunks that the model reads at once.", metavar="N", least=1)] = 8,
     devices: options.Device = "auto",
     dtype: Annotated[

@@ -5,8 +5,8 @@ chunk u it may use the chunks of the document before u, and the neighbours of ch
 neighbours are not known before the chunk is.
 
 ``RetroWindows`` gives a RETRO model as much of the document as others get from ``causal_model``. The first
-window of a document is scored as a whole; each further chunk has a window that ends with it. Cost: a forward
-of ``context`` tokens for each chunk of documents that are longer than that; far less for shorter ones.
+window of a passage is scored as a whole; each further chunk has a window that ends with it. Cost: a forward
+of ``context`` tokens for each chunk, but for a document's first ones, which share a window.
 """
 
 from __future__ import annotations
@@ -33,26 +33,32 @@ from retrotool.train.training_folder import TrainingFolder
 
 @dataclass(frozen=True, slots=True)
 class DocumentChunks:
-    """n chunks, each document's in order: zero-padded ``tokens`` [n, m], of which ``n_tokens`` [n] count.
+    """n chunks of passages, in order: zero-padded ``tokens`` [n, m], of which ``n_tokens`` [n] count.
 
-    ``first`` [n]: index of the first chunk of each chunk's document.
+    A passage begins with a document, or at least the model's context before the first chunk to score.
+    ``first`` [n]: index of the first chunk of each chunk's passage. ``scored`` bool [n]: chunks to score.
     """
 
     tokens: npt.NDArray[Any]
     n_tokens: Ints
     first: Ints
+    scored: npt.NDArray[np.bool_]
 
 
 class LanguageModel(Protocol):
-    """A model to evaluate. ``method`` and ``context``, the most tokens before a chunk, are reported."""
+    """A model to evaluate. ``method`` and ``context``, the most tokens before a chunk, are reported.
+
+    ``reach``: of how many chunks before a chunk the model reads the neighbours to score it, at least 1.
+    """
 
     method: str
     context: int
+    reach: int
 
     def nats(self, chunks: DocumentChunks, near: NeighbourTokens | None) -> Floats:
-        """Return −ln p of each token, float64 [n, m], 0 for padding.
+        """Return −ln p of each token of chunks to score, float64 [n, m], 0 for padding.
 
-        ``near`` has the neighbours of each chunk itself, [n, k]; None: retrieval is off.
+        ``near`` has the neighbours of each chunk itself within ``reach``, [n, k]; None: retrieval is off.
         """
         ...
 
@@ -69,7 +75,7 @@ class RetroWindows:
         config = retro_model.config
         self._model, self._vocabulary, self._device = retro_model, config.vocabulary, device
         self._slots, self._batch_size = context // config.chunk_length + 1, batch_size
-        self.context = (self._slots - 1) * config.chunk_length
+        self.context, self.reach = (self._slots - 1) * config.chunk_length, max(self._slots - 1, 1)
 
     def nats(self, chunks: DocumentChunks, near: NeighbourTokens | None) -> Floats:
         """Return the nats of each token, as ``LanguageModel`` says."""
@@ -78,13 +84,15 @@ class RetroWindows:
         columns = [np.concatenate([column, np.zeros_like(column[:1])]) for column in columns]  # n: an empty slot
         place = np.arange(n) - chunks.first
         begin = np.arange(n) - np.minimum(place, self._slots - 1)
-        is_last = np.append(place[1:] == 0, True)
-        for ends in in_steps(np.flatnonzero(is_last | (place >= self._slots - 1)), self._batch_size):
+        ends = np.flatnonzero(np.append(place[1:] == 0, True) | (place >= self._slots - 1))
+        windows = begin[ends][:, None] + np.arange(self._slots)
+        windows = np.where(windows <= ends[:, None], windows, n)
+        is_scored = (windows == ends[:, None]) | ((place[ends] < self._slots)[:, None] & (windows < n))
+        is_scored &= np.append(chunks.scored, False)[windows]
+        for some in in_steps(np.flatnonzero(is_scored.any(axis=1)), self._batch_size):
             interrupts.check()
-            window = begin[ends][:, None] + np.arange(self._slots)
-            window = np.where(window <= ends[:, None], window, n)
-            is_scored = (window == ends[:, None]) | ((place[ends] < self._slots)[:, None] & (window < n))
-            found[window[is_scored]] = self._forward([column[window] for column in columns], is_scored)[is_scored]
+            window, scored = windows[some], is_scored[some]
+            found[window[scored]] = self._forward([column[window] for column in columns], scored)[scored]
         return found
 
     def _forward(self, columns: Sequence[npt.NDArray[Any]], is_scored: npt.NDArray[np.bool_]) -> Floats:

@@ -6,8 +6,8 @@ all chunks, by source, and by leakage: for chunks of which at most a share is co
 and their continuations, divided by the chunk's length: r of full chunks, and the copied share of ``leakage``.
 Here, the neighbours that the model is given for the chunk count, too: a search may miss what they have.
 
-Nothing is written. Cost: the model's forwards (``causal_model``, ``language_models``). Memory: some documents
-with their neighbours, 50 bytes per document of the store, and 50 per scored chunk with 16 for each table.
+Nothing is written. Cost: the model's forwards (``causal_model``, ``language_models``). Memory: some passages
+with their neighbours, 60 bytes per document of the store, and 60 per scored chunk with 16 for each table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from retrotool.ranges import runs_up_to
 from retrotool.store.store import Store
 
 SHARES = tuple(i / 8 for i in range(1, 9))  # α of the groups by leakage, as in RETRO
-_BLOCK = 64  # chunks that are scored together, but whole documents
+_BLOCK = 64  # chunks that are scored together, but all of a document
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,14 @@ def evaluate(
 
     ``names``: its tables (default: main, or the only one), at least one of which reads ``root``. ``k``:
     neighbours per chunk (default: the tables'). ``context``: most tokens of the document before a chunk.
-    ``limit``: most chunks to score, of random documents by ``seed``. ``dtype``: of the weights (``auto``:
+    ``limit``: most chunks to score, drawn at random by ``seed``. ``dtype``: of the weights (``auto``:
     float32 on a CPU). ``batch_size``: windows per forward.
     """
     store = Store.open(queries)
     readers = [NeighbourReader(store, name) for name in names] or [NeighbourReader(store)]
     _check(Store.open(root), store, readers)
     k = min(reader.choose_k(min(one.k for one in readers) if k is None else k) for reader in readers)
-    documents, live = evaluation_text.draw_documents(store, limit, seed)
+    documents, drawn, live = evaluation_text.draw_chunks(store, limit, seed)
     name = str(model) if isinstance(model, str | Path) else type(model).__name__
     if isinstance(model, str | Path):
         check_device(device, dtype)
@@ -100,19 +100,19 @@ def evaluate(
             raise UsageError(f"--model {name} does not exist", "Give a directory or a file of this machine.")
         load = load_causal_model if is_causal else load_retro_model
         model = load(model, store, k, context, pick_device(device), dtype, batch_size)
-    scores, chunks = [list[Scores]() for _ in readers], sum(one.live for one in documents)
-    with counting("evaluate", "chunk", chunks) as report:
-        for some in runs_up_to(_BLOCK, documents, lambda one: one.live):
-            text = evaluation_text.read_documents_with_neighbours(store, readers, some, max(k, COMPARED))
-            off = model.nats(text.chunks, None).sum(axis=1)
+    before, scores = max(model.context // store.identity.chunk_length, model.reach), [list[Scores]() for _ in readers]
+    with counting("evaluate", "chunk", drawn) as report:
+        for some in runs_up_to(_BLOCK, documents, lambda one: len(one.scored)):
+            text = evaluation_text.read_passages(store, readers, some, max(k, COMPARED), before, model.reach)
+            off = model.nats(text.chunks, None)[text.chunks.scored].sum(axis=1)
             for near, of_table in zip(text.near, scores, strict=True):
-                on = model.nats(text.chunks, near.nearest(k)).sum(axis=1)
+                on = model.nats(text.chunks, near.nearest(k))[text.chunks.scored].sum(axis=1)
                 copied = evaluation_text.measure_copied(text.chunks, near, k)
                 of_table.append(Scores(on, off, text.n_bytes, text.document, text.source, copied))
             report(len(off))
     tables = tuple(_table_result(reader, Scores.joined(some)) for reader, some in zip(readers, scores, strict=True))
     return EvaluateResult(
-        store.place, store.state.number, name, model.method, k, model.context, seed, live, chunks, tables
+        store.place, store.state.number, name, model.method, k, model.context, seed, live, drawn, tables
     )
 
 

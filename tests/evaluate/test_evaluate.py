@@ -20,7 +20,9 @@ import retrotool
 from retrotool import api
 from retrotool.errors import RetrotoolError, UsageError
 from retrotool.evaluate.bits_per_byte import estimate_ratio
-from retrotool.evaluate.language_models import DocumentChunks, RetroWindows, load_retro_model
+from retrotool.evaluate.causal_model import load_causal_model
+from retrotool.evaluate.evaluation_text import draw
+from retrotool.evaluate.language_models import DocumentChunks, LanguageModel, RetroWindows, load_retro_model
 from retrotool.neighbours.table_reader import NeighbourTokens
 from retrotool.store.store import Store
 
@@ -144,7 +146,7 @@ def near_of(store: Path, chunk: int) -> list[Any]:
 class Copying:
     """A model that copies from the neighbours of the chunk before, and knows nothing; keeps what it was given."""
 
-    method, context = "copying", 0
+    method, context, reach = "copying", 0, 1
 
     def __init__(self) -> None:
         self.given: list[NeighbourTokens] = []
@@ -228,21 +230,52 @@ def test_tables_of_swapped_databases_are_compared(
         api.evaluate(built_store, queries=store, model=Copying(), names=["nothing"])
 
 
-def test_chunks_are_drawn_by_document(evaluation: Path, built_store: Path) -> None:
-    class Counting(Copying):
-        def nats(self, chunks: DocumentChunks, near: NeighbourTokens | None) -> np.ndarray[Any, Any]:
-            self.tokens = chunks.tokens
-            return super().nats(chunks, near)
+class Recording:
+    """Passes all on to a model, and keeps the nats of each chunk by its tokens and those of the chunk before."""
 
-    def drawn(limit: int, seed: int) -> tuple[Any, np.ndarray[Any, Any]]:
-        model = Counting()
-        return api.evaluate(built_store, queries=evaluation, model=model, limit=limit, seed=seed), model.tokens
+    def __init__(self, model: LanguageModel) -> None:
+        self._model, self.method, self.context, self.reach = model, model.method, model.context, model.reach
+        self.nats_of: dict[tuple[str, bytes, bytes], float] = {}
 
-    (one, first), (again, second), (other, third) = drawn(9, 0), drawn(9, 0), drawn(9, 1)
-    assert one == again and (first == second).all() and other.chunks == one.chunks == len(first) == 9
-    assert not np.array_equal(first, third)
-    everything = drawn(10**6, 0)[0]
-    assert everything.chunks == everything.live_chunks > 20
+    def nats(self, chunks: DocumentChunks, near: NeighbourTokens | None) -> np.ndarray[Any, Any]:
+        found = self._model.nats(chunks, near)
+        assert not found[~chunks.scored].any()
+        for i in np.flatnonzero(chunks.scored):
+            before = chunks.tokens[i - 1].tobytes() if i > chunks.first[i] else b""
+            self.nats_of["off" if near is None else "on", before, chunks.tokens[i].tobytes()] = found[i].sum()
+        return found
+
+
+@pytest.mark.parametrize("context", [0, 2 * LENGTH, 20 * LENGTH])
+@pytest.mark.parametrize("kind", ["in context", "RETRO"])
+def test_drawn_chunks_have_the_nats_that_they_have_among_all(
+    evaluation: Path, built_store: Path, llama: Path, kind: str, context: int
+) -> None:
+    def recorded(limit: int | None, seed: int = 0) -> tuple[Any, dict[tuple[str, bytes, bytes], float]]:
+        inner: LanguageModel = RetroWindows(Sums(LENGTH), context, "cpu", batch_size=3)
+        if kind == "in context":
+            inner = load_causal_model(llama, Store.open(evaluation), 2, context, "cpu", "float64", 4)
+        model = Recording(inner)
+        return api.evaluate(built_store, queries=evaluation, model=model, limit=limit, seed=seed), model.nats_of
+
+    (whole, expected), (drawn, found), (_, others) = recorded(None), recorded(9), recorded(9, seed=1)
+    assert recorded(9) == (drawn, found), "the same chunks each time"
+    assert drawn.chunks == 9 and drawn.live_chunks == whole.live_chunks == whole.chunks > 20
+    assert {key: expected[key] for key in found} == pytest.approx(found, rel=1e-12)
+    assert found.keys() != others.keys()
+    assert drawn.tables[0].all.documents >= 5, "chunks are drawn, not documents"
+
+
+@pytest.mark.parametrize(("n", "count"), [(12, 4), (12, 9), (12, 12), (1, 1)])
+def test_every_set_is_as_likely(n: int, count: int) -> None:
+    draws, rounds = [draw(n, count, seed) for seed in range(2000)], 2000
+    assert all((np.diff(one) > 0).all() and len(one) == count for one in draws)
+    share = count / n
+    counts = np.bincount(np.concatenate(draws), minlength=n)
+    assert np.abs(counts - rounds * share).max() <= 4.5 * math.sqrt(rounds * share * (1 - share))
+    pairs = sum(int(0 in one and n - 1 in one) for one in draws)
+    both = share * (count - 1) / (n - 1) if n > 1 else 1
+    assert abs(pairs - rounds * both) <= 4.5 * math.sqrt(rounds * both * (1 - both))
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -267,7 +300,8 @@ def test_intervals_are_those_of_a_bootstrap_over_documents(paired: bool) -> None
 class Sums:
     """In place of a RETRO model: nats that depend on all that comes before, and on the last chunk's neighbours."""
 
-    config = SimpleNamespace(vocabulary=50, chunk_length=4)
+    def __init__(self, chunk_length: int) -> None:
+        self.config = SimpleNamespace(vocabulary=50, chunk_length=chunk_length)
 
     def loss_of(
         self, tokens: Any, mask: Any, neighbours: Any = None, neighbour_mask: Any = None, *, scored: Any
@@ -276,7 +310,8 @@ class Sums:
         nats = 1 + 0.1 * (values.cumsum(1) - values).double()
         if neighbours is not None:
             of_chunk = (neighbours * neighbour_mask).sum((2, 3)).double()
-            nats[:, 4:] += of_chunk[:, :-1].repeat_interleave(4, 1)
+            m = self.config.chunk_length
+            nats[:, m:] += of_chunk[:, :-1].repeat_interleave(m, 1)
         return nats * (mask & scored)
 
 
@@ -291,10 +326,10 @@ def test_a_retro_model_reads_the_context_of_each_chunk(context: int) -> None:
     tokens[np.arange(4) >= n_tokens[:, None]] = 0
     n_near = draw.integers(0, 5, (n, 2, 2))
     near = NeighbourTokens(np.zeros((n, 2), int), np.zeros((n, 2), np.uint8), n_near, draw.integers(1, 9, (n, 2, 2, 4)))
-    model = RetroWindows(Sums(), context, "cpu", batch_size=3)
+    model = RetroWindows(Sums(4), context, "cpu", batch_size=3)
     assert model.context == context
     for given in (None, near):
-        found = model.nats(DocumentChunks(tokens, n_tokens, first), given)
+        found = model.nats(DocumentChunks(tokens, n_tokens, first, np.ones(n, np.bool_)), given)
         for i in range(n):
             begin = max(first[i], i - context // 4)
             before = tokens[begin:i].sum()
