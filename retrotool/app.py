@@ -51,8 +51,7 @@ _SHARD = {
     )
 }  # fmt: skip
 """The same of those among them whose work several jobs can share."""
-_WITH_SHARD = ("build", "chunk", "embed", "index", "neighbours", "purge", "erase", "verify")
-_WITH_ENGINE = (*_WITH_SHARD, "repair")
+_WITH_TASKS = ("build", "chunk", "embed", "index", "neighbours", "purge", "erase", "verify", "repair")
 _SHOWN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
@@ -73,7 +72,7 @@ class _Group(TyperGroup):
             single.command(cmd_name, cls=_Command, epilog=epilog)(function)
             self.commands[cmd_name] = typer.main.get_command(single)
             self.commands[cmd_name].name = cmd_name
-            shared = (_SHARD if cmd_name in _WITH_SHARD else {}) | (_ENGINE if cmd_name in _WITH_ENGINE else {})
+            shared = _SHARD | _ENGINE if cmd_name in _WITH_TASKS else {}
             shared = shared if cmd_name in _WITHOUT_PYARROW else shared | _CACHE
             self.commands[cmd_name].params += [
                 TyperOption(
@@ -117,7 +116,7 @@ class _Command(TyperCommand):
                 from retrotool.store.cache import use_cache
 
                 use_cache(**cache)
-            if self.name in _WITH_ENGINE:
+            if self.name in _WITH_TASKS:
                 from retrotool.engine import use_engine
 
                 use_engine(**{**engine, "shard": parse_shard(engine.get("shard"))})

@@ -13,7 +13,8 @@ once for SHA-256, and Parquet files and embeddings a second time. Memory: one pa
 shard, and what ``_Checked`` holds.
 
 A job of an array checks its share of the files, the first also what is not in a single file. It does not know
-what others find, so what belongs to a broken file may be a problem, too. There are no digests: they need all.
+what others find, so what belongs to a broken file may be a problem, too, unless it checks all SHA-256
+(``all_sums``). There are no digests: they need all.
 
 Digests of documents do not depend on how a store is split into files: they are sums of one BLAKE2b-256 per
 document, about 1.5 µs per document and 1 GB/s of tokens.
@@ -177,23 +178,23 @@ class _Checked:
         return keys
 
 
-def verify(root: str | Path) -> Verification:
+def verify(root: str | Path, *, all_sums: bool = False) -> Verification:
     """Check every file of a store, and compute the hashes by which stores are compared.
 
     A store that is too damaged to open is reported as a problem. Raises ``ErasedError`` if other processes
-    keep removing files.
+    keep removing files. ``all_sums``: check sizes and SHA-256 of all files in each job of a shard, too.
     """
     try:
-        return retry_overtaken(lambda: check_store(Store.open(root)))
+        return retry_overtaken(lambda: check_store(Store.open(root), all_sums))
     except CorruptError as error:
         advice = error.advice or "Restore the store from a backup."
         return Verification(False, -1, problems=[Problem("store", "", str(error), advice)])
 
 
-def check_store(store: Store) -> Verification:
+def check_store(store: Store, all_sums: bool = False) -> Verification:
     """Check the store at its view. Raises ``ErasedError`` if a newer commit removes one of its files."""
     store.reads_copies = True
-    stage = VerifyStage(store.state.number, engine_in_use().shard)
+    stage = VerifyStage(store.state.number, engine_in_use().shard, all_sums)
     result = Verification(True, store.state.number, "{}/{}".format(*stage.shard) if stage.shard else "")
     checked = _Checked(store, result.problems)
     if stage.is_first:
@@ -294,11 +295,13 @@ class VerifyStage:
     """Checks files of a store as of ``commit``. A task checks some of them and returns a ``_Found``.
 
     Its steps: the "sums" of all files, then "chunks" with their documents and embeddings, tables of
-    "neighbours", and shards of an "index". ``shard`` (i, n): only the tasks of job i of n.
+    "neighbours", and shards of an "index". ``shard`` (i, n): only the files of job i of n, which depend on
+    their places alone: jobs may begin at different commits. ``all_sums``: the first step has all files.
     """
 
     commit: int
     shard: tuple[int, int] | None = None
+    all_sums: bool = False
     name: str = field(default="verify", init=False)
     unit: str = field(default="B", init=False)
 
@@ -313,14 +316,17 @@ class VerifyStage:
 
     def tasks(self, step: str, store: Store, broken: set[str]) -> list[Task]:
         """Return the tasks of a step; ``broken`` is what earlier ones found."""
-        entries = (entry for entry in store.state.files() if step in ("sums", entry.kind))
+        job, jobs = (0, 1) if self.shard is None or (self.all_sums and step == "sums") else self.shard
+        entries = (
+            entry for entry in store.state.files()
+            if step in ("sums", entry.kind) and int(task_key("verify", {"file": entry.place}, []), 16) % jobs == job
+        )  # fmt: skip
         tasks = []
         for number, some in enumerate(runs_up_to(_TASK_BYTES, entries, lambda entry: entry.bytes)):
             inputs = {"step": step, "places": [entry.place for entry in some], "broken": broken}
             key = task_key("verify", {"step": step, "number": number}, [])
             tasks.append(Task(key, f"{step} of {some[0].path}", sum(entry.bytes for entry in some), inputs))
-        job, jobs = self.shard or (0, 1)
-        return tasks[job::jobs]
+        return tasks
 
     def open(self, store: Store) -> Worker:
         """Return the worker."""

@@ -15,6 +15,7 @@ EPILOG = """\b
 Examples:
   retrotool repair store
   retrotool repair store --dry-run --json
+  retrotool repair store --shard 3/16
 
 Exit codes: 0 nothing is damaged, or not any more; 12 something is."""
 
@@ -30,6 +31,8 @@ def command(
     Reads the store like verify, before and after. Sound files stay as they are, and a damaged one is replaced
     in one commit, so it can be interrupted and run again. Documents, chunks, purges and the log can't be
     rebuilt: for these it prints what is lost, and what to restore from a backup.
+
+    With --shard, each job verifies and repairs its share of the files, and what these are made from.
     """
     from retrotool.repair import run as repair_run
 
@@ -47,8 +50,8 @@ def _text(result: RepairResult, dry_run: bool) -> str:
         how = "restored bit for bit" if one.same else "rebuilt" if one.replacement else removed
         lines.append(f"{one.path}: {how}")
     if result.ok:
-        now = " any more" if lines else ""
-        return "\n".join([*lines, f"Nothing is damaged{now} (commit {result.commit})."])
+        now, share = " any more" if lines else "", f" in share {result.shard}" if result.shard else ""
+        return "\n".join([*lines, f"Nothing is damaged{now}{share} (commit {result.commit})."])
     left = output.count(len(result.remaining), "problem")
     lines.append(f"{left} found; nothing was changed:" if dry_run else f"FAILED: {left} left:")
     return "\n".join([*lines, *problem_lines(result.remaining)])

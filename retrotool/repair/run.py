@@ -6,6 +6,9 @@ they are. The stages that made them rebuild embeddings (with the recorded encode
 neighbour tables. Training that gives other bytes than before becomes a new generation of the index. A later
 round repairs what only shows once others are repaired. Scans are dropped, as they only save time.
 
+A job of an array verifies its share of the files. If it finds damage, it looks for broken files in the whole
+store, as nothing may be rebuilt from these, and rebuilds them and its own, together with other such jobs.
+
 Cost: reading the store once, and again after each round; and the work to make the damaged files.
 """
 
@@ -58,10 +61,14 @@ class Repaired:
 
 @dataclass(frozen=True, slots=True)
 class RepairResult:
-    """The result of ``repair``, see ``docs/json.md``: ``problems`` as they were, and those ``remaining``."""
+    """The result of ``repair``, see ``docs/json.md``: ``problems`` as they were, and those ``remaining``.
+
+    ``shard``: I/N in a job of an array, which are those of its share, and broken files of others.
+    """
 
     ok: bool
     commit: int
+    shard: str
     problems: tuple[Problem, ...]
     remaining: tuple[Problem, ...]
     repaired: tuple[Repaired, ...] = ()
@@ -74,20 +81,22 @@ def repair(root: str | Path, *, dry_run: bool = False, devices: str = "auto") ->
         with suppress(StorageError), writing(Store.open(root)):  # removes what a killed repair left
             pass
     if found.ok or not any(problem.repairable for problem in found.problems) or dry_run:
-        return RepairResult(found.ok, found.commit, tuple(found.problems), tuple(found.problems))
+        return RepairResult(found.ok, found.commit, found.shard, tuple(found.problems), tuple(found.problems))
     store, used = Store.open(root), tuple(engine.worker_devices(devices))
     tried, failed = dict[str, FileEntry | None](), dict[str, str]()
     for _ in range(_ROUNDS):
         wanted = {problem.path for problem in found.problems if problem.repairable}.difference(failed)
         if not wanted:
             break
-        tried |= {**dict.fromkeys(sorted(wanted)), **{e.path: e for e in store.refresh().files() if e.path in wanted}}
-        _Round(store, wanted, used, failed).work()
+        files = {entry.path: entry for entry in store.at(found.commit).state.files()}  # others may repair them, too
+        tried |= {path: files.get(path) for path in sorted(wanted)}
+        with engine.doing_everything():
+            _Round(store, wanted, used, failed).work()
         found = _verified(root)
     store.refresh()
     repaired = (_repaired(store, path, entry) for path, entry in tried.items())
     return RepairResult(
-        found.ok, found.commit, tuple(before.problems),
+        found.ok, found.commit, found.shard, tuple(before.problems),
         tuple(
             replace(one, remedy=failed[one.path], repairable=False) if one.path in failed else one
             for one in found.problems
@@ -99,7 +108,10 @@ def repair(root: str | Path, *, dry_run: bool = False, devices: str = "auto") ->
 def _verified(root: str | Path) -> Verification:
     """Verify a store; damaged checkpoints, which readers ignore, are problems too."""
     found = verify(root)
-    if found.commit >= 0:
+    if found.shard and not found.ok:
+        found = verify(root, all_sums=True)
+    job, _ = engine.engine_in_use().shard or (0, 1)
+    if found.commit >= 0 and job == 0:
         store = Store.open(root)
         torn = [path for _, path in checkpoint_files(store.storage) if not _is_checkpoint(store, path)]
         found.problems += [problem_with(store, path, f"{path} is damaged: readers ignore it") for path in torn]
@@ -169,7 +181,8 @@ class _Round:
     def _index(self, run: Run, name: str, broken: Sequence[FileEntry]) -> None:
         store = self.store
         for entry in broken:
-            if entry.slot.startswith("trained") and not self._train(run, name, entry):
+            is_training = entry.slot.startswith("trained") and store.refresh().has(entry.path)
+            if is_training and not self._train(run, name, entry):
                 index(store.place, name=name, options=Options(devices=",".join(self.devices), retrain=True))
                 return
         shards = [entry for entry in broken if entry.slot.startswith(SHARD)]

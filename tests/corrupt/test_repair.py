@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Cli, Shared, times
 from damage_help import Everything, make_everything
+from forked import Forked
 from stored import contents_of, copy_store, path_in_store, stored_file, stored_files
 from test_corrupt_lies import Liar, with_value
 
@@ -96,6 +97,60 @@ def test_what_is_derived_from_chunks_is_rebuilt_and_nothing_else_is_touched(
     assert {without_sums(path) for path in touched} <= named | {
         path for path in touched if path.startswith("index/main/recall-")
     }, "recall is measured again with the shards"
+
+
+@pytest.fixture
+def as_job() -> Iterator[Callable[[int, int], None]]:
+    """Chooses which job of a shard this process is."""
+    yield lambda job, jobs: api.use_engine(shard=(job, jobs))
+    api.use_engine()
+
+
+def damage(store: Path) -> set[str]:
+    """Damage the files of ``DERIVED``; return their names."""
+    damaged = [path_in_store(store, stored_files(store, pattern)[0]) for pattern in DERIVED]
+    for number, path in enumerate(damaged):
+        DAMAGES[number % len(DAMAGES)](stored_file(store, path))
+    return {without_sums(path) for path in damaged}
+
+
+def test_jobs_of_a_shard_repair_what_one_process_does(
+    complete: Path, tmp_path: Path, as_job: Callable[[int, int], None]
+) -> None:
+    store = copy_store(complete, tmp_path / "store")
+    good, before, named = api.verify(store), contents_of(store), damage(store)
+    found = list[set[str]]()
+    for job in range(4):
+        as_job(job, 4)
+        dry = api.repair(store, dry_run=True)
+        found.append({problem.path for problem in dry.remaining})
+        assert (dry.ok, dry.shard) == (not found[-1], f"{job}/4")
+    assert set.union(*found) == named, "nothing is missed, and nothing sound is suspected"
+    repaired = list[str]()
+    for job in range(4):
+        as_job(job, 4)
+        result = api.repair(store)
+        assert result.ok, result.remaining
+        repaired += [one.path for one in result.repaired]
+    assert sorted(repaired) == sorted(named), "once each"
+    api.use_engine()
+    assert digests(api.verify(store)) == digests(good)
+    after = contents_of(store)
+    touched = {without_sums(path) for path in before if after.get(path) != before[path]}
+    assert {path for path in touched if not path.startswith("index/main/recall-")} <= named
+
+
+@pytest.mark.on_disk
+def test_jobs_of_a_shard_repair_at_once(complete: Path, tmp_path: Path) -> None:
+    store = copy_store(complete, tmp_path / "store")
+    good, named = api.verify(store), damage(store)
+    arguments = ["repair", str(store), "--json", "--devices", "cpu"]
+    jobs = [Forked([*arguments, "--shard", f"{job}/3"]) for job in range(3)]
+    printed = [job.communicate(timeout=200) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], printed
+    results = [json.loads(output) for output, _ in printed]
+    assert {one["path"] for result in results for one in result["repaired"]} == named
+    assert digests(api.verify(store)) == digests(good)
 
 
 @pytest.mark.on_disk
