@@ -46,7 +46,8 @@ class Gains:
         self.database, self.evaluation = self.folder / "database", self.folder / "evaluation"
         self.file = self.folder / "results.jsonl"
         lines = self.file.read_bytes().splitlines() if self.file.exists() else []
-        self.done = {(row["state"], row["model"], row["k"], row["name"]) for row in map(orjson.loads, lines)}
+        rows = map(orjson.loads, lines)
+        self.done = {(row["state"], row["model"], row["k"], row["name"], row["asked"]) for row in rows}
 
     def grow(self, store: Path, files: Sequence[Path]) -> None:
         """Add files to a store, and bring vectors and index up to date."""
@@ -64,19 +65,27 @@ class Gains:
 
     def measure(self, state: str, names: Sequence[str], k: int = 2, limit: int | None = None) -> None:
         """Score the evaluation text by every model with the neighbours ``names``, and print and keep the results."""
+        limit = limit or self.given.limit
+        asked = f"limit {limit}, context {self.given.context}, {self.given.dtype}"
         for model in self.given.model:
-            left = [name for name in names if (state, str(model), k, name) not in self.done]
+            left = [name for name in names if (state, str(model), k, name, asked) not in self.done]
             if not left:
                 continue
             begun = time.monotonic()
             result = api.evaluate(
                 self.database, queries=self.evaluation, model=model, names=left, k=k,
-                context=self.given.context, limit=limit or self.given.limit, dtype=self.given.dtype,
+                context=self.given.context, limit=limit, dtype=self.given.dtype,
             )  # fmt: skip
             facts = {key: value for key, value in asdict(result).items() if key != "tables"}
             with self.file.open("ab") as out:
                 for table in result.tables:
-                    row = {**facts, "state": state, "seconds": time.monotonic() - begun, **asdict(table)}
+                    row = {
+                        **facts,
+                        "state": state,
+                        "asked": asked,
+                        "seconds": time.monotonic() - begun,
+                        **asdict(table),
+                    }
                     out.write(orjson.dumps(row) + b"\n")
             for table in result.tables:
                 for group, found in (("all", table.all), ("<= 0.125", table.up_to["0.125"])):

@@ -58,7 +58,7 @@ def read_tmx(path: Path, language: str) -> Iterator[tuple[str, str]]:
         texts = {variant.get(LANG, "").lower(): variant.find("seg") for variant in unit.iter("tuv")}
         translated = {name: text for name, text in texts.items() if name.startswith(language.lower())}
         originals = [text for name, text in texts.items() if name not in translated]
-        for original, text in zip(originals, translated.values(), strict=False):
+        for original, text in zip(originals[:1], translated.values(), strict=False):
             if original is not None and text is not None:
                 yield "".join(original.itertext()), "".join(text.itertext())
 

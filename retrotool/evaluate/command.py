@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import options, output
+from retrotool.cli.command_lines import COMPARED
 from retrotool.cli.options import Json, StoreArgument, opt
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def command(
         int | None, opt("Neighbours per chunk.  [default: the table's]", "-k", metavar="K", least=1, most=40)
     ] = None,
     context: Annotated[
-        int | None, opt("Tokens of the document before a chunk.  [default: up to 2,048]", metavar="N", least=1)
+        int | None,
+        opt("Tokens of the document before a chunk.  [default: up to 2,048, or as in training]", metavar="N", least=1),
     ] = None,
     limit: Annotated[
         int | None, opt("Score at most N chunks, drawn at random.  [default: all]", metavar="N", least=1)
@@ -79,7 +81,11 @@ def _text(result: EvaluateResult) -> str:
     for source in sorted(sources, key=lambda name: -sources[name].chunks)[: _SOURCES if len(sources) > 1 else 0]:
         rows += [_row(f"source {output.one_line(source)}", table, table.sources[source]) for table in result.tables]
     header = ("text", "neighbours", "chunks", "retrieval on", "off", "on - off")
-    return "\n".join((about, output.table(rows, header, right=(3, 4, 5)), "±: 95 % confidence, by documents."))
+    few = [
+        f"{table.name} has {table.compared} neighbours saved, so copied is what these have, not the nearest {COMPARED}."
+        for table in result.tables if table.compared < COMPARED
+    ]  # fmt: skip
+    return "\n".join((about, output.table(rows, header, right=(3, 4, 5)), "±: 95 % confidence, by documents.", *few))
 
 
 def _row(text: str, table: TableResult, one: BitsPerByte) -> tuple[str, str, int, str, str, str]:

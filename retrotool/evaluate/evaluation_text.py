@@ -28,7 +28,7 @@ from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP, Ids
 from retrotool.store.store import Store
 from retrotool.store.tombstones import read_tombstones
-from retrotool.tokenizers import stored_tokenizer
+from retrotool.tokenizers import Tokenizer
 from retrotool.train.dataset import permutation
 
 
@@ -99,12 +99,13 @@ def draw(n: int, count: int, seed: int) -> Ids:
 
 
 def read_passages(
-    store: Store, readers: Sequence[NeighbourReader], some: Sequence[DrawnDocument], k: int, before: int, reach: int
-) -> EvaluationText:
+    store: Store, tokenizer: Tokenizer, readers: Sequence[NeighbourReader], some: Sequence[DrawnDocument],
+    k: int, before: int, reach: int,
+) -> EvaluationText:  # fmt: skip
     """Read the chunks to score of some documents, with up to ``before`` live ones before each.
 
-    Up to k neighbours, or all that a table has saved, are read of each chunk to score, and of up to ``reach``
-    before it, which are at most ``before``.
+    k neighbours are read of up to ``reach`` chunks before each, at most ``before``, and k or ``COMPARED`` of
+    itself, or all that a table has saved.
     """
     tombstones, columns = read_tombstones(store), list[tuple[npt.NDArray[Any], ...]]()
     for one in some:
@@ -120,12 +121,15 @@ def read_passages(
         texts.append((chunks.tokens[rows], chunks.n_tokens[rows].astype(np.int64)))
         group = int(parts.row_of(ids[places])[0]) // ROW_GROUP
         for reader, found in zip(readers, near, strict=True):
-            own = reader.read(chunks.part, min(k, reader.saved), [group]).take(rows)
-            own.ids[~is_wanted[places]], own.databases[~is_wanted[places]] = NO_NEIGHBOUR, 0
-            found.append(own)
+            near_rows = reader.read(chunks.part, min(max(k, COMPARED), reader.saved), [group]).take(rows)
+            counts = np.where(is_scored[places], COMPARED, 0)
+            counts = np.maximum(counts, np.where(is_wanted[places], k, 0))
+            more = np.arange(near_rows.ids.shape[1]) >= counts[:, None]
+            near_rows.ids[more], near_rows.databases[more] = NO_NEIGHBOUR, 0
+            found.append(near_rows)
     tokens, n_tokens = map(np.concatenate, zip(*texts, strict=True))
     first = np.flatnonzero(begins)[np.cumsum(begins) - 1]
-    text = stored_tokenizer(store).decode(tokens[is_scored], n_tokens[is_scored])
+    text = tokenizer.decode(tokens[is_scored], n_tokens[is_scored])
     sources = np.array([one.source or "" for one in some], np.object_)
     source = sources.repeat([len(one.scored) for one in some])
     return EvaluationText(

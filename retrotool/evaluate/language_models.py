@@ -131,5 +131,8 @@ def load_retro_model(
             trained = f"chunks of {model.config.chunk_length} tokens, and {store.place} has {own.chunk_length}"
         advice = "Evaluate it on stores with the tokenizer and the chunk length of its training store."
         raise UsageError(f"the model in {path} was trained with {trained}", advice)
-    default = facts["dataset"]["sequence_length"] - own.chunk_length
-    return RetroWindows(model, default if context is None else context, device, batch_size)
+    context = facts["dataset"]["sequence_length"] - own.chunk_length if context is None else context
+    if context < own.chunk_length:
+        what = f"--context {context} leaves out the chunk whose neighbours the model gets, of {own.chunk_length} tokens"
+        raise UsageError(what, "Give a larger one, and a model that was trained on sequences of several chunks.")
+    return RetroWindows(model, context, device, batch_size)

@@ -31,6 +31,7 @@ from retrotool.neighbours.table_reader import NeighbourReader, check_same_tokens
 from retrotool.neighbours.token_overlap import check_comparable
 from retrotool.ranges import runs_up_to
 from retrotool.store.store import Store
+from retrotool.tokenizers import stored_tokenizer
 
 SHARES = tuple(i / 8 for i in range(1, 9))  # α of the groups by leakage, as in RETRO
 _BLOCK = 64  # chunks that are scored together, but all of a document
@@ -40,11 +41,13 @@ _BLOCK = 64  # chunks that are scored together, but all of a document
 class TableResult:
     """What the neighbours of a table give for ``all`` chunks, and for groups of them.
 
-    ``up_to`` maps α to the chunks with a copied share of at most α, ``sources`` a source to its chunks.
+    ``compared``: with how many of their own neighbours chunks were compared. ``up_to`` maps α to the chunks
+    with a copied share of at most α, ``sources`` a source to its chunks.
     """
 
     name: str
     databases: tuple[str, ...]
+    compared: int
     all: BitsPerByte
     up_to: dict[str, BitsPerByte]
     sources: dict[str, BitsPerByte]
@@ -100,10 +103,11 @@ def evaluate(
             raise UsageError(f"--model {name} does not exist", "Give a directory or a file of this machine.")
         load = load_causal_model if is_causal else load_retro_model
         model = load(model, store, k, context, pick_device(device), dtype, batch_size)
+    tokenizer = stored_tokenizer(store)
     before, scores = max(model.context // store.identity.chunk_length, model.reach), [list[Scores]() for _ in readers]
     with counting("evaluate", "chunk", drawn) as report:
         for some in runs_up_to(_BLOCK, documents, lambda one: len(one.scored)):
-            text = evaluation_text.read_passages(store, readers, some, max(k, COMPARED), before, model.reach)
+            text = evaluation_text.read_passages(store, tokenizer, readers, some, k, before, model.reach)
             off = model.nats(text.chunks, None)[text.chunks.scored].sum(axis=1)
             for near, of_table in zip(text.near, scores, strict=True):
                 on = model.nats(text.chunks, near.nearest(k))[text.chunks.scored].sum(axis=1)
@@ -133,7 +137,8 @@ def _check(database: Store, store: Store, readers: Sequence[NeighbourReader]) ->
 
 def _table_result(reader: NeighbourReader, scores: Scores) -> TableResult:
     return TableResult(
-        reader.name, tuple(one.place for one in reader.databases), scores.of(scores.n_bytes >= 0),
+        reader.name, tuple(one.place for one in reader.databases), min(reader.saved, COMPARED),
+        scores.of(scores.n_bytes >= 0),
         {f"{share:g}": scores.of(scores.copied <= share) for share in SHARES},
         {str(name): scores.of(scores.source == name) for name in np.unique(scores.source)},
     )  # fmt: skip

@@ -104,7 +104,9 @@ class NeighbourReader:
         return k
 
     def entries(self, part: int) -> tuple[FileEntry, ...]:
-        """Return a part's table of each member. Raises ``UsageError`` for one that is not valid."""
+        """Return a part's table of each member. Raises ``UsageError`` if one is missing or not valid."""
+        if any(self.store.state.part_file("neighbours", part, one.table) is None for one in self.members):
+            raise UsageError(f"part {part} of {self.store.place} has no neighbours {self.name!r} yet", self.advice())
         return tuple(check_table(self.store, part, member.table, member.store) for member in self.members)
 
     def parts(self) -> list[int]:
@@ -209,11 +211,13 @@ class TextReader:
         self._entries: dict[int, tuple[FileEntry, ...]] = {}
 
     def with_text(self, part: int) -> tuple[FileEntry, ...]:
-        """Return the part's tables of all members if all have the tokens, else an empty tuple."""
+        """Return the part's tables of all members if all have the tokens to read, else an empty tuple."""
         if part not in self._entries:
-            entries = self.reader.entries(part)
-            current = map(text_is_current, entries, self.reader.databases, repeat(self.k))
-            self._entries[part] = entries if all(current) else ()
+            entries, reader = self.reader.entries(part), self.reader
+            current = map(text_is_current, entries, reader.databases, repeat(self.k))
+            # Of a re-ranked table that is merged by distance, others than its first k may come first.
+            is_mixed = len(reader.members) > 1 and not reader.by_score and any(one.rerank for one in reader.members)
+            self._entries[part] = entries if all(current) and not is_mixed else ()
         return self._entries[part]
 
     def read(self, blocks: Sequence[Block], spare: int = 0) -> NeighbourTokens:

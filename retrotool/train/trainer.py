@@ -40,6 +40,7 @@ from retrotool.train.training_config import OptimiserConfig, parse_section, read
 from retrotool.train.training_folder import TrainingFolder
 
 LOSSES_SECONDS = 10.0  # between two writes of losses.jsonl, which is also written with each checkpoint
+_KEPT = ("tokenizer", "table")  # besides the model, what a resumed run must have again
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW has of each weight
 
 
@@ -131,7 +132,7 @@ class Trainer:
     def advance(self, stop: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
         """Take a step; return its line of losses.jsonl, and whether ``stop()`` in any process.
 
-        Raises ``RetrotoolError`` if the loss is not finite.
+        Raises ``RetrotoolError`` if the loss or the gradient is not finite.
         """
         begun, waited = time.perf_counter(), 0.0
         nats, tokens = torch.zeros(2, dtype=torch.float64)
@@ -145,10 +146,9 @@ class Trainer:
             nats, tokens = nats + of_batch.detach(), tokens + targets
         total, count, stops = self.sums(nats, tokens, stop())
         loss = total / max(count, 1)
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and self._update(count)):
             advice = "Lower learning_rate, or raise warmup_steps; the last checkpoint is kept."
-            raise RetrotoolError(f"the loss of step {self.step + 1:,} is not a finite number", advice)
-        self._update(count)
+            raise RetrotoolError(f"loss or gradient of step {self.step + 1:,} is not a finite number", advice)
         self.step, self.tokens, lasted = self.step + 1, self.tokens + int(count), time.perf_counter() - begun
         line = {"step": self.step, "tokens": self.tokens, "loss": loss, "bits_per_token": loss / math.log(2)}
         return {**line, "tokens_per_second": count / lasted, "waited": waited / lasted}, stops > 0
@@ -161,23 +161,23 @@ class Trainer:
             logits = self._forward(tokens, mask, *near)
         return nats_of(logits, tokens, mask).sum(), targets_of(mask).sum()
 
-    def _update(self, count: float) -> None:
+    def _update(self, count: float) -> bool:
+        """Change the weights, if the gradients of ``count`` tokens are finite; return whether they are."""
         for weight in self.model.parameters():
             if weight.grad is not None:  # the mean over processes of sums over tokens
                 weight.grad.mul_(self.dataset.world_size / max(count, 1))
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).isfinite():
+            return False
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimiser.step()
         self.optimiser.zero_grad()
+        return True
 
     def state(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """Return facts and tensors for a checkpoint."""
         state = self.optimiser.state
         moments = {f"{name}.{key}": state[one][key] for name, one in self.model.named_parameters() for key in _MOMENTS}
-        moments["random.cpu"] = torch.get_rng_state()
-        if self.device.startswith("cuda"):
-            moments["random.cuda"] = torch.cuda.get_rng_state(self.device)
         facts = {"step": self.step, "tokens": self.tokens, "dataset": self.dataset.state_dict(self._last)}
         return facts, {"model": self.model.state_dict(), "optimiser": moments}
 
@@ -189,9 +189,6 @@ class Trainer:
             of_weight = {key: moments[f"{name}.{key}"] for key in _MOMENTS}
             devices = {key: "cpu" if key == "step" else self.device for key in _MOMENTS}
             self.optimiser.state[weight] = {key: value.to(devices[key]) for key, value in of_weight.items()}
-        torch.set_rng_state(moments["random.cpu"])
-        if self.device.startswith("cuda") and "random.cuda" in moments:
-            torch.cuda.set_rng_state(moments["random.cuda"], self.device)
         self.step, self.tokens = facts["step"], facts["tokens"]
 
 
@@ -214,7 +211,7 @@ def train(root: str | Path, *, config: str | Path, out: str | Path, device: str 
         )  # fmt: skip
         with folder.held() if dataset.rank == 0 else nullcontext("") as run:
             trainer = Trainer(RetroModel(model, settings.optimiser.seed), dataset, settings.optimiser, device_here)
-            facts = {"model": asdict(model), "tokenizer": store.tokenizer.sha256}
+            facts = {"model": asdict(model), "tokenizer": store.tokenizer.sha256, "table": dataset.name}
             lines = _resume(trainer, folder, facts)
             resumed = trainer.step
             _train_to_end(trainer, folder, run, facts, lines)
@@ -228,7 +225,7 @@ def _resume(trainer: Trainer, folder: TrainingFolder, facts: Mapping[str, Any]) 
     """Load the newest checkpoint, if there is one; return the lines of the losses until then."""
     checkpoint, place = folder.newest(), folder.storage.place
     if checkpoint is not None:
-        before, now = ({**one["model"], "tokenizer": one["tokenizer"]} for one in (checkpoint, facts))
+        before, now = ({**one["model"], **{key: one[key] for key in _KEPT}} for one in (checkpoint, facts))
         if other := [f"{key}={before.get(key)}" for key in now if before.get(key) != now[key]]:
             advice = "Use the same settings to resume it, or name another folder."
             raise UsageError(f"the run in {place} has {', '.join(other)}", advice)

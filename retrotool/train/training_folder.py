@@ -1,7 +1,7 @@
 """The folder of a training run: checkpoints and losses, through the storage layer, so it may be in a bucket.
 
     checkpoints/0000001000-model-1a2b3c4d.safetensors       weights
-    checkpoints/0000001000-optimiser-1a2b3c4d.safetensors   state of the optimiser and of random numbers
+    checkpoints/0000001000-optimiser-1a2b3c4d.safetensors   state of the optimiser
     checkpoints/0000001000.json                             step, model, position in the data, files
     losses.jsonl                                            a line per step
 
@@ -33,7 +33,7 @@ _FOLDER, _KEPT = "checkpoints/", 2
 _HEAD = re.compile(rf"{_FOLDER}\d{{10,}}\.json")
 _FILE = {"path": re.compile(rf"{_FOLDER}[\w.-]+\.safetensors"), "sha256": str}
 _CHECKPOINT = {
-    "step": range(1 << 53), "tokens": range(1 << 53), "tokenizer": str, "model": {}, "dataset": {},
+    "step": range(1 << 53), "tokens": range(1 << 53), "tokenizer": str, "table": str, "model": {}, "dataset": {},
     "files": {"model": _FILE, "optimiser": _FILE},
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gettext
 import os
 import re
+import runpy
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -55,6 +56,14 @@ def test_a_client_who_leaves_takes_the_only_memory_along(tmp_path: Path, tiny_en
     printed = run("translation_memory.py", tmp_path / "made", EXAMPLES / "bakery.tmx", *given)
     assert "The memory bakery gave 2 of these; after its purge, it gives 0." in printed
     assert printed.splitlines()[-1].split() == ["after", "0", "0", "0", "0", "0", "4"]
+
+
+def test_of_a_unit_in_many_languages_the_first_original_is_translated_once(tmp_path: Path) -> None:
+    names = ("en", "fr", "de-DE", "de-AT")
+    unit = "".join(f'<tuv xml:lang="{name}"><seg>{name}</seg></tuv>' for name in names)
+    (tmp_path / "many.tmx").write_text(f'<tmx version="1.4"><body><tu>{unit}</tu></body></tmx>')
+    read_tmx = runpy.run_path(str(EXAMPLES / "translation_memory.py"))["read_tmx"]
+    assert list(read_tmx(tmp_path / "many.tmx", "de")) == [("en", "de-DE")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -266,6 +266,28 @@ def test_drawn_chunks_have_the_nats_that_they_have_among_all(
     assert drawn.tables[0].all.documents >= 5, "chunks are drawn, not documents"
 
 
+def test_new_text_without_neighbours_is_refused_with_the_command(
+    evaluation: Path, built_store: Path, tmp_path: Path
+) -> None:
+    store = copy_store(evaluation, tmp_path / "evaluation")
+    api.chunk(store, [str(write_jsonl(tmp_path / "more.jsonl", make_rows(3, first=700)))])
+    with pytest.raises(UsageError, match=r"part 1 of .*evaluation has no neighbours 'main' yet") as error:
+        api.evaluate(built_store, queries=store, model=Copying())
+    assert f"retrotool neighbours {built_store} --queries {store}" in error.value.advice
+
+
+def test_of_few_saved_neighbours_the_number_is_said(
+    evaluation: Path, built_store: Path, llama: Path, tmp_path: Path, cli: Cli
+) -> None:
+    store = copy_store(evaluation, tmp_path / "evaluation")
+    api.neighbours(built_store, queries=store, name="few", saved=2)
+    given = ("evaluate", built_store, "--queries", store, "--model", llama, "--limit", 3, "--context", 64)
+    printed = cli(*given, "--name", "few", "--name", "main").stdout
+    assert printed.splitlines()[-1] == "few has 2 neighbours saved, so copied is what these have, not the nearest 10."
+    found = json.loads(cli(*given, "--name", "main", "--name", "few", "--json").stdout)
+    assert [table["compared"] for table in found["tables"]] == [10, 2]
+
+
 @pytest.mark.parametrize(("n", "count"), [(12, 4), (12, 9), (12, 12), (1, 1)])
 def test_every_set_is_as_likely(n: int, count: int) -> None:
     draws, rounds = [draw(n, count, seed) for seed in range(2000)], 2000
@@ -377,6 +399,8 @@ def test_a_model_that_was_trained_here(evaluation: Path, built_store: Path, tmp_
     expected = bits_per_byte(evaluation, nats[True]), bits_per_byte(evaluation, nats[False])
     assert whole.on is not None and whole.off is not None
     assert (whole.on.value, whole.off.value) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UsageError, match="--context 32 leaves out the chunk whose neighbours the model gets"):
+        api.evaluate(built_store, queries=evaluation, model=tmp_path / "out", context=32)
     refused = cli("evaluate", tmp_path, "--queries", evaluation, "--model", tmp_path)
     assert refused.returncode == 10
     refused = cli("evaluate", built_store, "--queries", evaluation, "--model", tmp_path)

@@ -253,14 +253,17 @@ def test_a_mixture_is_merged_by_score_times_weight(store: Path, tiny_encoder: Pa
         keys = [distance / weights[Path(path).name] for path, _, distance in places]
         assert keys == sorted(keys)
     check_text(store)
+    one = {"name": "m.books", "saved": SAVED, "search": EXACT, "rerank": "overlap"}
+    api.neighbours(books, queries=store, materialise=True, **one)  # type: ignore[arg-type]
+    check_text(store, stored=False)
 
 
-def check_text(store: Path) -> None:
+def check_text(store: Path, stored: bool = True) -> None:
     """The tokens of a mixture are those of the neighbours that are read without them."""
     reader = NeighbourReader(Store.open(store), "m")
     rows = TextReader(reader, 2)
     for part in reader.parts():
-        assert rows.with_text(part)
+        assert bool(rows.with_text(part)) == stored
         given, found = rows.read([(part, 0)]), reader.read(part, 2)
         pieces = reader.pieces(found)
         assert np.array_equal(given.ids, found.ids) and np.array_equal(given.databases, found.databases)

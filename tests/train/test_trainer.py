@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 
 from retrotool import RetroDataset, api, interrupts
 from retrotool.app import app
-from retrotool.errors import UsageError
+from retrotool.errors import RetrotoolError, UsageError
 from retrotool.store.leases import Run
 from retrotool.store.storage import storage_at
-from retrotool.train.retro_model import RetroModel, load_model
-from retrotool.train.trainer import learning_rate, usable_neighbours
+from retrotool.store.store import Store
+from retrotool.train.retro_model import RetroConfig, RetroModel, load_model
+from retrotool.train.trainer import Trainer, learning_rate, usable_neighbours
 from retrotool.train.training_config import OptimiserConfig
 
 CONFIG: dict[str, dict[str, Any]] = {
@@ -315,6 +316,33 @@ def test_a_run_is_resumed_with_its_model_and_store_alone(whole: Path, store: Pat
     assert (done.returncode, f"is training in {whole}" in done.stderr) == (14, True)
     done = cli("train", store, "--config", tmp_path / "same.toml", "--out", store)
     assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"error: {store} is a store")
+
+
+def test_a_run_is_not_resumed_with_another_table(store: Path, tmp_path: Path, tiny_encoder: Path) -> None:
+    """Also if the table is not named: the only one of a store is not its main one for ever."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(9, words=40))
+    own = tmp_path / "store"
+    api.chunk(own, [str(rows)], tokenizer=str(tiny_encoder), chunk_length=16)
+    api.embed(own, encoder=str(tiny_encoder))
+    api.neighbours(own, name="first")
+    config = write_config(tmp_path / "small.toml", optimiser={"steps": 2})
+    api.train(own, config=config, out=tmp_path / "run", device="cpu")
+    api.neighbours(own)
+    with pytest.raises(UsageError, match=r"the run in .* has table=first"):
+        api.train(own, config=config, out=tmp_path / "run", device="cpu")
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(store: Path) -> None:
+    vocabulary = Store.open(store).identity.tokenizer.vocabulary
+    config = RetroConfig(vocabulary, 16, 16, 2, 2, first_cross_layer=2, encoder_dimension=16, encoder_heads=2)
+    trainer = Trainer(
+        RetroModel(config), RetroDataset(store, sequence_length=64, batch_size=2), OptimiserConfig(steps=2), "cpu"
+    )
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(RetrotoolError, match="loss or gradient of step 1 is not a finite number"):
+        trainer.advance(lambda: False)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
 @pytest.mark.on_disk
