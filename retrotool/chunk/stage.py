@@ -148,13 +148,15 @@ class ChunkWorker:
         self._encoder = functools.lru_cache(1)(self._load_encoder)
         self._plan = functools.lru_cache(1)(functools.partial(_read_plan, store))
 
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Read, tokenise and write one unit."""
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Read, tokenise and write one unit; return None if it is committed already."""
+        record = self._store.refresh().records.get(f"plan:{task.inputs['plan']}")
+        if record is None or task.inputs["unit"] < record["done"]:
+            return None
         plan = self._plan(task.inputs["plan"], task.inputs["path"])
         writer = PartWriter(self._store, run, plan.fields.keep, plan.part_size)
         blocked = None
-        if not plan.allow_purged:
-            self._store.refresh()  # documents may have been purged since the last unit
+        if not plan.allow_purged:  # as of the refresh: documents may have been purged since the last unit
             blocked = read_blocked(self._store)
         unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, report)
         files = writer.write(unit.batches(plan.units[task.inputs["unit"]], self._stage))

@@ -29,6 +29,7 @@ from retrotool.store.store import Store, retry_overtaken
 
 ATTEMPTS = 3
 FOLD_SECONDS = 30.0
+_PLANNING_SHARE = 20  # of the time, at most one part goes into planning again what other runs have not done
 POLL_SECONDS = (0.5, 8.0)  # between two looks at what other runs hold: at first, and at most
 Enough = Callable[[Staged], bool]  # takes every finished task; True ends the run after the tasks that have begun
 More = Callable[[], bool]
@@ -115,19 +116,19 @@ class _Execution:
     known: dict[str, Task] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     given_up: dict[str, BaseException] = field(default_factory=dict)
+    refused: Counter[str] = field(default_factory=Counter)  # how often a task could not be committed
     ended: bool = False
     pools: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closes the pool that is kept
     kept: Any = None
 
     def work(self, run: Run, progress: Progress) -> None:
         stage, store = self.stage, self.store
-        refused: Counter[str] = Counter()
         try:
             while not self.ended:
                 interrupts.check()
                 more_to_come = self.more is not None and self.more()
                 before = self._elsewhere(run.id)  # first: what is released from here on is not missed
-                folding.fold(store, run)
+                self._fold(run)
                 tasks = [task for task in plan_tasks(stage, store) if task.key not in self.given_up]
                 held = leases.claim_holders(store.storage, run.id) if any(task.claimed for task in tasks) else {}
                 shard = engine_in_use().shard if engine_in_use().share_only else None
@@ -156,15 +157,19 @@ class _Execution:
                             staging.stage(store.storage, staged)
                             del self.given_up[key]
                             self._check_enough(staged)
-                for key, reason in folding.fold(store, run).refused.items():
-                    refused[key] += 1
-                    if refused[key] >= ATTEMPTS:
-                        label = self.known[key].label if key in self.known else key
-                        self.given_up[key] = TaskError(f"{stage.name}: {label} can't be committed: {reason}")
+                self._fold(run)
         except KeyboardInterrupt:
             folding.fold(store, run)
             raise
         self.raise_failure()
+
+    def _fold(self, run: Run) -> None:
+        """Commit what is staged; give up tasks of this stage that are refused again and again."""
+        for key, reason in folding.fold(self.store, run).refused.items():
+            self.refused[key] += 1
+            if self.refused[key] >= ATTEMPTS and key in self.known:
+                what = f"{self.stage.name}: {self.known[key].label} can't be committed: {reason}"
+                self.given_up[key] = TaskError(what)
 
     def raise_failure(self) -> None:
         """Raise the first error of the tasks that failed for good."""
@@ -205,7 +210,8 @@ class _Execution:
         if workers > 1 and len(tasks) <= _FEW * workers and not tasks[0].claimed:
             tasks = sorted(tasks, key=lambda task: -task.weight)
         waiting = deque(tasks)
-        folded = time.monotonic()
+        folded = planned = time.monotonic()
+        pause = FOLD_SECONDS
         progress.plan(sum(task.weight for task in tasks), "loading")
         with self._pool(workers, progress, len(tasks)) as pool:
             while pool.busy or (waiting and not self.ended):
@@ -219,8 +225,14 @@ class _Execution:
                         waiting.appendleft(task)
                 interrupts.check()
                 if self.run is not None and time.monotonic() - folded > FOLD_SECONDS:
-                    folding.fold(self.store, self.run)
+                    self._fold(self.run)
                     folded = time.monotonic()
+                    if waiting and folded - planned > pause and leases.others(self.store.storage, self.run.id):
+                        left = {task.key for task in plan_tasks(self.stage, self.store)}
+                        planned = time.monotonic()
+                        pause = max(FOLD_SECONDS, _PLANNING_SHARE * (planned - folded))
+                        progress.update(0, sum(task.weight for task in waiting if task.key not in left))
+                        waiting = deque(task for task in waiting if task.key in left)
 
     def _pool(self, workers: int, progress: Progress, tasks: int) -> Any:
         """Return a pool of the engine in use, opened; importing it takes time that readers need not spend.

@@ -110,6 +110,15 @@ def check_there(store: Store, paths: Sequence[str]) -> None:
             raise ErasedError(f"{path} was replaced or erased by another process")
 
 
+def is_taken(store: Store, kind: str, slot: str, name: str, replaces: str | None = None) -> bool:
+    """Return whether the file of a task, to be in place of ``replaces``, was committed since it was planned.
+
+    The claim of another run that did the task is gone by then. The state is that of the last refresh.
+    """
+    now = store.state.file(kind, slot, name)
+    return (None if now is None else now.path) != replaces
+
+
 def task_key(stage: str, settings: Mapping[str, Any], reads: Sequence[str]) -> str:
     """Return a task's key: 32 hexadecimal digits that depend only on what it does and what it reads."""
     fields = [stage, dict(settings), list(reads)]

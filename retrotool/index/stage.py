@@ -33,7 +33,7 @@ from retrotool.ann.resident import Centroids, free_memory
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import SearchableRows, read_part_vectors
 from retrotool.encoder.devices import checking_device
-from retrotool.engine.task import Report, Task, task_key
+from retrotool.engine.task import Report, Task, is_taken, task_key
 from retrotool.errors import ConflictError, UsageError
 from retrotool.index.index_records import SHARD, IndexFiles, ShardRecord, TrainingRecord, as_about
 from retrotool.index.searching import read_shard, read_trained, write_index
@@ -142,7 +142,8 @@ class IndexStage:
             if len(some) > 1:
                 paths = [entry.path for _, entry in some]
                 key = self._key({"merge": window}, paths)
-                inputs = {"merge": generation_slot(window, self.generation), "slots": [slot for slot, _ in some]}
+                slots = [slot for slot, _ in some]
+                inputs = {"merge": generation_slot(window, self.generation), "slots": slots, "paths": paths}
                 tasks.append(Task(key, f"merge {window}", sum(entry.rows for _, entry in some), inputs, claimed=True))
         return tasks
 
@@ -191,9 +192,11 @@ class IndexWorker:
     def __init__(self, store: Store, stage: IndexStage) -> None:
         self._store, self._stage, self._device = store, stage, stage.devices[0]
 
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Run one task."""
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Run one task; return None if it is done already."""
         self._store.refresh()
+        if self._is_done(task):
+            return None
         try:
             with checking_device(self._device):
                 if task.inputs.get("train"):
@@ -203,6 +206,15 @@ class IndexWorker:
                 return self._write_shard(task, run, report)
         finally:
             give_memory_back()
+
+    def _is_done(self, task: Task) -> bool:
+        store, files = self._store, self._stage.files(self._store.state)
+        if task.inputs.get("train"):
+            return files.trained is not None
+        if "merge" in task.inputs:
+            now = [files.shards[slot].path for slot in task.inputs["slots"] if slot in files.shards]
+            return now != list(task.inputs["paths"])
+        return is_taken(store, "index", task.inputs["slot"], self._stage.index, task.inputs.get("replaces"))
 
     def _train(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
@@ -261,7 +273,7 @@ class IndexWorker:
     def _merge(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
         current = stage.files(store.state).shards
-        entries = [current[slot] for slot in task.inputs["slots"] if slot in current]
+        entries = [current[slot] for slot in task.inputs["slots"]]
         _, trained = read_trained(store, stage.index, stage.generation)
         for entry in entries:
             store.check_sum(entry)

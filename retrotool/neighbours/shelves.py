@@ -27,7 +27,7 @@ import pyarrow as pa
 from retrotool import interrupts
 from retrotool.cli import output
 from retrotool.embed import search_scope
-from retrotool.engine.task import Report, Task, task_key
+from retrotool.engine.task import Report, Task, is_taken, task_key
 from retrotool.errors import ErasedError
 from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import Pieces, read_pieces
@@ -113,9 +113,11 @@ def plan_shelves(stage: NeighboursStage, store: Store, database: Store, tasks: S
 
 def do_text_step(
     store: Store, tombstones: Tombstones, stage: NeighboursStage, task: Task, run: str, report: Report
-) -> Staged:
-    """Do a task of the first two rounds."""
+) -> Staged | None:
+    """Do a task of the first two rounds; return None if it is done already."""
     inputs, about = task.inputs, {"plan": task.inputs["plan"]}
+    if is_taken(store, ROUTES, inputs["slot"], stage.table, inputs["replaces"]):
+        return None
     name = FileName.new(run, ROUTES, inputs["slot"], "parquet", stage.table)
     if inputs["shelf"] is None:
         table = store.state.part_file("neighbours", inputs["part"], stage.table)

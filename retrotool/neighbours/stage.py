@@ -41,7 +41,7 @@ from retrotool.cli.command_lines import command_line, embed_command, table_comma
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
-from retrotool.engine.task import Report, Task, Worker, task_key
+from retrotool.engine.task import Report, Task, Worker, is_taken, task_key
 from retrotool.errors import StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
@@ -399,8 +399,8 @@ class NeighboursWorker:
         self._turn = threading.Condition()
         self._searching = 0  # threads
 
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Make or update the table of one part."""
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Make or update the table of one part; return None if another run did."""
         with self._turn:
             undone = digest_of_undone(self._store.refresh())  # first: the database may then know more, not less
             while not self._reopened():
@@ -413,6 +413,9 @@ class NeighboursWorker:
             if "step" in task.inputs:
                 assert isinstance(database, Database), "an index was searched when this was planned"
                 return TileStep(self._store, database, self._stage)(task, run, report)
+            part, replaces = part_slot(task.inputs["part"]), task.inputs["replaces"]
+            if is_taken(self._store, "neighbours", part, self._stage.table, replaces):
+                return None
             write = self._compute(database, task, run, report, undone)
         finally:
             with self._turn:

@@ -115,7 +115,12 @@ class TilePlan:
             waves = math.ceil(sum(task.weight for task in tasks) / self.wave_rows)
             spans = consecutive_ranges([task.inputs["part"] for task in tasks[: math.ceil(len(tasks) / waves)]])
             name = hashlib.blake2b(repr([self.digest, spans]).encode(), digest_size=8).hexdigest()
-            tiling_of = {"remove": [entry.path for entry in files.entries()], "of": self.digest, "asking": spans}
+            tiling_of = {
+                "slot": TILING,
+                "remove": [entry.path for entry in files.entries()],
+                "of": self.digest,
+                "asking": spans,
+            }
             return [self._task(name, "tiling", len(tasks), [], tiling_of)]
         weights = {task.inputs["part"]: task.weight for task in asking}
         unsorted = [part for part in sorted({*self.held, *weights}) if files.get(part_slot(part)) is None]
@@ -123,12 +128,13 @@ class TilePlan:
             routes = []
             for part in unsorted:
                 path = parts.part_entry(store, "embeddings", part, wave["encoder"]).path
-                inputs = {"part": part, "asks": part in weights}
+                inputs = {"slot": part_slot(part), "part": part, "asks": part in weights}
                 routes.append(self._task(wave["plan"], f"routes of part {part}", weights.get(part, 1), [path], inputs))
             return routes
         if left := [tile for tile in range(self.tiles) if files.get(_tile_slot(tile)) is None]:
             weight = sum(weights.values()) // self.tiles
-            return [self._task(wave["plan"], f"tile {tile}", weight, [], {"tile": tile}) for tile in left]
+            named = [(f"tile {tile}", {"slot": _tile_slot(tile), "tile": tile}) for tile in left]
+            return [self._task(wave["plan"], label, weight, [], inputs) for label, inputs in named]
         return [replace(task, inputs={**task.inputs, "from_tiles": True}) for task in asking]
 
     def _task(self, wave: str, label: str, weight: int, reads: list[str], inputs: dict[str, Any]) -> Task:
@@ -226,9 +232,12 @@ class TileStep:
     database: Database
     stage: NeighboursStage
 
-    def __call__(self, task: Task, run: str, report: Report) -> Staged:
-        """Write the file of a task."""
+    def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
+        """Write the file of a task; return None if it is written already."""
         inputs, table = task.inputs, self.stage.table
+        now = self.store.state.file(ROUTES, inputs["slot"], table)
+        if now is not None and routes_about(now)["plan"] == inputs["plan"]:
+            return None
         if inputs["step"] == "tiling":
             entry = self._write_tiling(task, run)
             reads, remove = tuple(self.database.reads()), tuple(filter(self.store.state.has, inputs["remove"]))

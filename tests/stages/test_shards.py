@@ -113,6 +113,56 @@ def test_two_jobs_at_once_do_every_part_once(chunked: Path, tiny_encoder: Path, 
     assert api.verify(chunked).ok
 
 
+FOLDING = """
+import time
+from retrotool.chunk import chunk_plan
+from retrotool.engine import run
+run.FOLD_SECONDS, chunk_plan._LEAST_UNIT_BYTES = 0.05, 1
+from {module} import {worker}
+work = {worker}.{method}
+def slow(self, *arguments):
+    with open({marks!r}, 'a') as file:
+        file.write(f'{{{label}}}\\n')
+    time.sleep(0.15)
+    return work(self, *arguments)
+{worker}.{method} = slow
+"""
+WORK = {
+    "chunk": ("retrotool.chunk.stage", "_Unit", "batches", "arguments[0]"),
+    "index": ("retrotool.index.stage", "IndexWorker", "_write_shard", "arguments[0].label"),
+    "neighbours": ("retrotool.neighbours.stage", "NeighboursWorker", "_compute", "arguments[1].label"),
+}
+"""Per command: the module, class and method that does a task, and what tells one task from another."""
+
+
+@pytest.mark.parametrize("command", WORK)
+def test_jobs_do_nothing_again_that_another_has_committed(
+    command: str, chunked: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """Each task takes longer than it is until the next fold, after which no claim or staged entry is left of it."""
+    marks, store = tmp_path / "marks", chunked
+    arguments = {"index": ["--shard-size", "1"], "neighbours": []}.get(command, [])
+    if command == "chunk":
+        store = tmp_path / "new"
+        files = [str(write_jsonl(tmp_path / f"{n}.jsonl", make_rows(6, first=6 * n))) for n in range(8)]
+        arguments = [*files, "--tokenizer", str(tiny_encoder), "--part-size", "10", "--workers", "1"]
+    else:
+        api.embed(store, encoder=str(tiny_encoder))
+    if command == "neighbours":
+        api.index(store)
+    module, worker, method, label = WORK[command]
+    slow = FOLDING.format(module=module, worker=worker, method=method, label=label, marks=str(marks))
+    jobs = [
+        Forked([command, str(store), *arguments, "--shard", f"{i}/2"], before=lambda: exec(slow, {})) for i in range(2)
+    ]
+    for job in jobs:
+        _, errors = job.communicate(timeout=200)
+        assert job.returncode == 0, errors
+    begun = marks.read_text().splitlines()
+    assert len(begun) == len(set(begun)) >= 5, begun
+    assert api.verify(store).ok
+
+
 def test_a_job_leaves_alone_what_a_living_run_is_at_and_says_so(chunked: Path, tiny_encoder: Path, cli: Cli) -> None:
     store = Store.open(chunked)
     stage = EmbedStage(str(tiny_encoder), find_encoder(str(tiny_encoder))[1])

@@ -23,7 +23,7 @@ import orjson
 import pyarrow as pa
 
 from retrotool import interrupts
-from retrotool.engine.task import Report, Task, Worker, task_key
+from retrotool.engine.task import Report, Task, Worker, is_taken, task_key
 from retrotool.errors import ConflictError
 from retrotool.machine import cores
 from retrotool.purge.selectors.classified import Classified
@@ -87,9 +87,11 @@ class ScanStage:
         scan, names = self.scan(store), [list(one.names) for one in self.selectors]
         settings = {"scan": scan, "selectors": [one.kind for one in self.selectors]}
 
-        def work(task: Task, run: str, report: Report) -> Staged:
+        def work(task: Task, run: str, report: Report) -> Staged | None:
             part, reads = int(task.inputs["part"]), task.inputs["reads"]
             store.refresh()
+            if is_taken(store, KIND, part_slot(part), scan, next(iter(task.inputs["replaces"]), None)):
+                return None
             found = [parts.SCANS_SCHEMA.empty_table()]
             blocks = text_blocks(store, decoder, part, least)
             for rows, some in concurrently(functools.partial(_first_hits, matchers), blocks, cores()):
