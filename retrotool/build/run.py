@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,11 +103,9 @@ def build(
     with engine.doing_everything():
         chunk_steps = list(_chunk_steps(root, inputs, given))
         with _embedding(root, given, beside=chunk_steps) as embedded:
-            for step in chunk_steps:
-                done["chunk"].append(result := step.run())
-                after(step, result)
-        for step, result in embedded:
-            done["embed"].append(result)
+            done["chunk"] = [step.run() for step in chunk_steps]
+        done["embed"] = [result for _, result in embedded]
+        for step, result in [*zip(chunk_steps, done["chunk"], strict=True), *embedded]:
             after(step, result)
         given = replace(given, encoder=None) if embedded else given
         for step in _derived_steps(root, given):  # the first step may have made the store
@@ -171,15 +169,21 @@ def _chunk_line(root: str | Path, inputs: Sequence[str], tokenizer: str | None, 
     return " ".join([line, *map(shlex.quote, (*kept, *inputs))])
 
 
+def _is_known(encoder: str, records: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(UsageError):  # it is not there
+        return find_encoder(encoder)[1].sha256 in {record["sha256"] for record in records.values()}
+    return False
+
+
 def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:
     """Yield the steps after ``chunk``: for what the store has, and for what it has none of, the defaults."""
     store = Store.open(root) if is_store(storage_at(root)) else None
     encoders, indexes, tables = (
         {} if store is None else store.state.with_prefix(prefix) for prefix in ("encoder:", "index:", "neighbours:")
     )
-    if given.encoder is not None and encoders:
+    if given.encoder is not None and encoders and not _is_known(given.encoder, encoders):
         advice = f"To add an encoder: {command_line('embed', root, encoder=given.encoder)}"
-        raise UsageError(f"{root} has embeddings, and --encoder is for a store without any", advice)
+        raise UsageError(f"{root} has embeddings of another encoder, and --encoder is for a store without any", advice)
     devices = given.devices
     if not encoders:
         line = command_line("embed", root, encoder=given.encoder)
@@ -188,7 +192,10 @@ def _derived_steps(root: str | Path, given: BuildOptions) -> Iterator[Step]:
         assert store is not None, "it has an encoder"
         if not record.get("foreign"):
             pooling = str(record["pooling"]) if record.get("overridden") else "auto"
-            work = partial(embed, root, encoder=str(record["origin"]), name=name, pooling=pooling, devices=devices)
+            work = partial(
+                embed, root, encoder=str(record["origin"]), name=name, pooling=pooling,
+                dimension=int(record["dimension"]) if record.get("truncated") else None, devices=devices,
+            )  # fmt: skip
             yield Step("embed", embed_command(store, name), work)
     for name in indexes or ["main"]:
         line = command_line("index", root) if store is None else command_line("index", store, name=name)

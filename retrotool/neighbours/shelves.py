@@ -62,6 +62,7 @@ class ShelfPlan:
     text: int
     memory: int
     digest: str
+    undone: str
 
     def next_tasks(self, store: Store, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks of the next round, for ``tasks`` that add tokens to the table of a part each."""
@@ -77,7 +78,15 @@ class ShelfPlan:
             return [self._task(files, _asks_slot(one.inputs["part"]), one.label, one.inputs) for one in missing]
         if left and len(missing) < len(tasks):
             return [self._task(files, _shelf_slot(n), f"shelf {n}", {"shelf": n}) for n in left]
-        return [one if one in missing else replace(one, inputs={**one.inputs, "from_shelves": True}) for one in tasks]
+        return [
+            one if one in missing else replace(one, inputs={**one.inputs, "from_shelves": [self.digest, self.undone]})
+            for one in tasks
+        ]
+
+    def has_shelves(self, store: Store) -> bool:
+        """Return whether some shelves are there already: what is left of a run that was killed needs them."""
+        files = store.state.group(ROUTES, self.table).items()
+        return any(slot.startswith("shelf-") and routes_about(one)["plan"] == self.digest for slot, one in files)
 
     def _task(self, files: Any, slot: str, label: str, inputs: Mapping[str, Any]) -> Task:
         old = files.get(slot)
@@ -96,19 +105,23 @@ def plan_shelves(stage: NeighboursStage, store: Store, database: Store, tasks: S
         return None
     numbers, own = database.state.parts(), database.identity
     entries = [parts.part_entry(database, "chunks", part) for part in numbers]
-    memory = memory_of_machine() // _SHARE_OF_MACHINE if stage.memory is None else stage.memory
+    share = memory_of_machine() // _SHARE_OF_MACHINE // len(stage.devices)
+    memory = share if stage.memory is None else stage.memory
     each = 2 * stage.k * own.chunk_length * own.tokenizer.token_bytes  # of a row, as often asked for as it asks
     text = sum(entry.rows for entry in entries) * own.chunk_length * own.tokenizer.token_bytes
-    few = _FEWEST_ROWS * len(tasks) < len(numbers)
-    if text <= memory or few:
+    if text <= memory:
         return None
     rows = {part: entry.rows for part, entry in zip(numbers, entries, strict=True)}
     runs = runs_up_to(memory // _SHARE_FOR_SHELF // each, numbers, rows.__getitem__)
     shelves = tuple((run[0], run[-1]) for run in runs)
-    held = [stage.k, shelves, [entry.path for entry in entries], digest_of_undone(database.state)]
-    return ShelfPlan(
-        stage.table, stage.k, shelves, text, memory, hashlib.blake2b(repr(held).encode(), digest_size=8).hexdigest()
-    )
+    undone = digest_of_undone(database.state)
+    held = [stage.k, shelves, [entry.path for entry in entries], undone]
+    plan = ShelfPlan(
+        stage.table, stage.k, shelves, text, memory, hashlib.blake2b(repr(held).encode(), digest_size=8).hexdigest(),
+        undone,
+    )  # fmt: skip
+    few = _FEWEST_ROWS * len(tasks) < len(numbers)
+    return None if few and not plan.has_shelves(store) else plan
 
 
 def do_text_step(
@@ -190,8 +203,10 @@ def _asked(store: Store, entry: FileEntry, shelf: int) -> Ids:
     return ids
 
 
-def from_shelves(store: Store, tombstones: Tombstones, table: str, part: int) -> Callable[[Ids, Pieces], Pieces]:
-    """Return a function that fills pieces as ``read_pieces`` does, from what all shelves have for a part.
+def from_shelves(
+    store: Store, tombstones: Tombstones, table: str, part: int, plan: str
+) -> Callable[[Ids, Pieces], Pieces]:
+    """Return a function that fills pieces as ``read_pieces`` does, from what all shelves of a plan have for a part.
 
     Ids that it did not ask for, because its table has changed since, are read directly.
     """
@@ -199,7 +214,8 @@ def from_shelves(store: Store, tombstones: Tombstones, table: str, part: int) ->
     length, dtype = own.chunk_length, parts.token_dtype(own.tokenizer.token_bytes)
     known, counts, tokens = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)], [np.zeros((0, 2, length), dtype)]
     for slot, entry in store.state.group(ROUTES, table).items():
-        if slot.startswith("shelf-") and part in (numbers := routes_about(entry)["parts"]):
+        about = routes_about(entry)
+        if slot.startswith("shelf-") and about["plan"] == plan and part in (numbers := about["parts"]):
             found = parts.read_parquet(store, entry, row_groups=[numbers.index(part)])
             known.append(found["id"].to_numpy())
             counts.append(parts.from_fixed_binary(found["n_tokens"], np.dtype(np.int32)))

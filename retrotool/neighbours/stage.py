@@ -42,14 +42,14 @@ from retrotool.embed import search_scope
 from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, is_taken, task_key
-from retrotool.errors import StoreNotFoundError, UsageError
+from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
 from retrotool.neighbours.bm25 import OverlapScorer, TermStatistics, count_terms
 from retrotool.neighbours.filters import Filters, Finder, candidates_at_once
 from retrotool.neighbours.retrieved import read_text_of
 from retrotool.neighbours.shelves import ShelfPlan, do_text_step, from_shelves, plan_shelves
-from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, plan_tiles
+from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, known_to_tiles, plan_tiles
 from retrotool.ranges import as_slice, consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
@@ -150,7 +150,7 @@ class NeighboursStage:
             settings: dict[str, Any] = {"table": self.table, "version": version, "held": spans}
             weight = search_scope.count_keys(store, part)
             if self.broken:
-                settings["repair"] = self.broken
+                settings["repair"] = old.path if old is not None else ""
             elif old is not None and _is_of(old, record) and (old.about or {}).get("version") == version:
                 about = old.about or {}
                 searched = tuple(map(tuple, about["searched"]))
@@ -397,6 +397,7 @@ class NeighboursWorker:
         self._within = search_scope.is_same_store(store, self._database.store)
         self._counting, self._terms = threading.Lock(), dict[Any, TermStatistics]()
         self._turn = threading.Condition()
+        self._step = threading.Lock()  # a tile or a shelf fills the memory that all threads have
         self._searching = 0  # threads
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
@@ -408,11 +409,12 @@ class NeighboursWorker:
             database = self._database
             self._searching += 1
         try:
-            if task.inputs.get("step") == "text":
-                return do_text_step(self._store, database.tombstones, self._stage, task, run, report)
             if "step" in task.inputs:
-                assert isinstance(database, Database), "an index was searched when this was planned"
-                return TileStep(self._store, database, self._stage)(task, run, report)
+                with self._step:
+                    if task.inputs["step"] == "text":
+                        return do_text_step(self._store, database.tombstones, self._stage, task, run, report)
+                    assert isinstance(database, Database), "an index was searched when this was planned"
+                    return TileStep(self._store, database, self._stage)(task, run, report)
             part, replaces = part_slot(task.inputs["part"]), task.inputs["replaces"]
             if is_taken(self._store, "neighbours", part, self._stage.table, replaces):
                 return None
@@ -444,6 +446,8 @@ class NeighboursWorker:
         """Search for one part; return the function that writes the table."""
         store, stage = self._store, self._stage
         part = int(task.inputs["part"])
+        if {undone, *task.inputs.get("from_shelves", [])[1:], task.inputs.get("from_tiles", undone)} != {undone}:
+            raise ErasedError(f"purges were undone after what {task.label} is made from was collected")
         replaced = store.state.part_file("neighbours", part, stage.table)
         if replaced is not None and replaced.path in stage.broken:
             replaced = None  # it can't be read
@@ -461,7 +465,7 @@ class NeighboursWorker:
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
         new = sorted(within(task.inputs["new"], database.held()))
         found: Best | None = None
-        if task.inputs.get("from_tiles"):
+        if "from_tiles" in task.inputs:
             found = found_in_tiles(store, stage.table, part, asking, stage.saved)
         for rows in finder.blocks(asking) if len(asking) else ():
             with checking_device(stage.devices[0]):
@@ -488,6 +492,9 @@ class NeighboursWorker:
             "commit": commit, "head": head[:_HEAD_DIGITS], "purges": stands_for(database.store.state),
             "searched": consecutive_ranges(database.held()), "probed": probed_by(database),
         }  # fmt: skip
+        if "from_tiles" in task.inputs:
+            about |= known_to_tiles(store, stage.table)
+            about["head"] = about["head"][:_HEAD_DIGITS]
         if task.inputs["mode"] != _WHOLE:
             about["k"] = stage.k  # rows with so many live neighbours were not searched again
         if undone:
@@ -500,7 +507,8 @@ class NeighboursWorker:
             about["text"] = stage.k
             old = (store, replaced) if replaced and text_is_current(replaced, database.store, stage.k) else None
             tombstones = database.tombstones
-            read = from_shelves(store, tombstones, stage.table, part) if task.inputs.get("from_shelves") else None
+            shelves = task.inputs.get("from_shelves")
+            read = from_shelves(store, tombstones, stage.table, part, shelves[0]) if shelves else None
             text = read_text_of(database.store, tombstones, table, stage.k, old, read)
         old_path = task.inputs["replaces"]
         reads = [str(task.inputs["path"])]

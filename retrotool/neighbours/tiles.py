@@ -12,9 +12,9 @@ read a few times, whatever the number of parts, in three rounds of tasks:
 3. The task of a part, as in ``neighbours.stage``, merges what the tiles have found for its rows.
 
 These are files of the kind ``routes``, by the name of the table. They are committed, so that a task that is
-killed is repeated alone. They are removed when the table is done, when the database changes, and by every
-erase, as vectors are in them. What is purged in between is left out by the third round; rows that are then
-short of neighbours are searched for again, as they are otherwise.
+killed is repeated alone. They are removed when the table is done, by a search after the database has changed,
+and by every erase, as vectors are in them. What is purged in between is left out by the third round. As
+otherwise, rows that are then short of neighbours are searched for again, and parts that are new are, too.
 
 With many tiles a row is a guest of many. So that guests never take more than ``_MOST_GUESTS`` times the space
 of the vectors, the parts that ask are divided into *waves*, with three rounds each; homes are written in all.
@@ -49,7 +49,7 @@ from retrotool.ann.search import SPARE, Search, nearest_lists, nothing_banned
 from retrotool.cli import output
 from retrotool.embed import search_scope
 from retrotool.embed.search_scope import read_part_vectors, searchable_rows
-from retrotool.engine.task import Report, Task, task_key
+from retrotool.engine.task import Report, Task, is_taken, task_key
 from retrotool.errors import ErasedError
 from retrotool.index.on_device import OnDevice
 from retrotool.index.searching import AnyDatabase, Database, is_gpu
@@ -88,7 +88,7 @@ class TilePlan:
     """A search in ``tiles``: of ``vectors`` bytes in all, of which ``memory`` bytes may be loaded at a time.
 
     ``held``: the parts that are searched. ``wave_rows``: rows that may ask at a time. ``digest``: of what
-    decides the results of the first two rounds; files of another one are useless.
+    decides the results of the first two rounds; files of another one are useless. ``undone``: that of purges.
     """
 
     table: str
@@ -98,6 +98,7 @@ class TilePlan:
     held: tuple[int, ...]
     wave_rows: float
     digest: str
+    undone: str
 
     def next_tasks(self, store: Store, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks of the next round, for ``tasks`` that each make the table of a part from scratch.
@@ -111,36 +112,42 @@ class TilePlan:
         if wave is not None and wave["of"] == self.digest:
             asked = within(wave["asking"], (task.inputs["part"] for task in tasks))
             asking = [task for task in tasks if task.inputs["part"] in asked]
-        if wave is None or not asking:
+        if wave is None or not asking or wave["tiles"] != self.tiles:
             waves = math.ceil(sum(task.weight for task in tasks) / self.wave_rows)
             spans = consecutive_ranges([task.inputs["part"] for task in tasks[: math.ceil(len(tasks) / waves)]])
-            name = hashlib.blake2b(repr([self.digest, spans]).encode(), digest_size=8).hexdigest()
-            tiling_of = {
-                "slot": TILING,
-                "remove": [entry.path for entry in files.entries()],
-                "of": self.digest,
-                "asking": spans,
-            }
-            return [self._task(name, "tiling", len(tasks), [], tiling_of)]
+            name = hashlib.blake2b(repr([self.digest, self.tiles, spans]).encode(), digest_size=8).hexdigest()
+            tiling_of = {"remove": [entry.path for entry in files.entries()], "of": self.digest, "asking": spans}
+            return [self._task(files, TILING, name, "tiling", len(tasks), [], tiling_of)]
+
+        def is_missing(slot: str) -> bool:
+            entry = files.get(slot)
+            return entry is None or routes_about(entry)["plan"] != wave["plan"]
+
         weights = {task.inputs["part"]: task.weight for task in asking}
-        unsorted = [part for part in sorted({*self.held, *weights}) if files.get(part_slot(part)) is None]
+        unsorted = [part for part in sorted({*self.held, *weights}) if is_missing(part_slot(part))]
         if unsorted:
             routes = []
             for part in unsorted:
                 path = parts.part_entry(store, "embeddings", part, wave["encoder"]).path
-                inputs = {"slot": part_slot(part), "part": part, "asks": part in weights}
-                routes.append(self._task(wave["plan"], f"routes of part {part}", weights.get(part, 1), [path], inputs))
+                inputs, label = {"part": part, "asks": part in weights}, f"routes of part {part}"
+                weight = weights.get(part, 1)
+                routes.append(self._task(files, part_slot(part), wave["plan"], label, weight, [path], inputs))
             return routes
-        if left := [tile for tile in range(self.tiles) if files.get(_tile_slot(tile)) is None]:
+        if left := [tile for tile in range(self.tiles) if is_missing(_tile_slot(tile))]:
             weight = sum(weights.values()) // self.tiles
-            named = [(f"tile {tile}", {"slot": _tile_slot(tile), "tile": tile}) for tile in left]
-            return [self._task(wave["plan"], label, weight, [], inputs) for label, inputs in named]
-        return [replace(task, inputs={**task.inputs, "from_tiles": True}) for task in asking]
+            return [
+                self._task(files, _tile_slot(tile), wave["plan"], f"tile {tile}", weight, [], {"tile": tile})
+                for tile in left
+            ]
+        return [replace(task, inputs={**task.inputs, "from_tiles": self.undone}) for task in asking]
 
-    def _task(self, wave: str, label: str, weight: int, reads: list[str], inputs: dict[str, Any]) -> Task:
-        key = task_key("neighbours", {"table": self.table, "plan": wave, "step": label}, reads)
-        step = label.split()[0]
-        inputs = {"step": step, "plan": wave, "tiles": self.tiles, "part": None, **inputs}
+    def _task(
+        self, files: Any, slot: str, wave: str, label: str, weight: int, reads: list[str], inputs: dict[str, Any]
+    ) -> Task:
+        """Return the task that makes the file of a slot, in place of that of another search."""
+        key, old = task_key("neighbours", {"table": self.table, "plan": wave, "step": label}, reads), files.get(slot)
+        inputs = {"slot": slot, "replaces": None if old is None else old.path, "part": None, **inputs}
+        inputs |= {"step": label.split()[0], "plan": wave, "tiles": self.tiles}
         return Task(key, label, weight, inputs, claimed=True, for_all=True)
 
     def __str__(self) -> str:
@@ -155,19 +162,24 @@ def plan_tiles(stage: NeighboursStage, store: Store, database: AnyDatabase, task
     assert isinstance(database, Database)
     dimension = int(store.state.records[f"encoder:{database.encoder}"]["dimension"])
     vectors = 2 * dimension * database.vectors_in_log
-    memory = memory_of_machine() // _SHARE_OF_MACHINE if stage.memory is None else stage.memory
+    each = memory_of_machine() // _SHARE_OF_MACHINE // len(stage.devices)
+    memory = each if stage.memory is None else stage.memory
     if not tasks or vectors <= memory or not database.record.nlist or search_scope.may_repeat(store):
         return None
     tiles = min(-(-vectors // room_of_tile(memory, is_gpu(stage.devices[0]))), database.record.nlist)
-    decides = [database.settings, database.point.nprobe, database.reads(), stage.saved, tiles]
-    digest = hashlib.blake2b(repr([*decides, digest_of_undone(store.state)]).encode(), digest_size=8).hexdigest()
+    undone = digest_of_undone(store.state)
+    decides = [database.settings, database.point.nprobe, database.reads(), stage.saved, undone]
+    digest = hashlib.blake2b(repr(decides).encode(), digest_size=8).hexdigest()
     few = _FEWEST_ROWS * sum(task.weight for task in tasks) < database.vectors_in_log
-    begun = store.state.file(ROUTES, TILING, stage.table)
-    if few and (begun is None or routes_about(begun)["of"] != digest):
+    tiling = store.state.file(ROUTES, TILING, stage.table)
+    begun = None if tiling is None or routes_about(tiling)["of"] != digest else routes_about(tiling)
+    if few and begun is None:
         return None
+    if begun is not None and vectors <= begun["tiles"] * memory:  # with more memory or less: go on with what is there
+        tiles = begun["tiles"]
     guests = max(copies(tiles, database.record.nlist, database.point.nprobe) - 1, 1)
     rows = _MOST_GUESTS * database.vectors_in_log / guests
-    return TilePlan(stage.table, tiles, vectors, memory, tuple(database.held()), rows, digest)
+    return TilePlan(stage.table, tiles, vectors, memory, tuple(database.held()), rows, digest, undone)
 
 
 def copies(tiles: int, nlist: int, nprobe: int) -> float:
@@ -234,15 +246,13 @@ class TileStep:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Write the file of a task; return None if it is written already."""
-        inputs, table = task.inputs, self.stage.table
-        now = self.store.state.file(ROUTES, inputs["slot"], table)
-        if now is not None and routes_about(now)["plan"] == inputs["plan"]:
+        inputs, table, remove = task.inputs, self.stage.table, list[str]()
+        if is_taken(self.store, ROUTES, inputs["slot"], table, inputs["replaces"]):
             return None
         if inputs["step"] == "tiling":
-            entry = self._write_tiling(task, run)
-            reads, remove = tuple(self.database.reads()), tuple(filter(self.store.state.has, inputs["remove"]))
+            entry, reads, remove = self._write_tiling(task, run), tuple(self.database.reads()), inputs["remove"]
         else:
-            remove = ()
+            remove = [inputs["replaces"]] if inputs["replaces"] else []
             tiling = self._file(TILING, inputs["plan"])
             tile_of, sizes = (column.to_numpy() for column in parts.read_parquet(self.store, tiling).columns)
             reads = (tiling.path,)
@@ -250,13 +260,14 @@ class TileStep:
                 reads += (parts.part_entry(self.store, "embeddings", inputs["part"], self.database.encoder).path,)
                 entry = self._route(inputs["part"], tile_of, inputs, run)
             else:
-                requests, tile = self._requests(), inputs["tile"]
+                requests, tile = self._requests(inputs["plan"]), inputs["tile"]
                 reads += tuple(one.path for one in requests)
                 asking = set(_numbers_in(routes_about(tiling)["asking"]))
                 entry = self._search(tile, requests, asking, int(sizes[tile_of == tile].sum()), inputs, run)
         report(task.weight)
         settings = {"name": table, "index": self.stage.index}
-        return Staged("neighbours", settings, reads, (entry,), remove, task=task.key, run=run)
+        removed = tuple(filter(self.store.state.has, remove))
+        return Staged("neighbours", settings, reads, (entry,), removed, task=task.key, run=run)
 
     def _file(self, slot: str, plan: str) -> FileEntry:
         entry = self.store.state.file(ROUTES, slot, self.stage.table)
@@ -264,9 +275,9 @@ class TileStep:
             raise ErasedError(f"{ROUTES} of {self.stage.table!r} were removed by another process")
         return entry
 
-    def _requests(self) -> list[FileEntry]:
+    def _requests(self, plan: str) -> list[FileEntry]:
         files = self.store.state.group(ROUTES, self.stage.table).items()
-        return [entry for slot, entry in files if slot.isdigit()]
+        return [entry for slot, entry in files if slot.isdigit() and routes_about(entry)["plan"] == plan]
 
     def _name(self, run: str, slot: str) -> FileName:
         return FileName.new(run, ROUTES, slot, "parquet", self.stage.table)
@@ -279,7 +290,9 @@ class TileStep:
             sizes += [shard.size(number) for number in shard.numbers]
         tile = split_lists(trained.centroids, sizes, task.inputs["tiles"])
         about = {name: task.inputs[name] for name in ("plan", "tiles", "of", "asking")}
-        about["encoder"] = self.database.encoder
+        commit, head = search_scope.last_change(self.database.store)
+        about |= {"encoder": self.database.encoder, "probed": min(self.database.point.nprobe, len(tile))}
+        about |= {"searched": consecutive_ranges(self.database.held()), "commit": commit, "head": head}
         table = pa.table({"tile": tile, "size": sizes}, schema=_TILING)
         return parts.write_parquet(self.store, self._name(run, TILING), table, about=about)
 
@@ -486,6 +499,17 @@ class Asked:
 
 
 _FIELDS = attrgetter(*Asked.__dataclass_fields__)
+
+
+def known_to_tiles(store: Store, table: str) -> dict[str, Any]:
+    """Return what the tiles of a table were searched in, for ``about`` of the tables that have their results.
+
+    The database may have grown since, or purges may have been undone: then the tables are updated next.
+    """
+    tiling = store.state.file(ROUTES, TILING, table)
+    if tiling is None:
+        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
+    return {name: routes_about(tiling)[name] for name in ("searched", "commit", "head", "probed")}
 
 
 def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> Best:

@@ -51,7 +51,10 @@ def _text(result: RepairResult, dry_run: bool) -> str:
         lines.append(f"{one.path}: {how}")
     if result.ok:
         now, share = " any more" if lines else "", f" in share {result.shard}" if result.shard else ""
-        return "\n".join([*lines, f"Nothing is damaged{now}{share} (commit {result.commit})."])
+        lines.append(f"Nothing is damaged{now}{share} (commit {result.commit}).")
+        if result.shard and any(one.replacement and not one.same for one in result.repaired):
+            lines.append("Next: retrotool verify, as other jobs may have files that were made from what was rebuilt.")
+        return "\n".join(lines)
     left = output.count(len(result.remaining), "problem")
     lines.append(f"{left} found; nothing was changed:" if dry_run else f"FAILED: {left} left:")
     return "\n".join([*lines, *problem_lines(result.remaining)])

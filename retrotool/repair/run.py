@@ -14,12 +14,13 @@ Cost: reading the store once, and again after each round; and the work to make t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from retrotool import engine
+from retrotool import engine, interrupts
 from retrotool.ann.choice import parse_factory
 from retrotool.ann.lists import to_faiss
 from retrotool.cli.command_lines import command_line
@@ -27,6 +28,7 @@ from retrotool.embed.search_scope import SearchableRows, embedded_parts
 from retrotool.embed.stage import EmbedStage
 from retrotool.encoder import find_encoder
 from retrotool.encoder.devices import pick_device
+from retrotool.engine.task import task_key
 from retrotool.errors import AbortError, CorruptError, RetrotoolError, StorageError, UsageError
 from retrotool.index.index_records import RECALL, RECALL_SAMPLE, SHARD, IndexFiles
 from retrotool.index.recall import measure_until_committed
@@ -37,7 +39,7 @@ from retrotool.info.problems import Problem, problem_with
 from retrotool.info.verify import Verification, verify
 from retrotool.neighbours.filters import Filters
 from retrotool.neighbours.stage import NeighboursStage, database_of
-from retrotool.store import log
+from retrotool.store import leases, log
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -48,6 +50,7 @@ from retrotool.store.sums import with_sums
 from retrotool.store.tombstones import read_tombstones
 
 _ROUNDS = 4
+_POLL_SECONDS = 1.0  # between two looks at whether another job has trained an index again
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,8 @@ class _Round:
     def _embed(self, run: Run, name: str, broken: Sequence[FileEntry]) -> None:
         record = self.store.state.records[f"encoder:{name}"]
         origin = str(record["origin"])
-        identity = find_encoder(origin, pooling=record["pooling"], name=name)[1]
+        shape = {"pooling": record["pooling"], "dimension": record["dimension"]}
+        identity = find_encoder(origin, name=name, **shape)[1]
         if identity.sha256 != record["sha256"]:
             moved = f"If it was moved, record its new place: {command_line('embed', self.store)} --encoder DIR"
             raise UsageError(f"the encoder at {origin} is not the one that embedded the store", moved)
@@ -181,8 +185,10 @@ class _Round:
     def _index(self, run: Run, name: str, broken: Sequence[FileEntry]) -> None:
         store = self.store
         for entry in broken:
-            is_training = entry.slot.startswith("trained") and store.refresh().has(entry.path)
-            if is_training and not self._train(run, name, entry):
+            if entry.slot.startswith("trained") and not self._train_alone(run, name, entry):
+                if engine.is_a_job():
+                    advice = f"Run it without --shard: {command_line('repair', store)}"
+                    raise UsageError("its training gives other bytes now, and one process has to train it", advice)
                 index(store.place, name=name, options=Options(devices=",".join(self.devices), retrain=True))
                 return
         shards = [entry for entry in broken if entry.slot.startswith(SHARD)]
@@ -194,6 +200,17 @@ class _Round:
         if record is not None and (shards or any(entry.slot == RECALL for entry in broken)):
             generation, target = record.generation, record.target
             measure_until_committed(store, run, name, generation, target, RECALL_SAMPLE, self.devices, None)
+
+    def _train_alone(self, run: Run, name: str, entry: FileEntry) -> bool:
+        """Return whether the file was trained again to the same bytes, by this run or by another."""
+        store, key = self.store, task_key("repair", {"training": entry.path}, [])
+        while not leases.take_claim(store.storage, key, run.id):
+            interrupts.check()
+            time.sleep(_POLL_SECONDS)
+        try:
+            return not store.refresh().has(entry.path) or self._train(run, name, entry)
+        finally:
+            leases.release_claim(store.storage, key, run.id)
 
     def _train(self, run: Run, name: str, entry: FileEntry) -> bool:
         """Train with the recorded settings; replace the file and return True if that gave the same bytes."""

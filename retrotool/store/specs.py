@@ -95,7 +95,8 @@ _ABOUT: dict[str, Spec] = {
     "scans": {"reads": [PATH], "names": [[str]]},
     "edits": {"rows": COUNT, "bans": COUNT},
     "routes": {
-        "plan": str, "tiles?": COUNT, "homes?": [COUNT], "guests?": [COUNT], "asked?": [COUNT], "parts?": [PART],
+        "plan": str, "asked?": [COUNT], "parts?": [PART], "tiles?": COUNT, "of?": str, "encoder?": str,
+        "asking?": _SPANS, "searched?": _SPANS, "commit?": COUNT, "head?": str, "probed?": PART,
     },
     "tombstones": Maybe({"within?": [(INT64, INT64)]}),
     "trained": {

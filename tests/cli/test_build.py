@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import make_rows, write_jsonl
+from stored import stored_files
 from typer.testing import CliRunner
 
 from retrotool import api
 from retrotool.app import app
+from retrotool.reader import Reader
 from retrotool.store.store import Store
 
 ROWS = make_rows(16, words=60)
@@ -95,10 +97,22 @@ def test_it_is_resumed_after_an_interruption(
     source, store = write_jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "store"
     with monkeypatch.context() as patch:
         patch.setattr("retrotool.build.run.index", _interrupt)
-        assert run_cli("build", store, source, "--encoder", tiny_encoder, "--tokenizer", tiny_encoder).exit_code == 130
+        given = ("build", store, source, "--encoder", tiny_encoder, "--tokenizer", tiny_encoder)
+        assert run_cli(*given).exit_code == 130
     assert not Store.open(store).state.names("index")
-    ok("build", store)
+    ok(*given)
     assert api.verify(store).ok and Store.open(store).state.names("neighbours")
+
+
+def test_what_is_new_gets_vectors_as_short_as_the_others(tmp_path: Path, tiny_encoder: Path) -> None:
+    source, store = write_jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "store"
+    ok("chunk", store, source, "--tokenizer", tiny_encoder)
+    ok("embed", store, "--encoder", tiny_encoder, "--dimension", 8)
+    ok("build", store, write_jsonl(tmp_path / "more.jsonl", make_rows(2, first=500)))
+    assert [Reader(Store.open(store)).embeddings(part).shape[1] for part in (0, 1)] == [8, 8]
+    (damaged,) = stored_files(store, "embeddings/*/000001-*.npy")
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert api.repair(store).repaired[0].same
 
 
 def test_the_next_command_after_a_second_encoder_and_index_names_them(store_copy: Path, tiny_encoder: Path) -> None:

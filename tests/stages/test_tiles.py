@@ -20,7 +20,7 @@ from retrotool.ann.choice import IndexOptions
 from retrotool.engine import run as running
 from retrotool.index.run import Options
 from retrotool.info import verify as verifying
-from retrotool.neighbours import tiles
+from retrotool.neighbours import stage, tiles
 from retrotool.neighbours.run import SearchOptions
 from retrotool.store.store import Store
 
@@ -229,6 +229,91 @@ def test_an_interrupted_search_goes_on_where_it_stopped(store: Path, monkeypatch
         find(store, vectors(store) // 3)
     assert set(done) == {"tile"}
     assert_equal(store, "tiled", "whole")
+
+
+def test_with_other_memory_an_interrupted_search_goes_on(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do jobs on machines with more memory and less undo one another's work."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, "tile", stop)
+        find(store, vectors(store) // 3)
+    for share in (4, 2):
+        with monkeypatch.context() as patch:
+            done = interrupt_at(patch, "", lambda: None)
+            find(store, vectors(store) // share)
+        assert "tiling" not in done
+    assert_equal(store, "tiled", "whole")
+
+
+def test_files_of_an_earlier_search_are_not_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job may commit them after the task that removes them was planned."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, "tile", stop)
+        find(store, vectors(store) // 3)
+    before = Store.open(store).state.group("routes", "tiled")
+    late = {entry.path for slot, entry in before.items() if slot in ("000001", "000003")}
+    assert len(late) == 2
+    tune = Options(IndexOptions(), sample=50)
+    api.index(store, name="whole", target_recall=0.9, options=tune)
+    write = tiles.TileStep._write_tiling
+
+    def forgetful(self: tiles.TileStep, task: Any, run: str) -> Any:
+        task.inputs["remove"][:] = [path for path in task.inputs["remove"] if path not in late]
+        return write(self, task, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles.TileStep, "_write_tiling", forgetful)
+        done = interrupt_at(patch, "", lambda: None)
+        find(store, vectors(store) // 3)
+    assert done.count("tiling") == 1 and done.count("routes") == len(api.info(store).parts)
+    find(store, 1 << 30, name="direct")
+    assert_equal(store, "tiled", "direct")
+    assert not stored_files(store, "routes/*/*")
+
+
+@pytest.mark.parametrize("change", ["growth", "undo"])
+@pytest.mark.parametrize("step", ["routes", "tile", "merge"])
+def test_what_comes_in_between_is_found_in_the_end(
+    store: Path, tiny_encoder: Path, step: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change == "undo":
+        purge(store)
+
+    def act() -> None:
+        if change == "undo":
+            api.undo(store, api.info(store).purges[0], reason="test")
+            return
+        near = [{**row, "id": f"near-{row['id']}"} for row in make_rows(25, words=79)]
+        api.chunk(store, [str(write_jsonl(store.parent / "near.jsonl", near))], part_size=60)
+        api.embed(store, encoder=str(tiny_encoder))
+        api.index(store, name="whole")
+
+    with monkeypatch.context() as patch:
+        if step == "merge":
+            merge, acted = stage.found_in_tiles, list[None]()
+
+            def watched(*arguments: Any) -> Any:
+                if not acted:
+                    acted.append(None)
+                    act()
+                return merge(*arguments)
+
+            patch.setattr(stage, "found_in_tiles", watched)
+        else:
+            interrupt_at(patch, step, act)
+        find(store, vectors(store) // 3)
+    find(store, vectors(store) // 3)
+    find(store, 1 << 30, name="direct")
+    assert_equal(store, "tiled", "direct")
+    assert not stored_files(store, "routes/*/*")
+    assert api.verify(store).ok
 
 
 @given(st.integers(1, 12), st.integers(1, 60), st.integers(0, 2**32 - 1))
