@@ -274,6 +274,9 @@ class Vectors:
         return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
 
 
+_READ_ONCE = ("trained", "shards", "_allowed", "_searched", "_n_searched", "_list_sizes")  # cached properties
+
+
 class _Open(ABC):
     """A store opened for search on a device, in ``room`` bytes per buffer, for sources that ``allows``.
 
@@ -301,9 +304,11 @@ class _Open(ABC):
     @abstractmethod
     def _open_on_device(self) -> OnDevice: ...
 
-    def share_device(self, other: AnyDatabase) -> None:
-        """Use what ``other``, with the same ``searched_of``, has or will have in the memory of a GPU."""
+    def take_over(self, other: AnyDatabase) -> None:
+        """Use what ``other``, with the same ``searched_of``, has read, and has or will have on a GPU."""
         self._lock, self._resident = other._lock, other._resident
+        known = vars(other).copy()  # other threads may be searching in it
+        vars(self).update({name: known[name] for name in _READ_ONCE if name in known})
 
     def leave_device(self) -> None:
         """Give back the memory of a GPU."""

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,6 +38,9 @@ _EDITS = {
     "ban": {"chunk?": _ID, "ban": [_ID]},
     "reset": {"chunk?": _ID, "reset": frozenset((True,))},
 }
+
+
+_FEW_PARTS = 8  # whose documents are kept in memory: 16 MB for a million chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,9 @@ def _apply(store: Store, run: Run, table: str, lines: Sequence[EditLine]) -> Non
     database, record = database_of(store, table)
     within, saved = bool(record["within"]), int(record["saved"])
     ours, theirs = (_LiveChunks(place, str(record["encoder"])) for place in (store, database))
-    own_of = cache(lambda part: search_scope.own_documents(store, part, database, theirs.purged, within=within))
+    own_of = lru_cache(_FEW_PARTS)(
+        lambda part: search_scope.own_documents(store, part, database, theirs.purged, within=within)
+    )
     rows: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for chunk, near, distance in read_edits(store, table).tolist():
         rows[chunk].append((near, distance))

@@ -206,7 +206,7 @@ def _asked(store: Store, entry: FileEntry, shelf: int) -> Ids:
 def from_shelves(
     store: Store, tombstones: Tombstones, table: str, part: int, plan: str
 ) -> Callable[[Ids, Pieces], Pieces]:
-    """Return a function that fills pieces as ``read_pieces`` does, from what all shelves of a plan have for a part.
+    """Return a function that fills pieces as ``read_pieces`` does, from what a plan has for a part.
 
     Ids that it did not ask for, because its table has changed since, are read directly.
     """

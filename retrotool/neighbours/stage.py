@@ -432,7 +432,7 @@ class NeighboursWorker:
             return True
         new = self._stage.open_database(self._store)
         if searched_of(new) == searched_of(old):
-            new.share_device(old)
+            new.take_over(old)
         elif self._searching:
             return False
         else:  # an erase may have replaced files

@@ -73,7 +73,8 @@ TILING = "tiling"  # the slot of the file that says which list is in which tile
 _NOWHERE = -1
 _FEWEST_ROWS = 64  # 1/n of the vectors: for fewer rows, reading what they need is cheaper than sorting all
 _HOMES, _GUESTS = 0, 1  # row groups of a tile
-_MOST_GUESTS = 8  # at a time, per vector
+_MOST_GUESTS = 8  # at a time, bytes of guests per byte of the vectors
+BESIDE_ROUTED, ANSWER_BYTES = 24, 12  # of a row in a tile, besides its vector; and of a neighbour that is found
 _SHARE_OF_MACHINE, _SHARE_FOR_TILE = 2, 2
 _CARD_BYTES = 48 << 30  # the rest is for queries
 _TILING = pa.schema({"tile": pa.int32(), "size": pa.int64()})
@@ -178,7 +179,7 @@ def plan_tiles(stage: NeighboursStage, store: Store, database: AnyDatabase, task
     if begun is not None and vectors <= begun["tiles"] * memory:  # with more memory or less: go on with what is there
         tiles = begun["tiles"]
     guests = max(copies(tiles, database.record.nlist, database.point.nprobe) - 1, 1)
-    rows = _MOST_GUESTS * database.vectors_in_log / guests
+    rows = database.vectors_in_log * _MOST_GUESTS / guests * 2 * dimension / bytes_of_guest(dimension, stage.saved)
     return TilePlan(stage.table, tiles, vectors, memory, tuple(database.held()), rows, digest, undone)
 
 
@@ -194,9 +195,15 @@ def copies(tiles: int, nlist: int, nprobe: int) -> float:
     return float(tiles * (1 - (1 - 1 / tiles) ** anywhere))
 
 
-def count_waves(copies_of_row: float) -> int:
+def bytes_of_guest(dimension: int, saved: int) -> int:
+    """Return about how many bytes a row takes in a tile, with what is found for it."""
+    return 2 * dimension + BESIDE_ROUTED + ANSWER_BYTES * saved
+
+
+def count_waves(copies_of_row: float, dimension: int, saved: int) -> int:
     """Return the number of waves in which all rows of a database are searched for."""
-    return max(1, math.ceil((copies_of_row - 1) / _MOST_GUESTS))
+    guests = (copies_of_row - 1) * bytes_of_guest(dimension, saved)
+    return max(1, math.ceil(guests / (_MOST_GUESTS * 2 * dimension)))
 
 
 def room_of_tile(memory: int, on_gpu: bool) -> int:

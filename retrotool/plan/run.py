@@ -54,7 +54,7 @@ from retrotool.encoder.encoder_identity import read_config
 from retrotool.errors import UsageError
 from retrotool.index.recall import BUDGET, GPU_BUDGET
 from retrotool.index.stage import default_shard_rows, sample_size
-from retrotool.neighbours.tiles import copies, count_waves, room_of_tile
+from retrotool.neighbours.tiles import ANSWER_BYTES, BESIDE_ROUTED, bytes_of_guest, copies, count_waves, room_of_tile
 from retrotool.sizes import parse_size
 from retrotool.store.storage import PART_BYTES, RANGE_BYTES
 
@@ -68,7 +68,7 @@ NPROBE = 128  # lists that a chunk is compared with: 96 to 168 for documentation
 _LIST_FLOPS, _SAVED_FLOPS = 70_000, 130_000  # as much work as a list and a saved neighbour of a query are on cores
 _ASKED = 2000  # queries, to measure recall
 _UPPER_PROBED = 33  # of √nlist upper lists, with finding them
-_BESIDE_ROUTED, _LIST_NUMBER, _ANSWER = 24, 4, 12  # bytes of a row in a tile, besides its vector; and of a neighbour
+_LIST_NUMBER = 4  # bytes of a list that a row in a tile probes
 _CARD_BYTES, _BESIDE_VECTOR = 56e9, 40  # of 80 GB, for vectors; bytes of a vector besides its numbers
 _PARTS_AT_ONCE = 8  # searched by a GPU in each portion of vectors that is loaded
 _LOADED_PER_SECOND = 2e10  # bytes, from memory to a GPU
@@ -325,8 +325,8 @@ class _Work:
         self._tiles = -(-vectors // room_of_tile(half, machines.gpus > 0)) if choice.nlist and vectors > half else 0
         self._probed = min(self.nprobe, choice.nlist)
         self._copies = copies(self._tiles, choice.nlist, self._probed) if self._tiles else 1.0
-        self._waves = count_waves(self._copies)
-        row = 2 * choice.d + _BESIDE_ROUTED + _ANSWER * self.saved
+        self._waves = count_waves(self._copies, choice.d, self.saved)
+        row = bytes_of_guest(choice.d, self.saved)
         self._scratch = int(n * (1 + (self._copies - 1) / self._waves) * row)
         upper = _UPPER_PROBED * choice.nlist**0.5
         self._compared = choice.nlist if choice.nlist <= TWO_LEVELS else upper  # centroids, to find lists
@@ -376,7 +376,8 @@ class _Work:
         budget = GPU_BUDGET if self.machines.gpus else BUDGET
         share = min(1.0, max(budget / (asked * self.n), 2000 / (10 * asked)))
         seconds = self._products("index", share * asked * self.n * 2.0 * self._choice.d)
-        return self._spread("index: recall", self.parts, seconds, int(share * self._bytes["embeddings"]), 0)
+        read = int(share * self._bytes["embeddings"])
+        return self._spread("index: recall", 1, seconds, read, 0, alone=True, pieces=self.parts)
 
     def neighbours(self) -> tuple[StagePlan, ...]:
         choice, n, gpus = self._choice, self.n, self.machines.gpus
@@ -399,15 +400,17 @@ class _Work:
     def _in_tiles(self, finding: float, searching: float) -> tuple[StagePlan, ...]:
         """Return the cost of the three rounds of a search in tiles: to find lists, search them, and merge."""
         choice, n, tiles, waves = self._choice, self.n, self._tiles, self._waves
-        routed = int(n * ((self._copies - 1 + waves) * (2 * choice.d + _BESIDE_ROUTED) + _LIST_NUMBER * self._probed))
-        found = int(n * self._copies * _ANSWER * self.saved)
+        routed = int(n * ((self._copies - 1 + waves) * (2 * choice.d + BESIDE_ROUTED) + _LIST_NUMBER * self._probed))
+        found = int(n * self._copies * ANSWER_BYTES * self.saved)
         if self.machines.gpus:
             searching += routed / _LOADED_PER_SECOND
         read = waves * (self._bytes["embeddings"] + LIST_BYTES * n)
         pieces, tasks = self.parts * tiles, self.parts * waves
         return (
             self._spread("neighbours: route", tasks, finding, read, routed),
-            self._spread("neighbours: search", tiles * waves, searching, routed, found, pieces=pieces * (waves + 1)),
+            self._spread(
+                "neighbours: search", tiles * waves, searching, routed, found, pieces=pieces * (waves + 1), units=tiles
+            ),
             self._spread("neighbours: merge", self.parts, 0.0, found, self._bytes["neighbours"], pieces=pieces),
         )
 
@@ -426,11 +429,17 @@ class _Work:
 
     def _spread(
         self, name: str, tasks: int, seconds: float, read: int, written: int, feed: float = 0.0, *,
-        alone: bool = False, pieces: int = 0,
+        alone: bool = False, pieces: int = 0, units: int = 0,
     ) -> StagePlan:  # fmt: skip
-        """Distribute ``seconds`` of one device over all devices; ``feed`` are core-seconds that GPUs need."""
+        """Distribute ``seconds`` of one device over all devices; ``feed`` are core-seconds that GPUs need.
+
+        ``units`` of equal size are shared instead of parts.
+        """
         machines = self.machines
-        gpus, hosts = (1.0, 1.0) if alone else (self._share(machines.gpus or 1), self._share(machines.hosts))
+        gpus, hosts = (
+            1.0 if alone else -(-units // workers) / units if units else self._share(workers)
+            for workers in (machines.gpus or 1, machines.hosts)
+        )
         gpu, core = (seconds, feed) if machines.gpus else (0.0, seconds)
         walls = {"GPU": gpu * gpus, "CPU": core / machines.cores * hosts}
         return self._stage(name, tasks, gpu, core, walls, read, written, hosts, pieces=pieces)

@@ -131,6 +131,7 @@ def test_waves_find_what_one_finds(store: Path, rows: int, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(tiles, "_MOST_GUESTS", rows / api.info(store).chunks)
         patch.setattr(tiles, "copies", lambda *_: 2)
+        patch.setattr(tiles, "bytes_of_guest", lambda dimension, _: 2 * dimension)
         done = interrupt_at(patch, "", lambda: None)
         find(store, vectors(store) // 4)
     assert done.count("tiling") == -(-api.info(store).chunks // rows)
