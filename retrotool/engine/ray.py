@@ -160,15 +160,14 @@ class RayPool:
         self._opening: dict[Any, _Actor] = {}  # references to answers
         self._asked: dict[Any, _Actor] = {}
         self._calls: dict[Any, tuple[_Actor, Task]] = {}
-        self._unclear: list[
-            tuple[float, _Actor, Task]
-        ] = []  # dead actors, until it is known whether their node is dead
+        # Dead actors, until it is known whether their node is dead, too; without a task they were opening.
+        self._unclear: list[tuple[float, _Actor, Task | None, RayError]] = []
         self.idle: deque[_Actor] = deque()  # an entry for each task that may begin
 
     @property
     def busy(self) -> bool:
         """Whether there are tasks that ``finished`` has not yielded."""
-        return bool(self._calls or self._unclear)
+        return bool(self._calls or any(task is not None for _, _, task, _ in self._unclear))
 
     def begin(self, task: Task) -> None:
         """Give a task to the actor that has waited longest."""
@@ -198,10 +197,8 @@ class RayPool:
             found = ray.get(answer)
         except RayError as error:
             self._lose(actor)
-            if task is not None:
-                self._unclear.append((time.monotonic() + LOSS_SECONDS, actor, task))
-            elif is_opening:
-                self._note_opening(actor, error)
+            if task is not None or is_opening:
+                self._unclear.append((time.monotonic() + LOSS_SECONDS, actor, task, error))
             return
         if task is not None:
             actor.tasks -= 1
@@ -223,7 +220,7 @@ class RayPool:
         self._failures[actor.node] += 1
         self._why[actor.node] = error
         usable = self._shares()
-        if not self._actors and all(self._failures[node] >= _OPENINGS for node in usable):
+        if usable and not self._actors and all(self._failures[node] >= _OPENINGS for node in usable):
             if isinstance(error, RayError):
                 why = str(error).strip().splitlines()[-1]
                 raise TaskError(f"{self._stage.name}: the workers on Ray end when they start: {why}") from error
@@ -240,13 +237,14 @@ class RayPool:
     def _clarified(self) -> Iterator[tuple[Task, TaskResult]]:
         """Yield the tasks of dead actors, once it is known whether their nodes are dead, too."""
         unclear, self._unclear = self._unclear, []
-        for until, actor, task in unclear:
-            if actor.node not in self._nodes:
-                yield task, NodeLostError()
-            elif time.monotonic() > until:
-                yield task, BrokenExecutor("its worker was killed")
-            else:
-                self._unclear.append((until, actor, task))
+        for until, actor, task, error in unclear:
+            is_node_lost = actor.node not in self._nodes
+            if not is_node_lost and time.monotonic() <= until:
+                self._unclear.append((until, actor, task, error))
+            elif task is not None:
+                yield task, NodeLostError() if is_node_lost else BrokenExecutor("its worker was killed")
+            elif not is_node_lost:
+                self._note_opening(actor, error)
 
     def _look_at_nodes(self) -> None:
         """Make the actors that are missing on live nodes: first one on each, then the second of each."""

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import Shared, make_rows, write_jsonl
@@ -189,6 +191,29 @@ def test_if_the_driver_is_lost_the_same_command_goes_on(cluster: RayCluster, sto
         assert len(second.submit(drive, cluster.address, str(store), stage).result()) == 4
     tried = attempts(marks)
     assert sum(tried.values()) <= 5, "only what was in flight"
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_node_that_is_lost_while_its_workers_start_does_not_end_the_run(
+    is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("retrotool.engine.ray")
+    error = ray.RayError("the actor died")
+    monkeypatch.setattr(ray, "ray", SimpleNamespace(get=Mock(side_effect=error), kill=Mock()))
+    monkeypatch.setattr(ray, "LOSS_SECONDS", -1.0)
+    pool = ray.RayPool(Mock(), SimpleNamespace(name="mark"), Mock(), "", Mock())
+    pool._nodes = {"one": {"CPU": 2.0}}
+    actors = [ray._Actor(None, "one", number) for number in range(3)]
+    pool._actors = {("one", actor.number): actor for actor in actors}
+    pool._opening = {actor.number: actor for actor in actors}
+    assert [list(pool._take(actor.number)) for actor in actors] == [[], [], []]
+    assert not pool.busy
+    if is_lost:
+        pool._nodes = {}
+        assert not list(pool._clarified())
+    else:
+        with pytest.raises(TaskError, match="mark: the workers on Ray end when they start: the actor died"):
+            list(pool._clarified())
 
 
 @pytest.mark.parametrize(
