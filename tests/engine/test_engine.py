@@ -24,7 +24,7 @@ from retrotool import api, engine
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, Worker, perform_reporting, task_key
-from retrotool.errors import CorruptError, HeldError, StorageError, TaskError, UsageError
+from retrotool.errors import CorruptError, ErasedError, HeldError, StorageError, TaskError, UsageError
 from retrotool.store import leases, staging
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
@@ -72,6 +72,8 @@ class TouchWorker:
             raise OSError("a hiccup")
         if kind == "corrupt":
             raise CorruptError("this file is broken", "repair it")
+        if kind == "erased":
+            raise ErasedError("its input was erased by another process")
         if kind == "full":
             raise StorageError("no space left")
         if kind == "kill" or (kind == "die" and attempt == 0):
@@ -133,6 +135,13 @@ def test_what_is_wrong_with_the_data_is_not_tried_again(store: Store, tmp_path: 
         execute(store, TouchStage(str(tmp_path / "marks"), fail=((1, "corrupt"),)), workers)
     assert error.value.advice == "repair it", "the advice crosses processes"
     assert attempts(tmp_path, 1) == 1
+    assert len(store.refresh().group("selectors")) == 5
+
+
+def test_a_task_whose_input_is_always_gone_ends_the_run(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ErasedError, match="its input was erased"):
+        execute(store, TouchStage(str(tmp_path / "marks"), fail=((1, "erased"),)))
+    assert attempts(tmp_path, 1) == 10
     assert len(store.refresh().group("selectors")) == 5
 
 
