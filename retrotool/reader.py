@@ -108,8 +108,7 @@ class Reader:
 
     def _open_view(self) -> None:
         store = self._store
-        self._tombstones = read_tombstones(store)
-        self.tokenizer = stored_tokenizer(store)
+        self._tombstones, self.tokenizer = read_tombstones(store), stored_tokenizer(store)
         # The caches belong to the view: a new commit may have other files.
         self._row_group = lru_cache(_KEPT_ROW_GROUPS)(lambda part, group: parts.read_chunks(store, part, [group]))
         self._documents = lru_cache(_KEPT_PARTS)(
@@ -133,9 +132,14 @@ class Reader:
         return {name: int(counts.get(name, 0)) for name in ("documents", "chunks", "tokens")}
 
     def refresh(self) -> int:
-        """Move to the newest commit and return its number."""
-        self._store.refresh()
-        self._open_view()
+        """Move to the newest commit and return its number; on an error, stay where it was."""
+        before = self._store.state
+        try:
+            self._store.refresh()
+            self._open_view()
+        except BaseException:
+            self._store.state = before
+            raise
         return self.commit
 
     def parts(self) -> list[int]:
@@ -258,6 +262,7 @@ class Reader:
     def document_of(self, chunk_id: int) -> DocumentEntry:
         """Return the document of a chunk that exists or did; the id of an erased one is empty."""
         part, row = split_id(chunk_id)
+        self._check_live(part)
         first = self._documents(part)["first_row"].to_numpy()
         return self._document_at(part, int(np.searchsorted(first, row, side="right")) - 1)
 

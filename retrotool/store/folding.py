@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from retrotool.errors import ErasedError
+from retrotool.errors import CorruptError, ErasedError
 from retrotool.store import parts, paths
 from retrotool.store.blocked import Blocked, blocked_documents, read_hashes
 from retrotool.store.gc import clean
@@ -70,6 +70,7 @@ def _commit(store: Store, run: Run, tasks: Sequence[Staged]) -> Outcome:
 
 def _forget(store: Store, tasks: Sequence[Staged]) -> None:
     """Remove staged entries, and those of their files that no commit names."""
+    store.refresh()  # others may have committed these tasks since, and then removed some of their files
     entries = [entry for task in tasks for entry in task.entries()]
     dropped = [entry.path for entry in entries if not store.state.has(entry.path)]
     store.storage.delete(path for one in dropped for path in with_sums(one))
@@ -169,13 +170,20 @@ def _is_shard(entry: FileEntry) -> bool:
 def _draft_of_units(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> Draft | None:
     """Build the commit of the units that are next in the order of their plans; the others wait."""
     plans = state.with_prefix("plan:")
-    waiting = _waiting(store, state, tasks, outcome)
+    waiting = _waiting(state, tasks, outcome)
     ready: list[Staged] = []
     progress: dict[str, Any] = {}
     for plan in sorted(plans, key=lambda plan: plans[plan]["order"]):
         done = int(plans[plan]["done"])
         first = len(ready)
         while (task := waiting.get((plan, done))) is not None:
+            try:
+                reason = _refused(store, state, task)
+            except ErasedError:  # another process has just committed or dropped it
+                break
+            if reason:
+                outcome[task.task] = reason
+                break
             ready.append(task)
             done += 1
         if done > plans[plan]["done"]:
@@ -186,8 +194,8 @@ def _draft_of_units(store: Store, state: State, tasks: Sequence[Staged], outcome
     return _numbered(state, ready, progress) if ready else None
 
 
-def _waiting(store: Store, state: State, tasks: Sequence[Staged], outcome: Outcome) -> dict[tuple[str, int], Staged]:
-    """Return the units that can still be committed, by plan and index; put the others into the outcome."""
+def _waiting(state: State, tasks: Sequence[Staged], outcome: Outcome) -> dict[tuple[str, int], Staged]:
+    """Return the units of plans that go on, by plan and index; put the others into the outcome."""
     waiting = {}
     plans = state.with_prefix("plan:")
     for task in tasks:
@@ -197,15 +205,20 @@ def _waiting(store: Store, state: State, tasks: Sequence[Staged], outcome: Outco
             outcome[task.task] = ""
         elif not all(map(state.has, task.reads)):
             outcome[task.task] = "its plan was changed"
-        elif _is_fenced(state, task) or not is_whole(store.storage, task):
-            outcome[task.task] = "its files are missing"
         else:
-            with contextlib.suppress(ErasedError):  # another process has just committed or dropped it
-                if _brings_back(store, state, task.unit):
-                    outcome[task.task] = "one of its documents was purged"
-                else:
-                    waiting[task.unit.plan, task.unit.index] = task
+            waiting[task.unit.plan, task.unit.index] = task
     return waiting
+
+
+def _refused(store: Store, state: State, task: Staged) -> str:
+    """Return why a unit whose turn it is can't be committed; "" if it can."""
+    assert task.unit is not None, "it waits for its turn"
+    if _is_fenced(state, task) or not is_whole(store.storage, task):
+        return "its files are missing"
+    try:
+        return "one of its documents was purged" if _brings_back(store, state, task.unit) else ""
+    except CorruptError as error:
+        return str(error)
 
 
 def _brings_back(store: Store, state: State, unit: Unit) -> bool:

@@ -40,7 +40,8 @@ def clean(store: Store, run: Run, *, thorough: bool = False) -> int:
     owners = {info.path: owner for info in storage.list("") if (owner := owner_of(storage, info.path)) is not None}
     seen = {*owners.values(), *(one.run for one in unfinished)} - {run.id}
     now = leases.renew(storage, run.id)
-    silent = {owner: leases.silence_of(storage, owner, now) for owner in seen}
+    alive = leases.with_leases(storage)  # listed after the files: a run writes its lease before any other
+    silent = {owner: leases.silence_of(storage, owner, now) if owner in alive else None for owner in seen}
     fenced = [owner for owner, seconds in silent.items() if seconds is not None and seconds > leases.DEAD_SECONDS]
     if fenced:
         store.commit(run, lambda state: _fence(store, state, fenced))

@@ -19,6 +19,7 @@ import orjson
 
 from retrotool.errors import CorruptError, StoreNotFoundError, UsageError
 from retrotool.store import schema, specs
+from retrotool.store.paths import PROBE
 from retrotool.store.storage import Storage, where
 
 FORMAT = 2
@@ -101,7 +102,7 @@ def _how_to_make(storage: Storage) -> str:
 def _is_strange(storage: Storage) -> bool:
     """Return whether the folder has anything that does not belong to a store that is being created."""
     found = itertools.chain((info.path for info in storage.list("")), storage.irregular())
-    return any(not path.startswith((".", "tokenizer-", "staging/")) for path in found)
+    return any(not path.startswith((".", "tokenizer-", "staging/", f"plans/{PROBE}-")) for path in found)
 
 
 def create_identity(storage: Storage, tokenizer: TokenizerIdentity, tokenizer_json: bytes, chunk_length: int) -> None:

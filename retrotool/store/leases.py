@@ -104,11 +104,15 @@ def run_path(run: str) -> str:
     return f"leases/run-{run}"
 
 
+def with_leases(storage: Storage) -> list[str]:
+    """Return the ids of the runs that have a lease."""
+    return [match["run"] for info in storage.list("leases/run-") if (match := RUN_PATH.fullmatch(info.path))]
+
+
 def others(storage: Storage, run: str) -> list[str]:
     """Return the ids of the other runs that may still be writing."""
     now = renew(storage, run)
-    found = [match["run"] for info in storage.list("leases/run-") if (match := RUN_PATH.fullmatch(info.path))]
-    return [other for other in found if other != run and is_alive(storage, other, now=now)]
+    return [other for other in with_leases(storage) if other != run and is_alive(storage, other, now=now)]
 
 
 def renew(storage: Storage, run: str) -> float:

@@ -15,7 +15,7 @@ import random
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,6 +80,7 @@ class Store:
         found, genesis = identity.read_identity(storage)
         state = newest_checkpoint(storage) or State(-1, genesis)
         store = cls(storage, found, genesis, state)
+        copies = store.cache.names()
         # Listed before reading: commits are made in order, so all up to the last one listed exist.
         last = log.last_number(storage, state.number)
         store.state = state.fold(log.read_after(storage, state.number, state.head, last))
@@ -90,6 +91,7 @@ class Store:
                 f"{missing} is missing, and there are commits after it, up to {log.commit_path(last)}",
                 f"Restore it from a backup. If {newest} is not a commit of this store, move that file elsewhere.",
             )
+        store._clean_cache(copies)
         return store
 
     @classmethod
@@ -107,10 +109,14 @@ class Store:
         """Apply newer commits, remove copies of files that they removed, and return the state."""
         copies = self.cache.names()  # listed first: what is copied later is newer
         self.state = self.state.fold(log.read_after(self.storage, self.state.number, self.state.head))
+        self._clean_cache(copies)
+        return self.state
+
+    def _clean_cache(self, copies: Collection[str]) -> None:
+        """Remove those copies whose files are not live, once for each state."""
         if copies and self._cleaned < self.state.number:
             self.cache.remove_others(copies, {entry.sha256 for entry in self.state.files()})
             self._cleaned = self.state.number
-        return self.state
 
     def at(self, number: int) -> Store:
         """Return the store as of commit ``number``; files removed since can't be read."""
@@ -263,12 +269,14 @@ class Store:
                 return state
             if reason := state.conflict(draft):
                 raise ConflictError(f"{draft.kind}: {reason}", "Run the same command again.")
-            for path in draft.remove:
-                self.storage.stat(path)  # refuses symbolic links
+            if not self.storage.latent:  # there are no symbolic links in a bucket
+                for path in draft.remove:
+                    self.storage.stat(path)  # refuses them
             if self._append(run, state, draft):
-                self.storage.delete(path for removed in draft.remove for path in with_sums(removed))
-                if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
-                    self.write_checkpoint(run)
+                with contextlib.suppress(StorageError, OSError):  # it is committed: clean-up does the rest
+                    self.storage.delete(path for removed in draft.remove for path in with_sums(removed))
+                    if state.number + 1 > 0 and (state.number + 1) % CHECKPOINT_EVERY == 0:
+                        self.write_checkpoint(run)
                 return self.refresh()
             # Otherwise contending writers would keep colliding.
             time.sleep(random.uniform(0, _BACKOFF_SECONDS * min(next(collisions), 32)))  # noqa: S311

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import buckets
 import pytest
+from conftest import make_rows, write_jsonl
 from typer.testing import CliRunner, Result
 
 from retrotool import RetroDataset
 from retrotool.app import app
+from retrotool.store.paths import PROBE, FileName
 from retrotool.store.store import Store
 
 pytestmark = pytest.mark.sends_requests
@@ -114,6 +116,28 @@ def test_after_an_erase_no_copy_has_what_it_removed(store: str, tmp_path: Path) 
     after = {path.stem for path in copies(tmp_path / "cache")}
     assert after <= live
     assert before - live, "the erase replaced files that were copied"
+
+
+def test_a_machine_that_only_reads_loses_its_copies_when_it_opens_the_store(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(store)
+    with monkeypatch.context() as other:
+        other.setenv("RETROTOOL_CACHE", str(tmp_path / "other"))
+        assert run("purge", store, "--where", "id = 'doc-3'", "--reason", "test", "--erase", "--yes").exit_code == 0
+    live = {entry.sha256 for entry in Store.open(store).state.files()}
+    assert {path.stem for path in copies(tmp_path / "cache")} <= live
+
+
+def test_a_store_can_be_created_where_a_killed_command_has_left_its_probe(served: Path, tmp_path: Path) -> None:
+    """The first request of a new store tests the server, and the next removes that file."""
+    place = served / tmp_path.name
+    (place / "plans").mkdir(parents=True)
+    (place / "plans" / FileName.new("0a1b2c3d", "plans", PROBE, "bin").path.rpartition("/")[2]).write_bytes(b"first")
+    file = write_jsonl(tmp_path / "new.jsonl", make_rows(2))
+    done = run("chunk", f"s3://{buckets.BUCKET}/{tmp_path.name}", file)
+    assert done.exit_code == 0, done.stderr
+    assert not list(place.glob(f"plans/{PROBE}-*"))
 
 
 def test_a_copy_that_rotted_is_an_error_once(store: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from stored import remove_stored, stored_file, stored_files
 import retrotool
 from retrotool import api
 from retrotool.embed.stage import EmbedStage
-from retrotool.errors import ConflictError, ErasedError, UsageError
+from retrotool.errors import ConflictError, ErasedError, StorageError, UsageError
 from retrotool.purge.run import commit_purge
 from retrotool.purge.select import select
 from retrotool.purge.selectors.lookup import Lookup, select_ids
@@ -79,6 +80,21 @@ def test_a_reader_that_was_open_keeps_its_view_until_it_refreshes(store_copy: Pa
     api.purge(store_copy, api.Selectors(chunk=lines(tmp_path / "ids", [target])), reason="test")
     assert reader.chunk(target).document == "doc-7"
     reader.refresh()
+    with pytest.raises(UsageError):
+        reader.chunk(target)
+
+
+def test_a_reader_that_fails_to_refresh_keeps_its_whole_view(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the new commit with the old tombstones: what is purged at a commit is not in it."""
+    reader = retrotool.open(store_copy)
+    before, target = reader.commit, reader.document("doc-7")[0]
+    api.purge(store_copy, api.Selectors(document="doc-7"), reason="test")
+    with monkeypatch.context() as patch:
+        patch.setattr("retrotool.reader.read_tombstones", Mock(side_effect=StorageError("the server is busy")))
+        with pytest.raises(StorageError):
+            reader.refresh()
+    assert (reader.commit, reader.chunk(target).document) == (before, "doc-7")
+    assert reader.refresh() > before
     with pytest.raises(UsageError):
         reader.chunk(target)
 

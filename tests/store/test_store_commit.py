@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ ON_DISK = [
 ]  # fmt: skip
 IN_MEMORY = ["overwrite", "put_if_absent", "delete", "put_if_absent", "delete"]
 COMMIT, NAMING = (IN_MEMORY, "put_if_absent") if is_everywhere() else (ON_DISK, "link")
+
+FIRST_AFTER = 2 if is_everywhere() else 6  # the first step after the commit is in the log
 
 
 @pytest.fixture
@@ -89,13 +92,12 @@ def test_a_commit_announces_every_step(prepared: Store) -> None:
 
 @steps(COMMIT)
 def test_a_commit_on_a_full_disk_is_made_or_not(prepared: Store, step: int) -> None:
-    with (
-        Run(prepared.storage) as run,
-        at_step(step, full_disk),
-        pytest.raises(StorageError, match="no space left") as caught,
-    ):
+    """Once it is in the log there is no error: who reads one runs the command again."""
+    is_logged = step >= FIRST_AFTER
+    expected = nullcontext() if is_logged else pytest.raises(StorageError, match="no space left")
+    with Run(prepared.storage) as run, at_step(step, full_disk), expected as caught:
         replace(prepared, run)
-    assert "Free some space" in caught.value.advice
+    assert caught is None or "Free some space" in caught.value.advice  # type: ignore[attr-defined]
     assert_old_or_new(Path(prepared.place), step)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from memory_storage import is_everywhere
-from staging_help import IN_ORDER, TOTALS, embedding, numbered, staged_store, task_key
+from staging_help import IN_ORDER, TOTALS, embedding, numbered, planned_store, staged_store, task_key, unit
 from store_help import (
     announced,
     assert_whole,
@@ -25,10 +25,12 @@ from store_help import (
 )
 from stored import copy_store
 
-from retrotool.errors import ErasedError, StorageError
+from retrotool.errors import CorruptError, ErasedError, StorageError
 from retrotool.store import folding, staging
 from retrotool.store.leases import Run
-from retrotool.store.log import FileEntry
+from retrotool.store.log import Draft, FileEntry
+from retrotool.store.staging import Staged
+from retrotool.store.storage import Storage
 from retrotool.store.store import Store
 
 
@@ -135,6 +137,53 @@ def test_a_unit_whose_files_another_process_takes_away_meanwhile_is_left_to_the_
     staged.refresh()
     assert numbered(staged.state, Path(staged.place)) == IN_ORDER
     assert_whole(staged)
+
+
+def test_a_fold_that_another_has_overtaken_removes_no_live_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read the entry of a task, and finds a file missing that a later commit of the other has removed."""
+    store = planned_store(tmp_path / "store")
+    other, is_whole, acted = Store.open(store.place), folding.is_whole, list[None]()
+
+    def overtaken(storage: Storage, task: Staged) -> bool:
+        if not acted and task.task == task_key("a1"):
+            acted.append(None)
+            with Run(other.storage) as run:
+                folding.fold(other, run)
+                (entry,) = other.state.group("quarantine").entries()
+                other.commit(run, lambda _: Draft("test", remove=(entry.path,)))
+        return is_whole(storage, task)
+
+    with Run(store.storage) as run:
+        for index in (0, 1):
+            staging.stage(store.storage, unit(tmp_path / "store", run.id, "a", index))
+            if index:
+                monkeypatch.setattr(folding, "is_whole", overtaken)
+            folding.fold(store, run)
+    assert acted
+    assert numbered(store.refresh(), tmp_path / "store") == IN_ORDER[:3]
+    assert_whole(store)
+
+
+def test_a_unit_with_a_damaged_file_is_done_again(staged: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object) -> bool:
+        raise CorruptError("a page of its documents is damaged")
+
+    with Run(staged.storage) as run:
+        monkeypatch.setattr(folding, "_brings_back", damaged)
+        refused = folding.fold(staged, run).refused
+    assert refused == {task_key("a1"): "a page of its documents is damaged"}
+
+
+def test_what_waits_for_its_turn_is_not_looked_at(staged: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, is_whole = list[str](), folding.is_whole
+    monkeypatch.setattr(folding, "is_whole", lambda _, task: asked.append(task.task) or is_whole(_, task))
+    staged.storage.delete([staging.staged_path(task_key("a1"))])
+    with Run(staged.storage) as run:
+        folding.fold(staged, run)
+    units = {task_key(name) for name in ("a1", "a2", "b0")}
+    assert not units.intersection(asked)
 
 
 def test_what_a_task_costs_does_not_depend_on_how_many_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
