@@ -196,13 +196,13 @@ def parts_of_open_plans(store: Store) -> list[int]:
     return [part for plan_id in plans for part in parts_of_plan(state, plan_id)]
 
 
-def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes: Hashes) -> Ids:
+def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes: Hashes, whole: Hashes) -> Ids:
     """Return the chunks in parts ``numbers`` that a purge of ``chunks`` blocks by ``hashes``, ascending.
 
-    Documents with some chunks selected or purged and some not are left out: these were selected chunk by
-    chunk.
+    Documents with some chunks selected or purged and some not were selected chunk by chunk. Their own hashes
+    are among ``hashes``, so they are blocked by those of wholly purged documents only, ``whole``.
     """
-    several = Blocked(store.identity.secret, hashes)
+    several, those = (Blocked(store.identity.secret, some) for some in (hashes, whole))
     purged = Tombstones(np.union1d(read_tombstones(store).ids, chunks))
     found = [np.zeros(0, np.int64)]
     for part in numbers if len(hashes) else ():
@@ -211,11 +211,13 @@ def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes
         first, count = table["first_row"].to_numpy(), table["n_chunks"].to_numpy()
         rows = purged.rows(part)
         n_purged = np.searchsorted(rows, first + count) - np.searchsorted(rows, first)
-        table = table.filter(pa.array((n_purged == 0) | (n_purged == count)))
-        alike = blocked_documents(store, several, parts.part_entry(store, "chunks", part), table)
-        first, count = (table[name].to_numpy()[alike] for name in ("first_row", "n_chunks"))
-        found.append(parts.chunk_ids(part, expand_ranges(first, count)))
-    return np.concatenate(found)
+        partly, entry = (n_purged > 0) & (n_purged < count), parts.part_entry(store, "chunks", part)
+        for blocked, which in ((several, ~partly), (those, partly)):
+            some = table.filter(pa.array(which))
+            alike = blocked_documents(store, blocked, entry, some)
+            first, count = (some[name].to_numpy()[alike] for name in ("first_row", "n_chunks"))
+            found.append(parts.chunk_ids(part, expand_ranges(first, count)))
+    return np.unique(np.concatenate(found))
 
 
 def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:

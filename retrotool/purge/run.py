@@ -321,16 +321,17 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     purge = "p" + secrets.token_hex(4)
     seen = tombstone_paths(selection.state)
     add: list[FileEntry] = []
+    hashed = selection.chunks, selection.blocked, selection.whole
 
     def build(state: State) -> Draft:
         if tombstone_paths(state) != seen:
             raise ConflictError("another purge was committed concurrently", "Run the same command again.")
         new = [part for part in purged_chunks.parts_of_open_plans(store) if part not in selection.open_parts]
-        if len(purged_chunks.find_in_open_plans(store, new, selection.chunks, selection.blocked)):
+        if len(purged_chunks.find_in_open_plans(store, new, *hashed)):
             raise ConflictError("copies of selected chunks were added concurrently", "Run the same command again.")
         counts = asdict(weight_of(selection.weights))
-        hashed = store.identity.keyed_hash(request.literal)
-        selector = {"selector": request.kind, "hash": hashed, "reason": reason, "who": who}
+        literal_hash = store.identity.keyed_hash(request.literal)
+        selector = {"selector": request.kind, "hash": literal_hash, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, **purged_chunks.totals_after(state, selection.weights, -1)}
         gone = [entry.path for entry in state.group(SCANS, scan).entries()] if scan else []

@@ -124,7 +124,7 @@ class Selectors:
         if self.contaminates is not None:
             evaluation = Store.open(self.contaminates)
             as_of = f"{evaluation.identity.uuid} {evaluation.state.number}"
-            found.append(Contaminates(str(Path(self.contaminates).absolute()), as_of=as_of))
+            found.append(Contaminates(evaluation.uri, as_of=as_of))
         check_device(self.device)
         if self.like is not None:
             found.append(near(store, self.like, self.within, self.encoder, self.device))
@@ -185,7 +185,7 @@ class Selection:
     * ``matches``: how many each selector selects. ``found``: what scans found (``parts.SCANS_SCHEMA``).
     * ``chunks``: all ids, ascending. ``live``: those not purged before. ``weights``: what these take from the
       totals.
-    * ``blocked``: hashes that keep what is purged from coming back.
+    * ``blocked``: hashes that keep what is purged from coming back; ``whole``: those of whole documents.
     * ``open_parts``: parts of open plans that were searched for copies, which are among ``chunks``.
 
     * ``copies``, only for an erase: chunks of the ``copied`` rejected documents that repeat a selected one.
@@ -199,6 +199,7 @@ class Selection:
     live: Ids
     weights: Weights
     blocked: Hashes
+    whole: Hashes
     copies: Ids
     copied: int
     open_parts: tuple[int, ...]
@@ -226,6 +227,8 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         sets.append(lookup.select(store, missing_ok=bool(earlier), report=report))
         matches.append(Match(lookup.kind, "", len(sets[-1])))
     for number, selector in enumerate(request.scanned):
+        if isinstance(selector, NearDuplicates) and not earlier:
+            selector.check_any_left(store)
         mine = found.filter(pc.equal(found["selectors"], number))
         sets.append(np.unique(mine["chunks"].to_numpy()))
         matches += _matches(selector, mine["labels"].to_numpy())
@@ -234,9 +237,9 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         several = purged_chunks.documents_of(store, chunks, [])
         whole = (chunks_of(store, part, table["doc"].to_numpy()) for part, table in several)
         chunks = np.concatenate([chunks[:0], *whole])
-    hashes = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
+    hashes, of_whole = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
     open_parts = purged_chunks.parts_of_open_plans(store)
-    chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes))
+    chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes, of_whole))
     copies, copied = np.zeros(0, np.int64), 0
     if erase:
         begun = [purge for purge, record in earlier.items() if not record["erased"]]
@@ -244,8 +247,9 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         copies, copied = purged_chunks.find_copies(store, chunks)
     live, weights = weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
-        request, store.state, tuple(matches), found, chunks, live, weights, hashes, copies, copied, tuple(open_parts)
-    )
+        request, store.state, tuple(matches), found, chunks, live, weights, hashes, of_whole, copies, copied,
+        tuple(open_parts),
+    )  # fmt: skip
 
 
 def _matches(selector: Selector, labels: Ids) -> list[Match]:
@@ -256,22 +260,25 @@ def _matches(selector: Selector, labels: Ids) -> list[Match]:
     return [Match(selector.kind, name, n) for name, n in zip(names, counts, strict=True) if n]
 
 
-def hashes_to_block(store: Store, chunks: Ids) -> Hashes:
+def hashes_to_block(store: Store, chunks: Ids) -> tuple[Hashes, Hashes]:
     """Return the hashes to block: ids of wholly purged documents; texts and tokens of all concerned.
+
+    The second hashes are those of wholly purged documents alone.
 
     Chunks of earlier purges count as purged, rejected documents do not. Erased documents can't be hashed.
     Reads all row groups that hold one of these documents.
     """
     purged = Tombstones(np.union1d(chunks, chunks_of_purges(store).ids))
     secret = store.identity.secret
-    found = [np.zeros(0, blocked.HASH)]
+    found, of_whole = [np.zeros(0, blocked.HASH)], [np.zeros(0, blocked.HASH)]
     for part, table in purged_chunks.documents_of(store, chunks, ["id", "text_hash", "n_chunks"]):
-        whole = pa.array(np.isin(table["doc"].to_numpy(), documents_within(store, part, purged)))
-        found.append(blocked.id_hashes(secret, table["id"].filter(whole).drop_null().to_pylist()))
-        found.append(blocked.keyed_texts(secret, table["text_hash"].drop_null().to_pylist()))
+        whole = np.isin(table["doc"].to_numpy(), documents_within(store, part, purged))
         tokens = blocked.stored_tokens(store, parts.part_entry(store, "chunks", part), table)
-        found.append(tokens[tokens != b""])
-    return np.unique(np.concatenate(found))
+        of_whole.append(blocked.id_hashes(secret, table["id"].filter(pa.array(whole)).drop_null().to_pylist()))
+        for into, which in ((of_whole, whole), (found, ~whole)):
+            texts = table["text_hash"].filter(pa.array(which)).drop_null().to_pylist()
+            into += [blocked.keyed_texts(secret, texts), tokens[which & (tokens != b"")]]
+    return np.unique(np.concatenate([*found, *of_whole])), np.unique(np.concatenate(of_whole))
 
 
 def signed(reason: str | None, who: str | None) -> str:

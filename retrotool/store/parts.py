@@ -125,8 +125,11 @@ def distinct_parts(ids: Ids) -> list[int]:
 
 def rows_by_part(ids: Ids) -> Iterator[tuple[int, Ids]]:
     """Yield each part that the chunk ids belong to, ascending, with the rows of its ids in their order."""
-    for part in distinct_parts(ids):
-        yield part, row_of(ids[part_of(ids) == part])
+    if (ids[1:] < ids[:-1]).any():
+        ids = ids[np.argsort(part_of(ids), kind="stable")]
+    of = part_of(ids)
+    for rows in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(of)) + 1) if len(ids) else ():
+        yield int(of[rows[0]]), row_of(ids[rows])
 
 
 def slice_of_part(ids: Ids, part: int) -> slice:

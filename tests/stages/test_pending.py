@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import make_rows, write_jsonl
@@ -101,6 +102,29 @@ def test_they_are_embedded_and_neither_searched_nor_given_neighbours(
     api.neighbours(store)
     assert len(Store.open(store).state.group("neighbours", "main")) == len(state.all_parts())
     assert api.verify(store).problems == []
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_copy_of_which_a_part_is_selected_goes_as_a_whole(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    """The text of a document that is taken down is not left in another that had a hit of its own."""
+    store, (row,) = tmp_path / "store", make_rows(1, first=7)
+    api.chunk(store, [str(write_jsonl(tmp_path / "a.jsonl", [row]))], tokenizer=str(tiny_encoder))
+    with monkeypatch.context() as patch:
+        patch.setattr(chunk_run, "finish_plans", Mock(side_effect=Stopped))
+        with pytest.raises(Stopped):
+            api.chunk(store, [str(write_jsonl(tmp_path / "b.jsonl", [{**row, "id": "copy"}]))])
+    if earlier:
+        api.purge(store, api.Selectors(chunk="1:1"), reason="test")
+        api.purge(store, api.Selectors(document=row["id"]), reason="test")
+    else:
+        api.purge(store, api.Selectors(document=row["id"], chunk="1:1"), reason="test")
+    api.chunk(store, [])
+    reader = retrotool.open(store)
+    assert not [i for part in reader.parts() for i in reader.chunk_ids(part)]
+    with pytest.raises(UsageError):
+        reader.document("copy")
 
 
 @pytest.mark.parametrize("erase", [False, True])

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -50,7 +49,7 @@ class Contaminates(Selector):
 
     def open(self, store: Store) -> ContaminationMatcher:
         """Read the evaluation text; ``UsageError`` if it has another tokenizer or is empty."""
-        evaluation = Store.open(Path(self.evaluation))
+        evaluation = Store.open(self.evaluation)
         advice = f"Chunk the evaluation text again, with --tokenizer {store.where(store.identity.tokenizer.file)}."
         check_compatible(evaluation, store, "their tokens can't be compared", advice, lengths=False)
         return read_evaluation(evaluation, GRAM, SIMILAR)

@@ -46,15 +46,19 @@ class NearDuplicates(Selector):
     chunks: tuple[int, ...]
 
     def open(self, store: Store) -> CopyMatcher:
-        """Read the chunks; ``UsageError`` if all are erased."""
+        """Read the chunks. If all are erased, nothing is a copy: an erase that was killed goes on without."""
         ids, own = np.unique(np.array(self.chunks, np.int64)), store.identity
         tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
         n_tokens = np.zeros(len(ids), np.int64)
         for places, read, rows in parts.read_groups_of(store, ids):
             tokens[places], n_tokens[places] = read.tokens[rows], read.n_tokens[rows]
-        if not n_tokens.any():
-            raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")
         return CopyMatcher(tokens, n_tokens, COPIED, FEWEST)
+
+    def check_any_left(self, store: Store) -> None:
+        """Raise ``UsageError`` if all of the chunks are erased, so that no copies can be found."""
+        ids = np.unique(np.array(self.chunks, np.int64))
+        if not any(chunks.n_tokens[rows].any() for _, chunks, rows in parts.read_groups_of(store, ids)):
+            raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")
 
 
 class CopyMatcher:

@@ -57,7 +57,7 @@ class Patterns(Selector):
         def match(block: TextBlock) -> BlockHits:
             hits: list[BlockHits] = []
             where: dict[int, list[int]] = {}
-            for document, (begin, end) in enumerate(itertools.pairwise(block.starts[block.documents].tolist())):
+            for document, (begin, end) in enumerate(itertools.pairwise(block.starts[block.pieces].tolist())):
                 found = together.Match(block.text[begin:end]) or ()
                 # The empty pattern, the last, is always found, unless the set's memory did not suffice.
                 for label in found if len(several) in found else range(len(several)):
@@ -120,13 +120,13 @@ def compiled(pattern: str, *, ignore_case: bool = False) -> Pattern:
 def find_all(pattern: Pattern, block: TextBlock, documents: Sequence[int] | None = None) -> tuple[Offsets, Offsets]:
     r"""Return all matches that don't overlap: begin and end in ``TextBlock.text``, int64 [h] each.
 
-    ``documents``: the numbers of those to search in (default: all).
+    ``documents``: the numbers of those ``pieces`` of the block to search in (default: all).
 
-    ``^``, ``$`` and ``\b`` match at the beginning and end of each document, not of windows.
+    ``^``, ``$`` and ``\b`` match at the beginning and end of each document, key and value, not of windows.
     """
     text = block.text
     found: list[tuple[int, int]] = []
-    spans: list[tuple[int, int]] = list(itertools.pairwise(block.starts[block.documents].tolist()))
+    spans: list[tuple[int, int]] = list(itertools.pairwise(block.starts[block.pieces].tolist()))
     for begin, end in spans if documents is None else [spans[number] for number in documents]:
         found += ((begin + b, begin + e) for b, e in find_in(pattern, text[begin:end]))
     edges = np.array(found, np.int64).reshape(-1, 2)

@@ -116,7 +116,8 @@ def check_phone(seen: Candidate) -> tuple[int, int] | None:
     text = seen.text
     digits = "".join(filter(str.isdigit, text))
     groups = re.findall(r"\d+", text)
-    if re.match(r"\w|[.,:/-]\d", seen.after) or re.search(r"\d[-+.,/: ]?\Z|[\w.]-\Z", seen.before):
+    comma = "" if text[0] == "+" else ","  # which parts the fields of a table, or digits of a number
+    if re.match(rf"\w|[.{comma}:/-]\d", seen.after) or re.search(rf"\d[-+.{comma}/: ]?\Z|[\w.]-\Z", seen.before):
         return None
     if text[0].isalpha():  # labelled
         start = re.search(r"\d|[(+]", text)
@@ -216,9 +217,9 @@ _ISSUERS = re.compile(
 
 def check_card(seen: Candidate) -> tuple[int, int] | None:
     """Accept numbers of known issuers, ungrouped or grouped as on a card, with a valid Luhn digit."""
-    if re.search(r"[\w+/]\Z|[\w ]-\Z|\d[ .,:/-]\Z", seen.before) or (seen.before[-1:] == "." and not seen.folded):
+    if re.search(r"[\w+/]\Z|[\w ]-\Z|\d[ .:/-]\Z", seen.before) or (seen.before[-1:] == "." and not seen.folded):
         return None
-    if re.match(r"[\w+/=]| \d{4}|[-.,:]\d", seen.after):
+    if re.match(r"[\w+/=]| \d{4}|[-.:]\d", seen.after):  # a comma parts the fields of a table
         return None
     for separator in " -":
         groups, end = seen.text.split(separator), len(seen.text)
@@ -342,7 +343,7 @@ class PersonalData(Selector):
 def _checked(block: TextBlock, pattern: Pattern, check: Check, folded: bool) -> Iterator[tuple[int, int]]:
     """Yield where the data in matches of ``pattern`` begins and ends in the text of a block."""
     begins, ends = find_all(pattern, block)
-    borders = block.starts[block.documents]
+    borders = block.starts[block.pieces]
     document = np.searchsorted(borders, begins, side="right")
     places = (begins, ends, borders[document - 1], borders[document])
     over = 0

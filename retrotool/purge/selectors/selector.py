@@ -76,6 +76,15 @@ class TextBlock:
     def _decoded(self) -> tuple[Offsets, memoryview]:
         return self.decoder(self.chunks)
 
+    @cached_property
+    def pieces(self) -> Offsets:
+        """The first rows of documents and of values of key-value records, and the number of rows.
+
+        Keys and values are tokenised apart, so no word or match goes on from one into the other.
+        """
+        key = self.chunks.key
+        return np.union1d(self.documents, np.flatnonzero(key[:-1] & ~key[1:]) + 1)
+
     @property
     def starts(self) -> Offsets:
         """Where in ``text`` each chunk begins and the last one ends, int64 [n + 1]."""

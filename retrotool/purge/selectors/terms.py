@@ -83,7 +83,7 @@ class Normal:
     def of(cls, block: TextBlock) -> Normal:
         """Normalise the text of a block."""
         lower = bytes(block.text).translate(_LOWER)
-        borders = block.starts[block.documents]
+        borders = block.starts[block.pieces]
         first, last = _islands(lower, borders)
         islands, island_words = _normalise([lower[b:e] for b, e in zip(first.tolist(), last.tolist(), strict=True)])
         # In the order of their places; an island at the beginning of a document comes after its border.

@@ -137,6 +137,12 @@ def test_all_is_found_wherever_chunks_are_cut(data: st.DataObject) -> None:
     assert set(picked) <= found_in(text, size=data.draw(st.integers(5, 200)))
 
 
+@pytest.mark.parametrize("row", ["Jane Roe,{},12/27", "1001,{},12/27", '"a",{}'])
+@pytest.mark.parametrize(("kind", "text"), [("payment-card", "4111111111111111"), ("phone", "+442079460958")])
+def test_fields_of_a_table_are_found(row: str, kind: str, text: str) -> None:
+    assert (kind, text) in found_in(row.format(text))
+
+
 def test_documents_are_apart_and_kinds_are_labels() -> None:
     block = block_of([[b"john@exam", b"ple.com 81.2.69.", b"142"], [b"81.2."], [b"69.142"]])
     matcher = PersonalData(("ip-address", "email")).matcher()

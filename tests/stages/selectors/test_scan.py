@@ -6,6 +6,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from stored import contents_of, stored_files
 
 import retrotool
 from retrotool import api, engine
+from retrotool.chunk.chunk_plan import ChunkOptions
 from retrotool.engine.run import plan_tasks
 from retrotool.errors import ConflictError, UsageError
 from retrotool.purge.select import select
 from retrotool.purge.selectors import scan
 from retrotool.purge.selectors.patterns import Patterns
+from retrotool.sources.records import Fields
 from retrotool.store import leases
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
@@ -203,3 +206,24 @@ def test_where_text_was_lost_it_is_said(store_copy: Path) -> None:
     assert "--allow-lossy" in error.value.advice
     with pytest.raises(UsageError, match="no selector was given"):
         api.purge(store_copy, api.Selectors(), reason="test")
+
+
+@pytest.mark.parametrize(
+    "selectors",
+    [
+        {"terms": ["Jane Roe"]}, {"pii": ("phone",)}, {"pii": ("payment-card",)}, {"pii": ("iban",)},
+        {"pattern": r"\bJane"}, {"pattern": r"owner$"}, {"pattern": "^Jane"},
+    ],
+)  # fmt: skip
+def test_a_value_begins_where_its_key_ends(tmp_path: Path, selectors: dict[str, Any]) -> None:
+    """They are tokenised apart, without a border between their texts."""
+    values = ["Jane Roe is.", "202-555-0143 is her number.", "4111 1111 1111 1111 is her card.",
+              "GB82 WEST 1234 5698 7654 32 is her account."]  # fmt: skip
+    rows = [{"id": f"q{n}", "key": "Who is the owner", "value": value} for n, value in enumerate(values)]
+    options = ChunkOptions(fields=Fields(key="key", value="value"))
+    api.chunk(tmp_path / "store", [str(write_jsonl(tmp_path / "rows.jsonl", rows))], options=options)
+    if "terms" in selectors:
+        (tmp_path / "terms").write_text("\n".join(selectors["terms"]))
+        selectors = {"terms": tmp_path / "terms"}
+    found = api.purge(tmp_path / "store", api.Selectors(**selectors), dry_run=True)
+    assert found.chunks == (4 if selectors.get("pattern") == "owner$" else 1)
