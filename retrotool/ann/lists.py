@@ -71,8 +71,9 @@ class Trained:
         aim = rotated - table[lists] if self.by_residual else rotated
         codes, off = self.codec.encode(aim), 0.0
         if not isinstance(self.codec, Whole) and len(aim):
-            few = self.codec.decode(codes[:_FEW].cpu().numpy()).to(aim.device)
-            off = float((few - aim[:_FEW]).square().sum()) * len(aim) / len(few)
+            step = -(-len(aim) // _FEW)  # from all of the rows: neighbours in the text are alike
+            few = self.codec.decode(codes[::step].cpu().numpy()).to(aim.device)
+            off = float((few - aim[::step]).square().sum()) * len(aim) / len(few)
         return lists, codes, float(distances.sum()), off
 
 

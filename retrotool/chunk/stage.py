@@ -293,8 +293,7 @@ def _rows(plan: ChunkPlan, piece: InputPiece, stage: ChunkStage) -> Iterator[Row
         return
     if not problem:
         yield from sources.read_input(file, plan.fields, piece.where)
-        # Several requests may have read parts of two versions.
-        problem = file.change() if file.is_remote else ""
+        problem = file.change()  # it may have been cut short, or several requests may have read two versions
     if problem:
         leave = f"--exclude {shlex.quote(glob.escape(file.path))}"
         advice = f"Restore it and run the same command again, or leave it out with {leave}."

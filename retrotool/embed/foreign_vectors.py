@@ -149,7 +149,9 @@ def _find_named(paths: tuple[str, ...]) -> VectorFiles:
         columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise UsageError(f"{paths[0]} has the columns {columns}", _FORMS)
     lengths = (pc.list_value_length(batch[column])[0].as_py() for batch in _batches(table, [column]) if len(batch))
-    return VectorFiles(paths, next(lengths, 0) or 0, column=column)
+    if not (dimension := next(lengths, 0)):
+        raise UsageError(f"{paths[0]}: the first row has no numbers in the column {column}", _FORMS)
+    return VectorFiles(paths, dimension, column=column)
 
 
 def foreign_identity(maker: str, name: str, dimension: int) -> EncoderIdentity:

@@ -44,6 +44,7 @@ from retrotool.index.searching import TUNED_K, Vectors, nearest_of, read_shard, 
 from retrotool.index.stage import superseded
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
+from retrotool.ranges import as_slice, in_steps
 from retrotool.store import parts
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
@@ -208,7 +209,10 @@ class _Curve:
             rows = slice(first, first := first + len(queries))
             truth = self._truth.best.take(rows)
             # As in searches, k = 100 takes ten times the candidates, here up to the deepest.
-            enough = {(depth, k): min(depth * max(k // TUNED_K, 1), deepest) for depth, k in found}
+            is_whole = isinstance(database.trained.codec, Whole)
+            enough = {
+                (depth, k): min(k + SPARE if is_whole else depth * max(k // TUNED_K, 1), deepest) for depth, k in found
+            }
             best = {n: Best(distances[:, :n], candidates[:, :n]).nearest(DEPTH) for n in {*enough.values()}}
             for (depth, k), hits in found.items():
                 some = best[enough[depth, k]]
@@ -321,9 +325,10 @@ def find_truth(
             chosen = searchable[np.repeat(blocks, _BLOCK)[: len(searchable)]]
         if len(chosen):
             vectors = search_scope.read_part_vectors(store, encoder, part)
-            matrix = vectors[:] if len(chosen) == len(vectors) else vectors[chosen]
-            some = OneList(chunk_ids(part, chosen), matrix)
-            best = nearest_of(asked, some, DEPTH, best, device=device, room=room)
+            step = len(chosen) if device != "cpu" else max(1, room // (2 * vectors.shape[1]))
+            for rows_here in in_steps(chosen, step):
+                some = OneList(chunk_ids(part, rows_here), vectors[as_slice(rows_here)])
+                best = nearest_of(asked, some, DEPTH, best, device=device, room=room)
         report(1)
     give_memory_back()
     found = [_of_documents(store, part, rows, "source").to_pylist() for part, rows in rows_by_part(ids)]

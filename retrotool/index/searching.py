@@ -35,7 +35,7 @@ from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Ids, Queries
 from retrotool.ann.lists import InvertedLists, Lists, OneList, SomeLists, Trained
 from retrotool.ann.ranking import Best, merged, rerank
-from retrotool.ann.resident import ResidentLists
+from retrotool.ann.resident import ResidentLists, free_memory
 from retrotool.ann.search import ROOM, SPARE, Search, nearest_lists, nothing_banned
 from retrotool.chunk.chunk_plan import documents_within
 from retrotool.cli.command_lines import command_line, embed_command
@@ -46,7 +46,7 @@ from retrotool.index.index_records import INDEX, IndexFiles, IndexRecord, ShardR
 from retrotool.index.on_device import OnDevice, in_blocks
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
-from retrotool.ranges import as_slice
+from retrotool.ranges import as_slice, in_steps
 from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.log import FileEntry
@@ -274,6 +274,7 @@ class Vectors:
         return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
 
 
+_MOST_SORTED, _SORT_BYTES = 1 << 31, 48  # numbers that a GPU can sort at a time, and bytes that it takes for each
 _READ_ONCE = ("trained", "shards", "_allowed", "_searched", "_n_searched", "_list_sizes")  # cached properties
 
 
@@ -476,7 +477,8 @@ class Database(_Open):
         for shard, number in chain.from_iterable(product([one], one.numbers) for one in self.shards):
             rows = slice(at, at := at + shard.size(number))
             ids[rows], numbers[rows] = shard.ids(number), number
-        order = torch.from_numpy(ids).to(self._device).argsort().cpu().numpy()
+        on_gpu = n < _MOST_SORTED and _SORT_BYTES * n < free_memory(torch.device(self._device))
+        order = torch.from_numpy(ids).to(self._device if on_gpu else "cpu").argsort().cpu().numpy()
         order = order[self._is_wanted(ids[order])]
         listed = None if self.trained.centroids is None else numbers[order]
         return OnDevice(self._device, self.trained, ids[order], listed, self.vectors.mapped, self.trained.d)
@@ -590,9 +592,9 @@ class ExactDatabase(_Open):
                 rows = self._rows(part)
                 if len(rows) and (only is None or part in only):
                     vectors = read_part_vectors(self.store, self.encoder, part)
-                    ids = parts.chunk_ids(part, rows)
-                    some = OneList(ids, vectors[:] if len(rows) == len(vectors) else vectors[rows])
-                    best = nearest_of(queries, some, k, best, room=self.room)
+                    for some_rows in in_steps(rows, max(1, self.room // (2 * vectors.shape[1]))):
+                        some = OneList(parts.chunk_ids(part, some_rows), vectors[as_slice(some_rows)])
+                        best = nearest_of(queries, some, k, best, room=self.room)
         return best or Best.nothing(len(queries), k)
 
     def _open_on_device(self) -> OnDevice:

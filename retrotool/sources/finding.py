@@ -319,7 +319,7 @@ class _Folder:
         """Add the files of a folder; return the names of the folders in it that are to be searched."""
         folders, names = self.tree.children(here)
         resolved = self.tree.resolved(here)
-        if resolved in self._seen or "store.json" in names:
+        if resolved in self._seen or ("store.json" in names and {"log", "chunks"}.intersection(folders)):
             return []  # a store is not an input
         self._seen.add(resolved)
         if (saved := _saved(self.tree, here, names)) is not None:

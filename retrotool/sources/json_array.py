@@ -56,9 +56,17 @@ def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
                     found = make(value, number, number, -1)
                 else:
                     found = Rejected(number, f"not a JSON object but {lines.JSON_TYPES[type(value)]}")
-                yield found if isinstance(found, Document) else with_excerpt(found, orjson.dumps(value))
+                yield found if isinstance(found, Document) else with_excerpt(found, _dumped(value))
     except (BrokenStream, BrokenSyntax) as error:
         raise InputError(f"broken off after element {number:,}: {error}", number + 1) from error
+
+
+def _dumped(value: Any) -> bytes:
+    """Return an element as JSON, to be quoted; nothing if it is nested too deep for that."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return b""
 
 
 def is_lines(file: InputFile, limit: int) -> bool:

@@ -280,6 +280,8 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
     """Return how many lines come before a range; raise ``InputError`` if the file is damaged there."""
     if where.first == 0:
         return 0
+    if file.base in ("parquet", "arrow"):  # whose ranges are rows
+        return where.first
     _check_countable(file)
     if not fields.separator or file.base != "txt":
         numbers = count_lines(file, [where.first])

@@ -97,7 +97,7 @@ def test_faiss_would_have_given_the_same_codes_for_the_same_lists(factory: str) 
         wanted = (trained.rotate(torch.from_numpy(values)) - torch.from_numpy(trained.centroids)[numbers]).numpy()
         ours, theirs = (((trained.codec.decode(c).numpy() - wanted) ** 2).sum(1) for c in (codes.numpy(), reference))
         assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-        assert code_error == pytest.approx(float(ours[:512].mean()) * len(ours), rel=1e-3)
+        assert code_error == pytest.approx(float(ours[::6].mean()) * len(ours), rel=1e-3)
     else:
         assert not off.any()
 

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_lists import clustered, filled, trained_as
 
 from retrotool.ann.excluded import Excluded, Queries
 from retrotool.ann.lists import InvertedLists, OneList
+from retrotool.ann.matmul import RoughColumns, Scratch
 from retrotool.ann.ranking import exact_distances, rerank
 from retrotool.ann.search import ROOM, SPARE, Search, nothing_banned
 
 
 def random_vectors(n: int, d: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float16)
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.1, 0.03, 0.01])
+def test_near_copies_are_told_apart_by_rounded_products(spread: float) -> None:
+    """Their distances are far below the last digit of a rounded |x|² − 2 q·x."""
+    rng, d, copies = np.random.default_rng(0), 128, 100
+    vectors = rng.normal(size=(40, 1, d)) + spread * rng.normal(size=(40, copies, d))
+    vectors = (vectors / np.linalg.norm(vectors, axis=2, keepdims=True)).reshape(-1, d).astype(np.float32)
+    queries, k = vectors[::97], 10
+    exact = np.square(queries[:, None] - vectors).sum(axis=2)
+    rows = torch.arange(len(queries))
+    table = RoughColumns.table(torch.from_numpy(queries))
+    scores = RoughColumns(torch.from_numpy(vectors)).scores(table, rows, 0, len(vectors), Scratch()).numpy()
+    found = np.argsort(-scores, axis=1)[:, : k + SPARE]
+    farthest = np.sort(exact, axis=1)[:, k - 1, None]
+    hits = (np.take_along_axis(exact, found, axis=1) <= farthest).sum(axis=1)
+    assert hits.mean() > 0.97 * k
 
 
 @given(

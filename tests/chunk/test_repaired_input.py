@@ -6,16 +6,21 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chunk_helpers import documents, pack, quarantine, run_chunk, verified, write_rows
-from conftest import make_rows
+from conftest import make_rows, write_jsonl
 from stored import stored_files
 
 import retrotool
-from retrotool import api
+from retrotool import api, sources
+from retrotool.chunk import chunk_plan
 from retrotool.chunk.chunk_plan import ChunkOptions, commit_plan
 from retrotool.chunk.deduplicate import DIFFERING
+from retrotool.errors import TaskError
 from retrotool.sources import Fields, find_inputs
+from retrotool.store import parts
 from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
@@ -237,3 +242,29 @@ def test_quarantine_has_the_offset_and_the_beginning_of_a_row(tmp_path):
     (row,) = parts.read_parquet(opened, entry).to_pylist()
     assert row["offset"] == len(json.dumps(ROWS[0])) + 1
     assert row["excerpt"] == '{"text": "bad \\x00 row'
+
+
+def test_rejected_rows_of_a_table_have_their_numbers_in_every_slice(tmp_path, monkeypatch):
+    """Ranges of a table are rows, not bytes."""
+    monkeypatch.setattr(chunk_plan, "_LEAST_UNIT_BYTES", 1)
+    rows = [{"id": str(n), "text": f"row {n} of many words"} for n in range(800)]
+    rows[650]["text"] = None
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=100)
+    api.chunk(tmp_path / "store", [str(tmp_path / "rows.parquet")])
+    (entry,) = Store.open(tmp_path / "store").state.group("quarantine").entries()
+    (row,) = parts.read_parquet(Store.open(tmp_path / "store"), entry).to_pylist()
+    assert row["line"] == 651
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", make_rows(20))
+    read = sources.read_input
+
+    def cut_short(*arguments):
+        yield from read(*arguments)
+        path.write_bytes(path.read_bytes()[:-200])
+
+    monkeypatch.setattr(sources, "read_input", cut_short)
+    with pytest.raises(TaskError, match="when it was planned, now"):
+        api.chunk(tmp_path / "store", [str(path)])
+    assert api.info(tmp_path / "store").documents == 0

@@ -217,3 +217,8 @@ def test_a_store_among_the_inputs_is_none_of_them(here):
     make("c/a.jsonl", "c/store/store.json", "c/store/chunks/x.parquet", "c/store/tokens.xyz")
     assert survey(["c"])._replace(files=[]) == ([], [], [])
     assert names_of("c") == ["c/a.jsonl"]
+
+
+def test_a_file_that_is_called_like_a_stores_hides_no_other(here):
+    make("shop/top.jsonl", "shop/a/store.json", "shop/a/items.jsonl", "shop/a/more/b.jsonl")
+    assert names_of("shop") == ["shop/a/items.jsonl", "shop/a/more/b.jsonl", "shop/a/store.json", "shop/top.jsonl"]

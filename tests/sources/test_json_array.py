@@ -97,6 +97,12 @@ def test_an_element_without_text_is_rejected_alone(tmp_path, bad):
     assert second.excerpt == "body" or json.loads(second.excerpt) == json.loads(bad)
 
 
+def test_an_element_that_is_nested_too_deep_to_be_quoted_is_rejected_alone(tmp_path):
+    deep = '{"body": ' + "[" * 400 + "]" * 400 + "}"
+    first, second, third = rows_of(tmp_path / "a.json", f'[{{"text": "one"}}, {deep}, {{"text": "three"}}]'.encode())
+    assert (first.text, second.reason, second.damage, third.text) == ("one", "no field 'text'", False, "three")
+
+
 BROKEN = {
     '[{"text": "one"}, {"text': (1, "parse error: premature EOF"),
     '[{"text": "one"}, {"text": "two}, {"text": "three"}]': (1, "lexical error: invalid "),
