@@ -168,7 +168,7 @@ def chunk(
     known_rejected, listed = _rejected_before(store, known)
     listed += [store.where(entry.path) for plan in plans for entry in quarantine_files(state, plan)]
     listed += [store.where(unit.quarantine.path) for unit in units if unit.quarantine is not None]
-    _note_known(store, before, chosen, known)
+    _note_known(store, before or state.all_parts(), chosen, known)
     if chosen.existing == "mirror" and before and any(Path(name).is_dir() for name in inputs):
         purge = f"""retrotool purge {shlex.quote(store.place)} --where "input = 'NAME'" --reason ..."""
         chosen.note(f"Documents of files that were deleted or renamed stay. To remove them: {purge}")
@@ -191,14 +191,19 @@ def _note_resumed(store: Store, run: Run, files: Sequence[InputFile], options: C
         return  # they may be reading them now
     store.refresh()
     given = {file.path for file in files}
-    resumed: dict[InputFile, None] = {}
+    resumed: dict[InputFile, bool] = {}  # whether it was begun with other options
     for plan_id, _, plan in chunk_plan.open_plans(store):
         left = plan.units[store.state.records[f"plan:{plan_id}"]["done"] :]
-        resumed.update((plan.files[piece.file], None) for unit in left for piece in unit)
+        is_other = plan.fields != options.fields
+        resumed.update((plan.files[piece.file], is_other) for unit in left for piece in unit)
     names = [file.path for file in resumed if file.path not in given and not is_spooled(file)]
+    changed = [file.path for file, is_other in resumed.items() if is_other and file.path in given]
+    skip = "" if options.exclude else " To leave an input out, add --exclude."
     if names:
-        skip = "" if options.exclude else " To leave an input out, add --exclude."
         options.note(f"Resuming interrupted work: {listed(names[:1], len(names))}.{skip}")
+    if changed:
+        how = "is read to its end with the options that it was begun with, not those given now"
+        options.note(f"Resuming interrupted work: {listed(changed[:1], len(changed))} {how}.{skip}")
 
 
 def find_readable(inputs: Sequence[str], options: ChunkOptions, stdin: InputFile | None = None) -> list[InputFile]:

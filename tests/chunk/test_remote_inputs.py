@@ -98,7 +98,9 @@ def test_a_bucket_gives_the_documents_of_a_folder_in_the_same_order(cli: Cli, bu
 
 def test_patterns_and_exclusions_choose_objects_and_build_names_them(cli: Cli, bucket: Path, tmp_path: Path) -> None:
     make_corpus(bucket / "corpus")
-    result = cli("chunk", tmp_path / "store", f"{PLACE}/corpus/**/*.jsonl*", "--exclude", "chunks/*", "--exclude", "b.*")
+    result = cli(
+        "chunk", tmp_path / "store", f"{PLACE}/corpus/**/*.jsonl*", "--exclude", "chunks/*", "--exclude", "b.*"
+    )
     assert result.returncode == 0, result.stderr
     assert {row["input"].rpartition("/")[2] for row in documents(tmp_path / "store")} == {"a.jsonl", "c.jsonl.zst"}
     planned = cli("build", tmp_path / "new", f"{PLACE}/corpus/a.jsonl", "--dry-run")

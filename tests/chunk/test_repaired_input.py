@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -268,3 +269,16 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path, monkeyp
     with pytest.raises(TaskError, match="when it was planned, now"):
         api.chunk(tmp_path / "store", [str(path)])
     assert api.info(tmp_path / "store").documents == 0
+
+
+def test_an_interrupted_input_is_finished_as_it_was_begun_and_that_is_said(tmp_path, monkeypatch):
+    rows = [{"title": f"title {n}", "text": f"text {n}", "year": n} for n in range(3)]
+    path, notes = write_jsonl(tmp_path / "rows.jsonl", rows), []
+    with monkeypatch.context() as patch:
+        patch.setattr("retrotool.chunk.run._work", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            api.chunk(tmp_path / "store", [str(path)])
+    api.chunk(tmp_path / "store", [str(path)], fields=Fields(keep=("year",)), note=notes.append)
+    begun = f"Resuming interrupted work: {path} is read to its end with the options that it was begun with, not those"
+    assert any(note.startswith(begun) for note in notes), notes
+    assert any(note.startswith("--keep year: 1 input already in the store without it") for note in notes), notes
