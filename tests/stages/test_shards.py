@@ -132,7 +132,7 @@ WORK = {
     "index": ("retrotool.index.stage", "IndexWorker", "_write_shard", "arguments[0].label"),
     "neighbours": ("retrotool.neighbours.stage", "NeighboursWorker", "_compute", "arguments[1].label"),
 }
-"""Per command: the module, class and method that does a task, and what tells one task from another."""
+"""Per command: the module, class and method that does a task, and what distinguishes its tasks."""
 
 
 @pytest.mark.parametrize("command", WORK)
