@@ -364,6 +364,7 @@ def test_a_retro_model_reads_the_context_of_each_chunk(context: int) -> None:
                 assert found[i, j] == pytest.approx(expected), (i, j)
 
 
+@pytest.mark.on_disk
 def test_a_model_that_was_trained_here(evaluation: Path, built_store: Path, tmp_path: Path, cli: Cli) -> None:
     retro_model = pytest.importorskip("retrotool.train.retro_model")
     (tmp_path / "tiny.toml").write_text(

@@ -105,6 +105,7 @@ def test_what_fits_is_not_sorted(store: Path, capsys: pytest.CaptureFixture[str]
     assert_equal(store, "tiled", "whole")
 
 
+@pytest.mark.on_disk
 def test_each_row_is_written_once_as_a_home_and_a_few_times_as_a_guest(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
