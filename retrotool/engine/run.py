@@ -33,7 +33,7 @@ _PLANNING_SHARE = 20  # of the time, at most one part goes into planning again w
 POLL_SECONDS = (0.5, 8.0)  # between two looks at what other runs hold: at first, and at most
 Enough = Callable[[Staged], bool]  # takes every finished task; True ends the run after the tasks that have begun
 More = Callable[[], bool]
-_MOST_ERASED = 10  # a task whose input is gone as often is not planned again: something else is wrong
+_MOST_ERASED = 10  # times that the input of a task may have been removed; then something else is wrong
 _FATAL = (StorageError, AbortError, KeyboardInterrupt)
 _NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)  # no task is given up for these: the data may be good
 _FEW = 8  # up to this number of tasks per worker, the largest begin first
@@ -118,7 +118,7 @@ class _Execution:
     attempts: dict[str, int] = field(default_factory=dict)
     given_up: dict[str, BaseException] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)  # how often a task could not be committed
-    erased: Counter[str] = field(default_factory=Counter)  # how often the input of a task was gone
+    erased: Counter[str] = field(default_factory=Counter)  # how often the input of a task had been removed
     ended: bool = False
     pools: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closes the pool that is kept
     kept: Any = None

@@ -113,7 +113,7 @@ def check_there(store: Store, paths: Sequence[str]) -> None:
 def is_taken(store: Store, kind: str, slot: str, name: str, replaces: str | None = None) -> bool:
     """Return whether the file of a task, to be in place of ``replaces``, was committed since it was planned.
 
-    The claim of another run that did the task is gone by then. The state is that of the last refresh.
+    A run that did the task has released its claim by then. The state is that of the last refresh.
     """
     now = store.state.file(kind, slot, name)
     return (None if now is None else now.path) != replaces

@@ -182,6 +182,17 @@ def interrupt_at(patch: pytest.MonkeyPatch, step: str, act: Any) -> list[str]:
     return done
 
 
+def stop_at_tiles(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a search, and end it by Ctrl-C before its first tile."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, "tile", stop)
+        find(store, vectors(store) // 3)
+
+
 def purge(store: Path, *, erase: bool = False) -> None:
     api.purge(store, api.Selectors(where="id = 'doc-7' or id = 'doc-90'"), reason="test", erase=erase)
 
@@ -202,12 +213,7 @@ def test_what_is_purged_in_between_is_not_found(
 
 
 def test_an_erase_removes_what_an_interrupted_search_has_left(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, "tile", stop)
-        find(store, vectors(store) // 3)
+    stop_at_tiles(store, monkeypatch)
     assert len(stored_files(store, "routes/tiled/*")) > 3
     assert api.verify(store).ok
     purge(store, erase=True)
@@ -220,12 +226,7 @@ def test_an_erase_removes_what_an_interrupted_search_has_left(store: Path, monke
 
 
 def test_an_interrupted_search_goes_on_where_it_stopped(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, "tile", stop)
-        find(store, vectors(store) // 3)
+    stop_at_tiles(store, monkeypatch)
     with monkeypatch.context() as patch:
         done = interrupt_at(patch, "", lambda: None)
         find(store, vectors(store) // 3)
@@ -236,12 +237,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(store: Path, monkeypatch
 def test_with_other_memory_an_interrupted_search_goes_on(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor do jobs on machines with more memory and less undo one another's work."""
 
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, "tile", stop)
-        find(store, vectors(store) // 3)
+    stop_at_tiles(store, monkeypatch)
     for share in (4, 2):
         with monkeypatch.context() as patch:
             done = interrupt_at(patch, "", lambda: None)
@@ -253,12 +249,7 @@ def test_with_other_memory_an_interrupted_search_goes_on(store: Path, monkeypatc
 def test_files_of_an_earlier_search_are_not_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another job may commit them after the task that removes them was planned."""
 
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, "tile", stop)
-        find(store, vectors(store) // 3)
+    stop_at_tiles(store, monkeypatch)
     before = Store.open(store).state.group("routes", "tiled")
     late = {entry.path for slot, entry in before.items() if slot in ("000001", "000003")}
     assert len(late) == 2
