@@ -115,7 +115,7 @@ def _no_field(file: InputFile, name: str, option: str, texts: Counter[str], read
     ways += [] if is_only else [f"leave this input out with --exclude {shlex.quote(glob.escape(file.name))}"]
     which = f"none of the first {read:,} rows" if read == ROWS or texts.total() > TEXT else "no row"
     return UsageError(
-        f"{which} of {file.name} has {name!r}. It has: {column_names(list(texts))}",
+        f"{which} of {file.path} has {name!r}. It has: {column_names(list(texts))}",
         f"{', or '.join([advice, *ways])}. Nothing was changed.",
     )
 
@@ -132,7 +132,7 @@ def _check_readable(files: Sequence[InputFile], fields: Fields) -> None:
                 first = first or (file, row)
     if first is not None:
         file, row = first
-        where = file.name + (f", line {row.line:,}" if row.line else "")
+        where = file.path + (f", line {row.line:,}" if row.line else "")
         advice = "Name its encoding, such as --encoding latin-1. " if "invalid UTF-8" in row.reason else ""
         which = "the input" if len(files) == 1 else f"any of {len(files):,} inputs"
         raise UsageError(f"no row of {which} can be read. {where}: {row.reason}", f"{advice}Nothing was changed.")
