@@ -37,7 +37,7 @@ from retrotool.store import parts
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
-from retrotool.store.tombstones import read_tombstones
+from retrotool.store.tombstones import read_tombstones, tombstones_near
 from retrotool.store.vectors import write_vector_blocks
 
 _BLOCK_BYTES = 256 << 20  # of vectors held at a time
@@ -222,9 +222,9 @@ class ForeignWorker:
         written, settings = replace(written, about=self._about), {"encoder": identity.name}
         records = {f"encoder:{identity.name}": check_encoder_identity(self._store, identity)}
         measured = {"tokens": 0.0, "forward": 0.0, "working": time.perf_counter() - begun}
-        return Staged(
-            "embed", settings, (entry.path,), (written,), records=records, measured=measured, task=task.key, run=run
-        )
+        # If one of these purges is undone by now, its chunks need vectors.
+        reads = (entry.path, *(tombstones_near(self._store, entry.part) if self._files.column else ()))
+        return Staged("embed", settings, reads, (written,), records=records, measured=measured, task=task.key, run=run)
 
     def blocks(self, task: Task, report: Report) -> Iterator[npt.NDArray[np.float16]]:
         """Yield a part's vectors in blocks of rows; raise ``UsageError`` if some are wrong or missing."""

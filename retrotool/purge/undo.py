@@ -11,8 +11,11 @@ Embeddings and indexes still have the chunks: a search only skips purged ones. N
 purge was in effect lack them. ``neighbours`` finds these tables by the commits between which it was
 (``store.tombstones``); the result names the commands.
 
-Cost: the chunk lengths of the parts concerned, and the ids of all documents, to find documents added again
-since. Memory: one part, and the tombstones.
+A purge can't be undone where vectors were made elsewhere without its chunks: a search would return them by
+vectors of zeros.
+
+Cost: the chunk lengths of the parts concerned, the ids of all documents, to find documents added again since,
+and vectors made elsewhere of the chunks. Memory: one part, and the tombstones.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import chunks_of
 from retrotool.chunk.deduplicate import replaced_record
+from retrotool.cli import output
 from retrotool.cli.command_lines import command_line, neighbours_command, table_command
-from retrotool.embed.search_scope import find_documents
+from retrotool.embed.search_scope import find_documents, read_part_vectors
 from retrotool.errors import ConflictError, UsageError
 from retrotool.neighbours.dependents import dependents
 from retrotool.neighbours.stage import table_record
@@ -39,7 +43,7 @@ from retrotool.store import parts, tombstones
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.parts import Ids, distinct_parts
+from retrotool.store.parts import Ids, distinct_parts, rows_by_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -132,6 +136,7 @@ def weigh(store: Store, purge: str) -> Undoable:
         raise UsageError(f"an erase of purge {purge} was begun, so some of its chunks can't be restored", advice)
     after = Tombstones(named_chunks(store, others))
     live, weights = weigh_chunks(store, own, after)
+    _check_vectors(store, purge, live)
     left = Tombstones(np.setdiff1d(own, live))
     named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
     keys, repeats = purged_chunks.values_of(store, live, "key"), 0
@@ -149,6 +154,22 @@ def weigh(store: Store, purge: str) -> Undoable:
         purge, len(live), weight.documents, weight.tokens, len(own) - len(live), 0, named_by, repeats, less.documents
     )
     return Undoable(result, store.state, own, outdated, less, total)
+
+
+def _check_vectors(store: Store, purge: str, chunks: Ids) -> None:
+    """Raise ``UsageError`` if vectors that were made elsewhere lack some of ``chunks``, purged by then."""
+    for name in store.state.names("embeddings"):
+        lacking = 0
+        for part, rows in rows_by_part(chunks) if store.state.records[f"encoder:{name}"].get("foreign") else ():
+            if store.state.part_file("embeddings", part, name) is not None:
+                vectors = read_part_vectors(store, name, part)[rows[parts.read_embedded(store, part)[rows]]]
+                lacking += len(vectors) - int(vectors.any(axis=1).sum())
+        if lacking:
+            raise UsageError(
+                f"purge {purge} can't be undone: {output.count(lacking, 'chunk')} of it had no vectors in the files "
+                f"that were given for {name}",
+                f"Add the input again, and vectors for that: {command_line('chunk', store)} INPUT... --allow-purged",
+            )
 
 
 def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:

@@ -89,6 +89,13 @@ def may_name(store: Store, slot: str, wanted: Tombstones) -> bool:
     return bool((np.searchsorted(wanted.ids, last, side="right") > np.searchsorted(wanted.ids, first)).any())
 
 
+def tombstones_near(store: Store, part: int) -> list[str]:
+    """Return the paths of the tombstones files that may name chunks of a part."""
+    purged = read_tombstones(store).ids
+    here = Tombstones(purged[slice_of_part(purged, part)])
+    return [entry.path for slot, entry in store.state.group("tombstones").items() if may_name(store, slot, here)]
+
+
 def read_tombstones(store: Store, purge: str | None = None) -> Tombstones:
     """Read the tombstones of the store's view, or of one purge."""
     return Tombstones(named_chunks(store, store.state.group("tombstones") if purge is None else (purge,)))

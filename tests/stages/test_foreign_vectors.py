@@ -47,6 +47,11 @@ def ids_of(store: Path, first: int = 0) -> np.ndarray:
     return np.concatenate(found)
 
 
+def live_of(store: Path) -> np.ndarray:
+    reader = retrotool.open(store)
+    return np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
+
+
 def vector_of(ids: np.ndarray) -> np.ndarray:
     """A vector for each id that no other id has."""
     return np.stack([np.random.default_rng(int(i)).normal(size=D) for i in ids])
@@ -93,11 +98,10 @@ def test_index_neighbours_and_search_by_a_vector(store: Path, tmp_path: Path, cl
     api.embed(store, encoder="model", vectors=tmp_path / "v.npy")
     api.index(store)
     api.neighbours(store)
-    reader = retrotool.open(store)
-    live = np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
+    live = live_of(store)
     query = vector_of(live[3:4])[0]
     distances = ((vector_of(live) - query) ** 2).sum(1)
-    found = reader.search(query, 4)
+    found = retrotool.open(store).search(query, 4)
     assert [one.id for one in found] == live[np.argsort(distances)[:4]].tolist()
     assert found[0].distance < 0.01
     refused = cli("search", store, "text")
@@ -113,8 +117,7 @@ def test_parquet_files_name_chunks_in_any_order(
     store: Path, tmp_path: Path, chunk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(foreign_vectors, "_BLOCK_BYTES", 2 * D * 5)  # parts have several blocks
-    reader = retrotool.open(store)
-    live = np.concatenate([reader.chunk_ids(part) for part in reader.parts()])
+    live = live_of(store)
     assert len(live) < len(ids_of(store)), "the purged need no vector"
     mixed = np.random.default_rng(0).permutation(np.append(live, chunk_ids(99, np.arange(4))))
     for i, some in enumerate(np.array_split(mixed, 3)):
@@ -123,6 +126,43 @@ def test_parquet_files_name_chunks_in_any_order(
         kind = pa.large_list(pa.float16()) if "large" in chunk else pa.list_(pa.float64(), D)
         as_parquet(tmp_path / f"{i}.parquet", some, ids, "embedding", pa.array(list(vector_of(some)), kind))
     api.embed(store, encoder="model", vectors=str(tmp_path / "*.parquet"))
+    check_stored(store)
+
+
+def test_a_purge_whose_chunks_were_given_no_vectors_is_not_undone(store: Path, tmp_path: Path, cli: Cli) -> None:
+    api.embed(store, encoder="model", vectors=as_parquet(tmp_path / "v.parquet", live_of(store)))
+    own = api.purge(store, api.Selectors(document="doc-6"), reason="test").purge
+    before = api.info(store)
+    first = api.list_purges(store).purges[0]
+    refused = cli("undo", store, first.purge, "--reason", "a mistake")
+    assert refused.returncode == 2
+    assert f"{first.chunks} chunks of it had no vectors in the files that were given for model" in refused.stderr
+    assert api.info(store) == before
+    api.undo(store, own, reason="its chunks had vectors")
+    again = write_jsonl(tmp_path / "again.jsonl", make_rows(1, first=5, words=120))
+    assert api.chunk(store, [str(again)], allow_purged=True).documents == 1
+    api.embed(store, encoder="model", vectors=as_parquet(tmp_path / "w.parquet", live_of(store)))
+    check_stored(store)
+
+
+def test_an_undo_while_vectors_are_stored_without_its_chunks(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = as_parquet(tmp_path / "v.parquet", live_of(store))
+    write, undone = foreign_vectors.write_vector_blocks, list[str]()
+
+    def slow(there: Any, name: Any, rows: int, *others: Any) -> Any:
+        written = write(there, name, rows, *others)
+        if not undone:
+            undone.append(api.list_purges(store).purges[0].purge)
+            api.undo(store, undone[0], reason="a mistake")
+        return written
+
+    monkeypatch.setattr(foreign_vectors, "write_vector_blocks", slow)
+    with pytest.raises(UsageError, match="have none or several vectors of these chunks"):
+        api.embed(store, encoder="model", vectors=files)
+    assert undone
+    api.embed(store, encoder="model", vectors=as_parquet(tmp_path / "w.parquet", live_of(store)))
     check_stored(store)
 
 
