@@ -38,7 +38,7 @@ from retrotool.read_ahead import ahead
 from retrotool.sources import Document, InputFile, Rejected
 from retrotool.sources.heads import NO_FIELDS
 from retrotool.sources.inputs import is_spooled
-from retrotool.sources.lines import lines_before
+from retrotool.sources.lines import LineCounter
 from retrotool.sources.records import content_hash
 from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
@@ -147,6 +147,7 @@ class ChunkWorker:
         self._exact = stored_tokenizer(store)
         self._encoder = functools.lru_cache(1)(self._load_encoder)
         self._plan = functools.lru_cache(1)(functools.partial(_read_plan, store))
+        self._lines = LineCounter()
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Read, tokenise and write one unit; return None if it is committed already."""
@@ -158,7 +159,7 @@ class ChunkWorker:
         blocked = None
         if not plan.allow_purged:  # as of the refresh: documents may have been purged since the last unit
             blocked = read_blocked(self._store)
-        unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, report)
+        unit = _Unit(self._store, plan, self._encoder(plan.fast), blocked or None, report, self._lines)
         files = writer.write(unit.batches(plan.units[task.inputs["unit"]], self._stage))
         unit.count_tokenised(writer.counts["documents"])
         seen = unit.write_seen(run, _slot(task))
@@ -176,6 +177,7 @@ class _Unit:
     encoder: FastTokenizer
     blocked: Blocked | None
     report: Report
+    lines: LineCounter
 
     def __post_init__(self) -> None:
         self.bad = Quarantine()
@@ -195,7 +197,7 @@ class _Unit:
     def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
         for piece in pieces:
             file, weight = self.plan.files[piece.file], piece.weight
-            self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
+            self.bad.open(file.path, functools.partial(self.lines.before, file, piece.where, self.plan.fields))
             known = self._known_documents(piece.file)
             is_mirrored = self.plan.existing == "mirror" and piece.file in self.plan.read_before
             done = characters = 0

@@ -276,23 +276,44 @@ def _check_countable(file: InputFile) -> None:
         raise InputError("lines aren't counted: that would download the file again")
 
 
-def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
-    """Return how many lines come before a range; raise ``InputError`` if the file is damaged there."""
-    if where.first == 0:
-        return 0
-    if file.base in ("parquet", "arrow"):  # whose ranges are rows
-        return where.first
-    _check_countable(file)
-    if not fields.separator or file.base != "txt":
-        numbers = count_lines(file, [where.first])
-        if not numbers:
-            raise InputError("lines can't be counted: the file was truncated")
-        return numbers[0]
-    try:
-        with contextlib.closing(file.blocks()) as stream:
-            return sum(1 for _ in cut_lines(stream, 0, where.first, 0, fields.separator.encode()))
-    except BrokenStream as error:
-        raise InputError(f"lines can't be counted: {error}") from error
+class LineCounter:
+    """Counts the lines before ranges of files. Ranges of one file in ascending order read it once."""
+
+    def __init__(self) -> None:
+        self._file: InputFile | None = None
+        self._where, self._lines = WHOLE, 0  # the range asked for last, and the lines before it
+
+    def before(self, file: InputFile, where: Slice, fields: Fields) -> int:
+        """Return how many lines come before a range; raise ``InputError`` if the file is damaged there."""
+        if where.first == 0:
+            return 0
+        if file.base in ("parquet", "arrow"):  # whose ranges are rows
+            return where.first
+        _check_countable(file)
+        if file is not self._file or where.first < self._where.first:
+            self._file, self._where, self._lines = file, WHOLE, 0
+        known, separator = self._where, (fields.separator or "").encode() if file.base == "txt" else b""
+        try:
+            with contextlib.closing(_stream(file, Slice(known.start, None, known.first))) as stream:
+                if separator:
+                    lines = cut_lines(stream, known.first, where.first, 0, separator, skip=known.first > 0)
+                    self._lines += sum(1 for _ in lines)
+                else:  # the line that begins the file has no end before it
+                    self._lines += _count_ends(stream, where.first - known.first) + (known.first == 0)
+        except BrokenStream as error:
+            raise InputError(f"lines can't be counted: {error}") from error
+        self._where = where
+        return self._lines
+
+
+def _count_ends(stream: Iterator[bytes], size: int) -> int:
+    """Return the newlines in the first ``size`` bytes of a stream; raise ``InputError`` if it is shorter."""
+    ends = 0
+    for block in stream:
+        ends += block.count(b"\n", 0, size)
+        if (size := size - len(block)) <= 0:
+            return ends
+    raise InputError("lines can't be counted: the file was truncated")
 
 
 def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import zstandard
 
 from retrotool.sources import Document, Fields, InputFile, Rejected, Slice, find_inputs, read_input
-from retrotool.sources.lines import lines_before
+from retrotool.sources.lines import LineCounter
 
 DEFAULT = Fields()
 BOM = b"\xef\xbb\xbf"
@@ -41,8 +41,9 @@ def rows_of(path: Path, data: bytes | None = None, **fields: object) -> list[Doc
 def read_slices(file: InputFile, slices: list[Slice], fields: Fields = DEFAULT) -> list[Document | Rejected]:
     """Rows of all slices, with lines counted from the file's beginning."""
     found: list[Document | Rejected] = []
+    counter = LineCounter()
     for where in slices:
-        before = lines_before(file, where, fields)
+        before = counter.before(file, where, fields)
         found += [row._replace(line=row.line + before) for row in read_input(file, fields, where)]
     return found
 

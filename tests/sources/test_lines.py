@@ -17,7 +17,7 @@ from source_help import BOM, PACK, byte_ranges, input_of, read_slices, rows_of
 
 from retrotool.errors import InputError
 from retrotool.sources import WHOLE, Document, Fields, Rejected, Slice, cut_input, read_input, streams
-from retrotool.sources.lines import JSON_OVERHEAD, count_lines, cut_lines
+from retrotool.sources.lines import JSON_OVERHEAD, LineCounter, count_lines, cut_lines
 from retrotool.sources.records import content_hash
 
 documents = st.builds(
@@ -83,6 +83,32 @@ def test_lines_are_counted_as_they_are_numbered(folder, data, block, draw):
     chosen = sorted(draw.draw(st.sets(st.sampled_from(known)))) if known else []
     with patch.object(streams, "BLOCK_BYTES", block):
         assert count_lines(file, [offset for _, offset in chosen]) == [n for n, _ in chosen]
+
+
+@given(files, st.lists(st.floats(0, 1), max_size=6), st.sampled_from(["", "\n\n", "ab"]), st.randoms())
+def test_lines_before_ranges_do_not_depend_on_the_order_of_asking(folder, data, cuts, separator, random):
+    file, fields = input_of(folder / "order.txt", data), Fields(separator=separator)
+    ranges, counter = byte_ranges(file.size, cuts), LineCounter()
+    random.shuffle(ranges)
+    for where in ranges:
+        assert counter.before(file, where, fields) == LineCounter().before(file, where, fields)
+
+
+def test_a_file_is_read_once_to_count_the_lines_before_all_ranges(tmp_path):
+    file, read = input_of(tmp_path / "a.jsonl", b"0123456789\n" * 2000), 0
+    ranges, counter = byte_ranges(file.size, [i / 50 for i in range(50)]), LineCounter()
+
+    def counted(*given):
+        nonlocal read
+        for block in reading(*given):
+            read += len(block)
+            yield block
+
+    reading = streams.blocks
+    with patch.object(streams, "BLOCK_BYTES", 64), patch.object(streams, "blocks", counted):
+        found = [counter.before(file, where, Fields()) for where in ranges]
+    assert found == [0, *(1 + where.first // 11 for where in ranges[1:])]
+    assert read < file.size + 64 * len(ranges)
 
 
 @pytest.mark.parametrize("kind", PACK)
