@@ -27,8 +27,7 @@ from retrotool.lazy import torch
 from retrotool.neighbours.table_reader import NeighbourTokens
 from retrotool.ranges import in_steps
 from retrotool.store.store import Store
-from retrotool.train.retro_model import RetroModel, load_model
-from retrotool.train.training_folder import TrainingFolder
+from retrotool.train.retro_model import RetroModel, load_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +121,7 @@ def load_retro_model(
     ``context``: most tokens of the document (default: those before the last chunk of a training sequence).
     ``dtype`` auto: float32. Raises ``UsageError`` if it was trained on other tokens or chunks.
     """
-    model = load_model(path).to(device, getattr(torch, "float32" if dtype == "auto" else dtype))
-    facts, own = TrainingFolder(path).newest(), store.identity
-    assert facts is not None, "load_model read it"
+    (model, facts), own = load_checkpoint(path), store.identity
     if (facts["tokenizer"], model.config.chunk_length) != (own.tokenizer.sha256, own.chunk_length):
         trained = f"another tokenizer than {store.place} has"
         if model.config.chunk_length != own.chunk_length:
@@ -135,4 +132,5 @@ def load_retro_model(
     if context < own.chunk_length:
         what = f"--context {context} leaves out the chunk whose neighbours the model gets, of {own.chunk_length} tokens"
         raise UsageError(what, "Give a larger one, and a model that was trained on sequences of several chunks.")
+    model.to(device, getattr(torch, "float32" if dtype == "auto" else dtype))
     return RetroWindows(model, context, device, batch_size)

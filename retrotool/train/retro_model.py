@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -284,10 +285,15 @@ def load_model(directory: Place) -> RetroModel:
 
     Raises ``UsageError`` if there is none, ``CorruptError`` if it is damaged.
     """
+    return load_checkpoint(directory)[0]
+
+
+def load_checkpoint(directory: Place) -> tuple[RetroModel, dict[str, Any]]:
+    """Load a model as ``load_model`` does, with the facts of its checkpoint."""
     folder = TrainingFolder(directory)
     checkpoint = folder.newest()
     if checkpoint is None:
         raise UsageError(f"{folder.storage.place} has no checkpoint", "Name the --out of retrotool train.")
     model = RetroModel(parse_section(RetroConfig, checkpoint["model"], f"{folder.storage.place}: model"))
     model.load_state_dict(folder.tensors(checkpoint, "model"))
-    return model.eval()
+    return model.eval(), checkpoint
