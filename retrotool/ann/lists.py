@@ -175,52 +175,33 @@ _KEPT_LISTS = 64
 _KEPT_JOINED = 8
 
 
-class OneList:
-    """Vectors, float16 [n, d], with ids [n], as an index without lists."""
+class VectorLists:
+    """Vectors, float16 [n, d], with ascending ids [n], in the lists ``numbers`` [n], in any order in memory.
 
-    def __init__(self, ids: Ids, vectors: npt.NDArray[np.float16]) -> None:
-        self.trained = Trained(vectors.shape[1], Whole(vectors.shape[1]))
-        self._ids, self._vectors = ids, vectors
+    Without ``numbers``, an index without lists. Of centroids there is only their mean, so that a search must
+    be given the lists to probe.
+    """
+
+    def __init__(
+        self, ids: Ids, vectors: npt.NDArray[np.float16], numbers: npt.NDArray[np.int32] | None = None, nlist: int = 0
+    ) -> None:
+        d = vectors.shape[1]
+        self._ids, self._vectors, centroids = ids, vectors, None
+        self._order: Ids | None = None
+        self._bounds = np.array([0, len(ids)])
+        if numbers is not None:
+            mean = vectors.mean(0, dtype=np.float32) if len(vectors) else np.zeros(d, np.float32)
+            centroids, self._order = mean[None], np.argsort(numbers, kind="stable")
+            self._bounds = np.searchsorted(numbers[self._order], np.arange(nlist + 1))
+        self.trained = Trained(d, Whole(d), centroids, None, nlist)
+        self.empty = int(np.diff(self._bounds).argmin())  # a list without vectors, if there is one
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def size(self, number: int) -> int:
-        """Return the number of vectors in the list."""
-        return len(self) if number == 0 else 0
-
-    def ids(self, number: int) -> Ids:
-        """Return ids, int64 [n], ascending."""
-        return self._ids[: self.size(number)]
-
-    def codes(self, number: int) -> Codes:
-        """Return the vectors as bytes, uint8 [n, 2·d]."""
-        return np.ascontiguousarray(self._vectors[: self.size(number)]).view(np.uint8)
-
-    def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
-        """Return the vectors of ``ids``, float16 [n, d]."""
-        return self._vectors[np.searchsorted(self._ids, ids)]
-
-
-class VectorLists:
-    """Vectors, float16 [n, d], with ascending ids [n], in the lists ``numbers`` [n], in any order in memory.
-
-    Of centroids there is only their mean, so that a search must be given the lists to probe.
-    """
-
-    def __init__(self, ids: Ids, vectors: npt.NDArray[np.float16], numbers: npt.NDArray[np.int32], nlist: int) -> None:
-        d = vectors.shape[1]
-        mean = vectors.mean(0, dtype=np.float32) if len(vectors) else np.zeros(d, np.float32)
-        self.trained = Trained(d, Whole(d), mean[None], None, nlist)
-        self._all, self._vectors, self._order = ids, vectors, np.argsort(numbers, kind="stable")
-        self._bounds = np.searchsorted(numbers[self._order], np.arange(nlist + 1))
-        self.empty = int(np.diff(self._bounds).argmin())  # a list without vectors, if there is one
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def _rows(self, number: int) -> Ids:
-        return self._order[self._bounds[number] : self._bounds[number + 1]]
+    def _rows(self, number: int) -> Ids | slice:
+        rows = slice(self._bounds[number], self._bounds[number + 1])
+        return rows if self._order is None else self._order[rows]
 
     def size(self, number: int) -> int:
         """Return the number of vectors in a list."""
@@ -228,11 +209,15 @@ class VectorLists:
 
     def ids(self, number: int) -> Ids:
         """Return chunk ids of a list, int64 [n], ascending."""
-        return self._all[self._rows(number)]
+        return self._ids[self._rows(number)]
 
     def codes(self, number: int) -> Codes:
         """Return the vectors of a list as bytes, uint8 [n, 2·d]."""
-        return self._vectors[self._rows(number)].view(np.uint8)
+        return np.ascontiguousarray(self._vectors[self._rows(number)]).view(np.uint8)
+
+    def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
+        """Return the vectors of ``ids``, float16 [n, d]."""
+        return self._vectors[np.searchsorted(self._ids, ids)]
 
 
 class SomeLists:
@@ -382,7 +367,7 @@ class InvertedLists:
         return int(self._index.id_map.size()) == n and int(self._flat.codes.size()) == n * self.trained.codec.size
 
 
-Lists = OneList | VectorLists | SomeLists | JoinedLists | InvertedLists
+Lists = VectorLists | SomeLists | JoinedLists | InvertedLists
 
 
 def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:

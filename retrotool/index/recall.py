@@ -29,7 +29,7 @@ import pyarrow as pa
 from retrotool.ann.choice import parse_factory
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Ids, Queries
-from retrotool.ann.lists import InvertedLists, OneList, Trained
+from retrotool.ann.lists import InvertedLists, Trained, VectorLists
 from retrotool.ann.matmul import table_of_centroids
 from retrotool.ann.ranking import Best, are_among, exact_distances
 from retrotool.ann.search import SPARE, Search
@@ -327,7 +327,7 @@ def find_truth(
             vectors = search_scope.read_part_vectors(store, encoder, part)
             step = len(chosen) if device != "cpu" else max(1, room // (2 * vectors.shape[1]))
             for rows_here in in_steps(chosen, step):
-                some = OneList(chunk_ids(part, rows_here), vectors[as_slice(rows_here)])
+                some = VectorLists(chunk_ids(part, rows_here), vectors[as_slice(rows_here)])
                 best = nearest_of(asked, some, DEPTH, best, device=device, room=room)
         report(1)
     give_memory_back()
