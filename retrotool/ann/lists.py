@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import kmeans
-from retrotool.ann.codes import Codec, Codes, Product, Scalar, Whole, is_same_codec
+from retrotool.ann.codes import Codec, Codes, Product, Scalar, Whole
 from retrotool.ann.excluded import Ids
 from retrotool.errors import CorruptError
 from retrotool.lazy import faiss, torch
@@ -79,14 +79,16 @@ class Trained:
 
 def same_training(one: Trained, other: Trained) -> bool:
     """Check whether two are equal to the bit; the coarse quantiser of one may be stored elsewhere."""
+    has_none = any(some.centroids is not None and not len(some.centroids) for some in (one, other))
+    elsewhere = has_none and one.nlist == other.nlist
 
-    def equal(a: Floats | None, b: Floats | None) -> bool:
-        return a is b if a is None or b is None else a.shape == b.shape and a.tobytes() == b.tobytes()
+    def bits(trained: Trained) -> list[Any]:
+        codec, centroids = trained.codec, None if elsewhere else trained.centroids
+        fields = [trained.rotation, centroids, *(getattr(codec, name) for name in codec.__slots__)]
+        arrays = [None if field is None else np.asarray(field) for field in fields]
+        return [type(codec), *(None if array is None else (array.shape, array.tobytes()) for array in arrays)]
 
-    elsewhere = any(some is not None and not len(some) for some in (one.centroids, other.centroids))
-    beside = one.nlist == other.nlist and elsewhere
-    centroids = beside or equal(one.centroids, other.centroids)
-    return is_same_codec(one.codec, other.codec) and equal(one.rotation, other.rotation) and centroids
+    return bits(one) == bits(other)
 
 
 def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:
@@ -136,8 +138,8 @@ def of_faiss(index: Any) -> Trained | None:
         rotation = faiss.vector_to_array(matrix.A).reshape(matrix.d_out, matrix.d_in)
         inner = faiss.downcast_index(index.index)
     if isinstance(inner, faiss.IndexIDMap2) and rotation is None:
-        whole = _whole(faiss.downcast_index(inner.index))
-        return None if whole is None else Trained(d, whole)
+        codec = _codec(faiss.downcast_index(inner.index))
+        return Trained(d, codec) if isinstance(codec, Whole) else None
     if not isinstance(inner, faiss.IndexIVF):
         return None
     coarse = faiss.downcast_index(inner.quantizer)
@@ -149,23 +151,19 @@ def of_faiss(index: Any) -> Trained | None:
 
 
 def _codec(index: Any) -> Codec | None:
-    d = int(index.d)
-    if isinstance(index, faiss.IndexIVFPQ):
-        pq = index.pq
-        if not index.by_residual or pq.nbits != 8:
-            return None
-        return Product(faiss.vector_to_array(pq.centroids).reshape(pq.M, 256, pq.dsub))
-    if isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == faiss.ScalarQuantizer.QT_8bit:
+    """Return the codec of a faiss index without rotation, or None. Whole vectors are not residuals, codes are."""
+    d, by_residual = int(index.d), getattr(index, "by_residual", False)
+    if isinstance(index, faiss.IndexIVFPQ) and by_residual and index.pq.nbits == 8:
+        return Product(faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub))
+    if isinstance(index, faiss.IndexIVFFlat | faiss.IndexFlat) and not by_residual:
+        return Whole(d, "float32")
+    if isinstance(index, faiss.IndexIVFScalarQuantizer | faiss.IndexScalarQuantizer):
         steps = faiss.vector_to_array(index.sq.trained)
-        return Scalar(steps[:d], steps[d:]) if index.by_residual and len(steps) == 2 * d else None
-    return None if getattr(index, "by_residual", False) else _whole(index)
-
-
-def _whole(index: Any) -> Whole | None:
-    if isinstance(index, faiss.IndexIVFFlat | faiss.IndexFlat):
-        return Whole(int(index.d), "float32")
-    scalar = isinstance(index, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer)
-    return Whole(int(index.d)) if scalar and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16 else None
+        if index.sq.qtype == faiss.ScalarQuantizer.QT_fp16 and not by_residual:
+            return Whole(d)
+        if index.sq.qtype == faiss.ScalarQuantizer.QT_8bit and by_residual and len(steps) == 2 * d:
+            return Scalar(steps[:d], steps[d:])
+    return None
 
 
 CheckBytes = Callable[[int, int], object]
