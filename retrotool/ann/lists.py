@@ -151,7 +151,7 @@ def of_faiss(index: Any) -> Trained | None:
 
 
 def _codec(index: Any) -> Codec | None:
-    """Return the codec of a faiss index without rotation, or None. Whole vectors are not residuals, codes are."""
+    """Return the codec of an index without rotation, or None: whole vectors are no residuals, codes are."""
     d, by_residual = int(index.d), getattr(index, "by_residual", False)
     if isinstance(index, faiss.IndexIVFPQ) and by_residual and index.pq.nbits == 8:
         return Product(faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub))
