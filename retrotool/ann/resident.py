@@ -217,11 +217,11 @@ class ResidentLists:
         if not len(self) or not len(queries) or beyond >= nprobe:
             return best
         start, size = 0, self._block_size(k, nprobe)
-        waiting: list[_Found] = []  # results that are still being computed
+        waiting: list[Callable[[], None]] = []  # write results that are still being computed
         while start < len(queries):
             rows = slice(start, min(start + size, len(queries)))
             try:
-                waiting.append(self._search(queries.take(rows), rows, k, nprobe, beyond, probed))
+                waiting.append(self._search(queries.take(rows), rows, k, nprobe, beyond, probed, best))
                 start = rows.stop
             except torch.OutOfMemoryError:
                 size = (rows.stop - rows.start) // 2
@@ -231,9 +231,9 @@ class ResidentLists:
                 torch.cuda.empty_cache()
                 say(f"{self.device} is out of memory: continuing with {size:,} queries at a time")
             elif len(waiting) > 1:
-                waiting.pop(0).put(best)
-        for block in waiting:
-            block.put(best)
+                waiting.pop(0)()
+        for put in waiting:
+            put()
         return best
 
     def _block_size(self, k: int, nprobe: int) -> int:
@@ -244,8 +244,10 @@ class ResidentLists:
         # Best scores are fewer than 2^31, so that no operator has to divide them.
         return max(_LEAST_QUERIES, min(_MOST_QUERIES, int(free / each), int(_RANK / strips)))
 
-    def _search(self, queries: Queries, rows: slice, k: int, nprobe: int, beyond: int, probed: Ids | None) -> _Found:
-        """Begin a search for the ``rows`` of all queries."""
+    def _search(
+        self, queries: Queries, rows: slice, k: int, nprobe: int, beyond: int, probed: Ids | None, found: Best
+    ) -> Callable[[], None]:
+        """Begin a search for ``rows`` of all queries; return what waits for it and writes to ``found``."""
         vectors = upload(queries.vectors, self.device)
         asked, halves = vectors.float(), vectors.half()
         own = self._own_ranks(queries)
@@ -263,9 +265,15 @@ class ResidentLists:
         near = keys.topk(min(k, keys.shape[1]), largest=False, sorted=True).values  # of [q, ≤ k]
         distances = (near >> 32).int().view(torch.float32)
         ids = torch.where(distances < math.inf, self.ids[near & _RANK], -1)
-        here = (distances.to("cpu", non_blocking=True), ids.to("cpu", non_blocking=True))  # pinned
-        on_gpu = self.device.type == "cuda"
-        return _Found(rows, *here, torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
+        here = [some.to("cpu", non_blocking=True) for some in (distances, ids)]  # pinned
+        done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+        def put() -> None:
+            if done is not None:
+                done.synchronize()
+            found.put((rows, slice(here[1].shape[1])), Best(*(some.numpy() for some in here)))
+
+        return put
 
     def _own_ranks(self, queries: Queries) -> torch.Tensor:
         """Return the least and the highest rank that each query must not find, int32 [2, q]."""
@@ -288,22 +296,6 @@ class ResidentLists:
         width, *bounds_here = torch.cat([end[:, -1:].amax().view(1), bounds]).tolist()  # waits for the device
         width = max(1, -(-width // _WIDTHS)) * _WIDTHS
         return Probes(lists, end - strips, end, pairs, bounds, bounds_here, width)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The results of some rows, [q, ≤ k], on the host once ``done``."""
-
-    rows: slice
-    distances: torch.Tensor
-    ids: torch.Tensor
-    done: torch.cuda.Event | None
-
-    def put(self, best: Best) -> None:
-        """Wait for the results and write them to ``best``."""
-        if self.done is not None:
-            self.done.synchronize()
-        best.put((self.rows, slice(self.ids.shape[1])), Best(self.distances.numpy(), self.ids.numpy()))
 
 
 def free_memory(device: torch.device) -> int:
