@@ -126,11 +126,10 @@ _PROBES = (  # texts for ``verify`` without a sample
 
 @dataclass(slots=True)
 class Work:
-    """Work done; ``tokens`` include special ones, ``lanes`` is the number of parallel batches."""
+    """Work done; ``tokens`` include special ones, ``seconds`` are those of a device that is never idle."""
 
     tokens: int = 0
     seconds: float = 0.0
-    lanes: int = 1
 
 
 @dataclass(slots=True)
@@ -219,7 +218,6 @@ class Encoder:
             raise UsageError(f"encoder {self._spec!r} was changed while it was loaded", "Run the same command again.")
         self._loaded = loaded
         self._runner: Runner = CpuRunner(loaded) if self.device == "cpu" else CudaRunner(loaded, self.device)
-        self.work.lanes = self._runner.lanes
 
     @property
     def gelu(self) -> str:
@@ -275,7 +273,7 @@ class Encoder:
                 self._load_again(self.forward, why, rows, true)
             else:
                 self.say(f"{why}; use --dtype float32 for exact vectors")
-        self.work = Work(lanes=self._runner.lanes)
+        self.work = Work()
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
         return self.dtype != "float32" and self._other("packed")._cosine(rows, true) > LEAST_COSINE["float32"]
@@ -361,16 +359,13 @@ class Encoder:
                 some = framed.take(which := left.popleft())
                 done += len(some.ids)
                 before, shown = shown, len(rows) * done // len(framed.ids)
-                yield _Batch(vectors, first, which, some, self._ready(some, tokens), shown - before)
+                yield _Batch(vectors, first, which, some, self._runner.ready(some, tokens), shown - before)
             empty = np.flatnonzero(framed.lengths == 0)
             yield _Batch(vectors, first, empty, framed, None, len(rows) - shown)
             first += len(rows)
 
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
         return batches(lengths, tokens, most_rows=self._loaded.most_rows(tokens), padded=self._loaded.padded)
-
-    def _ready(self, rows: Rows, tokens: int) -> Ready:
-        return self._runner.ready(self._loaded.arrays(rows, tokens), len(rows))
 
     def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
         if handle is None:
@@ -388,9 +383,9 @@ class Encoder:
     def _result(self, rows: Rows, handle: Handle) -> tuple[Vectors, bool]:
         """Return a batch's vectors, and if all are finite; out of memory, split it and halve later ones."""
         try:
-            found = handle()
-            self.work.seconds += found.seconds
-            return found.vectors, found.finite
+            vectors, finite, seconds = handle()
+            self.work.seconds += seconds
+            return vectors, finite
         except Exception as error:
             what = f"encoder {self.identity.name}"
             devices.check_divisible(error, what, self.device, len(rows), len(rows.ids))
@@ -401,7 +396,8 @@ class Encoder:
             self.say(f"{self.device} is out of memory: continuing with {self.batch_tokens:,} tokens per batch")
         tokens = min(self.batch_tokens, max(1, len(rows.ids) // 2))
         pieces = [rows.take(which) for which in self._cut(rows.lengths, tokens)]
-        halves = [self._result(some, self._runner.submit(self._ready(some, self.batch_tokens))) for some in pieces]
+        handles = (self._runner.submit(self._runner.ready(some, self.batch_tokens)) for some in pieces)
+        halves = [self._result(some, handle) for some, handle in zip(pieces, handles, strict=True)]
         return np.concatenate([vectors for vectors, _ in halves]), all(finite for _, finite in halves)
 
     def close(self) -> None:

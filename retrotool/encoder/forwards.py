@@ -33,6 +33,8 @@ from retrotool.machine import cores
 from retrotool.ranges import positions_within
 
 Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]  # for the device, and kept on the host
+Computed = tuple[Vectors, bool, float]  # float16 [n, d], whether all are finite, and seconds of the device
+Handle = Callable[[], Computed]  # returns what became of a batch, or raises its error
 
 _SHORTEST = 16  # mean row length of a full batch at least: a GPU runs at most 65,535 rows at a time
 _LONGEST = 128  # maximum row lengths are rounded up to this times a power of two, to compile few programs
@@ -261,40 +263,22 @@ class Ready:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A batch's ``vectors``, float16 [n, d]; whether all are ``finite``; and the seconds of the forward."""
-
-    vectors: Vectors
-    finite: bool
-    seconds: float
-
-
-Handle = Callable[[], Computed]  # returns what became of a batch, or raises its error
-
-
 class CpuRunner:
-    """One thread per core with its own batches: ``lanes`` at a time, ``depth`` to keep in flight."""
+    """One thread per core with its own batches; ``depth``: batches to keep in flight."""
 
     def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self.lanes = cores()
-        self.depth = 2 * self.lanes
-        self._pool = ThreadPoolExecutor(self.lanes, "retrotool-forward")
-        before = torch.get_num_threads()
-        started = threading.Barrier(self.lanes)
-
-        def start(_: int) -> None:
-            torch.set_num_threads(1)
-            started.wait(_START_SECONDS)
-
-        list(self._pool.map(start, range(self.lanes)))
+        self._forward, self._lanes = forward, cores()
+        self.depth = 2 * self._lanes
+        before, started = torch.get_num_threads(), threading.Barrier(self._lanes)
+        self._pool = ThreadPoolExecutor(self._lanes, "retrotool-forward", torch.set_num_threads, (1,))
+        list(self._pool.map(lambda _: started.wait(_START_SECONDS), range(self._lanes)))
         # Setting it in one thread also changes the default of threads started later.
         torch.set_num_threads(before)
 
-    def ready(self, arrays: Arrays, rows: int) -> Ready:
+    def ready(self, rows: Rows, batch_tokens: int) -> Ready:
         """Prepare a batch for ``submit``; may run in another thread."""
-        return Ready({name: torch.from_numpy(array) for name, array in arrays[0].items()}, arrays[1], rows)
+        arrays, more = self._forward.arrays(rows, batch_tokens)
+        return Ready({name: torch.from_numpy(array) for name, array in arrays.items()}, more, len(rows))
 
     def submit(self, ready: Ready) -> Handle:
         """Start computing a batch."""
@@ -306,7 +290,7 @@ class CpuRunner:
         with torch.inference_mode():
             vectors = self._forward(ready.tensors, ready.more)[: ready.rows].half()
             finite = bool(vectors.isfinite().all())
-        return Computed(vectors.numpy(), finite, time.perf_counter() - start)
+        return vectors.numpy(), finite, (time.perf_counter() - start) / self._lanes
 
     def close(self) -> None:
         """Release threads and memory."""
@@ -317,15 +301,15 @@ class CudaRunner:
     """One GPU: copies use a separate stream and pinned memory; see ``CpuRunner``."""
 
     depth = 3
-    lanes = 1
 
     def __init__(self, forward: Forward, device: str) -> None:
         self._forward, self._device = forward, torch.device(device)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
-    def ready(self, arrays: Arrays, rows: int) -> Ready:
+    def ready(self, rows: Rows, batch_tokens: int) -> Ready:
         """Prepare a batch for ``submit``; may run in another thread."""
-        return Ready({n: torch.from_numpy(a).pin_memory() for n, a in arrays[0].items()}, arrays[1], rows)
+        arrays, more = self._forward.arrays(rows, batch_tokens)
+        return Ready({name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()}, more, len(rows))
 
     def submit(self, ready: Ready) -> Handle:
         """Start computing a batch."""
@@ -363,7 +347,7 @@ class CudaRunner:
         def handle() -> Computed:
             arrived.synchronize()
             assert ready.tensors is not None  # keep pinned memory alive until it is copied
-            return Computed(host.numpy(), bool(all_finite), begun.elapsed_time(ended) / 1000)
+            return host.numpy(), bool(all_finite), begun.elapsed_time(ended) / 1000
 
         return handle
 
