@@ -22,8 +22,6 @@ OPTIONS = {
     "_scan": {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True},
     "_rank": {"num_warps": 4, "enable_fp_fusion": True},
 }
-
-
 CONSTANTS = {
     "_scan": {"M": _ROWS, "N": _COLUMNS, "K": _DEPTH, "S": STRIP},
     "_rank": {"K": _RANK_DEPTH, "S": STRIP},
