@@ -75,9 +75,9 @@ def make_model(name: str, folder: Path) -> str:
 
 def flops(encoder: Encoder, rows: Rows) -> float:
     """Count the multiplications and additions of the forward pass: products with weights, and attention."""
-    from retrotool.encoder.encoder_identity import read_config
+    from retrotool.encoder.encoder_identity import json_object
 
-    config = read_config(encoder._path)
+    config = json_object(encoder._path / "config.json")
     d, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     lengths = rows.lengths.astype(np.float64) + len(encoder._before) + len(encoder._after)
     return float(layers * (lengths.sum() * (8 * d * d + 4 * d * inner) + 4 * d * (lengths**2).sum()))

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from retrotool.encoder import devices
-from retrotool.encoder.encoder_identity import find_encoder, read_config
+from retrotool.encoder.encoder_identity import find_encoder, json_object
 from retrotool.errors import NotFiniteError, UsageError
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
@@ -125,14 +125,6 @@ _PROBES = (  # texts for ``verify`` without a sample
 
 
 @dataclass(slots=True)
-class Work:
-    """Work done; ``tokens`` include special ones, ``seconds`` are those of a device that is never idle."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(slots=True)
 class _Batch:
     """Framed rows of a block, longest first; ``first``: rows in earlier blocks; ``ready`` None: its end.
 
@@ -161,7 +153,10 @@ def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]
 
 
 class Encoder:
-    """A loaded encoder on a device; ``forward`` is "packed" or "transformers"."""
+    """A loaded encoder on a device; ``forward`` is "packed" or "transformers".
+
+    Since it was verified, it has computed ``tokens``, special ones included, in ``seconds`` of the device.
+    """
 
     def __init__(
         self,
@@ -181,7 +176,7 @@ class Encoder:
         self.device = devices.pick_device(device)
         self.dtype, self._asked = devices.pick_dtype(self.device, dtype), dtype
         self.batch_tokens = batch_tokens or devices.BATCH_TOKENS[self.device.split(":")[0]]
-        self.work = Work()
+        self.tokens, self.seconds = 0, 0.0
         self.cosine: float | None = None  # the least with ``transformers`` in float32, set by ``verify``
         self._spec, self._path, self.say = spec, path, say
         self.tokenizer = Tokenizer(find_tokenizer(str(path)))
@@ -190,7 +185,7 @@ class Encoder:
             self._before, self._after = self.tokenizer.special_tokens()
         except Exception as error:  # the library raises plain exceptions
             raise UsageError(f"encoder {spec!r}: its tokenizer fails: {error}", "Repair tokenizer.json.") from error
-        self._vocabulary = read_config(path).get("vocab_size")
+        self._vocabulary = json_object(path / "config.json").get("vocab_size")
         self._load(forward)
 
     def _load(self, way: str) -> None:
@@ -273,7 +268,7 @@ class Encoder:
                 self._load_again(self.forward, why, rows, true)
             else:
                 self.say(f"{why}; use --dtype float32 for exact vectors")
-        self.work = Work()
+        self.tokens, self.seconds = 0, 0.0
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
         return self.dtype != "float32" and self._other("packed")._cosine(rows, true) > LEAST_COSINE["float32"]
@@ -377,14 +372,14 @@ class Encoder:
             row = batch.first + int(batch.which[np.argmin(np.isfinite(vectors).all(axis=1))])
             raise NotFiniteError(f"encoder {self.identity.name}: row {row} gives NaN or infinity", row)
         batch.vectors[batch.which] = vectors
-        self.work.tokens += len(batch.rows.ids)
+        self.tokens += len(batch.rows.ids)
         report(batch.progress)
 
     def _result(self, rows: Rows, handle: Handle) -> tuple[Vectors, bool]:
         """Return a batch's vectors, and if all are finite; out of memory, split it and halve later ones."""
         try:
             vectors, finite, seconds = handle()
-            self.work.seconds += seconds
+            self.seconds += seconds
             return vectors, finite
         except Exception as error:
             what = f"encoder {self.identity.name}"

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from retrotool.encoder.devices import is_lost, is_out_of_memory
 from retrotool.encoder.encoder import Rows, Vectors
-from retrotool.encoder.encoder_identity import EncoderIdentity, read_config, read_modules
+from retrotool.encoder.encoder_identity import EncoderIdentity, json_object, read_modules
 from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
 from retrotool.errors import UsageError
 from retrotool.machine import cores
@@ -54,7 +54,7 @@ class Head:
                 weights = {key: weight.float() for key, weight in stored.items()}
                 act = getattr(torch.nn, activation)()
                 self._layers.append((weights["linear.weight"], weights.get("linear.bias"), act))
-            config = read_config(path)
+            config = json_object(path / "config.json")
             found = self(torch.zeros(1, config.get("hidden_size") or config["dim"], device=device))
             if found.shape[1] != identity.dimension:
                 raise ValueError(f"they return {found.shape[1]} numbers, not {identity.dimension}")
@@ -94,7 +94,7 @@ class PackedForward(_AnyForward):
     def __init__(
         self, path: Path, identity: EncoderIdentity, device: str, dtype: str, say: Callable[[str], object]
     ) -> None:
-        shape = architecture_of(read_config(path))
+        shape = architecture_of(json_object(path / "config.json"))
         if identity.pooling == "lasttoken":
             raise NotPackedError("it pools the last token")
         kind: torch.dtype = getattr(torch, dtype)
