@@ -289,10 +289,10 @@ class JoinedLists:
 
 
 class InvertedLists:
-    """The lists of one faiss index, as read-only views; ``check`` verifies the bytes of a list before use."""
+    """The lists of a faiss index, by ``numbers``, as read-only views; ``check`` verifies their bytes before use."""
 
     def __init__(self, index: Any, trained: Trained, check: CheckBytes | None = None) -> None:
-        self.trained = trained
+        self.trained, self.numbers = trained, range(max(trained.nlist, 1))
         self.holds_quantizer = trained.centroids is not None and len(trained.centroids) > 0
         self._index = index
         inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
@@ -310,11 +310,6 @@ class InvertedLists:
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
-
-    @property
-    def numbers(self) -> range:
-        """Numbers of the lists."""
-        return range(max(self.trained.nlist, 1))
 
     def size(self, number: int) -> int:
         """Return the number of vectors in a list."""

@@ -77,11 +77,6 @@ class Probes:
     bounds_here: list[int]
     width: int
 
-    @property
-    def per_query(self) -> int:
-        """Lists that each query probes."""
-        return int(self.lists.shape[1])
-
 
 class Centroids:
     """The centroids of a training and its rotation on a device.
@@ -182,6 +177,7 @@ class ResidentLists:
         # Strips of each list; and starts on the host, for products per list.
         self.strips = torch.div(self.starts.diff() + STRIP - 1, STRIP, rounding_mode="floor")
         self.starts_here: list[int] = self.starts.tolist()
+        self.n_lists = len(self.starts_here) - 1
         # Of the list of a vector, on average: queries are near many vectors, so they probe long lists.
         sizes = np.diff(self.starts_here) / STRIP + 1
         self._usual_strips = float(np.square(sizes).sum() / sizes.sum()) if len(sizes) else 0.0
@@ -189,11 +185,6 @@ class ResidentLists:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def n_lists(self) -> int:
-        """Number of lists."""
-        return len(self.starts_here) - 1
 
     def search(
         self,
@@ -257,7 +248,7 @@ class ResidentLists:
         scores, strip = k_largest(best, min(k + _SPARE, probes.width))
         del best
         # Which list each chosen strip is of, and where it begins.
-        which = torch.searchsorted(probes.end, strip, right=True).clamp_(max=probes.per_query - 1)
+        which = torch.searchsorted(probes.end, strip, right=True).clamp_(max=probes.lists.shape[1] - 1)
         number = probes.lists.gather(1, which)
         first = self.starts[number] + STRIP * (strip - probes.offset.gather(1, which))
         end = torch.where(scores > -math.inf, self.starts[number + 1], 0)
@@ -381,7 +372,7 @@ class TorchKernels:
             pairs = probes.pairs[bounds[number] : bounds[number + 1]]
             if start == stop or not len(pairs):
                 continue
-            rows = torch.div(pairs, probes.per_query, rounding_mode="floor")
+            rows = torch.div(pairs, probes.lists.shape[1], rounding_mode="floor")
             scores = product(asked[rows], lists.vectors[start:stop]).sub_(lists.halves[start:stop])
             low, high = own[:, rows].unsqueeze(2)
             ranks = lists.ranks[start:stop]
