@@ -289,7 +289,7 @@ class JoinedLists:
 
 
 class InvertedLists:
-    """The lists of a faiss index, by ``numbers``, as read-only views; ``check`` verifies their bytes before use."""
+    """The lists ``numbers`` of a faiss index, as read-only views; ``check`` verifies bytes before use."""
 
     def __init__(self, index: Any, trained: Trained, check: CheckBytes | None = None) -> None:
         self.trained, self.numbers = trained, range(max(trained.nlist, 1))

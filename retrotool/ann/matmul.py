@@ -22,6 +22,7 @@ R = TypeVar("R")
 _CACHED_ENTRIES = 1 << 20
 _GPU_ENTRIES = 1 << 28
 _LEAST_ROWS = 256
+_TABLE_ROWS = 1 << 13
 _STEP, _WIDTH = 64, 32
 _SMALL, _LARGE = 16, 128
 _BFLOAT16 = ("avx512_bf16", "amx_bf16")
@@ -67,9 +68,9 @@ class Columns:
         self._vectors, self._half_norms = vectors, vectors.square().sum(1).div_(-2)
 
     @staticmethod
-    def table(asked: torch.Tensor) -> torch.Tensor:
-        """Convert queries [q, d] to the input of ``scores``."""
-        return asked
+    def table(asked: torch.Tensor, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Convert ``rows`` [r] of queries, float32 [q, d], less ``shift`` [d], to the input of ``scores``."""
+        return asked[rows].sub_(shift)
 
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
         """Return scores [r, high − low] of table rows and vectors [low, high), in ``scratch``."""
@@ -95,13 +96,14 @@ class RoughColumns:
         self._vectors[:n, d + 2 : d + 4] = 1
 
     @staticmethod
-    def table(asked: torch.Tensor) -> torch.Tensor:
-        """Convert queries, float32 [q, d], to the input of ``scores``."""
-        q, d = asked.shape
-        found = torch.zeros(q, _padded(d), dtype=torch.bfloat16)
-        found[:, :d] = asked
-        found[:, d : d + 2] = 1
-        _put_half_norms(found, d, d + 2)
+    def table(asked: torch.Tensor, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Convert queries to the input of ``scores``, some at a time; see ``Columns.table``."""
+        d = asked.shape[1]
+        found = torch.zeros(len(rows), _padded(d), dtype=torch.bfloat16)
+        for some, of in zip(torch.split(found, _TABLE_ROWS), torch.split(rows, _TABLE_ROWS), strict=True):
+            some[:, :d] = asked[of].sub_(shift)
+            some[:, d : d + 2] = 1
+            _put_half_norms(some, d, d + 2)
         return found
 
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:

@@ -94,22 +94,13 @@ class Search:
         if not self._tiles:
             self._start(len(shard))
         with one_thread_each(self._threads) as run:
-            tables = run(self._table, self._tiles)
+            rows = [torch.from_numpy(tile.rows) for tile in self._tiles]
+            tables = run(lambda some: self._columns_as.table(self._asked, some, self._shift), rows)
             jobs = list(zip(self._tiles, tables, strict=True))
             pieces = self._pieces(shard, sorted(set().union(*(tile.lists for tile in self._tiles))))
             while some_pieces := list(itertools.islice(pieces, self._threads)):
                 blocks = run(functools.partial(self._decode, shard), some_pieces)
                 self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
-
-    def _table(self, tile: _Tile) -> torch.Tensor:
-        table = None
-        for start in range(0, len(tile.rows), _ROWS):
-            rows = torch.from_numpy(tile.rows[start : start + _ROWS])
-            some = self._columns_as.table(self._asked[rows].sub_(self._shift))
-            if table is None:
-                table = some.new_empty(len(tile.rows), some.shape[1])
-            table[start : start + len(rows)] = some
-        return self._asked if table is None else table
 
     def _start(self, n: int) -> None:
         trained = self._trained

@@ -29,7 +29,7 @@ def test_near_copies_are_told_apart_by_rounded_products(spread: float) -> None:
     queries, k = vectors[::97], 10
     exact = np.square(queries[:, None] - vectors).sum(axis=2)
     rows = torch.arange(len(queries))
-    table = RoughColumns.table(torch.from_numpy(queries))
+    table = RoughColumns.table(torch.from_numpy(queries), rows, torch.zeros(d))
     scores = RoughColumns(torch.from_numpy(vectors)).scores(table, rows, 0, len(vectors), Scratch()).numpy()
     found = np.argsort(-scores, axis=1)[:, : k + SPARE]
     farthest = np.sort(exact, axis=1)[:, k - 1, None]
