@@ -114,6 +114,7 @@ Vectors = npt.NDArray[np.float16]
 
 LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}  # with the true vector
 _LEAST_TOKENS = 256  # smallest batch after halving
+_SHORTEST = 16  # mean row length of a full batch at least: a GPU runs at most 65,535 rows at a time
 _PROBES = (  # texts for ``verify`` without a sample
     "The store is a directory with one commit log; a reader sees one commit.",
     "def spread(starts, lengths): return np.arange(total) + np.repeat(starts - ends + lengths, lengths)",
@@ -290,7 +291,8 @@ class Encoder:
     def _cosine(self, rows: Rows, true: Vectors) -> float:
         """Return the least cosine with true vectors, −1 if not finite; rows are repeated to fill a batch."""
         tokens = len(rows.framed(self._before, self._after, self.identity.max_tokens).ids)
-        copies = -(-self._loaded.least_tokens(self.batch_tokens) // max(tokens, 1)) or 1
+        least = self.batch_tokens // 2 + 1 if self._loaded.constant else 1  # smaller batches are not filled up
+        copies = -(-least // max(tokens, 1))
         which = np.tile(np.arange(len(rows)), copies)
         try:
             return round(float(cosines(self.embed(rows.take(which)), true[which]).min()), 6)
@@ -360,7 +362,8 @@ class Encoder:
             first += len(rows)
 
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
-        return batches(lengths, tokens, most_rows=self._loaded.most_rows(tokens), padded=self._loaded.padded)
+        most = max(1, tokens // _SHORTEST) if self._loaded.constant else sys.maxsize  # in a constant shape
+        return batches(lengths, tokens, most_rows=most, padded=self._loaded.padded)
 
     def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
         if handle is None:

@@ -8,7 +8,6 @@ CPU each core has its own, so vectors do not depend on the number of cores; on a
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import traceback
@@ -36,7 +35,6 @@ Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]  # for the device, a
 Computed = tuple[Vectors, bool, float]  # float16 [n, d], whether all are finite, and seconds of the device
 Handle = Callable[[], Computed]  # returns what became of a batch, or raises its error
 
-_SHORTEST = 16  # mean row length of a full batch at least: a GPU runs at most 65,535 rows at a time
 _LONGEST = 128  # maximum row lengths are rounded up to this times a power of two, to compile few programs
 _LEAST_STEP = 16
 _PROGRAMS = 32  # compiled programs: one per batch size (halved if out of memory) and maximum row length
@@ -69,27 +67,13 @@ class Head:
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
 
 
-class _AnyForward:
-    """How batches are cut; ``constant``: all but a block's last have one shape."""
+class PackedForward:
+    """``PackedBert`` and its batches; ``constant``: ``varlen`` attention in constant shapes, compiled.
 
-    constant = False
-    padded = False  # whether rows are padded to the longest of a batch
-    gelu = ""  # "tanh": computed in place of the model's exact GELU
+    ``gelu``: "tanh" if that is computed in place of the model's exact GELU, else "".
+    """
 
-    def use_exact_gelu(self) -> None:
-        """Compute the model's own GELU from now on."""
-
-    def least_tokens(self, batch_tokens: int) -> int:
-        """Return the tokens from which a batch is filled up to the constant shape: half of it."""
-        return batch_tokens // 2 + 1 if self.constant else 0
-
-    def most_rows(self, batch_tokens: int) -> int:
-        """Return the most rows of a batch: as many as its constant shape has room for."""
-        return max(1, batch_tokens // _SHORTEST) if self.constant else sys.maxsize
-
-
-class PackedForward(_AnyForward):
-    """``PackedBert`` and its batches; ``constant``: ``varlen`` attention in constant shapes, compiled."""
+    padded = False
 
     def __init__(
         self, path: Path, identity: EncoderIdentity, device: str, dtype: str, say: Callable[[str], object]
@@ -120,7 +104,7 @@ class PackedForward(_AnyForward):
                 ids, places = np.pad(ids, (0, extra)), np.pad(places, (0, extra))
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
         longest = max(_LONGEST, 1 << (int(rows.lengths[0]) - 1).bit_length())
-        total, whole = len(ids), self.least_tokens(batch_tokens) <= len(ids) <= batch_tokens
+        total, whole = len(ids), batch_tokens // 2 < len(ids) <= batch_tokens
         room = batch_tokens if whole else total
         ids, places = (np.pad(some, (0, room - total)) for some in (ids, places))
         spans = np.concatenate([[0], np.cumsum(rows.lengths), np.arange(total + longest, room, longest)])
@@ -181,15 +165,18 @@ def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
     return np.asarray(within * (rows.ids != padding) + padding, np.int32)
 
 
-class PaddedForward(_AnyForward):
-    """``transformers.AutoModel``, with rows padded to the longest of their batch."""
+class PaddedForward:
+    """``transformers.AutoModel``, with rows ``padded`` to the longest of their batch."""
 
-    padded = True
+    constant, padded, gelu = False, True, ""
 
     def __init__(self, spec: str, path: Path, identity: EncoderIdentity, device: str, dtype: str) -> None:
         self._model = load_pretrained("AutoModel", f"encoder {spec!r}", path, device, dtype, unused="pooler")
         self._model.config.use_cache = False
         self._pooling, self._head = identity.pooling, Head(path, identity, device)
+
+    def use_exact_gelu(self) -> None:
+        """Do nothing: ``transformers`` computes the model's own."""
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:  # noqa: ARG002
         """Return padded ids and their mask for a batch of framed rows, longest first."""
