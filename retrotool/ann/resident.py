@@ -338,8 +338,7 @@ def k_largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     n = scores.shape[1]
     width = next((width for width in (32, 16, 8) if n >= 4 * k * width), 0)
     if not width:
-        found = scores.topk(k)
-        return found.values, found.indices
+        return scores.topk(k)
     step = n // width
     groups = scores[:, : step * width].view(-1, width, step)
     best = groups.amax(1).topk(k, sorted=False).indices
@@ -347,14 +346,6 @@ def k_largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     values, at = torch.cat([some, scores[:, step * width :]], 1).topk(k)
     columns = torch.div(at, k, rounding_mode="floor") * step + best.gather(1, at % k)
     return values, torch.where(at < width * k, columns, at + (step - k) * width)
-
-
-def sort_keys(distances: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
-    """Return int64 keys in the order of distances, and of ranks where these are equal.
-
-    Distances are not negative, so their bits are in their order.
-    """
-    return distances.view(torch.int32).long() << 32 | ranks.long()
 
 
 class TorchKernels:
@@ -385,10 +376,10 @@ class TorchKernels:
     def rank(
         self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, first: torch.Tensor, end: torch.Tensor
     ) -> torch.Tensor:
-        """Return sort keys, int64 [q, depth · STRIP], of the vectors of strips (``sort_keys``).
+        """Return keys, int64 [q, depth · STRIP], that sort the vectors of strips by distance, then by rank.
 
-        Strips begin at ``first`` [q, depth] and go no further than ``end``; +inf for what is not there or
-        own. Gather the vectors of some queries at a time.
+        Distances are not negative, so their bits are in their order. Strips begin at ``first`` [q, depth] and
+        go no further than ``end``; +inf for what is not there or own. Gather some vectors at a time.
         """
         size = max(1, _GATHERED // (first.shape[1] * STRIP * lists.d))
         found = []
@@ -401,7 +392,7 @@ class TorchKernels:
             ranks = lists.ranks[rows]
             there &= (ranks < low) | (ranks > high)
             apart = (lists.vectors[rows].float() - some[:, None]).square_().sum(2)
-            found.append(sort_keys(torch.where(there, apart, math.inf), ranks))
+            found.append(torch.where(there, apart, math.inf).view(torch.int32).long() << 32 | ranks.long())
         return torch.cat(found)
 
 
