@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -374,11 +373,8 @@ def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
         return
     inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     order = np.argsort(numbers, kind="stable")
-    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-    for start, stop in pairwise([*starts, len(order)]):
-        rows = order[start:stop]
-        some_ids, some_codes = np.ascontiguousarray(ids[rows]), np.ascontiguousarray(codes[rows])
-        number = int(numbers[rows[0]])
+    for rows in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+        number, some_ids, some_codes = int(numbers[rows[0]]), ids[rows], np.ascontiguousarray(codes[rows])
         inner.invlists.add_entries(number, len(rows), faiss.swig_ptr(some_ids), faiss.swig_ptr(some_codes))
     inner.ntotal += len(ids)
     index.ntotal = inner.ntotal
