@@ -75,9 +75,9 @@ def make_model(name: str, folder: Path) -> str:
 
 def flops(encoder: Encoder, rows: Rows) -> float:
     """Count the multiplications and additions of the forward pass: products with weights, and attention."""
-    from retrotool.encoder.encoder_identity import read_config
+    from retrotool.encoder.encoder_identity import json_object
 
-    config = read_config(encoder._path)
+    config = json_object(encoder._path / "config.json")
     d, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     lengths = rows.lengths.astype(np.float64) + len(encoder._before) + len(encoder._after)
     return float(layers * (lengths.sum() * (8 * d * d + 4 * d * inner) + 4 * d * (lengths**2).sum()))
@@ -123,14 +123,14 @@ def _wait(device: str) -> None:
 class Paced:
     """A device that takes ``rate`` tokens per second and returns zeros, to show what does not overlap."""
 
-    depth, lanes = 3, 1
+    depth = 3
 
     def __init__(self, encoder: Encoder, rate: float) -> None:
         self._inner, self._dimension, self._rate = encoder._runner, encoder.identity.dimension, rate
         self._pool = ThreadPoolExecutor(1)
 
-    def ready(self, arrays: Any, rows: int) -> Ready:
-        return self._inner.ready(arrays, rows)
+    def ready(self, rows: Rows, batch_tokens: int) -> Ready:
+        return self._inner.ready(rows, batch_tokens)
 
     def submit(self, ready: Ready) -> Handle:
         return self._pool.submit(self._compute, ready).result
@@ -138,7 +138,7 @@ class Paced:
     def _compute(self, ready: Ready) -> Computed:
         seconds = ready.tensors["ids"].numel() / self._rate
         time.sleep(seconds)
-        return Computed(np.zeros((ready.rows, self._dimension), np.float16), True, seconds)
+        return np.zeros((ready.rows, self._dimension), np.float16), True, seconds
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -152,7 +152,7 @@ def bench_pipeline(store: Path, model: str, device: str, rate: float | None = No
 
     def paced(self: Encoder, *_: Any) -> None:
         self._runner = Paced(self, rate or 0.0)  # type: ignore[assignment]
-        self.work.lanes, self.cosine = 1, 1.0
+        self.cosine = 1.0
         self.fast = FastTokenizer(self.tokenizer)
 
     usual = BATCH_TOKENS["cpu"]
@@ -253,7 +253,7 @@ def forward_alone(encoder: Encoder, rows: Rows) -> Callable[[], Vectors]:
 
     def packed() -> Vectors:
         handles = [encoder._runner.submit(ready) for ready in prepared]
-        return np.concatenate([handle().vectors for handle in handles])
+        return np.concatenate([handle()[0] for handle in handles])
 
     packed()
     return packed

@@ -59,12 +59,12 @@ def embed_some(store: Path, limit: int) -> np.ndarray:
 
 def bench_search(vectors: np.ndarray) -> None:
     from retrotool.ann.excluded import Queries
-    from retrotool.ann.lists import OneList
+    from retrotool.ann.lists import VectorLists
     from retrotool.ann.ranking import rerank
     from retrotool.ann.search import SPARE, Search, nothing_banned
 
     queries = vectors.astype(np.float32)
-    everything = OneList(np.arange(len(vectors)), vectors)
+    everything = VectorLists(np.arange(len(vectors)), vectors)
     start = time.perf_counter()
     search = Search(everything.trained, Queries.plain(queries), 1, 20 + SPARE, nothing_banned)
     search.add(everything)

@@ -397,7 +397,6 @@ def known_encoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
         encoder.forward, encoder.why, encoder._loaded = _loaded[key]
         encoder._runner = CpuRunner(encoder._loaded)
-        encoder.work.lanes = encoder._runner.lanes
 
     def verified(encoder: Encoder, sample: Any = None) -> None:
         key = (encoder.identity, encoder.device, encoder.dtype, encoder.forward)

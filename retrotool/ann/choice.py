@@ -168,10 +168,8 @@ def _code(n: int, d: int, nlist: int, wanted: IndexOptions) -> IndexChoice:
         return wanted.memory is None or n * choice.bytes_per_vector + choice.trained_bytes <= wanted.memory
 
     whole = IndexChoice(d, nlist)
-    if n < MIN_FOR_PRODUCT:
-        ladder = [replace(whole, code="sq8")]
-    else:
-        ladder = [replace(whole, code=f"pq{m}", rotated=d) for m in _pieces(d)] or [replace(whole, code="sq8")]
+    pieces = _pieces(d) if n >= MIN_FOR_PRODUCT else []
+    ladder = [replace(whole, code=f"pq{m}", rotated=d) for m in pieces] or [replace(whole, code="sq8")]
     if wanted.memory is None and whole.code_bytes <= DEFAULT_CODE:
         return replace(whole, why=f"whole vectors are no longer than codes of {DEFAULT_CODE} bytes")
     if wanted.target >= _TOO_FINE_FOR_CODES:
@@ -223,17 +221,16 @@ def _check(n: int, choice: IndexChoice) -> IndexChoice:
     if not choice.nlist and choice.code not in ("float16", "float32"):
         raise UsageError(f"{name}: codes need lists", f"Use for example IVF{count_lists(n)},{name}.")
     if choice.nlist > n or choice.nlist < 0:
-        advice = f"Try --nlist {count_lists(n)}, without --factory."
-        raise UsageError(
-            f"{_lists_of(choice.nlist)} need at least as many vectors; there are {n:,}",
-            advice if n else "There is nothing to train on: drop the index.",
+        advice = (
+            f"Try --nlist {count_lists(n)}, without --factory."
+            if n
+            else "There is nothing to train on: drop the index."
         )
+        raise UsageError(f"{_lists_of(choice.nlist)} need at least as many vectors; there are {n:,}", advice)
     if pieces and d % pieces:
         good = [str(m) for m in range(2 * pieces, 0, -1) if d % m == 0]
-        raise UsageError(
-            f"{name}: {d} dimensions can't be cut into {pieces} equal pieces",
-            f"Possible numbers of pieces: {', '.join(good[:6])}.",
-        )
+        advice = f"Possible numbers of pieces: {', '.join(good[:6])}."
+        raise UsageError(f"{name}: {d} dimensions can't be cut into {pieces} equal pieces", advice)
     if d > choice.d:
         raise UsageError(f"{name}: the rotation can't have more dimensions ({d}) than the vectors ({choice.d})")
     if pieces and n < MIN_FOR_PRODUCT:

@@ -147,12 +147,6 @@ def _encode_narrow(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-def is_same_codec(one: Codec, other: Codec) -> bool:
-    """Check whether two codecs are equal to the bit."""
-    fields = [[np.asarray(getattr(codec, name)).tobytes() for name in codec.__slots__] for codec in (one, other)]
-    return type(one) is type(other) and fields[0] == fields[1]
-
-
 def train_product(rows: torch.Tensor, pieces: int, *, seed: int = 0) -> torch.Tensor:
     """Return centroids, float32 [pieces, 256, d / pieces], trained on float32 [n, d], n ≥ 1.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-from retrotool.ann.matmul import table_of_centroids
+from retrotool.ann.matmul import CentroidTable
 from retrotool.lazy import torch
 
 ReportShare = Callable[[float], object]  # takes the share of the work just done
@@ -27,13 +27,11 @@ _AWAY = 4.0  # how far an empty cluster is moved, in multiples of the largest ce
 
 def assign(vectors: torch.Tensor, centroids: torch.Tensor, *, rough: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each vector's nearest centroid: squared distances, float32 [n], and indices, int64 [n]."""
-    shift, products = table_of_centroids(centroids, rough=rough)
+    table = CentroidTable(centroids, rough=rough)
     distances = torch.empty(len(vectors), device=vectors.device)
     indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    for start in range(0, len(vectors), products.rows):
-        part = slice(start, start + products.rows)
-        shifted = vectors[part].float().sub_(shift) if vectors.dtype != torch.float32 else vectors[part] - shift
-        score, indices[part] = products.scores(shifted).max(1)
+    for part, shifted in table.blocks(vectors):
+        score, indices[part] = table.scores(shifted).max(1)
         distances[part] = shifted.square().sum(1).sub_(score.float(), alpha=2)
     return distances.clamp_min_(0), indices
 
@@ -92,17 +90,13 @@ def _shares(counts: torch.Tensor, k: int) -> list[int]:
 
 def _step(vectors: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return means, float32 [k, d] (of empty clusters the overall mean), vectors' clusters and sizes [k]."""
-    k = len(centroids)
-    shift, products = table_of_centroids(centroids, rough=True)
-    sums = torch.zeros_like(centroids)
+    table, sums = CentroidTable(centroids, rough=True), torch.zeros_like(centroids)
     index = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    for start in range(0, len(vectors), products.rows):
-        part = slice(start, start + products.rows)
-        shifted = vectors[part].float() - shift
-        index[part] = products.scores(shifted).max(1).indices
+    for part, shifted in table.blocks(vectors):
+        index[part] = table.scores(shifted).max(1).indices
         sums.index_add_(0, index[part], shifted)
-    counts = torch.bincount(index, minlength=k)
-    return sums / counts.clamp_min(1).unsqueeze(1) + shift, index, counts
+    counts = torch.bincount(index, minlength=len(centroids))
+    return sums / counts.clamp_min(1).unsqueeze(1) + table.mean, index, counts
 
 
 def _errors(vectors: torch.Tensor, centroids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool.ann import kmeans
-from retrotool.ann.codes import Codec, Codes, Product, Scalar, Whole, is_same_codec
+from retrotool.ann.codes import Codec, Codes, Product, Scalar, Whole
 from retrotool.ann.excluded import Ids
 from retrotool.errors import CorruptError
 from retrotool.lazy import faiss, torch
@@ -79,14 +78,16 @@ class Trained:
 
 def same_training(one: Trained, other: Trained) -> bool:
     """Check whether two are equal to the bit; the coarse quantiser of one may be stored elsewhere."""
+    has_none = any(some.centroids is not None and not len(some.centroids) for some in (one, other))
+    elsewhere = has_none and one.nlist == other.nlist
 
-    def equal(a: Floats | None, b: Floats | None) -> bool:
-        return a is b if a is None or b is None else a.shape == b.shape and a.tobytes() == b.tobytes()
+    def bits(trained: Trained) -> list[Any]:
+        codec, centroids = trained.codec, None if elsewhere else trained.centroids
+        fields = [trained.rotation, centroids, *(getattr(codec, name) for name in codec.__slots__)]
+        arrays = [None if field is None else np.asarray(field) for field in fields]
+        return [type(codec), *(None if array is None else (array.shape, array.tobytes()) for array in arrays)]
 
-    elsewhere = any(some is not None and not len(some) for some in (one.centroids, other.centroids))
-    beside = one.nlist == other.nlist and elsewhere
-    centroids = beside or equal(one.centroids, other.centroids)
-    return is_same_codec(one.codec, other.codec) and equal(one.rotation, other.rotation) and centroids
+    return bits(one) == bits(other)
 
 
 def to_faiss(trained: Trained, *, quantizer: bool = True) -> Any:
@@ -136,8 +137,8 @@ def of_faiss(index: Any) -> Trained | None:
         rotation = faiss.vector_to_array(matrix.A).reshape(matrix.d_out, matrix.d_in)
         inner = faiss.downcast_index(index.index)
     if isinstance(inner, faiss.IndexIDMap2) and rotation is None:
-        whole = _whole(faiss.downcast_index(inner.index))
-        return None if whole is None else Trained(d, whole)
+        codec = _codec(faiss.downcast_index(inner.index))
+        return Trained(d, codec) if isinstance(codec, Whole) else None
     if not isinstance(inner, faiss.IndexIVF):
         return None
     coarse = faiss.downcast_index(inner.quantizer)
@@ -149,23 +150,19 @@ def of_faiss(index: Any) -> Trained | None:
 
 
 def _codec(index: Any) -> Codec | None:
-    d = int(index.d)
-    if isinstance(index, faiss.IndexIVFPQ):
-        pq = index.pq
-        if not index.by_residual or pq.nbits != 8:
-            return None
-        return Product(faiss.vector_to_array(pq.centroids).reshape(pq.M, 256, pq.dsub))
-    if isinstance(index, faiss.IndexIVFScalarQuantizer) and index.sq.qtype == faiss.ScalarQuantizer.QT_8bit:
+    """Return the codec of an index without rotation, or None: whole vectors are no residuals, codes are."""
+    d, by_residual = int(index.d), getattr(index, "by_residual", False)
+    if isinstance(index, faiss.IndexIVFPQ) and by_residual and index.pq.nbits == 8:
+        return Product(faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub))
+    if isinstance(index, faiss.IndexIVFFlat | faiss.IndexFlat) and not by_residual:
+        return Whole(d, "float32")
+    if isinstance(index, faiss.IndexIVFScalarQuantizer | faiss.IndexScalarQuantizer):
         steps = faiss.vector_to_array(index.sq.trained)
-        return Scalar(steps[:d], steps[d:]) if index.by_residual and len(steps) == 2 * d else None
-    return None if getattr(index, "by_residual", False) else _whole(index)
-
-
-def _whole(index: Any) -> Whole | None:
-    if isinstance(index, faiss.IndexIVFFlat | faiss.IndexFlat):
-        return Whole(int(index.d), "float32")
-    scalar = isinstance(index, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer)
-    return Whole(int(index.d)) if scalar and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16 else None
+        if index.sq.qtype == faiss.ScalarQuantizer.QT_fp16 and not by_residual:
+            return Whole(d)
+        if index.sq.qtype == faiss.ScalarQuantizer.QT_8bit and by_residual and len(steps) == 2 * d:
+            return Scalar(steps[:d], steps[d:])
+    return None
 
 
 CheckBytes = Callable[[int, int], object]
@@ -175,52 +172,33 @@ _KEPT_LISTS = 64
 _KEPT_JOINED = 8
 
 
-class OneList:
-    """Vectors, float16 [n, d], with ids [n], as an index without lists."""
+class VectorLists:
+    """Vectors, float16 [n, d], with ascending ids [n], in the lists ``numbers`` [n], in any order in memory.
 
-    def __init__(self, ids: Ids, vectors: npt.NDArray[np.float16]) -> None:
-        self.trained = Trained(vectors.shape[1], Whole(vectors.shape[1]))
-        self._ids, self._vectors = ids, vectors
+    Without ``numbers``, an index without lists. Of centroids there is only their mean, so that a search must
+    be given the lists to probe.
+    """
+
+    def __init__(
+        self, ids: Ids, vectors: npt.NDArray[np.float16], numbers: npt.NDArray[np.int32] | None = None, nlist: int = 0
+    ) -> None:
+        d = vectors.shape[1]
+        self._ids, self._vectors, centroids = ids, vectors, None
+        self._order: Ids | None = None
+        self._bounds = np.array([0, len(ids)])
+        if numbers is not None:
+            mean = vectors.mean(0, dtype=np.float32) if len(vectors) else np.zeros(d, np.float32)
+            centroids, self._order = mean[None], np.argsort(numbers, kind="stable")
+            self._bounds = np.searchsorted(numbers[self._order], np.arange(nlist + 1))
+        self.trained = Trained(d, Whole(d), centroids, None, nlist)
+        self.empty = int(np.diff(self._bounds).argmin())  # a list without vectors, if there is one
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def size(self, number: int) -> int:
-        """Return the number of vectors in the list."""
-        return len(self) if number == 0 else 0
-
-    def ids(self, number: int) -> Ids:
-        """Return ids, int64 [n], ascending."""
-        return self._ids[: self.size(number)]
-
-    def codes(self, number: int) -> Codes:
-        """Return the vectors as bytes, uint8 [n, 2·d]."""
-        return np.ascontiguousarray(self._vectors[: self.size(number)]).view(np.uint8)
-
-    def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
-        """Return the vectors of ``ids``, float16 [n, d]."""
-        return self._vectors[np.searchsorted(self._ids, ids)]
-
-
-class VectorLists:
-    """Vectors, float16 [n, d], with ascending ids [n], in the lists ``numbers`` [n], in any order in memory.
-
-    Of centroids there is only their mean, so that a search must be given the lists to probe.
-    """
-
-    def __init__(self, ids: Ids, vectors: npt.NDArray[np.float16], numbers: npt.NDArray[np.int32], nlist: int) -> None:
-        d = vectors.shape[1]
-        mean = vectors.mean(0, dtype=np.float32) if len(vectors) else np.zeros(d, np.float32)
-        self.trained = Trained(d, Whole(d), mean[None], None, nlist)
-        self._all, self._vectors, self._order = ids, vectors, np.argsort(numbers, kind="stable")
-        self._bounds = np.searchsorted(numbers[self._order], np.arange(nlist + 1))
-        self.empty = int(np.diff(self._bounds).argmin())  # a list without vectors, if there is one
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def _rows(self, number: int) -> Ids:
-        return self._order[self._bounds[number] : self._bounds[number + 1]]
+    def _rows(self, number: int) -> Ids | slice:
+        rows = slice(self._bounds[number], self._bounds[number + 1])
+        return rows if self._order is None else self._order[rows]
 
     def size(self, number: int) -> int:
         """Return the number of vectors in a list."""
@@ -228,11 +206,15 @@ class VectorLists:
 
     def ids(self, number: int) -> Ids:
         """Return chunk ids of a list, int64 [n], ascending."""
-        return self._all[self._rows(number)]
+        return self._ids[self._rows(number)]
 
     def codes(self, number: int) -> Codes:
         """Return the vectors of a list as bytes, uint8 [n, 2·d]."""
-        return self._vectors[self._rows(number)].view(np.uint8)
+        return np.ascontiguousarray(self._vectors[self._rows(number)]).view(np.uint8)
+
+    def vectors(self, ids: Ids) -> npt.NDArray[np.float16]:
+        """Return the vectors of ``ids``, float16 [n, d]."""
+        return self._vectors[np.searchsorted(self._ids, ids)]
 
 
 class SomeLists:
@@ -306,10 +288,10 @@ class JoinedLists:
 
 
 class InvertedLists:
-    """The lists of one faiss index, as read-only views; ``check`` verifies the bytes of a list before use."""
+    """The lists ``numbers`` of a faiss index, as read-only views; ``check`` verifies bytes before use."""
 
     def __init__(self, index: Any, trained: Trained, check: CheckBytes | None = None) -> None:
-        self.trained = trained
+        self.trained, self.numbers = trained, range(max(trained.nlist, 1))
         self.holds_quantizer = trained.centroids is not None and len(trained.centroids) > 0
         self._index = index
         inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
@@ -327,11 +309,6 @@ class InvertedLists:
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
-
-    @property
-    def numbers(self) -> range:
-        """Numbers of the lists."""
-        return range(max(self.trained.nlist, 1))
 
     def size(self, number: int) -> int:
         """Return the number of vectors in a list."""
@@ -382,7 +359,7 @@ class InvertedLists:
         return int(self._index.id_map.size()) == n and int(self._flat.codes.size()) == n * self.trained.codec.size
 
 
-Lists = OneList | VectorLists | SomeLists | JoinedLists | InvertedLists
+Lists = VectorLists | SomeLists | JoinedLists | InvertedLists
 
 
 def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
@@ -396,11 +373,8 @@ def fill(index: Any, numbers: Ids, ids: Ids, codes: Codes) -> None:
         return
     inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     order = np.argsort(numbers, kind="stable")
-    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-    for start, stop in pairwise([*starts, len(order)]):
-        rows = order[start:stop]
-        some_ids, some_codes = np.ascontiguousarray(ids[rows]), np.ascontiguousarray(codes[rows])
-        number = int(numbers[rows[0]])
+    for rows in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+        number, some_ids, some_codes = int(numbers[rows[0]]), ids[rows], np.ascontiguousarray(codes[rows])
         inner.invlists.add_entries(number, len(rows), faiss.swig_ptr(some_ids), faiss.swig_ptr(some_codes))
     inner.ntotal += len(ids)
     index.ntotal = inner.ntotal

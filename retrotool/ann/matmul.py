@@ -22,44 +22,43 @@ R = TypeVar("R")
 _CACHED_ENTRIES = 1 << 20
 _GPU_ENTRIES = 1 << 28
 _LEAST_ROWS = 256
+_TABLE_ROWS = 1 << 13
 _STEP, _WIDTH = 64, 32
 _SMALL, _LARGE = 16, 128
 _BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
 
-class Table:
-    """A table float32 [k, d]; ``scores(rows)`` is rows · tableᵀ + bias, [n, k]."""
+class CentroidTable:
+    """Centroids, float32 [k, d]. Their ``mean`` [d] is subtracted from both sides, to lose fewer digits."""
 
-    def __init__(self, table: torch.Tensor, bias: torch.Tensor, *, rough: bool = False) -> None:
-        self._rough = rough
-        on_cpu = table.device.type == "cpu"
-        self._dtype = torch.bfloat16 if rough and on_cpu and has_bfloat16() else torch.float32
+    def __init__(self, centroids: torch.Tensor, *, rough: bool = False) -> None:
+        self.mean, self._rough, on_cpu = centroids.mean(0), rough, centroids.device.type == "cpu"
+        table = centroids - self.mean
+        bias = -table.square().sum(1) / 2  # argmax q·c − |c|²/2 is argmin |q − c|²
+        dtype = torch.bfloat16 if rough and on_cpu and has_bfloat16() else torch.float32
         self._packed: Any = None
-        if on_cpu and has_onednn(self._dtype):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(table.to(self._dtype).contiguous(), None)
-            self._bias = bias.to(self._dtype)
+        if on_cpu and has_onednn(dtype):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(table.to(dtype).contiguous(), None)
+            self._bias = bias.to(dtype)
         else:
-            self._dtype = torch.float32
             self._table, self._bias = table, bias
         entries = _CACHED_ENTRIES if on_cpu else _GPU_ENTRIES
         self.rows = max(_LEAST_ROWS, entries // max(len(table), 1))  # best number of rows per product
 
+    def blocks(self, vectors: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield slices of vectors [n, d], float32 or float16, and the input of ``scores`` for each."""
+        for start in range(0, len(vectors), self.rows):
+            some = slice(start, start + self.rows)
+            yield some, vectors[some] - self.mean
+
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the products, [n, k], in bfloat16 if rough."""
+        """Return scores of rows less the mean, [n, k], highest for the nearest, in bfloat16 if rough."""
         if self._packed is None:
             with _tensor_cores() if self._rough else contextlib.nullcontext():
                 return torch.addmm(self._bias, rows, self._table.T)
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows.to(self._dtype).contiguous(), self._packed, self._bias, "none", [], ""
-        )
+        rows = rows.to(self._bias.dtype).contiguous()
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return found
-
-
-def table_of_centroids(centroids: torch.Tensor, *, rough: bool = False) -> tuple[torch.Tensor, Table]:
-    """Return the mean of centroids [k, d], and a table that scores rows less the mean: nearest, highest."""
-    mean = centroids.mean(0)
-    shifted = centroids - mean
-    return mean, Table(shifted, -shifted.square().sum(1) / 2, rough=rough)  # argmax q·c − |c|²/2 is argmin |q − c|²
 
 
 class Columns:
@@ -69,9 +68,9 @@ class Columns:
         self._vectors, self._half_norms = vectors, vectors.square().sum(1).div_(-2)
 
     @staticmethod
-    def table(asked: torch.Tensor) -> torch.Tensor:
-        """Convert queries [q, d] to the input of ``scores``."""
-        return asked
+    def table(asked: torch.Tensor, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Convert ``rows`` [r] of queries, float32 [q, d], less ``shift`` [d], to the input of ``scores``."""
+        return asked[rows].sub_(shift)
 
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:
         """Return scores [r, high − low] of table rows and vectors [low, high), in ``scratch``."""
@@ -97,13 +96,14 @@ class RoughColumns:
         self._vectors[:n, d + 2 : d + 4] = 1
 
     @staticmethod
-    def table(asked: torch.Tensor) -> torch.Tensor:
-        """Convert queries, float32 [q, d], to the input of ``scores``."""
-        q, d = asked.shape
-        found = torch.zeros(q, _padded(d), dtype=torch.bfloat16)
-        found[:, :d] = asked
-        found[:, d : d + 2] = 1
-        _put_half_norms(found, d, d + 2)
+    def table(asked: torch.Tensor, rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Convert queries to the input of ``scores``, some at a time; see ``Columns.table``."""
+        d = asked.shape[1]
+        found = torch.zeros(len(rows), _padded(d), dtype=torch.bfloat16)
+        for some, of in zip(torch.split(found, _TABLE_ROWS), torch.split(rows, _TABLE_ROWS), strict=True):
+            some[:, :d] = asked[of].sub_(shift)
+            some[:, d : d + 2] = 1
+            _put_half_norms(some, d, d + 2)
         return found
 
     def scores(self, table: torch.Tensor, rows: torch.Tensor, low: int, high: int, scratch: Scratch) -> torch.Tensor:

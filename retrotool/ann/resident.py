@@ -77,11 +77,6 @@ class Probes:
     bounds_here: list[int]
     width: int
 
-    @property
-    def per_query(self) -> int:
-        """Lists that each query probes."""
-        return int(self.lists.shape[1])
-
 
 class Centroids:
     """The centroids of a training and its rotation on a device.
@@ -182,6 +177,7 @@ class ResidentLists:
         # Strips of each list; and starts on the host, for products per list.
         self.strips = torch.div(self.starts.diff() + STRIP - 1, STRIP, rounding_mode="floor")
         self.starts_here: list[int] = self.starts.tolist()
+        self.n_lists = len(self.starts_here) - 1
         # Of the list of a vector, on average: queries are near many vectors, so they probe long lists.
         sizes = np.diff(self.starts_here) / STRIP + 1
         self._usual_strips = float(np.square(sizes).sum() / sizes.sum()) if len(sizes) else 0.0
@@ -189,11 +185,6 @@ class ResidentLists:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def n_lists(self) -> int:
-        """Number of lists."""
-        return len(self.starts_here) - 1
 
     def search(
         self,
@@ -217,11 +208,11 @@ class ResidentLists:
         if not len(self) or not len(queries) or beyond >= nprobe:
             return best
         start, size = 0, self._block_size(k, nprobe)
-        waiting: list[_Found] = []  # results that are still being computed
+        waiting: list[Callable[[], None]] = []  # write results that are still being computed
         while start < len(queries):
             rows = slice(start, min(start + size, len(queries)))
             try:
-                waiting.append(self._search(queries.take(rows), rows, k, nprobe, beyond, probed))
+                waiting.append(self._search(queries.take(rows), rows, k, nprobe, beyond, probed, best))
                 start = rows.stop
             except torch.OutOfMemoryError:
                 size = (rows.stop - rows.start) // 2
@@ -231,9 +222,9 @@ class ResidentLists:
                 torch.cuda.empty_cache()
                 say(f"{self.device} is out of memory: continuing with {size:,} queries at a time")
             elif len(waiting) > 1:
-                waiting.pop(0).put(best)
-        for block in waiting:
-            block.put(best)
+                waiting.pop(0)()
+        for put in waiting:
+            put()
         return best
 
     def _block_size(self, k: int, nprobe: int) -> int:
@@ -244,8 +235,10 @@ class ResidentLists:
         # Best scores are fewer than 2^31, so that no operator has to divide them.
         return max(_LEAST_QUERIES, min(_MOST_QUERIES, int(free / each), int(_RANK / strips)))
 
-    def _search(self, queries: Queries, rows: slice, k: int, nprobe: int, beyond: int, probed: Ids | None) -> _Found:
-        """Begin a search for the ``rows`` of all queries."""
+    def _search(
+        self, queries: Queries, rows: slice, k: int, nprobe: int, beyond: int, probed: Ids | None, found: Best
+    ) -> Callable[[], None]:
+        """Begin a search for ``rows`` of all queries; return what waits for it and writes to ``found``."""
         vectors = upload(queries.vectors, self.device)
         asked, halves = vectors.float(), vectors.half()
         own = self._own_ranks(queries)
@@ -255,7 +248,7 @@ class ResidentLists:
         scores, strip = k_largest(best, min(k + _SPARE, probes.width))
         del best
         # Which list each chosen strip is of, and where it begins.
-        which = torch.searchsorted(probes.end, strip, right=True).clamp_(max=probes.per_query - 1)
+        which = torch.searchsorted(probes.end, strip, right=True).clamp_(max=probes.lists.shape[1] - 1)
         number = probes.lists.gather(1, which)
         first = self.starts[number] + STRIP * (strip - probes.offset.gather(1, which))
         end = torch.where(scores > -math.inf, self.starts[number + 1], 0)
@@ -263,9 +256,15 @@ class ResidentLists:
         near = keys.topk(min(k, keys.shape[1]), largest=False, sorted=True).values  # of [q, ≤ k]
         distances = (near >> 32).int().view(torch.float32)
         ids = torch.where(distances < math.inf, self.ids[near & _RANK], -1)
-        here = (distances.to("cpu", non_blocking=True), ids.to("cpu", non_blocking=True))  # pinned
-        on_gpu = self.device.type == "cuda"
-        return _Found(rows, *here, torch.cuda.current_stream(self.device).record_event() if on_gpu else None)
+        here = [some.to("cpu", non_blocking=True) for some in (distances, ids)]  # pinned
+        done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+        def put() -> None:
+            if done is not None:
+                done.synchronize()
+            found.put((rows, slice(here[1].shape[1])), Best(*(some.numpy() for some in here)))
+
+        return put
 
     def _own_ranks(self, queries: Queries) -> torch.Tensor:
         """Return the least and the highest rank that each query must not find, int32 [2, q]."""
@@ -288,22 +287,6 @@ class ResidentLists:
         width, *bounds_here = torch.cat([end[:, -1:].amax().view(1), bounds]).tolist()  # waits for the device
         width = max(1, -(-width // _WIDTHS)) * _WIDTHS
         return Probes(lists, end - strips, end, pairs, bounds, bounds_here, width)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The results of some rows, [q, ≤ k], on the host once ``done``."""
-
-    rows: slice
-    distances: torch.Tensor
-    ids: torch.Tensor
-    done: torch.cuda.Event | None
-
-    def put(self, best: Best) -> None:
-        """Wait for the results and write them to ``best``."""
-        if self.done is not None:
-            self.done.synchronize()
-        best.put((self.rows, slice(self.ids.shape[1])), Best(self.distances.numpy(), self.ids.numpy()))
 
 
 def free_memory(device: torch.device) -> int:
@@ -355,8 +338,7 @@ def k_largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     n = scores.shape[1]
     width = next((width for width in (32, 16, 8) if n >= 4 * k * width), 0)
     if not width:
-        found = scores.topk(k)
-        return found.values, found.indices
+        return scores.topk(k)
     step = n // width
     groups = scores[:, : step * width].view(-1, width, step)
     best = groups.amax(1).topk(k, sorted=False).indices
@@ -364,14 +346,6 @@ def k_largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     values, at = torch.cat([some, scores[:, step * width :]], 1).topk(k)
     columns = torch.div(at, k, rounding_mode="floor") * step + best.gather(1, at % k)
     return values, torch.where(at < width * k, columns, at + (step - k) * width)
-
-
-def sort_keys(distances: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
-    """Return int64 keys in the order of distances, and of ranks where these are equal.
-
-    Distances are not negative, so their bits are in their order.
-    """
-    return distances.view(torch.int32).long() << 32 | ranks.long()
 
 
 class TorchKernels:
@@ -389,7 +363,7 @@ class TorchKernels:
             pairs = probes.pairs[bounds[number] : bounds[number + 1]]
             if start == stop or not len(pairs):
                 continue
-            rows = torch.div(pairs, probes.per_query, rounding_mode="floor")
+            rows = torch.div(pairs, probes.lists.shape[1], rounding_mode="floor")
             scores = product(asked[rows], lists.vectors[start:stop]).sub_(lists.halves[start:stop])
             low, high = own[:, rows].unsqueeze(2)
             ranks = lists.ranks[start:stop]
@@ -402,10 +376,10 @@ class TorchKernels:
     def rank(
         self, lists: ResidentLists, asked: torch.Tensor, own: torch.Tensor, first: torch.Tensor, end: torch.Tensor
     ) -> torch.Tensor:
-        """Return sort keys, int64 [q, depth · STRIP], of the vectors of strips (``sort_keys``).
+        """Return keys, int64 [q, depth · STRIP], that sort the vectors of strips by distance, then by rank.
 
-        Strips begin at ``first`` [q, depth] and go no further than ``end``; +inf for what is not there or
-        own. Gather the vectors of some queries at a time.
+        Distances are not negative, so their bits are in their order. Strips begin at ``first`` [q, depth] and
+        go no further than ``end``; +inf for what is not there or own. Gather some vectors at a time.
         """
         size = max(1, _GATHERED // (first.shape[1] * STRIP * lists.d))
         found = []
@@ -418,7 +392,7 @@ class TorchKernels:
             ranks = lists.ranks[rows]
             there &= (ranks < low) | (ranks > high)
             apart = (lists.vectors[rows].float() - some[:, None]).square_().sum(2)
-            found.append(sort_keys(torch.where(there, apart, math.inf), ranks))
+            found.append(torch.where(there, apart, math.inf).view(torch.int32).long() << 32 | ranks.long())
         return torch.cat(found)
 
 

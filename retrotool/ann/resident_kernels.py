@@ -22,8 +22,6 @@ OPTIONS = {
     "_scan": {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True},
     "_rank": {"num_warps": 4, "enable_fp_fusion": True},
 }
-
-
 CONSTANTS = {
     "_scan": {"M": _ROWS, "N": _COLUMNS, "K": _DEPTH, "S": STRIP},
     "_rank": {"K": _RANK_DEPTH, "S": STRIP},
@@ -111,7 +109,7 @@ class TritonKernels:
         with torch.cuda.device_of(best):
             _scan[(most,)](
                 asked, lists.vectors, lists.halves, lists.ranks, own, probes.pairs, probes.offset, bounds,
-                lists.starts, tiles, best, lists.n_lists, best.shape[1], len(asked), probes.per_query, lists.d,
+                lists.starts, tiles, best, lists.n_lists, best.shape[1], len(asked), probes.lists.shape[1], lists.d,
                 **CONSTANTS["_scan"], **OPTIONS["_scan"],
             )  # fmt: skip
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from retrotool.ann import kmeans
 from retrotool.ann.excluded import Excluded, Ids, Mask, Queries
 from retrotool.ann.lists import JoinedLists, Lists, Trained
-from retrotool.ann.matmul import Columns, RoughColumns, Scratch, has_bfloat16, one_thread_each, table_of_centroids
+from retrotool.ann.matmul import CentroidTable, Columns, RoughColumns, Scratch, has_bfloat16, one_thread_each
 from retrotool.ann.ranking import Fetch, Heaps, largest
 from retrotool.ann.resident import Centroids
 from retrotool.lazy import torch
@@ -94,22 +94,13 @@ class Search:
         if not self._tiles:
             self._start(len(shard))
         with one_thread_each(self._threads) as run:
-            tables = run(self._table, self._tiles)
+            rows = [torch.from_numpy(tile.rows) for tile in self._tiles]
+            tables = run(lambda some: self._columns_as.table(self._asked, some, self._shift), rows)
             jobs = list(zip(self._tiles, tables, strict=True))
             pieces = self._pieces(shard, sorted(set().union(*(tile.lists for tile in self._tiles))))
             while some_pieces := list(itertools.islice(pieces, self._threads)):
                 blocks = run(functools.partial(self._decode, shard), some_pieces)
                 self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
-
-    def _table(self, tile: _Tile) -> torch.Tensor:
-        table = None
-        for start in range(0, len(tile.rows), _ROWS):
-            rows = torch.from_numpy(tile.rows[start : start + _ROWS])
-            some = self._columns_as.table(self._asked[rows].sub_(self._shift))
-            if table is None:
-                table = some.new_empty(len(tile.rows), some.shape[1])
-            table[start : start + len(rows)] = some
-        return self._asked if table is None else table
 
     def _start(self, n: int) -> None:
         trained = self._trained
@@ -247,13 +238,13 @@ def nearest_lists(trained: Trained, vectors: torch.Tensor, nprobe: int, threads:
     assert trained.centroids is not None
     if trained.nlist > kmeans.TWO_LEVELS:
         return _in_two_levels(trained).nearest_turned(vectors, nprobe).numpy()
-    table = torch.from_numpy(trained.centroids)
+    centroids = torch.from_numpy(trained.centroids)
     if nprobe == 1:
-        return kmeans.assign(vectors, table)[1].numpy().reshape(-1, 1)
-    shift, scored = table_of_centroids(table, rough=True)
+        return kmeans.assign(vectors, centroids)[1].numpy().reshape(-1, 1)
+    table = CentroidTable(centroids, rough=True)
 
     def nearest(rows: torch.Tensor) -> Ids:
-        return largest(scored.scores(rows - shift), min(nprobe, len(table)))
+        return largest(table.scores(rows - table.mean), min(nprobe, len(centroids)))
 
     with one_thread_each(threads) as run:
-        return np.concatenate(run(nearest, torch.split(vectors, scored.rows)))
+        return np.concatenate(run(nearest, torch.split(vectors, table.rows)))

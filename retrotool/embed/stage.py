@@ -201,8 +201,7 @@ class EmbedWorker:
         )
 
     def _measure(self) -> dict[str, float]:
-        work = self.encoder.work
-        return {"tokens": work.tokens, "forward": work.seconds / work.lanes, "working": time.perf_counter()}
+        return {"tokens": self.encoder.tokens, "forward": self.encoder.seconds, "working": time.perf_counter()}
 
     def _prepare(self, part: int) -> None:
         """Verify the encoder on chunks of the part, then prepare the fast tokenizer if it pays off."""

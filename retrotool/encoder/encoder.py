@@ -23,7 +23,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from retrotool.encoder import devices
-from retrotool.encoder.encoder_identity import find_encoder, read_config
+from retrotool.encoder.encoder_identity import find_encoder, json_object
 from retrotool.errors import NotFiniteError, UsageError
 from retrotool.lazy import torch
 from retrotool.machine import give_memory_back
@@ -114,6 +114,7 @@ Vectors = npt.NDArray[np.float16]
 
 LEAST_COSINE = {"float32": 0.99999, "float16": 0.9995, "bfloat16": 0.998}  # with the true vector
 _LEAST_TOKENS = 256  # smallest batch after halving
+_SHORTEST = 16  # mean row length of a full batch at least: a GPU runs at most 65,535 rows at a time
 _PROBES = (  # texts for ``verify`` without a sample
     "The store is a directory with one commit log; a reader sees one commit.",
     "def spread(starts, lengths): return np.arange(total) + np.repeat(starts - ends + lengths, lengths)",
@@ -122,15 +123,6 @@ _PROBES = (  # texts for ``verify`` without a sample
     "a",
     " ".join(f"word {i} of a text that is longer than the others" for i in range(12)),
 )
-
-
-@dataclass(slots=True)
-class Work:
-    """Work done; ``tokens`` include special ones, ``lanes`` is the number of parallel batches."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    lanes: int = 1
 
 
 @dataclass(slots=True)
@@ -162,7 +154,10 @@ def cosines(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.float64]
 
 
 class Encoder:
-    """A loaded encoder on a device; ``forward`` is "packed" or "transformers"."""
+    """A loaded encoder on a device; ``forward`` is "packed" or "transformers".
+
+    Since it was verified, it has computed ``tokens``, special ones included, in ``seconds`` of the device.
+    """
 
     def __init__(
         self,
@@ -182,7 +177,7 @@ class Encoder:
         self.device = devices.pick_device(device)
         self.dtype, self._asked = devices.pick_dtype(self.device, dtype), dtype
         self.batch_tokens = batch_tokens or devices.BATCH_TOKENS[self.device.split(":")[0]]
-        self.work = Work()
+        self.tokens, self.seconds = 0, 0.0
         self.cosine: float | None = None  # the least with ``transformers`` in float32, set by ``verify``
         self._spec, self._path, self.say = spec, path, say
         self.tokenizer = Tokenizer(find_tokenizer(str(path)))
@@ -191,7 +186,7 @@ class Encoder:
             self._before, self._after = self.tokenizer.special_tokens()
         except Exception as error:  # the library raises plain exceptions
             raise UsageError(f"encoder {spec!r}: its tokenizer fails: {error}", "Repair tokenizer.json.") from error
-        self._vocabulary = read_config(path).get("vocab_size")
+        self._vocabulary = json_object(path / "config.json").get("vocab_size")
         self._load(forward)
 
     def _load(self, way: str) -> None:
@@ -219,7 +214,6 @@ class Encoder:
             raise UsageError(f"encoder {self._spec!r} was changed while it was loaded", "Run the same command again.")
         self._loaded = loaded
         self._runner: Runner = CpuRunner(loaded) if self.device == "cpu" else CudaRunner(loaded, self.device)
-        self.work.lanes = self._runner.lanes
 
     @property
     def gelu(self) -> str:
@@ -275,7 +269,7 @@ class Encoder:
                 self._load_again(self.forward, why, rows, true)
             else:
                 self.say(f"{why}; use --dtype float32 for exact vectors")
-        self.work = Work(lanes=self._runner.lanes)
+        self.tokens, self.seconds = 0, 0.0
 
     def _is_right(self, rows: Rows, true: Vectors) -> bool:
         return self.dtype != "float32" and self._other("packed")._cosine(rows, true) > LEAST_COSINE["float32"]
@@ -297,7 +291,8 @@ class Encoder:
     def _cosine(self, rows: Rows, true: Vectors) -> float:
         """Return the least cosine with true vectors, −1 if not finite; rows are repeated to fill a batch."""
         tokens = len(rows.framed(self._before, self._after, self.identity.max_tokens).ids)
-        copies = -(-self._loaded.least_tokens(self.batch_tokens) // max(tokens, 1)) or 1
+        least = self.batch_tokens // 2 + 1 if self._loaded.constant else 1  # smaller batches are not filled up
+        copies = -(-least // max(tokens, 1))
         which = np.tile(np.arange(len(rows)), copies)
         try:
             return round(float(cosines(self.embed(rows.take(which)), true[which]).min()), 6)
@@ -361,16 +356,14 @@ class Encoder:
                 some = framed.take(which := left.popleft())
                 done += len(some.ids)
                 before, shown = shown, len(rows) * done // len(framed.ids)
-                yield _Batch(vectors, first, which, some, self._ready(some, tokens), shown - before)
+                yield _Batch(vectors, first, which, some, self._runner.ready(some, tokens), shown - before)
             empty = np.flatnonzero(framed.lengths == 0)
             yield _Batch(vectors, first, empty, framed, None, len(rows) - shown)
             first += len(rows)
 
     def _cut(self, lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
-        return batches(lengths, tokens, most_rows=self._loaded.most_rows(tokens), padded=self._loaded.padded)
-
-    def _ready(self, rows: Rows, tokens: int) -> Ready:
-        return self._runner.ready(self._loaded.arrays(rows, tokens), len(rows))
+        most = max(1, tokens // _SHORTEST) if self._loaded.constant else sys.maxsize  # in a constant shape
+        return batches(lengths, tokens, most_rows=most, padded=self._loaded.padded)
 
     def _land(self, batch: _Batch, handle: Handle | None, report: Callable[[int], object]) -> Iterator[Vectors]:
         if handle is None:
@@ -382,15 +375,15 @@ class Encoder:
             row = batch.first + int(batch.which[np.argmin(np.isfinite(vectors).all(axis=1))])
             raise NotFiniteError(f"encoder {self.identity.name}: row {row} gives NaN or infinity", row)
         batch.vectors[batch.which] = vectors
-        self.work.tokens += len(batch.rows.ids)
+        self.tokens += len(batch.rows.ids)
         report(batch.progress)
 
     def _result(self, rows: Rows, handle: Handle) -> tuple[Vectors, bool]:
         """Return a batch's vectors, and if all are finite; out of memory, split it and halve later ones."""
         try:
-            found = handle()
-            self.work.seconds += found.seconds
-            return found.vectors, found.finite
+            vectors, finite, seconds = handle()
+            self.seconds += seconds
+            return vectors, finite
         except Exception as error:
             what = f"encoder {self.identity.name}"
             devices.check_divisible(error, what, self.device, len(rows), len(rows.ids))
@@ -401,7 +394,8 @@ class Encoder:
             self.say(f"{self.device} is out of memory: continuing with {self.batch_tokens:,} tokens per batch")
         tokens = min(self.batch_tokens, max(1, len(rows.ids) // 2))
         pieces = [rows.take(which) for which in self._cut(rows.lengths, tokens)]
-        halves = [self._result(some, self._runner.submit(self._ready(some, self.batch_tokens))) for some in pieces]
+        handles = (self._runner.submit(self._runner.ready(some, self.batch_tokens)) for some in pieces)
+        halves = [self._result(some, handle) for some, handle in zip(pieces, handles, strict=True)]
         return np.concatenate([vectors for vectors, _ in halves]), all(finite for _, finite in halves)
 
     def close(self) -> None:

@@ -314,8 +314,3 @@ def default_name(spec: str, *others: object) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec).absolute().name if Path(spec).exists() else spec)
     plain = spec if spec == BUNDLED else name.lstrip("-._") or "encoder"
     return "-".join([plain, *(str(setting) for setting in others if setting is not None)])
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the fields of a model directory's ``config.json``."""
-    return json_object(path / "config.json")

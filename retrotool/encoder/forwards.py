@@ -8,7 +8,6 @@ CPU each core has its own, so vectors do not depend on the number of cores; on a
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import traceback
@@ -26,15 +25,16 @@ from safetensors.torch import load_file
 
 from retrotool.encoder.devices import is_lost, is_out_of_memory
 from retrotool.encoder.encoder import Rows, Vectors
-from retrotool.encoder.encoder_identity import EncoderIdentity, read_config, read_modules
+from retrotool.encoder.encoder_identity import EncoderIdentity, json_object, read_modules
 from retrotool.encoder.packed import Architecture, Layer, NotPackedError, PackedBert, architecture_of, read_weights
 from retrotool.errors import UsageError
 from retrotool.machine import cores
 from retrotool.ranges import positions_within
 
 Arrays = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]  # for the device, and kept on the host
+Computed = tuple[Vectors, bool, float]  # float16 [n, d], whether all are finite, and seconds of the device
+Handle = Callable[[], Computed]  # returns what became of a batch, or raises its error
 
-_SHORTEST = 16  # mean row length of a full batch at least: a GPU runs at most 65,535 rows at a time
 _LONGEST = 128  # maximum row lengths are rounded up to this times a power of two, to compile few programs
 _LEAST_STEP = 16
 _PROGRAMS = 32  # compiled programs: one per batch size (halved if out of memory) and maximum row length
@@ -52,7 +52,7 @@ class Head:
                 weights = {key: weight.float() for key, weight in stored.items()}
                 act = getattr(torch.nn, activation)()
                 self._layers.append((weights["linear.weight"], weights.get("linear.bias"), act))
-            config = read_config(path)
+            config = json_object(path / "config.json")
             found = self(torch.zeros(1, config.get("hidden_size") or config["dim"], device=device))
             if found.shape[1] != identity.dimension:
                 raise ValueError(f"they return {found.shape[1]} numbers, not {identity.dimension}")
@@ -67,32 +67,18 @@ class Head:
         return torch.nn.functional.normalize(pooled) if self._normalize else pooled
 
 
-class _AnyForward:
-    """How batches are cut; ``constant``: all but a block's last have one shape."""
+class PackedForward:
+    """``PackedBert`` and its batches; ``constant``: ``varlen`` attention in constant shapes, compiled.
 
-    constant = False
-    padded = False  # whether rows are padded to the longest of a batch
-    gelu = ""  # "tanh": computed in place of the model's exact GELU
+    ``gelu``: "tanh" if that is computed in place of the model's exact GELU, else "".
+    """
 
-    def use_exact_gelu(self) -> None:
-        """Compute the model's own GELU from now on."""
-
-    def least_tokens(self, batch_tokens: int) -> int:
-        """Return the tokens from which a batch is filled up to the constant shape: half of it."""
-        return batch_tokens // 2 + 1 if self.constant else 0
-
-    def most_rows(self, batch_tokens: int) -> int:
-        """Return the most rows of a batch: as many as its constant shape has room for."""
-        return max(1, batch_tokens // _SHORTEST) if self.constant else sys.maxsize
-
-
-class PackedForward(_AnyForward):
-    """``PackedBert`` and its batches; ``constant``: ``varlen`` attention in constant shapes, compiled."""
+    padded = False
 
     def __init__(
         self, path: Path, identity: EncoderIdentity, device: str, dtype: str, say: Callable[[str], object]
     ) -> None:
-        shape = architecture_of(read_config(path))
+        shape = architecture_of(json_object(path / "config.json"))
         if identity.pooling == "lasttoken":
             raise NotPackedError("it pools the last token")
         kind: torch.dtype = getattr(torch, dtype)
@@ -118,7 +104,7 @@ class PackedForward(_AnyForward):
                 ids, places = np.pad(ids, (0, extra)), np.pad(places, (0, extra))
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
         longest = max(_LONGEST, 1 << (int(rows.lengths[0]) - 1).bit_length())
-        total, whole = len(ids), self.least_tokens(batch_tokens) <= len(ids) <= batch_tokens
+        total, whole = len(ids), batch_tokens // 2 < len(ids) <= batch_tokens
         room = batch_tokens if whole else total
         ids, places = (np.pad(some, (0, room - total)) for some in (ids, places))
         spans = np.concatenate([[0], np.cumsum(rows.lengths), np.arange(total + longest, room, longest)])
@@ -179,15 +165,18 @@ def _places(rows: Rows, padding: int | None) -> npt.NDArray[np.int32]:
     return np.asarray(within * (rows.ids != padding) + padding, np.int32)
 
 
-class PaddedForward(_AnyForward):
-    """``transformers.AutoModel``, with rows padded to the longest of their batch."""
+class PaddedForward:
+    """``transformers.AutoModel``, with rows ``padded`` to the longest of their batch."""
 
-    padded = True
+    constant, padded, gelu = False, True, ""
 
     def __init__(self, spec: str, path: Path, identity: EncoderIdentity, device: str, dtype: str) -> None:
         self._model = load_pretrained("AutoModel", f"encoder {spec!r}", path, device, dtype, unused="pooler")
         self._model.config.use_cache = False
         self._pooling, self._head = identity.pooling, Head(path, identity, device)
+
+    def use_exact_gelu(self) -> None:
+        """Do nothing: ``transformers`` computes the model's own."""
 
     def arrays(self, rows: Rows, batch_tokens: int) -> Arrays:  # noqa: ARG002
         """Return padded ids and their mask for a batch of framed rows, longest first."""
@@ -261,40 +250,22 @@ class Ready:
     rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A batch's ``vectors``, float16 [n, d]; whether all are ``finite``; and the seconds of the forward."""
-
-    vectors: Vectors
-    finite: bool
-    seconds: float
-
-
-Handle = Callable[[], Computed]  # returns what became of a batch, or raises its error
-
-
 class CpuRunner:
-    """One thread per core with its own batches: ``lanes`` at a time, ``depth`` to keep in flight."""
+    """One thread per core with its own batches; ``depth``: batches to keep in flight."""
 
     def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self.lanes = cores()
-        self.depth = 2 * self.lanes
-        self._pool = ThreadPoolExecutor(self.lanes, "retrotool-forward")
-        before = torch.get_num_threads()
-        started = threading.Barrier(self.lanes)
-
-        def start(_: int) -> None:
-            torch.set_num_threads(1)
-            started.wait(_START_SECONDS)
-
-        list(self._pool.map(start, range(self.lanes)))
+        self._forward, self._lanes = forward, cores()
+        self.depth = 2 * self._lanes
+        before, started = torch.get_num_threads(), threading.Barrier(self._lanes)
+        self._pool = ThreadPoolExecutor(self._lanes, "retrotool-forward", torch.set_num_threads, (1,))
+        list(self._pool.map(lambda _: started.wait(_START_SECONDS), range(self._lanes)))
         # Setting it in one thread also changes the default of threads started later.
         torch.set_num_threads(before)
 
-    def ready(self, arrays: Arrays, rows: int) -> Ready:
+    def ready(self, rows: Rows, batch_tokens: int) -> Ready:
         """Prepare a batch for ``submit``; may run in another thread."""
-        return Ready({name: torch.from_numpy(array) for name, array in arrays[0].items()}, arrays[1], rows)
+        arrays, more = self._forward.arrays(rows, batch_tokens)
+        return Ready({name: torch.from_numpy(array) for name, array in arrays.items()}, more, len(rows))
 
     def submit(self, ready: Ready) -> Handle:
         """Start computing a batch."""
@@ -306,7 +277,7 @@ class CpuRunner:
         with torch.inference_mode():
             vectors = self._forward(ready.tensors, ready.more)[: ready.rows].half()
             finite = bool(vectors.isfinite().all())
-        return Computed(vectors.numpy(), finite, time.perf_counter() - start)
+        return vectors.numpy(), finite, (time.perf_counter() - start) / self._lanes
 
     def close(self) -> None:
         """Release threads and memory."""
@@ -317,15 +288,15 @@ class CudaRunner:
     """One GPU: copies use a separate stream and pinned memory; see ``CpuRunner``."""
 
     depth = 3
-    lanes = 1
 
     def __init__(self, forward: Forward, device: str) -> None:
         self._forward, self._device = forward, torch.device(device)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
-    def ready(self, arrays: Arrays, rows: int) -> Ready:
+    def ready(self, rows: Rows, batch_tokens: int) -> Ready:
         """Prepare a batch for ``submit``; may run in another thread."""
-        return Ready({n: torch.from_numpy(a).pin_memory() for n, a in arrays[0].items()}, arrays[1], rows)
+        arrays, more = self._forward.arrays(rows, batch_tokens)
+        return Ready({name: torch.from_numpy(array).pin_memory() for name, array in arrays.items()}, more, len(rows))
 
     def submit(self, ready: Ready) -> Handle:
         """Start computing a batch."""
@@ -363,7 +334,7 @@ class CudaRunner:
         def handle() -> Computed:
             arrived.synchronize()
             assert ready.tensors is not None  # keep pinned memory alive until it is copied
-            return Computed(host.numpy(), bool(all_finite), begun.elapsed_time(ended) / 1000)
+            return host.numpy(), bool(all_finite), begun.elapsed_time(ended) / 1000
 
         return handle
 

@@ -193,9 +193,8 @@ class OneDnnDense(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [tokens, in] to [tokens, out]."""
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self.weight, self.bias, self.post, [], self.algorithm
-        )
+        x = x.to(self.dtype)
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.post, [], self.algorithm)
         return y
 
 
@@ -237,21 +236,16 @@ def grouped(qkv: torch.Tensor, spans: list[tuple[int, int]], bias: torch.Tensor 
 class Layer(torch.nn.Module):
     """One layer: attention, and a feed-forward network for each token."""
 
-    def __init__(self, weights: Weights, i: int, shape: Architecture, kind: type[Any], dtypes: Dtypes) -> None:
+    def __init__(self, weights: Weights, i: int, shape: Architecture, dense: type[Any], dtypes: Dtypes) -> None:
         super().__init__()
 
-        def dense(name: str, activation: str = "") -> torch.nn.Module:
-            weight, bias = weights[f"{i}.{name}.weight"], weights[f"{i}.{name}.bias"]
-            made: torch.nn.Module = kind(weight, bias, dtypes[0], activation)
-            return made
+        def of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return weights[f"{i}.{name}.weight"], weights[f"{i}.{name}.bias"]
 
-        def norm(name: str) -> Norm:
-            return Norm(weights[f"{i}.{name}.weight"], weights[f"{i}.{name}.bias"], shape.epsilon, dtypes[1])
-
-        names = ("query", "key", "value")
-        self.qkv = kind(*(torch.cat([weights[f"{i}.{n}.{w}"] for n in names]) for w in ("weight", "bias")), dtypes[0])
-        self.out, self.up, self.down = dense("out"), dense("up", shape.activation), dense("down")
-        self.norm1, self.norm2 = norm("norm1"), norm("norm2")
+        self.qkv = dense(*map(torch.cat, zip(*map(of, ("query", "key", "value")), strict=True)), dtypes[0])
+        self.out, self.down = dense(*of("out"), dtypes[0]), dense(*of("down"), dtypes[0])
+        self.up = dense(*of("up"), dtypes[0], shape.activation)
+        self.norm1, self.norm2 = (Norm(*of(name), shape.epsilon, dtypes[1]) for name in ("norm1", "norm2"))
         self.heads = shape.heads
 
     def forward(

@@ -29,8 +29,8 @@ import pyarrow as pa
 from retrotool.ann.choice import parse_factory
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Ids, Queries
-from retrotool.ann.lists import InvertedLists, OneList, Trained
-from retrotool.ann.matmul import table_of_centroids
+from retrotool.ann.lists import InvertedLists, Trained, VectorLists
+from retrotool.ann.matmul import CentroidTable
 from retrotool.ann.ranking import Best, are_among, exact_distances
 from retrotool.ann.search import SPARE, Search
 from retrotool.chunk.chunk_plan import write_json_file
@@ -143,10 +143,10 @@ def _lists_needed(truth: Truth, database: Searched, target: float) -> int:
     ids, place = np.unique(known[known >= 0], return_inverse=True)
     if trained.centroids is None or not len(ids):
         return 1
-    shift, scored = table_of_centroids(torch.from_numpy(trained.centroids))
+    table = CentroidTable(torch.from_numpy(trained.centroids))
 
     def scores(vectors: npt.NDArray[Any]) -> torch.Tensor:
-        return scored.scores(trained.rotate(torch.from_numpy(vectors.astype(np.float32))) - shift)
+        return table.scores(trained.rotate(torch.from_numpy(vectors.astype(np.float32))) - table.mean)
 
     lists = torch.cat(
         [scores(database.vectors(some)).argmax(1) for some in np.array_split(ids, -(-len(ids) // _BLOCK))]
@@ -327,7 +327,7 @@ def find_truth(
             vectors = search_scope.read_part_vectors(store, encoder, part)
             step = len(chosen) if device != "cpu" else max(1, room // (2 * vectors.shape[1]))
             for rows_here in in_steps(chosen, step):
-                some = OneList(chunk_ids(part, rows_here), vectors[as_slice(rows_here)])
+                some = VectorLists(chunk_ids(part, rows_here), vectors[as_slice(rows_here)])
                 best = nearest_of(asked, some, DEPTH, best, device=device, room=room)
         report(1)
     give_memory_back()

@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from retrotool.ann import lists
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Ids, Queries
-from retrotool.ann.lists import InvertedLists, Lists, OneList, SomeLists, Trained
+from retrotool.ann.lists import InvertedLists, Lists, SomeLists, Trained, VectorLists
 from retrotool.ann.ranking import Best, merged, rerank
 from retrotool.ann.resident import ResidentLists, free_memory
 from retrotool.ann.search import ROOM, SPARE, Search, nearest_lists, nothing_banned
@@ -593,7 +593,7 @@ class ExactDatabase(_Open):
                 if len(rows) and (only is None or part in only):
                     vectors = read_part_vectors(self.store, self.encoder, part)
                     for some_rows in in_steps(rows, max(1, self.room // (2 * vectors.shape[1]))):
-                        some = OneList(parts.chunk_ids(part, some_rows), vectors[as_slice(some_rows)])
+                        some = VectorLists(parts.chunk_ids(part, some_rows), vectors[as_slice(some_rows)])
                         best = nearest_of(queries, some, k, best, room=self.room)
         return best or Best.nothing(len(queries), k)
 
@@ -605,7 +605,9 @@ class ExactDatabase(_Open):
         return OnDevice(self._device, None, ids, None, Vectors(self.store, self.encoder).mapped, d)
 
 
-def nearest_of(queries: Queries, some: OneList, k: int, before: Best | None, *, room: int, device: str = "cpu") -> Best:
+def nearest_of(
+    queries: Queries, some: VectorLists, k: int, before: Best | None, *, room: int, device: str = "cpu"
+) -> Best:
     """Return the k nearest of ``some`` and ``before``."""
     if searches_on_device(device, queries):
         ids = some.ids(0)

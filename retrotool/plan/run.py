@@ -50,7 +50,7 @@ from retrotool.chunk.run import check_chunk_length
 from retrotool.cli import output
 from retrotool.cli.command_lines import SAVED
 from retrotool.cli.options import parse_count
-from retrotool.encoder.encoder_identity import read_config
+from retrotool.encoder.encoder_identity import json_object
 from retrotool.errors import UsageError
 from retrotool.index.recall import BUDGET, GPU_BUDGET
 from retrotool.index.stage import default_shard_rows, sample_size
@@ -518,7 +518,7 @@ def find_shape(spec: str) -> EncoderShape:
     file = path / "config.json"
     if not file.is_file():
         raise UsageError(f"encoder {spec!r}: {path} has no config.json", "Name a model directory with one.")
-    return EncoderShape(path.absolute().name, *(_size(file, read_config(path), names) for names in _FIELDS))
+    return EncoderShape(path.absolute().name, *(_size(file, json_object(file), names) for names in _FIELDS))
 
 
 def _size(file: Path, config: dict[str, Any], names: tuple[str, ...]) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_lists import clustered, filled, trained_as
 
 from retrotool.ann.excluded import Excluded, Queries
-from retrotool.ann.lists import InvertedLists, OneList
+from retrotool.ann.lists import InvertedLists, VectorLists
 from retrotool.ann.matmul import RoughColumns, Scratch
 from retrotool.ann.ranking import exact_distances, rerank
 from retrotool.ann.search import ROOM, SPARE, Search, nothing_banned
@@ -29,7 +29,7 @@ def test_near_copies_are_told_apart_by_rounded_products(spread: float) -> None:
     queries, k = vectors[::97], 10
     exact = np.square(queries[:, None] - vectors).sum(axis=2)
     rows = torch.arange(len(queries))
-    table = RoughColumns.table(torch.from_numpy(queries))
+    table = RoughColumns.table(torch.from_numpy(queries), rows, torch.zeros(d))
     scores = RoughColumns(torch.from_numpy(vectors)).scores(table, rows, 0, len(vectors), Scratch()).numpy()
     found = np.argsort(-scores, axis=1)[:, : k + SPARE]
     farthest = np.sort(exact, axis=1)[:, k - 1, None]
@@ -129,7 +129,7 @@ def test_nothing_is_found_in_nothing() -> None:
     assert (search.candidates == -1).all()
     best = rerank(np.zeros((3, 16), np.float32), search.candidates, lambda ids: np.zeros((0, 16), np.float16), 5)
     assert (best.ids == -1).all() and np.isinf(best.distances).all()
-    empty = OneList(np.zeros(0, np.int64), np.zeros((0, 16), np.float16))
+    empty = VectorLists(np.zeros(0, np.int64), np.zeros((0, 16), np.float16))
     search = Search(empty.trained, Queries.plain(np.zeros((2, 16), np.float32)), 1, 3, nothing_banned)
     search.add(empty)
     assert (search.candidates == -1).all()

@@ -30,10 +30,7 @@ def spoiled(encoder: Encoder, spoil: Callable[[Mapping[str, torch.Tensor], torch
     forward = encoder._loaded
 
     class Spoiled:
-        padded = forward.padded
-
-        def most_rows(self, batch_tokens: int) -> int:
-            return forward.most_rows(batch_tokens)
+        constant, padded = forward.constant, forward.padded
 
         def arrays(self, rows: Rows, batch_tokens: int) -> Any:
             return forward.arrays(rows, batch_tokens)

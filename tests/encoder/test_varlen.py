@@ -222,12 +222,12 @@ def test_an_encoder_is_verified_as_it_will_compute(
 def test_heads_that_flash_attention_has_not_take_the_other_way(
     heads: int, fits: bool, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    from retrotool.encoder.encoder_identity import read_config
+    from retrotool.encoder.encoder_identity import json_object
     from retrotool.encoder.forwards import _fits_flash
     from retrotool.encoder.packed import architecture_of
 
     path = make_family("bert", tmp_path / "bert", tiny_encoder, num_attention_heads=heads)
-    assert _fits_flash(architecture_of(read_config(path))) == fits
+    assert _fits_flash(architecture_of(json_object(path / "config.json"))) == fits
 
 
 def test_rows_shorter_than_a_batch_has_room_for(seen: Seen, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -253,4 +253,4 @@ def test_the_packed_forward_on_a_gpu(kind: str, dtype: str, tiny_encoder: Path, 
     assert encoder.gelu == ("" if dtype == "float32" else "tanh")
     assert cosines(encoder.embed(rows), true).min() > {"float16": 0.9995, "bfloat16": 0.99, "float32": 0.9999}[dtype]
     assert encoder._loaded.why_eager == ""
-    assert encoder.work.seconds > 0
+    assert encoder.seconds > 0

@@ -14,7 +14,7 @@ from retrotool import api
 from retrotool.ann.choice import IndexOptions
 from retrotool.ann.codes import Whole
 from retrotool.ann.excluded import Excluded, Intervals, Queries
-from retrotool.ann.lists import InvertedLists, OneList, Trained, fill, to_faiss
+from retrotool.ann.lists import InvertedLists, Trained, VectorLists, fill, to_faiss
 from retrotool.ann.ranking import rerank
 from retrotool.ann.search import SPARE, Search, nothing_banned
 from retrotool.embed.search_scope import embedded_parts, own_documents, read_part_vectors
@@ -99,7 +99,7 @@ def test_near_ties_come_in_their_true_order() -> None:
     for row in range(40):
         vectors[row, row] += np.float16(2**-9 * (1 + row))
     everything = np.concatenate([vectors[rng.permutation(40)], -20 * rng.normal(size=(400, 64)).astype(np.float16)])
-    asked, one = Queries.plain(query.astype(np.float32)), OneList(np.arange(len(everything)), everything)
+    asked, one = Queries.plain(query.astype(np.float32)), VectorLists(np.arange(len(everything)), everything)
     search = Search(one.trained, asked, 1, 33 + SPARE, nothing_banned)
     search.add(one)
     best = rerank(asked.vectors, search.candidates, lambda ids: everything[ids], 33)
