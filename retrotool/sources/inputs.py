@@ -89,8 +89,8 @@ class InputFile:
 
     def estimated_text(self) -> int:
         """Estimate the bytes of text: by a zstd archive's headers, otherwise by a sample of the beginning."""
-        if self.compression == "zst" and not self.is_remote and (text := streams.text_by_blocks(Path(self.path))):
-            return text
+        if self.compression == "zst" and not self.is_remote and (frames := streams.frames_of(Path(self.path))):
+            return sum(frame.content for frame in frames)
         text, sample = 0, min(self.size, _BEGINNING_BYTES)
         with suppress(streams.BrokenStream):  # it was cut there, not broken
             for block in self.blocks(0, sample):

@@ -157,7 +157,7 @@ def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:
 
 def _cut_frames(file: InputFile, target: int) -> list[Slice]:
     found = streams.frames_of(Path(file.path))
-    if not found or sum(frame.content for frame in found) <= target:
+    if not found or not all(frame.is_declared for frame in found) or sum(frame.content for frame in found) <= target:
         return [WHOLE]
     slices = []
     start = first = text = 0
