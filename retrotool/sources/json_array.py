@@ -134,26 +134,23 @@ def _first_bytes(stream: Iterator[bytes]) -> bytes:
 
 
 def _pieces(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the same bytes in small pieces; raise ``BrokenSyntax`` at a lone surrogate."""
-    for text in _whole_escapes(stream, limit):
-        lone = _LONE_SURROGATE.search(text) if rb"\ud" in text or rb"\uD" in text else None
-        end = lone.start() if lone else len(text)
-        for place in range(0, end, _PIECE_BYTES):
-            yield text[place : min(place + _PIECE_BYTES, end)]
-        if lone:
-            raise BrokenSyntax("a lone surrogate")
+    """Yield the same bytes in small pieces; raise ``BrokenSyntax`` at a lone surrogate.
 
-
-def _whole_escapes(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the same bytes, cut only after a quote or a space, never inside an escape."""
+    It is looked for in text that ends after a quote or a space, never inside an escape.
+    """
     held: list[bytes] = []
     size = 0
-    for block in stream:
+    for block in itertools.chain(stream, [b""]):
         cut = max(block.rfind(b'"'), block.rfind(b" ")) + 1
-        if cut or size > limit:
-            yield b"".join([*held, block[:cut]])
+        held.append(block[:cut])
+        if cut or size > limit or not block:
+            text = b"".join(held)
+            lone = _LONE_SURROGATE.search(text) if rb"\ud" in text or rb"\uD" in text else None
+            end = lone.start() if lone else len(text)
+            for place in range(0, end, _PIECE_BYTES):
+                yield text[place : min(place + _PIECE_BYTES, end)]
+            if lone:
+                raise BrokenSyntax("a lone surrogate")
             held, size = [], 0
         held.append(block[cut:])
         size += len(block) - cut
-    if size:
-        yield b"".join(held)
