@@ -144,12 +144,9 @@ class InputFile:
 
     def read_range(self, start: int, length: int) -> bytes:
         """Read ``length`` bytes, fewer at the end of the file."""
-        if self.is_remote:
-            objects, key = locate(self.path)
-            return objects.get_range(key, start, length)
-        with self.open() as file:
+        with self.open_arrow() as file:
             file.seek(start)
-            return file.read(length)
+            return bytes(file.read(length))
 
     def index(self) -> InputFile | None:
         """Return the index beside a file of tokens, if there is one."""
