@@ -79,7 +79,7 @@ _ERRORS = (zlib.error, zstd.ZstdError, lzma.LZMAError, OSError, ValueError, EOFE
 
 
 class BrokenStream(Exception):  # noqa: N818 - named for the stream
-    """The stream is truncated or damaged; what came before is good."""
+    """The stream, or the syntax of its text, is truncated or damaged; what came before is good."""
 
 
 def compression_of(name: str) -> str:
