@@ -242,24 +242,16 @@ def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
     """Return whether vocabulary tokens cross the border of a code point, so that splitting there matters."""
 
     @functools.cache
-    def found() -> tuple[set[bytes], set[bytes], set[bytes]]:
-        # Whole characters, ends and beginnings of characters in tokens of more than one character.
+    def found() -> set[bytes]:
+        # Characters, and ends and beginnings of some, in tokens of more than one character.
         byte_of = byte_level_alphabet()
-        whole, ends, begins = set[bytes](), set[bytes](), set[bytes]()
-        for name in vocabulary:
-            if name.isascii() or any(letter not in byte_of for letter in name):
-                continue
-            pieces = _CHARACTERS.findall(bytes(byte_of[letter] for letter in name))
-            if len(pieces) > 1:
-                whole.update(pieces)
-                ends.add(pieces[0])
-                begins.add(pieces[-1])
-        return whole, ends, begins
+        names = (name for name in vocabulary if not name.isascii() and byte_of.keys() >= set(name))
+        tokens = (_CHARACTERS.findall(bytes(byte_of[letter] for letter in name)) for name in names)
+        return {piece for pieces in tokens if len(pieces) > 1 for piece in pieces}
 
     def has(point: int) -> bool:
         data = chr(point).encode()
-        whole, ends, begins = found()
-        return data in whole or any(data[i:] in ends or data[:i] in begins for i in range(1, len(data)))
+        return any(data[i:] in found() or data[:i] in found() for i in range(len(data)))
 
     return has
 
