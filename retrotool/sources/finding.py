@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -141,19 +141,13 @@ class _Disk:
     """The files and folders of the file system."""
 
     path: type[PurePath] = Path
+    is_there: Callable[[PurePath], bool] = staticmethod(os.path.lexists)
+    is_file: Callable[[PurePath], bool] = staticmethod(os.path.isfile)  # unlike Path's, refuses no name
+    is_link: Callable[[PurePath], bool] = staticmethod(os.path.islink)
 
     def resolved(self, path: PurePath) -> PurePath:
         """Return the path that all names of a file have in common."""
         return Path(path).resolve()
-
-    def is_there(self, path: PurePath) -> bool:
-        return os.path.lexists(path)
-
-    def is_file(self, path: PurePath) -> bool:
-        return os.path.isfile(path)  # noqa: PTH113 - refuses no name
-
-    def is_link(self, path: PurePath) -> bool:
-        return os.path.islink(path)  # noqa: PTH114 - refuses no name
 
     def kind(self, path: PurePath) -> Literal["file", "folder", "other", "gone"]:
         try:
@@ -229,7 +223,7 @@ class _Objects(_Disk):
     def glob(self, pattern: str) -> list[str]:
         root, key = remote.split_uri(pattern)
         self._list(root, re.split("[*?[]", key, maxsplit=1)[0], "")
-        found = {self.path(root)}
+        found: set[PurePath] = {self.path(root)}
         for part in key.split("/"):
             if part == "**":
                 found = {below for one in found for below in self._below(one)}
