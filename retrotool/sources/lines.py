@@ -253,27 +253,29 @@ def cut_lines(
 
 def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
     """Return the numbers of the lines at ascending ``offsets``; raise ``InputError`` for a damaged file."""
-    _check_countable(file)
     numbers: list[int] = []
     seen = line = 0
-    try:
-        with contextlib.closing(file.blocks()) as stream:
-            while len(numbers) < len(offsets) and (block := next(stream, b"")):
-                place = 0
-                for target in offsets[len(numbers) : bisect.bisect_right(offsets, seen + len(block))]:
-                    line += block.count(b"\n", place, target - seen)
-                    place = target - seen
-                    numbers.append(line + 1)
-                line += block.count(b"\n", place)
-                seen += len(block)
-    except BrokenStream as error:
-        raise InputError(f"lines can't be counted: {error}") from error
+    with _to_count(file) as stream:
+        while len(numbers) < len(offsets) and (block := next(stream, b"")):
+            place = 0
+            for target in offsets[len(numbers) : bisect.bisect_right(offsets, seen + len(block))]:
+                line += block.count(b"\n", place, target - seen)
+                place = target - seen
+                numbers.append(line + 1)
+            line += block.count(b"\n", place)
+            seen += len(block)
     return numbers
 
 
-def _check_countable(file: InputFile) -> None:
+@contextlib.contextmanager
+def _to_count(file: InputFile) -> Iterator[Iterator[bytes]]:
     if file.is_remote:
         raise InputError("lines aren't counted: that would download the file again")
+    try:
+        with contextlib.closing(file.blocks()) as stream:
+            yield stream
+    except BrokenStream as error:
+        raise InputError(f"lines can't be counted: {error}") from error
 
 
 def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
@@ -282,17 +284,13 @@ def lines_before(file: InputFile, where: Slice, fields: Fields) -> int:
         return 0
     if file.base in ("parquet", "arrow"):  # whose ranges are rows
         return where.first
-    _check_countable(file)
-    if not fields.separator or file.base != "txt":
-        numbers = count_lines(file, [where.first])
-        if not numbers:
-            raise InputError("lines can't be counted: the file was truncated")
-        return numbers[0]
-    try:
-        with contextlib.closing(file.blocks()) as stream:
+    if fields.separator and file.base == "txt":
+        with _to_count(file) as stream:
             return sum(1 for _ in cut_lines(stream, 0, where.first, 0, fields.separator.encode()))
-    except BrokenStream as error:
-        raise InputError(f"lines can't be counted: {error}") from error
+    numbers = count_lines(file, [where.first])
+    if not numbers:
+        raise InputError("lines can't be counted: the file was truncated")
+    return numbers[0]
 
 
 def read_txt(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
