@@ -145,13 +145,12 @@ def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docum
         raise InputError(str(error)) from error
     end = where.last if array.index is None else None if where.end is None else _begin_of(where.end, array.index, file)
     with file.open(end, BLOCK_BYTES) as stream:
-        if array.index is not None:
-            found: Iterator[Ranges | Rejected] = _by_index(file, array.index, where)
-            yield from _documents(stream, found, file, fields, dtype, where.start)
+        found: Iterator[Ranges | Rejected]
+        if array.index is None:
+            found, before = _by_marks(stream, file, fields, array, dtype, where), None
         else:
-            yield from _documents(
-                stream, _by_marks(stream, file, fields, array, dtype, where), file, fields, dtype, None
-            )
+            found, before = _by_index(file, array.index, where), where.start
+        yield from _documents(stream, found, file, fields, dtype, before)
 
 
 def cut_tokens(file: InputFile, target: int) -> list[Slice]:

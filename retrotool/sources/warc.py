@@ -43,9 +43,8 @@ _LOOKED_AT = 1024
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"  # text does not have these
 
 
-def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
+def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:  # noqa: ARG001
     """Yield documents of an archive's records; lines are records from 1, positions byte offsets."""
-    del where
     check_extra(file)
     from fastwarc.warc import ArchiveIterator
 
@@ -178,9 +177,8 @@ def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_html(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
+def read_html(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:  # noqa: ARG001
     """Yield the document of an HTML file."""
-    del where
     check_extra(file)
     found = read_whole(file, _HTML_OVERHEAD * fields.max_document)
     if isinstance(found, Rejected) or found.data is None:
