@@ -9,19 +9,25 @@ characters differently, and it cuts texts of 10,000 bytes or more where that cha
 
 It is not used for Unigram models, for which it breaks ties differently, nor for texts that can't be cut.
 Guard and comparison cost about a tenth. Each call of ``tokie`` starts a thread per CPU of the process's
-affinity (``os.sched_getaffinity``), whatever ``RAYON_NUM_THREADS`` says.
+affinity (``os.sched_getaffinity``), whatever ``RAYON_NUM_THREADS`` says. What the guard found, which takes
+seconds, is kept in ``cache_folder()`` for the user's next store.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import re
 import tempfile
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +36,9 @@ import orjson
 
 from retrotool.errors import AbortError
 from retrotool.ranges import runs_up_to
+from retrotool.store.cache import cache_folder
 from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, tabs_to_isolate, why_not_cut
-from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair, States
-from retrotool.tokenizers.findings_cache import keep_findings, keep_states, read_findings, read_states
+from retrotool.tokenizers.equivalence import CODE_POINTS, Encode, Findings, Flat, Guard, Pair, States
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
 _PIECE_BYTES = 9_600  # tokie is wrong from 10,000 bytes on
@@ -79,13 +85,13 @@ class FastTokenizer:
         for most in _PARTS:
             self._cuts.append(functools.partial(cut_texts, least=most // 2, most=most, inside=self._inside))
         if self._fast is not None:
-            versions, content = library_versions(), tokenizer.file.content
-            known = findings if findings is not None and findings.versions == versions else None
-            known = known or read_findings(content, versions)
-            self._guard = _guard(self._fast, tokenizer, fields, known, read_states(content, versions))
+            self._kept = _Kept(tokenizer.file.content)
+            if findings is None or findings.versions != library_versions():
+                findings = self._kept.findings()
+            self._guard = _guard(self._fast, tokenizer, fields, findings, self._kept.states())
             found = self._guard.findings
-            if known is None:
-                keep_findings(content, found)
+            if findings is None:
+                self._kept.keep_findings(found)
             self.why = f"tokie {version('tokie')} is not used: {found.why}" if found.why else ""
         self.engine = "tokenizers" if self.why else "tokie"
 
@@ -97,7 +103,7 @@ class FastTokenizer:
     def keep_states(self) -> None:
         """Keep what was found about code points since the last call, for others with the same tokenizer."""
         if self._fast is not None and self._guard.classified:
-            keep_states(self._tokenizer.file.content, library_versions(), self._guard.states)
+            self._kept.keep_states(self._guard.states)
             self._guard.classified = 0
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
@@ -172,6 +178,53 @@ class FastTokenizer:
         offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
         place = offsets[position][0] if position < len(expected) else len(text)
         raise TokensDiffer(version("tokie"), position, ascii(text[max(place - 20, 0) : place + 20]))
+
+
+class _Kept:
+    """What was found about ``tokie`` and a tokenizer: the findings, and states of code points that occurred.
+
+    Each has a small file, named by the SHA-256 of the tokenizer's content and by the library versions. Both
+    can be deleted at any time. What can't be read is found again, and what can't be written is not kept.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        about = hashlib.sha256(library_versions().encode()).hexdigest()[:16]
+        name = f"{hashlib.sha256(content).hexdigest()[:32]}-{about}"
+        folder = cache_folder() / "tokenizers"
+        self._findings, self._states = folder / f"{name}.json", folder / f"{name}.points"
+
+    def findings(self) -> Findings | None:
+        try:
+            found = Findings.from_json(orjson.loads(self._findings.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if found.versions == library_versions() else None
+
+    def keep_findings(self, findings: Findings) -> None:
+        _keep(self._findings, orjson.dumps({**asdict(findings), "runs": [[*run] for run in findings.runs]}))
+
+    def states(self) -> States | None:
+        """Return the states of code points, uint8 [``CODE_POINTS``]; None if there are none."""
+        try:
+            found = zlib.decompress(self._states.read_bytes())
+        except (OSError, zlib.error):
+            return None
+        return np.frombuffer(found, np.uint8) if len(found) == CODE_POINTS else None
+
+    def keep_states(self, states: States) -> None:
+        """Keep the states of code points, with those that others have kept."""
+        known = self.states()
+        merged = states if known is None else np.where(states, states, known)
+        _keep(self._states, zlib.compress(merged.tobytes(), 1))
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file in one step, as other processes may do the same."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(path)
 
 
 def _load(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> tuple[Encode | None, str]:
