@@ -184,27 +184,22 @@ def documents_of_batch(
     batch: pa.RecordBatch, fields: Fields, source: str, line: int, position: int
 ) -> Iterator[Document | Rejected]:
     """Yield documents of a batch; its first row is ``line`` of the slice and ``position`` of the file."""
-    columns = ((name, _column(batch, name)) for name in fields.wanted)
-    arrays = {name: _plain(array) for name, array in columns if array is not None}
+    found = ((name, _column(batch, name)) for name in fields.wanted)
+    arrays = {name: _plain(array) for name, array in found if array is not None}
+    make = maker(fields, source)
     for start in range(0, batch.num_rows, WINDOW_ROWS):
-        window = {name: array.slice(start, WINDOW_ROWS) for name, array in arrays.items()}
-        yield from _window(window, fields, source, line + start, position + start)
-
-
-def _window(
-    arrays: dict[str, pa.Array], fields: Fields, source: str, line: int, position: int
-) -> Iterator[Document | Rejected]:
-    reasons: dict[int, str] = {}
-    columns: list[list[Any]] = []
-    for name, array in arrays.items():
-        within = _limited(array, name, fields, reasons) if name in fields.required else array
-        columns.append((_token_rows if name == fields.tokens else _values)(within, reasons))
-    make, names = maker(fields, source), tuple(arrays)
-    for i, row in enumerate(zip(*columns, strict=True)):
-        if i in reasons:
-            yield Rejected(line + i, reasons[i])
-        else:
-            yield make(dict(zip(names, row, strict=True)), line + i, position + i, -1)
+        reasons: dict[int, str] = {}
+        columns: list[list[Any]] = []
+        for name, array in arrays.items():
+            window = array.slice(start, WINDOW_ROWS)
+            if name in fields.required:
+                window = _limited(window, name, fields, reasons)
+            columns.append((_token_rows if name == fields.tokens else _values)(window, reasons))
+        for i, row in enumerate(zip(*columns, strict=True)):
+            if i in reasons:
+                yield Rejected(line + start + i, reasons[i])
+            else:
+                yield make(dict(zip(arrays, row, strict=True)), line + start + i, position + start + i, -1)
 
 
 def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]) -> pa.Array:
