@@ -25,7 +25,7 @@ import orjson
 from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, Maker, Rejected, content_hash, excerpt, maker, with_excerpt
+from retrotool.sources.records import Document, Fields, Rejected, content_hash, excerpt, maker, with_excerpt
 from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
@@ -53,17 +53,13 @@ def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
     """Yield documents of the lines that begin in a range; its first line is number 1."""
     limit = line_limit(fields)
     make = maker(fields, file.name)
-    return (_row(line, make, limit) for line in read_lines(file, where, limit))
-
-
-def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
-    if line.data is None:
-        reason = f"line of {line.size:,} bytes, longer than {limit:,}"
-        return Rejected(line.number, reason, line.offset, excerpt(line.head))
-    row = parse_row(line.data)
-    if isinstance(row, str):
-        return Rejected(line.number, row, line.offset, excerpt(line.data))
-    return with_excerpt(make(row, line.number, line.offset, line.offset), line.data)
+    for line in read_lines(file, where, limit):
+        data = line.data or line.head  # only one over the limit has no data, as blank lines are no rows
+        row = parse_row(data) if line.data else f"line of {line.size:,} bytes, longer than {limit:,}"
+        if isinstance(row, str):
+            yield Rejected(line.number, row, line.offset, excerpt(data))
+        else:
+            yield with_excerpt(make(row, line.number, line.offset, line.offset), data)
 
 
 def parse_row(data: bytes) -> dict[str, Any] | str:
