@@ -255,7 +255,11 @@ def _by_marks(
     if len(mark) and mark[0] + width < min(last, size):
         yield Ranges(mark + width, np.array([size]), {})
     if last >= file.size:
-        _check_end(file, array, dtype)
+        have, left = divmod(file.size - array.begin, width)
+        if array.expected is not None and (have, left) != (array.expected, 0):
+            raise InputError(f"its header says {array.expected:,} tokens, it has {have:,} and {left} bytes")
+        if left:
+            raise InputError(f"broken off inside a token: {left} bytes after token {have:,}")
 
 
 def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[Ranges | Rejected]:
@@ -401,11 +405,3 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
             "Give the id after each document, or the file's type with --format u16 or u32.",
         )
     return dtype
-
-
-def _check_end(file: InputFile, array: TokenArray, dtype: np.dtype[Any]) -> None:
-    have, left = divmod(file.size - array.begin, dtype.itemsize)
-    if array.expected is not None and (have, left) != (array.expected, 0):
-        raise InputError(f"its header says {array.expected:,} tokens, it has {have:,} and {left} bytes")
-    if left:
-        raise InputError(f"broken off inside a token: {left} bytes after token {have:,}")
