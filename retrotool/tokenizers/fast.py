@@ -272,7 +272,8 @@ def _guard(
     is_bpe = fields["model"]["type"] == "BPE"
     last = [letter for letter, byte in byte_level_alphabet().items() if byte < 0xC0]
     first = [letter for letter, byte in byte_level_alphabet().items() if byte < 0x80 or 0xC2 <= byte < 0xF5]
-    strict = functools.partial(_pairs, fields, set(product(last, first))) if is_bpe else None
+    # Slow, so it is made at the first character above ASCII.
+    strict = functools.cache(functools.partial(_pairs, fields, set(product(last, first)))) if is_bpe else None
     matters = _crossings(vocabulary) if is_bpe else None
     guard = Guard(whole, findings or Findings(library_versions()), strict, matters=matters, states=states)
     if findings is None:
