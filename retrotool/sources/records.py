@@ -139,7 +139,7 @@ def find(row: Mapping[str, Any], name: str) -> Any:
 
 
 def maker(fields: Fields, source: str) -> Callable[[Mapping[str, Any], int, int, int], Document | Rejected]:
-    """Return ``document_of`` by row, line, position and offset, with a fast path for only a text and an id."""
+    """Return ``document_of`` by row, line, position and offset, with a fast path for texts with ids."""
     text_name, id_name, limit = fields.text, fields.id, fields.max_document // 4
     plain = not fields.keep and fields.key is None and fields.tokens is None and "." not in text_name + id_name
 

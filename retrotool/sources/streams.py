@@ -107,13 +107,9 @@ def blocks(
 
 def transcoded(raw: Generator[bytes], encoding: str) -> Generator[bytes]:
     """Yield blocks of text in UTF-8; what is invalid in ``encoding`` becomes an invalid byte."""
-    decoder = codecs.getincrementaldecoder(encoding)(_INVALID)
     with contextlib.closing(raw):
-        for block in raw:
-            if text := decoder.decode(block):
-                yield text.encode("utf-8", "surrogateescape")
-    if text := decoder.decode(b"", final=True):
-        yield text.encode("utf-8", "surrogateescape")
+        for text in codecs.iterdecode(raw, encoding, _INVALID):
+            yield text.encode("utf-8", "surrogateescape")
 
 
 def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
