@@ -237,11 +237,6 @@ class Split:
     run: str
     after: str
 
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return self.before + self.run + self.after
-
 
 def split_texts(
     tokenizer: Tokenizer, tokens: npt.NDArray[Any], n_tokens: Int64s, start: Int64s, stop: Int64s
