@@ -141,12 +141,9 @@ class FastTokenizer:
         lengths = np.empty(len(parts), np.int64)
         quick, lengths[~slow] = self._quick(list(itertools.compress(parts, ~slow)))
         exact, lengths[slow] = self._tokenizer.encode_flat(list(itertools.compress(parts, slow)))
-        # Both in the order of the parts, run by run of those that go the same way.
-        first = np.flatnonzero(np.diff(slow, prepend=~slow[:1]))
-        ways, sizes = slow[first], np.add.reduceat(lengths, first)
-        both = ((False, quick), (True, exact))
-        runs = {way: iter(np.split(flat, np.cumsum(sizes[ways == way])[:-1])) for way, flat in both}
-        ids = np.concatenate([next(runs[way]) for way in ways.tolist()])
+        is_exact = np.repeat(slow, lengths)
+        ids = np.empty(len(is_exact), np.uint32)
+        ids[is_exact], ids[~is_exact] = exact, quick  # both are in the order of the parts
         starts = np.cumsum(n_parts) - n_parts
         return ids, np.add.reduceat(lengths, starts), np.logical_or.reduceat(slow, starts)
 
