@@ -111,45 +111,36 @@ def _lengths(array: pa.Array) -> npt.NDArray[np.int64]:
     if _is_text(array.type):
         counted, width = pc.binary_length(array), 1
     elif isinstance(array.type, _LISTS):
-        counted, width = pc.list_value_length(array), 8
+        counted, width = pc.list_value_length(array), records.TOKEN_BYTES
     else:
         return np.zeros(len(array), np.int64)
     counts: npt.NDArray[np.int64] = counted.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     return counts * width
 
 
-def _values(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
-    """Return a column as Python values, times as text; None and a reason in ``unreadable`` if impossible."""
+def _values(array: pa.Array, unreadable: dict[int, str], first: int = 0) -> list[Any]:
+    """Return Python values from row ``first`` on, times as text; None, and why in ``unreadable``, if none."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    kind = array.type
     try:
-        if _is_text(kind):
+        if pa.types.is_temporal(array.type):  # Python's times have no nanoseconds
+            array = array.cast(pa.string())
+        elif _is_text(array.type):
             # Not checked here, but when Python's strings are made.
-            text = pc.cast(array, options=pc.CastOptions(pa.large_string(), allow_invalid_utf8=True))
-            found: list[Any] = text.to_numpy(zero_copy_only=False).tolist()
-        elif pa.types.is_temporal(kind):  # Python's times have no nanoseconds
-            found = array.cast(pa.string()).to_pylist()
-        elif pa.types.is_integer(kind) and not array.null_count:
-            found = array.to_numpy(zero_copy_only=False).tolist()
-        else:
-            found = array.to_pylist()
+            array = pc.cast(array, options=pc.CastOptions(pa.large_string(), allow_invalid_utf8=True))
+        is_fast = _is_text(array.type) or (pa.types.is_integer(array.type) and not array.null_count)
+        if is_fast and len(array) > 1:
+            array = array.to_numpy(zero_copy_only=False)
+        found: list[Any] = array.tolist()
         return found
-    except (ValueError, OverflowError, pa.ArrowException):
-        return [_value(array.slice(i, 1), i, unreadable) for i in range(len(array))]
-
-
-def _value(one: pa.Array, place: int, unreadable: dict[int, str]) -> Any:
-    try:
-        if pa.types.is_temporal(one.type):
-            return one.cast(pa.string())[0].as_py()
-        value = one[0].as_py()
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        unreadable.setdefault(place, f"invalid UTF-8 at byte {error.start:,} of a value")
     except (ValueError, OverflowError, pa.ArrowException) as error:
-        unreadable.setdefault(place, f"a value can't be read: {reason_of(error)}")
-    return None
+        if len(array) != 1:
+            return [_values(array.slice(i, 1), unreadable, i)[0] for i in range(len(array))]
+        why = f"a value can't be read: {reason_of(error)}"
+        if isinstance(error, UnicodeDecodeError):
+            why = f"{reason_of(error)} of a value"
+        unreadable.setdefault(first, why)
+        return [None]
 
 
 def _token_rows(array: pa.Array, unreadable: dict[int, str]) -> list[Any]:
@@ -193,35 +184,28 @@ def documents_of_batch(
     batch: pa.RecordBatch, fields: Fields, source: str, line: int, position: int
 ) -> Iterator[Document | Rejected]:
     """Yield documents of a batch; its first row is ``line`` of the slice and ``position`` of the file."""
-    columns = ((name, _column(batch, name)) for name in fields.wanted)
-    arrays = {name: _plain(array) for name, array in columns if array is not None}
+    found = ((name, _column(batch, name)) for name in fields.wanted)
+    arrays = {name: _plain(array) for name, array in found if array is not None}
+    make = maker(fields, source)
     for start in range(0, batch.num_rows, WINDOW_ROWS):
-        window = {name: array.slice(start, WINDOW_ROWS) for name, array in arrays.items()}
-        yield from _window(window, fields, source, line + start, position + start)
-
-
-def _window(
-    arrays: dict[str, pa.Array], fields: Fields, source: str, line: int, position: int
-) -> Iterator[Document | Rejected]:
-    reasons: dict[int, str] = {}
-    columns: list[list[Any]] = []
-    for name, array in arrays.items():
-        within = _limited(array, name, fields, reasons) if name in fields.required else array
-        columns.append((_token_rows if name == fields.tokens else _values)(within, reasons))
-    make, names = maker(fields, source), tuple(arrays)
-    for i, row in enumerate(zip(*columns, strict=True)):
-        if i in reasons:
-            yield Rejected(line + i, reasons[i])
-        else:
-            yield make(dict(zip(names, row, strict=True)), line + i, position + i, -1)
+        reasons: dict[int, str] = {}
+        columns: list[list[Any]] = []
+        for name, array in arrays.items():
+            window = array.slice(start, WINDOW_ROWS)
+            if name in fields.required:
+                window = _limited(window, name, fields, reasons)
+            columns.append((_token_rows if name == fields.tokens else _values)(window, reasons))
+        for i, row in enumerate(zip(*columns, strict=True)):
+            if i in reasons:
+                yield Rejected(line + start + i, reasons[i])
+            else:
+                yield make(dict(zip(arrays, row, strict=True)), line + start + i, position + start + i, -1)
 
 
 def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]) -> pa.Array:
     """Mask values over the size limit, so that they are not decoded; add them to ``reasons``."""
     limit = fields.max_document
     sizes: npt.NDArray[np.int64] = _lengths(array)
-    if isinstance(array.type, _LISTS):
-        sizes = sizes // 8 * records.TOKEN_BYTES
     over = sizes > limit
     if not over.any():
         return array
@@ -235,15 +219,14 @@ def _limited(array: pa.Array, name: str, fields: Fields, reasons: dict[int, str]
 def read_parquet_file(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Yield documents of a range of row groups; positions are rows of the file, from 1."""
     with _open(file) as table:
-        end = table.num_row_groups if where.end is None else where.end
-        counts = [table.metadata.row_group(group).num_rows for group in range(where.start, end)]
+        sizes, all_counts = _row_groups(table)
+        counts = [all_counts[group] for group in range(where.start, len(sizes) if where.end is None else where.end)]
         total = sum(counts)
         if rejected := _missing(table.schema_arrow, fields):
             _check_counts(table)  # a damaged footer could claim any number of rows
             yield from (rejected._replace(line=line) for line in range(1, total + 1))
             return
         line = 1
-        sizes = _sizes(table)
         for group, count in enumerate(counts, where.start):
             begin = line
             for batch in _batches(table, group, count, fields, sizes[group], begin, total):
@@ -257,7 +240,7 @@ def cut_parquet(file: InputFile, target: int) -> list[Slice]:
     """Return runs of row groups of about ``target`` decompressed bytes."""
     with _open(file) as table:
         _check_counts(table)
-        return _runs(_sizes(table), _row_counts(table), target)
+        return _runs(*_row_groups(table), target)
 
 
 def _runs(sizes: list[int], counts: list[int], target: int) -> list[Slice]:
@@ -284,17 +267,15 @@ def _selected(table: pq.ParquetFile, fields: Fields) -> list[str]:
 
 
 def _check_counts(table: pq.ParquetFile) -> None:
-    counts, rows = _row_counts(table), table.metadata.num_rows
+    counts, rows = _row_groups(table)[1], table.metadata.num_rows
     if min(counts, default=0) < 0 or sum(counts) != rows:
         raise InputError(f"the footer is damaged: {rows:,} rows, but {sum(counts):,} in its row groups")
 
 
-def _row_counts(table: pq.ParquetFile) -> list[int]:
-    return [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-
-
-def _sizes(table: pq.ParquetFile) -> list[int]:
-    return [max(0, table.metadata.row_group(i).total_byte_size) for i in range(table.num_row_groups)]
+def _row_groups(table: pq.ParquetFile) -> tuple[list[int], list[int]]:
+    """Return the decompressed bytes and the rows of each."""
+    groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+    return [max(0, group.total_byte_size) for group in groups], [group.num_rows for group in groups]
 
 
 def _batches(

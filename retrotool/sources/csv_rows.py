@@ -12,7 +12,7 @@ import contextlib
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from retrotool.errors import InputError
 from retrotool.sources import records
@@ -24,19 +24,19 @@ from retrotool.sources.streams import BrokenStream
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
-class Record(NamedTuple):
-    """A record's fields, its first line's number, offset and beginning, and what is wrong with its bytes."""
+@dataclass(slots=True)
+class Record:
+    """A record's first line's number, offset and beginning, its fields, and what is wrong with its bytes."""
 
-    fields: list[str]
     line: int
     offset: int
-    head: bytes
+    head: bytes = b""
+    fields: list[str] = field(default_factory=list)
     problem: str = ""
 
 
-def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
+def read_csv(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:  # noqa: ARG001
     """Yield documents of a file's rows; lines are lines of the file, positions byte offsets."""
-    del where
     # Room for doubled quotes and other columns.
     limit = fields.max_document * 3 // 2 + (1 << 20)
     with contextlib.closing(file.blocks()) as stream:
@@ -80,47 +80,36 @@ def _missing(names: Sequence[str], fields: Fields) -> str:
 def csv_records(stream: Iterator[bytes], delimiter: str, limit: int) -> Iterator[Record]:
     """Yield records of at most ``limit`` bytes; raise ``InputError`` after the last readable one."""
     csv.field_size_limit((1 << 31) - 1)  # no limit: records are limited here
-    lines = _Lines(stream, limit)
-    reader = csv.reader(lines.texts(), delimiter=delimiter, strict=True)
+    record = after = Record(1, 0)
+
+    def texts() -> Iterator[str]:
+        nonlocal after
+        for line in cut_lines(stream, 0, None, limit):
+            record.head = record.head or (line.data or line.head)[:HEAD_BYTES]
+            place = line.offset - record.offset
+            if line.data is None or place + len(line.data) > limit:
+                raise BrokenStream(f"a record of more than {limit:,} bytes, or an unclosed quote")
+            after = Record(line.number + 1, line.offset + (line.size or len(line.data)) + 1)
+            try:
+                text = line.data.decode()
+            except UnicodeDecodeError as error:
+                record.problem = record.problem or f"invalid UTF-8 at byte {place + error.start:,} of the record"
+                text = line.data.decode("utf-8", "replace")
+            yield text + "\n"
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     number = 0
     while True:
-        lines.begin_record()
+        record = after
         try:
             fields = next(reader, None)
         except (csv.Error, BrokenStream) as error:
             why = f"not CSV: {error}" if isinstance(error, csv.Error) else str(error)
-            place = f"broken off after record {number:,}, in line {lines.line:,}, at byte {lines.offset:,}"
-            raise InputError(f"{place}: {why}", lines.line, excerpt(lines.head)) from error
+            place = f"broken off after record {number:,}, in line {record.line:,}, at byte {record.offset:,}"
+            raise InputError(f"{place}: {why}", record.line, excerpt(record.head)) from error
         if fields is None:
             return
         if fields:
             number += 1
-            yield Record(fields, lines.line, lines.offset, lines.head, lines.problem)
-
-
-class _Lines:
-    """Lines for ``csv``, and the first line's number, offset and beginning of the current record."""
-
-    def __init__(self, stream: Iterator[bytes], limit: int) -> None:
-        self._lines, self._limit = cut_lines(stream, 0, None, limit), limit
-        self._next, self._place = 1, 0
-        self.begin_record()
-
-    def begin_record(self) -> None:
-        self._begins, self.problem = True, ""
-        self.line, self.offset, self.head = self._next, self._place, b""
-
-    def texts(self) -> Iterator[str]:
-        for line in self._lines:
-            if self._begins:
-                self._begins, self.head = False, (line.data or line.head)[:HEAD_BYTES]
-            place = line.offset - self.offset
-            if line.data is None or place + len(line.data) > self._limit:
-                raise BrokenStream(f"a record of more than {self._limit:,} bytes, or an unclosed quote")
-            self._next, self._place = line.number + 1, line.offset + (line.size or len(line.data)) + 1
-            try:
-                text = line.data.decode()
-            except UnicodeDecodeError as error:
-                self.problem = self.problem or f"invalid UTF-8 at byte {place + error.start:,} of the record"
-                text = line.data.decode("utf-8", "replace")
-            yield text + "\n"
+            record.fields = fields
+            yield record

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -89,7 +89,7 @@ def survey(
             elif format_of(path.name, base) is None:
                 raise UsageError(f"{one} has an unknown format", f"{_KNOWN_FORMATS} For other names: --format.")
             else:
-                found.setdefault(tree.resolved(path), tree.input_of(path, None, base))
+                found.setdefault(tree.resolved(path), tree.input_of(path, base=base))
     unread = sorted(file for resolved, file in left_out.items() if resolved not in found)
     files = _tell_apart(list(found.values()))
     files = [replace(one, encoding=encoding) if one.base in ENCODABLE else one for one in files]
@@ -140,21 +140,14 @@ def _refuse(error: OSError) -> NoReturn:
 class _Disk:
     """The files and folders of the file system."""
 
-    def path(self, given: str) -> PurePath:
-        return Path(given)
+    path: type[PurePath] = Path
+    is_there: Callable[[PurePath], bool] = staticmethod(os.path.lexists)
+    is_file: Callable[[PurePath], bool] = staticmethod(os.path.isfile)  # unlike Path's, refuses no name
+    is_link: Callable[[PurePath], bool] = staticmethod(os.path.islink)
 
     def resolved(self, path: PurePath) -> PurePath:
         """Return the path that all names of a file have in common."""
         return Path(path).resolve()
-
-    def is_there(self, path: PurePath) -> bool:
-        return os.path.lexists(path)
-
-    def is_file(self, path: PurePath) -> bool:
-        return os.path.isfile(path)  # noqa: PTH113 - refuses no name
-
-    def is_link(self, path: PurePath) -> bool:
-        return os.path.islink(path)  # noqa: PTH114 - refuses no name
 
     def kind(self, path: PurePath) -> Literal["file", "folder", "other", "gone"]:
         try:
@@ -177,10 +170,7 @@ class _Disk:
     def glob(self, pattern: str) -> list[str]:
         return glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
 
-    def read(self, path: PurePath) -> bytes:
-        return Path(path).read_bytes()
-
-    def input_of(self, path: PurePath, top: PurePath | None, base: str | None) -> InputFile:
+    def input_of(self, path: PurePath, top: PurePath | None = None, base: str | None = None) -> InputFile:
         """Return the file, named as it was given, or as it was found in the folder ``top``."""
         if top is not None:
             name = (Path(top).resolve().name / path.relative_to(top)).as_posix()
@@ -199,13 +189,12 @@ class _Disk:
 class _Objects(_Disk):
     """Objects by their URIs as paths, and the folders that their keys imply; what was found out is kept."""
 
+    path = PurePosixPath
+
     def __init__(self) -> None:
         self._files: dict[PurePath, FileStatus | None] = {}
         self._folders: dict[PurePath, set[str]] = {}  # the names in each
         self._listed: set[str] = set()
-
-    def path(self, given: str) -> PurePath:
-        return PurePosixPath(given)
 
     def resolved(self, path: PurePath) -> PurePath:
         return path
@@ -234,7 +223,7 @@ class _Objects(_Disk):
     def glob(self, pattern: str) -> list[str]:
         root, key = remote.split_uri(pattern)
         self._list(root, re.split("[*?[]", key, maxsplit=1)[0], "")
-        found = {self.path(root)}
+        found: set[PurePath] = {self.path(root)}
         for part in key.split("/"):
             if part == "**":
                 found = {below for one in found for below in self._below(one)}
@@ -242,10 +231,6 @@ class _Objects(_Disk):
                 found = {one / name for one in found for name in self._folders.get(one, ()) if _matches(name, part)}
         end = "/" if pattern.endswith("/") else ""  # for folders only
         return [_shown(one) + end for one in found if not end or one in self._folders]
-
-    def read(self, path: PurePath) -> bytes:
-        file = self.input_of(path)
-        return file.read_range(0, file.size)
 
     def input_of(self, path: PurePath, top: PurePath | None = None, base: str | None = None) -> InputFile:  # noqa: ARG002
         uri, status = _shown(path), self._files[path]
@@ -392,8 +377,9 @@ def _saved(tree: _Disk, folder: PurePath, names: Collection[str]) -> list[str] |
 
 
 def _saved_json(tree: _Disk, path: PurePath) -> dict[str, Any]:
+    file = tree.input_of(path)
     try:
-        content = orjson.loads(tree.read(path))
+        content = orjson.loads(file.read_range(0, file.size))
     except orjson.JSONDecodeError as error:
         raise UsageError(f"{_shown(path)} is not JSON: {error.msg}", "Save the dataset again.") from error
     return content if isinstance(content, dict) else {}

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
 from retrotool.errors import StorageError
@@ -45,14 +46,14 @@ class HubDataset:
         """Return what is known about a file; None if it does not exist."""
         with self._errors(path):
             found = HfApi().get_paths_info(paths=[path], **self._of)
-        return next(map(_status, filter(_is_file, found)), None)
+        return next((_status(one) for one in found if isinstance(one, RepoFile)), None)
 
     def list(self, prefix: str) -> Iterator[StoredStatus]:
         """Yield the files whose paths begin with ``prefix``."""
         folder = prefix.rpartition("/")[0]
         with self._errors(prefix), contextlib.suppress(EntryNotFoundError):
             for one in HfApi().list_repo_tree(path_in_repo=folder or None, recursive=True, **self._of):
-                if _is_file(one) and one.path.startswith(prefix):
+                if isinstance(one, RepoFile) and one.path.startswith(prefix):
                     yield _status(one)
 
     @contextlib.contextmanager
@@ -68,10 +69,6 @@ class HubDataset:
             raise StorageError(f"{place}: {' '.join(lines[:2])[:500]}", advice) from error
 
 
-def _is_file(one: Any) -> bool:
-    return hasattr(one, "blob_id")
-
-
-def _status(one: Any) -> StoredStatus:
+def _status(one: RepoFile) -> StoredStatus:
     """Return what the Hub lists: the tag is a hash of the content, but not when the file was written."""
     return StoredStatus(one.path, one.size, 0.0, one.lfs.sha256 if one.lfs else one.blob_id)

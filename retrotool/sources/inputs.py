@@ -89,8 +89,8 @@ class InputFile:
 
     def estimated_text(self) -> int:
         """Estimate the bytes of text: by a zstd archive's headers, otherwise by a sample of the beginning."""
-        if self.compression == "zst" and not self.is_remote and (text := streams.text_by_blocks(Path(self.path))):
-            return text
+        if self.compression == "zst" and not self.is_remote and (frames := streams.frames_of(Path(self.path))):
+            return sum(frame.content for frame in frames)
         text, sample = 0, min(self.size, _BEGINNING_BYTES)
         with suppress(streams.BrokenStream):  # it was cut there, not broken
             for block in self.blocks(0, sample):
@@ -144,12 +144,9 @@ class InputFile:
 
     def read_range(self, start: int, length: int) -> bytes:
         """Read ``length`` bytes, fewer at the end of the file."""
-        if self.is_remote:
-            objects, key = locate(self.path)
-            return objects.get_range(key, start, length)
-        with self.open() as file:
+        with self.open_arrow() as file:
             file.seek(start)
-            return file.read(length)
+            return bytes(file.read(length))
 
     def index(self) -> InputFile | None:
         """Return the index beside a file of tokens, if there is one."""

@@ -35,10 +35,6 @@ _PIECE_BYTES = 64 << 10
 _LONE_SURROGATE = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
-class BrokenSyntax(Exception):  # noqa: N818 - a verdict about the file
-    """Elements can't be parsed from here on."""
-
-
 def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
     """Yield documents of the elements of a JSON file; lines and positions are elements, from 1."""
     limit = line_limit(fields)
@@ -57,7 +53,7 @@ def read_json(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
                 else:
                     found = Rejected(number, f"not a JSON object but {lines.JSON_TYPES[type(value)]}")
                 yield found if isinstance(found, Document) else with_excerpt(found, _dumped(value))
-    except (BrokenStream, BrokenSyntax) as error:
+    except BrokenStream as error:
         raise InputError(f"broken off after element {number:,}: {error}", number + 1) from error
 
 
@@ -84,10 +80,10 @@ def is_lines(file: InputFile, limit: int) -> bool:
 
 
 def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
-    """Yield array elements, or objects in sequence; raise ``BrokenSyntax`` after the last good one."""
+    """Yield array elements, or objects in sequence; raise ``BrokenStream`` after the last good one."""
     first = _first_bytes(stream)
     if not first.startswith((b"[", b"{")):
-        raise BrokenSyntax("neither an array of objects nor objects" if first else "nothing but white space")
+        raise BrokenStream("neither an array of objects nor objects" if first else "nothing but white space")
     base = int(first.startswith(b"["))
     events = ijson.sendable_list()
     parser = ijson.basic_parse_coro(events, use_float=True, multiple_values=not base)
@@ -107,7 +103,7 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
         for event, value in events:
             before, depth = depth, depth + _NESTING.get(event, 0)
             if depth > _DEEPEST + 1:
-                raise BrokenSyntax(f"nested more than {_DEEPEST:,} deep")
+                raise BrokenStream(f"nested more than {_DEEPEST:,} deep")
             if min(before, depth) < base:
                 continue  # the array around the elements
             element.event(event, value)
@@ -117,7 +113,7 @@ def elements(stream: Iterator[bytes], limit: int) -> Generator[Any]:
                 element = ObjectBuilder()
         events.clear()
         if broken or size > limit:
-            raise BrokenSyntax(broken or f"element of more than {limit:,} bytes")
+            raise BrokenStream(broken or f"element of more than {limit:,} bytes")
 
 
 def _first_bytes(stream: Iterator[bytes]) -> bytes:
@@ -134,26 +130,23 @@ def _first_bytes(stream: Iterator[bytes]) -> bytes:
 
 
 def _pieces(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the same bytes in small pieces; raise ``BrokenSyntax`` at a lone surrogate."""
-    for text in _whole_escapes(stream, limit):
-        lone = _LONE_SURROGATE.search(text) if rb"\ud" in text or rb"\uD" in text else None
-        end = lone.start() if lone else len(text)
-        for place in range(0, end, _PIECE_BYTES):
-            yield text[place : min(place + _PIECE_BYTES, end)]
-        if lone:
-            raise BrokenSyntax("a lone surrogate")
+    """Yield the same bytes in small pieces; raise ``BrokenStream`` at a lone surrogate.
 
-
-def _whole_escapes(stream: Iterator[bytes], limit: int) -> Iterator[bytes]:
-    """Yield the same bytes, cut only after a quote or a space, never inside an escape."""
+    It is looked for in text that ends after a quote or a space, never inside an escape.
+    """
     held: list[bytes] = []
     size = 0
-    for block in stream:
+    for block in itertools.chain(stream, [b""]):
         cut = max(block.rfind(b'"'), block.rfind(b" ")) + 1
-        if cut or size > limit:
-            yield b"".join([*held, block[:cut]])
+        held.append(block[:cut])
+        if cut or size > limit or not block:
+            text = b"".join(held)
+            lone = _LONE_SURROGATE.search(text) if rb"\ud" in text or rb"\uD" in text else None
+            end = lone.start() if lone else len(text)
+            for place in range(0, end, _PIECE_BYTES):
+                yield text[place : min(place + _PIECE_BYTES, end)]
+            if lone:
+                raise BrokenStream("a lone surrogate")
             held, size = [], 0
         held.append(block[cut:])
         size += len(block) - cut
-    if size:
-        yield b"".join(held)

@@ -25,7 +25,7 @@ import orjson
 from retrotool.errors import InputError
 from retrotool.sources import streams
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
-from retrotool.sources.records import Document, Fields, Maker, Rejected, content_hash, excerpt, maker, with_excerpt
+from retrotool.sources.records import Document, Fields, Rejected, content_hash, excerpt, maker, with_excerpt
 from retrotool.sources.streams import BrokenStream
 
 BOM = b"\xef\xbb\xbf"
@@ -53,17 +53,13 @@ def read_jsonl(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docume
     """Yield documents of the lines that begin in a range; its first line is number 1."""
     limit = line_limit(fields)
     make = maker(fields, file.name)
-    return (_row(line, make, limit) for line in read_lines(file, where, limit))
-
-
-def _row(line: Line, make: Maker, limit: int) -> Document | Rejected:
-    if line.data is None:
-        reason = f"line of {line.size:,} bytes, longer than {limit:,}"
-        return Rejected(line.number, reason, line.offset, excerpt(line.head))
-    row = parse_row(line.data)
-    if isinstance(row, str):
-        return Rejected(line.number, row, line.offset, excerpt(line.data))
-    return with_excerpt(make(row, line.number, line.offset, line.offset), line.data)
+    for line in read_lines(file, where, limit):
+        data = line.data or line.head  # only one over the limit has no data, as blank lines are no rows
+        row = parse_row(data) if line.data else f"line of {line.size:,} bytes, longer than {limit:,}"
+        if isinstance(row, str):
+            yield Rejected(line.number, row, line.offset, excerpt(data))
+        else:
+            yield with_excerpt(make(row, line.number, line.offset, line.offset), data)
 
 
 def parse_row(data: bytes) -> dict[str, Any] | str:
@@ -157,7 +153,7 @@ def cut_byte_ranges(file: InputFile, target: int) -> list[Slice]:
 
 def _cut_frames(file: InputFile, target: int) -> list[Slice]:
     found = streams.frames_of(Path(file.path))
-    if not found or sum(frame.content for frame in found) <= target:
+    if not found or not all(frame.is_declared for frame in found) or sum(frame.content for frame in found) <= target:
         return [WHOLE]
     slices = []
     start = first = text = 0
@@ -253,27 +249,30 @@ def cut_lines(
 
 def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
     """Return the numbers of the lines at ascending ``offsets``; raise ``InputError`` for a damaged file."""
-    _check_countable(file)
     numbers: list[int] = []
     seen = line = 0
-    try:
-        with contextlib.closing(file.blocks()) as stream:
-            while len(numbers) < len(offsets) and (block := next(stream, b"")):
-                place = 0
-                for target in offsets[len(numbers) : bisect.bisect_right(offsets, seen + len(block))]:
-                    line += block.count(b"\n", place, target - seen)
-                    place = target - seen
-                    numbers.append(line + 1)
-                line += block.count(b"\n", place)
-                seen += len(block)
-    except BrokenStream as error:
-        raise InputError(f"lines can't be counted: {error}") from error
+    with _to_count(file) as stream:
+        while len(numbers) < len(offsets) and (block := next(stream, b"")):
+            place = 0
+            for target in offsets[len(numbers) : bisect.bisect_right(offsets, seen + len(block))]:
+                line += block.count(b"\n", place, target - seen)
+                place = target - seen
+                numbers.append(line + 1)
+            line += block.count(b"\n", place)
+            seen += len(block)
     return numbers
 
 
-def _check_countable(file: InputFile) -> None:
+@contextlib.contextmanager
+def _to_count(file: InputFile, where: Slice = WHOLE) -> Iterator[Iterator[bytes]]:
+    """Open a file to count its lines from the beginning of a range on; ``InputError`` if that can't be done."""
     if file.is_remote:
         raise InputError("lines aren't counted: that would download the file again")
+    try:
+        with contextlib.closing(_stream(file, Slice(where.start, None, where.first))) as stream:
+            yield stream
+    except BrokenStream as error:
+        raise InputError(f"lines can't be counted: {error}") from error
 
 
 class LineCounter:
@@ -289,19 +288,15 @@ class LineCounter:
             return 0
         if file.base in ("parquet", "arrow"):  # whose ranges are rows
             return where.first
-        _check_countable(file)
         if file is not self._file or where.first < self._where.first:
             self._file, self._where, self._lines = file, WHOLE, 0
         known, separator = self._where, (fields.separator or "").encode() if file.base == "txt" else b""
-        try:
-            with contextlib.closing(_stream(file, Slice(known.start, None, known.first))) as stream:
-                if separator:
-                    lines = cut_lines(stream, known.first, where.first, 0, separator, skip=known.first > 0)
-                    self._lines += sum(1 for _ in lines)
-                else:  # the line that begins the file has no end before it
-                    self._lines += _count_ends(stream, where.first - known.first) + (known.first == 0)
-        except BrokenStream as error:
-            raise InputError(f"lines can't be counted: {error}") from error
+        with _to_count(file, known) as stream:
+            if separator:
+                lines = cut_lines(stream, known.first, where.first, 0, separator, skip=known.first > 0)
+                self._lines += sum(1 for _ in lines)
+            else:  # the line that begins the file has no end before it
+                self._lines += _count_ends(stream, where.first - known.first) + (known.first == 0)
         self._where = where
         return self._lines
 

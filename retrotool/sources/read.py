@@ -16,9 +16,6 @@ from retrotool.sources import columnar, csv_rows, json_array, lines, tokens, war
 from retrotool.sources.inputs import WHOLE, InputFile, Slice
 from retrotool.sources.records import Document, Fields, Rejected, reason_of
 
-Rows = Generator[Document | Rejected]
-
-
 READERS: dict[str, Callable[[InputFile, Fields, Slice], Iterator[Document | Rejected]]] = {
     "arrow": columnar.read_arrow_file, "csv": csv_rows.read_csv, "html": warc.read_html, "json": json_array.read_json,
     "jsonl": lines.read_jsonl, "parquet": columnar.read_parquet_file, "tokens": tokens.read_tokens,
@@ -30,7 +27,7 @@ CUTTERS: dict[str, Callable[[InputFile, int], list[Slice]]] = {  # into slices o
 }  # fmt: skip
 
 
-def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Rows:
+def read_input(file: InputFile, fields: Fields, where: Slice = WHOLE) -> Generator[Document | Rejected]:
     """Yield every row of a file, or a slice of it, once; raise ``OSError`` if the system can't read it."""
     try:
         if file.size == 0:

@@ -138,11 +138,8 @@ def find(row: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-Maker = Callable[[Mapping[str, Any], int, int, int], Document | Rejected]  # of row, line, position, offset
-
-
-def maker(fields: Fields, source: str) -> Maker:
-    """Return ``document_of`` for rows of one input, with a fast path for rows of only a text and an id."""
+def maker(fields: Fields, source: str) -> Callable[[Mapping[str, Any], int, int, int], Document | Rejected]:
+    """Return ``document_of`` by row, line, position and offset, with a fast path for texts with ids."""
     text_name, id_name, limit = fields.text, fields.id, fields.max_document // 4
     plain = not fields.keep and fields.key is None and fields.tokens is None and "." not in text_name + id_name
 

@@ -79,7 +79,7 @@ _ERRORS = (zlib.error, zstd.ZstdError, lzma.LZMAError, OSError, ValueError, EOFE
 
 
 class BrokenStream(Exception):  # noqa: N818 - named for the stream
-    """The stream is truncated or damaged; what came before is good."""
+    """The stream, or the syntax of its text, is truncated or damaged; what came before is good."""
 
 
 def compression_of(name: str) -> str:
@@ -107,13 +107,9 @@ def blocks(
 
 def transcoded(raw: Generator[bytes], encoding: str) -> Generator[bytes]:
     """Yield blocks of text in UTF-8; what is invalid in ``encoding`` becomes an invalid byte."""
-    decoder = codecs.getincrementaldecoder(encoding)(_INVALID)
     with contextlib.closing(raw):
-        for block in raw:
-            if text := decoder.decode(block):
-                yield text.encode("utf-8", "surrogateescape")
-    if text := decoder.decode(b"", final=True):
-        yield text.encode("utf-8", "surrogateescape")
+        for text in codecs.iterdecode(raw, encoding, _INVALID):
+            yield text.encode("utf-8", "surrogateescape")
 
 
 def unpacked(raw: Iterable[bytes], compression: str) -> Generator[bytes]:
@@ -180,26 +176,11 @@ class Frame(NamedTuple):
     offset: int
     size: int
     content: int
+    is_declared: bool = True  # else ``content`` is an estimate by the number of its blocks
 
 
 def frames_of(path: Path) -> list[Frame] | None:
-    """Return an archive's data frames, with content sizes that readers must verify; None if unknown."""
-    found = _walk(path)
-    if found is None or any(content is None for _, content, _ in found):
-        return None
-    return [Frame(offset, size, content) for (offset, size), content, _ in found if content is not None]
-
-
-def text_by_blocks(path: Path) -> int | None:
-    """Estimate a zstd archive's bytes of text by the headers of its blocks; None if they are damaged."""
-    found = _walk(path)
-    if not found:
-        return None
-    return sum(blocks * _LARGEST_BLOCK if content is None else content for _, content, blocks in found)
-
-
-def _walk(path: Path) -> list[tuple[tuple[int, int], int | None, int]] | None:
-    """Return place and size, content size if declared, and number of blocks of each data frame."""
+    """Return an archive's data frames by headers, which readers must verify; None if these are damaged."""
     found = []
     offset = 0
     with path.open("rb") as file:
@@ -211,15 +192,14 @@ def _walk(path: Path) -> list[tuple[tuple[int, int], int | None, int]] | None:
                 if magic & ~0xF == _SKIPPABLE:
                     offset += 8 + length
                 else:
-                    end, content, blocks = _frame(descriptor, offset)
-                    found.append(((offset, end - offset), content, blocks))
-                    offset = end
+                    found.append(_frame(descriptor, offset))
+                    offset += found[-1].size
         except (struct.error, ValueError, zstd.ZstdError):
             return None
     return found if offset == size else None
 
 
-def _frame(descriptor: int, offset: int) -> tuple[int, int | None, int]:
+def _frame(descriptor: int, offset: int) -> Frame:
     data = os.pread(descriptor, _LARGEST_HEADER, offset)
     content = zstd.get_frame_info(data).decompressed_size
     flags = data[4]
@@ -234,4 +214,5 @@ def _frame(descriptor: int, offset: int) -> tuple[int, int | None, int]:
             raise ValueError("not the header of a block")
         place += _HEADER_OF_BLOCK + (1 if kind == _RUN_BLOCK else length)
         blocks += 1
-    return place + (_CHECKSUM_BYTES if flags & 4 else 0), content, blocks
+    size = place + (_CHECKSUM_BYTES if flags & 4 else 0) - offset
+    return Frame(offset, size, blocks * _LARGEST_BLOCK if content is None else content, content is not None)

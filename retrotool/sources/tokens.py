@@ -145,13 +145,12 @@ def read_tokens(file: InputFile, fields: Fields, where: Slice) -> Iterator[Docum
         raise InputError(str(error)) from error
     end = where.last if array.index is None else None if where.end is None else _begin_of(where.end, array.index, file)
     with file.open(end, BLOCK_BYTES) as stream:
-        if array.index is not None:
-            found: Iterator[Ranges | Rejected] = _by_index(file, array.index, where)
-            yield from _documents(stream, found, file, fields, dtype, where.start)
+        found: Iterator[Ranges | Rejected]
+        if array.index is None:
+            found, before = _by_marks(stream, file, fields, array, dtype, where), None
         else:
-            yield from _documents(
-                stream, _by_marks(stream, file, fields, array, dtype, where), file, fields, dtype, None
-            )
+            found, before = _by_index(file, array.index, where), where.start
+        yield from _documents(stream, found, file, fields, dtype, before)
 
 
 def cut_tokens(file: InputFile, target: int) -> list[Slice]:
@@ -256,7 +255,11 @@ def _by_marks(
     if len(mark) and mark[0] + width < min(last, size):
         yield Ranges(mark + width, np.array([size]), {})
     if last >= file.size:
-        _check_end(file, array, dtype)
+        have, left = divmod(file.size - array.begin, width)
+        if array.expected is not None and (have, left) != (array.expected, 0):
+            raise InputError(f"its header says {array.expected:,} tokens, it has {have:,} and {left} bytes")
+        if left:
+            raise InputError(f"broken off inside a token: {left} bytes after token {have:,}")
 
 
 def _by_index(file: InputFile, index: MegatronIndex, where: Slice) -> Iterator[Ranges | Rejected]:
@@ -402,11 +405,3 @@ def _agreed_dtype(file: InputFile, fields: Fields, array: TokenArray) -> np.dtyp
             "Give the id after each document, or the file's type with --format u16 or u32.",
         )
     return dtype
-
-
-def _check_end(file: InputFile, array: TokenArray, dtype: np.dtype[Any]) -> None:
-    have, left = divmod(file.size - array.begin, dtype.itemsize)
-    if array.expected is not None and (have, left) != (array.expected, 0):
-        raise InputError(f"its header says {array.expected:,} tokens, it has {have:,} and {left} bytes")
-    if left:
-        raise InputError(f"broken off inside a token: {left} bytes after token {have:,}")

@@ -15,6 +15,7 @@ Cost: framing 1 ms per MB, HTML about 40 ms per MB; memory for one record, four 
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ _NOT_ROWS = ("warcinfo", "request", "metadata", "revisit")
 FIELDS = ("text", "type", "date", "content_type", "status", "id", "uri", "record_id")
 _ROWS = ("response", "resource", "conversion", "continuation")
 _HTML_OVERHEAD = 4
-_LONGEST_NUMBER = 18  # digits of a size
+_SIZE = re.compile("0*[0-9]{1,18}")
 _END_OF_RECORD = (b"\r\n\r\n", b"\n\n")
 _CODINGS = {"gzip": ("gz",), "x-gzip": ("gz",), "zstd": ("zst",), "deflate": ("zlib", "deflate")}
 _NOT_CODED = ("", "identity", "none", "utf-8", "utf8")
@@ -43,9 +44,8 @@ _LOOKED_AT = 1024
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r\x1b")) + b"\x7f"  # text does not have these
 
 
-def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
+def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:  # noqa: ARG001
     """Yield documents of an archive's records; lines are records from 1, positions byte offsets."""
-    del where
     check_extra(file)
     from fastwarc.warc import ArchiveIterator
 
@@ -57,7 +57,10 @@ def read_warc(file: InputFile, fields: Fields, where: Slice) -> Iterator[Documen
             # FastWARC only uses the two methods of ``_Stream``.
             for record in ArchiveIterator(stream, parse_http=False, stream_detect=False):  # type: ignore[arg-type]
                 offset = record.stream_pos
-                _check_size(record)
+                length = record.headers.get("Content-Length") or ""
+                if not _SIZE.fullmatch(length):  # FastWARC would treat the record as empty
+                    problem = "a record's Content-Length is not a size" if length else "a record has no Content-Length"
+                    raise BrokenStream(problem)
                 number += 1
                 if (record.headers.get("WARC-Type") or "").lower() in _NOT_ROWS:
                     _skip(record)
@@ -104,13 +107,6 @@ def check_extra(file: InputFile) -> None:
             "Install them with: pip install fastwarc resiliparse\n"
             f"Or leave such files out with --exclude {shlex.quote('*' + ending)}. Nothing was changed.",
         ) from error
-
-
-def _check_size(record: WarcRecord) -> None:
-    """Raise ``BrokenStream`` for a record without a valid size, which FastWARC would treat as empty."""
-    length = record.headers.get("Content-Length") or ""
-    if not (length.isascii() and length.isdigit() and len(length.lstrip("0")) <= _LONGEST_NUMBER):
-        raise BrokenStream("a record's Content-Length is not a size" if length else "a record has no Content-Length")
 
 
 def _row(record: WarcRecord, fields: Fields, limit: int, source: str, number: int) -> Document | Rejected:
@@ -178,9 +174,8 @@ def _page(record: WarcRecord, limit: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_html(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:
+def read_html(file: InputFile, fields: Fields, where: Slice) -> Iterator[Document | Rejected]:  # noqa: ARG001
     """Yield the document of an HTML file."""
-    del where
     check_extra(file)
     found = read_whole(file, _HTML_OVERHEAD * fields.max_document)
     if isinstance(found, Rejected) or found.data is None:

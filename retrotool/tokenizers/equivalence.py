@@ -16,7 +16,6 @@ text is only likely to be safe, so random texts are compared too, and the caller
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 import re
@@ -99,13 +98,13 @@ class Guard:
         self,
         whole: Pair,
         findings: Findings,
-        strict: Callable[[], Pair] | None = None,  # makes a pair whose tokens show everywhere how ``whole`` splits
+        strict: Callable[[], Pair] | None = None,  # returns a pair whose tokens show everywhere how ``whole`` splits
         *,
         matters: Callable[[int], bool] | None = None,  # whether splitting at a code point can change tokens
         states: States | None = None,  # of code points, from a guard like this one
     ) -> None:
         self._whole = self._split = whole
-        self._make_strict, self._crossed = strict, matters or (lambda _: True)
+        self._strict, self._crossed = strict or (lambda: self._split), matters or (lambda _: True)
         self.states: States = np.zeros(CODE_POINTS, np.uint8) if states is None else states.copy()
         self.states[:128] = _SAFE
         self.states[0xD800:0xE000] = _UNSAFE
@@ -232,11 +231,6 @@ class Guard:
             unsafe |= (states == _UNSAFE) | ((states == _QUOTABLE) & (codes[places + 1] == ord("'")))
         return places[unsafe]
 
-    @functools.cached_property
-    def _strict(self) -> Pair:
-        # Slow, so it is made at the first character above ASCII.
-        return self._split if self._make_strict is None else self._make_strict()
-
     def _classify(self, points: npt.NDArray[np.uint32]) -> None:
         self.classified += len(points)
         known = np.array([unicodedata.category(chr(point)) != "Cn" for point in points.tolist()], bool)
@@ -252,7 +246,7 @@ class Guard:
 
     def _wrong_in(self, frame: str, points: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         texts = [frame.format(chr(point)) for point in points.tolist()]
-        return _unlike(self._strict, texts) if texts else np.zeros(0, bool)
+        return _unlike(self._strict(), texts) if texts else np.zeros(0, bool)
 
     def _unsafe_ascii(self, neighbours: Sequence[tuple[str, str]], tokens: Sequence[str]) -> list[str]:
         """Return unsafe characters, and unsafe pairs of the others."""

@@ -9,19 +9,25 @@ characters differently, and it cuts texts of 10,000 bytes or more where that cha
 
 It is not used for Unigram models, for which it breaks ties differently, nor for texts that can't be cut.
 Guard and comparison cost about a tenth. Each call of ``tokie`` starts a thread per CPU of the process's
-affinity (``os.sched_getaffinity``), whatever ``RAYON_NUM_THREADS`` says.
+affinity (``os.sched_getaffinity``), whatever ``RAYON_NUM_THREADS`` says. What the guard found, which takes
+seconds, is kept in ``cache_folder()`` for the user's next store.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import re
 import tempfile
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +36,9 @@ import orjson
 
 from retrotool.errors import AbortError
 from retrotool.ranges import runs_up_to
+from retrotool.store.cache import cache_folder
 from retrotool.tokenizers.cut import cut_texts, isolate_tabs, places_beside_digits, tabs_to_isolate, why_not_cut
-from retrotool.tokenizers.equivalence import Encode, Findings, Flat, Guard, Pair, States
-from retrotool.tokenizers.findings_cache import keep_findings, keep_states, read_findings, read_states
+from retrotool.tokenizers.equivalence import CODE_POINTS, Encode, Findings, Flat, Guard, Pair, States
 from retrotool.tokenizers.tokenizer import Tokenizer, TokenizerFile, byte_level_alphabet
 
 _PIECE_BYTES = 9_600  # tokie is wrong from 10,000 bytes on
@@ -79,13 +85,13 @@ class FastTokenizer:
         for most in _PARTS:
             self._cuts.append(functools.partial(cut_texts, least=most // 2, most=most, inside=self._inside))
         if self._fast is not None:
-            versions, content = library_versions(), tokenizer.file.content
-            known = findings if findings is not None and findings.versions == versions else None
-            known = known or read_findings(content, versions)
-            self._guard = _guard(self._fast, tokenizer, fields, known, read_states(content, versions))
+            self._kept = _Kept(tokenizer.file.content)
+            if findings is None or findings.versions != library_versions():
+                findings = self._kept.findings()
+            self._guard = _guard(self._fast, tokenizer, fields, findings, self._kept.states())
             found = self._guard.findings
-            if known is None:
-                keep_findings(content, found)
+            if findings is None:
+                self._kept.keep_findings(found)
             self.why = f"tokie {version('tokie')} is not used: {found.why}" if found.why else ""
         self.engine = "tokenizers" if self.why else "tokie"
 
@@ -97,7 +103,7 @@ class FastTokenizer:
     def keep_states(self) -> None:
         """Keep what was found about code points since the last call, for others with the same tokenizer."""
         if self._fast is not None and self._guard.classified:
-            keep_states(self._tokenizer.file.content, library_versions(), self._guard.states)
+            self._kept.keep_states(self._guard.states)
             self._guard.classified = 0
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
@@ -135,12 +141,9 @@ class FastTokenizer:
         lengths = np.empty(len(parts), np.int64)
         quick, lengths[~slow] = self._quick(list(itertools.compress(parts, ~slow)))
         exact, lengths[slow] = self._tokenizer.encode_flat(list(itertools.compress(parts, slow)))
-        # Both in the order of the parts, run by run of those that go the same way.
-        first = np.flatnonzero(np.diff(slow, prepend=~slow[:1]))
-        ways, sizes = slow[first], np.add.reduceat(lengths, first)
-        both = ((False, quick), (True, exact))
-        runs = {way: iter(np.split(flat, np.cumsum(sizes[ways == way])[:-1])) for way, flat in both}
-        ids = np.concatenate([next(runs[way]) for way in ways.tolist()])
+        is_exact = np.repeat(slow, lengths)
+        ids = np.empty(len(is_exact), np.uint32)
+        ids[is_exact], ids[~is_exact] = exact, quick  # both are in the order of the parts
         starts = np.cumsum(n_parts) - n_parts
         return ids, np.add.reduceat(lengths, starts), np.logical_or.reduceat(slow, starts)
 
@@ -172,6 +175,53 @@ class FastTokenizer:
         offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
         place = offsets[position][0] if position < len(expected) else len(text)
         raise TokensDiffer(version("tokie"), position, ascii(text[max(place - 20, 0) : place + 20]))
+
+
+class _Kept:
+    """What was found about ``tokie`` and a tokenizer: the findings, and states of code points that occurred.
+
+    Each has a small file, named by the SHA-256 of the tokenizer's content and by the library versions. Both
+    can be deleted at any time. What can't be read is found again, and what can't be written is not kept.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        about = hashlib.sha256(library_versions().encode()).hexdigest()[:16]
+        name = f"{hashlib.sha256(content).hexdigest()[:32]}-{about}"
+        folder = cache_folder() / "tokenizers"
+        self._findings, self._states = folder / f"{name}.json", folder / f"{name}.points"
+
+    def findings(self) -> Findings | None:
+        try:
+            found = Findings.from_json(orjson.loads(self._findings.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return found if found.versions == library_versions() else None
+
+    def keep_findings(self, findings: Findings) -> None:
+        _keep(self._findings, orjson.dumps({**asdict(findings), "runs": [[*run] for run in findings.runs]}))
+
+    def states(self) -> States | None:
+        """Return the states of code points, uint8 [``CODE_POINTS``]; None if there are none."""
+        try:
+            found = zlib.decompress(self._states.read_bytes())
+        except (OSError, zlib.error):
+            return None
+        return np.frombuffer(found, np.uint8) if len(found) == CODE_POINTS else None
+
+    def keep_states(self, states: States) -> None:
+        """Keep the states of code points, with those that others have kept."""
+        known = self.states()
+        merged = states if known is None else np.where(states, states, known)
+        _keep(self._states, zlib.compress(merged.tobytes(), 1))
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file in one step, as other processes may do the same."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(path)
 
 
 def _load(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> tuple[Encode | None, str]:
@@ -219,7 +269,8 @@ def _guard(
     is_bpe = fields["model"]["type"] == "BPE"
     last = [letter for letter, byte in byte_level_alphabet().items() if byte < 0xC0]
     first = [letter for letter, byte in byte_level_alphabet().items() if byte < 0x80 or 0xC2 <= byte < 0xF5]
-    strict = functools.partial(_pairs, fields, set(product(last, first))) if is_bpe else None
+    # Slow, so it is made at the first character above ASCII.
+    strict = functools.cache(functools.partial(_pairs, fields, set(product(last, first)))) if is_bpe else None
     matters = _crossings(vocabulary) if is_bpe else None
     guard = Guard(whole, findings or Findings(library_versions()), strict, matters=matters, states=states)
     if findings is None:
@@ -242,24 +293,16 @@ def _crossings(vocabulary: Iterable[str]) -> Callable[[int], bool]:
     """Return whether vocabulary tokens cross the border of a code point, so that splitting there matters."""
 
     @functools.cache
-    def found() -> tuple[set[bytes], set[bytes], set[bytes]]:
-        # Whole characters, ends and beginnings of characters in tokens of more than one character.
+    def found() -> set[bytes]:
+        # Characters, and ends and beginnings of some, in tokens of more than one character.
         byte_of = byte_level_alphabet()
-        whole, ends, begins = set[bytes](), set[bytes](), set[bytes]()
-        for name in vocabulary:
-            if name.isascii() or any(letter not in byte_of for letter in name):
-                continue
-            pieces = _CHARACTERS.findall(bytes(byte_of[letter] for letter in name))
-            if len(pieces) > 1:
-                whole.update(pieces)
-                ends.add(pieces[0])
-                begins.add(pieces[-1])
-        return whole, ends, begins
+        names = (name for name in vocabulary if not name.isascii() and byte_of.keys() >= set(name))
+        tokens = (_CHARACTERS.findall(bytes(byte_of[letter] for letter in name)) for name in names)
+        return {piece for pieces in tokens if len(pieces) > 1 for piece in pieces}
 
     def has(point: int) -> bool:
         data = chr(point).encode()
-        whole, ends, begins = found()
-        return data in whole or any(data[i:] in ends or data[:i] in begins for i in range(1, len(data)))
+        return any(data[i:] in found() or data[:i] in found() for i in range(len(data)))
 
     return has
 

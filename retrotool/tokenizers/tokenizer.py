@@ -81,8 +81,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, without special tokens."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self._encodings(list(texts))]
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], Int64s]:
         """Return all ids, uint32 [tokens], and the number of tokens of each text, int64 [texts]."""
@@ -237,11 +236,6 @@ class Split:
     before: str
     run: str
     after: str
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        return self.before + self.run + self.after
 
 
 def split_texts(

@@ -84,7 +84,8 @@ def test_an_archive_cut_off_at_any_byte_is_not_cut_into_slices(folder):
 )
 def test_what_does_not_tell_its_sizes_or_is_no_frame_is_not_cut(folder, data):
     file = input_of(folder / "whole.jsonl.zst", data)
-    assert frames_of(folder / "whole.jsonl.zst") is None
+    found = frames_of(folder / "whole.jsonl.zst")
+    assert found is None or not found[-1].is_declared
     assert cut_input(file, Fields(), 1) == [WHOLE]
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from source_help import BOM, input_of, rows_of
 
 from retrotool.sources import Document, Fields, Rejected, read_input, streams
-from retrotool.sources.json_array import BrokenSyntax, elements
+from retrotool.sources.json_array import elements
+from retrotool.sources.streams import BrokenStream
 
 texts = st.text(st.sampled_from('ab"\\{}[],:\n é🎈/'), min_size=1, max_size=15)
 values = st.recursive(
@@ -156,7 +157,7 @@ def test_an_element_over_the_limit_rejects_the_rest(block):
     data = json.dumps([{"text": "x" * 20}, {"text": "}" * 300_000}, {"text": "y"}]).encode()
     found = elements(in_blocks(data, block), 100_000)
     assert next(found) == {"text": "x" * 20}
-    with pytest.raises(BrokenSyntax, match="element of more than 100,000 bytes"):
+    with pytest.raises(BrokenStream, match="element of more than 100,000 bytes"):
         list(found)
 
 
