@@ -79,21 +79,16 @@ def compare_ids(
     mirrored, not_mirrored = _mirrored(store, plan_id, plan) if existing == "mirror" else ({}, ())
     n_seen = sum(entry.rows for entry in files_of_plan(state, "seen", plan_id)) if mirrored else 0
     n_passes = max(1, -(-len(by_id) // PASS), -(-n_seen // PASS))
-    found: list[Update] = []
+    found: list[tuple[Places, ...]] = [(_NONE,) * 5]
     for number in range(n_passes if len(by_id) or mirrored else 0):
         span = (number, n_passes)
         mine = _read(store, by_id, span)
         stored = _live_with(store, old_parts, tombstones, mine["key"])
-        one = _decide(mine, stored, _is_dead(store, mine["place"], tombstones), existing, keep_repeats)
+        decided = _decide(mine, stored, _is_dead(store, mine["place"], tombstones), existing, keep_repeats)
         removed = _removed(store, plan_id, plan, mirrored, tombstones, mine["key"], span) if mirrored else _NONE
-        found.append(Update(*one, removed))
-
-    def joined(name: str) -> Places:
-        return np.sort(np.concatenate([_NONE, *(getattr(one, name) for one in found)]))
-
-    return Update(
-        joined("unchanged"), joined("differing"), joined("new"), joined("replaced"), joined("removed"), not_mirrored
-    )  # fmt: skip
+        found.append((*decided, removed))
+    places = (np.sort(np.concatenate(column)) for column in zip(*found, strict=True))
+    return Update(*places, not_mirrored=not_mirrored)
 
 
 def _decide(
