@@ -26,7 +26,7 @@ _FLUSH_ROWS = 8 * parts.ROW_GROUP
 _AHEAD = 2  # tables that wait while one is written
 COLUMN_BYTES = 128 << 20  # of documents' columns, at which a part ends early
 Files = tuple[tuple[FileEntry, ...], ...]  # (documents, chunks) of each part
-Batch = tuple[str, Tokens, Sequence[tuple[bytes, bytes]]]  # the input's name, and key and text hash of each document
+Batch = tuple[str, Tokens]  # with the input's name
 
 
 class PartWriter:
@@ -71,15 +71,15 @@ class PartWriter:
         """Yield the tables of chunks of each part, and after them the table of its documents."""
         pieces = 1
         with contextlib.closing(batches):
-            for name, batch, hashes in batches:
+            for name, batch in batches:
                 if batch.pieces != pieces and self._rows:
                     yield from self._end_part()
                 pieces = batch.pieces
-                yield from self._add(name, batch, hashes)
+                yield from self._add(name, batch)
         if self._rows:
             yield from self._end_part()
 
-    def _add(self, name: str, batch: Tokens, hashes: Sequence[tuple[bytes, bytes]]) -> Iterator[pa.Table]:
+    def _add(self, name: str, batch: Tokens) -> Iterator[pa.Table]:
         cut = cut_chunks(batch.ids, batch.lengths, self._store.identity.chunk_length, self._dtype, batch.pieces)
         ends = np.cumsum(cut.n_chunks)
         n_tokens = batch.lengths.reshape(-1, batch.pieces).sum(axis=1)
@@ -94,8 +94,8 @@ class PartWriter:
             documents = batch.documents[some]
             values = [
                 [document.id for document in documents],
-                [key for key, _ in hashes[some]],
-                [text for _, text in hashes[some]],
+                [key for key, _ in batch.hashes[some]],
+                [text for _, text in batch.hashes[some]],
                 [document.source for document in documents],
                 first_row,
                 cut.n_chunks[some],

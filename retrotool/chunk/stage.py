@@ -27,7 +27,7 @@ import pyarrow as pa
 from retrotool import sources
 from retrotool.chunk import chunk_plan, chunker
 from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
-from retrotool.chunk.chunker import Tokens
+from retrotool.chunk.chunker import HashPair, Tokens
 from retrotool.chunk.part_writer import Batch, Files, PartWriter
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.engines import is_a_job
@@ -56,8 +56,7 @@ _AHEAD = 1  # batches that wait, while another one is read and one is tokenised
 _EXCERPT = 200
 _LEAST_SHARE = {"parquet": 64, "arrow": 64}  # bytes of input per byte that is surely written: few columns may be text
 Row = Document | Rejected
-HashPair = tuple[bytes, bytes]  # of a document's id and of its content
-TokenisedBatch = tuple[str, Tokens | None, list[HashPair], int]  # with the input's name, and how much of it was read
+TokenisedBatch = tuple[str, Tokens | None, int]  # with the input's name, and how much of it was read
 
 GIVEN_UP = "given up"  # start of the reason for an input that was not read and may be added later
 
@@ -169,37 +168,33 @@ class ChunkWorker:
         return FastTokenizer(self._exact, check=self._stage.check, use_tokie=fast, findings=known)
 
 
-@dataclass
 class _Unit:
-    store: Store
-    plan: ChunkPlan
-    encoder: FastTokenizer
-    blocked: Blocked | None
-    report: Report
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, store: Store, plan: ChunkPlan, encoder: FastTokenizer, blocked: Blocked | None, report: Report
+    ) -> None:
+        self._store, self._plan, self._encoder, self._blocked, self._report = store, plan, encoder, blocked, report
         self.bad = Quarantine()
         self._seen: list[tuple[int, bytes]] = []  # the number of an input to mirror, and the keys of a batch
         self._known_documents = functools.lru_cache(1)(self._read_known_documents)
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut", "hashed_ids"), 0)
-        self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
+        self.counts |= {"compared": -self._encoder.compared, "exact": -self._encoder.judged}
 
     def batches(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[Batch]:
         """Yield the documents to write; report how much was read."""
         with contextlib.closing(ahead(self._read_and_tokenise(pieces, stage), _AHEAD)) as batches:
-            for name, found, hashes, read in batches:
+            for name, found, read in batches:
                 if found is not None:
-                    yield name, found, hashes
-                self.report(read)
+                    yield name, found
+                self._report(read)
 
     def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
         for piece in pieces:
-            file, weight = self.plan.files[piece.file], piece.weight
-            self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self.plan.fields))
+            file, weight = self._plan.files[piece.file], piece.weight
+            self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self._plan.fields))
             known = self._known_documents(piece.file)
-            is_mirrored = self.plan.existing == "mirror" and piece.file in self.plan.read_before
+            is_mirrored = self._plan.existing == "mirror" and piece.file in self._plan.read_before
             done = characters = 0
-            with contextlib.closing(ahead(_batches(_rows(self.plan, piece, stage)), _AHEAD)) as batches:
+            with contextlib.closing(ahead(_batches(_rows(self._plan, piece, stage)), _AHEAD)) as batches:
                 for documents, hashes, rejected in batches:
                     for row in rejected:
                         self.bad.append(row)
@@ -209,21 +204,21 @@ class _Unit:
                     characters += sum(len(document.text) for document in documents)
                     # Progress in a compressed file is an estimate.
                     read = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
-                    yield file.name, *found, max(0, read - done)
+                    yield file.name, found, max(0, read - done)
                     done = max(done, read)
-            yield file.name, None, [], weight - done
+            yield file.name, None, weight - done
 
     def _read_known_documents(self, file: int) -> npt.NDArray[Any]:
-        plans = self.plan.read_before.get(file, ())
+        plans = self._plan.read_before.get(file, ())
         if not plans:
             return np.zeros(0, HASHES)
-        return chunk_plan.known_documents(self.store, self.plan.files[file].name, plans, self._not_known)
+        return chunk_plan.known_documents(self._store, self._plan.files[file].name, plans, self._not_known)
 
     @functools.cached_property
     def _not_known(self) -> Tombstones:
         """What was purged may come back; so may a duplicate, if its original is replaced."""
-        replaces = self.plan.existing in ("replace", "mirror")
-        return read_tombstones(self.store) if replaces else chunk_plan.chunks_of_purges(self.store)
+        replaces = self._plan.existing in ("replace", "mirror")
+        return read_tombstones(self._store) if replaces else chunk_plan.chunks_of_purges(self._store)
 
     def write_seen(self, run: str, slot: str) -> FileEntry | None:
         """Write the ids that were read of inputs to mirror; None if there are none."""
@@ -233,33 +228,34 @@ class _Unit:
         numbers = np.repeat(np.array([number for number, _ in self._seen], np.int32), lengths)
         keys = np.frombuffer(b"".join(keys for _, keys in self._seen), np.uint8).reshape(-1, parts.HASH_BYTES)
         table = pa.table([pa.array(numbers), parts.fixed_binary(keys)], schema=parts.SEEN_SCHEMA)
-        return parts.write_parquet(self.store, FileName.new(run, "seen", slot, "parquet"), table)
+        return parts.write_parquet(self._store, FileName.new(run, "seen", slot, "parquet"), table)
 
     def _tokenised(
         self, file: InputFile, batch: list[Document], hashes: list[HashPair], known: npt.NDArray[Any]
-    ) -> tuple[Tokens | None, list[HashPair]]:
-        """Return the tokens and hashes of the documents of a batch that are to be added, if any."""
+    ) -> Tokens | None:
+        """Return the documents of a batch that are to be added, if any, with tokens and hashes."""
         if len(known) and batch:
             pairs = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), HASHES)
             batch, hashes = self._leave_out("known_documents", is_in(pairs, known), batch, hashes)
-        if self.blocked is not None and batch:
-            held = self.blocked.holds([d.id for d in batch], [text for _, text in hashes])
+        if self._blocked is not None and batch:
+            held = self._blocked.holds([d.id for d in batch], [text for _, text in hashes])
             batch, hashes = self._leave_out("blocked", held, batch, hashes)
         if not batch:
-            return None, []
-        own = self.store.identity
-        found = chunker.tokenise(batch, self.encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
-        if self.blocked is not None and found.documents:
+            return None
+        own = self._store.identity
+        found = chunker.tokenise(
+            batch, self._encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append, hashes
+        )
+        if self._blocked is not None and found.documents:
             # A different text can have the same tokens.
-            held = self.blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
+            held = self._blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
             self.counts["blocked"] += int(held.sum())
             found = found.without(held)
         self.counts["keys_cut"] += int(found.cut.sum())
-        hashes = [hashes[i] for i in found.kept.tolist()]
         if file.base not in NO_FIELDS:
-            contents = [content.hex() for _, content in hashes]
+            contents = [content.hex() for _, content in found.hashes]
             self.counts["hashed_ids"] += sum(map(str.__eq__, contents, (one.id for one in found.documents)))
-        return found if found.documents else None, hashes
+        return found if found.documents else None
 
     def _leave_out(
         self, count: str, held: Bools, batch: list[Document], hashes: list[HashPair]
@@ -268,7 +264,7 @@ class _Unit:
         return list(itertools.compress(batch, ~held)), list(itertools.compress(hashes, ~held))
 
     def count_tokenised(self, documents: int) -> None:
-        encoder = self.encoder
+        encoder = self._encoder
         encoder.keep_states()
         self.counts["compared"] += encoder.compared
         self.counts["exact"] += encoder.judged

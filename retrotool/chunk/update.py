@@ -87,8 +87,9 @@ def compare_ids(
         decided = _decide(mine, stored, _is_dead(store, mine["place"], tombstones), existing, keep_repeats)
         removed = _removed(store, plan_id, plan, mirrored, tombstones, mine["key"], span) if mirrored else _NONE
         found.append((*decided, removed))
-    places = (np.sort(np.concatenate(column)) for column in zip(*found, strict=True))
-    return Update(*places, not_mirrored=not_mirrored)
+    joined = (np.sort(np.concatenate(column)) for column in zip(*found, strict=True))
+    unchanged, differing, new, replaced, removed = joined
+    return Update(unchanged, differing, new, replaced, removed, not_mirrored)
 
 
 def _decide(

@@ -43,7 +43,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from retrotool.encoder.devices import find_devices
 from retrotool.engine.engines import Engine, no_cluster
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform_reporting
+from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform
 from retrotool.errors import TaskError
 from retrotool.lazy import leave_pandas_out
 from retrotool.machine import use_cores
@@ -90,7 +90,7 @@ class RayWorker:
             if devices and "devices" in {one.name for one in dataclasses.fields(own)}:
                 own = dataclasses.replace(own, devices=(find_devices(devices[0])[0],))
             opened = own.open(Store.open(storage))
-            self._perform = partial(perform_reporting, opened, storage, run=run, update=self._update)
+            self._perform = partial(perform, opened, storage, run=run, update=self._update)
             self._opened: int | BaseException = min(getattr(own, "in_flight", 1), _MOST_IN_FLIGHT)
             self._threads = ThreadPoolExecutor(self._opened, "retrotool-task", place)
         except Exception as error:
