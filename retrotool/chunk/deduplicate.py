@@ -29,7 +29,7 @@ from retrotool.chunk.chunk_plan import ChunkPlan, Duplicates, Existing
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
-from retrotool.chunk.update import Update, compare_ids
+from retrotool.chunk.update import compare_ids
 from retrotool.cli.output import count
 from retrotool.errors import ConflictError, DuplicatesError, InputError, UsageError
 from retrotool.machine import user_name
@@ -156,7 +156,16 @@ def _finishing(
         raise UsageError("--existing mirror: interrupted work was begun with --existing fail", advice)
     chosen = (existing or "skip") if plan.existing == "fail" else plan.existing
     tombstones = read_tombstones(store)
-    update, places, kinds = _find(store, plan_id, plan, tombstones, duplicates, chosen)
+    new_parts = chunk_plan.parts_of_plan(store.state, plan_id)
+    free = chunk_plan.chunks_of_purges(store) if plan.allow_purged else None
+    by_id = find_repeated_ids(store, new_parts, tombstones, free)
+    update = compare_ids(store, plan_id, plan, tombstones, by_id, chosen, keep_repeats=duplicates == "keep")
+    by_id = np.setdiff1d(by_id, update.new, assume_unique=True)
+    by_text = find_repeated_texts(store, new_parts, tombstones, free, np.union1d(by_id, update.outdated))
+    places = np.union1d(by_id, by_text)
+    kinds = np.full(len(places), _BY_ID, np.int8)
+    for kind, some in ((_BY_TEXT, by_text), (_DIFFERING, update.differing), (_UNCHANGED, update.unchanged)):
+        kinds[np.searchsorted(places, some)] = kind
     counts = DuplicateCounts(
         replaced=len(update.replaced), removed=len(update.removed), not_mirrored=update.not_mirrored,
         examples=_ids_of(store, update.differing[:_EXAMPLES]), copies=_copies(store, places, kinds, tombstones),
@@ -217,23 +226,6 @@ def _fail(
             "They are chunked, but not live yet. Run the same command again with --duplicates skip (the first of each "
             "stays) or --duplicates keep (all stay).",
         )
-
-
-def _find(
-    store: Store, plan_id: str, plan: ChunkPlan, tombstones: Tombstones, duplicates: Duplicates, existing: Existing
-) -> tuple[Update, Places, npt.NDArray[np.int8]]:
-    """Return how a plan updates the store, and its documents to leave out, ascending, with their kinds."""
-    new_parts = chunk_plan.parts_of_plan(store.state, plan_id)
-    free = chunk_plan.chunks_of_purges(store) if plan.allow_purged else None
-    by_id = find_repeated_ids(store, new_parts, tombstones, free)
-    update = compare_ids(store, plan_id, plan, tombstones, by_id, existing, keep_repeats=duplicates == "keep")
-    by_id = np.setdiff1d(by_id, update.new, assume_unique=True)
-    by_text = find_repeated_texts(store, new_parts, tombstones, free, np.union1d(by_id, update.outdated))
-    places = np.union1d(by_id, by_text)
-    kinds = np.full(len(places), _BY_ID, np.int8)
-    for kind, some in ((_BY_TEXT, by_text), (_DIFFERING, update.differing), (_UNCHANGED, update.unchanged)):
-        kinds[np.searchsorted(places, some)] = kind
-    return update, places, kinds
 
 
 def find_repeated_ids(store: Store, new_parts: range, tombstones: Tombstones, free: Tombstones | None) -> Places:
@@ -373,18 +365,18 @@ def _read_repeats(
         positions, reasons = table["position"].to_numpy()[reported], mine[reported]
         bounds = itertools.pairwise([0, *inputs.run_ends.to_pylist()])
         tables = [
-            _quarantine_rows(files.get(name), name, positions[start:end], reasons[start:end])
+            _quarantine_rows(files[name], positions[start:end], reasons[start:end])
             for name, (start, end) in zip(inputs.values.to_pylist(), bounds, strict=True)
         ]
         if tables:
             yield pa.concat_tables(tables)
 
 
-def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], kinds: Kinds) -> pa.Table:
-    has_offsets = file is not None and file.base in IN_BYTES
+def _quarantine_rows(file: InputFile, positions: npt.NDArray[np.int64], kinds: Kinds) -> pa.Table:
+    has_offsets = file.base in IN_BYTES
     n = len(positions)
     lines = [0] * n if has_offsets else positions.tolist()
-    if file is not None and file.base in _IN_LINES:
+    if file.base in _IN_LINES:
         ids = np.flatnonzero((kinds != _BY_TEXT) | (file.size <= _TEXTS_COUNTED_BYTES)).tolist()
         if ids and file.size <= _COUNTED_BYTES:
             with contextlib.suppress(OSError, InputError):
@@ -392,7 +384,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
                 for i, line in zip(ids, count_lines(file, positions[ids].tolist()), strict=False):
                     lines[i] = line
     columns: dict[str, Any] = {
-        "input": [file.path if file is not None else name] * n,
+        "input": [file.path] * n,
         "line": lines,
         "offset": positions.tolist() if has_offsets else [None] * n,
         "reason": [_REASONS[kind] for kind in kinds.tolist()],

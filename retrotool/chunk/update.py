@@ -82,7 +82,8 @@ def compare_ids(
     found: list[tuple[Places, ...]] = [(_NONE,) * 5]
     for number in range(n_passes if len(by_id) or mirrored else 0):
         span = (number, n_passes)
-        mine = _read(store, by_id, span)
+        read = (_documents_of(store, part, docs) for part, docs in parts.rows_by_part(by_id))
+        mine = np.concatenate([np.zeros(0, _DOCUMENT), *(some[_within(some["key"], span)] for some in read)])
         stored = _live_with(store, old_parts, tombstones, mine["key"])
         decided = _decide(mine, stored, _is_dead(store, mine["place"], tombstones), existing, keep_repeats)
         removed = _removed(store, plan_id, plan, mirrored, tombstones, mine["key"], span) if mirrored else _NONE
@@ -116,11 +117,6 @@ def _within(keys: Hashes, span: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Return which keys belong to pass ``number`` of ``n``, by their first two bytes."""
     first = np.frombuffer(keys.tobytes(), ">u2")[:: keys.itemsize // 2].astype(np.int64)
     return np.asarray(first * span[1] >> 16 == span[0])
-
-
-def _read(store: Store, places: Places, span: tuple[int, int]) -> _Documents:
-    found = (_documents_of(store, part, docs) for part, docs in parts.rows_by_part(places))
-    return np.concatenate([np.zeros(0, _DOCUMENT), *(some[_within(some["key"], span)] for some in found)])
 
 
 def _documents_of(store: Store, part: int, docs: npt.NDArray[np.int64]) -> _Documents:

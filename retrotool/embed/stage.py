@@ -144,7 +144,6 @@ class EmbedWorker:
             raise UsageError(f"encoder {stage.spec!r} has just changed", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
-        self._begun = self._measure()
         self._batch_tokens = self.encoder.batch_tokens  # which the encoder lowers when memory runs out
         self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
 
@@ -164,7 +163,7 @@ class EmbedWorker:
         name = partial(FileName.new, run, "embeddings", part_slot(part), "npy", identity.name)
         made_with = {**settings, "sha256": identity.sha256, "dimension": identity.dimension}
         kept = partial(PartPieces, self._store, task.inputs["path"], made_with, encoder.cosine or 0.0, name)
-        self._begun = self._measure()
+        begun = self._measure()
         rows, keys = 0, parts.n_keys(parts.part_entry(self._store, "chunks", part))
         reported = 0
 
@@ -194,7 +193,7 @@ class EmbedWorker:
         # What differs between workers is recorded with the file, as tasks with equal settings share a commit.
         entry = replace(entry, about={"cosine": pieces.cosine})
         reads = (str(task.inputs["path"]),)
-        measured = {name: now - self._begun[name] for name, now in self._measure().items()}
+        measured = {name: now - begun[name] for name, now in self._measure().items()}
         removed = () if replaces is None else (str(replaces),)
         return Staged(
             "embed", settings, reads, (entry,), removed, records=records, measured=measured, task=task.key, run=run
