@@ -117,8 +117,7 @@ def embed(
         _update_origin(store, run, identity)
         if files is not None:
             retry_overtaken(lambda: check_vectors(store, stage), store.renew)
-        engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait, more=more)
-        elsewhere = engine.count_elsewhere(stage, store, run)
+        elsewhere = engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait, more=more)
         checked = _check(store, run, encoder, identity, pick_device(found[0])) if check else None
     state = store.refresh()
     made = [part for path, part in done.parts.items() if state.has(path)]
