@@ -40,7 +40,6 @@ from retrotool.sources.lines import count_lines
 from retrotool.store import parts
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -248,7 +247,7 @@ def find_repeated_texts(
     """Return documents of ``new_parts`` with the text of an earlier one, none of these among ``but``."""
 
     def leave_out_only(part: int) -> npt.NDArray[np.int64]:
-        return row_of(but[slice_of_part(but, part)])
+        return parts.row_of(but[parts.slice_of_part(but, part)])
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         docs, purged = leave_out_only(part), tombstones.rows(part)
@@ -282,7 +281,7 @@ def _copies(store: Store, places: Places, kinds: Kinds, tombstones: Tombstones) 
     for part in store.state.all_parts()[-_SEARCHED_PARTS:] if repeats else ():
         hashes = parts.read_documents(store, part, ["text_hash"])["text_hash"]
         docs = np.flatnonzero(pc.is_in(hashes, value_set=pa.array(repeats, hashes.type)).to_numpy())
-        dropped = row_of(places[slice_of_part(places, part)])
+        dropped = parts.row_of(places[parts.slice_of_part(places, part)])
         docs = np.setdiff1d(docs, np.union1d(dropped, chunk_plan.documents_within(store, part, tombstones)))
         found |= zip(hashes.take(pa.array(docs)).to_pylist(), _ids_of(store, parts.chunk_ids(part, docs)), strict=True)
     return tuple((name, found[text]) for text, name in repeats.items() if found.get(text, name) != name)
@@ -344,9 +343,9 @@ def _read_repeats(
     """
     files = {file.name: file for file in plan.files}
     columns = ["id", "text_hash", "first_row", "n_chunks", "input", "position", "source"]
-    for part in distinct_parts(places):
-        some = slice_of_part(places, part)
-        table = parts.read_documents(store, part, columns).take(pa.array(row_of(places[some])))
+    for part in parts.distinct_parts(places):
+        some = parts.slice_of_part(places, part)
+        table = parts.read_documents(store, part, columns).take(pa.array(parts.row_of(places[some])))
         # Without a given id only its text can repeat.
         mine = np.where((kinds[some] == _BY_ID) & parts.named_by_text(table), np.int8(_BY_TEXT), kinds[some])
         entry = parts.part_entry(store, "chunks", part)

@@ -43,7 +43,6 @@ from retrotool.sources.records import content_hash
 from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.log import FileEntry
-from retrotool.store.parts import Bools
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
@@ -56,7 +55,6 @@ _AHEAD = 1  # batches that wait, while another one is read and one is tokenised
 _EXCERPT = 200
 _LEAST_SHARE = {"parquet": 64, "arrow": 64}  # bytes of input per byte that is surely written: few columns may be text
 Row = Document | Rejected
-TokenisedBatch = tuple[str, Tokens | None, int]  # with the input's name, and how much of it was read
 
 GIVEN_UP = "given up"  # start of the reason for an input that was not read and may be added later
 
@@ -181,13 +179,9 @@ class _Unit:
 
     def batches(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[Batch]:
         """Yield the documents to write; report how much was read."""
-        with contextlib.closing(ahead(self._read_and_tokenise(pieces, stage), _AHEAD)) as batches:
-            for name, found, read in batches:
-                if found is not None:
-                    yield name, found
-                self._report(read)
+        return ahead(self._read_and_tokenise(pieces, stage), _AHEAD)
 
-    def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
+    def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[Batch]:
         for piece in pieces:
             file, weight = self._plan.files[piece.file], piece.weight
             self.bad.open(file.path, functools.partial(lines_before, file, piece.where, self._plan.fields))
@@ -200,13 +194,14 @@ class _Unit:
                         self.bad.append(row)
                     if is_mirrored:
                         self._seen.append((piece.file, b"".join(key for key, _ in hashes)))
-                    found = self._tokenised(file, documents, hashes, known)
+                    if (found := self._tokenised(file, documents, hashes, known)) is not None:
+                        yield file.name, found
                     characters += sum(len(document.text) for document in documents)
                     # Progress in a compressed file is an estimate.
                     read = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
-                    yield file.name, found, max(0, read - done)
+                    self._report(max(0, read - done))
                     done = max(done, read)
-            yield file.name, None, weight - done
+            self._report(weight - done)
 
     def _read_known_documents(self, file: int) -> npt.NDArray[Any]:
         plans = self._plan.read_before.get(file, ())
@@ -258,7 +253,7 @@ class _Unit:
         return found if found.documents else None
 
     def _leave_out(
-        self, count: str, held: Bools, batch: list[Document], hashes: list[HashPair]
+        self, count: str, held: parts.Bools, batch: list[Document], hashes: list[HashPair]
     ) -> tuple[list[Document], list[HashPair]]:
         self.counts[count] += int(held.sum())
         return list(itertools.compress(batch, ~held)), list(itertools.compress(hashes, ~held))

@@ -27,13 +27,12 @@ from retrotool.chunk.quarantine import quarantine_files
 from retrotool.ranges import is_in
 from retrotool.store import parts
 from retrotool.store.blocked import Hashes
-from retrotool.store.parts import HASH_BYTES, distinct_parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_rejected
 
 PASS = 8 << 20  # hashes compared at a time
-_KEY = np.dtype(f"S{HASH_BYTES}")
-_NUMBERED = np.dtype(f"S{HASH_BYTES + 4}")  # the number of an input, and a key
+_KEY = np.dtype(f"S{parts.HASH_BYTES}")
+_NUMBERED = np.dtype(f"S{parts.HASH_BYTES + 4}")  # the number of an input, and a key
 _NONE = np.zeros(0, np.int64)
 # Documents: their place, their key and text hash (zero for an erased text), and again their key.
 _DOCUMENT = np.dtype({
@@ -140,7 +139,7 @@ def _live_with(store: Store, numbers: range, tombstones: Tombstones, keys: Hashe
 
 
 def _values(keys: Hashes) -> pa.Array:
-    distinct = np.frombuffer(np.unique(keys).tobytes(), np.uint8).reshape(-1, HASH_BYTES)
+    distinct = np.frombuffer(np.unique(keys).tobytes(), np.uint8).reshape(-1, parts.HASH_BYTES)
     return parts.fixed_binary(distinct).cast(pa.binary())
 
 
@@ -150,7 +149,7 @@ def _with_keys(table: pa.Table, wanted: pa.Array) -> npt.NDArray[np.int64]:
 
 def _is_dead(store: Store, places: Places, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
     """Return which documents have no live chunk."""
-    numbers = distinct_parts(places)
+    numbers = parts.distinct_parts(places)
     dead = (parts.chunk_ids(part, chunk_plan.documents_within(store, part, tombstones)) for part in numbers)
     return np.isin(places, np.concatenate([_NONE, *dead]))
 
@@ -210,7 +209,7 @@ def _keys_of(column: pa.ChunkedArray) -> Hashes:
 
 
 def _numbered(files: npt.NDArray[np.int32], keys: Hashes) -> Hashes:
-    rows = [files.astype(">i4").view(np.uint8).reshape(-1, 4), keys.view(np.uint8).reshape(-1, HASH_BYTES)]
+    rows = [files.astype(">i4").view(np.uint8).reshape(-1, 4), keys.view(np.uint8).reshape(-1, parts.HASH_BYTES)]
     return np.ascontiguousarray(np.hstack(rows)).view(_NUMBERED).reshape(-1)
 
 
