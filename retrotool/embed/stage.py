@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.embed.search_scope import count_live_keys
 from retrotool.embed.store_encoder import EncoderRows
@@ -221,28 +219,24 @@ class EmbedWorker:
     def _write(self, part: int, name: FileName, pieces: PartPieces, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)
         dimension = self.encoder.identity.dimension
-        with_vector: deque[npt.NDArray[np.bool_]] = deque()
+        embedded = parts.read_embedded(self._store, part)
         blocks = [(start, stop, pieces.rows(start, stop)) for start, stop in self._blocks(entry.rows)]
-        report(sum(int(kept.any(axis=1).sum()) for _, _, kept in blocks if kept is not None))
+        report(sum(int(embedded[start:stop].sum()) for start, stop, kept in blocks if kept is not None))
 
         def to_compute() -> Iterator[Rows]:
             for chunks in self._read(part, [(start, stop) for start, stop, kept in blocks if kept is None]):
-                embedded = chunks.embedded
-                with_vector.append(embedded)
-                yield self.texts.rows(chunks.tokens[embedded], chunks.n_tokens[embedded])
+                yield self.texts.rows(chunks.tokens[chunks.embedded], chunks.n_tokens[chunks.embedded])
 
         def filled(coming: Iterator[Vectors]) -> Iterator[Vectors]:
-            for start, _, kept in blocks:
-                if kept is not None:
-                    yield kept
-                    continue
-                found, embedded = next(coming), with_vector.popleft()
-                if len(found) < len(embedded):
-                    block = np.zeros((len(embedded), dimension), np.float16)
-                    block[embedded] = found
-                    found = block
-                pieces.add(start, found)
-                yield found
+            for start, stop, kept in blocks:
+                if (block := kept) is None:
+                    block = next(coming)
+                    if len(block) < stop - start:
+                        whole = np.zeros((stop - start, dimension), np.float16)
+                        whole[embedded[start:stop]] = block
+                        block = whole
+                    pieces.add(start, block)
+                yield block
 
         with self.encoder.stream(to_compute(), report) as coming:
             return write_vector_blocks(self._store, name, entry.rows, dimension, filled(coming))
