@@ -138,12 +138,10 @@ def text_bytes(file: InputFile) -> int:
 
 def _text_bytes_by_headers(file: InputFile) -> int:
     """Estimate how many bytes of text a file holds, of a large zstd archive by the headers of its blocks."""
-    if file.compression != "zst" or file.size < _WALKED_BYTES or file.is_remote:
-        return text_bytes(file)
-    try:
-        return file.estimated_text()
-    except OSError:
-        return text_bytes(file)
+    if file.compression == "zst" and file.size >= _WALKED_BYTES and not file.is_remote:
+        with contextlib.suppress(OSError):
+            return file.estimated_text()
+    return text_bytes(file)
 
 
 def changed_inputs(store: Store, run: Run, files: Sequence[InputFile], options: ChunkOptions) -> list[InputFile]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from retrotool.store import parts
 from retrotool.store.blocked import Hashes, keyed_tokens
 from retrotool.tokenizers import FastTokenizer
 
+HashPair = tuple[bytes, bytes]  # of a document's id and of its content
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -31,7 +33,7 @@ class Tokens:
     lengths: Int64s  # [d × pieces]
     pieces: int
     cut: npt.NDArray[np.bool_]  # [d]: whose key was cut
-    kept: Int64s  # [d]: their numbers among the documents given
+    hashes: Sequence[HashPair]  # [d], or empty if none were given
 
     def hashed(self, secret: str, dtype: np.dtype[Any]) -> Hashes:
         """Hash the tokens of each document as on the block list, S16 [d]; ``dtype`` is the store's."""
@@ -46,7 +48,8 @@ class Tokens:
         stays = ~left_out
         pieces = np.repeat(stays, self.pieces)
         ids, documents = self.ids[np.repeat(pieces, self.lengths)], list(itertools.compress(self.documents, stays))
-        return Tokens(documents, ids, self.lengths[pieces], self.pieces, self.cut[stays], self.kept[stays])
+        hashes = list(itertools.compress(self.hashes, stays))
+        return Tokens(documents, ids, self.lengths[pieces], self.pieces, self.cut[stays], hashes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,11 @@ def tokenise(
     vocabulary: int,
     chunk_length: int,
     bad: Callable[[Rejected], object],
+    hashes: Sequence[HashPair] = (),
 ) -> Tokens:
     """Tokenise documents of one kind; pass those without tokens, or with an invalid token id, to ``bad``."""
     if documents[0].tokens is not None:
-        return _given_tokens(documents, vocabulary, bad)
+        return _given_tokens(documents, hashes, vocabulary, bad)
     records = documents[0].value is not None
     pieces = 2 if records else 1
     texts = [text for d in documents for text in (d.text, d.value or "")] if records else [d.text for d in documents]
@@ -85,17 +89,19 @@ def tokenise(
         cut = (limit < lengths)[::2]
         if cut.any():
             ids, lengths = ids[positions_within(lengths) < np.repeat(limit, lengths)], limit
-    return Tokens(documents, ids, lengths, pieces, cut, np.arange(len(documents))).without(empty)
+    return Tokens(documents, ids, lengths, pieces, cut, hashes).without(empty)
 
 
-def _given_tokens(documents: list[Document], vocabulary: int, bad: Callable[[Rejected], object]) -> Tokens:
+def _given_tokens(
+    documents: list[Document], hashes: Sequence[HashPair], vocabulary: int, bad: Callable[[Rejected], object]
+) -> Tokens:
     arrays = [document.tokens for document in documents if document.tokens is not None]
     lengths, ids = np.fromiter(map(len, arrays), np.int64, len(arrays)), np.concatenate(arrays)
     over = np.maximum.reduceat(ids, np.cumsum(lengths) - lengths) >= vocabulary
     for document in itertools.compress(documents, over):
         bad(Rejected(document.line, f"a token id is outside the vocabulary of {vocabulary:,}"))
     none = np.zeros(len(documents), np.bool_)
-    return Tokens(documents, ids, lengths, 1, none, np.arange(len(documents))).without(over)
+    return Tokens(documents, ids, lengths, 1, none, hashes).without(over)
 
 
 def cut_chunks(ids: npt.NDArray[Any], lengths: Int64s, chunk_length: int, dtype: np.dtype[Any], pieces: int = 1) -> Cut:

@@ -29,7 +29,7 @@ from retrotool.chunk.chunk_plan import ChunkPlan, Duplicates, Existing
 from retrotool.chunk.hash_partitions import Places
 from retrotool.chunk.quarantine import join_quarantines, quarantine_files
 from retrotool.chunk.stage import GIVEN_UP
-from retrotool.chunk.update import Update, compare_ids
+from retrotool.chunk.update import compare_ids
 from retrotool.cli.output import count
 from retrotool.errors import ConflictError, DuplicatesError, InputError, UsageError
 from retrotool.machine import user_name
@@ -40,7 +40,6 @@ from retrotool.sources.lines import count_lines
 from retrotool.store import parts
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
-from retrotool.store.parts import distinct_parts, row_of, slice_of_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
@@ -68,7 +67,7 @@ class DuplicateCounts:
     * ``by_id``, ``by_text``: of the same plan, or by text of any.
     * ``unchanged``, ``differing``: the store had their ids before, with the same or another text.
     * ``replaced``, ``removed``: documents of earlier plans that leave the store, by the purge ``purge``.
-    * ``documents``, ``chunks``, ``tokens``: what is dropped of all these.
+    * ``weight``: what is dropped of all these.
     * ``examples``: ids of some of ``differing``; ``copies``: of some of ``by_text``, and what they repeat.
     * ``not_mirrored``: inputs of which nothing was removed.
     """
@@ -80,23 +79,18 @@ class DuplicateCounts:
     replaced: int = 0
     removed: int = 0
     purge: str = ""
-    documents: int = 0
+    weight: Weight = field(default_factory=Weight)
     examples: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
     not_mirrored: tuple[str, ...] = ()
-    chunks: int = 0
-    tokens: int = 0
     sources: Counter[str] = field(default_factory=Counter)  # by text; above 100,000 sources the smallest are dropped
 
-    def add(self, repeats: PartRepeats) -> None:
-        """Count the duplicates of one part."""
-        n = np.bincount(repeats.kinds, minlength=len(_REASONS)).tolist()
+    def add(self, kinds: Kinds, sources: Sequence[str]) -> None:
+        """Count duplicates by kind, and by source those by text."""
+        n = np.bincount(kinds, minlength=len(_REASONS)).tolist()
         for name, number in zip(("by_id", "by_text", "differing", "unchanged"), n, strict=True):
             setattr(self, name, getattr(self, name) + number)
-        self.documents += repeats.documents
-        self.chunks += repeats.live
-        self.tokens += repeats.tokens
-        self.sources.update(itertools.compress(repeats.sources, (repeats.kinds == _BY_TEXT).tolist()))
+        self.sources.update(itertools.compress(sources, (kinds == _BY_TEXT).tolist()))
         if len(self.sources) > _COUNTED_SOURCES:
             self.sources = Counter(dict(self.sources.most_common(_COUNTED_SOURCES // 2)))
 
@@ -161,26 +155,27 @@ def _finishing(
         raise UsageError("--existing mirror: interrupted work was begun with --existing fail", advice)
     chosen = (existing or "skip") if plan.existing == "fail" else plan.existing
     tombstones = read_tombstones(store)
-    update, places, kinds = _find(store, plan_id, plan, tombstones, duplicates, chosen)
+    new_parts = chunk_plan.parts_of_plan(store.state, plan_id)
+    free = chunk_plan.chunks_of_purges(store) if plan.allow_purged else None
+    by_id = find_repeated_ids(store, new_parts, tombstones, free)
+    update = compare_ids(store, plan_id, plan, tombstones, by_id, chosen, keep_repeats=duplicates == "keep")
+    by_id = np.setdiff1d(by_id, update.new, assume_unique=True)
+    by_text = find_repeated_texts(store, new_parts, tombstones, free, np.union1d(by_id, update.outdated))
+    places = np.union1d(by_id, by_text)
+    kinds = np.full(len(places), _BY_ID, np.int8)
+    for kind, some in ((_BY_TEXT, by_text), (_DIFFERING, update.differing), (_UNCHANGED, update.unchanged)):
+        kinds[np.searchsorted(places, some)] = kind
     counts = DuplicateCounts(
         replaced=len(update.replaced), removed=len(update.removed), not_mirrored=update.not_mirrored,
         examples=_ids_of(store, update.differing[:_EXAMPLES]), copies=_copies(store, places, kinds, tombstones),
     )  # fmt: skip
     chunks: list[npt.NDArray[np.int64]] = []
     kept = (_BY_ID, _BY_TEXT) if duplicates == "keep" else ()
-
-    def counted() -> Iterator[PartRepeats]:
-        for repeats in _read_repeats(store, tombstones, places, kinds, kept):
-            counts.add(repeats)
-            chunks.append(repeats.chunks)
-            yield repeats
-
+    tables = _read_repeats(store, plan, tombstones, places, kinds, kept, counts, chunks)
     add: list[FileEntry] = []
-    found = counted()
-    tables = _locate(plan, found, [kind for kind in (_BY_ID, _BY_TEXT, _DIFFERING) if kind not in kept])
     first = next(tables, None)
     if "fail" in (duplicates, chosen) and first is not None:
-        _fail(first, counts, found, duplicates, chosen)
+        _fail(first, counts, tables, duplicates, chosen)
     if first is not None:
         name = FileName.new(run.id, "quarantine", f"{plan_id}.duplicates", "parquet")
         rows = itertools.chain([first], tables)
@@ -209,10 +204,10 @@ def _finishing(
 
 
 def _fail(
-    first: pa.Table, counts: DuplicateCounts, found: Iterator[PartRepeats], duplicates: Duplicates, existing: Existing
+    first: pa.Table, counts: DuplicateCounts, more: Iterator[pa.Table], duplicates: Duplicates, existing: Existing
 ) -> None:
     """Raise ``DuplicatesError`` if there is anything that must not be."""
-    for _ in found:  # count them all
+    for _ in more:  # count them all
         pass
     if existing == "fail" and counts.differing:
         raise DuplicatesError(
@@ -230,23 +225,6 @@ def _fail(
             "They are chunked, but not live yet. Run the same command again with --duplicates skip (the first of each "
             "stays) or --duplicates keep (all stay).",
         )
-
-
-def _find(
-    store: Store, plan_id: str, plan: ChunkPlan, tombstones: Tombstones, duplicates: Duplicates, existing: Existing
-) -> tuple[Update, Places, npt.NDArray[np.int8]]:
-    """Return how a plan updates the store, and its documents to leave out, ascending, with their kinds."""
-    new_parts = chunk_plan.parts_of_plan(store.state, plan_id)
-    free = chunk_plan.chunks_of_purges(store) if plan.allow_purged else None
-    by_id = find_repeated_ids(store, new_parts, tombstones, free)
-    update = compare_ids(store, plan_id, plan, tombstones, by_id, existing, keep_repeats=duplicates == "keep")
-    by_id = np.setdiff1d(by_id, update.new, assume_unique=True)
-    by_text = find_repeated_texts(store, new_parts, tombstones, free, np.union1d(by_id, update.outdated))
-    places = np.union1d(by_id, by_text)
-    kinds = np.full(len(places), _BY_ID, np.int8)
-    for kind, some in ((_BY_TEXT, by_text), (_DIFFERING, update.differing), (_UNCHANGED, update.unchanged)):
-        kinds[np.searchsorted(places, some)] = kind
-    return update, places, kinds
 
 
 def find_repeated_ids(store: Store, new_parts: range, tombstones: Tombstones, free: Tombstones | None) -> Places:
@@ -269,7 +247,7 @@ def find_repeated_texts(
     """Return documents of ``new_parts`` with the text of an earlier one, none of these among ``but``."""
 
     def leave_out_only(part: int) -> npt.NDArray[np.int64]:
-        return row_of(but[slice_of_part(but, part)])
+        return parts.row_of(but[parts.slice_of_part(but, part)])
 
     def leave_out(part: int) -> npt.NDArray[np.int64]:
         docs, purged = leave_out_only(part), tombstones.rows(part)
@@ -303,7 +281,7 @@ def _copies(store: Store, places: Places, kinds: Kinds, tombstones: Tombstones) 
     for part in store.state.all_parts()[-_SEARCHED_PARTS:] if repeats else ():
         hashes = parts.read_documents(store, part, ["text_hash"])["text_hash"]
         docs = np.flatnonzero(pc.is_in(hashes, value_set=pa.array(repeats, hashes.type)).to_numpy())
-        dropped = row_of(places[slice_of_part(places, part)])
+        dropped = parts.row_of(places[parts.slice_of_part(places, part)])
         docs = np.setdiff1d(docs, np.union1d(dropped, chunk_plan.documents_within(store, part, tombstones)))
         found |= zip(hashes.take(pa.array(docs)).to_pylist(), _ids_of(store, parts.chunk_ids(part, docs)), strict=True)
     return tuple((name, found[text]) for text, name in repeats.items() if found.get(text, name) != name)
@@ -330,22 +308,20 @@ def _counted(
     state = store.state
     plan, totals = state.records[f"plan:{plan_id}"], state.records["totals"]
     rejected = counts.by_id * (duplicates == "skip")
-    change = {"documents": -counts.documents, "chunks": -counts.chunks, "tokens": -counts.tokens, "rejected": rejected}
-    found: dict[str, Any] = {
+    finished: dict[str, Any] = {
+        **plan, **{name: plan[name] - n for name, n in asdict(counts.weight).items()},
+        "rejected": plan["rejected"] + rejected,
         "duplicates": duplicates, "duplicates_by_id": counts.by_id, "duplicates_by_text": counts.by_text,
         "existing": existing, "differing": counts.differing, "replaced": counts.replaced, "removed": counts.removed,
-        "known_documents": plan.get("known_documents", 0) + counts.unchanged,
+        "known_documents": plan.get("known_documents", 0) + counts.unchanged, "finished": True,
     }  # fmt: skip
-    gone = asdict(outdated)
+    purged = plan.get("purged", {})
+    added = {name: finished[name] - purged.get(name, 0) - n for name, n in asdict(outdated).items()}
     return {
-        f"plan:{plan_id}": {**plan, **{name: plan[name] + n for name, n in change.items()}, **found, "finished": True},
-        "totals": {
-            name: totals[name] + n - gone.get(name, 0)
-            + (plan[name] - plan.get("purged", {}).get(name, 0)) * (name != "rejected")
-            for name, n in change.items()
-        },
+        f"plan:{plan_id}": finished,
+        "totals": {name: n + added.get(name, rejected) for name, n in totals.items()},
         "pending": int(state.records.get("pending", 0)) - len(chunk_plan.parts_of_plan(state, plan_id)),
-    }  # fmt: skip
+    }
 
 
 def replaced_record(state: State, plan_id: str, weight: Weight, reason: str, who: str | None = None) -> dict[str, Any]:
@@ -356,72 +332,50 @@ def replaced_record(state: State, plan_id: str, weight: Weight, reason: str, who
     }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class PartRepeats:
-    """n duplicates of one part that have a live chunk, and what is dropped of them."""
-
-    chunks: npt.NDArray[np.int64]  # to drop: also purged ones, which may be restored, but not erased ones
-    documents: int  # live, to drop; ``live``: their live chunks; ``tokens``: in these
-    live: int
-    tokens: int
-    kinds: Kinds  # [n]
-    inputs: pa.Array
-    positions: npt.NDArray[np.int64]
-    sources: list[str]
-
-
 def _read_repeats(
-    store: Store, tombstones: Tombstones, places: Places, kinds: Kinds, kept: Collection[int]
-) -> Iterator[PartRepeats]:
-    """Yield the duplicates of each part. Those of the kinds ``kept`` are not dropped."""
+    store: Store, plan: ChunkPlan, tombstones: Tombstones, places: Places, kinds: Kinds, kept: Collection[int],
+    counts: DuplicateCounts, dropped: list[npt.NDArray[np.int64]],
+) -> Iterator[pa.Table]:  # fmt: skip
+    """Count the duplicates that have a live chunk; yield the quarantine rows of each part.
+
+    Those of the kinds ``kept`` are only counted. ``dropped`` gets the chunks of the others: also purged ones,
+    which may be restored, but not erased ones. In the tables an input's documents are together and in order.
+    """
+    files = {file.name: file for file in plan.files}
     columns = ["id", "text_hash", "first_row", "n_chunks", "input", "position", "source"]
-    for part in distinct_parts(places):
-        some = slice_of_part(places, part)
-        table = parts.read_documents(store, part, columns).take(pa.array(row_of(places[some])))
+    for part in parts.distinct_parts(places):
+        some = parts.slice_of_part(places, part)
+        table = parts.read_documents(store, part, columns).take(pa.array(parts.row_of(places[some])))
         # Without a given id only its text can repeat.
         mine = np.where((kinds[some] == _BY_ID) & parts.named_by_text(table), np.int8(_BY_TEXT), kinds[some])
         entry = parts.part_entry(store, "chunks", part)
         n_tokens = parts.read_parquet(store, entry, ["n_tokens"])["n_tokens"].to_numpy()
         n_chunks = table["n_chunks"].to_numpy()
-        owner = np.repeat(np.arange(len(n_chunks)), n_chunks)
         rows = expand_ranges(table["first_row"].to_numpy(), n_chunks)
-        ids = parts.chunk_ids(part, rows)
         left = n_tokens[rows] > 0
-        if not left.any():
-            continue
-        alive = left & ~tombstones.contains(ids)
-        live = np.bincount(owner[alive], minlength=len(n_chunks)) > 0
-        dropped = ~np.isin(mine, list(kept))
-        alive &= dropped[owner]
-        table = table.filter(pa.array(live))
-        yield PartRepeats(
-            ids[left & dropped[owner]], int((live & dropped).sum()), int(alive.sum()), int(n_tokens[rows[alive]].sum()),
-            mine[live], table["input"].combine_chunks(), table["position"].to_numpy(),
-            table["source"].fill_null("").to_pylist(),
-        )  # fmt: skip
-
-
-def _locate(plan: ChunkPlan, found: Iterator[PartRepeats], reported: Sequence[int]) -> Iterator[pa.Table]:
-    """Yield the quarantine rows of each part, in which an input's documents are together and in order."""
-    files = {file.name: file for file in plan.files}
-    for repeats in found:
-        some = np.isin(repeats.kinds, reported)
-        positions, kinds = repeats.positions[some], repeats.kinds[some]
-        inputs = pc.run_end_encode(repeats.inputs.filter(pa.array(some)))
+        owner, ids = np.repeat(np.arange(len(n_chunks)), n_chunks)[left], parts.chunk_ids(part, rows[left])
+        goes = ~np.isin(mine, list(kept))
+        dropped.append(ids[goes[owner]])
+        counts.weight += weight_of(weigh_chunks(store, dropped[-1], tombstones)[1])
+        live = np.bincount(owner[~tombstones.contains(ids)], minlength=len(mine)) > 0
+        counts.add(mine[live], table["source"].filter(pa.array(live)).fill_null("").to_pylist())
+        reported = live & goes & (mine != _UNCHANGED)
+        inputs = pc.run_end_encode(table["input"].combine_chunks().filter(pa.array(reported)))
+        positions, reasons = table["position"].to_numpy()[reported], mine[reported]
         bounds = itertools.pairwise([0, *inputs.run_ends.to_pylist()])
         tables = [
-            _quarantine_rows(files.get(name), name, positions[start:end], kinds[start:end])
+            _quarantine_rows(files[name], positions[start:end], reasons[start:end])
             for name, (start, end) in zip(inputs.values.to_pylist(), bounds, strict=True)
         ]
         if tables:
             yield pa.concat_tables(tables)
 
 
-def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[np.int64], kinds: Kinds) -> pa.Table:
-    has_offsets = file is not None and file.base in IN_BYTES
+def _quarantine_rows(file: InputFile, positions: npt.NDArray[np.int64], kinds: Kinds) -> pa.Table:
+    has_offsets = file.base in IN_BYTES
     n = len(positions)
     lines = [0] * n if has_offsets else positions.tolist()
-    if file is not None and file.base in _IN_LINES:
+    if file.base in _IN_LINES:
         ids = np.flatnonzero((kinds != _BY_TEXT) | (file.size <= _TEXTS_COUNTED_BYTES)).tolist()
         if ids and file.size <= _COUNTED_BYTES:
             with contextlib.suppress(OSError, InputError):
@@ -429,7 +383,7 @@ def _quarantine_rows(file: InputFile | None, name: str, positions: npt.NDArray[n
                 for i, line in zip(ids, count_lines(file, positions[ids].tolist()), strict=False):
                     lines[i] = line
     columns: dict[str, Any] = {
-        "input": [file.path if file is not None else name] * n,
+        "input": [file.path] * n,
         "line": lines,
         "offset": positions.tolist() if has_offsets else [None] * n,
         "reason": [_REASONS[kind] for kind in kinds.tolist()],

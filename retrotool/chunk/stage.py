@@ -27,8 +27,7 @@ import pyarrow as pa
 from retrotool import sources
 from retrotool.chunk import chunk_plan, chunker
 from retrotool.chunk.chunk_plan import HASHES, ChunkPlan, InputPiece
-from retrotool.chunk.chunker import Tokens
-from retrotool.chunk.part_writer import Batch, Files, PartWriter
+from retrotool.chunk.chunker import HashPair, Tokens
 from retrotool.chunk.quarantine import Quarantine
 from retrotool.engine.engines import is_a_job
 from retrotool.engine.task import Report, Task, task_key
@@ -43,7 +42,6 @@ from retrotool.sources.records import content_hash
 from retrotool.store import leases, parts
 from retrotool.store.blocked import Blocked, read_blocked
 from retrotool.store.log import FileEntry
-from retrotool.store.parts import Bools
 from retrotool.store.paths import FileName
 from retrotool.store.staging import PLAN_COUNTS, Staged, Unit
 from retrotool.store.store import Store
@@ -53,11 +51,14 @@ from retrotool.tokenizers import FastTokenizer, stored_tokenizer
 _BATCH_CHARACTERS = 2 << 20
 _BATCH_DOCUMENTS = 8192
 _AHEAD = 1  # batches that wait, while another one is read and one is tokenised
+_TABLES_AHEAD = 2  # that wait while one is written
+_FLUSH_ROWS = 8 * parts.ROW_GROUP
+COLUMN_BYTES = 128 << 20  # of documents' columns, at which a part ends early
 _EXCERPT = 200
 _LEAST_SHARE = {"parquet": 64, "arrow": 64}  # bytes of input per byte that is surely written: few columns may be text
 Row = Document | Rejected
-HashPair = tuple[bytes, bytes]  # of a document's id and of its content
-TokenisedBatch = tuple[str, Tokens | None, list[HashPair], int]  # with the input's name, and how much of it was read
+Batch = tuple[str, Tokens]  # with the input's name
+Files = tuple[tuple[FileEntry, ...], ...]  # (documents, chunks) of each part
 
 GIVEN_UP = "given up"  # start of the reason for an input that was not read and may be added later
 
@@ -170,62 +171,56 @@ class ChunkWorker:
         return FastTokenizer(self._exact, check=self._stage.check, use_tokie=fast, findings=known)
 
 
-@dataclass
 class _Unit:
-    store: Store
-    plan: ChunkPlan
-    encoder: FastTokenizer
-    blocked: Blocked | None
-    report: Report
-    lines: LineCounter
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, store: Store, plan: ChunkPlan, encoder: FastTokenizer, blocked: Blocked | None, report: Report,
+        lines: LineCounter,
+    ) -> None:  # fmt: skip
+        self._store, self._plan, self._encoder, self._blocked, self._report = store, plan, encoder, blocked, report
+        self._lines = lines
         self.bad = Quarantine()
         self._seen: list[tuple[int, bytes]] = []  # the number of an input to mirror, and the keys of a batch
         self._known_documents = functools.lru_cache(1)(self._read_known_documents)
         self.counts = dict.fromkeys(("blocked", "known_documents", "keys_cut", "hashed_ids"), 0)
-        self.counts |= {"compared": -self.encoder.compared, "exact": -self.encoder.judged}
+        self.counts |= {"compared": -self._encoder.compared, "exact": -self._encoder.judged}
 
     def batches(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[Batch]:
         """Yield the documents to write; report how much was read."""
-        with contextlib.closing(ahead(self._read_and_tokenise(pieces, stage), _AHEAD)) as batches:
-            for name, found, hashes, read in batches:
-                if found is not None:
-                    yield name, found, hashes
-                self.report(read)
+        return ahead(self._read_and_tokenise(pieces, stage), _AHEAD)
 
-    def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[TokenisedBatch]:
+    def _read_and_tokenise(self, pieces: Sequence[InputPiece], stage: ChunkStage) -> Generator[Batch]:
         for piece in pieces:
-            file, weight = self.plan.files[piece.file], piece.weight
-            self.bad.open(file.path, functools.partial(self.lines.before, file, piece.where, self.plan.fields))
+            file, weight = self._plan.files[piece.file], piece.weight
+            self.bad.open(file.path, functools.partial(self._lines.before, file, piece.where, self._plan.fields))
             known = self._known_documents(piece.file)
-            is_mirrored = self.plan.existing == "mirror" and piece.file in self.plan.read_before
+            is_mirrored = self._plan.existing == "mirror" and piece.file in self._plan.read_before
             done = characters = 0
-            with contextlib.closing(ahead(_batches(_rows(self.plan, piece, stage)), _AHEAD)) as batches:
+            with contextlib.closing(ahead(_batches(_rows(self._plan, piece, stage)), _AHEAD)) as batches:
                 for documents, hashes, rejected in batches:
                     for row in rejected:
                         self.bad.append(row)
                     if is_mirrored:
                         self._seen.append((piece.file, b"".join(key for key, _ in hashes)))
-                    found = self._tokenised(file, documents, hashes, known)
+                    if (found := self._tokenised(file, documents, hashes, known)) is not None:
+                        yield file.name, found
                     characters += sum(len(document.text) for document in documents)
                     # Progress in a compressed file is an estimate.
                     read = min(weight, int(characters / chunk_plan.EXPANSION.get(file.compression or file.base, 1.0)))
-                    yield file.name, *found, max(0, read - done)
+                    self._report(max(0, read - done))
                     done = max(done, read)
-            yield file.name, None, [], weight - done
+            self._report(weight - done)
 
     def _read_known_documents(self, file: int) -> npt.NDArray[Any]:
-        plans = self.plan.read_before.get(file, ())
+        plans = self._plan.read_before.get(file, ())
         if not plans:
             return np.zeros(0, HASHES)
-        return chunk_plan.known_documents(self.store, self.plan.files[file].name, plans, self._not_known)
+        return chunk_plan.known_documents(self._store, self._plan.files[file].name, plans, self._not_known)
 
     @functools.cached_property
     def _not_known(self) -> Tombstones:
         """What was purged may come back; so may a duplicate, if its original is replaced."""
-        replaces = self.plan.existing in ("replace", "mirror")
-        return read_tombstones(self.store) if replaces else chunk_plan.chunks_of_purges(self.store)
+        replaces = self._plan.existing in ("replace", "mirror")
+        return read_tombstones(self._store) if replaces else chunk_plan.chunks_of_purges(self._store)
 
     def write_seen(self, run: str, slot: str) -> FileEntry | None:
         """Write the ids that were read of inputs to mirror; None if there are none."""
@@ -235,42 +230,43 @@ class _Unit:
         numbers = np.repeat(np.array([number for number, _ in self._seen], np.int32), lengths)
         keys = np.frombuffer(b"".join(keys for _, keys in self._seen), np.uint8).reshape(-1, parts.HASH_BYTES)
         table = pa.table([pa.array(numbers), parts.fixed_binary(keys)], schema=parts.SEEN_SCHEMA)
-        return parts.write_parquet(self.store, FileName.new(run, "seen", slot, "parquet"), table)
+        return parts.write_parquet(self._store, FileName.new(run, "seen", slot, "parquet"), table)
 
     def _tokenised(
         self, file: InputFile, batch: list[Document], hashes: list[HashPair], known: npt.NDArray[Any]
-    ) -> tuple[Tokens | None, list[HashPair]]:
-        """Return the tokens and hashes of the documents of a batch that are to be added, if any."""
+    ) -> Tokens | None:
+        """Return the documents of a batch that are to be added, if any, with tokens and hashes."""
         if len(known) and batch:
             pairs = np.frombuffer(b"".join(itertools.chain.from_iterable(hashes)), HASHES)
             batch, hashes = self._leave_out("known_documents", is_in(pairs, known), batch, hashes)
-        if self.blocked is not None and batch:
-            held = self.blocked.holds([d.id for d in batch], [text for _, text in hashes])
+        if self._blocked is not None and batch:
+            held = self._blocked.holds([d.id for d in batch], [text for _, text in hashes])
             batch, hashes = self._leave_out("blocked", held, batch, hashes)
         if not batch:
-            return None, []
-        own = self.store.identity
-        found = chunker.tokenise(batch, self.encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append)
-        if self.blocked is not None and found.documents:
+            return None
+        own = self._store.identity
+        found = chunker.tokenise(
+            batch, self._encoder, own.tokenizer.vocabulary, own.chunk_length, self.bad.append, hashes
+        )
+        if self._blocked is not None and found.documents:
             # A different text can have the same tokens.
-            held = self.blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
+            held = self._blocked.contains(found.hashed(own.secret, parts.token_dtype(own.tokenizer.token_bytes)))
             self.counts["blocked"] += int(held.sum())
             found = found.without(held)
         self.counts["keys_cut"] += int(found.cut.sum())
-        hashes = [hashes[i] for i in found.kept.tolist()]
         if file.base not in NO_FIELDS:
-            contents = [content.hex() for _, content in hashes]
+            contents = [content.hex() for _, content in found.hashes]
             self.counts["hashed_ids"] += sum(map(str.__eq__, contents, (one.id for one in found.documents)))
-        return found if found.documents else None, hashes
+        return found if found.documents else None
 
     def _leave_out(
-        self, count: str, held: Bools, batch: list[Document], hashes: list[HashPair]
+        self, count: str, held: parts.Bools, batch: list[Document], hashes: list[HashPair]
     ) -> tuple[list[Document], list[HashPair]]:
         self.counts[count] += int(held.sum())
         return list(itertools.compress(batch, ~held)), list(itertools.compress(hashes, ~held))
 
     def count_tokenised(self, documents: int) -> None:
-        encoder = self.encoder
+        encoder = self._encoder
         encoder.keep_states()
         self.counts["compared"] += encoder.compared
         self.counts["exact"] += encoder.judged
@@ -334,3 +330,114 @@ def _batches(rows: Iterator[Row]) -> Generator[tuple[list[Document], list[HashPa
 
 def _hashes(document: Document) -> HashPair:
     return chunker.id_hash(document.id), content_hash(document.text, document.value, document.tokens)
+
+
+class PartWriter:
+    """Writes the documents of a unit; ends a part at the first document end after ``part_size`` chunks.
+
+    A part's chunks file is written a few row groups at a time. The documents' columns are held as Arrow
+    arrays (about 150 bytes per document, plus ``--keep``) until the part ends, at ``COLUMN_BYTES`` at the
+    latest. Plain documents and key-value records never share a part: their chunks files differ in columns.
+    """
+
+    def __init__(self, store: Store, run: str, keep: Sequence[str], part_size: int) -> None:
+        self._store, self._run, self._part_size = store, run, part_size
+        self._schema = parts.documents_schema(keep)
+        self._dtype = parts.token_dtype(store.identity.tokenizer.token_bytes)
+        self._begin_part()
+        self.counts = {"documents": 0, "chunks": 0, "tokens": 0}
+
+    def _begin_part(self) -> None:
+        self._columns: list[pa.RecordBatch] = []
+        self._documents = self._column_bytes = 0
+        self._chunks: list[tuple[npt.NDArray[Any], ...]] = []  # doc, index, n_tokens, tokens, and key of records
+        self._rows = self._flushed = 0
+
+    def write(self, batches: Generator[Batch]) -> Files:
+        """Write all batches; return the entries of all parts."""
+        written: list[tuple[FileEntry, ...]] = []
+        with contextlib.closing(ahead(self._tables(batches), _TABLES_AHEAD)) as tables:
+            for first in tables:
+                documents: list[pa.Table] = []
+                name = FileName.new(self._run, "chunks", "", "parquet")  # parts are numbered at the commit
+                of_part = self._of_part(first, tables, documents)
+                chunks = parts.write_batches(self._store, name, first.schema, of_part, row_group=parts.ROW_GROUP)
+                name = FileName.new(self._run, "documents", "", "parquet")
+                written.append((parts.write_parquet(self._store, name, *documents), chunks))
+        return tuple(written)
+
+    def _of_part(self, first: pa.Table, tables: Iterator[pa.Table], documents: list[pa.Table]) -> Iterator[pa.Table]:
+        """Yield the tables of chunks of a part; add that of its documents, which ends it, to the list."""
+        yield first
+        for table in tables:
+            if "first_row" in table.schema.names:
+                documents.append(table)
+                return
+            yield table
+
+    def _tables(self, batches: Generator[Batch]) -> Generator[pa.Table]:
+        """Yield the tables of chunks of each part, and after them the table of its documents."""
+        pieces = 1
+        with contextlib.closing(batches):
+            for name, batch in batches:
+                if batch.pieces != pieces and self._rows:
+                    yield from self._end_part()
+                pieces = batch.pieces
+                yield from self._add(name, batch)
+        if self._rows:
+            yield from self._end_part()
+
+    def _add(self, name: str, batch: Tokens) -> Iterator[pa.Table]:
+        cut = chunker.cut_chunks(batch.ids, batch.lengths, self._store.identity.chunk_length, self._dtype, batch.pieces)
+        ends = np.cumsum(cut.n_chunks)
+        n_tokens = batch.lengths.reshape(-1, batch.pieces).sum(axis=1)
+        start = 0
+        while start < len(batch.documents):
+            before = int(ends[start - 1]) if start else 0
+            room = before + self._part_size - self._rows
+            stop = min(int(np.searchsorted(ends, room)) + 1, len(batch.documents))
+            rows = slice(before, int(ends[stop - 1]))
+            some = slice(start, stop)
+            first_row = self._rows + ends[some] - cut.n_chunks[some] - before
+            documents = batch.documents[some]
+            values = [
+                [document.id for document in documents],
+                [key for key, _ in batch.hashes[some]],
+                [text for _, text in batch.hashes[some]],
+                [document.source for document in documents],
+                first_row,
+                cut.n_chunks[some],
+                n_tokens[some],
+                [name] * len(documents),
+                [document.position for document in documents],
+                *zip(*(document.kept for document in documents), strict=True),
+            ]
+            arrays = [pa.array(value, field.type) for value, field in zip(values, self._schema, strict=True)]
+            self._columns.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+            self._column_bytes += self._columns[-1].nbytes
+            doc = cut.doc[rows] - start + self._documents
+            columns = (doc, cut.index[rows], cut.n_tokens[rows], cut.tokens[rows])
+            self._chunks.append(columns if cut.key is None else (*columns, cut.key[rows]))
+            self._rows += len(doc)
+            self._documents += stop - start
+            self.counts["documents"] += stop - start
+            self.counts["chunks"] += len(doc)
+            self.counts["tokens"] += int(n_tokens[some].sum())
+            if self._rows - self._flushed >= _FLUSH_ROWS:
+                yield self._flush((self._rows - self._flushed) // parts.ROW_GROUP * parts.ROW_GROUP)
+            if self._rows >= self._part_size or self._column_bytes >= COLUMN_BYTES:
+                yield from self._end_part()
+            start = stop
+
+    def _flush(self, rows: int) -> pa.Table:
+        columns = [np.concatenate(column) for column in zip(*self._chunks, strict=True)]
+        # Copied: a view would keep the whole array.
+        self._chunks = [tuple(column[rows:].copy() for column in columns)]
+        self._flushed += rows
+        return parts.chunks_table(*(column[:rows] for column in columns), first=self._flushed - rows)
+
+    def _end_part(self) -> Iterator[pa.Table]:
+        if self._rows > self._flushed:
+            yield self._flush(self._rows - self._flushed)
+        yield pa.Table.from_batches(self._columns, self._schema).combine_chunks()
+        self._begin_part()

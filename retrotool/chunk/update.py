@@ -27,13 +27,12 @@ from retrotool.chunk.quarantine import quarantine_files
 from retrotool.ranges import is_in
 from retrotool.store import parts
 from retrotool.store.blocked import Hashes
-from retrotool.store.parts import HASH_BYTES, distinct_parts
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, read_rejected
 
 PASS = 8 << 20  # hashes compared at a time
-_KEY = np.dtype(f"S{HASH_BYTES}")
-_NUMBERED = np.dtype(f"S{HASH_BYTES + 4}")  # the number of an input, and a key
+_KEY = np.dtype(f"S{parts.HASH_BYTES}")
+_NUMBERED = np.dtype(f"S{parts.HASH_BYTES + 4}")  # the number of an input, and a key
 _NONE = np.zeros(0, np.int64)
 # Documents: their place, their key and text hash (zero for an erased text), and again their key.
 _DOCUMENT = np.dtype({
@@ -79,21 +78,18 @@ def compare_ids(
     mirrored, not_mirrored = _mirrored(store, plan_id, plan) if existing == "mirror" else ({}, ())
     n_seen = sum(entry.rows for entry in files_of_plan(state, "seen", plan_id)) if mirrored else 0
     n_passes = max(1, -(-len(by_id) // PASS), -(-n_seen // PASS))
-    found: list[Update] = []
+    found: list[tuple[Places, ...]] = [(_NONE,) * 5]
     for number in range(n_passes if len(by_id) or mirrored else 0):
         span = (number, n_passes)
-        mine = _read(store, by_id, span)
+        read = (_documents_of(store, part, docs) for part, docs in parts.rows_by_part(by_id))
+        mine = np.concatenate([np.zeros(0, _DOCUMENT), *(some[_within(some["key"], span)] for some in read)])
         stored = _live_with(store, old_parts, tombstones, mine["key"])
-        one = _decide(mine, stored, _is_dead(store, mine["place"], tombstones), existing, keep_repeats)
+        decided = _decide(mine, stored, _is_dead(store, mine["place"], tombstones), existing, keep_repeats)
         removed = _removed(store, plan_id, plan, mirrored, tombstones, mine["key"], span) if mirrored else _NONE
-        found.append(Update(*one, removed))
-
-    def joined(name: str) -> Places:
-        return np.sort(np.concatenate([_NONE, *(getattr(one, name) for one in found)]))
-
-    return Update(
-        joined("unchanged"), joined("differing"), joined("new"), joined("replaced"), joined("removed"), not_mirrored
-    )  # fmt: skip
+        found.append((*decided, removed))
+    joined = (np.sort(np.concatenate(column)) for column in zip(*found, strict=True))
+    unchanged, differing, new, replaced, removed = joined
+    return Update(unchanged, differing, new, replaced, removed, not_mirrored)
 
 
 def _decide(
@@ -122,11 +118,6 @@ def _within(keys: Hashes, span: tuple[int, int]) -> npt.NDArray[np.bool_]:
     return np.asarray(first * span[1] >> 16 == span[0])
 
 
-def _read(store: Store, places: Places, span: tuple[int, int]) -> _Documents:
-    found = (_documents_of(store, part, docs) for part, docs in parts.rows_by_part(places))
-    return np.concatenate([np.zeros(0, _DOCUMENT), *(some[_within(some["key"], span)] for some in found)])
-
-
 def _documents_of(store: Store, part: int, docs: npt.NDArray[np.int64]) -> _Documents:
     table = parts.read_documents(store, part, ["key", "text_hash"])
     found = np.empty(len(docs), _DOCUMENT)
@@ -148,7 +139,7 @@ def _live_with(store: Store, numbers: range, tombstones: Tombstones, keys: Hashe
 
 
 def _values(keys: Hashes) -> pa.Array:
-    distinct = np.frombuffer(np.unique(keys).tobytes(), np.uint8).reshape(-1, HASH_BYTES)
+    distinct = np.frombuffer(np.unique(keys).tobytes(), np.uint8).reshape(-1, parts.HASH_BYTES)
     return parts.fixed_binary(distinct).cast(pa.binary())
 
 
@@ -158,7 +149,7 @@ def _with_keys(table: pa.Table, wanted: pa.Array) -> npt.NDArray[np.int64]:
 
 def _is_dead(store: Store, places: Places, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
     """Return which documents have no live chunk."""
-    numbers = distinct_parts(places)
+    numbers = parts.distinct_parts(places)
     dead = (parts.chunk_ids(part, chunk_plan.documents_within(store, part, tombstones)) for part in numbers)
     return np.isin(places, np.concatenate([_NONE, *dead]))
 
@@ -218,7 +209,7 @@ def _keys_of(column: pa.ChunkedArray) -> Hashes:
 
 
 def _numbered(files: npt.NDArray[np.int32], keys: Hashes) -> Hashes:
-    rows = [files.astype(">i4").view(np.uint8).reshape(-1, 4), keys.view(np.uint8).reshape(-1, HASH_BYTES)]
+    rows = [files.astype(">i4").view(np.uint8).reshape(-1, 4), keys.view(np.uint8).reshape(-1, parts.HASH_BYTES)]
     return np.ascontiguousarray(np.hstack(rows)).view(_NUMBERED).reshape(-1)
 
 

@@ -117,8 +117,7 @@ def embed(
         _update_origin(store, run, identity)
         if files is not None:
             retry_overtaken(lambda: check_vectors(store, stage), store.renew)
-        engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait, more=more)
-        elsewhere = engine.count_elsewhere(stage, store, run)
+        elsewhere = engine.execute(stage, store, run, workers=len(found), enough=done, wait=wait, more=more)
         checked = _check(store, run, encoder, identity, pick_device(found[0])) if check else None
     state = store.refresh()
     made = [part for path, part in done.parts.items() if state.has(path)]
@@ -156,27 +155,27 @@ def _check(store: Store, run: Run, spec: str, identity: EncoderIdentity, device:
     if sample is None:
         return None
     with counting("check", "chunk", len(sample.ids)) as report:
-        fidelity = compare(sample.vectors, reference.embed(sample.rows, report), sample.document)
+        cosine, recall = compare(sample.vectors, reference.embed(sample.rows, report), sample.document)
     reference.close()
-    worst = int(sample.ids[fidelity.worst])
+    worst, least = int(sample.ids[cosine.argmin()]), float(cosine.min())
     record = {
-        "sample": fidelity.sample,
-        "cosine_min": round(fidelity.cosine_min, 6),
-        "cosine_mean": round(fidelity.cosine_mean, 6),
-        "recall_at_10": round(fidelity.recall_at_10, 4),
+        "sample": len(cosine),
+        "cosine_min": round(least, 6),
+        "cosine_mean": round(float(cosine.mean()), 6),
+        "recall_at_10": round(recall, 4),
         "worst_chunk": worst,
         "against": f"transformers, float32, on {reference.device_name}",
     }
     settings = {"encoder": identity.name, "check": True}
     store.commit(run, lambda _: Draft("embed", settings, records={f"fidelity:{identity.name}": record}))
-    if fidelity.cosine_min < _OTHER_MODEL:
+    if least < _OTHER_MODEL:
         pooling = identity.pooling if identity.overridden else None
         given = None if spec == BUNDLED else spec
         name, dimension = f"{identity.name}-2", identity.dimension if identity.truncated else None
         again = command_line("embed", store.place, encoder=given, name=name, pooling=pooling, dimension=dimension)
         raise RetrotoolError(
             f"the stored vector of chunk {worst} differs from that of encoder {identity.name}: "
-            f"their cosine is {fidelity.cosine_min:.4f}",
+            f"their cosine is {least:.4f}",
             f"If {command_line('verify', store.place)} finds nothing, embed again under another name: {again}",
         )
     return record

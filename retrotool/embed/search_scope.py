@@ -17,7 +17,6 @@ from retrotool.ann.excluded import Excluded, Ids, Intervals
 from retrotool.cli.command_lines import command_line
 from retrotool.errors import UsageError
 from retrotool.store import log, parts
-from retrotool.store.parts import Chunks
 from retrotool.store.storage import is_same
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, named_chunks, read_tombstones, undone_purges
@@ -53,7 +52,7 @@ def vectors_ahead(store: Store, encoder: str, numbers: Iterable[int]) -> Iterabl
     return store.copied_ahead(numbers, lambda part: store.state.part_file("embeddings", part, encoder))
 
 
-def live_rows(chunks: Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
+def live_rows(chunks: parts.Chunks, tombstones: Tombstones) -> npt.NDArray[np.bool_]:
     """Return which rows of a part are neither erased nor purged, bool [n], including values of records."""
     alive: npt.NDArray[np.bool_] = chunks.n_tokens > 0
     alive[tombstones.rows(chunks.part)] = False

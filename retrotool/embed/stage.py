@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.embed.search_scope import count_live_keys
 from retrotool.embed.store_encoder import EncoderRows
@@ -144,7 +142,6 @@ class EmbedWorker:
             raise UsageError(f"encoder {stage.spec!r} has just changed", "Run the same command again.")
         self.texts = EncoderRows(store, self.encoder)
         self._verified = False
-        self._begun = self._measure()
         self._batch_tokens = self.encoder.batch_tokens  # which the encoder lowers when memory runs out
         self._many = self.encoder.device != "cpu" and sum(task.weight for task in stage.plan(store)) > _MANY
 
@@ -164,7 +161,7 @@ class EmbedWorker:
         name = partial(FileName.new, run, "embeddings", part_slot(part), "npy", identity.name)
         made_with = {**settings, "sha256": identity.sha256, "dimension": identity.dimension}
         kept = partial(PartPieces, self._store, task.inputs["path"], made_with, encoder.cosine or 0.0, name)
-        self._begun = self._measure()
+        begun = self._measure()
         rows, keys = 0, parts.n_keys(parts.part_entry(self._store, "chunks", part))
         reported = 0
 
@@ -194,7 +191,7 @@ class EmbedWorker:
         # What differs between workers is recorded with the file, as tasks with equal settings share a commit.
         entry = replace(entry, about={"cosine": pieces.cosine})
         reads = (str(task.inputs["path"]),)
-        measured = {name: now - self._begun[name] for name, now in self._measure().items()}
+        measured = {name: now - begun[name] for name, now in self._measure().items()}
         removed = () if replaces is None else (str(replaces),)
         return Staged(
             "embed", settings, reads, (entry,), removed, records=records, measured=measured, task=task.key, run=run
@@ -221,28 +218,24 @@ class EmbedWorker:
     def _write(self, part: int, name: FileName, pieces: PartPieces, report: Report) -> FileEntry:
         entry = parts.part_entry(self._store, "chunks", part)
         dimension = self.encoder.identity.dimension
-        with_vector: deque[npt.NDArray[np.bool_]] = deque()
+        embedded = parts.read_embedded(self._store, part)
         blocks = [(start, stop, pieces.rows(start, stop)) for start, stop in self._blocks(entry.rows)]
-        report(sum(int(kept.any(axis=1).sum()) for _, _, kept in blocks if kept is not None))
+        report(sum(int(embedded[start:stop].sum()) for start, stop, kept in blocks if kept is not None))
 
         def to_compute() -> Iterator[Rows]:
             for chunks in self._read(part, [(start, stop) for start, stop, kept in blocks if kept is None]):
-                embedded = chunks.embedded
-                with_vector.append(embedded)
-                yield self.texts.rows(chunks.tokens[embedded], chunks.n_tokens[embedded])
+                yield self.texts.rows(chunks.tokens[chunks.embedded], chunks.n_tokens[chunks.embedded])
 
         def filled(coming: Iterator[Vectors]) -> Iterator[Vectors]:
-            for start, _, kept in blocks:
-                if kept is not None:
-                    yield kept
-                    continue
-                found, embedded = next(coming), with_vector.popleft()
-                if len(found) < len(embedded):
-                    block = np.zeros((len(embedded), dimension), np.float16)
-                    block[embedded] = found
-                    found = block
-                pieces.add(start, found)
-                yield found
+            for start, stop, kept in blocks:
+                if (block := kept) is None:
+                    block = next(coming)
+                    if len(block) < stop - start:
+                        whole = np.zeros((stop - start, dimension), np.float16)
+                        whole[embedded[start:stop]] = block
+                        block = whole
+                    pieces.add(start, block)
+                yield block
 
         with self.encoder.stream(to_compute(), report) as coming:
             return write_vector_blocks(self._store, name, entry.rows, dimension, filled(coming))

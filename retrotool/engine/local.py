@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import OpenError, Stage, Task, TaskResult, perform_reporting
+from retrotool.engine.task import OpenError, Stage, Task, TaskResult, perform
 from retrotool.lazy import leave_pandas_out
 from retrotool.machine import use_cores
 from retrotool.store.storage import Storage
@@ -62,7 +62,7 @@ def _open_worker(
             pipe.send((done, elsewhere))
 
     try:
-        _perform = partial(perform_reporting, own.open(Store.open(storage)), storage, run=run, update=update)
+        _perform = partial(perform, own.open(Store.open(storage)), storage, run=run, update=update)
     except Exception as error:  # a pool would report only a broken process, not the reason
         _perform = error
     if (in_flight := min(in_flight, most)) > 1:
@@ -98,7 +98,7 @@ class _Here:
 
     def __init__(self, stage: Stage, store: Store, run: str, progress: Progress) -> None:
         update = progress.update
-        self._perform = partial(perform_reporting, stage.open(store), store.storage, run=run, update=update)
+        self._perform = partial(perform, stage.open(store), store.storage, run=run, update=update)
         self.idle = list(range(getattr(stage, "in_flight", 1)))
         self.busy: dict[Future[Any], Task] = {}
         self._threads = ThreadPoolExecutor(len(self.idle), "retrotool-task") if len(self.idle) > 1 else None

@@ -43,7 +43,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from retrotool.encoder.devices import find_devices
 from retrotool.engine.engines import Engine, no_cluster
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform_reporting
+from retrotool.engine.task import NodeLostError, Stage, Task, TaskResult, perform
 from retrotool.errors import TaskError
 from retrotool.lazy import leave_pandas_out
 from retrotool.machine import use_cores
@@ -58,14 +58,6 @@ LOSS_SECONDS = 10.0  # after which a dead actor's node is taken for alive: Ray h
 
 
 @dataclass(frozen=True, slots=True)
-class _Driver:
-    """What actors take from the driver: its working directory and its settings."""
-
-    folder: str
-    variables: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class _Share:
     """What each actor on a node gets, and how many actors the node has room for."""
 
@@ -75,14 +67,20 @@ class _Share:
 
 
 class RayWorker:
-    """The process of an actor: opens a stage, and does tasks in threads of its own."""
+    """The process of an actor: opens a stage, and does tasks in threads of its own.
 
-    def __init__(self, stage: Stage, storage: Storage, run: str, driver: _Driver, number: int, share: _Share) -> None:
+    ``folder`` and ``variables`` are the driver's working directory and its settings.
+    """
+
+    def __init__(
+        self, stage: Stage, storage: Storage, run: str, folder: str, variables: Mapping[str, str], number: int,
+        share: _Share,
+    ) -> None:  # fmt: skip
         self._reported, self._lock = [0, 0], threading.Lock()
         leave_pandas_out()
         with contextlib.suppress(OSError):  # relative paths are those of the driver
-            os.chdir(driver.folder)
-        for name, value in driver.variables.items():
+            os.chdir(folder)
+        for name, value in variables.items():
             os.environ.setdefault(name, value)
         place = partial(use_cores, share.cores, number if share.actors > 1 else None)
         place()
@@ -92,7 +90,7 @@ class RayWorker:
             if devices and "devices" in {one.name for one in dataclasses.fields(own)}:
                 own = dataclasses.replace(own, devices=(find_devices(devices[0])[0],))
             opened = own.open(Store.open(storage))
-            self._perform = partial(perform_reporting, opened, storage, run=run, update=self._update)
+            self._perform = partial(perform, opened, storage, run=run, update=self._update)
             self._opened: int | BaseException = min(getattr(own, "in_flight", 1), _MOST_IN_FLIGHT)
             self._threads = ThreadPoolExecutor(self._opened, "retrotool-task", place)
         except Exception as error:
@@ -149,10 +147,10 @@ class RayPool:
 
     def __init__(self, engine: Engine, stage: Stage, store: Store, run: str, progress: Progress) -> None:
         self._engine, self._open = engine, contextlib.ExitStack()
-        self._stage, self._storage, self._run, self._progress = stage, store.storage, run, progress
+        self._stage, self._progress = stage, progress
         self.most = 0  # actors to make: as many as there are tasks
         here = {name: value for name, value in os.environ.items() if name.startswith("RETROTOOL_")}
-        self._driver = _Driver(str(Path.cwd()), here)
+        self._arguments = (stage, store.storage, run, str(Path.cwd()), here)
         self._nodes: dict[str, Mapping[str, float]] = {}  # resources of the live nodes
         self._looked = float("-inf")
         self._actors: dict[tuple[str, int], _Actor] = {}  # those that may be alive, by node and number
@@ -281,7 +279,7 @@ class RayPool:
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }  # fmt: skip
         made: Any = ray.remote(RayWorker)
-        handle = made.options(**options).remote(self._stage, self._storage, self._run, self._driver, number, share)
+        handle = made.options(**options).remote(*self._arguments, number, share)
         self._actors[node, number] = actor = _Actor(handle, node, number)
         self._opening[handle.opened.remote()] = actor
 
@@ -317,7 +315,11 @@ def connected(engine: Engine) -> Iterator[None]:
     with _connecting:
         if not _pools:
             if not ray.is_initialized():
-                _connect(engine.address or "auto")
+                address = engine.address or "auto"
+                try:
+                    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+                except (OSError, RuntimeError, ValueError) as error:
+                    raise no_cluster(address, error) from error
                 _connection.callback(ray.shutdown)
             _connection.enter_context(contextlib.redirect_stdout(sys.stderr))
         _pools += 1
@@ -328,10 +330,3 @@ def connected(engine: Engine) -> Iterator[None]:
             _pools -= 1
             if not _pools:
                 _connection.close()
-
-
-def _connect(address: str) -> None:
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise no_cluster(address, error) from error

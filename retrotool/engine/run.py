@@ -39,12 +39,6 @@ _NOT_THE_DATA = (RetrotoolError, OSError, MemoryError)  # no task is given up fo
 _FEW = 8  # up to this number of tasks per worker, the largest begin first
 
 
-def count_elsewhere(stage: Stage, store: Store, run: Run) -> int:
-    """Return how many uncommitted tasks of a stage other running commands have claimed."""
-    held = leases.claim_holders(store.storage, run.id)
-    return sum(task.key in held for task in plan_tasks(stage, store))
-
-
 def plan_tasks(stage: Stage, store: Store) -> Sequence[Task]:
     """Plan a stage's tasks on the newest commit, without those that are staged."""
     staged = staging.staged_keys(store.storage)  # first: what is folded after this is in the state
@@ -63,10 +57,10 @@ def execute(
     enough: Enough | None = None,
     wait: bool = True,
     more: More | None = None,
-) -> None:
+) -> int:
     """Run a stage's tasks on a store and commit them; stop early once a finished task is ``enough``.
 
-    While there may be ``more`` tasks soon, wait for them.
+    Return how many tasks other commands have claimed. While there may be ``more`` tasks soon, wait for them.
 
     Wait for tasks that other runs hold, those of its own share if it is a job of a shard; ``HeldError``
     without ``wait``. When all are done, raise the first failed task's error (``TaskError`` unless a
@@ -74,7 +68,7 @@ def execute(
     """
     execution = _Execution(stage, store, run, workers, enough, wait, more)
     with execution.pools, Progress(stage.name, stage.unit, doing="planning") as progress:
-        execution.work(run, progress)
+        return execution.work(run, progress)
 
 
 Gather = Callable[[Sequence[Task]], list[Any]]
@@ -123,8 +117,8 @@ class _Execution:
     pools: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # closes the pool that is kept
     kept: Any = None
 
-    def work(self, run: Run, progress: Progress) -> None:
-        stage, store = self.stage, self.store
+    def work(self, run: Run, progress: Progress) -> int:
+        stage, store, elsewhere = self.stage, self.store, 0
         try:
             while not self.ended:
                 interrupts.check()
@@ -138,6 +132,7 @@ class _Execution:
                 left = {task.label: held[task.key] for task in waited if task.key in held}
                 if isinstance(stage, Holds):
                     left |= stage.held(store)
+                elsewhere = sum(task.key in held for task in tasks)
                 tasks = [task for task in tasks if task.key not in held]
                 if not tasks:
                     if more_to_come and not self.given_up:
@@ -164,6 +159,7 @@ class _Execution:
             folding.fold(store, run)
             raise
         self.raise_failure()
+        return elsewhere
 
     def _fold(self, run: Run) -> None:
         """Commit what is staged; give up tasks of this stage that are refused again and again."""

@@ -11,6 +11,7 @@ arrays and clusters differ only in what calls ``perform``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,38 +149,12 @@ class OpenError(Exception):
     """A worker process could not open the stage, for the reason in ``args[0]``; no task can be done."""
 
 
-def perform(worker: Worker, storage: Storage, task: Task, run: str, report: Report) -> Any:
+def perform(worker: Worker, storage: Storage, task: Task, run: str, update: Update) -> Any:
     """Perform a task and stage it; None if another process did or does. Engines need only this function.
 
-    Without a ``run`` ("") nothing is staged, and what the worker returns is returned.
+    ``update`` gets progress, which is subtracted if the task is not staged. Without a ``run`` ("") nothing
+    is staged, and what the worker returns is returned.
     """
-    if not run:
-        return worker(task, run, report)
-    if staging.is_staged(storage, task.key):
-        return None
-    if not task.claimed:
-        return _do(worker, storage, task, run, report)
-    if not leases.take_claim(storage, task.key, run):
-        return None
-    try:
-        # Another run may have staged it, and released its claim, after the first check.
-        return None if staging.is_staged(storage, task.key) else _do(worker, storage, task, run, report)
-    finally:
-        leases.release_claim(storage, task.key, run)
-
-
-def _do(worker: Worker, storage: Storage, task: Task, run: str, report: Report) -> Staged | None:
-    try:
-        staged = worker(task, run, report)
-    except (Exception, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in a Rust library: other processes can't unpickle its class
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
-    return staged if staged is not None and staging.stage(storage, staged) else None
-
-
-def perform_reporting(worker: Worker, storage: Storage, task: Task, run: str, update: Update) -> Any:
-    """Perform a task and report progress; it is subtracted if the task is not staged."""
     done = 0
 
     def report(units: int) -> None:
@@ -189,10 +164,24 @@ def perform_reporting(worker: Worker, storage: Storage, task: Task, run: str, up
         update(units, 0)
 
     try:
-        result = perform(worker, storage, task, run, report)
-    except BaseException:
+        result = worker(task, run, report) if not run else _staged(worker, storage, task, run, report)
+    except BaseException as error:
         update(-done, 0)
-        raise
+        if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)):
+            raise
+        # A panic in a Rust library: other processes can't unpickle its class.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
     if result is None:
         update(-done, task.weight)
     return result
+
+
+def _staged(worker: Worker, storage: Storage, task: Task, run: str, report: Report) -> Staged | None:
+    with contextlib.ExitStack() as stack:
+        if task.claimed and not staging.is_staged(storage, task.key):
+            if not leases.take_claim(storage, task.key, run):
+                return None
+            stack.callback(leases.release_claim, storage, task.key, run)
+        # Another run may have staged it, and released its claim, before this one claimed it.
+        staged = None if staging.is_staged(storage, task.key) else worker(task, run, report)
+        return staged if staged is not None and staging.stage(storage, staged) else None

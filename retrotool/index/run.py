@@ -123,9 +123,8 @@ def index(
         if options.retrain:
             _delete_unfinished(store, run, stage)
         _check_training(store, stage, wanted)
-        engine.execute(stage, store, run, workers=len(devices), wait=options.wait)
+        elsewhere = engine.execute(stage, store, run, workers=len(devices), wait=options.wait)
         _check_training(store, stage, wanted)  # another run may have trained it
-        elsewhere = engine.count_elsewhere(stage, store, run)
         if not elsewhere and (options.tune or not _is_measured(store.state, name, generation, wanted.target)):
             target, memory = wanted.target, wanted.memory
             measure_until_committed(store, run, name, generation, target, options.sample, stage.devices, memory)

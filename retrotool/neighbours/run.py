@@ -228,12 +228,11 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, 
     if not record["within"] and (gone := search_scope.erased_chunks(database.store).contains(edits["neighbour"])).any():
         commit_edits(store, run, stage.table, edits[~gone])
     aware = record["within"] or register_dependent(Store.open(stage.database), store, stage.table, again)
-    engine.execute(stage, store, run, workers=len(stage.devices), wait=wait)
+    elsewhere = engine.execute(stage, store, run, workers=len(stage.devices), wait=wait)
     known, names = store.refresh().records.get(stage.key), ("database", "index", "encoder", "filters", "rerank")
     if known is None or any(known.get(name) != record.get(name) for name in names):
         what = "with another index, filters or order"
         raise ConflictError(f"a concurrent run made the neighbours {stage.table!r} {what}", _RENAME)
-    elsewhere = engine.count_elsewhere(stage, store, run)
     if (routes := routes_to_remove(store, stage.table)) and not engine.plan_tasks(stage, store):
         store.commit(run, lambda state: Draft(
             "neighbours", {"name": stage.table, "routes": "removed"}, remove=tuple(filter(state.has, routes))

@@ -9,7 +9,7 @@ from stored import stored_file
 
 import retrotool
 from retrotool import api
-from retrotool.chunk import part_writer, quarantine
+from retrotool.chunk import quarantine
 from retrotool.chunk import stage as chunk_stage
 from retrotool.sources import Document, Fields, Rejected
 from retrotool.store.paths import FileName
@@ -18,7 +18,7 @@ from retrotool.store.store import Store
 
 def test_a_part_closes_when_what_is_kept_of_its_documents_grows_large(tmp_path, monkeypatch):
     """Whatever the number of chunks: kept columns are held in memory until then."""
-    monkeypatch.setattr(part_writer, "COLUMN_BYTES", 200_000)
+    monkeypatch.setattr(chunk_stage, "COLUMN_BYTES", 200_000)
     monkeypatch.setattr(chunk_stage, "_BATCH_CHARACTERS", 50_000)
     rows = [{"id": str(i), "text": f"text {i}", "pad": "x" * 10_000} for i in range(100)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

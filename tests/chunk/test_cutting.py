@@ -62,11 +62,12 @@ def document(text: str, line: int = 1, value: str | None = None, tokens: np.ndar
 
 def test_documents_without_a_token_are_set_aside_with_their_line():
     bad: list[Rejected] = []
-    found = tokenise([document("ab", 1), document("  ", 2), document("c", 3)], Letters(), 256, 4, bad.append)
+    hashes = [(b"1", b"ab"), (b"2", b"  "), (b"3", b"c")]
+    found = tokenise([document("ab", 1), document("  ", 2), document("c", 3)], Letters(), 256, 4, bad.append, hashes)
     assert [(row.line, row.reason) for row in bad] == [(2, "the text has no tokens")]
     assert [d.line for d in found.documents] == [1, 3]
     assert (found.ids.tolist(), found.lengths.tolist()) == ([97, 98, 99], [2, 1])
-    assert found.kept.tolist() == [0, 2]
+    assert found.hashes == [hashes[0], hashes[2]]
 
 
 def test_a_key_that_is_longer_than_a_chunk_is_cut_and_counted():

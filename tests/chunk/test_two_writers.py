@@ -12,7 +12,7 @@ from forked import Forked
 from retrotool import api
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.chunk.stage import ChunkStage
-from retrotool.engine import task
+from retrotool.engine import local
 from retrotool.errors import ErasedError
 from retrotool.store import disk, gc, leases
 from retrotool.store.leases import Run
@@ -65,13 +65,11 @@ def test_work_that_another_process_finishes_meanwhile_is_no_failure(tmp_path, so
 
 
 def test_a_task_whose_input_is_removed_is_planned_again(tmp_path, source, monkeypatch):
-    perform = task.perform
-
     def find_it_erased(*_, **__):
-        monkeypatch.setattr(task, "perform", perform)
+        monkeypatch.undo()
         raise ErasedError("removed by another process")
 
-    monkeypatch.setattr(task, "perform", find_it_erased)
+    monkeypatch.setattr(local, "perform", find_it_erased)
     assert api.chunk(tmp_path / "store", [str(source)]).documents == 20
 
 

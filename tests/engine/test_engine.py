@@ -23,7 +23,7 @@ from stored import age_stored, stored_files, write_stored
 from retrotool import api, engine
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.engine.progress import Progress
-from retrotool.engine.task import Report, Task, Worker, perform_reporting, task_key
+from retrotool.engine.task import Report, Task, Worker, task_key
 from retrotool.errors import CorruptError, ErasedError, HeldError, StorageError, TaskError, UsageError
 from retrotool.store import leases, staging
 from retrotool.store.folding import writing
@@ -214,7 +214,7 @@ def test_a_claimed_task_is_left_to_the_run_that_is_at_it(store: Store, tmp_path:
     task = stage.plan(store)[3]
     with Run(store.storage) as other, Run(store.storage) as run:
         assert leases.take_claim(store.storage, task.key, other.id)
-        assert engine.perform(stage.open(store), store.storage, task, run.id, lambda _: None) is None
+        assert engine.perform(stage.open(store), store.storage, task, run.id, lambda *_: None) is None
         with pytest.raises(HeldError, match=rf"task 3, held by run {other.id} \(process {os.getpid()} on ") as error:
             engine.execute(stage, store, run, wait=False)
         assert error.value.exit_code == 14
@@ -242,7 +242,7 @@ def test_a_run_waits_for_what_another_holds_and_does_what_is_dropped(
                 age_stored(write_stored(store.place, path, lease), leases.CLAIM_SILENCE_SECONDS + 1)
             elif len(naps) == 3:
                 if how == "does":
-                    assert engine.perform(stage.open(store), store.storage, task, other.id, lambda _: None)
+                    assert engine.perform(stage.open(store), store.storage, task, other.id, lambda *_: None)
                 leases.release_claim(store.storage, task.key, other.id)
 
         monkeypatch.setattr(time, "sleep", nap)
@@ -281,12 +281,12 @@ def test_a_task_that_was_staged_between_two_looks_is_not_done_again(
     def late(storage: Storage, key: str, run: str) -> bool:
         monkeypatch.undo()
         with Run(storage) as other:  # does it all while the first one is about to claim it
-            assert engine.perform(stage.open(store), storage, task, other.id, lambda _: None)
+            assert engine.perform(stage.open(store), storage, task, other.id, lambda *_: None)
         return take(storage, key, run)
 
     monkeypatch.setattr(leases, "take_claim", late)
     with Run(store.storage) as run:
-        assert engine.perform(stage.open(store), store.storage, task, run.id, lambda _: None) is None
+        assert engine.perform(stage.open(store), store.storage, task, run.id, lambda *_: None) is None
     assert attempts(tmp_path, 0) == 1
 
 
@@ -306,7 +306,7 @@ def test_progress_subtracts_what_came_to_nothing(store: Store, tmp_path: Path, o
     worker = Half(store, TouchStage(str(tmp_path)))
     expected = contextlib.nullcontext() if others else pytest.raises(OSError, match="a hiccup")
     with Run(store.storage) as run, expected:
-        perform_reporting(worker, store.storage, task, run.id, lambda *update: updates.append(update))
+        engine.perform(worker, store.storage, task, run.id, lambda *update: updates.append(update))
     assert updates == [(4, 0), (3, 0), (-7, 10 if others else 0)]
 
 

@@ -34,7 +34,7 @@ from retrotool.store.leases import Run
 from retrotool.store.store import Store
 
 
-def nothing(_: int) -> None:
+def nothing(*_: int) -> None:
     """Ignores reports."""
 
 

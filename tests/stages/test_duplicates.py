@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
@@ -21,7 +20,7 @@ import retrotool
 from retrotool import api, engine
 from retrotool.chunk import deduplicate, hash_partitions, update
 from retrotool.chunk.chunk_plan import ChunkOptions, Duplicates, Existing, commit_plan
-from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, PartRepeats, finish_plans
+from retrotool.chunk.deduplicate import BY_ID, BY_TEXT, DIFFERING, DuplicateCounts, finish_plans
 from retrotool.chunk.stage import ChunkStage
 from retrotool.errors import DuplicatesError, RetrotoolError
 from retrotool.info.run import info
@@ -264,8 +263,7 @@ def test_sources_are_counted_in_bounded_memory_and_the_largest_stay(monkeypatch:
     counts = DuplicateCounts()
     for small in range(100):
         sources = ["large", "large", "middle", f"small-{small}"]
-        none = np.zeros(4, np.int64)
-        counts.add(PartRepeats(none, 0, 0, 0, np.array([1, 0, 1, 0], np.int8), pa.array([""] * 4), none, sources))
+        counts.add(np.array([1, 0, 1, 0], np.int8), sources)
         assert len(counts.sources) <= 10
     assert counts.sources.most_common(2) == [("large", 100), ("middle", 100)]
     assert (counts.by_id, counts.by_text) == (200, 200)

@@ -176,7 +176,7 @@ def test_an_erase_that_is_not_finished_is_no_damage(store_copy: Path) -> None:
     stage = erase.EraseStage(targets, (purge,))
     with writing(opened) as run:
         for task in stage.tasks(opened):
-            engine.perform(stage.open(opened), opened.storage, task, run.id, lambda _: None)
+            engine.perform(stage.open(opened), opened.storage, task, run.id, lambda *_: None)
             folding.fold(opened, run)
             if "part" in task.inputs:
                 assert np.isin(targets.ids, shard_ids(opened)).all()

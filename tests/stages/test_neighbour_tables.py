@@ -46,7 +46,7 @@ def purge(store: Path, *documents: str, erase: bool = False) -> None:
     api.purge(store, api.Selectors(document=Path(names)), reason="test", erase=erase)
 
 
-def nothing(_: int) -> None:
+def nothing(*_: int) -> None:
     """Reports to nobody."""
 
 

@@ -119,7 +119,7 @@ def test_a_part_is_scanned_once_until_it_is_rewritten(store: Path, texts: dict[s
     assert len(tasks) == len(opened.state.parts()) > 2
     with writing(opened) as run:
         worker = stage.open(opened)
-        engine.perform(worker, opened.storage, tasks[0], run.id, lambda _: None)  # and then it was killed
+        engine.perform(worker, opened.storage, tasks[0], run.id, lambda *_: None)  # and then it was killed
     with writing(opened):
         pass
     assert {task.key for task in stage.plan(opened.refresh() and opened)} == {task.key for task in tasks[1:]}
@@ -149,7 +149,7 @@ def test_what_a_killed_run_had_finished_is_not_missed(store: Path, texts: dict[s
     with writing(opened) as run:  # it was killed after the last part, before that was committed
         worker = stage.open(opened)
         for task in stage.plan(opened):
-            assert engine.perform(worker, opened.storage, task, run.id, lambda _: None) is not None
+            assert engine.perform(worker, opened.storage, task, run.id, lambda *_: None) is not None
     assert plan_tasks(stage, opened) == []
     assert not stage.is_done(opened)
     with pytest.raises(ConflictError, match="since the scan"):
