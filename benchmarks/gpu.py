@@ -292,8 +292,8 @@ def embed(small: bool) -> None:
         true = Encoder("minilm", DEVICE, "float32", forward="transformers").embed(few)
         encoder = Encoder("minilm", DEVICE, dtype, batch_tokens=1 << 20)  # not worth compiling
         for way in ("tanh where the device has it", "exact"):
-            found = compare(encoder.embed(few), true, chunks.doc[some[: len(few)]])
-            say(f"recall@10 of MiniLM, {dtype}, GELU {way}", 100 * found.recall_at_10, "%")
+            _, recall = compare(encoder.embed(few), true, chunks.doc[some[: len(few)]])
+            say(f"recall@10 of MiniLM, {dtype}, GELU {way}", 100 * recall, "%")
             encoder._loaded.use_exact_gelu()
         classifier = Classifier(find_classifier(make_classifier(Path(name) / "classifier", small)), DEVICE)
         for way, above, n in (("screened", 0.9, len(decoded)), ("float32", 0.0, len(decoded) // 8)):

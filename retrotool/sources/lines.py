@@ -265,7 +265,7 @@ def count_lines(file: InputFile, offsets: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def _to_count(file: InputFile, where: Slice = WHOLE) -> Iterator[Iterator[bytes]]:
-    """Open a file to count its lines from the beginning of a range on; ``InputError`` if that can't be done."""
+    """Open a file to count lines from the beginning of a range on; ``InputError`` if that can't be done."""
     if file.is_remote:
         raise InputError("lines aren't counted: that would download the file again")
     try:
