@@ -281,13 +281,7 @@ def _check_log(checked: _Checked) -> set[str]:
     return recorded
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What a task has found: problems, files that are broken, and digests."""
-
-    problems: list[Problem]
-    broken: set[str]
-    digests: list[Any]
+_Found = tuple[list[Problem], set[str], list[Any]]  # by a task: problems, files that are broken, and digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +338,7 @@ class VerifyStage:
                 with checked.noting(entry.path):
                     digests.append(check[task.inputs["step"]](checked, entry))
                 report(entry.bytes)
-            return _Found(checked.problems, checked.broken, [one for one in digests if one is not None])
+            return checked.problems, checked.broken, [one for one in digests if one is not None]
 
         return work
 
@@ -352,10 +346,10 @@ class VerifyStage:
 def _do_step(checked: _Checked, step: str, stage: VerifyStage, gather: Gather) -> list[Any]:
     """Do a step of ``verify``; add what it finds to ``checked``, and return its digests."""
     digests = list[Any]()
-    for found in gather(stage.tasks(step, checked.store, checked.broken)):
-        checked.problems += found.problems
-        checked.broken |= found.broken
-        digests += found.digests
+    for problems, broken, some in gather(stage.tasks(step, checked.store, checked.broken)):
+        checked.problems += problems
+        checked.broken |= broken
+        digests += some
     return digests
 
 
@@ -410,10 +404,11 @@ def _check_chunks(checked: _Checked, part: int) -> PartDigest:
         "the log has a different number of keys": chunks.key.sum() != parts.n_keys(entry),
     }
     checked.note(entry.path, wrong, f"part {part}")
-    _check_embeddings(checked, part, chunks.embedded)
-    alive = chunks.n_tokens > 0
-    purged = checked.tombstones.rows(part)
-    alive[purged[purged < n]] = False
+    for encoder in store.state.names("embeddings"):
+        if (vectors := checked.whole("embeddings", part, encoder)) is not None:
+            with checked.noting(vectors.path):
+                _check_vectors(checked, encoder, vectors, chunks.embedded)
+    alive = (chunks.n_tokens > 0) & ~checked.tombstones.contains(parts.chunk_ids(part, np.arange(n)))
     return part_digest(chunks, documents["key"].to_pylist(), alive)
 
 
@@ -482,16 +477,8 @@ def _check_undone(checked: _Checked) -> None:
                 _check_chunk_ids(checked, undone_chunks(checked.store, slot), entry.path)
 
 
-def _check_embeddings(checked: _Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:
-    """Check that a part's embeddings have vectors for exactly the rows ``embedded``, bool [n]."""
-    for encoder in checked.store.state.names("embeddings"):
-        entry = checked.whole("embeddings", part, encoder)
-        if entry is not None:
-            with checked.noting(entry.path):
-                _check_vectors(checked, encoder, entry, embedded)
-
-
 def _check_vectors(checked: _Checked, encoder: str, entry: FileEntry, embedded: npt.NDArray[np.bool_]) -> None:
+    """Check that a part's embeddings have vectors for exactly the rows ``embedded``, bool [n]."""
     store = checked.store
     matrix = np.asarray(read_vectors(store, entry))
     record = store.state.records.get(f"encoder:{encoder}", {})
@@ -534,12 +521,9 @@ def _parts_of_shard(entry: FileEntry) -> set[int]:
 
 def _check_index(checked: _Checked, entry: FileEntry) -> None:
     """Check that a shard has all live embedded chunks of its parts, and no erased ones."""
-    if entry.slot.startswith(SHARD) and entry.path not in checked.broken:
-        _check_shard(checked, entry.name, entry, sorted(_parts_of_shard(entry)))
-
-
-def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[int]) -> None:
-    trained, generation = None, generation_in(entry.slot)
+    if not entry.slot.startswith(SHARD) or entry.path in checked.broken:
+        return
+    trained, name, generation = None, entry.name, generation_in(entry.slot)
     # A broken training file is a problem of its own; shards are still readable without it.
     with suppress(CorruptError):
         trained = read_trained(checked.store, name, generation)[1]
@@ -551,7 +535,7 @@ def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[i
         return
     encoder = IndexFiles(checked.store.state, name, generation).encoder or ""
     expected = missing = unembedded = 0
-    for part in covered:
+    for part in sorted(_parts_of_shard(entry)):
         if not checked.rows_of(np.array([part]))[0]:
             checked.add(entry.path, f"{entry.path}: lists part {part}, which doesn't exist")
             continue
@@ -848,6 +832,4 @@ def part_digest(chunks: Chunks, keys: list[bytes | None], live: npt.NDArray[np.b
 
 
 def _hash(key: bytes, data: Any) -> int:
-    state = hashlib.blake2b(key, digest_size=32)
-    state.update(data)
-    return int.from_bytes(state.digest(), "little")
+    return int.from_bytes(hashlib.blake2b(b"".join((key, data)), digest_size=32).digest(), "little")
