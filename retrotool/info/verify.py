@@ -51,7 +51,7 @@ from retrotool.store.blocked import read_hashes
 from retrotool.store.gc import foreign_files, unnamed_files
 from retrotool.store.log import Commit, FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText, is_within
-from retrotool.store.parts import ROW_GROUP, Chunks, Ids, join_id, part_of, row_of
+from retrotool.store.parts import ROW_GROUP, Chunks, Ids, part_of, row_of
 from retrotool.store.paths import generation_in, part_slot
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, read_tombstones, undone_chunks, undone_purges
@@ -565,12 +565,12 @@ def _same_vectors(checked: _Checked, encoder: str, entry: FileEntry, shard: Inve
     drawn = np.sort(_draw(entry).choice(len(shard), min(len(shard), _SAMPLED_VECTORS), replace=False))
     numbers = np.searchsorted(sizes.cumsum(), drawn, "right")
     rows = drawn - (sizes.cumsum() - sizes)[numbers]
-    chunks = [int(shard.ids(number)[row]) for number, row in zip(numbers.tolist(), rows, strict=True)]
-    stored = _vectors(checked, encoder, chunks)
-    known = np.array([chunk in stored for chunk in chunks], np.bool_)
+    chunks = [shard.ids(number)[row] for number, row in zip(numbers.tolist(), rows, strict=True)]
+    stored = _vectors(checked, encoder, np.array(chunks, np.int64))
+    known = stored.any(axis=1)
     for number in np.unique(numbers[known]).tolist():
-        some = np.flatnonzero(known & (numbers == number))
-        if not shard.may_stand_for(number, rows[some], np.stack([stored[chunks[i]] for i in some])):
+        some = known & (numbers == number)
+        if not shard.may_stand_for(number, rows[some], stored[some]):
             return False
     return True
 
@@ -579,17 +579,15 @@ def _draw(entry: FileEntry) -> np.random.Generator:
     return np.random.default_rng(int(entry.sha256[:16], 16))
 
 
-def _vectors(checked: _Checked, encoder: str, chunks: Iterable[int]) -> dict[int, npt.NDArray[np.float16]]:
-    """Return the stored vectors, float16 [d] each, of chunks that are not erased nor in a broken file."""
-    found = {}
-    for part, rows in parts.rows_by_part(np.unique(np.fromiter(chunks, np.int64))):
-        entry = checked.whole("embeddings", part, encoder)
-        if entry is None:
-            continue
-        matrix = read_vectors(checked.store, entry)
-        for row in rows.tolist():
-            if row < entry.rows and matrix[row].any():
-                found[join_id(part, row)] = np.array(matrix[row])
+def _vectors(checked: _Checked, encoder: str, chunks: Ids) -> npt.NDArray[np.float16]:
+    """Return the stored vectors of chunks [n], float16 [n, d]; zero for those erased or in a broken file."""
+    found = np.zeros((len(chunks), 0), np.float16)
+    for part in parts.distinct_parts(chunks):
+        if (entry := checked.whole("embeddings", part, encoder)) is not None:
+            matrix = read_vectors(checked.store, entry)
+            found = found if found.shape[1] else np.zeros((len(chunks), matrix.shape[1]), np.float16)
+            mine = np.flatnonzero((part_of(chunks) == part) & (row_of(chunks) < entry.rows))
+            found[mine] = matrix[row_of(chunks[mine])]
     return found
 
 
@@ -696,22 +694,15 @@ def _wrong_distances(
     near = others[np.argsort(abs(others - part), kind="stable")[:_NEAR_PARTS]]
     is_near = (table.ids != NO_NEIGHBOUR) & np.isin(part_of(table.ids), near)
     asking = np.flatnonzero(is_near.any(axis=1))
-    rows = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False).tolist()
-    named = [chunk for row in rows for chunk in table.ids[row][is_near[row]].tolist()]
-    stored = _vectors(checked, encoder, [*(join_id(part, row) for row in rows), *named])
-    wrong = sampled = 0
-    for row in rows:
-        query = stored.get(join_id(part, row))
-        if query is None:
-            continue
-        for chunk, distance in zip(table.ids[row].tolist(), table.distances[row].tolist(), strict=True):
-            other = stored.get(chunk)
-            if other is None:  # no neighbour, or erased since
-                continue
-            one, two = query.astype(np.float64), other.astype(np.float64)
-            sampled += 1
-            wrong += abs(((one - two) ** 2).sum() - distance) > _ROUNDING * ((one**2).sum() + (two**2).sum())
-    return wrong, sampled
+    drawn = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False)
+    pair, place = np.nonzero(is_near[drawn])
+    rows = drawn[pair]
+    stored = _vectors(checked, encoder, np.concatenate([parts.chunk_ids(part, rows), table.ids[rows, place]]))
+    one, two = np.split(stored.astype(np.float64), 2)
+    known = one.any(axis=1) & two.any(axis=1)  # the others were erased since
+    off = abs(((one - two) ** 2).sum(axis=1) - table.distances[rows, place])
+    wrong = known & (off > _ROUNDING * ((one**2).sum(axis=1) + (two**2).sum(axis=1)))
+    return int(wrong.sum()), int(known.sum())
 
 
 def _check_neighbour_text(checked: _Checked, entry: FileEntry, table: NeighbourTable, *, within: bool) -> str:
