@@ -602,7 +602,7 @@ def _check_table_file(checked: _Checked, entry: FileEntry) -> tuple[str, str] | 
         digest.update(np.ascontiguousarray(table.scores, "<f4").data)
     file, text = f"neighbours/{entry.name}/{entry.slot}", ""
     with checked.noting(entry.path):
-        _check_table(checked, entry, entry.name, table)
+        _check_table(checked, entry, table)
         if neighbour_tables.text_size(entry):
             within = is_within(checked.store, entry, parts.read_schema(checked.store, entry).metadata)
             text = f"{file} {_check_neighbour_text(checked, entry, table, within=within)}"
@@ -615,9 +615,9 @@ def _lines_digest(lines: Iterable[str]) -> str:
     return hashlib.blake2b(text, digest_size=32).hexdigest() if text else ""
 
 
-def _check_table(checked: _Checked, entry: FileEntry, name: str, table: NeighbourTable) -> None:
+def _check_table(checked: _Checked, entry: FileEntry, table: NeighbourTable) -> None:
     store, part = checked.store, entry.part
-    record = store.state.records.get(f"neighbours:{name}", {})
+    record = store.state.records.get(f"neighbours:{entry.name}", {})
     metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
     checked.note(entry.path, {"its database is not that of its record": database != record.get("database", database)})
@@ -643,7 +643,7 @@ def _check_table(checked: _Checked, entry: FileEntry, name: str, table: Neighbou
             if known and not checked.are_keys(ids).all():
                 found.add("a neighbour is not a key")
     if within and known and "encoder" in record and not found:
-        wrong, sampled = _wrong_distances(checked, str(record["encoder"]), entry, part, table)
+        wrong, sampled = _wrong_distances(checked, str(record["encoder"]), entry, table)
         if wrong:
             found.add(f"{wrong:,} of {sampled:,} sampled distances are not those of the vectors")
     checked.note(entry.path, dict.fromkeys(sorted(found), True))
@@ -683,21 +683,19 @@ def _documents_of_rows(checked: _Checked, part: int) -> tuple[Ids, Ids] | None:
     return None
 
 
-def _wrong_distances(
-    checked: _Checked, encoder: str, entry: FileEntry, part: int, table: NeighbourTable
-) -> tuple[int, int]:
+def _wrong_distances(checked: _Checked, encoder: str, entry: FileEntry, table: NeighbourTable) -> tuple[int, int]:
     """Compute a sample of the distances again; return how many are wrong, and the size of the sample.
 
     Only neighbours in ``_NEAR_PARTS`` parts are drawn, so that each file is read by few of these checks.
     """
     others = np.array(checked.store.state.parts())
-    near = others[np.argsort(abs(others - part), kind="stable")[:_NEAR_PARTS]]
+    near = others[np.argsort(abs(others - entry.part), kind="stable")[:_NEAR_PARTS]]
     is_near = (table.ids != NO_NEIGHBOUR) & np.isin(part_of(table.ids), near)
     asking = np.flatnonzero(is_near.any(axis=1))
     drawn = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False)
     pair, place = np.nonzero(is_near[drawn])
     rows = drawn[pair]
-    stored = _vectors(checked, encoder, np.concatenate([parts.chunk_ids(part, rows), table.ids[rows, place]]))
+    stored = _vectors(checked, encoder, np.concatenate([parts.chunk_ids(entry.part, rows), table.ids[rows, place]]))
     one, two = np.split(stored.astype(np.float64), 2)
     known = one.any(axis=1) & two.any(axis=1)  # the others were erased since
     off = abs(((one - two) ** 2).sum(axis=1) - table.distances[rows, place])
