@@ -32,18 +32,15 @@ def opt(
     least: float | None = None,
     most: float | None = None,
     complete: Completion | None = None,
-    variable: str | None = None,
 ) -> Any:
     """Return a typer option; its default is shown, unless it is None or False.
 
     ``names``: by default "--" and the parameter's name. ``panel``: its heading in the help. ``least`` and
-    ``most``: bounds of a number. ``complete``: lists values for the shell. ``variable``: an environment
-    variable for the value.
+    ``most``: bounds of a number. ``complete``: lists values for the shell.
     """
     return typer.Option(
-        *names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most, autocompletion=complete,
-        envvar=variable,
-    )  # fmt: skip
+        *names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most, autocompletion=complete
+    )
 
 
 def arg(help: str, *, metavar: str, complete: Completion | None = None) -> Any:  # noqa: A002
@@ -106,7 +103,7 @@ IndexOption = Annotated[
 
 def _work(text: str, name: str, metavar: str | None, least: int | None = None) -> Any:
     variable = f"RETROTOOL_{name.upper().replace('-', '_')}"
-    return opt(text, f"--{name}", metavar=metavar, panel=WORK, variable=variable, least=least)
+    return typer.Option(f"--{name}", help=text, metavar=metavar, rich_help_panel=WORK, envvar=variable, min=least)
 
 
 DevicesOption = Annotated[
