@@ -228,9 +228,8 @@ def _check_whole(checked: _Checked, result: Verification) -> None:
 def _check_files(checked: _Checked, result: Verification, stage: VerifyStage, gather: Gather) -> None:
     """Check the content of the files of a stage's share, and compute the digests if it has all."""
     store, ids = checked.store, None
-    sums = stage.plan(store)
-    result.files, result.bytes = sum(len(task.inputs["places"]) for task in sums), sum(task.weight for task in sums)
-    _do_step(checked, "sums", stage, gather)
+    sizes = _do_step(checked, "sums", stage, gather)
+    result.files, result.bytes = len(sizes), sum(sizes)
     if stage.is_first:
         with checked.noting("", "tombstones"):
             ids = read_tombstones(store).ids
@@ -239,15 +238,13 @@ def _check_files(checked: _Checked, result: Verification, stage: VerifyStage, ga
         _check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
         _check_blocked(checked)
         _check_undone(checked)
-    if not stage.shard:
-        result.embeddings = _digest_files(store, "embeddings")
-        result.indexes = _digest_files(store, "index")
     tables: list[tuple[str, str]] = _do_step(checked, "neighbours", stage, gather)
     if stage.is_first:
         _check_windows(checked)
     _do_step(checked, "index", stage, gather)
     if stage.shard:
         return
+    result.embeddings, result.indexes = (_digest_files(store, kind) for kind in ("embeddings", "index"))
     if ids is not None:
         result.tombstones = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
     result.neighbours = _lines_digest(line for line, _ in tables)
@@ -353,8 +350,8 @@ def _do_step(checked: _Checked, step: str, stage: VerifyStage, gather: Gather) -
     return digests
 
 
-def _check_sum(checked: _Checked, entry: FileEntry) -> None:
-    """Check a file's size and sum; note it if it is broken."""
+def _check_sum(checked: _Checked, entry: FileEntry) -> int:
+    """Check a file's size and sum, and note it if it is broken; return the size that the log says."""
     try:
         checked.store.check_sum(entry)
     except ErasedError:
@@ -362,6 +359,7 @@ def _check_sum(checked: _Checked, entry: FileEntry) -> None:
     except (RetrotoolError, OSError) as error:
         checked.add(entry.path, str(error).removeprefix(f"{checked.store.place}/"))
         checked.broken.add(entry.path)
+    return entry.bytes
 
 
 def _check_part(checked: _Checked, entry: FileEntry) -> PartDigest | None:
