@@ -128,7 +128,6 @@ ExactTokenizer = Annotated[
 
 LEAST_MEMORY = 16 << 20  # the smallest ``--memory``, in bytes
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_BOM = b"\xef\xbb\xbf"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
 
 
@@ -192,13 +191,13 @@ def read_given_file(option: str, path: str | Path) -> str:
     ``UsageError`` if it can't be read, with the line that is not UTF-8.
     """
     try:
-        data = (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).removeprefix(_BOM)
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"{option} {path} can't be read: {error.strerror or error}", "Name another file.") from error
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{option} {path} can't be read: line {line:,} is not UTF-8", "Save it as UTF-8.") from error
 
 
