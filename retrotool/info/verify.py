@@ -238,13 +238,14 @@ def _check_files(checked: _Checked, result: Verification, stage: VerifyStage, ga
         _check_chunk_ids(checked, checked.tombstones.ids, "", "tombstones")
         _check_blocked(checked)
         _check_undone(checked)
+    if not stage.shard:
+        result.embeddings, result.indexes = (_digest_files(store, kind) for kind in ("embeddings", "index"))
     tables: list[tuple[str, str]] = _do_step(checked, "neighbours", stage, gather)
     if stage.is_first:
         _check_windows(checked)
     _do_step(checked, "index", stage, gather)
     if stage.shard:
         return
-    result.embeddings, result.indexes = (_digest_files(store, kind) for kind in ("embeddings", "index"))
     if ids is not None:
         result.tombstones = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=32).hexdigest()
     result.neighbours = _lines_digest(line for line, _ in tables)
