@@ -32,18 +32,15 @@ def opt(
     least: float | None = None,
     most: float | None = None,
     complete: Completion | None = None,
-    variable: str | None = None,
 ) -> Any:
     """Return a typer option; its default is shown, unless it is None or False.
 
     ``names``: by default "--" and the parameter's name. ``panel``: its heading in the help. ``least`` and
-    ``most``: bounds of a number. ``complete``: lists values for the shell. ``variable``: an environment
-    variable for the value.
+    ``most``: bounds of a number. ``complete``: lists values for the shell.
     """
     return typer.Option(
-        *names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most, autocompletion=complete,
-        envvar=variable,
-    )  # fmt: skip
+        *names, help=help, metavar=metavar, rich_help_panel=panel, min=least, max=most, autocompletion=complete
+    )
 
 
 def arg(help: str, *, metavar: str, complete: Completion | None = None) -> Any:  # noqa: A002
@@ -106,7 +103,7 @@ IndexOption = Annotated[
 
 def _work(text: str, name: str, metavar: str | None, least: int | None = None) -> Any:
     variable = f"RETROTOOL_{name.upper().replace('-', '_')}"
-    return opt(text, f"--{name}", metavar=metavar, panel=WORK, variable=variable, least=least)
+    return typer.Option(f"--{name}", help=text, metavar=metavar, rich_help_panel=WORK, envvar=variable, min=least)
 
 
 DevicesOption = Annotated[
@@ -131,7 +128,6 @@ ExactTokenizer = Annotated[
 
 LEAST_MEMORY = 16 << 20  # the smallest ``--memory``, in bytes
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_BOM = b"\xef\xbb\xbf"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "0": "\0", "f": "\f"}
 
 
@@ -195,13 +191,13 @@ def read_given_file(option: str, path: str | Path) -> str:
     ``UsageError`` if it can't be read, with the line that is not UTF-8.
     """
     try:
-        data = (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).removeprefix(_BOM)
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"{option} {path} can't be read: {error.strerror or error}", "Name another file.") from error
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{option} {path} can't be read: line {line:,} is not UTF-8", "Save it as UTF-8.") from error
 
 

@@ -20,11 +20,10 @@ from retrotool.errors import EXIT_INTERRUPTED, RetrotoolError
 
 EXIT_FAILED = 1
 # Documents are hostile: escapes of characters that move the cursor, colour the terminal, break lines or
-# change the text direction.
+# change the text direction; and of what is not UTF-8, such as in a path.
 _CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0))}
-_CONTROLS |= {
-    number: f"\\u{number:04x}" for number in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070))
-}
+_BEYOND = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x2070), *range(0xD800, 0xE000))
+_CONTROLS |= {number: f"\\u{number:04x}" for number in _BEYOND}
 _IN_JSON = {number: f"\\u{number:04x}" for number in _CONTROLS if number >= 0x7F}
 """The same for JSON, where characters below 0x20 are escaped already; readers get the characters."""
 _INSIDE = {number: shown for number, shown in _CONTROLS.items() if chr(number) not in "\t\n"}
@@ -38,8 +37,7 @@ def show(result: Any, as_json: bool, text: Callable[[Any], str], *, styled: bool
     if as_json:
         sys.stdout.write(_json(asdict(result)) + "\n")
     else:
-        shown = _printable(text(result))
-        typer.echo(shown if styled else visible(shown))
+        typer.echo(text(result) if styled else visible(text(result)))
 
 
 def visible(text: str) -> str:
@@ -59,7 +57,7 @@ def show_each(name: str, results: Iterable[Any], as_json: bool, text: Callable[[
     """
     if not as_json:
         for result in results:
-            sys.stdout.write(visible(_printable(text(result))) + "\n")
+            sys.stdout.write(visible(text(result)) + "\n")
         sys.stdout.flush()
         return
     sys.stdout.write(f'{{"{name}":[')
@@ -91,14 +89,9 @@ def _json(fields: dict[str, Any]) -> str:
     return data.decode().translate(_IN_JSON)
 
 
-def _printable(text: str) -> str:
-    """Escape what is not UTF-8, such as in a path."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _all_printable(value: Any) -> Any:
     if isinstance(value, str):
-        return _printable(value)
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
         return {_all_printable(key): _all_printable(inner) for key, inner in value.items()}
     return [_all_printable(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -26,9 +26,8 @@ def write_page(file: str | Path, template: str, **context: object) -> None:
     Values of ``context`` may be iterators: the page is written piece by piece and not held in memory.
     ``StorageError`` if it can't be written; ``jinja2.UndefinedError`` for a name missing in ``context``.
     """
-    with written(file) as scratch, scratch.open("wb") as page:
-        for piece in _TEMPLATES.get_template(template).generate(context):
-            page.write(piece.encode("utf-8", "backslashreplace"))  # a path may not be UTF-8
+    with written(file) as scratch:
+        _TEMPLATES.get_template(template).stream(context).dump(str(scratch), "utf-8", "backslashreplace")
 
 
 def _visible(value: object) -> object:

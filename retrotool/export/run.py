@@ -36,6 +36,7 @@ from retrotool.errors import CorruptError, UsageError, listed
 from retrotool.index.searching import commands_to_index
 from retrotool.neighbours.retrieved import Pieces, read_document_ids
 from retrotool.neighbours.table_reader import Found, NeighbourReader, check_same_tokens
+from retrotool.ranges import runs_up_to
 from retrotool.store import disk, parts
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
 from retrotool.store.parts import ROW_GROUP, Chunks, Ids, format_id
@@ -80,10 +81,32 @@ def read_blocks(reader: NeighbourReader, k: int) -> Iterator[tuple[Block, Pieces
     With each come the tokens of its neighbours and their continuations [n · k], and the ids of the
     neighbours' documents [n · k], None without a neighbour.
     """
+    own = reader.store.identity
+    most = HELD_BYTES // (2 * k * own.chunk_length * own.tokenizer.token_bytes)
+    for blocks in runs_up_to(most, _live_blocks(reader, k), lambda block: len(block.rows)):
+        found = Found.joined([block.found for block in blocks])
+        pieces = reader.pieces(found)
+        wrong = (found.ids != NO_NEIGHBOUR) & (pieces.n_tokens[:, 0] == 0).reshape(found.ids.shape)
+        if wrong.any():
+            place = tuple(np.argwhere(wrong)[0])
+            database, chunk = reader.databases[found.databases[place]].place, format_id(int(found.ids[place]))
+            verify = ", then: ".join(command_line("verify", root) for root in (reader.store.place, database))
+            what = f"the neighbours {reader.name!r} name chunk {chunk}, which is not in {database}"
+            raise CorruptError(what, f"Find out more: {verify}")
+        names = np.full(found.ids.size, None, np.object_)
+        for number, database in enumerate(reader.databases):
+            here = found.databases.ravel() == number
+            names[here] = read_document_ids(database, found.ids.ravel()[here])
+        start = 0
+        for block in blocks:
+            some = slice(start, start + block.found.ids.size)
+            yield block, Pieces(pieces.tokens[some], pieces.n_tokens[some]), names[some]
+            start = some.stop
+
+
+def _live_blocks(reader: NeighbourReader, k: int) -> Iterator[Block]:
     store = reader.store
     tombstones, tabled = read_tombstones(store), frozenset(reader.parts())  # chunks of other parts have no neighbours
-    most = HELD_BYTES // (2 * k * store.identity.chunk_length * store.identity.tokenizer.token_bytes) - ROW_GROUP
-    waiting, held = list[Block](), 0
     for part in store.state.parts():
         # Combined, as ``take`` copies all chunks of a column each time.
         documents = parts.read_documents(store, part, ["id", "source"]).combine_chunks()
@@ -99,49 +122,18 @@ def read_blocks(reader: NeighbourReader, k: int) -> Iterator[tuple[Block, Pieces
                 raise store.corrupt(f"{of} have {len(found.ids):,} rows, not {len(ids):,}")
             for rows in np.split(live, range(TEXTS // k, len(live), TEXTS // k)):
                 named = documents.take(pa.array(chunks.doc[rows]))
-                waiting.append(Block(ids[rows], rows, chunks, named, found.take(rows)))
-            held += len(live)
-            if held > most:
-                yield from _with_pieces(reader, waiting)
-                waiting, held = [], 0
-    if waiting:
-        yield from _with_pieces(reader, waiting)
-
-
-def _with_pieces(
-    reader: NeighbourReader, blocks: list[Block]
-) -> Iterator[tuple[Block, Pieces, npt.NDArray[np.object_]]]:
-    columns = ([one.found.ids, one.found.distances, one.found.databases] for one in blocks)
-    found = Found(*map(np.concatenate, zip(*columns, strict=True)))
-    pieces = reader.pieces(found)
-    wrong = (found.ids != NO_NEIGHBOUR) & (pieces.n_tokens[:, 0] == 0).reshape(found.ids.shape)
-    if wrong.any():
-        place = tuple(np.argwhere(wrong)[0])
-        database, chunk = reader.databases[found.databases[place]].place, format_id(int(found.ids[place]))
-        raise CorruptError(
-            f"the neighbours {reader.name!r} name chunk {chunk}, which is not in {database}",
-            f"Find out more: {command_line('verify', reader.store.place)}, then: {command_line('verify', database)}",
-        )
-    names = np.full(found.ids.size, None, np.object_)
-    for number, database in enumerate(reader.databases):
-        here = found.databases.ravel() == number
-        names[here] = read_document_ids(database, found.ids.ravel()[here])
-    start = 0
-    for block in blocks:
-        some = slice(start, start + block.found.ids.size)
-        yield block, Pieces(pieces.tokens[some], pieces.n_tokens[some]), names[some]
-        start = some.stop
+                yield Block(ids[rows], rows, chunks, named, found.take(rows))
 
 
 def _table(block: Block, pieces: Pieces, names: npt.NDArray[np.object_], tokenizer: Tokenizer) -> pa.Table:
     """Return the rows of a block in the columns of an export."""
     ids, chunks, rows = block.found.ids, block.chunks, block.rows
     tokens, n_tokens = chunks.tokens[rows], chunks.n_tokens[rows]
-    texts = [tokenizer.decode_text(pieces.tokens[:, piece], pieces.n_tokens[:, piece]) for piece in (0, 1)]
     near = {}
     for piece, name in enumerate(("neighbour", "continuation")):
         lengths = pieces.n_tokens[:, piece]
-        text = np.where(lengths > 0, np.array(texts[piece], np.object_), np.array(None))
+        decoded = tokenizer.decode_text(pieces.tokens[:, piece], lengths)
+        text = np.where(lengths > 0, np.array(decoded, np.object_), np.array(None))
         near[f"{name}_text"] = _fixed(text.reshape(ids.shape), pa.string())
         near[f"{name}_tokens"] = _fixed(pieces.tokens[:, piece].reshape(*ids.shape, -1))
         near[f"{name}_lengths"] = _fixed(lengths.astype(np.int32).reshape(ids.shape))
@@ -234,8 +226,7 @@ def export(root: str | Path, output: str | Path, *, table: str | None = None, k:
     reader, k = open_tables(store, table, k)
     tombstones = read_tombstones(store)
     _check_complete(reader, tombstones)
-    rows = sum(parts.part_entry(store, "chunks", part).rows for part in store.state.parts())
-    total = rows - len(tombstones)
+    total = sum(parts.part_entry(store, "chunks", part).rows for part in store.state.parts()) - len(tombstones)
     if not total:
         raise UsageError(f"{root} has no live chunks to export")
     with new_folder(target) as folder:

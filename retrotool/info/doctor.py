@@ -102,7 +102,7 @@ def _gpus() -> Check:
 def _kernels() -> Check:
     """Check which kernels OpenBLAS chose: for a CPU that it does not know, very old ones."""
     kernels = loaded_kernels()
-    best = "SkylakeX" if "avx512f" in cpu_flags() else "Haswell" if "avx2" in cpu_flags() else ""
+    best = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability(), "")
     slow = best and any(kernel in _OLD_KERNELS for kernel in kernels.values())
     shown = ", ".join(f"{library}: {kernel}" for library, kernel in kernels.items()) or "none"
     advice = f"Products are several times as slow as they could be. Set OPENBLAS_CORETYPE={best} in the environment."
@@ -121,13 +121,6 @@ def loaded_kernels() -> dict[str, str]:
                 function.restype = ctypes.c_char_p
                 found[Path(path).parent.name.partition(".")[0]] = function().decode()
     return found
-
-
-def cpu_flags() -> list[str]:
-    """Return the features of the CPU as Linux names them."""
-    with suppress(OSError):
-        return Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
-    return []
 
 
 def _limits() -> Iterator[Check]:

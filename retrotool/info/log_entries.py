@@ -17,7 +17,6 @@ from pathlib import Path
 from retrotool.errors import CorruptError, UsageError
 from retrotool.store import identity, log
 from retrotool.store.log import Commit
-from retrotool.store.paths import NAMED_KINDS
 from retrotool.store.storage import Storage, storage_at, where
 from retrotool.store.verify_log import check_log
 
@@ -90,10 +89,10 @@ def _entries(storage: Storage, genesis: str, last: int | None) -> Iterator[LogEn
 def _summary(commit: Commit) -> LogEntry:
     added: dict[str, dict[str, int]] = {}
     for entry in commit.add:
-        counts = added.setdefault(_kind(entry.path), {"files": 0, "rows": 0})
+        counts = added.setdefault(entry.path.rpartition("/")[0], {"files": 0, "rows": 0})
         counts["files"] += 1
         counts["rows"] += entry.rows
-    removed = dict(Counter(map(_kind, commit.remove)))
+    removed = dict(Counter(path.rpartition("/")[0] for path in commit.remove))
     purges = []
     if commit.kind in _ABOUT:
         reason, who = _ABOUT[commit.kind]
@@ -106,11 +105,6 @@ def _summary(commit: Commit) -> LogEntry:
         commit.number, commit.time, commit.kind, added, removed, tuple(commit.records), tuple(purges), commit.tool,
         commit.parent, commit.sha256,
     )  # fmt: skip
-
-
-def _kind(path: str) -> str:
-    kind, _, rest = path.partition("/")
-    return f"{kind}/{rest.partition('/')[0]}" if kind in NAMED_KINDS else kind
 
 
 def verify_log(root: str | Path, kept: str | None = None) -> LogVerification:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from retrotool.errors import RetrotoolError
 from retrotool.index.index_records import IndexFiles
@@ -64,15 +64,14 @@ def info(root: str | Path) -> Info:
         sizes[file.kind] = sizes.get(file.kind, 0) + file.bytes
     own = store.identity
     every = not any("keys" in (entry.about or {}) for entry in _live_chunks(state))  # then the log has the number
-    live = state.parts()
-    keys = _Keys(live, totals["chunks"] if every else _count_keys(store, live))
+    keys = totals["chunks"] if every else _count_keys(store, state.parts())
     encoders = _covered(store, keys, "encoder:", "embeddings")
     for name, check in state.with_prefix("fidelity:").items():
         if name in encoders:
             encoders[name]["check"] = check
     return Info(
         path=str(root), uuid=own.uuid, commit=state.number, bytes=sizes, **{name: totals[name] for name in COUNTS},
-        keys=keys.total, chunk_length=own.chunk_length,
+        keys=keys, chunk_length=own.chunk_length,
         purged=sum(entry.rows for entry in _live_chunks(state)) - totals["chunks"],
         tokenizer={name: getattr(own.tokenizer, name) for name in ("name", "sha256", "vocabulary", "lossless")},
         parts=[_part(store, part) for part in state.all_parts()], encoders=encoders,
@@ -85,13 +84,6 @@ def info(root: str | Path) -> Info:
         unfinished=sum(not plan["finished"] for plan in state.with_prefix("plan:").values()),
         dependents=dependents(store),
     )  # fmt: skip
-
-
-class _Keys(NamedTuple):
-    """The live parts of a store, and the number of their live keys."""
-
-    parts: list[int]
-    total: int
 
 
 def _count_keys(store: Store, parts: list[int]) -> int:
@@ -123,18 +115,18 @@ def _files(store: Store, kind: str) -> list[dict[str, Any]]:
     return [{"path": entry.path, "rows": entry.rows} for entry in store.state.group(kind).entries()]
 
 
-def _covered(store: Store, keys: _Keys, prefix: str, kind: str) -> dict[str, Any]:
-    """Return records with the numbers of ``parts`` and live keys (``rows``) that they cover."""
-    found = {}
+def _covered(store: Store, keys: int, prefix: str, kind: str) -> dict[str, Any]:
+    """Return records with the numbers of ``parts`` and live keys (``rows``, of ``keys``) that they cover."""
+    found, live = {}, store.state.parts()
     for name, record in store.state.with_prefix(prefix).items():
         slots = store.state.group(kind, name)
         parts = [part for slot in slots if store.state.is_live(part := int(slot))]
-        rows = keys.total if parts == keys.parts else _count_keys(store, parts)
+        rows = keys if parts == live else _count_keys(store, parts)
         found[name] = {**record, "parts": len(slots), "rows": rows}
     return found
 
 
-def _neighbours(store: Store, keys: _Keys) -> dict[str, Any]:
+def _neighbours(store: Store, keys: int) -> dict[str, Any]:
     found = _covered(store, keys, "neighbours:", "neighbours")
     for name, about in list(found.items()):
         if about.get("text"):

@@ -51,7 +51,7 @@ from retrotool.store.blocked import read_hashes
 from retrotool.store.gc import foreign_files, unnamed_files
 from retrotool.store.log import Commit, FileEntry
 from retrotool.store.neighbour_tables import ERASED, NO_NEIGHBOUR, NeighbourTable, NeighbourText, is_within
-from retrotool.store.parts import ROW_GROUP, Chunks, Ids, join_id, part_of, row_of
+from retrotool.store.parts import ROW_GROUP, Chunks, Ids, part_of, row_of
 from retrotool.store.paths import generation_in, part_slot
 from retrotool.store.store import Store, retry_overtaken
 from retrotool.store.tombstones import KEPT, Tombstones, named_chunks, read_tombstones, undone_chunks, undone_purges
@@ -228,9 +228,8 @@ def _check_whole(checked: _Checked, result: Verification) -> None:
 def _check_files(checked: _Checked, result: Verification, stage: VerifyStage, gather: Gather) -> None:
     """Check the content of the files of a stage's share, and compute the digests if it has all."""
     store, ids = checked.store, None
-    sums = stage.plan(store)
-    result.files, result.bytes = sum(len(task.inputs["places"]) for task in sums), sum(task.weight for task in sums)
-    _do_step(checked, "sums", stage, gather)
+    sizes = _do_step(checked, "sums", stage, gather)
+    result.files, result.bytes = len(sizes), sum(sizes)
     if stage.is_first:
         with checked.noting("", "tombstones"):
             ids = read_tombstones(store).ids
@@ -240,8 +239,7 @@ def _check_files(checked: _Checked, result: Verification, stage: VerifyStage, ga
         _check_blocked(checked)
         _check_undone(checked)
     if not stage.shard:
-        result.embeddings = _digest_files(store, "embeddings")
-        result.indexes = _digest_files(store, "index")
+        result.embeddings, result.indexes = (_digest_files(store, kind) for kind in ("embeddings", "index"))
     tables: list[tuple[str, str]] = _do_step(checked, "neighbours", stage, gather)
     if stage.is_first:
         _check_windows(checked)
@@ -281,13 +279,7 @@ def _check_log(checked: _Checked) -> set[str]:
     return recorded
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What a task has found: problems, files that are broken, and digests."""
-
-    problems: list[Problem]
-    broken: set[str]
-    digests: list[Any]
+_Found = tuple[list[Problem], set[str], list[Any]]  # by a task: problems, files that are broken, and digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +336,7 @@ class VerifyStage:
                 with checked.noting(entry.path):
                     digests.append(check[task.inputs["step"]](checked, entry))
                 report(entry.bytes)
-            return _Found(checked.problems, checked.broken, [one for one in digests if one is not None])
+            return checked.problems, checked.broken, [one for one in digests if one is not None]
 
         return work
 
@@ -352,15 +344,15 @@ class VerifyStage:
 def _do_step(checked: _Checked, step: str, stage: VerifyStage, gather: Gather) -> list[Any]:
     """Do a step of ``verify``; add what it finds to ``checked``, and return its digests."""
     digests = list[Any]()
-    for found in gather(stage.tasks(step, checked.store, checked.broken)):
-        checked.problems += found.problems
-        checked.broken |= found.broken
-        digests += found.digests
+    for problems, broken, some in gather(stage.tasks(step, checked.store, checked.broken)):
+        checked.problems += problems
+        checked.broken |= broken
+        digests += some
     return digests
 
 
-def _check_sum(checked: _Checked, entry: FileEntry) -> None:
-    """Check a file's size and sum; note it if it is broken."""
+def _check_sum(checked: _Checked, entry: FileEntry) -> int:
+    """Check a file's size and sum, and note it if it is broken; return the size that the log says."""
     try:
         checked.store.check_sum(entry)
     except ErasedError:
@@ -368,6 +360,7 @@ def _check_sum(checked: _Checked, entry: FileEntry) -> None:
     except (RetrotoolError, OSError) as error:
         checked.add(entry.path, str(error).removeprefix(f"{checked.store.place}/"))
         checked.broken.add(entry.path)
+    return entry.bytes
 
 
 def _check_part(checked: _Checked, entry: FileEntry) -> PartDigest | None:
@@ -410,10 +403,11 @@ def _check_chunks(checked: _Checked, part: int) -> PartDigest:
         "the log has a different number of keys": chunks.key.sum() != parts.n_keys(entry),
     }
     checked.note(entry.path, wrong, f"part {part}")
-    _check_embeddings(checked, part, chunks.embedded)
-    alive = chunks.n_tokens > 0
-    purged = checked.tombstones.rows(part)
-    alive[purged[purged < n]] = False
+    for encoder in store.state.names("embeddings"):
+        if (vectors := checked.whole("embeddings", part, encoder)) is not None:
+            with checked.noting(vectors.path):
+                _check_vectors(checked, encoder, vectors, chunks.embedded)
+    alive = (chunks.n_tokens > 0) & ~checked.tombstones.contains(parts.chunk_ids(part, np.arange(n)))
     return part_digest(chunks, documents["key"].to_pylist(), alive)
 
 
@@ -482,16 +476,8 @@ def _check_undone(checked: _Checked) -> None:
                 _check_chunk_ids(checked, undone_chunks(checked.store, slot), entry.path)
 
 
-def _check_embeddings(checked: _Checked, part: int, embedded: npt.NDArray[np.bool_]) -> None:
-    """Check that a part's embeddings have vectors for exactly the rows ``embedded``, bool [n]."""
-    for encoder in checked.store.state.names("embeddings"):
-        entry = checked.whole("embeddings", part, encoder)
-        if entry is not None:
-            with checked.noting(entry.path):
-                _check_vectors(checked, encoder, entry, embedded)
-
-
 def _check_vectors(checked: _Checked, encoder: str, entry: FileEntry, embedded: npt.NDArray[np.bool_]) -> None:
+    """Check that a part's embeddings have vectors for exactly the rows ``embedded``, bool [n]."""
     store = checked.store
     matrix = np.asarray(read_vectors(store, entry))
     record = store.state.records.get(f"encoder:{encoder}", {})
@@ -534,12 +520,9 @@ def _parts_of_shard(entry: FileEntry) -> set[int]:
 
 def _check_index(checked: _Checked, entry: FileEntry) -> None:
     """Check that a shard has all live embedded chunks of its parts, and no erased ones."""
-    if entry.slot.startswith(SHARD) and entry.path not in checked.broken:
-        _check_shard(checked, entry.name, entry, sorted(_parts_of_shard(entry)))
-
-
-def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[int]) -> None:
-    trained, generation = None, generation_in(entry.slot)
+    if not entry.slot.startswith(SHARD) or entry.path in checked.broken:
+        return
+    trained, name, generation = None, entry.name, generation_in(entry.slot)
     # A broken training file is a problem of its own; shards are still readable without it.
     with suppress(CorruptError):
         trained = read_trained(checked.store, name, generation)[1]
@@ -551,7 +534,7 @@ def _check_shard(checked: _Checked, name: str, entry: FileEntry, covered: list[i
         return
     encoder = IndexFiles(checked.store.state, name, generation).encoder or ""
     expected = missing = unembedded = 0
-    for part in covered:
+    for part in sorted(_parts_of_shard(entry)):
         if not checked.rows_of(np.array([part]))[0]:
             checked.add(entry.path, f"{entry.path}: lists part {part}, which doesn't exist")
             continue
@@ -581,12 +564,12 @@ def _same_vectors(checked: _Checked, encoder: str, entry: FileEntry, shard: Inve
     drawn = np.sort(_draw(entry).choice(len(shard), min(len(shard), _SAMPLED_VECTORS), replace=False))
     numbers = np.searchsorted(sizes.cumsum(), drawn, "right")
     rows = drawn - (sizes.cumsum() - sizes)[numbers]
-    chunks = [int(shard.ids(number)[row]) for number, row in zip(numbers.tolist(), rows, strict=True)]
-    stored = _vectors(checked, encoder, chunks)
-    known = np.array([chunk in stored for chunk in chunks], np.bool_)
+    chunks = [shard.ids(number)[row] for number, row in zip(numbers.tolist(), rows, strict=True)]
+    stored = _vectors(checked, encoder, np.array(chunks, np.int64))
+    known = stored.any(axis=1)
     for number in np.unique(numbers[known]).tolist():
-        some = np.flatnonzero(known & (numbers == number))
-        if not shard.may_stand_for(number, rows[some], np.stack([stored[chunks[i]] for i in some])):
+        some = known & (numbers == number)
+        if not shard.may_stand_for(number, rows[some], stored[some]):
             return False
     return True
 
@@ -595,17 +578,15 @@ def _draw(entry: FileEntry) -> np.random.Generator:
     return np.random.default_rng(int(entry.sha256[:16], 16))
 
 
-def _vectors(checked: _Checked, encoder: str, chunks: Iterable[int]) -> dict[int, npt.NDArray[np.float16]]:
-    """Return the stored vectors, float16 [d] each, of chunks that are not erased nor in a broken file."""
-    found = {}
-    for part, rows in parts.rows_by_part(np.unique(np.fromiter(chunks, np.int64))):
-        entry = checked.whole("embeddings", part, encoder)
-        if entry is None:
-            continue
-        matrix = read_vectors(checked.store, entry)
-        for row in rows.tolist():
-            if row < entry.rows and matrix[row].any():
-                found[join_id(part, row)] = np.array(matrix[row])
+def _vectors(checked: _Checked, encoder: str, chunks: Ids) -> npt.NDArray[np.float16]:
+    """Return the stored vectors of chunks [n], float16 [n, d]; zero for those erased or in a broken file."""
+    found = np.zeros((len(chunks), 0), np.float16)
+    for part in parts.distinct_parts(chunks):
+        if (entry := checked.whole("embeddings", part, encoder)) is not None:
+            matrix = read_vectors(checked.store, entry)
+            found = found if found.shape[1] else np.zeros((len(chunks), matrix.shape[1]), np.float16)
+            mine = np.flatnonzero((part_of(chunks) == part) & (row_of(chunks) < entry.rows))
+            found[mine] = matrix[row_of(chunks[mine])]
     return found
 
 
@@ -620,7 +601,7 @@ def _check_table_file(checked: _Checked, entry: FileEntry) -> tuple[str, str] | 
         digest.update(np.ascontiguousarray(table.scores, "<f4").data)
     file, text = f"neighbours/{entry.name}/{entry.slot}", ""
     with checked.noting(entry.path):
-        _check_table(checked, entry, entry.name, table)
+        _check_table(checked, entry, table)
         if neighbour_tables.text_size(entry):
             within = is_within(checked.store, entry, parts.read_schema(checked.store, entry).metadata)
             text = f"{file} {_check_neighbour_text(checked, entry, table, within=within)}"
@@ -633,9 +614,9 @@ def _lines_digest(lines: Iterable[str]) -> str:
     return hashlib.blake2b(text, digest_size=32).hexdigest() if text else ""
 
 
-def _check_table(checked: _Checked, entry: FileEntry, name: str, table: NeighbourTable) -> None:
+def _check_table(checked: _Checked, entry: FileEntry, table: NeighbourTable) -> None:
     store, part = checked.store, entry.part
-    record = store.state.records.get(f"neighbours:{name}", {})
+    record = store.state.records.get(f"neighbours:{entry.name}", {})
     metadata = parts.read_schema(store, entry).metadata or {}
     database = metadata.get(b"retrotool.database", b"").decode()
     checked.note(entry.path, {"its database is not that of its record": database != record.get("database", database)})
@@ -661,7 +642,7 @@ def _check_table(checked: _Checked, entry: FileEntry, name: str, table: Neighbou
             if known and not checked.are_keys(ids).all():
                 found.add("a neighbour is not a key")
     if within and known and "encoder" in record and not found:
-        wrong, sampled = _wrong_distances(checked, str(record["encoder"]), entry, part, table)
+        wrong, sampled = _wrong_distances(checked, str(record["encoder"]), entry, table)
         if wrong:
             found.add(f"{wrong:,} of {sampled:,} sampled distances are not those of the vectors")
     checked.note(entry.path, dict.fromkeys(sorted(found), True))
@@ -701,33 +682,24 @@ def _documents_of_rows(checked: _Checked, part: int) -> tuple[Ids, Ids] | None:
     return None
 
 
-def _wrong_distances(
-    checked: _Checked, encoder: str, entry: FileEntry, part: int, table: NeighbourTable
-) -> tuple[int, int]:
+def _wrong_distances(checked: _Checked, encoder: str, entry: FileEntry, table: NeighbourTable) -> tuple[int, int]:
     """Compute a sample of the distances again; return how many are wrong, and the size of the sample.
 
     Only neighbours in ``_NEAR_PARTS`` parts are drawn, so that each file is read by few of these checks.
     """
     others = np.array(checked.store.state.parts())
-    near = others[np.argsort(abs(others - part), kind="stable")[:_NEAR_PARTS]]
+    near = others[np.argsort(abs(others - entry.part), kind="stable")[:_NEAR_PARTS]]
     is_near = (table.ids != NO_NEIGHBOUR) & np.isin(part_of(table.ids), near)
     asking = np.flatnonzero(is_near.any(axis=1))
-    rows = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False).tolist()
-    named = [chunk for row in rows for chunk in table.ids[row][is_near[row]].tolist()]
-    stored = _vectors(checked, encoder, [*(join_id(part, row) for row in rows), *named])
-    wrong = sampled = 0
-    for row in rows:
-        query = stored.get(join_id(part, row))
-        if query is None:
-            continue
-        for chunk, distance in zip(table.ids[row].tolist(), table.distances[row].tolist(), strict=True):
-            other = stored.get(chunk)
-            if other is None:  # no neighbour, or erased since
-                continue
-            one, two = query.astype(np.float64), other.astype(np.float64)
-            sampled += 1
-            wrong += abs(((one - two) ** 2).sum() - distance) > _ROUNDING * ((one**2).sum() + (two**2).sum())
-    return wrong, sampled
+    drawn = _draw(entry).choice(asking, min(len(asking), _SAMPLED_ROWS), replace=False)
+    pair, place = np.nonzero(is_near[drawn])
+    rows = drawn[pair]
+    stored = _vectors(checked, encoder, np.concatenate([parts.chunk_ids(entry.part, rows), table.ids[rows, place]]))
+    one, two = np.split(stored.astype(np.float64), 2)
+    known = one.any(axis=1) & two.any(axis=1)  # the others were erased since
+    off = abs(((one - two) ** 2).sum(axis=1) - table.distances[rows, place])
+    wrong = known & (off > _ROUNDING * ((one**2).sum(axis=1) + (two**2).sum(axis=1)))
+    return int(wrong.sum()), int(known.sum())
 
 
 def _check_neighbour_text(checked: _Checked, entry: FileEntry, table: NeighbourTable, *, within: bool) -> str:
@@ -848,6 +820,4 @@ def part_digest(chunks: Chunks, keys: list[bytes | None], live: npt.NDArray[np.b
 
 
 def _hash(key: bytes, data: Any) -> int:
-    state = hashlib.blake2b(key, digest_size=32)
-    state.update(data)
-    return int.from_bytes(state.digest(), "little")
+    return int.from_bytes(hashlib.blake2b(b"".join((key, data)), digest_size=32).digest(), "little")

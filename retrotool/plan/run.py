@@ -360,7 +360,7 @@ class _Work:
         lists = choice.nlist if choice.nlist <= TWO_LEVELS else 2 * choice.nlist**0.5
         flops = sample * lists * 2.0 * choice.coded * ITERATIONS
         read, written = 2 * choice.d * sample, choice.trained_bytes
-        return self._spread("index: train", 1, self._products("index", flops), read, written, alone=True)
+        return self._spread("index: train", 1, self._products("index", flops), read, written, units=1)
 
     def encode(self) -> StagePlan:
         choice = self._choice
@@ -377,7 +377,7 @@ class _Work:
         share = min(1.0, max(budget / (asked * self.n), 2000 / (10 * asked)))
         seconds = self._products("index", share * asked * self.n * 2.0 * self._choice.d)
         read = int(share * self._bytes["embeddings"])
-        return self._spread("index: recall", 1, seconds, read, 0, alone=True, pieces=self.parts)
+        return self._spread("index: recall", 1, seconds, read, 0, pieces=self.parts, units=1)
 
     def neighbours(self) -> tuple[StagePlan, ...]:
         choice, n, gpus = self._choice, self.n, self.machines.gpus
@@ -429,7 +429,7 @@ class _Work:
 
     def _spread(
         self, name: str, tasks: int, seconds: float, read: int, written: int, feed: float = 0.0, *,
-        alone: bool = False, pieces: int = 0, units: int = 0,
+        pieces: int = 0, units: int = 0,
     ) -> StagePlan:  # fmt: skip
         """Distribute ``seconds`` of one device over all devices; ``feed`` are core-seconds that GPUs need.
 
@@ -437,7 +437,7 @@ class _Work:
         """
         machines = self.machines
         gpus, hosts = (
-            1.0 if alone else -(-units // workers) / units if units else self._share(workers)
+            -(-units // workers) / units if units else self._share(workers)
             for workers in (machines.gpus or 1, machines.hosts)
         )
         gpu, core = (seconds, feed) if machines.gpus else (0.0, seconds)

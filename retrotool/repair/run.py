@@ -146,24 +146,18 @@ class _Round:
     failed: dict[str, str]
 
     def work(self) -> None:
-        ways = {
-            "embeddings": self._embed,
-            "index": self._index,
-            "neighbours": self._search,
-            "scans": self._drop,
-            "routes": self._drop,
-        }
+        ways = {"embeddings": self._embed, "index": self._index, "neighbours": self._search}
         with writing(self.store) as run:  # which also removes broken entries of staging/
             if bad := [path for _, path in checkpoint_files(self.store.storage) if path in self.wanted]:
                 self.store.storage.delete(bad)
                 self.store.write_checkpoint(run)
-            for kind, rebuild in ways.items():
+            for kind in (*ways, "scans", "routes"):
                 files = self.store.refresh().files()
                 broken = [entry for entry in files if entry.path in self.wanted and entry.kind == kind]
                 for name in dict.fromkeys(entry.name for entry in broken):
                     mine = [entry for entry in broken if entry.name == name]
                     try:
-                        rebuild(run, name, mine)
+                        ways.get(kind, self._drop)(run, name, mine)
                     except (StorageError, AbortError):
                         raise
                     except RetrotoolError as error:

@@ -21,7 +21,6 @@ from retrotool.info import doctor
 SOUND = {
     "version_of": lambda _: "1.0",
     "loaded_kernels": lambda: {"numpy": "Haswell", "faiss_cpu": "SkylakeX"},
-    "cpu_flags": lambda: ["fma", "avx2"],
     "free_in": lambda _: 1 << 40,
     "durable_write": lambda _: (3.0, 0.1),
 }
@@ -29,11 +28,12 @@ MACHINE = {"cores": lambda: 4, "cpu_quota": lambda: None, "memory_of_machine": l
            "has_onednn": lambda _: True}  # fmt: skip
 
 
-def gpus(names: list[str], *, bfloat16: bool = True) -> SimpleNamespace:
+def devices(names: list[str], *, bfloat16: bool = True, cpu: str = "AVX2") -> SimpleNamespace:
     cuda = SimpleNamespace(
         device_count=lambda: len(names), get_device_name=names.__getitem__, is_bf16_supported=lambda: bfloat16
     )
-    return SimpleNamespace(cuda=cuda, bfloat16="bfloat16")
+    backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: cpu))
+    return SimpleNamespace(cuda=cuda, backends=backends, bfloat16="bfloat16")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def sound(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.setattr(doctor, name, value)
     for name, value in MACHINE.items():
         monkeypatch.setattr(machine, name, value)
-    monkeypatch.setattr(doctor, "torch", gpus(["H100"]))
+    monkeypatch.setattr(doctor, "torch", devices(["H100"]))
     return monkeypatch
 
 
@@ -122,15 +122,15 @@ def test_a_fault_is_named_with_what_to_do(sound: pytest.MonkeyPatch, built_store
 
 def test_an_old_kernel_is_right_on_an_old_cpu(sound: pytest.MonkeyPatch) -> None:
     sound.setattr(doctor, "loaded_kernels", lambda: {"numpy": "Nehalem"})
-    sound.setattr(doctor, "cpu_flags", lambda: ["sse4_2"])
+    sound.setattr(doctor, "torch", devices(["H100"], cpu="DEFAULT"))
     assert faults() == {}
 
 
 def test_a_gpu_that_torch_does_not_see(sound: pytest.MonkeyPatch) -> None:
-    sound.setattr(doctor, "torch", gpus([]))
+    sound.setattr(doctor, "torch", devices([]))
     sound.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
     assert faults()["devices"][0] == "warn"
-    sound.setattr(doctor, "torch", gpus(["V100"], bfloat16=False))
+    sound.setattr(doctor, "torch", devices(["V100"], bfloat16=False))
     assert faults() == {}
     assert "V100, without bfloat16" in next(one.found for one in doctor.doctor().checks if one.name == "devices")
 
