@@ -23,7 +23,6 @@ Not erased: chunk ids in tombstones; centroids and codebooks, means over thousan
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,7 +39,6 @@ from retrotool import engine
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.embed.search_scope import purges_erased
-from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError
 from retrotool.index.index_records import RECALL, SHARD, ShardRecord
@@ -72,14 +70,15 @@ WORKER_BYTES = 1 << 29  # memory of a worker, besides the rows of a part
 class EraseStage:
     """Erases ``targets``: the chunks of ``purges``, which are tombstones.
 
-    ``clean`` caches the paths that hold none of them. A path always names the same bytes, so planning again
-    reads only new files. ``worker_bytes``: memory of a worker.
+    ``clean`` caches the paths that hold none of them, ``planned`` has those to rewrite. A path always names
+    the same bytes, so planning again reads only new files. ``worker_bytes``: memory of a worker.
     """
 
     targets: Tombstones
     purges: tuple[str, ...]
     worker_bytes: int = WORKER_BYTES
     clean: set[str] = field(default_factory=set, compare=False, repr=False)
+    planned: set[str] = field(default_factory=set, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
     worker_cores: int = field(default=1, init=False)
@@ -90,31 +89,24 @@ class EraseStage:
         ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file was
         replaced concurrently.
         """
-        return list(self._tasks(store, self._parts(store))) or list(self._tasks(store, self._other_files(store)))
-
-    def tasks(self, store: Store) -> list[Task]:
-        """Return all tasks, including those that wait for the parts."""
-        return list(self._tasks(store, itertools.chain(self._parts(store), self._other_files(store))))
-
-    def _parts(self, store: Store) -> Iterator[list[FileEntry]]:
-        return (part_files(store, part) for part in self.targets.parts())
-
-    def _other_files(self, store: Store) -> Iterator[list[FileEntry]]:
-        return ([entry] for entry in files_of_several_parts(store, self.targets.parts()))
-
-    def _tasks(self, store: Store, several: Iterable[list[FileEntry]]) -> Iterator[Task]:
-        """Yield a task for each of several lists of files to rewrite together that hold a target."""
         if not len(self.targets):
-            return
+            return []
         # Targets may stay tombstones after an undo: another purge may name them.
         tombstones.check_not_undone(store.state, self.purges)
-        reads = tombstones.tombstones_naming(store, self.targets)
+        reads, numbers = tombstones.tombstones_naming(store, self.targets), self.targets.parts()
+        of_parts = list(self._tasks(store, reads, (part_files(store, part) for part in numbers)))
+        others = ([entry] for entry in files_of_several_parts(store, numbers))
+        return of_parts or list(self._tasks(store, reads, others))
+
+    def _tasks(self, store: Store, reads: list[str], several: Iterable[list[FileEntry]]) -> Iterator[Task]:
+        """Yield a task for each of several lists of files to rewrite together that hold a target."""
         for entries in several:
             paths = [entry.path for entry in entries]
             if self.clean.issuperset(paths):
                 continue
             first = entries[0]
             if _HOLDS[first.kind](store, first, self.targets):
+                self.planned.update(paths)
                 label, ids = first.path.rpartition("-")[0], self.targets.ids
                 if first.kind == "documents":
                     label, ids = f"part {first.part}", self.targets.rows(first.part)
@@ -449,8 +441,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     rows = sum(parts.part_entry(store, "chunks", part).rows for part in targets.parts())
     room = memory_of_machine() // 2 // stage.worker_bytes
     workers = max(1, min(cores(), len(targets.parts()), room, rows // _ROWS_A_WORKER))
-    with Progress("erase", doing="looking for files with purged chunks"):
-        rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)
     for table in store.refresh().names("edits"):
         edits, named = neighbour_tables.edits_naming(store, table, targets.contains)
@@ -477,7 +467,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         return Draft("erase", {"purges": done}, remove=paths, records=records)
 
     store.commit(run, build)
-    return rewritten
+    return len(stage.planned)
 
 
 def _worker_bytes(store: Store, targets: Tombstones) -> int:
