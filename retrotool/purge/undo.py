@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import chunks_of
 from retrotool.chunk.deduplicate import replaced_record
@@ -35,7 +34,7 @@ from retrotool.neighbours.stage import table_record
 from retrotool.purge import purged_chunks
 from retrotool.purge.select import signed
 from retrotool.ranges import consecutive_ranges
-from retrotool.store import parts, tombstones
+from retrotool.store import tombstones
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -113,16 +112,6 @@ def _restorable(store: Store, purge: str, record: Record) -> Ids:
     return own
 
 
-def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:
-    """Return the chunks of the documents with one of ``keys``, besides ``purged`` ones and pending parts."""
-    found = [np.zeros(0, np.int64)]
-    for part in store.state.parts() if len(keys) else ():
-        has_key = pc.is_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
-        found.append(chunks_of(store, part, np.flatnonzero(has_key.to_numpy())))
-    chunks = np.concatenate(found)
-    return chunks[~purged.contains(chunks)]
-
-
 def commit_undo(store: Store, run: Run, purge: str, reason: str, who: str) -> UndoResult:
     """Undo a purge of the store's view in one commit; return the result without the ``next`` commands.
 
@@ -137,8 +126,10 @@ def commit_undo(store: Store, run: Run, purge: str, reason: str, who: str) -> Un
     left = Tombstones(np.setdiff1d(own, live))
     named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
     keys, repeats, outdated = purged_chunks.values_of(store, live, "key"), 0, own[:0]
-    if "plan" in record:
-        outdated = documents_with(store, keys, Tombstones(np.union1d(after.ids, own)))
+    if len(keys) and "plan" in record:
+        docs = ((part, purged_chunks.documents_with(store, part, "key", keys)) for part in before.parts())
+        theirs = [outdated, *(chunks_of(store, part, some) for part, some in docs)]
+        outdated = np.setdiff1d(np.concatenate(theirs), own)
     elif len(keys):
         found = find_documents(store, pa.chunked_array([keys]), after)
         if found.repeats is not None and found.document is not None:
