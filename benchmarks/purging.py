@@ -120,7 +120,7 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     )
     print(f"  purge               {seconds:7.1f} s")
     print(f"  in searches by each {searched(root, vectors[mine], purged_chunks)} of {10 * int(mine.sum()):,} results")
-    for check in read_paths(store, purged_chunks.ids):
+    for check in read_paths(store, purged_chunks):
         path = check()
         print(f"  {path.name:<20}{path.found} in {path.rows:,} rows{'; ' + path.note if path.note else ''}")
     drawn = drawn[~purged_chunks.contains(drawn)]
