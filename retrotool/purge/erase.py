@@ -393,26 +393,24 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
     Copies can't be found once their originals are erased, so an erase that was killed could not be resumed
     otherwise. Cost: ``find_copies`` for each purge, if there are copies.
     """
+    tombstones.check_not_undone(store.state, purges)
+    changed: dict[str, tuple[FileEntry, str]] = {}
     for purge in purges:
         named = read_tombstones(store, purge).ids
         own = copies
         if len(purges) > 1 and len(np.setdiff1d(copies, named)):
             own = purged_chunks.find_copies(store, named)[0]
         if len(new := np.setdiff1d(own, named)):
-            _name(store, run, purge, new)
+            changed[purge] = tombstones.add_tombstones(store, run.id, purge, new)
+    add, remove = [entry for entry, _ in changed.values()], [before for _, before in changed.values()]
 
-
-def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
-    tombstones.check_not_undone(store.state, (purge,))
-    entry, before = tombstones.add_tombstones(store, run.id, purge, new)
-
-    def build(state: State) -> Draft:
-        tombstones.check_not_undone(state, (purge,))
-        if state.records[PREFIX + purge]["erased"]:
+    def build(state: State) -> Draft | None:
+        tombstones.check_not_undone(state, purges)
+        if any(state.records[PREFIX + purge]["erased"] for purge in changed):
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
-        return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))
+        return Draft("erase", {"purges": []}, add=tuple(add), remove=tuple(remove)) if changed else None
 
-    with purged_chunks.withdrawn(store, [entry]):
+    with purged_chunks.withdrawn(store, add):
         store.commit(run, build)
 
 
@@ -472,9 +470,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
 
 def _worker_bytes(store: Store, targets: Tombstones) -> int:
     """Return the memory that a worker needs for the largest part."""
-    several = [part_files(store, part) for part in targets.parts()]
-    rows = [parts.part_entry(store, "chunks", part).rows for part in targets.parts()]
-    vectors = [sum(entry.bytes for entry in files if entry.kind == "embeddings") for files in several]
     tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
-    most = max((n * tokens + size for n, size in zip(rows, vectors, strict=True)), default=0)
-    return WORKER_BYTES + _TIMES_A_PART * most
+    several = ([entry for entry in part_files(store, part) if entry.kind != "documents"] for part in targets.parts())
+    sizes = (sum(one.bytes if one.kind == "embeddings" else one.rows * tokens for one in files) for files in several)
+    return WORKER_BYTES + _TIMES_A_PART * max(sizes, default=0)
