@@ -227,8 +227,9 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
         sets.append(lookup.select(store, missing_ok=bool(earlier), report=report))
         matches.append(Match(lookup.kind, "", len(sets[-1])))
     for number, selector in enumerate(request.scanned):
-        if isinstance(selector, NearDuplicates) and not earlier:
-            selector.check_any_left(store)
+        originals = np.array(selector.chunks) if isinstance(selector, NearDuplicates) else None
+        if originals is not None and not earlier and not len(purged_chunks.unerased(store, originals)):
+            raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")
         mine = found.filter(pc.equal(found["selectors"], number))
         sets.append(np.unique(mine["chunks"].to_numpy()))
         matches += _matches(selector, mine["labels"].to_numpy())

@@ -25,7 +25,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from retrotool.errors import UsageError
 from retrotool.neighbours.token_overlap import COPIED, GRAM
 from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
@@ -47,18 +46,12 @@ class NearDuplicates(Selector):
 
     def open(self, store: Store) -> CopyMatcher:
         """Read the chunks. If all are erased, nothing is a copy: an erase that was killed goes on without."""
-        ids, own = np.unique(np.array(self.chunks, np.int64)), store.identity
+        ids, own = np.array(self.chunks, np.int64), store.identity
         tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
         n_tokens = np.zeros(len(ids), np.int64)
         for places, read, rows in parts.read_groups_of(store, ids):
             tokens[places], n_tokens[places] = read.tokens[rows], read.n_tokens[rows]
         return CopyMatcher(tokens, n_tokens, COPIED, FEWEST)
-
-    def check_any_left(self, store: Store) -> None:
-        """Raise ``UsageError`` if all of the chunks are erased, so that no copies can be found."""
-        ids = np.unique(np.array(self.chunks, np.int64))
-        if not any(chunks.n_tokens[rows].any() for _, chunks, rows in parts.read_groups_of(store, ids)):
-            raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")
 
 
 class CopyMatcher:
@@ -77,7 +70,7 @@ class CopyMatcher:
             enough = runs[row] >= fewest
             self._sets = GramSets(grams[enough], row[enough], share) if enough.any() else None
         whole = (n_tokens > 0) & (runs < max(fewest, 1))
-        self._whole = set(_keys(tokens[whole], n_tokens[whole]))
+        self._whole = {row[:n].tobytes() for row, n in zip(tokens[whole], n_tokens[whole], strict=True)}
         self._lengths, self._firsts = np.unique(n_tokens[whole]), np.unique(tokens[whole, 0])
 
     def __call__(self, block: TextBlock) -> BlockHits:
@@ -88,8 +81,8 @@ class CopyMatcher:
             _select(self._sets, selected, *_find_grams(self._sets, chunks))
         if self._whole:
             rows = np.flatnonzero(np.isin(chunks.n_tokens, self._lengths) & np.isin(chunks.tokens[:, 0], self._firsts))
-            keys = _keys(chunks.tokens[rows], chunks.n_tokens[rows])
-            selected[rows[[key in self._whole for key in keys]]] = True
+            cut = (row[:n] for row, n in zip(chunks.tokens[rows], chunks.n_tokens[rows], strict=True))
+            selected[rows[[own.tobytes() in self._whole for own in cut]]] = True
         return BlockHits.whole(np.flatnonzero(selected))
 
 
@@ -139,8 +132,3 @@ def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Fla
             selected[low + shared.place[hit] + row] = True
         # Places are done when all their chunks that hold an n-gram are selected.
         closed[:] = (selected[rows] | ~wanted[0]) & (selected[following] | ~wanted[1])
-
-
-def _keys(tokens: Tokens, n_tokens: npt.NDArray[np.integer]) -> list[tuple[int, bytes]]:
-    data, width = tokens.tobytes(), tokens.shape[1] * tokens.itemsize
-    return [(n, data[i * width : (i + 1) * width]) for i, n in enumerate(n_tokens.tolist())]
