@@ -33,7 +33,7 @@ from retrotool.purge import purged_chunks
 from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import KIND as SCANS
-from retrotool.purge.selectors.selector import Decoder, TextBlock, read_rows
+from retrotool.purge.selectors.selector import Decoder, read_rows
 from retrotool.ranges import spread
 from retrotool.store import blocked, log, parts
 from retrotool.store.folding import writing
@@ -285,18 +285,17 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
 def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tuple[int, int]) -> Example:
     part, row = split_id(chunk)
     first, last = max(row - 1, 0), min(row + 1, parts.part_entry(store, "chunks", part).rows - 1)
-    chunks = read_rows(store, part, first, last + 1)  # folded text depends on the chunks beside it
-    same = np.flatnonzero(chunks.doc == chunks.doc[row - first]).tolist()
-    few, place = chunks.between(same[0], same[-1] + 1), row - first - same[0]
-    block = TextBlock(few, row - place, np.array([0, len(few)]), decoder)
-    data = bytes(block.text[block.starts[place] : block.starts[place + 1]])
+    chunks, place = read_rows(store, part, first, last + 1), row - first
+    starts, text = decoder(chunks)  # folded text depends on the chunks beside it
+    data = bytes(text[starts[place] : starts[place + 1]])
     begin, end = (len(data[: max(at, 0)].decode(errors="replace")) for at in span)
-    documents = parts.read_documents(store, part, ["id", "source"]).slice(int(few.doc[place]), 1)
-    text = data.decode(errors="replace")
+    documents = parts.read_documents(store, part, ["id", "source"]).slice(int(chunks.doc[place]), 1)
+    shown = data.decode(errors="replace")
     if span == (0, 0):  # no match: the text as search shows it, which keeps words apart
-        text = stored_tokenizer(store).decode_text(few.tokens[place : place + 1], few.n_tokens[place : place + 1])[0]
+        own = chunks.between(place, place + 1)
+        shown = stored_tokenizer(store).decode_text(own.tokens, own.n_tokens)[0]
     name, source = documents["id"][0].as_py(), documents["source"][0].as_py()
-    return Example(selector, chunk, name or "", source or "", text, begin, min(end, len(text)))
+    return Example(selector, chunk, name or "", source or "", shown, begin, min(end, len(shown)))
 
 
 def _touched(store: Store, selection: Selection) -> Touched:

@@ -36,7 +36,7 @@ from typing import ClassVar
 import numpy as np
 
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.patterns import Pattern, compiled, find_all
+from retrotool.purge.selectors.patterns import Pattern, compiled, find_in
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
@@ -342,18 +342,16 @@ class PersonalData(Selector):
 
 def _checked(block: TextBlock, pattern: Pattern, check: Check, folded: bool) -> Iterator[tuple[int, int]]:
     """Yield where the data in matches of ``pattern`` begins and ends in the text of a block."""
-    begins, ends = find_all(pattern, block)
-    borders = block.starts[block.pieces]
-    document = np.searchsorted(borders, begins, side="right")
-    places = (begins, ends, borders[document - 1], borders[document])
     over = 0
-    for begin, end, first, last in zip(*(place.tolist() for place in places), strict=True):
-        if begin < over:
-            continue  # within a private key block
-        reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
-        edges = itertools.pairwise((max(first, begin - AROUND), begin, end, min(last, end + reach)))
-        before, text, after = (bytes(block.text[low:high]).decode("ascii", "replace") for low, high in edges)
-        place = check(Candidate(text, before, after, folded))
-        if place is not None:
-            over = begin + place[1]
-            yield begin + place[0], over
+    for first, last in itertools.pairwise(block.starts[block.pieces].tolist()):
+        for low, high in find_in(pattern, block.text[first:last]):
+            begin, end = first + low, first + high
+            if begin < over:
+                continue  # within a private key block
+            reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
+            edges = itertools.pairwise((max(first, begin - AROUND), begin, end, min(last, end + reach)))
+            before, text, after = (bytes(block.text[left:right]).decode("ascii", "replace") for left, right in edges)
+            place = check(Candidate(text, before, after, folded))
+            if place is not None:
+                over = begin + place[1]
+                yield begin + place[0], over

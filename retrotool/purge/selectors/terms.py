@@ -265,7 +265,7 @@ class TermMatcher:
     def __call__(self, block: TextBlock) -> BlockHits:
         """Find matching rows of a block."""
         normal = Normal.of(block)
-        # The text begins and ends with a border, which is not a word.
+        # The text begins and ends with a line break, which is not a word.
         edges = np.flatnonzero(normal.is_word[1:] != normal.is_word[:-1]) + 1
         begins, ends = np.ascontiguousarray(edges[::2]), np.ascontiguousarray(edges[1::2])
         which, anchor = self._look_up(normal.text, edges)
