@@ -121,37 +121,28 @@ class PurgeHistory:
         self.erased: CommitDigest | None = None  # the commit after which nothing of the purge was left
         self.commits: list[CommitDigest] = []
         """The commit of the purge, and those of erases until it was erased."""
-        self.added: dict[str, int] = {}  # number of the commit that added each live file, by path
         self.removed: set[str] = set()  # paths of all files that ever left the state
         self.new: set[str] = set()  # paths of all files that were added after the erase was done
         self._places: set[tuple[str, str, str]] = set()
 
-    def is_after(self, path: str) -> bool:
-        """Return whether a file was added after the erase was done."""
-        return self.erased is not None and self.added.get(path, -1) > self.erased.number
-
     def is_new(self, entry: FileEntry) -> bool:
         """Return whether a file was added after the erase was done, to a slot that was unused before."""
-        return self.is_after(entry.path) and entry.place not in self._places
+        return entry.path in self.new and entry.place not in self._places
 
     def note(self, commit: Commit) -> None:
         """Record the next commit."""
+        self.removed.update(commit.remove)
+        if self.erased is not None:
+            self.new.update(entry.path for entry in commit.add)
+            return
         record = commit.records.get(self._record)
-        sizes = len(commit.add), len(commit.remove)
-        digest = CommitDigest(commit.number, commit.kind, commit.time, commit.sha256, *sizes)
-        if self.erased is None and (commit.kind == "erase" if self.commits else record is not None):
-            self.commits.append(digest)
+        if commit.kind == "erase" if self.commits else record is not None:
+            sizes = len(commit.add), len(commit.remove)
+            self.commits.append(CommitDigest(commit.number, commit.kind, commit.time, commit.sha256, *sizes))
             if record is not None and record["erased"]:
-                self.erased = digest
+                self.erased = self.commits[-1]
         if self.erased is None:
             self._places.update(entry.place for entry in commit.add)
-        for path in commit.remove:
-            self.added.pop(path, None)
-            self.removed.add(path)
-        for entry in commit.add:
-            self.added[entry.path] = commit.number
-            if self.is_after(entry.path):
-                self.new.add(entry.path)
 
 
 def check_files(purged: PurgeHistory, report: Report) -> Erasure:
@@ -215,7 +206,7 @@ def _check_embeddings(purged: PurgeHistory, entry: FileEntry) -> Bools:
 def _check_index(purged: PurgeHistory, entry: FileEntry) -> Bools:
     slot = entry.slot
     if slot == RECALL:
-        return np.array([not purged.is_after(entry.path)])
+        return np.array([entry.path not in purged.new])
     if not slot.startswith(SHARD):
         return _NOTHING
     shard = read_shard(purged.store, entry)
@@ -244,11 +235,11 @@ def _check_selectors(purged: PurgeHistory, entry: FileEntry) -> Bools:
 
 def _check_scans(purged: PurgeHistory, entry: FileEntry) -> Bools:
     names = purged.chunks.contains(parts.read_parquet(purged.store, entry, ["chunks"])["chunks"].to_numpy()).any()
-    return np.array([bool(names) or not purged.is_after(entry.path)])
+    return np.array([bool(names) or entry.path not in purged.new])
 
 
 def _check_routes(purged: PurgeHistory, entry: FileEntry) -> Bools:
-    return np.array([not purged.is_after(entry.path)])
+    return np.array([entry.path not in purged.new])
 
 
 CHECKS: Mapping[str, tuple[str, Callable[[PurgeHistory, FileEntry], Bools] | None]] = {
