@@ -117,18 +117,12 @@ def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int)
 
 def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Flags, second: Flags) -> None:
     """Mark the rows of copies in ``selected`` [n]; the other arguments [e] are from ``_find_grams``."""
-    if not len(place):
-        return
-    low = int(place.min())
-    entries, held = sets.entries(place - low, gram, first, second)
-    places = int(place.max()) - low + 1
-    wanted = [np.bincount(place[flags] - low, minlength=places) > 0 for flags in (first, second)]
-    rows = low + np.arange(places)
-    following = np.minimum(rows + 1, len(selected) - 1)
-    closed = np.zeros(places, np.bool_)
+    entries, held = sets.entries(place, gram, first, second)
+    wanted = [np.bincount(place[flags], minlength=len(selected)) > 0 for flags in (first, second)]
+    closed = np.zeros(len(selected), np.bool_)
     for shared in sets.shared(entries, closed):
         for row, flags in enumerate(held):
             hit = np.bincount(shared.of[flags[shared.entry]], minlength=len(shared.place)) > 0
-            selected[low + shared.place[hit] + row] = True
+            selected[shared.place[hit] + row] = True
         # Places are done when all their chunks that hold an n-gram are selected.
-        closed[:] = (selected[rows] | ~wanted[0]) & (selected[following] | ~wanted[1])
+        closed[:] = (selected | ~wanted[0]) & (np.append(selected[1:], True) | ~wanted[1])
