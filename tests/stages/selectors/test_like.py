@@ -16,7 +16,7 @@ from retrotool.embed.store_encoder import load_encoder
 from retrotool.errors import UsageError
 from retrotool.index.run import drop
 from retrotool.purge.select import select
-from retrotool.purge.selectors import like
+from retrotool.purge.selectors import like, scan
 from retrotool.purge.selectors.scan import ScanStage, read_scan
 from retrotool.sources import Fields
 from retrotool.store.folding import writing
@@ -82,7 +82,7 @@ def test_the_text_of_a_file_is_cut_into_chunks_and_each_is_looked_for(
     if small:  # so that there are borders of slices
         monkeypatch.setattr(like, "_SLICE_ROWS", 7)
         monkeypatch.setattr(like, "_LEAST_ROWS", 1)
-        monkeypatch.setattr(like.LikeMatcher, "block_rows", 20, raising=False)
+        monkeypatch.setattr(scan, "BLOCK_ROWS", 20)
         monkeypatch.setattr(like, "_PAIRS", 3)
     row = next(row for row in make_rows(120) if row["id"] == "doc-31")
     (tmp_path / "takedown.txt").write_text(row["text"])
