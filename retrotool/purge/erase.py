@@ -70,15 +70,14 @@ WORKER_BYTES = 1 << 29  # memory of a worker, besides the rows of a part
 class EraseStage:
     """Erases ``targets``: the chunks of ``purges``, which are tombstones.
 
-    ``clean`` caches the paths that hold none of them, ``planned`` has those to rewrite. A path always names
-    the same bytes, so planning again reads only new files. ``worker_bytes``: memory of a worker.
+    ``holding`` caches for files that are rewritten together, by their paths, whether they hold one. A path
+    always names the same bytes, so planning again reads only new files. ``worker_bytes``: memory of a worker.
     """
 
     targets: Tombstones
     purges: tuple[str, ...]
     worker_bytes: int = WORKER_BYTES
-    clean: set[str] = field(default_factory=set, compare=False, repr=False)
-    planned: set[str] = field(default_factory=set, compare=False, repr=False)
+    holding: dict[tuple[str, ...], bool] = field(default_factory=dict, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
     worker_cores: int = field(default=1, init=False)
@@ -101,22 +100,17 @@ class EraseStage:
     def _tasks(self, store: Store, reads: list[str], several: Iterable[list[FileEntry]]) -> Iterator[Task]:
         """Yield a task for each of several lists of files to rewrite together that hold a target."""
         for entries in several:
-            paths = [entry.path for entry in entries]
-            if self.clean.issuperset(paths):
-                continue
-            first = entries[0]
-            if _HOLDS[first.kind](store, first, self.targets):
-                self.planned.update(paths)
+            first, paths = entries[0], tuple(entry.path for entry in entries)
+            if paths not in self.holding:
+                self.holding[paths] = _HOLDS[first.kind](store, first, self.targets)
+            if self.holding[paths]:
                 label, ids = first.path.rpartition("-")[0], self.targets.ids
                 if first.kind == "documents":
                     label, ids = f"part {first.part}", self.targets.rows(first.part)
                 digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+                inputs = {"paths": paths, "reads": reads}
                 key = task_key("erase", {"targets": digest}, paths)
-                yield Task(
-                    key, label, len(paths), {"paths": paths, "reads": reads}, claimed=engine.is_a_job(), for_all=True
-                )
-            else:
-                self.clean.update(paths)
+                yield Task(key, label, len(paths), inputs, claimed=engine.is_a_job(), for_all=True)
 
     def open(self, store: Store) -> EraseWorker:
         """Return the worker; it loads nothing."""
@@ -465,7 +459,7 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         return Draft("erase", {"purges": done}, remove=paths, records=records)
 
     store.commit(run, build)
-    return len(stage.planned)
+    return len({path for paths, holds in stage.holding.items() if holds for path in paths})
 
 
 def _worker_bytes(store: Store, targets: Tombstones) -> int:

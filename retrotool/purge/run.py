@@ -160,7 +160,7 @@ def purge(
 
     def attempt() -> PurgeResult:
         nonlocal agreed
-        if request.scan is not None and not request.scan.is_done(store):
+        if not request.scan.is_done(store):
             with writing(store) as run:
                 engine.execute(request.scan, store, run)
         total = len(request.lookups) * len(store.state.all_parts())
@@ -271,7 +271,7 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
     found = selection.found.filter(pa.array(np.isin(selection.found["chunks"].to_numpy(), selection.live)))
     decoder = Decoder(store)
     examples = []
-    for number, selector in enumerate(selection.request.scanned):
+    for number, selector in enumerate(selection.request.scan.selectors):
         mine = found.filter(pc.equal(found["selectors"], number)).sort_by("figures")
         for hit in mine.take(spread(mine.num_rows, EXAMPLES)).to_pylist():
             example = _example(store, decoder, selector.kind, hit["chunks"], (hit["begin"], hit["end"]))
@@ -316,7 +316,6 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     an unfinished plan, were committed since the selection was made.
     """
     request = selection.request
-    scan = request.scan.scan(store) if request.scan else None
     purge = "p" + secrets.token_hex(4)
     seen = tombstone_paths(selection.state)
     add: list[FileEntry] = []
@@ -333,7 +332,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         selector = {"selector": request.kind, "hash": literal_hash, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, **purged_chunks.totals_after(state, selection.weights, -1)}
-        gone = [entry.path for entry in state.group(SCANS, scan).entries()] if scan else []
+        gone = [entry.path for entry in state.group(SCANS, request.scan.scan(store)).entries()]
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
     with purged_chunks.withdrawn(store, add):

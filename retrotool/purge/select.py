@@ -109,7 +109,7 @@ class Selectors:
                 "Give --allow-lossy to search what the tokenizer keeps: perhaps in lower case, with one space "
                 "between two words and none beside other characters.",
             )
-        return Request(tuple(lookups), tuple(scanned), self.every, self.whole_documents)
+        return Request(tuple(lookups), ScanStage(tuple(scanned)), self.every, self.whole_documents)
 
     def _scanned(self, store: Store) -> list[Selector]:
         found: list[Selector] = []
@@ -140,16 +140,16 @@ class Selectors:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``Selectors`` with their files read: at least one, to look up or to scan for."""
+    """``Selectors`` with their files read: at least one, to look up, or to ``scan`` for before selecting."""
 
-    lookups: tuple[Lookup, ...] = ()
-    scanned: tuple[Selector, ...] = ()
-    every: bool = False
-    whole_documents: bool = False
+    lookups: tuple[Lookup, ...]
+    scan: ScanStage
+    every: bool
+    whole_documents: bool
 
     @property
     def _selectors(self) -> tuple[Lookup | Selector, ...]:
-        return *self.lookups, *self.scanned
+        return *self.lookups, *self.scan.selectors
 
     @property
     def kind(self) -> str:
@@ -162,11 +162,6 @@ class Request:
         selectors = [(one.kind, one.literal()) for one in self._selectors]
         request = {"selectors": selectors, "every": self.every, "whole_documents": self.whole_documents}
         return orjson.dumps(request, option=orjson.OPT_SORT_KEYS).decode()
-
-    @property
-    def scan(self) -> ScanStage | None:
-        """The scan that must be done first, if any."""
-        return ScanStage(self.scanned) if self.scanned else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,13 +215,13 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     selected too.
     """
     earlier = same_selector(store, request)
-    found = read_scan(store, request.scan) if request.scan else parts.SCANS_SCHEMA.empty_table()
+    found = read_scan(store, request.scan)
     sets: list[Ids] = []
     matches: list[Match] = []
     for lookup in request.lookups:
         sets.append(lookup.select(store, missing_ok=bool(earlier), report=report))
         matches.append(Match(lookup.kind, "", len(sets[-1])))
-    for number, selector in enumerate(request.scanned):
+    for number, selector in enumerate(request.scan.selectors):
         originals = np.array(selector.chunks) if isinstance(selector, NearDuplicates) else None
         if originals is not None and not earlier and not len(purged_chunks.unerased(store, originals)):
             raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")

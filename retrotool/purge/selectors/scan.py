@@ -40,7 +40,7 @@ KIND = "scans"
 
 @dataclass(frozen=True, slots=True)
 class ScanStage:
-    """Scans all parts with ``selectors``; concurrent runs share the parts."""
+    """Scans all parts with ``selectors``, if there are any; concurrent runs share the parts."""
 
     selectors: tuple[Selector, ...]
     name: str = field(default="select", init=False)
@@ -73,7 +73,7 @@ class ScanStage:
     def _unscanned(self, store: Store) -> Iterator[tuple[int, list[str], FileEntry | None]]:
         """Yield each part whose current files are not scanned, the files to read, and its outdated result."""
         scan = self.scan(store)
-        for part in store.state.all_parts():
+        for part in store.state.all_parts() if self.selectors else ():
             more = {path for selector in self.selectors for path in selector.reads(store, part)}
             reads = [parts.part_entry(store, "chunks", part).path, *sorted(more)]
             old = store.state.part_file(KIND, part, scan)

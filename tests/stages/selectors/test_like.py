@@ -17,7 +17,7 @@ from retrotool.errors import UsageError
 from retrotool.index.run import drop
 from retrotool.purge.select import select
 from retrotool.purge.selectors import like, scan
-from retrotool.purge.selectors.scan import ScanStage, read_scan
+from retrotool.purge.selectors.scan import read_scan
 from retrotool.sources import Fields
 from retrotool.store.folding import writing
 from retrotool.store.store import Store
@@ -159,16 +159,18 @@ def test_a_part_without_embeddings_is_an_error_and_scanned_when_it_has_some(
 def test_of_several_embeddings_those_are_used_that_search_uses(store_copy: Path, tmp_path: Path) -> None:
     other = make_encoder(tmp_path / "other", seed=3)
     api.embed(store_copy, encoder=str(other))
-    by_default = api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy)).scanned
-    assert by_default == api.Selectors(like=TEXT, within=1.0, encoder="tiny").read(Store.open(store_copy)).scanned
+    by_default = api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy)).scan.selectors
+    assert (
+        by_default == api.Selectors(like=TEXT, within=1.0, encoder="tiny").read(Store.open(store_copy)).scan.selectors
+    )
     drop(store_copy, name="main")
     with pytest.raises(UsageError, match="embeddings of other, tiny") as error:
         api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy))
     assert "--encoder NAME --default" in error.value.advice
     scans = {
-        ScanStage(api.Selectors(like=TEXT, within=1.0, encoder=name).read(Store.open(store_copy)).scanned).scan(
-            Store.open(store_copy)
-        )
+        api.Selectors(like=TEXT, within=1.0, encoder=name)
+        .read(Store.open(store_copy))
+        .scan.scan(Store.open(store_copy))
         for name in ("tiny", "other")
     }
     assert len(scans) == 2
