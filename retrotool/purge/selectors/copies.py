@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from retrotool.neighbours.token_overlap import COPIED, GRAM
-from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
+from retrotool.purge.selectors.ngrams import Flags, GramSets, Ints, Tokens, distinct, distinct_rows, follows, reach
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
@@ -91,28 +90,21 @@ def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flag
     length = chunks.tokens.shape[1]
     n_tokens = chunks.n_tokens.astype(np.int64)
     follow = follows(chunks, n_tokens)
-    beyond = np.where(follow & (n_tokens == length), np.append(n_tokens[1:], 0), 0)
     flat = np.ascontiguousarray(chunks.tokens).reshape(-1)
-    at, gram = sets.identify(flat, *_enough(*sets.likely(flat), length))
+    at, hashes, least = sets.likely(flat)
+    there = np.bincount(at // length + 1, minlength=len(chunks) + 2)
+    # The places with an n-gram have all others in its chunk and the chunks beside it.
+    enough = (there[:-2] + there[1:-1] + there[2:])[at // length] >= least
+    at, gram = sets.identify(flat, at[enough], hashes[enough])
     row, start = np.divmod(at, length)
     whole = start + GRAM <= n_tokens[row]
-    begins = whole | (start + GRAM <= n_tokens[row] + beyond[row])
+    begins = start + GRAM <= reach(n_tokens, follow, length)[row]
     follows_on = whole & (row > 0)
     follows_on[follows_on] = follow[row[follows_on] - 1]
     place = np.concatenate([row[begins], row[follows_on] - 1])
     gram, start = (np.concatenate([some[begins], some[follows_on]]) for some in (gram, start))
     second = np.arange(len(place)) >= int(begins.sum())
     return place, gram, ~second & (length - start >= _HELD), second | (start + GRAM - length >= _HELD)
-
-
-def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int) -> tuple[Ints, Hashes]:
-    """Keep the candidates ``at`` [h] with enough others in their chunk and a chunk beside it."""
-    row = at // length
-    there = np.bincount(row, minlength=int(row[-1]) + 2 if len(at) else 1)
-    beside = np.append(there[1:], 0)
-    np.maximum(beside[1:], there[:-1], out=beside[1:])
-    enough = (there + beside)[row] >= least
-    return at[enough], hashes[enough]
 
 
 def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Flags, second: Flags) -> None:
