@@ -73,11 +73,8 @@ class GramSets:
         hashes = gram_hashes(np.ascontiguousarray(grams[kept]).reshape(-1), self.n)[:: self.n]
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._grams = hashes[order], _as_bytes(grams[kept[order]])
-        rank = np.empty(len(order), np.int64)
-        rank[order] = np.arange(len(order))
-        self._set_owners(*_distinct_sets(owner, rank[which], max(len(kept), 1)))
-        low, high = _TABLE_BITS
-        bits = min(max((len(kept) * _PLACES_A_GRAM).bit_length(), low), high)
+        self._set_owners(*_distinct_sets(owner, np.argsort(order)[which], max(len(kept), 1)))
+        bits = int(np.clip((len(kept) * _PLACES_A_GRAM).bit_length(), *_TABLE_BITS))
         self._shift = np.uint32(HASH_BITS - bits)
         self._first_shift = np.uint32(HASH_BITS - min(bits, len(kept).bit_length() + 1))
         buckets = np.arange(1 << (HASH_BITS - int(self._first_shift)))

@@ -33,8 +33,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from retrotool.errors import UsageError
 from retrotool.purge.selectors.patterns import Pattern, compiled, find_in
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
@@ -331,11 +329,8 @@ class PersonalData(Selector):
         searches = [(compiled(forms[kind][0], ignore_case=folded), forms[kind][1]) for kind in self.kinds]
 
         def match(block: TextBlock) -> BlockHits:
-            found = []
-            for label, (pattern, check) in enumerate(searches):
-                spans = np.array(list(_checked(block, pattern, check, folded)), np.int64).reshape(-1, 2)
-                found.append(BlockHits.touched(block, spans[:, 0], spans[:, 1], label))
-            return BlockHits.joined(found)
+            found = (list(_checked(block, pattern, check, folded)) for pattern, check in searches)
+            return BlockHits.joined([BlockHits.touched(block, some, label) for label, some in enumerate(found)])
 
         return match
 
@@ -343,7 +338,7 @@ class PersonalData(Selector):
 def _checked(block: TextBlock, pattern: Pattern, check: Check, folded: bool) -> Iterator[tuple[int, int]]:
     """Yield where the data in matches of ``pattern`` begins and ends in the text of a block."""
     over = 0
-    for first, last in itertools.pairwise(block.starts[block.pieces].tolist()):
+    for first, last in itertools.pairwise(block.borders.tolist()):
         for low, high in find_in(pattern, block.text[first:last]):
             begin, end = first + low, first + high
             if begin < over:

@@ -85,7 +85,7 @@ class Normal:
     @classmethod
     def of(cls, block: TextBlock) -> Normal:
         """Normalise the text of a block."""
-        data, borders = bytes(block.text).translate(_LOWER), block.starts[block.pieces]
+        data, borders = bytes(block.text).translate(_LOWER), block.borders
         pieces = [data[begin:end] for begin, end in itertools.pairwise(borders.tolist())]
         lower = b"\n".join([b"", *pieces, b""])
         old_begin, old_end = _islands(lower)
@@ -276,7 +276,7 @@ class TermMatcher:
             for span in self._spans(normal, begins, ends, number, self._around[around])
         ]
         found = np.concatenate([np.stack([begins[whole], ends[whole]], 1), np.array(longer, np.int64).reshape(-1, 2)])
-        return BlockHits.touched(block, *normal.places(found[:, 0], found[:, 1]))
+        return BlockHits.touched(block, np.stack(normal.places(found[:, 0], found[:, 1]), 1))
 
     def _look_up(self, text: bytes, edges: Offsets) -> tuple[Offsets, Offsets]:
         """Return which words are anchors, and which anchors; words and gaps alternate at ``edges``.
