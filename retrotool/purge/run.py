@@ -222,8 +222,7 @@ def list_purges(root: str | Path) -> PurgeList:
 
 def _planned(store: Store, selection: Selection, dry_run: bool, erase: bool) -> PurgeResult:
     chunks, weight = len(selection.live), weight_of(selection.weights)
-    named = np.union1d(selection.chunks, selection.copies)
-    unerased = len(purged_chunks.unerased(store, named)) if erase else 0
+    unerased = len(purged_chunks.unerased(store, selection.named)) if erase else 0
     alive = store.state.records.get("totals", {}).get("chunks", 0)
     return PurgeResult(
         chunks=chunks, documents=weight.documents, tokens=weight.tokens,
@@ -241,7 +240,7 @@ def _carry_out(
 ) -> PurgeResult:
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to remove
         purges = tuple(same_selector(store, selection.request))
-        targets = np.union1d(selection.chunks, selection.copies)
+        targets = selection.named
         # A killed erase can be resumed only if a purge names all its chunks.
         uncovered = erase and not np.isin(targets, named_chunks(store, purges)).all()
         if planned.chunks or planned.blocked or uncovered:
@@ -336,8 +335,7 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
     with purged_chunks.withdrawn(store, add):
-        named = np.union1d(selection.chunks, selection.copies)
-        add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), named))
+        add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), selection.named))
         if len(selection.blocked):
             name = FileName.new(run.id, "blocked", purge, "parquet")
             add.append(blocked.write_blocked(store, name, selection.blocked))

@@ -182,8 +182,7 @@ class Selection:
       totals.
     * ``blocked``: hashes that keep what is purged from coming back; ``whole``: those of whole documents.
     * ``open_parts``: parts of open plans that were searched for copies, which are among ``chunks``.
-
-    * ``copies``, only for an erase: chunks of the ``copied`` rejected documents that repeat a selected one.
+    * ``named``: ``chunks``, and for an erase those of ``copied`` rejected documents that repeat these.
     """
 
     request: Request
@@ -195,7 +194,7 @@ class Selection:
     weights: Weights
     blocked: Hashes
     whole: Hashes
-    copies: Ids
+    named: Ids
     copied: int
     open_parts: tuple[int, ...]
 
@@ -236,14 +235,15 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     hashes, of_whole = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
     open_parts = purged_chunks.parts_of_open_plans(store)
     chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes, of_whole))
-    copies, copied = np.zeros(0, np.int64), 0
+    named, copied = chunks, 0
     if erase:
         begun = [purge for purge, record in earlier.items() if not record["erased"]]
         chunks = np.union1d(chunks, named_chunks(store, begun))
         copies, copied = purged_chunks.find_copies(store, chunks)
+        named = np.union1d(chunks, copies)
     live, weights = weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
-        request, store.state, tuple(matches), found, chunks, live, weights, hashes, of_whole, copies, copied,
+        request, store.state, tuple(matches), found, chunks, live, weights, hashes, of_whole, named, copied,
         tuple(open_parts),
     )  # fmt: skip
 
