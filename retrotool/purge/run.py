@@ -160,7 +160,7 @@ def purge(
 
     def attempt() -> PurgeResult:
         nonlocal agreed
-        if not request.scan.is_done(store):
+        if request.scan.plan(store):
             with writing(store) as run:
                 engine.execute(request.scan, store, run)
         total = len(request.lookups) * len(store.state.all_parts())
