@@ -204,10 +204,9 @@ def _check_embeddings(purged: PurgeHistory, entry: FileEntry) -> Bools:
 
 
 def _check_index(purged: PurgeHistory, entry: FileEntry) -> Bools:
-    slot = entry.slot
-    if slot == RECALL:
+    if entry.slot == RECALL:
         return np.array([entry.path not in purged.new])
-    if not slot.startswith(SHARD):
+    if not entry.slot.startswith(SHARD):
         return _NOTHING
     shard = read_shard(purged.store, entry)
     return np.concatenate([_NOTHING, *(purged.chunks.contains(shard.ids(number)) for number in shard.numbers)])

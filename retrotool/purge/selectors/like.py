@@ -23,6 +23,7 @@ queries of a long file.
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -80,11 +81,8 @@ class Like(Selector):
 
     def open(self, store: Store) -> Matcher:
         """Embed the text; ``UsageError`` if the encoder is not available, or the text is too long for it."""
-        encoder = load_encoder(store, self.encoder, self.device)
-        try:
+        with closing(load_encoder(store, self.encoder, self.device)) as encoder:
             queries = _embed_pieces(store, encoder, self.text) if self.cut else _embed_whole(encoder, self.text)
-        finally:
-            encoder.close()
         return _matcher(store, self.encoder, queries, np.float32(self.within))
 
 
