@@ -100,13 +100,13 @@ class Normal:
         words[expand_ranges(begin, sizes)] = island_words
         return cls(text, words, begin, begin + sizes, old_begin, old_end, lower, borders + np.arange(len(borders)))
 
-    def places(self, begin: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:
-        """Map spans [h] of the normalised text, none empty, to the text of the block, int64 [h] each.
+    def places(self, spans: Offsets) -> Offsets:
+        """Map ``spans`` [h, 2] of the normalised text, none empty, to the text of the block, int64 [h, 2].
 
         Characters that are normalised together are within a span if any part of them is.
         """
-        low, high = self._place(begin, at_end=False), self._place(end - 1, at_end=True)
-        return low - np.searchsorted(self.breaks, low), high - np.searchsorted(self.breaks, high)
+        found = np.stack([self._place(spans[:, 0], at_end=False), self._place(spans[:, 1] - 1, at_end=True)], 1)
+        return found - np.searchsorted(self.breaks, found)
 
     def _place(self, byte: Offsets, at_end: bool) -> Offsets:
         """Return where in ``lower`` the character with a normalised byte begins, or ends."""
@@ -276,7 +276,7 @@ class TermMatcher:
             for span in self._spans(normal, begins, ends, number, self._around[around])
         ]
         found = np.concatenate([np.stack([begins[whole], ends[whole]], 1), np.array(longer, np.int64).reshape(-1, 2)])
-        return BlockHits.touched(block, np.stack(normal.places(found[:, 0], found[:, 1]), 1))
+        return BlockHits.touched(block, normal.places(found))
 
     def _look_up(self, text: bytes, edges: Offsets) -> tuple[Offsets, Offsets]:
         """Return which words are anchors, and which anchors; words and gaps alternate at ``edges``.
