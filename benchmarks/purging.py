@@ -37,7 +37,7 @@ from machine import describe
 
 import retrotool
 from retrotool.ann.excluded import Queries
-from retrotool.purge.erase import EraseStage, part_files
+from retrotool.purge.erase import part_files
 from retrotool.receipt.read_paths import read_paths
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -120,7 +120,7 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     )
     print(f"  purge               {seconds:7.1f} s")
     print(f"  in searches by each {searched(root, vectors[mine], purged_chunks)} of {10 * int(mine.sum()):,} results")
-    for check in read_paths(store, purged_chunks.ids):
+    for check in read_paths(store, purged_chunks):
         path = check()
         print(f"  {path.name:<20}{path.found} in {path.rows:,} rows{'; ' + path.note if path.note else ''}")
     drawn = drawn[~purged_chunks.contains(drawn)]
@@ -133,11 +133,10 @@ def measure(source: Path, folder: Path, selector: list[str], encoder: str, name:
     print(f"  from scratch        {seconds:7.1f} s: {recall(root, encoder, drawn, 'from-scratch')}")
     store = Store.open(root)
     touched = sum(len(part_files(store, part)) for part in purged_chunks.parts())
-    holding = sum(task.weight for task in EraseStage(purged_chunks, (purged["purge"],)).tasks(store))
     erased, seconds = run("erase", root, purged["purge"], "--yes")
     print(
-        f"  erase               {seconds:7.1f} s: {erased['files_rewritten']:,} files rewritten; {holding:,} held "
-        f"some, {touched:,} of them of {len(purged_chunks.parts()):,} parts"
+        f"  erase               {seconds:7.1f} s: {erased['files_rewritten']:,} files rewritten, {touched:,} of them "
+        f"of {len(purged_chunks.parts()):,} parts"
     )
     verified, seconds = run("receipt", root, purged["purge"], "--out", folder)
     receipt = verified["receipt"]

@@ -101,7 +101,7 @@ def terms_of(documents: list[bytes], count: int, rare: bool) -> list[str]:
 
 def by_pattern(pattern: str) -> Callable[[TextBlock], BlockHits]:
     one = compiled(pattern)
-    return lambda block: BlockHits.touched(block, *find_all(one, block))
+    return lambda block: BlockHits.touched(block, find_all(one, block.text, itertools.pairwise(block.borders.tolist())))
 
 
 def main() -> None:

@@ -112,13 +112,8 @@ class AffectedResult(AffectedCounts):
     out: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """The files of a table by part, the ``chunks`` to find, and the chunks ``followed`` by one of these."""
-
-    entries: Mapping[int, FileEntry]
-    chunks: Tombstones
-    followed: Tombstones
+_Sought = tuple[Mapping[int, FileEntry], tuple[Tombstones, Tombstones]]
+"""The files of a table by part; the chunks to find, and the chunks followed by one of these."""
 
 
 def affected(
@@ -153,7 +148,7 @@ def affected(
     own, found, examples = read_tombstones(store), list[PartAffected](), list[AffectedChunk]()
     with ExitStack() as stack:
         file = stack.enter_context(stack.enter_context(written(out)).open("wb")) if out is not None else None
-        numbers = sorted({part for one in wanted for part in one.entries})
+        numbers = sorted({part for entries, _ in wanted for part in entries})
         report = stack.enter_context(counting("read", "part", len(numbers)))
         for part in numbers:
             rows, places = _rows(store, part, wanted)
@@ -181,7 +176,7 @@ def affected(
     )  # fmt: skip
 
 
-def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) -> tuple[_Table, list[AskedPurge]]:
+def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) -> tuple[_Sought, list[AskedPurge]]:
     entries = {e.part: e for e in store.state.group("neighbours", table).entries()}
     for entry in entries.values():
         check_neighbour_ids(entry, table, database)
@@ -198,14 +193,14 @@ def _look_for(store: Store, table: str, database: Store, purges: Sequence[str]) 
     for part, rows in rows_by_part(ids):
         chunks = parts.read_parquet(database, parts.part_entry(database, "chunks", part), ["index"])
         follow.append(chunks["index"].to_numpy()[rows] > 0)
-    return _Table(entries, Tombstones(ids), Tombstones(ids[np.concatenate(follow)] - 1)), asked
+    return (entries, (Tombstones(ids), Tombstones(ids[np.concatenate(follow)] - 1))), asked
 
 
-def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids]:
+def _rows(store: Store, part: int, wanted: Sequence[_Sought]) -> tuple[Ids, Ids]:
     """Return affected rows [n], and the first places [2, n] of a purged chunk and of one that follows."""
     places = np.full((2, parts.part_entry(store, "chunks", part).rows), NEVER)
-    for table in wanted:
-        if (entry := table.entries.get(part)) is None:
+    for entries, sought in wanted:
+        if (entry := entries.get(part)) is None:
             continue
         edits = neighbour_tables.read_edits(store, entry.name)
         for group in range(-(-entry.rows // ROW_GROUP)):
@@ -213,8 +208,8 @@ def _rows(store: Store, part: int, wanted: Sequence[_Table]) -> tuple[Ids, Ids]:
             saved = neighbour_tables.read_table(store, entry, [group])
             ids = neighbour_tables.edit_rows(edits, saved, part, [group], lambda ids: ids < -1).ids
             rows = slice(group * ROW_GROUP, group * ROW_GROUP + len(ids))
-            for known, sought in zip(places[:, rows], (table.chunks, table.followed), strict=True):
-                hit = sought.contains(ids)
+            for known, chunks in zip(places[:, rows], sought, strict=True):
+                hit = chunks.contains(ids)
                 known[:] = np.minimum(known, np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, NEVER))
     found = np.flatnonzero((places < NEVER).any(axis=0))
     return found, places[:, found]

@@ -23,7 +23,6 @@ Not erased: chunk ids in tombstones; centroids and codebooks, means over thousan
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,7 +39,6 @@ from retrotool import engine
 from retrotool.ann import lists
 from retrotool.chunk.chunker import id_hash
 from retrotool.embed.search_scope import purges_erased
-from retrotool.engine.progress import Progress
 from retrotool.engine.task import Report, Task, check_there, task_key
 from retrotool.errors import ConflictError
 from retrotool.index.index_records import RECALL, SHARD, ShardRecord
@@ -72,14 +70,14 @@ WORKER_BYTES = 1 << 29  # memory of a worker, besides the rows of a part
 class EraseStage:
     """Erases ``targets``: the chunks of ``purges``, which are tombstones.
 
-    ``clean`` caches the paths that hold none of them. A path always names the same bytes, so planning again
-    reads only new files. ``worker_bytes``: memory of a worker.
+    ``holding`` caches for files that are rewritten together, by their paths, whether they hold one. A path
+    always names the same bytes, so planning again reads only new files. ``worker_bytes``: memory of a worker.
     """
 
     targets: Tombstones
     purges: tuple[str, ...]
     worker_bytes: int = WORKER_BYTES
-    clean: set[str] = field(default_factory=set, compare=False, repr=False)
+    holding: dict[tuple[str, ...], bool] = field(default_factory=dict, compare=False, repr=False)
     name: str = field(default="erase", init=False)
     unit: str = field(default="file", init=False)
     worker_cores: int = field(default=1, init=False)
@@ -90,41 +88,29 @@ class EraseStage:
         ``ConflictError`` if one of the purges was undone; ``ErasedError`` or ``CorruptError`` if a file was
         replaced concurrently.
         """
-        return list(self._tasks(store, self._parts(store))) or list(self._tasks(store, self._other_files(store)))
-
-    def tasks(self, store: Store) -> list[Task]:
-        """Return all tasks, including those that wait for the parts."""
-        return list(self._tasks(store, itertools.chain(self._parts(store), self._other_files(store))))
-
-    def _parts(self, store: Store) -> Iterator[list[FileEntry]]:
-        return (part_files(store, part) for part in self.targets.parts())
-
-    def _other_files(self, store: Store) -> Iterator[list[FileEntry]]:
-        return ([entry] for entry in files_of_several_parts(store, self.targets.parts()))
-
-    def _tasks(self, store: Store, several: Iterable[list[FileEntry]]) -> Iterator[Task]:
-        """Yield a task for each of several lists of files to rewrite together that hold a target."""
         if not len(self.targets):
-            return
+            return []
         # Targets may stay tombstones after an undo: another purge may name them.
         tombstones.check_not_undone(store.state, self.purges)
-        reads = tombstones.tombstones_naming(store, self.targets)
+        reads, numbers = tombstones.tombstones_naming(store, self.targets), self.targets.parts()
+        of_parts = list(self._tasks(store, reads, (part_files(store, part) for part in numbers)))
+        others = ([entry] for entry in files_of_several_parts(store, numbers))
+        return of_parts or list(self._tasks(store, reads, others))
+
+    def _tasks(self, store: Store, reads: list[str], several: Iterable[list[FileEntry]]) -> Iterator[Task]:
+        """Yield a task for each of several lists of files to rewrite together that hold a target."""
         for entries in several:
-            paths = [entry.path for entry in entries]
-            if self.clean.issuperset(paths):
-                continue
-            first = entries[0]
-            if _HOLDS[first.kind](store, first, self.targets):
+            first, paths = entries[0], tuple(entry.path for entry in entries)
+            if paths not in self.holding:
+                self.holding[paths] = _HOLDS[first.kind](store, first, self.targets)
+            if self.holding[paths]:
                 label, ids = first.path.rpartition("-")[0], self.targets.ids
                 if first.kind == "documents":
                     label, ids = f"part {first.part}", self.targets.rows(first.part)
                 digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+                inputs = {"paths": paths, "reads": reads}
                 key = task_key("erase", {"targets": digest}, paths)
-                yield Task(
-                    key, label, len(paths), {"paths": paths, "reads": reads}, claimed=engine.is_a_job(), for_all=True
-                )
-            else:
-                self.clean.update(paths)
+                yield Task(key, label, len(paths), inputs, claimed=engine.is_a_job(), for_all=True)
 
     def open(self, store: Store) -> EraseWorker:
         """Return the worker; it loads nothing."""
@@ -401,26 +387,24 @@ def _name_copies(store: Store, run: Run, purges: Sequence[str], copies: Ids) -> 
     Copies can't be found once their originals are erased, so an erase that was killed could not be resumed
     otherwise. Cost: ``find_copies`` for each purge, if there are copies.
     """
+    tombstones.check_not_undone(store.state, purges)
+    changed: dict[str, tuple[FileEntry, str]] = {}
     for purge in purges:
         named = read_tombstones(store, purge).ids
         own = copies
         if len(purges) > 1 and len(np.setdiff1d(copies, named)):
             own = purged_chunks.find_copies(store, named)[0]
         if len(new := np.setdiff1d(own, named)):
-            _name(store, run, purge, new)
+            changed[purge] = tombstones.add_tombstones(store, run.id, purge, new)
+    add, remove = [entry for entry, _ in changed.values()], [before for _, before in changed.values()]
 
-
-def _name(store: Store, run: Run, purge: str, new: Ids) -> None:
-    tombstones.check_not_undone(store.state, (purge,))
-    entry, before = tombstones.add_tombstones(store, run.id, purge, new)
-
-    def build(state: State) -> Draft:
-        tombstones.check_not_undone(state, (purge,))
-        if state.records[PREFIX + purge]["erased"]:
+    def build(state: State) -> Draft | None:
+        tombstones.check_not_undone(state, purges)
+        if any(state.records[PREFIX + purge]["erased"] for purge in changed):
             raise ConflictError("the purge is erased by another process, too", "Run the same command again.")
-        return Draft("erase", {"purges": []}, add=(entry,), remove=(before,))
+        return Draft("erase", {"purges": []}, add=tuple(add), remove=tuple(remove)) if changed else None
 
-    with purged_chunks.withdrawn(store, [entry]):
+    with purged_chunks.withdrawn(store, add):
         store.commit(run, build)
 
 
@@ -449,8 +433,6 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
     rows = sum(parts.part_entry(store, "chunks", part).rows for part in targets.parts())
     room = memory_of_machine() // 2 // stage.worker_bytes
     workers = max(1, min(cores(), len(targets.parts()), room, rows // _ROWS_A_WORKER))
-    with Progress("erase", doing="looking for files with purged chunks"):
-        rewritten = sum(task.weight for task in stage.tasks(store))
     engine.execute(stage, store, run, workers=workers)
     for table in store.refresh().names("edits"):
         edits, named = neighbour_tables.edits_naming(store, table, targets.contains)
@@ -477,14 +459,12 @@ def erase_chunks(store: Store, run: Run, chunks: Ids, purges: Sequence[str]) -> 
         return Draft("erase", {"purges": done}, remove=paths, records=records)
 
     store.commit(run, build)
-    return rewritten
+    return len({path for paths, holds in stage.holding.items() if holds for path in paths})
 
 
 def _worker_bytes(store: Store, targets: Tombstones) -> int:
     """Return the memory that a worker needs for the largest part."""
-    several = [part_files(store, part) for part in targets.parts()]
-    rows = [parts.part_entry(store, "chunks", part).rows for part in targets.parts()]
-    vectors = [sum(entry.bytes for entry in files if entry.kind == "embeddings") for files in several]
     tokens = store.identity.chunk_length * store.identity.tokenizer.token_bytes
-    most = max((n * tokens + size for n, size in zip(rows, vectors, strict=True)), default=0)
-    return WORKER_BYTES + _TIMES_A_PART * most
+    several = ([entry for entry in part_files(store, part) if entry.kind != "documents"] for part in targets.parts())
+    sizes = (sum(one.bytes if one.kind == "embeddings" else one.rows * tokens for one in files) for files in several)
+    return WORKER_BYTES + _TIMES_A_PART * max(sizes, default=0)

@@ -34,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrotool.chunk.chunk_plan import documents_within, open_plans, parts_of_plan, unfinished_plans
+from retrotool.chunk.chunk_plan import chunks_of, documents_within, open_plans, parts_of_plan, unfinished_plans
 from retrotool.cli.command_lines import command_line
 from retrotool.errors import ConflictError, CorruptError, ErasedError, LostRunError, UsageError, listed
 from retrotool.ranges import expand_ranges
@@ -174,19 +174,13 @@ def find_copies(store: Store, chunks: Ids) -> tuple[Ids, int]:
     if not len(repeats) or not len(chunks):
         return np.zeros(0, np.int64), 0
     wanted = {name: values_of(store, chunks, name) for name in ("key", "text_hash")}
-    selected = Tombstones(chunks)
     found = [np.zeros(0, np.int64)]
-    copied = 0
     for part in repeats.parts():
-        table = parts.read_documents(store, part, ["key", "text_hash", "first_row", "n_chunks"])
-        alike = [pc.is_in(table[name].cast(pa.binary()), value_set=values) for name, values in wanted.items()]
-        places = table.filter(pc.or_(*alike))
-        count = places["n_chunks"].to_numpy()
-        ids = parts.chunk_ids(part, expand_ranges(places["first_row"].to_numpy(), count))
-        more = repeats.contains(ids) & ~selected.contains(ids)
-        found.append(ids[more])
-        copied += len(np.unique(np.repeat(np.arange(len(count)), count)[more]))
-    return np.unique(np.concatenate(found)), copied
+        docs = [documents_with(store, part, name, values) for name, values in wanted.items()]
+        found.append(chunks_of(store, part, np.union1d(*docs)))
+    ids = np.concatenate(found)
+    copies = ids[repeats.contains(ids) & ~Tombstones(chunks).contains(ids)]
+    return copies, sum(table.num_rows for _, table in documents_of(store, copies, []))
 
 
 def parts_of_open_plans(store: Store) -> list[int]:
@@ -220,6 +214,12 @@ def find_in_open_plans(store: Store, numbers: Sequence[int], chunks: Ids, hashes
     return np.unique(np.concatenate(found))
 
 
+def documents_with(store: Store, part: int, column: str, values: pa.Array) -> Ids:
+    """Return the documents of a part that have one of ``values`` in a column of hashes, ascending."""
+    hashes = parts.read_documents(store, part, [column])[column].cast(pa.binary())
+    return np.flatnonzero(pc.is_in(hashes, value_set=values).to_numpy())
+
+
 def values_of(store: Store, chunks: Ids, column: str) -> pa.Array:
     """Return a column of the documents that have any of ``chunks``, without nulls."""
     several = (table[column].drop_null().cast(pa.binary()) for _, table in documents_of(store, chunks, [column]))
@@ -235,8 +235,7 @@ def find_same_text(store: Store, chunks: Ids) -> SameText:
     count = 0
     named: list[str] = []
     for part in store.state.all_parts():
-        hashes = parts.read_documents(store, part, ["text_hash"])["text_hash"]
-        docs = np.flatnonzero(pc.is_in(hashes.cast(pa.binary()), value_set=texts).to_numpy())
+        docs = documents_with(store, part, "text_hash", texts)
         if len(live := np.setdiff1d(docs, documents_within(store, part, gone)) if len(docs) else docs):
             count += len(live)
             names = parts.read_documents(store, part, ["id"])["id"]

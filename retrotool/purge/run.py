@@ -33,7 +33,7 @@ from retrotool.purge import purged_chunks
 from retrotool.purge.erase import EraseResult, carry_out_erase, files_of_several_parts, part_files
 from retrotool.purge.select import Match, Selection, Selectors, same_selector, select, signed
 from retrotool.purge.selectors.scan import KIND as SCANS
-from retrotool.purge.selectors.selector import Decoder, TextBlock, read_rows
+from retrotool.purge.selectors.selector import Decoder, read_rows
 from retrotool.ranges import spread
 from retrotool.store import blocked, log, parts
 from retrotool.store.folding import writing
@@ -160,7 +160,7 @@ def purge(
 
     def attempt() -> PurgeResult:
         nonlocal agreed
-        if request.scan is not None and not request.scan.is_done(store):
+        if request.scan.plan(store):
             with writing(store) as run:
                 engine.execute(request.scan, store, run)
         total = len(request.lookups) * len(store.state.all_parts())
@@ -222,8 +222,7 @@ def list_purges(root: str | Path) -> PurgeList:
 
 def _planned(store: Store, selection: Selection, dry_run: bool, erase: bool) -> PurgeResult:
     chunks, weight = len(selection.live), weight_of(selection.weights)
-    named = np.union1d(selection.chunks, selection.copies)
-    unerased = len(purged_chunks.unerased(store, named)) if erase else 0
+    unerased = len(purged_chunks.unerased(store, selection.named)) if erase else 0
     alive = store.state.records.get("totals", {}).get("chunks", 0)
     return PurgeResult(
         chunks=chunks, documents=weight.documents, tokens=weight.tokens,
@@ -241,7 +240,7 @@ def _carry_out(
 ) -> PurgeResult:
     with writing(store) as run:  # also with nothing to purge: an interrupted erase may have left files to remove
         purges = tuple(same_selector(store, selection.request))
-        targets = np.union1d(selection.chunks, selection.copies)
+        targets = selection.named
         # A killed erase can be resumed only if a purge names all its chunks.
         uncovered = erase and not np.isin(targets, named_chunks(store, purges)).all()
         if planned.chunks or planned.blocked or uncovered:
@@ -271,7 +270,7 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
     found = selection.found.filter(pa.array(np.isin(selection.found["chunks"].to_numpy(), selection.live)))
     decoder = Decoder(store)
     examples = []
-    for number, selector in enumerate(selection.request.scanned):
+    for number, selector in enumerate(selection.request.scan.selectors):
         mine = found.filter(pc.equal(found["selectors"], number)).sort_by("figures")
         for hit in mine.take(spread(mine.num_rows, EXAMPLES)).to_pylist():
             example = _example(store, decoder, selector.kind, hit["chunks"], (hit["begin"], hit["end"]))
@@ -285,18 +284,17 @@ def _examples(store: Store, selection: Selection) -> list[Example]:
 def _example(store: Store, decoder: Decoder, selector: str, chunk: int, span: tuple[int, int]) -> Example:
     part, row = split_id(chunk)
     first, last = max(row - 1, 0), min(row + 1, parts.part_entry(store, "chunks", part).rows - 1)
-    chunks = read_rows(store, part, first, last + 1)  # folded text depends on the chunks beside it
-    same = np.flatnonzero(chunks.doc == chunks.doc[row - first]).tolist()
-    few, place = chunks.between(same[0], same[-1] + 1), row - first - same[0]
-    block = TextBlock(few, row - place, np.array([0, len(few)]), decoder)
-    data = bytes(block.text[block.starts[place] : block.starts[place + 1]])
+    chunks, place = read_rows(store, part, first, last + 1), row - first
+    starts, text = decoder(chunks)  # folded text depends on the chunks beside it
+    data = bytes(text[starts[place] : starts[place + 1]])
     begin, end = (len(data[: max(at, 0)].decode(errors="replace")) for at in span)
-    documents = parts.read_documents(store, part, ["id", "source"]).slice(int(few.doc[place]), 1)
-    text = data.decode(errors="replace")
+    documents = parts.read_documents(store, part, ["id", "source"]).slice(int(chunks.doc[place]), 1)
+    shown = data.decode(errors="replace")
     if span == (0, 0):  # no match: the text as search shows it, which keeps words apart
-        text = stored_tokenizer(store).decode_text(few.tokens[place : place + 1], few.n_tokens[place : place + 1])[0]
+        own = chunks.between(place, place + 1)
+        shown = stored_tokenizer(store).decode_text(own.tokens, own.n_tokens)[0]
     name, source = documents["id"][0].as_py(), documents["source"][0].as_py()
-    return Example(selector, chunk, name or "", source or "", text, begin, min(end, len(text)))
+    return Example(selector, chunk, name or "", source or "", shown, begin, min(end, len(shown)))
 
 
 def _touched(store: Store, selection: Selection) -> Touched:
@@ -317,7 +315,6 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
     an unfinished plan, were committed since the selection was made.
     """
     request = selection.request
-    scan = request.scan.scan(store) if request.scan else None
     purge = "p" + secrets.token_hex(4)
     seen = tombstone_paths(selection.state)
     add: list[FileEntry] = []
@@ -334,12 +331,11 @@ def commit_purge(store: Store, run: Run, selection: Selection, reason: str, who:
         selector = {"selector": request.kind, "hash": literal_hash, "reason": reason, "who": who}
         record = {**counts, **selector, "commit": state.number + 1, "erased": False}
         records = {f"purge:{purge}": record, **purged_chunks.totals_after(state, selection.weights, -1)}
-        gone = [entry.path for entry in state.group(SCANS, scan).entries()] if scan else []
+        gone = [entry.path for entry in state.group(SCANS, request.scan.scan(store)).entries()]
         return Draft("purge", selector, add=tuple(add), remove=tuple(gone), records=records)
 
     with purged_chunks.withdrawn(store, add):
-        named = np.union1d(selection.chunks, selection.copies)
-        add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), named))
+        add.append(write_tombstones(store, FileName.new(run.id, "tombstones", purge, "parquet"), selection.named))
         if len(selection.blocked):
             name = FileName.new(run.id, "blocked", purge, "parquet")
             add.append(blocked.write_blocked(store, name, selection.blocked))

@@ -109,7 +109,7 @@ class Selectors:
                 "Give --allow-lossy to search what the tokenizer keeps: perhaps in lower case, with one space "
                 "between two words and none beside other characters.",
             )
-        return Request(tuple(lookups), tuple(scanned), self.every, self.whole_documents)
+        return Request(tuple(lookups), ScanStage(tuple(scanned)), self.every, self.whole_documents)
 
     def _scanned(self, store: Store) -> list[Selector]:
         found: list[Selector] = []
@@ -140,16 +140,16 @@ class Selectors:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """``Selectors`` with their files read: at least one, to look up or to scan for."""
+    """``Selectors`` with their files read: at least one, to look up, or to ``scan`` for before selecting."""
 
-    lookups: tuple[Lookup, ...] = ()
-    scanned: tuple[Selector, ...] = ()
-    every: bool = False
-    whole_documents: bool = False
+    lookups: tuple[Lookup, ...]
+    scan: ScanStage
+    every: bool
+    whole_documents: bool
 
     @property
     def _selectors(self) -> tuple[Lookup | Selector, ...]:
-        return *self.lookups, *self.scanned
+        return *self.lookups, *self.scan.selectors
 
     @property
     def kind(self) -> str:
@@ -162,11 +162,6 @@ class Request:
         selectors = [(one.kind, one.literal()) for one in self._selectors]
         request = {"selectors": selectors, "every": self.every, "whole_documents": self.whole_documents}
         return orjson.dumps(request, option=orjson.OPT_SORT_KEYS).decode()
-
-    @property
-    def scan(self) -> ScanStage | None:
-        """The scan that must be done first, if any."""
-        return ScanStage(self.scanned) if self.scanned else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +182,7 @@ class Selection:
       totals.
     * ``blocked``: hashes that keep what is purged from coming back; ``whole``: those of whole documents.
     * ``open_parts``: parts of open plans that were searched for copies, which are among ``chunks``.
-
-    * ``copies``, only for an erase: chunks of the ``copied`` rejected documents that repeat a selected one.
+    * ``named``: ``chunks``, and for an erase those of ``copied`` rejected documents that repeat these.
     """
 
     request: Request
@@ -200,7 +194,7 @@ class Selection:
     weights: Weights
     blocked: Hashes
     whole: Hashes
-    copies: Ids
+    named: Ids
     copied: int
     open_parts: tuple[int, ...]
 
@@ -220,15 +214,16 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     selected too.
     """
     earlier = same_selector(store, request)
-    found = read_scan(store, request.scan) if request.scan else parts.SCANS_SCHEMA.empty_table()
+    found = read_scan(store, request.scan)
     sets: list[Ids] = []
     matches: list[Match] = []
     for lookup in request.lookups:
         sets.append(lookup.select(store, missing_ok=bool(earlier), report=report))
         matches.append(Match(lookup.kind, "", len(sets[-1])))
-    for number, selector in enumerate(request.scanned):
-        if isinstance(selector, NearDuplicates) and not earlier:
-            selector.check_any_left(store)
+    for number, selector in enumerate(request.scan.selectors):
+        originals = np.array(selector.chunks) if isinstance(selector, NearDuplicates) else None
+        if originals is not None and not earlier and not len(purged_chunks.unerased(store, originals)):
+            raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")
         mine = found.filter(pc.equal(found["selectors"], number))
         sets.append(np.unique(mine["chunks"].to_numpy()))
         matches += _matches(selector, mine["labels"].to_numpy())
@@ -240,14 +235,15 @@ def select(store: Store, request: Request, *, erase: bool = False, report: Repor
     hashes, of_whole = hashes_to_block(store, chunks)  # earlier purges have blocked what they named
     open_parts = purged_chunks.parts_of_open_plans(store)
     chunks = np.union1d(chunks, purged_chunks.find_in_open_plans(store, open_parts, chunks, hashes, of_whole))
-    copies, copied = np.zeros(0, np.int64), 0
+    named, copied = chunks, 0
     if erase:
         begun = [purge for purge, record in earlier.items() if not record["erased"]]
         chunks = np.union1d(chunks, named_chunks(store, begun))
         copies, copied = purged_chunks.find_copies(store, chunks)
+        named = np.union1d(chunks, copies)
     live, weights = weigh_chunks(store, chunks, read_tombstones(store))
     return Selection(
-        request, store.state, tuple(matches), found, chunks, live, weights, hashes, of_whole, copies, copied,
+        request, store.state, tuple(matches), found, chunks, live, weights, hashes, of_whole, named, copied,
         tuple(open_parts),
     )  # fmt: skip
 

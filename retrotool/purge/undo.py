@@ -21,12 +21,11 @@ and vectors made elsewhere of the chunks. Memory: one part, and the tombstones.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from retrotool.chunk.chunk_plan import chunks_of
 from retrotool.chunk.deduplicate import replaced_record
@@ -47,8 +46,8 @@ from retrotool.store.parts import Ids, distinct_parts, rows_by_part
 from retrotool.store.paths import FileName
 from retrotool.store.state import State
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import KEPT, PREFIX, Tombstones, named_chunks, read_tombstones, standing_purges
-from retrotool.store.weights import Weight, Weights, weigh_chunks, weight_of
+from retrotool.store.tombstones import KEPT, PREFIX, Record, Tombstones, named_chunks, read_tombstones, standing_purges
+from retrotool.store.weights import Weight, weigh_chunks, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +74,6 @@ class UndoResult:
     next: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Undoable:
-    """An undo to commit on ``state``, and its ``result``.
-
-    * ``chunks``: all chunks of the purge. ``outdated``: those of documents that took the place of replaced
-      ones, which are purged instead, and their weight.
-    * ``weights``: what the undo adds to the totals, less what it takes from them.
-    """
-
-    result: UndoResult
-    state: State
-    chunks: Ids
-    outdated: Ids
-    outdated_weight: Weight
-    weights: Weights
-
-
 def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -> UndoResult:
     """Undo a purge. ``UsageError`` if it does not exist, was undone before, or its erase was begun.
 
@@ -101,7 +83,7 @@ def undo(root: str | Path, purge: str, *, reason: str, who: str | None = None) -
     store = Store.open(root)
     with writing(store) as run:  # also removes files that a killed undo left
         purge, _ = purged_chunks.find_purge(store, purge)
-        done = retry_overtaken(lambda: commit_undo(store, run, weigh(store, purge), reason, who), store.renew)
+        done = retry_overtaken(lambda: commit_undo(store, run, purge, reason, who), store.renew)
     store.refresh()
     return replace(done, next=tuple(_refills(store)))
 
@@ -121,39 +103,17 @@ def _refills(store: Store) -> list[str]:
     return [*found, *(one.command for one in dependents(store))]
 
 
-def weigh(store: Store, purge: str) -> Undoable:
-    """Determine what an undo would do; ``UsageError`` if the purge does not exist or its erase was begun."""
-    _, record = purged_chunks.find_purge(store, purge)
+def _restorable(store: Store, purge: str, record: Record) -> Ids:
+    """Return the chunks of a purge; ``UsageError`` if its erase was begun."""
     if record["erased"]:
         again = f"{command_line('chunk', store)} INPUT... --allow-purged"
         raise UsageError(f"purge {purge} is erased, so it can't be undone", f"Add its input again: {again}")
     own = read_tombstones(store, purge).ids
-    standing = standing_purges(store.state)
-    others = [slot for slot in store.state.group("tombstones") if slot != purge]
-    of_purges = named_chunks(store, [slot for slot in others if slot in standing])
-    if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), of_purges))):
+    named = named_chunks(store, [other for other in standing_purges(store.state) if other != purge])
+    if len(np.setdiff1d(own, np.union1d(purged_chunks.unerased(store, own), named))):
         advice = f"Finish it: {command_line('erase', store)} {purge}"
         raise UsageError(f"an erase of purge {purge} was begun, so some of its chunks can't be restored", advice)
-    after = Tombstones(named_chunks(store, others))
-    live, weights = weigh_chunks(store, own, after)
-    _check_vectors(store, purge, live)
-    left = Tombstones(np.setdiff1d(own, live))
-    named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
-    keys, repeats = purged_chunks.values_of(store, live, "key"), 0
-    outdated = documents_with(store, keys if "plan" in record else keys[:0], Tombstones(np.union1d(after.ids, own)))
-    outdated, lost = weigh_chunks(store, outdated, after)
-    if len(keys) and "plan" not in record:
-        found = find_documents(store, pa.chunked_array([keys]), after)
-        if found.repeats is not None and found.document is not None:
-            repeats = len(np.intersect1d(found.document, found.repeats.document))
-    weight, less = weight_of(weights), weight_of(lost)
-    total = dict(weights)
-    for part, one in lost.items():
-        total[part] = total.get(part, Weight()) + Weight(-one.chunks, -one.documents, -one.tokens)
-    result = UndoResult(
-        purge, len(live), weight.documents, weight.tokens, len(own) - len(live), 0, named_by, repeats, less.documents
-    )
-    return Undoable(result, store.state, own, outdated, less, total)
+    return own
 
 
 def _check_vectors(store: Store, purge: str, chunks: Ids) -> None:
@@ -172,50 +132,63 @@ def _check_vectors(store: Store, purge: str, chunks: Ids) -> None:
             )
 
 
-def documents_with(store: Store, keys: pa.Array, purged: Tombstones) -> Ids:
-    """Return the chunks of the documents with one of ``keys``, besides ``purged`` ones and pending parts."""
-    found = [np.zeros(0, np.int64)]
-    for part in store.state.parts() if len(keys) else ():
-        has_key = pc.is_in(parts.read_documents(store, part, ["key"])["key"].cast(pa.binary()), value_set=keys)
-        found.append(chunks_of(store, part, np.flatnonzero(has_key.to_numpy())))
-    chunks = np.concatenate(found)
-    return chunks[~purged.contains(chunks)]
+def commit_undo(store: Store, run: Run, purge: str, reason: str, who: str) -> UndoResult:
+    """Undo a purge of the store's view in one commit; return the result without the ``next`` commands.
 
-
-def commit_undo(store: Store, run: Run, found: Undoable, reason: str, who: str) -> UndoResult:
-    """Commit an undo; return its result, with the commit and the purge of documents that had replaced others.
-
-    ``ConflictError`` if another purge was committed, erased or undone since ``found`` was made.
+    ``UsageError`` if the purge does not exist or its erase was begun; ``ConflictError`` if another purge was
+    committed, erased or undone since the view.
     """
-    purge, repeats = found.result.purge, found.result.repeats
-    record = found.state.records[PREFIX + purge]
-    seen = tombstones.tombstone_paths(found.state)
-    touched = distinct_parts(found.chunks)
-    reads = [entry.path for part in touched if (entry := found.state.part_file("chunks", part)) is not None]
+    before, (_, record) = store.state, purged_chunks.find_purge(store, purge)
+    own, standing = _restorable(store, purge, record), standing_purges(before)
+    others = [slot for slot in before.group("tombstones") if slot != purge]
+    after = Tombstones(named_chunks(store, others))
+    live, weights = weigh_chunks(store, own, after)
+    _check_vectors(store, purge, live)
+    left = Tombstones(np.setdiff1d(own, live))
+    named_by = tuple(slot for slot in others if slot in standing and purged_chunks.has_any(store, slot, left))
+    keys, repeats, outdated = purged_chunks.values_of(store, live, "key"), 0, own[:0]
+    if len(keys) and "plan" in record:
+        docs = ((part, purged_chunks.documents_with(store, part, "key", keys)) for part in before.parts())
+        theirs = [outdated, *(chunks_of(store, part, some) for part, some in docs)]
+        outdated = np.setdiff1d(np.concatenate(theirs), own)
+    elif len(keys):
+        found = find_documents(store, pa.chunked_array([keys]), after)
+        if found.repeats is not None and found.document is not None:
+            repeats = len(np.intersect1d(found.document, found.repeats.document))
+    outdated, lost = weigh_chunks(store, outdated, after)
+    weight, less = weight_of(weights), weight_of(lost)
+    total = dict(weights)
+    for part, one in lost.items():
+        total[part] = total.get(part, Weight()) + Weight(-one.chunks, -one.documents, -one.tokens)
+    touched = distinct_parts(own)
+    reads = [entry.path for part in touched if (entry := before.part_file("chunks", part)) is not None]
     add: list[FileEntry] = []
-    new = "p" + secrets.token_hex(4) if len(found.outdated) else ""
+    new = "p" + secrets.token_hex(4) if len(outdated) else ""
 
     def build(state: State) -> Draft:
-        if tombstones.tombstone_paths(state) != seen or state.records[PREFIX + purge] != record:
+        purges = tombstones.tombstone_paths(before)
+        if tombstones.tombstone_paths(state) != purges or state.records[PREFIX + purge] != record:
             raise ConflictError("another purge was committed, or undone, concurrently", "Run the same command again.")
         gone = [state.file(kind, purge) for kind in ("tombstones", "blocked", "selectors")]
-        counts = {name: getattr(found.result, name) for name in ("chunks", "documents", "tokens")}
-        after = {
+        undone = {
             **record, "undone": state.number + 1, "undone_by": who, "undone_reason": reason,
             "parts": consecutive_ranges(touched), "repeats": repeats,
         }  # fmt: skip
-        records = {PREFIX + purge: after, **purged_chunks.totals_after(state, found.weights, 1)}
+        records = {PREFIX + purge: undone, **purged_chunks.totals_after(state, total, 1)}
         if new:
-            records[PREFIX + new] = replaced_record(state, record["plan"], found.outdated_weight, reason, who)
+            records[PREFIX + new] = replaced_record(state, record["plan"], less, reason, who)
         return Draft(
-            "undo", {"purge": purge, "reason": reason, "who": who, **counts}, reads=tuple(reads), add=tuple(add),
-            remove=tuple(entry.path for entry in gone if entry is not None), records=records,
+            "undo", {"purge": purge, "reason": reason, "who": who, **asdict(weight)}, reads=tuple(reads),
+            add=tuple(add), remove=tuple(entry.path for entry in gone if entry is not None), records=records,
         )  # fmt: skip
 
     with purged_chunks.withdrawn(store, add):
-        add.append(tombstones.write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), found.chunks))
+        add.append(tombstones.write_tombstones(store, FileName.new(run.id, KEPT, purge, "parquet"), own))
         if new:
             name = FileName.new(run.id, "tombstones", new, "parquet")
-            add.append(tombstones.write_tombstones(store, name, found.outdated))
+            add.append(tombstones.write_tombstones(store, name, outdated))
         state = store.commit(run, build)
-    return replace(found.result, commit=int(state.records[PREFIX + purge]["undone"]), outdated_purge=new)
+    return UndoResult(
+        purge, **asdict(weight), still_purged=len(own) - len(live), commit=int(state.records[PREFIX + purge]["undone"]),
+        named_by=named_by, repeats=repeats, outdated=less.documents, outdated_purge=new,
+    )  # fmt: skip

@@ -75,9 +75,9 @@ class _Purged:
     chunks: Tombstones
 
 
-def read_paths(store: Store, chunks: Ids) -> list[Callable[[], ReadPath]]:
-    """Return a function per read path of a store that checks it; ``chunks`` are purged ids, ascending."""
-    it = _Purged(store, Reader(store), Tombstones(chunks))
+def read_paths(store: Store, chunks: Tombstones) -> list[Callable[[], ReadPath]]:
+    """Return a function per read path of a store that checks it; ``chunks`` are purged."""
+    it = _Purged(store, Reader(store), chunks)
     paths = [("chunks", partial(_chunks, it)), ("documents", partial(_documents, it))]
     names = {
         "embeddings": store.state.names("embeddings"),
@@ -104,10 +104,6 @@ def _check_path(purged: Tombstones, name: str, read: Callable[[], Returned]) -> 
     return ReadPath(name, rows, found)
 
 
-def _where(returned: npt.NDArray[np.bool_] | np.bool_, ids: Ids) -> Ids:
-    return np.where(returned, ids, _NONE)
-
-
 def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
     """Return the chunk id unless ``ask`` refuses it with ``UsageError``."""
     try:
@@ -120,11 +116,11 @@ def _answer(chunk: int, ask: Callable[[], object]) -> Ids:
 def _chunks(it: _Purged) -> Returned:
     """Read chunks by id, in lists of parts, with tokens and text, and as continuations."""
     reader, ids = it.reader, it.chunks.ids
-    yield _where(reader.is_live(ids), ids)
+    yield np.where(reader.is_live(ids), ids, _NONE)
     for part in it.chunks.parts():
         yield reader.chunk_ids(part)
     some = ids[spread(len(ids), _QUERIES)]
-    yield _where(reader.tokens(some).any(axis=1), some)
+    yield np.where(reader.tokens(some).any(axis=1), some, _NONE)
     for chunk in some.tolist():
         following = reader.continuation(chunk - 1) if split_id(chunk)[1] else None
         yield np.array([_NONE if following is None else following.id])
@@ -147,7 +143,7 @@ def _documents(it: _Purged) -> Returned:
 def _embeddings(it: _Purged, name: str) -> Returned:
     for part in set(it.chunks.parts()).intersection(embedded_parts(it.store, name)):
         mine = it.chunks.rows(part)
-        yield _where(it.reader.embeddings(part, name)[mine].any(axis=1), chunk_ids(part, mine))
+        yield np.where(it.reader.embeddings(part, name)[mine].any(axis=1), chunk_ids(part, mine), _NONE)
 
 
 def _search(it: _Purged, name: str) -> Returned:
@@ -193,7 +189,7 @@ def _leakage(it: _Purged, name: str) -> Returned:
 def _own(reader: NeighbourReader, ids: Ids, databases: npt.NDArray[np.integer]) -> Ids:
     """Return the neighbours that are chunks of the store itself, ``_NONE`` for others."""
     within = [number for number, member in enumerate(reader.members) if member.within]
-    return _where(np.isin(databases, within), ids)
+    return np.where(np.isin(databases, within), ids, _NONE)
 
 
 def _neighbours(it: _Purged, name: str) -> Returned:

@@ -29,13 +29,13 @@ from retrotool.errors import CorruptError, StorageError
 from retrotool.neighbours.dependents import Dependent, dependents
 from retrotool.purge.purged_chunks import find_purge, unerased
 from retrotool.receipt.read_paths import ReadPath, read_paths
-from retrotool.receipt.verify_erasure import CommitDigest, Erasure, Purged, PurgeHistory, check_files
+from retrotool.receipt.verify_erasure import CommitDigest, Erasure, PurgeHistory, check_files
 from retrotool.store.bucket_copies import BucketCopies, bucket_copies
 from retrotool.store.folding import fold, writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
 from retrotool.store.store import Store, retry_overtaken
-from retrotool.store.tombstones import Tombstones, read_rejected, read_tombstones
+from retrotool.store.tombstones import read_rejected
 from retrotool.store.verify_log import check_log
 
 _LISTED = 200  # rows of a table on the page; the JSON has all
@@ -155,14 +155,14 @@ def verify_purge(root: str | Path, purge: str, *, out: str | Path = ".") -> Veri
 
 def _check(store: Store, purge: str) -> Receipt:
     _, record = find_purge(store, purge)
-    chunks = read_tombstones(store, purge).ids
-    history = PurgeHistory(purge)
+    history = PurgeHistory(store, purge)
+    chunks = history.chunks.ids
     with counting("log", "log", 1) as report:
         log = check_log(store.storage, store.genesis, store.state.number, history.note)
         report(1)
     with counting("files", "B", store.state.bytes()) as report:
-        erasure = check_files(Purged(store, Tombstones(chunks), history), report)
-    checks = read_paths(store, chunks)
+        erasure = check_files(history, report)
+    checks = read_paths(store, history.chunks)
     checked = []
     with counting("read paths", "path", len(checks)) as report:
         for check in checks:

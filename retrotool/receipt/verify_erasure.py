@@ -41,7 +41,7 @@ from retrotool.store.parts import Bools
 from retrotool.store.storage import Storage
 from retrotool.store.store import CHECKPOINT_PATH, Store
 from retrotool.store.sums import with_sums, without_sums
-from retrotool.store.tombstones import Tombstones
+from retrotool.store.tombstones import read_tombstones
 from retrotool.store.vectors import read_vectors
 
 _BLOCK_ROWS = 1 << 16
@@ -113,56 +113,39 @@ class CommitDigest:
 
 
 class PurgeHistory:
-    """What the log records about a purge; ``check_log`` calls ``note`` with each commit in order."""
+    """The ``chunks`` of a purge, and what the log records; ``check_log`` calls ``note`` with each commit."""
 
-    def __init__(self, purge: str) -> None:
+    def __init__(self, store: Store, purge: str) -> None:
+        self.store, self.chunks = store, read_tombstones(store, purge)
         self._record = f"purge:{purge}"
         self.erased: CommitDigest | None = None  # the commit after which nothing of the purge was left
         self.commits: list[CommitDigest] = []
         """The commit of the purge, and those of erases until it was erased."""
-        self.added: dict[str, int] = {}  # number of the commit that added each live file, by path
         self.removed: set[str] = set()  # paths of all files that ever left the state
         self.new: set[str] = set()  # paths of all files that were added after the erase was done
         self._places: set[tuple[str, str, str]] = set()
 
-    def is_after(self, path: str) -> bool:
-        """Return whether a file was added after the erase was done."""
-        return self.erased is not None and self.added.get(path, -1) > self.erased.number
-
     def is_new(self, entry: FileEntry) -> bool:
         """Return whether a file was added after the erase was done, to a slot that was unused before."""
-        return self.is_after(entry.path) and entry.place not in self._places
+        return entry.path in self.new and entry.place not in self._places
 
     def note(self, commit: Commit) -> None:
         """Record the next commit."""
+        self.removed.update(commit.remove)
+        if self.erased is not None:
+            self.new.update(entry.path for entry in commit.add)
+            return
         record = commit.records.get(self._record)
-        sizes = len(commit.add), len(commit.remove)
-        digest = CommitDigest(commit.number, commit.kind, commit.time, commit.sha256, *sizes)
-        if self.erased is None and (commit.kind == "erase" if self.commits else record is not None):
-            self.commits.append(digest)
+        if commit.kind == "erase" if self.commits else record is not None:
+            sizes = len(commit.add), len(commit.remove)
+            self.commits.append(CommitDigest(commit.number, commit.kind, commit.time, commit.sha256, *sizes))
             if record is not None and record["erased"]:
-                self.erased = digest
+                self.erased = self.commits[-1]
         if self.erased is None:
             self._places.update(entry.place for entry in commit.add)
-        for path in commit.remove:
-            self.added.pop(path, None)
-            self.removed.add(path)
-        for entry in commit.add:
-            self.added[entry.path] = commit.number
-            if self.is_after(entry.path):
-                self.new.add(entry.path)
 
 
-@dataclass(frozen=True, slots=True)
-class Purged:
-    """The input of checks: the ``chunks`` of a purge and its history."""
-
-    store: Store
-    chunks: Tombstones
-    history: PurgeHistory
-
-
-def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
+def check_files(purged: PurgeHistory, report: Report) -> Erasure:
     """Check all files of a store; ``report`` is called with the bytes of each live file after its check.
 
     ``ErasedError`` if another process replaced a file of the view, so that the check must be repeated.
@@ -172,10 +155,10 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
     left: dict[str, int] = {}
     damaged: list[str] = []
     for entry in store.state.files():
-        check = CHECKS[entry.kind]
-        if check.holds is not None and (len(purged.chunks.rows(entry.part)) if check.by_row else True):
+        _, check = CHECKS[entry.kind]
+        if check is not None and (entry.kind not in _BY_ROW or len(purged.chunks.rows(entry.part))):
             try:
-                if len(holds := check.holds(purged, entry)):
+                if len(holds := check(purged, entry)):
                     n = int(holds.sum())
                     counts[entry.kind] += 1, len(holds), n
                     left |= {entry.path: n} if n else {}
@@ -187,28 +170,15 @@ def check_files(purged: Purged, report: Report = lambda _: None) -> Erasure:
             except (OSError, LookupError, ValueError, pa.ArrowException) as error:
                 damaged.append(f"{entry.path}: can't be checked: {error}")
         report(entry.bytes)
-    kinds = tuple(KindChecked(kind, CHECKS[kind].what, *found.tolist()) for kind, found in counts.items())
-    removed = {path for one in purged.history.removed for path in with_sums(one)}
+    kinds = tuple(KindChecked(kind, CHECKS[kind][0], *found.tolist()) for kind, found in counts.items())
+    removed = {path for one in purged.removed for path in with_sums(one)}
     present, synced, hidden = _check_removed(store.storage, removed)
     damaged += [problem.removeprefix(f"{store.place}/") for problem in hidden]
     unknown, in_progress = find_unknown(store, removed)
     return Erasure(kinds, left, tuple(damaged), len(removed), present, synced, unknown, in_progress)
 
 
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """The check of a kind of files: ``what`` in words, and ``holds`` (None: they can't hold data of a chunk).
-
-    ``holds`` returns whether each checked row of a file still holds data, bool [n]. ``by_row``: only rows of
-    purged chunks can, so a file without any is not read.
-    """
-
-    what: str
-    holds: Callable[[Purged, FileEntry], Bools] | None = None
-    by_row: bool = False
-
-
-def _check_documents(purged: Purged, entry: FileEntry) -> Bools:
+def _check_documents(purged: PurgeHistory, entry: FileEntry) -> Bools:
     rows, part = purged.chunks.rows(entry.part), entry.part
     chunks = parts.read_parquet(purged.store, parts.part_entry(purged.store, "chunks", part), ["doc", "n_tokens"])
     doc, n_tokens = chunks["doc"].to_numpy(), np.array(chunks["n_tokens"].to_numpy())
@@ -222,75 +192,79 @@ def _check_documents(purged: Purged, entry: FileEntry) -> Bools:
     return np.asarray(holds[np.unique(doc[rows])])
 
 
-def _check_chunks(purged: Purged, entry: FileEntry) -> Bools:
+def _check_chunks(purged: PurgeHistory, entry: FileEntry) -> Bools:
     rows = purged.chunks.rows(entry.part)
     chunks = parts.read_chunks(purged.store, entry.part)
     return np.asarray((chunks.n_tokens[rows] != 0) | chunks.tokens[rows].any(axis=1))
 
 
-def _check_embeddings(purged: Purged, entry: FileEntry) -> Bools:
+def _check_embeddings(purged: PurgeHistory, entry: FileEntry) -> Bools:
     rows, matrix = purged.chunks.rows(entry.part), read_vectors(purged.store, entry)
     return np.concatenate([matrix[some].any(axis=1) for some in in_steps(rows, _BLOCK_ROWS)])
 
 
-def _check_index(purged: Purged, entry: FileEntry) -> Bools:
-    slot = entry.slot
-    if slot == RECALL:
-        return np.array([not purged.history.is_after(entry.path)])
-    if not slot.startswith(SHARD):
+def _check_index(purged: PurgeHistory, entry: FileEntry) -> Bools:
+    if entry.slot == RECALL:
+        return np.array([entry.path not in purged.new])
+    if not entry.slot.startswith(SHARD):
         return _NOTHING
     shard = read_shard(purged.store, entry)
     return np.concatenate([_NOTHING, *(purged.chunks.contains(shard.ids(number)) for number in shard.numbers)])
 
 
-def _check_neighbours(purged: Purged, entry: FileEntry) -> Bools:
+def _check_neighbours(purged: PurgeHistory, entry: FileEntry) -> Bools:
     return np.concatenate([_NOTHING, *leftovers_in_table(purged.store, entry, purged.chunks, whole=True)])
 
 
-def _check_edits(purged: Purged, entry: FileEntry) -> Bools:
+def _check_edits(purged: PurgeHistory, entry: FileEntry) -> Bools:
     return neighbour_tables.edits_naming(purged.store, entry.name, purged.chunks.contains)[1]
 
 
-def _check_quarantine(purged: Purged, entry: FileEntry) -> Bools:
-    if purged.history.is_new(entry):
+def _check_quarantine(purged: PurgeHistory, entry: FileEntry) -> Bools:
+    if purged.is_new(entry):
         return _NOTHING
     return np.asarray(parts.read_parquet(purged.store, entry, ["excerpt"])["excerpt"].is_valid())
 
 
-def _check_selectors(purged: Purged, entry: FileEntry) -> Bools:
+def _check_selectors(purged: PurgeHistory, entry: FileEntry) -> Bools:
     # A purge made after the erase may name the same chunks, and keeps its selectors.
     named = has_any(purged.store, entry.slot, purged.chunks)
-    return np.array([True]) if named and not purged.history.is_new(entry) else _NOTHING
+    return np.array([True]) if named and not purged.is_new(entry) else _NOTHING
 
 
-def _check_scans(purged: Purged, entry: FileEntry) -> Bools:
+def _check_scans(purged: PurgeHistory, entry: FileEntry) -> Bools:
     names = purged.chunks.contains(parts.read_parquet(purged.store, entry, ["chunks"])["chunks"].to_numpy()).any()
-    return np.array([bool(names) or not purged.history.is_after(entry.path)])
+    return np.array([bool(names) or entry.path not in purged.new])
 
 
-def _check_routes(purged: Purged, entry: FileEntry) -> Bools:
-    return np.array([not purged.history.is_after(entry.path)])
+def _check_routes(purged: PurgeHistory, entry: FileEntry) -> Bools:
+    return np.array([entry.path not in purged.new])
 
 
-CHECKS: Mapping[str, _Check] = {
-    "documents": _Check("documents: all columns null; no hash where a part is erased", _check_documents, by_row=True),
-    "chunks": _Check("rows: no tokens", _check_chunks, by_row=True),
-    "embeddings": _Check("rows: the vector zero", _check_embeddings, by_row=True),
-    "index": _Check("no id in lists; no measurements from before the erase", _check_index),
-    "neighbours": _Check("rows empty; no id, distance or token in other rows", _check_neighbours),
-    "tombstones": _Check("not decoded: only chunk ids"),
-    "undone": _Check("not decoded: only chunk ids"),
-    "blocked": _Check("not decoded: only hashes keyed with the store's secret"),
-    "quarantine": _Check("rows: no excerpt of the input", _check_quarantine),
-    "plans": _Check("not decoded: only names of inputs, and hashes keyed with the store's secret"),
-    "inputs": _Check("not decoded: only names of inputs, and hashes keyed with the store's secret"),
-    "selectors": _Check("files that quote the selectors of the purge", _check_selectors),
-    "seen": _Check("not decoded: only hashes of ids, while a chunk is unfinished"),
-    "edits": _Check("entries: no id", _check_edits),
-    "routes": _Check("files older than the erase", _check_routes),
-    "scans": _Check("files that name a chunk, or are older than the erase", _check_scans),
+CHECKS: Mapping[str, tuple[str, Callable[[PurgeHistory, FileEntry], Bools] | None]] = {
+    "documents": ("documents: all columns null; no hash where a part is erased", _check_documents),
+    "chunks": ("rows: no tokens", _check_chunks),
+    "embeddings": ("rows: the vector zero", _check_embeddings),
+    "index": ("no id in lists; no measurements from before the erase", _check_index),
+    "neighbours": ("rows empty; no id, distance or token in other rows", _check_neighbours),
+    "tombstones": ("not decoded: only chunk ids", None),
+    "undone": ("not decoded: only chunk ids", None),
+    "blocked": ("not decoded: only hashes keyed with the store's secret", None),
+    "quarantine": ("rows: no excerpt of the input", _check_quarantine),
+    "plans": ("not decoded: only names of inputs, and hashes keyed with the store's secret", None),
+    "inputs": ("not decoded: only names of inputs, and hashes keyed with the store's secret", None),
+    "selectors": ("files that quote the selectors of the purge", _check_selectors),
+    "seen": ("not decoded: only hashes of ids, while a chunk is unfinished", None),
+    "edits": ("entries: no id", _check_edits),
+    "routes": ("files older than the erase", _check_routes),
+    "scans": ("files that name a chunk, or are older than the erase", _check_scans),
 }
-"""The check of each kind of file. Every kind of ``paths.DATA_KINDS`` must be here."""
+"""What is checked of each kind of file, in words, and the check (None: they can't hold data of a chunk).
+
+A check returns whether each checked row still holds data, bool [n]. Every kind of ``paths.DATA_KINDS`` must
+be here.
+"""
+_BY_ROW = ("documents", "chunks", "embeddings")  # files without a row of a purged chunk are not read
 
 
 def _check_removed(storage: Storage, removed: set[str]) -> tuple[tuple[str, ...], bool, list[str]]:

@@ -142,7 +142,7 @@ def test_an_erase_that_a_restore_overtakes_changes_nothing(store_copy: Path) -> 
     with writing(store) as run:
         (task,) = stage.plan(store)
         staging.stage(store.storage, stage.open(store)(task, run.id, lambda _: None))
-        undoing.commit_undo(store, run, undoing.weigh(store, purged), "test", "me")
+        undoing.commit_undo(store, run, purged, "test", "me")
         assert "undone" in store.state.records[f"purge:{purged}"]
         assert len(folding.fold(store, run).refused) == 1
         with pytest.raises(ConflictError, match="undone"):
@@ -170,36 +170,23 @@ def test_an_erase_goes_on_with_a_purge_of_its_own_if_it_was_taken_back(
     assert verified(store_copy)
 
 
-def test_a_restore_that_an_erase_overtakes_is_refused(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restore_that_an_erase_overtakes_is_refused(store_copy: Path) -> None:
     purged = purge(store_copy, "doc-7").purge
-    weigh = undoing.weigh
-
-    def overtaken(store: Store, one: str) -> undoing.Undoable:
-        found = weigh(store, one)
-        monkeypatch.setattr(undoing, "weigh", weigh)
-        purge(store_copy, "doc-7", erase=True)
-        return found
-
-    monkeypatch.setattr(undoing, "weigh", overtaken)
-    with pytest.raises(UsageError, match="is erased"):
+    with (
+        once_before("finish", store_copy / "undone", lambda: purge(store_copy, "doc-7", erase=True)),
+        pytest.raises(UsageError, match="is erased"),
+    ):
         back(store_copy, purged)
     assert verified(store_copy)
     assert not stored_files(store_copy, "undone/*")
 
 
-def test_a_restore_that_a_purge_overtakes_weighs_again(store_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restore_that_a_purge_overtakes_weighs_again(store_copy: Path) -> None:
     chunks = retrotool.open(store_copy).document("doc-7")
     purged = purge(store_copy, "doc-7").purge
-    weigh = undoing.weigh
-
-    def overtaken(store: Store, one: str) -> undoing.Undoable:
-        found = weigh(store, one)
-        monkeypatch.setattr(undoing, "weigh", weigh)
-        api.purge(store_copy, api.Selectors(chunk=(chunks[0], 0)), reason="test")
-        return found
-
-    monkeypatch.setattr(undoing, "weigh", overtaken)
-    assert back(store_copy, purged).still_purged == 1
+    another = api.Selectors(chunk=(chunks[0], 0))
+    with once_before("finish", store_copy / "undone", lambda: api.purge(store_copy, another, reason="test")):
+        assert back(store_copy, purged).still_purged == 1
     assert retrotool.open(store_copy).is_live(chunks).tolist() == [False, *[True] * (len(chunks) - 1)]
     assert verified(store_copy)
 

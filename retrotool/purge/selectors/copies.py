@@ -23,11 +23,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from retrotool.errors import UsageError
 from retrotool.neighbours.token_overlap import COPIED, GRAM
-from retrotool.purge.selectors.ngrams import Flags, GramSets, Hashes, Ints, Tokens, distinct, distinct_rows, follows
+from retrotool.purge.selectors.ngrams import Flags, GramSets, Ints, Tokens, distinct, distinct_rows, follows, reach
 from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
 from retrotool.store import parts
 from retrotool.store.parts import Chunks
@@ -47,18 +45,12 @@ class NearDuplicates(Selector):
 
     def open(self, store: Store) -> CopyMatcher:
         """Read the chunks. If all are erased, nothing is a copy: an erase that was killed goes on without."""
-        ids, own = np.unique(np.array(self.chunks, np.int64)), store.identity
+        ids, own = np.array(self.chunks, np.int64), store.identity
         tokens = np.zeros((len(ids), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
         n_tokens = np.zeros(len(ids), np.int64)
         for places, read, rows in parts.read_groups_of(store, ids):
             tokens[places], n_tokens[places] = read.tokens[rows], read.n_tokens[rows]
         return CopyMatcher(tokens, n_tokens, COPIED, FEWEST)
-
-    def check_any_left(self, store: Store) -> None:
-        """Raise ``UsageError`` if all of the chunks are erased, so that no copies can be found."""
-        ids = np.unique(np.array(self.chunks, np.int64))
-        if not any(chunks.n_tokens[rows].any() for _, chunks, rows in parts.read_groups_of(store, ids)):
-            raise UsageError("--near-duplicates-of: all of these chunks are erased, so copies can't be found")
 
 
 class CopyMatcher:
@@ -77,7 +69,7 @@ class CopyMatcher:
             enough = runs[row] >= fewest
             self._sets = GramSets(grams[enough], row[enough], share) if enough.any() else None
         whole = (n_tokens > 0) & (runs < max(fewest, 1))
-        self._whole = set(_keys(tokens[whole], n_tokens[whole]))
+        self._whole = {row[:n].tobytes() for row, n in zip(tokens[whole], n_tokens[whole], strict=True)}
         self._lengths, self._firsts = np.unique(n_tokens[whole]), np.unique(tokens[whole, 0])
 
     def __call__(self, block: TextBlock) -> BlockHits:
@@ -88,8 +80,8 @@ class CopyMatcher:
             _select(self._sets, selected, *_find_grams(self._sets, chunks))
         if self._whole:
             rows = np.flatnonzero(np.isin(chunks.n_tokens, self._lengths) & np.isin(chunks.tokens[:, 0], self._firsts))
-            keys = _keys(chunks.tokens[rows], chunks.n_tokens[rows])
-            selected[rows[[key in self._whole for key in keys]]] = True
+            cut = (row[:n] for row, n in zip(chunks.tokens[rows], chunks.n_tokens[rows], strict=True))
+            selected[rows[[own.tobytes() in self._whole for own in cut]]] = True
         return BlockHits.whole(np.flatnonzero(selected))
 
 
@@ -98,12 +90,15 @@ def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flag
     length = chunks.tokens.shape[1]
     n_tokens = chunks.n_tokens.astype(np.int64)
     follow = follows(chunks, n_tokens)
-    beyond = np.where(follow & (n_tokens == length), np.append(n_tokens[1:], 0), 0)
     flat = np.ascontiguousarray(chunks.tokens).reshape(-1)
-    at, gram = sets.identify(flat, *_enough(*sets.likely(flat), length))
+    at, hashes, least = sets.likely(flat)
+    there = np.bincount(at // length + 1, minlength=len(chunks) + 2)
+    # The places with an n-gram have all others in its chunk and the chunks beside it.
+    enough = (there[:-2] + there[1:-1] + there[2:])[at // length] >= least
+    at, gram = sets.identify(flat, at[enough], hashes[enough])
     row, start = np.divmod(at, length)
     whole = start + GRAM <= n_tokens[row]
-    begins = whole | (start + GRAM <= n_tokens[row] + beyond[row])
+    begins = start + GRAM <= reach(n_tokens, follow, length)[row]
     follows_on = whole & (row > 0)
     follows_on[follows_on] = follow[row[follows_on] - 1]
     place = np.concatenate([row[begins], row[follows_on] - 1])
@@ -112,35 +107,14 @@ def _find_grams(sets: GramSets, chunks: Chunks) -> tuple[Ints, Ints, Flags, Flag
     return place, gram, ~second & (length - start >= _HELD), second | (start + GRAM - length >= _HELD)
 
 
-def _enough(at: Ints, hashes: Hashes, least: npt.NDArray[np.uint8], length: int) -> tuple[Ints, Hashes]:
-    """Keep the candidates ``at`` [h] with enough others in their chunk and a chunk beside it."""
-    row = at // length
-    there = np.bincount(row, minlength=int(row[-1]) + 2 if len(at) else 1)
-    beside = np.append(there[1:], 0)
-    np.maximum(beside[1:], there[:-1], out=beside[1:])
-    enough = (there + beside)[row] >= least
-    return at[enough], hashes[enough]
-
-
 def _select(sets: GramSets, selected: Flags, place: Ints, gram: Ints, first: Flags, second: Flags) -> None:
     """Mark the rows of copies in ``selected`` [n]; the other arguments [e] are from ``_find_grams``."""
-    if not len(place):
-        return
-    low = int(place.min())
-    entries, held = sets.entries(place - low, gram, first, second)
-    places = int(place.max()) - low + 1
-    wanted = [np.bincount(place[flags] - low, minlength=places) > 0 for flags in (first, second)]
-    rows = low + np.arange(places)
-    following = np.minimum(rows + 1, len(selected) - 1)
-    closed = np.zeros(places, np.bool_)
+    entries, held = sets.entries(place, gram, first, second)
+    wanted = [np.bincount(place[flags], minlength=len(selected)) > 0 for flags in (first, second)]
+    closed = np.zeros(len(selected), np.bool_)
     for shared in sets.shared(entries, closed):
         for row, flags in enumerate(held):
             hit = np.bincount(shared.of[flags[shared.entry]], minlength=len(shared.place)) > 0
-            selected[low + shared.place[hit] + row] = True
+            selected[shared.place[hit] + row] = True
         # Places are done when all their chunks that hold an n-gram are selected.
-        closed[:] = (selected[rows] | ~wanted[0]) & (selected[following] | ~wanted[1])
-
-
-def _keys(tokens: Tokens, n_tokens: npt.NDArray[np.integer]) -> list[tuple[int, bytes]]:
-    data, width = tokens.tobytes(), tokens.shape[1] * tokens.itemsize
-    return [(n, data[i * width : (i + 1) * width]) for i, n in enumerate(n_tokens.tolist())]
+        closed[:] = (selected | ~wanted[0]) & (np.append(selected[1:], True) | ~wanted[1])

@@ -23,6 +23,7 @@ queries of a long file.
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -41,7 +42,7 @@ from retrotool.encoder import Encoder
 from retrotool.errors import UsageError
 from retrotool.index.index_records import default_index, index_record
 from retrotool.lazy import torch
-from retrotool.purge.selectors.selector import BlockHits, Selector, TextBlock
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.ranges import as_slice, in_steps
 from retrotool.store import parts
 from retrotool.store.store import Store
@@ -78,14 +79,11 @@ class Like(Selector):
             )
         return [entry.path]
 
-    def open(self, store: Store) -> LikeMatcher:
+    def open(self, store: Store) -> Matcher:
         """Embed the text; ``UsageError`` if the encoder is not available, or the text is too long for it."""
-        encoder = load_encoder(store, self.encoder, self.device)
-        try:
+        with closing(load_encoder(store, self.encoder, self.device)) as encoder:
             queries = _embed_pieces(store, encoder, self.text) if self.cut else _embed_whole(encoder, self.text)
-        finally:
-            encoder.close()
-        return LikeMatcher(store, self.encoder, queries, self.within)
+        return _matcher(store, self.encoder, queries, np.float32(self.within))
 
 
 def near(store: Store, given: str | Path, within: float | None, encoder: str | None, device: str = "auto") -> Like:
@@ -136,39 +134,35 @@ def _embed_pieces(store: Store, encoder: Encoder, text: str) -> Vectors:
     return np.unique(found.astype(np.float32), axis=0)
 
 
-class LikeMatcher:
-    """Finds chunks within a distance of one of ``queries``, float32 [q, d]."""
+def _matcher(store: Store, encoder: str, queries: Vectors, within: np.float32) -> Matcher:
+    """Return the matcher of chunks ``within`` a distance of one of ``queries``, float32 [q, d]."""
+    lengths, threads = np.square(queries).sum(1), torch.get_num_threads()
+    size = max(min(_SLICE_ROWS, _SLICE_PAIRS // len(queries)), _LEAST_ROWS)
 
-    def __init__(self, store: Store, encoder: str, queries: Vectors, within: float) -> None:
-        self._store, self._encoder = store, encoder
-        self._queries, self._within = queries, np.float32(within)
-        self._norms = np.square(queries).sum(1)
-        self._threads = torch.get_num_threads()
-
-    def __call__(self, block: TextBlock) -> BlockHits:
-        """Find matching rows of a block, with the distance to the nearest query."""
-        vectors = read_part_vectors(self._store, self._encoder, block.chunks.part)[block.first :][: len(block)]
-        size = max(min(_SLICE_ROWS, _SLICE_PAIRS // len(self._queries)), _LEAST_ROWS)
-        with one_thread(self._threads):  # blocks are processed in parallel
-            steps = in_steps(np.flatnonzero(block.chunks.embedded), size)
-            return BlockHits.joined([self._near(vectors, rows) for rows in steps])
-
-    def _near(self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]) -> BlockHits:
+    def near(vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]) -> BlockHits:
         """Return those ``rows`` of vectors [n, d] that are near enough, with their distances."""
         # torch widens float16 with the processor's instruction, numpy does not.
         wide = torch.from_numpy(np.require(vectors[as_slice(rows)], requirements=("C", "W"))).float()
         norms = torch.einsum("nd,nd->n", wide, wide).numpy()[:, None]
-        least = norms + self._norms  # |x|² + |q|², which bounds the rounding error
+        least = norms + lengths  # |x|² + |q|², which bounds the rounding error
         # Each of d products and sums in float32 is rounded by at most 2^-24; this is several times that.
         slack = wide.shape[1] * 2.0**-21 * least + 1e-12
-        least += torch.mm(wide, torch.from_numpy(self._queries).T).mul_(-2).numpy()
+        least += torch.mm(wide, torch.from_numpy(queries).T).mul_(-2).numpy()
         least -= slack
         # Exact distances are needed only to queries that may be near enough and may be the nearest.
-        row, query = np.nonzero(least <= np.minimum(self._within, (least + 2 * slack).min(1, keepdims=True)))
+        row, query = np.nonzero(least <= np.minimum(within, (least + 2 * slack).min(1, keepdims=True)))
         nearest = np.full(len(rows), np.inf, np.float32)
         for q in np.unique(query).tolist():
             for pairs in in_steps(row[query == q], _PAIRS):
-                apart = exact_distances(self._queries[q : q + 1], pairs[None], lambda ids: vectors[rows[ids]])[0]
+                apart = exact_distances(queries[q : q + 1], pairs[None], lambda ids: vectors[rows[ids]])[0]
                 nearest[pairs] = np.minimum(nearest[pairs], apart)
-        within = nearest <= self._within
-        return BlockHits.whole(rows[within], nearest[within])
+        found = nearest <= within
+        return BlockHits.whole(rows[found], nearest[found])
+
+    def match(block: TextBlock) -> BlockHits:
+        vectors = read_part_vectors(store, encoder, block.chunks.part)[block.first :][: len(block)]
+        with one_thread(threads):  # blocks are processed in parallel
+            steps = in_steps(np.flatnonzero(block.chunks.embedded), size)
+            return BlockHits.joined([near(vectors, rows) for rows in steps])
+
+    return match

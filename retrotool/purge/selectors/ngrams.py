@@ -73,11 +73,8 @@ class GramSets:
         hashes = gram_hashes(np.ascontiguousarray(grams[kept]).reshape(-1), self.n)[:: self.n]
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._grams = hashes[order], _as_bytes(grams[kept[order]])
-        rank = np.empty(len(order), np.int64)
-        rank[order] = np.arange(len(order))
-        self._set_owners(*_distinct_sets(owner, rank[which], max(len(kept), 1)))
-        low, high = _TABLE_BITS
-        bits = min(max((len(kept) * _PLACES_A_GRAM).bit_length(), low), high)
+        self._set_owners(*_distinct_sets(owner, np.argsort(order)[which], max(len(kept), 1)))
+        bits = int(np.clip((len(kept) * _PLACES_A_GRAM).bit_length(), *_TABLE_BITS))
         self._shift = np.uint32(HASH_BITS - bits)
         self._first_shift = np.uint32(HASH_BITS - min(bits, len(kept).bit_length() + 1))
         buckets = np.arange(1 << (HASH_BITS - int(self._first_shift)))
@@ -103,8 +100,6 @@ class GramSets:
         rarest = rarest[np.lexsort((owner[rarest], gram[rarest]))]
         self._owners = owner[rarest]
         self._of_gram = np.append(0, np.cumsum(np.bincount(gram[rarest], minlength=len(self._hashes))))
-        self._least = np.full(len(self._hashes), np.iinfo(np.int64).max)
-        np.minimum.at(self._least, gram[rarest], self.needed[self._owners])
 
     def __len__(self) -> int:
         return len(self.size)
@@ -164,7 +159,7 @@ class GramSets:
         """
         place, gram = np.divmod(entries, len(self._hashes))
         there = np.bincount(place, minlength=len(closed))
-        alive = there[place] >= self._least[gram]
+        alive = there[place] >= self._any_needed[gram]
         place, gram = place[alive], gram[alive]
         done, more = 0, _FIRST_SETS
         while True:

@@ -18,14 +18,12 @@ Cost: 0.2 to 1 GB/s per core without matches, 1 to 2 µs per match. RE2 releases
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.selector import BlockHits, Matcher, Offsets, Selector, TextBlock, Values, read_values
+from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock, Values, read_values
 from retrotool.store.store import Store
 
 Pattern = Any
@@ -55,16 +53,17 @@ class Patterns(Selector):
         several, together = [compiled(pattern) for pattern in self.patterns], _compiled_set(self.patterns)
 
         def match(block: TextBlock) -> BlockHits:
-            hits: list[BlockHits] = []
-            where: dict[int, list[int]] = {}
-            for document, (begin, end) in enumerate(itertools.pairwise(block.starts[block.pieces].tolist())):
+            where: dict[int, list[tuple[int, int]]] = {}
+            for begin, end in itertools.pairwise(block.borders.tolist()):
                 found = together.Match(block.text[begin:end]) or ()
                 # The empty pattern, the last, is always found, unless the set's memory did not suffice.
                 for label in found if len(several) in found else range(len(several)):
-                    where.setdefault(label, []).append(document)
-            for label, pattern in enumerate(several):
-                if label in where:
-                    hits.append(BlockHits.touched(block, *find_all(pattern, block, where[label]), label))
+                    where.setdefault(label, []).append((begin, end))
+            hits = [
+                BlockHits.touched(block, find_all(pattern, block.text, where[label]), label)
+                for label, pattern in enumerate(several)
+                if label in where
+            ]
             return BlockHits.joined(hits)
 
         return match
@@ -117,20 +116,12 @@ def compiled(pattern: str, *, ignore_case: bool = False) -> Pattern:
         raise UsageError(f"the pattern can't be compiled: {said}", "Patterns are in RE2's syntax.") from error
 
 
-def find_all(pattern: Pattern, block: TextBlock, documents: Sequence[int] | None = None) -> tuple[Offsets, Offsets]:
-    r"""Return all matches that don't overlap: begin and end in ``TextBlock.text``, int64 [h] each.
+def find_all(pattern: Pattern, text: memoryview, documents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    r"""Return (begin, end) in ``text`` of all matches in ``documents``, given likewise, that don't overlap.
 
-    ``documents``: the numbers of those ``pieces`` of the block to search in (default: all).
-
-    ``^``, ``$`` and ``\b`` match at the beginning and end of each document, key and value, not of windows.
+    ``^``, ``$`` and ``\b`` match at the beginning and end of each document, not of windows.
     """
-    text = block.text
-    found: list[tuple[int, int]] = []
-    spans: list[tuple[int, int]] = list(itertools.pairwise(block.starts[block.pieces].tolist()))
-    for begin, end in spans if documents is None else [spans[number] for number in documents]:
-        found += ((begin + b, begin + e) for b, e in find_in(pattern, text[begin:end]))
-    edges = np.array(found, np.int64).reshape(-1, 2)
-    return edges[:, 0].copy(), edges[:, 1].copy()
+    return [(begin + b, begin + e) for begin, end in documents for b, e in find_in(pattern, text[begin:end])]
 
 
 def find_in(pattern: Pattern, text: memoryview) -> list[tuple[int, int]]:

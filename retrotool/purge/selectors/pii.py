@@ -33,10 +33,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from retrotool.errors import UsageError
-from retrotool.purge.selectors.patterns import Pattern, compiled, find_all
+from retrotool.purge.selectors.patterns import Pattern, compiled, find_in
 from retrotool.purge.selectors.selector import BlockHits, Matcher, Selector, TextBlock
 from retrotool.store.store import Store
 from retrotool.tokenizers import stored_tokenizer
@@ -331,29 +329,24 @@ class PersonalData(Selector):
         searches = [(compiled(forms[kind][0], ignore_case=folded), forms[kind][1]) for kind in self.kinds]
 
         def match(block: TextBlock) -> BlockHits:
-            found = []
-            for label, (pattern, check) in enumerate(searches):
-                spans = np.array(list(_checked(block, pattern, check, folded)), np.int64).reshape(-1, 2)
-                found.append(BlockHits.touched(block, spans[:, 0], spans[:, 1], label))
-            return BlockHits.joined(found)
+            found = (list(_checked(block, pattern, check, folded)) for pattern, check in searches)
+            return BlockHits.joined([BlockHits.touched(block, some, label) for label, some in enumerate(found)])
 
         return match
 
 
 def _checked(block: TextBlock, pattern: Pattern, check: Check, folded: bool) -> Iterator[tuple[int, int]]:
     """Yield where the data in matches of ``pattern`` begins and ends in the text of a block."""
-    begins, ends = find_all(pattern, block)
-    borders = block.starts[block.pieces]
-    document = np.searchsorted(borders, begins, side="right")
-    places = (begins, ends, borders[document - 1], borders[document])
     over = 0
-    for begin, end, first, last in zip(*(place.tolist() for place in places), strict=True):
-        if begin < over:
-            continue  # within a private key block
-        reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
-        edges = itertools.pairwise((max(first, begin - AROUND), begin, end, min(last, end + reach)))
-        before, text, after = (bytes(block.text[low:high]).decode("ascii", "replace") for low, high in edges)
-        place = check(Candidate(text, before, after, folded))
-        if place is not None:
-            over = begin + place[1]
-            yield begin + place[0], over
+    for first, last in itertools.pairwise(block.borders.tolist()):
+        for low, high in find_in(pattern, block.text[first:last]):
+            begin, end = first + low, first + high
+            if begin < over:
+                continue  # within a private key block
+            reach = BLOCK if check is check_key and block.text[begin] == ord("-") else AROUND
+            edges = itertools.pairwise((max(first, begin - AROUND), begin, end, min(last, end + reach)))
+            before, text, after = (bytes(block.text[left:right]).decode("ascii", "replace") for left, right in edges)
+            place = check(Candidate(text, before, after, folded))
+            if place is not None:
+                over = begin + place[1]
+                yield begin + place[0], over

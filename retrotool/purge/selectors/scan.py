@@ -15,7 +15,6 @@ which release the GIL. Memory: a block per thread, and 34 bytes per hit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,7 +29,6 @@ from retrotool.purge.selectors.classified import Classified
 from retrotool.purge.selectors.selector import BLOCK_ROWS, Decoder, Matcher, Selector, TextBlock, text_blocks
 from retrotool.read_ahead import concurrently
 from retrotool.store import parts
-from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
@@ -40,7 +38,7 @@ KIND = "scans"
 
 @dataclass(frozen=True, slots=True)
 class ScanStage:
-    """Scans all parts with ``selectors``; concurrent runs share the parts."""
+    """Scans all parts with ``selectors``, if there are any; concurrent runs share the parts."""
 
     selectors: tuple[Selector, ...]
     name: str = field(default="select", init=False)
@@ -57,28 +55,17 @@ class ScanStage:
         return store.identity.keyed_hash(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS).decode())[:16]
 
     def plan(self, store: Store) -> list[Task]:
-        """Return a task per part to scan; ``UsageError`` if a selector lacks files."""
-        tasks = []
-        for part, reads, old in self._unscanned(store):
-            key = task_key(self.name, {"scan": self.scan(store)}, reads)
-            inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
-            rows = parts.part_entry(store, "chunks", part).rows
-            tasks.append(Task(key, f"part {part}", rows, inputs, claimed=True, for_all=True))
-        return tasks
-
-    def is_done(self, store: Store) -> bool:
-        """Return whether the results of all current parts are committed."""
-        return next(self._unscanned(store), None) is None
-
-    def _unscanned(self, store: Store) -> Iterator[tuple[int, list[str], FileEntry | None]]:
-        """Yield each part whose current files are not scanned, the files to read, and its outdated result."""
-        scan = self.scan(store)
-        for part in store.state.all_parts():
+        """Return a task per part with files not scanned yet; ``UsageError`` if a selector lacks files."""
+        scan, tasks = self.scan(store), list[Task]()
+        for part in store.state.all_parts() if self.selectors else ():
+            chunks = parts.part_entry(store, "chunks", part)
             more = {path for selector in self.selectors for path in selector.reads(store, part)}
-            reads = [parts.part_entry(store, "chunks", part).path, *sorted(more)]
-            old = store.state.part_file(KIND, part, scan)
+            reads, old = [chunks.path, *sorted(more)], store.state.part_file(KIND, part, scan)
             if old is None or (old.about or {})["reads"] != reads:
-                yield part, reads, old
+                key = task_key(self.name, {"scan": scan}, reads)
+                inputs = {"part": part, "reads": reads, "replaces": [old.path] if old else []}
+                tasks.append(Task(key, f"part {part}", chunks.rows, inputs, claimed=True, for_all=True))
+        return tasks
 
     def open(self, store: Store) -> Worker:
         """Return the worker, with all matchers loaded."""
@@ -132,7 +119,7 @@ def read_scan(store: Store, stage: ScanStage) -> pa.Table:
 
     ``ConflictError`` if a part is not scanned, or was rewritten since.
     """
-    if not stage.is_done(store):
+    if stage.plan(store):
         raise ConflictError("a part was added or rewritten since the scan", "Run the same command again.")
     entries = store.state.group(KIND, stage.scan(store)).entries()
     found = [parts.SCANS_SCHEMA.empty_table(), *(parts.read_parquet(store, entry) for entry in entries)]

@@ -77,13 +77,13 @@ class TextBlock:
         return self.decoder(self.chunks)
 
     @cached_property
-    def pieces(self) -> Offsets:
-        """The first rows of documents and of values of key-value records, and the number of rows.
+    def borders(self) -> Offsets:
+        """Where in ``text`` documents and values of key-value records begin, and where the last one ends.
 
         Keys and values are tokenised apart, so no word or match goes on from one into the other.
         """
         key = self.chunks.key
-        return np.union1d(self.documents, np.flatnonzero(key[:-1] & ~key[1:]) + 1)
+        return self.starts[np.union1d(self.documents, np.flatnonzero(key[:-1] & ~key[1:]) + 1)]
 
     @property
     def starts(self) -> Offsets:
@@ -143,11 +143,12 @@ class BlockHits:
         return cls(rows, np.zeros(len(rows), np.int32), nowhere, nowhere, nothing if figures is None else figures)
 
     @classmethod
-    def touched(cls, block: TextBlock, begin: Offsets, end: Offsets, label: int = 0) -> BlockHits:
-        """Return the rows that matches touch; [begin, end), [h], are spans of bytes in the text of a block.
+    def touched(cls, block: TextBlock, matches: npt.ArrayLike, label: int = 0) -> BlockHits:
+        """Return the rows that matches touch: spans [begin, end) of bytes in the text of a block, [h, 2].
 
         An empty span touches the chunk with the byte after it.
         """
+        begin, end = np.asarray(matches, np.int64).reshape(-1, 2).T
         low, high = (
             np.minimum(np.searchsorted(block.starts, place, side="right") - 1, len(block) - 1)
             for place in (begin, np.maximum(end - 1, begin))

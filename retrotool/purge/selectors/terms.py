@@ -23,6 +23,7 @@ MB, and 0.5 KB per term.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
@@ -65,10 +66,11 @@ def is_word(text: str) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Normal:
-    """Normalised text of a block, in UTF-8.
+    """Normalised text of a block, in UTF-8, with a line break around each document, key and value.
 
     ``is_word`` [bytes]: 1 for every byte of a letter, digit or mark, else 0. ``begin`` and ``end``, int64
-    [i]: the islands and borders of documents in it; ``old_begin`` and ``old_end``: in ``original``.
+    [i]: the islands in it, the first an empty one at 0; ``old_begin`` and ``old_end``: in ``lower``, the text
+    with line breaks, at ``breaks``, and ASCII normalised.
     """
 
     text: bytes
@@ -77,76 +79,58 @@ class Normal:
     end: Offsets
     old_begin: Offsets
     old_end: Offsets
-    original: memoryview
+    lower: bytes
+    breaks: Offsets
 
     @classmethod
     def of(cls, block: TextBlock) -> Normal:
         """Normalise the text of a block."""
-        lower = bytes(block.text).translate(_LOWER)
-        borders = block.starts[block.pieces]
-        first, last = _islands(lower, borders)
-        islands, island_words = _normalise([lower[b:e] for b, e in zip(first.tolist(), last.tolist(), strict=True)])
-        # In the order of their places; an island at the beginning of a document comes after its border.
-        is_island = np.arange(len(first) + len(borders)) < len(first)
-        old_begin, old_end = np.concatenate([first, borders]), np.concatenate([last, borders])
-        order = np.lexsort((is_island, old_begin))
-        old_begin, old_end, is_island = old_begin[order], old_end[order], is_island[order]
-        every = [*islands, *[b"\n"] * len(borders)]
-        new = [every[number] for number in order.tolist()]
-        sizes = np.fromiter(map(len, new), np.int64, len(new))
-        begin = old_begin + np.cumsum(sizes - (old_end - old_begin)) - (sizes - (old_end - old_begin))
-        between = zip([0, *old_end.tolist()], [*old_begin.tolist(), len(lower)], strict=True)
-        pieces = [b""] * (2 * len(new) + 1)
-        pieces[::2] = [lower[b:e] for b, e in between]
-        pieces[1::2] = new
+        data, borders = bytes(block.text).translate(_LOWER), block.borders
+        pieces = [data[begin:end] for begin, end in itertools.pairwise(borders.tolist())]
+        lower = b"\n".join([b"", *pieces, b""])
+        old_begin, old_end = _islands(lower)
+        edges = [0, *np.stack([old_begin, old_end], 1).reshape(-1).tolist(), len(lower)]
+        pieces = [lower[begin:end] for begin, end in itertools.pairwise(edges)]
+        pieces[1::2], island_words = _normalise(pieces[1::2])
+        sizes = np.fromiter(map(len, pieces[1::2]), np.int64, len(old_begin))
+        longer = sizes - (old_end - old_begin)
+        begin = old_begin + np.cumsum(longer) - longer
         text = b"".join(pieces)
         words = np.frombuffer(bytearray(text.translate(_IS_WORD)), np.uint8)
-        if len(first):
-            count, at = sizes[is_island], begin[is_island]
-            words[expand_ranges(at, count)] = island_words
-        return cls(text, words, begin, begin + sizes, old_begin, old_end, block.text)
+        words[expand_ranges(begin, sizes)] = island_words
+        return cls(text, words, begin, begin + sizes, old_begin, old_end, lower, borders + np.arange(len(borders)))
 
-    def places(self, begin: Offsets, end: Offsets) -> tuple[Offsets, Offsets]:
-        """Map spans [h] of the normalised text, none empty, to the original text, int64 [h] each.
+    def places(self, spans: Offsets) -> Offsets:
+        """Map ``spans`` [h, 2] of the normalised text, none empty, to the text of the block, int64 [h, 2].
 
         Characters that are normalised together are within a span if any part of them is.
         """
-        return self._place(begin, at_end=False), self._place(end - 1, at_end=True)
+        found = np.stack([self._place(spans[:, 0], at_end=False), self._place(spans[:, 1] - 1, at_end=True)], 1)
+        return found - np.searchsorted(self.breaks, found)
 
     def _place(self, byte: Offsets, at_end: bool) -> Offsets:
-        """Return where in the original text the character with a normalised byte begins, or ends."""
-        # There is a border at 0, so every byte has an entry before it.
+        """Return where in ``lower`` the character with a normalised byte begins, or ends."""
         island = np.searchsorted(self.begin, byte, side="right") - 1
         inside = byte < self.end[island]
         place = byte - self.end[island] + self.old_end[island] + at_end
         for number in np.unique(island[inside]).tolist():
-            new_end, old_end = _ends(bytes(self.original[self.old_begin[number] : self.old_end[number]]))
+            new_end, old_end = _ends(self.lower[self.old_begin[number] : self.old_end[number]])
             mine = np.flatnonzero(inside & (island == number))
             cluster = np.searchsorted(new_end, byte[mine] - self.begin[number], side="right")
             place[mine] = self.old_begin[number] + old_end[cluster + at_end]
         return place
 
 
-def _islands(text: bytes, borders: Offsets) -> tuple[Offsets, Offsets]:
-    """Return where islands of text that is not ASCII begin and end; none crosses a border."""
-    if text.isascii():
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+def _islands(text: bytes) -> tuple[Offsets, Offsets]:
+    """Return where islands of text that is not ASCII begin and end, after an empty one at 0."""
     data = np.frombuffer(text, np.uint8)
-    high = np.zeros(len(data) + 2, np.bool_)
-    high[1:-1] = data > 127
-    edges = np.flatnonzero(high[1:] != high[:-1])
-    at = np.searchsorted(edges, borders)
-    inner = np.unique(borders[(at % 2 == 1) & (np.searchsorted(edges, borders, side="right") == at)])
-    begin, end = np.sort(np.append(edges[::2], inner)), np.sort(np.append(edges[1::2], inner))
-    starts = np.searchsorted(borders, begin) < np.searchsorted(borders, begin, side="right")
-    joins = (data[begin - 1] > ord(" ")) & (data[begin - 1] < 128) & ~starts
-    return begin - joins, end
+    edges = np.zeros(0, np.int64) if text.isascii() else np.flatnonzero(np.diff(data > 127)) + 1
+    begin, end = edges[::2], edges[1::2]
+    return np.append(0, begin - (data[begin - 1] > ord(" "))), np.append(0, end)
 
 
 def _normalise(islands: list[bytes]) -> tuple[list[bytes], npt.NDArray[np.uint8]]:
     """Normalise texts without zero bytes; also return which bytes of all belong to words, uint8 [bytes]."""
-    if not islands:
-        return [], np.zeros(0, np.uint8)
     text = normalised(b"\0".join(islands).decode("utf-8", "surrogateescape"))
     data = text.encode("utf-8", "surrogateescape")
     words = np.repeat(is_word(text), utf8_sizes(code_points(text)))[np.frombuffer(data, np.uint8) != 0]
@@ -281,7 +265,7 @@ class TermMatcher:
     def __call__(self, block: TextBlock) -> BlockHits:
         """Find matching rows of a block."""
         normal = Normal.of(block)
-        # The text begins and ends with a border, which is not a word.
+        # The text begins and ends with a line break, which is not a word.
         edges = np.flatnonzero(normal.is_word[1:] != normal.is_word[:-1]) + 1
         begins, ends = np.ascontiguousarray(edges[::2]), np.ascontiguousarray(edges[1::2])
         which, anchor = self._look_up(normal.text, edges)
@@ -292,7 +276,7 @@ class TermMatcher:
             for span in self._spans(normal, begins, ends, number, self._around[around])
         ]
         found = np.concatenate([np.stack([begins[whole], ends[whole]], 1), np.array(longer, np.int64).reshape(-1, 2)])
-        return BlockHits.touched(block, *normal.places(found[:, 0], found[:, 1]))
+        return BlockHits.touched(block, normal.places(found))
 
     def _look_up(self, text: bytes, edges: Offsets) -> tuple[Offsets, Offsets]:
         """Return which words are anchors, and which anchors; words and gaps alternate at ``edges``.

@@ -238,7 +238,7 @@ def test_in_a_store_copies_are_found_in_all_parts(tmp_path: Path, tiny_encoder: 
     # The original is erased: its copies can be found by another of them only.
     store = purge(store, 0, erase=True)
     with pytest.raises(UsageError, match="all of these chunks are erased"):
-        selector.check_any_left(store)
+        api.purge(store.place, api.Selectors(near_duplicates_of=0), dry_run=True)
     assert not scanned(store, selector.open(store)), "an erase that was killed goes on without them"
     assert scanned(store, NearDuplicates((0, found[5])).open(store))
 
@@ -250,4 +250,4 @@ def test_what_can_not_be_asked(tmp_path: Path, tiny_encoder: Path) -> None:
         with pytest.raises(UsageError, match=f"line 2: the store has no chunk {strange}"):
             api.Selectors(near_duplicates_of=tmp_path / "ids").read(store)
     with pytest.raises(UsageError):
-        NearDuplicates(()).check_any_left(store)
+        api.Selectors(near_duplicates_of=()).read(store)

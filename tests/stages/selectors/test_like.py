@@ -16,8 +16,8 @@ from retrotool.embed.store_encoder import load_encoder
 from retrotool.errors import UsageError
 from retrotool.index.run import drop
 from retrotool.purge.select import select
-from retrotool.purge.selectors import like
-from retrotool.purge.selectors.scan import ScanStage, read_scan
+from retrotool.purge.selectors import like, scan
+from retrotool.purge.selectors.scan import read_scan
 from retrotool.sources import Fields
 from retrotool.store.folding import writing
 from retrotool.store.store import Store
@@ -82,7 +82,7 @@ def test_the_text_of_a_file_is_cut_into_chunks_and_each_is_looked_for(
     if small:  # so that there are borders of slices
         monkeypatch.setattr(like, "_SLICE_ROWS", 7)
         monkeypatch.setattr(like, "_LEAST_ROWS", 1)
-        monkeypatch.setattr(like.LikeMatcher, "block_rows", 20, raising=False)
+        monkeypatch.setattr(scan, "BLOCK_ROWS", 20)
         monkeypatch.setattr(like, "_PAIRS", 3)
     row = next(row for row in make_rows(120) if row["id"] == "doc-31")
     (tmp_path / "takedown.txt").write_text(row["text"])
@@ -159,16 +159,18 @@ def test_a_part_without_embeddings_is_an_error_and_scanned_when_it_has_some(
 def test_of_several_embeddings_those_are_used_that_search_uses(store_copy: Path, tmp_path: Path) -> None:
     other = make_encoder(tmp_path / "other", seed=3)
     api.embed(store_copy, encoder=str(other))
-    by_default = api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy)).scanned
-    assert by_default == api.Selectors(like=TEXT, within=1.0, encoder="tiny").read(Store.open(store_copy)).scanned
+    by_default = api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy)).scan.selectors
+    assert (
+        by_default == api.Selectors(like=TEXT, within=1.0, encoder="tiny").read(Store.open(store_copy)).scan.selectors
+    )
     drop(store_copy, name="main")
     with pytest.raises(UsageError, match="embeddings of other, tiny") as error:
         api.Selectors(like=TEXT, within=1.0).read(Store.open(store_copy))
     assert "--encoder NAME --default" in error.value.advice
     scans = {
-        ScanStage(api.Selectors(like=TEXT, within=1.0, encoder=name).read(Store.open(store_copy)).scanned).scan(
-            Store.open(store_copy)
-        )
+        api.Selectors(like=TEXT, within=1.0, encoder=name)
+        .read(Store.open(store_copy))
+        .scan.scan(Store.open(store_copy))
         for name in ("tiny", "other")
     }
     assert len(scans) == 2

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from block_help import block_of, cut
 from hypothesis import given
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from retrotool.errors import UsageError
 from retrotool.purge.selectors import patterns
 from retrotool.purge.selectors.patterns import Patterns, compiled, find_all, read_patterns
-from retrotool.purge.selectors.selector import BlockHits
+from retrotool.purge.selectors.selector import BlockHits, TextBlock
 
 
 def expected(pattern: str, documents: list[list[bytes]]) -> list[tuple[int, int]]:
@@ -33,10 +32,8 @@ def expected(pattern: str, documents: list[list[bytes]]) -> list[tuple[int, int]
     return found
 
 
-def pairs(found: tuple[Any, Any]) -> list[tuple[int, int]]:
-    begin, end = found
-    assert begin.dtype == end.dtype == np.int64
-    return list(zip(begin.tolist(), end.tolist(), strict=True))
+def found_by(pattern: Any, block: TextBlock) -> list[tuple[int, int]]:
+    return find_all(pattern, block.text, itertools.pairwise(block.borders.tolist()))
 
 
 class Counted:
@@ -70,7 +67,7 @@ def as_python(pattern: str) -> str:
 
 @given(st.sampled_from(PATTERNS), documents)
 def test_small_documents_are_searched_like_re(pattern: str, documents: list[list[bytes]]) -> None:
-    assert pairs(find_all(compiled(pattern), block_of(documents))) == expected(pattern, documents)
+    assert found_by(compiled(pattern), block_of(documents)) == expected(pattern, documents)
 
 
 @given(st.sampled_from(PATTERNS), st.text("ab \né😀", max_size=200), st.integers(1, 9), st.data())
@@ -83,7 +80,7 @@ def test_windows_change_nothing_for_matches_that_fit(pattern: str, text: str, si
             patch.setattr(patterns, name, data.draw(st.integers(8, 40)))
             patch.setattr(patterns, "OVERLAP" if name == "WINDOW" else "NARROW_OVERLAP", long + 4)
         patch.setattr(patterns, "CROWDED", data.draw(st.integers(1, 20)))
-        found = pairs(find_all(compiled(pattern), block_of([cut(text.encode(), size)])))
+        found = found_by(compiled(pattern), block_of([cut(text.encode(), size)]))
     assert found == expected(pattern, [[text.encode()]])
 
 
@@ -92,16 +89,14 @@ def test_a_match_of_eight_thousand_bytes_is_found_wherever_it_lies(place: int) -
     text = bytearray("é".encode() * 75_000)
     place -= place % 2
     text[place : place + 8000] = b"<" + b"x" * 7998 + b">"
-    assert pairs(find_all(compiled("<[^>]*>"), block_of([[b"<"], cut(bytes(text), 250)]))) == [
-        (place + 1, place + 8001)
-    ]
+    assert found_by(compiled("<[^>]*>"), block_of([[b"<"], cut(bytes(text), 250)])) == [(place + 1, place + 8001)]
 
 
 def test_many_ordinary_matches_are_all_found() -> None:
     text = b" ".join(b"name%d@example.org" % n for n in range(20_000))
     block = block_of([cut(text, 300)])
     counted = Counted(compiled(r"\w+@\w+\.\w+"))
-    assert pairs(find_all(counted, block)) == expected(r"\w+@\w+\.\w+", [[text]])
+    assert found_by(counted, block) == expected(r"\w+@\w+\.\w+", [[text]])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +114,7 @@ def test_what_is_read_is_linear_for_hostile_patterns(pattern: str, piece: bytes)
     read = []
     for size in (30_000, 60_000):
         counted = Counted(compiled(pattern))
-        find_all(counted, block_of([cut(piece * (size // len(piece)), 256)]))
+        found_by(counted, block_of([cut(piece * (size // len(piece)), 256)]))
         read.append(counted.read)
         assert counted.read < 2000 * size
         assert counted.searches < 1.1 * size
@@ -128,22 +123,22 @@ def test_what_is_read_is_linear_for_hostile_patterns(pattern: str, piece: bytes)
 
 def test_matches_of_hostile_patterns_are_found() -> None:
     text = b"x" * 100_000
-    assert pairs(find_all(compiled("x(.*y)?"), block_of([cut(text, 250)]))) == [(n, n + 1) for n in range(len(text))]
+    assert found_by(compiled("x(.*y)?"), block_of([cut(text, 250)])) == [(n, n + 1) for n in range(len(text))]
 
 
 def test_documents_are_apart_and_rows_of_both_chunks_are_hit() -> None:
     block = block_of([[b"one se", b"", b"cret"], [b"se"], [b"cret secret"]])
-    begin, end = find_all(compiled("secret"), block)
-    assert pairs((begin, end)) == [(4, 10), (17, 23)]
-    found = BlockHits.touched(block, begin, end, 3)
+    matches = found_by(compiled("secret"), block)
+    assert matches == [(4, 10), (17, 23)]
+    found = BlockHits.touched(block, matches, 3)
     assert found.rows.tolist() == [0, 2, 4]
     assert found.labels.tolist() == [3] * 3
     assert (found.begin.tolist(), found.end.tolist()) == ([4, 4, 17], [10, 10, 23])
 
 
 def test_nothing_is_found_in_nothing() -> None:
-    assert pairs(find_all(compiled("a"), block_of([]))) == []
-    assert len(BlockHits.touched(block_of([]), *find_all(compiled("a"), block_of([])))) == 0
+    assert found_by(compiled("a"), block_of([])) == []
+    assert len(BlockHits.touched(block_of([]), found_by(compiled("a"), block_of([])))) == 0
 
 
 @pytest.mark.parametrize("pattern", ["(a", "a{2000}", "\ud800", "(?=x)", r"(a)\1"])
@@ -153,14 +148,14 @@ def test_what_re2_can_not_compile_is_refused(pattern: str) -> None:
 
 
 def test_case_is_ignored_where_that_is_asked_for() -> None:
-    assert pairs(find_all(compiled("straße", ignore_case=True), block_of([["STRAßE".encode()]]))) == [(0, 7)]
+    assert found_by(compiled("straße", ignore_case=True), block_of([["STRAßE".encode()]])) == [(0, 7)]
 
 
 @given(documents, st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=6))
 def test_several_patterns_find_what_each_finds_alone(cut_documents, several):
     block = block_of(cut_documents)
     found = Patterns(tuple(several)).open(None)(block)
-    alone = [BlockHits.touched(block, *find_all(compiled(pattern), block), n) for n, pattern in enumerate(several)]
+    alone = [BlockHits.touched(block, found_by(compiled(pattern), block), n) for n, pattern in enumerate(several)]
     wanted = BlockHits.joined(alone)
     for name in ("rows", "labels", "begin", "end"):
         assert getattr(found, name).tolist() == getattr(wanted, name).tolist()
