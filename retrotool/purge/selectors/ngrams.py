@@ -100,6 +100,8 @@ class GramSets:
         rarest = rarest[np.lexsort((owner[rarest], gram[rarest]))]
         self._owners = owner[rarest]
         self._of_gram = np.append(0, np.cumsum(np.bincount(gram[rarest], minlength=len(self._hashes))))
+        self._least = np.full(len(self._hashes), np.iinfo(np.int64).max)
+        np.minimum.at(self._least, gram[rarest], self.needed[self._owners])
 
     def __len__(self) -> int:
         return len(self.size)
@@ -159,7 +161,7 @@ class GramSets:
         """
         place, gram = np.divmod(entries, len(self._hashes))
         there = np.bincount(place, minlength=len(closed))
-        alive = there[place] >= self._any_needed[gram]
+        alive = there[place] >= self._least[gram]
         place, gram = place[alive], gram[alive]
         done, more = 0, _FIRST_SETS
         while True:
