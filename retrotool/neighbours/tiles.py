@@ -30,15 +30,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrotool import interrupts
 from retrotool.ann.excluded import Excluded, Ids, Queries
@@ -55,7 +55,7 @@ from retrotool.index.on_device import OnDevice
 from retrotool.index.searching import AnyDatabase, Database, is_gpu
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
-from retrotool.ranges import consecutive_ranges, in_steps, within
+from retrotool.ranges import as_slice, consecutive_ranges, in_steps, within
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from retrotool.neighbours.stage import NeighboursStage
 
 Vectors16 = npt.NDArray[np.float16]
+Asked = tuple[pa.Table, Vectors16]  # rows of parts that probe a tile, and their vectors
 ROUTES = "routes"
 TILING = "tiling"  # the slot of the file that says which list is in which tile
 _NOWHERE = -1
@@ -117,39 +118,29 @@ class TilePlan:
             waves = math.ceil(sum(task.weight for task in tasks) / self.wave_rows)
             spans = consecutive_ranges([task.inputs["part"] for task in tasks[: math.ceil(len(tasks) / waves)]])
             name = hashlib.blake2b(repr([self.digest, self.tiles, spans]).encode(), digest_size=8).hexdigest()
-            tiling_of = {"remove": [entry.path for entry in files.entries()], "of": self.digest, "asking": spans}
-            return [self._task(files, TILING, name, "tiling", len(tasks), [], tiling_of)]
-
-        def is_missing(slot: str) -> bool:
-            entry = files.get(slot)
-            return entry is None or routes_about(entry)["plan"] != wave["plan"]
-
+            tiling_of = {
+                "step": "tiling", "tiles": self.tiles, "remove": [entry.path for entry in files.entries()],
+                "of": self.digest, "asking": spans,
+            }  # fmt: skip
+            return [route_task(store, self.table, TILING, name, "tiling", len(tasks), tiling_of)]
+        plan, written = wave["plan"], routes_of(store, self.table, wave["plan"])
         weights = {task.inputs["part"]: task.weight for task in asking}
-        unsorted = [part for part in sorted({*self.held, *weights}) if is_missing(part_slot(part))]
+        unsorted = [part for part in sorted({*self.held, *weights}) if part_slot(part) not in written]
         if unsorted:
             routes = []
             for part in unsorted:
                 path = parts.part_entry(store, "embeddings", part, wave["encoder"]).path
-                inputs, label = {"part": part, "asks": part in weights}, f"routes of part {part}"
-                weight = weights.get(part, 1)
-                routes.append(self._task(files, part_slot(part), wave["plan"], label, weight, [path], inputs))
+                inputs = {"step": "routes", "tiles": self.tiles, "part": part, "asks": part in weights}
+                label, weight = f"routes of part {part}", weights.get(part, 1)
+                routes.append(route_task(store, self.table, part_slot(part), plan, label, weight, inputs, [path]))
             return routes
-        if left := [tile for tile in range(self.tiles) if is_missing(_tile_slot(tile))]:
-            weight = sum(weights.values()) // self.tiles
-            return [
-                self._task(files, _tile_slot(tile), wave["plan"], f"tile {tile}", weight, [], {"tile": tile})
-                for tile in left
-            ]
-        return [replace(task, inputs={**task.inputs, "from_tiles": self.undone}) for task in asking]
-
-    def _task(
-        self, files: Any, slot: str, wave: str, label: str, weight: int, reads: list[str], inputs: dict[str, Any]
-    ) -> Task:
-        """Return the task that makes the file of a slot, in place of that of another search."""
-        key, old = task_key("neighbours", {"table": self.table, "plan": wave, "step": label}, reads), files.get(slot)
-        inputs = {"slot": slot, "replaces": None if old is None else old.path, "part": None, **inputs}
-        inputs |= {"step": label.split()[0], "plan": wave, "tiles": self.tiles}
-        return Task(key, label, weight, inputs, claimed=True, for_all=True)
+        weight = sum(weights.values()) // self.tiles
+        left = [
+            route_task(store, self.table, slot, plan, f"tile {tile}", weight, {"step": "tile", "tile": tile})
+            for tile in range(self.tiles)
+            if (slot := _tile_slot(tile)) not in written
+        ]
+        return left or [replace(task, inputs={**task.inputs, "from_tiles": self.undone}) for task in asking]
 
     def __str__(self) -> str:
         return f"{output.size(self.vectors)} of vectors, more than {output.size(self.memory)}: {self.tiles} tiles"
@@ -212,9 +203,44 @@ def room_of_tile(memory: int, on_gpu: bool) -> int:
     return min(room, _CARD_BYTES) if on_gpu else room
 
 
-def routes_to_remove(store: Store, table: str) -> tuple[str, ...]:
-    """Return the paths of all files of a search in tiles."""
-    return tuple(entry.path for entry in store.state.group(ROUTES, table).entries())
+def routes_of(store: Store, table: str, plan: str) -> dict[str, FileEntry]:
+    """Return the files of the kind ``routes`` of a plan for a table, by slot in order."""
+    files = store.state.group(ROUTES, table).items()
+    return {slot: entry for slot, entry in files if routes_about(entry)["plan"] == plan}
+
+
+def route_task(
+    store: Store, table: str, slot: str, plan: str, label: str, weight: int, inputs: Mapping[str, Any],
+    reads: Sequence[str] = (),
+) -> Task:  # fmt: skip
+    """Return the task that makes the file of a slot, in place of that of another plan."""
+    old = store.state.file(ROUTES, slot, table)
+    known = {"slot": slot, "plan": plan, "replaces": None if old is None else old.path, "part": None}
+    key = task_key("neighbours", {"table": table, "plan": plan, "step": slot}, reads)
+    return Task(key, label, weight, {**known, **inputs}, claimed=True, for_all=True)
+
+
+def do_route_task(
+    store: Store, stage: NeighboursStage, task: Task, run: str, report: Report,
+    make: Callable[[], tuple[FileEntry, Sequence[str]]],
+) -> Staged | None:  # fmt: skip
+    """Write the file of a task by ``make``, which also returns what it read; None if it is there already."""
+    inputs = task.inputs
+    if is_taken(store, ROUTES, inputs["slot"], stage.table, inputs["replaces"]):
+        return None
+    entry, reads = make()
+    report(task.weight)
+    removed = tuple(path for path in inputs.get("remove", [inputs["replaces"]]) if path and store.state.has(path))
+    settings = {"name": stage.table, "index": stage.index}
+    return Staged("neighbours", settings, tuple(reads), (entry,), removed, task=task.key, run=run)
+
+
+def write_routes(
+    store: Store, table: str, inputs: Mapping[str, Any], run: str, schema: pa.Schema, groups: Iterator[pa.Table]
+) -> FileEntry:
+    """Write the file of a task with these row groups, of which some may be empty."""
+    name, about = FileName.new(run, ROUTES, inputs["slot"], "parquet", table), {"plan": inputs["plan"]}
+    return parts.write_batches(store, name, schema, groups, row_group=_MOST_GROUP, brief=True, about=about)
 
 
 def split_lists(centroids: Floats, sizes: Ids, tiles: int) -> npt.NDArray[np.int32]:
@@ -253,43 +279,24 @@ class TileStep:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Write the file of a task; return None if it is written already."""
-        inputs, table, remove = task.inputs, self.stage.table, list[str]()
-        if is_taken(self.store, ROUTES, inputs["slot"], table, inputs["replaces"]):
-            return None
-        if inputs["step"] == "tiling":
-            entry, reads, remove = self._write_tiling(task, run), tuple(self.database.reads()), inputs["remove"]
-        else:
-            remove = [inputs["replaces"]] if inputs["replaces"] else []
-            tiling = self._file(TILING, inputs["plan"])
-            tile_of, sizes = (column.to_numpy() for column in parts.read_parquet(self.store, tiling).columns)
-            reads = (tiling.path,)
-            if inputs["step"] == "routes":
-                reads += (parts.part_entry(self.store, "embeddings", inputs["part"], self.database.encoder).path,)
-                entry = self._route(inputs["part"], tile_of, inputs, run)
-            else:
-                requests, tile = self._requests(inputs["plan"]), inputs["tile"]
-                reads += tuple(one.path for one in requests)
-                asking = set(_numbers_in(routes_about(tiling)["asking"]))
-                entry = self._search(tile, requests, asking, int(sizes[tile_of == tile].sum()), inputs, run)
-        report(task.weight)
-        settings = {"name": table, "index": self.stage.index}
-        removed = tuple(filter(self.store.state.has, remove))
-        return Staged("neighbours", settings, reads, (entry,), removed, task=task.key, run=run)
+        make = self._write_tiling if task.inputs["step"] == "tiling" else self._write_rows
+        return do_route_task(self.store, self.stage, task, run, report, lambda: make(task, run))
 
-    def _file(self, slot: str, plan: str) -> FileEntry:
-        entry = self.store.state.file(ROUTES, slot, self.stage.table)
-        if entry is None or routes_about(entry)["plan"] != plan:
-            raise ErasedError(f"{ROUTES} of {self.stage.table!r} were removed by another process")
-        return entry
+    def _write_rows(self, task: Task, run: str) -> tuple[FileEntry, Sequence[str]]:
+        """Write the rows of a part by tile, or the answers of a tile."""
+        inputs = task.inputs
+        tiling = _file(self.store, self.stage.table, TILING, inputs["plan"])
+        tile_of, sizes = (column.to_numpy() for column in parts.read_parquet(self.store, tiling).columns)
+        if inputs["step"] == "routes":
+            path = parts.part_entry(self.store, "embeddings", inputs["part"], self.database.encoder).path
+            return self._route(inputs["part"], tile_of, inputs, run), (tiling.path, path)
+        files = routes_of(self.store, self.stage.table, inputs["plan"]).items()
+        requests = [entry for slot, entry in files if slot.isdigit()]
+        asking = set(_numbers_in(routes_about(tiling)["asking"]))
+        room = int(sizes[tile_of == inputs["tile"]].sum())
+        return self._search(requests, asking, room, inputs, run), (tiling.path, *(one.path for one in requests))
 
-    def _requests(self, plan: str) -> list[FileEntry]:
-        files = self.store.state.group(ROUTES, self.stage.table).items()
-        return [entry for slot, entry in files if slot.isdigit() and routes_about(entry)["plan"] == plan]
-
-    def _name(self, run: str, slot: str) -> FileName:
-        return FileName.new(run, ROUTES, slot, "parquet", self.stage.table)
-
-    def _write_tiling(self, task: Task, run: str) -> FileEntry:
+    def _write_tiling(self, task: Task, run: str) -> tuple[FileEntry, Sequence[str]]:
         trained = self.database.trained
         assert trained.centroids is not None, "plan_tiles looked"
         sizes = np.zeros(trained.nlist, np.int64)
@@ -301,7 +308,8 @@ class TileStep:
         about |= {"encoder": self.database.encoder, "probed": min(self.database.point.nprobe, len(tile))}
         about |= {"searched": consecutive_ranges(self.database.held()), "commit": commit, "head": head}
         table = pa.table({"tile": tile, "size": sizes}, schema=_TILING)
-        return parts.write_parquet(self.store, self._name(run, TILING), table, about=about)
+        name = FileName.new(run, ROUTES, TILING, "parquet", self.stage.table)
+        return parts.write_parquet(self.store, name, table, about=about), self.database.reads()
 
     def _route(self, part: int, tile_of: npt.NDArray[np.int32], inputs: Mapping[str, Any], run: str) -> FileEntry:
         """Write the rows of a part by tile; if it does not ask, as homes without lists."""
@@ -341,15 +349,7 @@ class TileStep:
                         schema=schema,
                     )  # fmt: skip
 
-        return self._write(part_slot(part), schema, sections(), inputs, run)
-
-    def _write(
-        self, slot: str, schema: pa.Schema, groups: Iterator[pa.Table], inputs: Mapping[str, Any], run: str
-    ) -> FileEntry:
-        """Write a file with these row groups, of which some are empty."""
-        about = {"plan": inputs["plan"]}
-        name = self._name(run, slot)
-        return parts.write_batches(self.store, name, schema, groups, row_group=_MOST_GROUP, brief=True, about=about)
+        return write_routes(store, self.stage.table, inputs, run, schema, sections())
 
     def _lists(self, vectors: MappedVectors, rows: Ids) -> npt.NDArray[np.int32]:
         """Return the lists that each row probes, int32 [n, nprobe]."""
@@ -377,11 +377,10 @@ class TileStep:
         return homes
 
     def _search(
-        self, tile: int, requests: Sequence[FileEntry], asking: set[int], room: int, inputs: Mapping[str, Any],
-        run: str,
-    ) -> FileEntry:  # fmt: skip
+        self, requests: Sequence[FileEntry], asking: set[int], room: int, inputs: Mapping[str, Any], run: str
+    ) -> FileEntry:
         """Answer the rows of parts that probe a list of the tile, in a row group for each part that asks."""
-        loaded = LoadedTile(self.store, self.database, self.stage, requests, asking, tile, room)
+        loaded = LoadedTile(self.store, self.database, self.stage, requests, asking, inputs["tile"], room)
         schema = _answers_schema(self.stage.saved)
         answers = (
             pa.table(
@@ -390,7 +389,7 @@ class TileStep:
             )
             for rows, best in loaded.answers()
         )
-        return self._write(_tile_slot(tile), schema, answers, inputs, run)
+        return write_routes(self.store, self.stage.table, inputs, run, schema, answers)
 
 
 class LoadedTile:
@@ -418,7 +417,7 @@ class LoadedTile:
             self._vectors[place] = _vectors_of(table)
             ids[place], homes[place] = parts.chunk_ids(part, table["row"].to_numpy()), table["home"].to_numpy()
             if part in asking:
-                self._asking.append((entry, place, table.drop_columns(["home", "vector"])))
+                self._asking.append((entry, place, table.drop_columns(["vector"])))
         self._vectors, ids, homes = self._vectors[:held], ids[:held], homes[:held]
         self._ids, self._lists = ids, VectorLists(ids, self._vectors, homes, database.trained.nlist)
         device, self._on_device = stage.devices[0], None
@@ -438,8 +437,9 @@ class LoadedTile:
         most = _BATCH_ROWS if memory is None else min(_BATCH_ROWS, memory // _SHARE_FOR_ROWS // self._vectors.shape[1])
         for entry, place, table in self._asking:
             guests = self._read(entry, _GUESTS)
-            waiting += [Asked.joined([Asked.of(table, self._vectors[place]), Asked.of(guests, _vectors_of(guests))])]
-            held += len(waiting[-1].rows)
+            asked = (_probing(table, self._vectors[place]), _probing(guests, _vectors_of(guests)))
+            waiting.append(_joined(asked))
+            held += len(waiting[-1][0])
             if held >= most:
                 yield from self._answered(waiting)
                 waiting, held = [], 0
@@ -448,16 +448,18 @@ class LoadedTile:
     def _answered(self, several: Sequence[Asked]) -> Iterator[tuple[npt.NDArray[np.int32], Best]]:
         if several:
             interrupts.check()
-            best, low = self._nearest(Asked.joined(several)), 0
-            for asked in several:
-                yield asked.rows, best.take(slice(low, low := low + len(asked.rows)))
+            best, low = self._nearest(*_joined(several)), 0
+            for table, _ in several:
+                yield table["row"].to_numpy(), best.take(slice(low, low := low + len(table)))
 
-    def _nearest(self, asked: Asked) -> Best:
-        if not len(asked.rows):
+    def _nearest(self, table: pa.Table, vectors: Vectors16) -> Best:
+        if not len(table):
             return Best.nothing(0, self._stage.saved)
-        k, queries = self._stage.saved, Queries(asked.vectors, Excluded(asked.first, asked.last))
-        probed = np.full((len(queries), int(asked.counts.max())), self._lists.empty, np.int64)
-        probed[np.arange(probed.shape[1]) < asked.counts[:, None]] = asked.lists
+        k, lists = self._stage.saved, table["lists"].combine_chunks()
+        queries = Queries(vectors, Excluded(table["first"].to_numpy(), table["last"].to_numpy()))
+        counts = lists.value_lengths().to_numpy()
+        probed = np.full((len(queries), int(counts.max())), self._lists.empty, np.int64)
+        probed[np.arange(probed.shape[1]) < counts[:, None]] = lists.flatten().to_numpy()
         if self._on_device is not None:
             return self._on_device.search(queries, probed.shape[1], k, probed=probed)
         queries = queries.widened()
@@ -469,43 +471,15 @@ class LoadedTile:
         return rerank(queries.vectors, search.candidates, self._fetch, k)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Rows [n] of parts that probe a tile, each with ``counts`` [n] of its ``lists``, one after the other.
-
-    ``vectors`` float16 [n, d]; ``first`` and ``last`` chunk id of each row's own document, int64 [n].
-    """
-
-    rows: npt.NDArray[np.int32]
-    vectors: Vectors16
-    first: Ids
-    last: Ids
-    counts: Ids
-    lists: npt.NDArray[np.int32]
-
-    @classmethod
-    def of(cls, table: pa.Table, vectors: Vectors16) -> Asked:
-        """Return those rows of a row group that probe a list."""
-        lists = table["lists"].combine_chunks()
-        counts = lists.value_lengths().to_numpy().astype(np.int64)
-        some = np.flatnonzero(counts)
-        rows, first, last = (table[name].to_numpy()[some] for name in ("row", "first", "last"))
-        return cls(
-            rows,
-            vectors if len(some) == len(vectors) else vectors[some],
-            first,
-            last,
-            counts[some],
-            lists.flatten().to_numpy(),
-        )
-
-    @classmethod
-    def joined(cls, several: Sequence[Asked]) -> Asked:
-        """Concatenate rows of one or several."""
-        return several[0] if len(several) == 1 else cls(*map(np.concatenate, zip(*map(_FIELDS, several), strict=True)))
+def _probing(table: pa.Table, vectors: Vectors16) -> Asked:
+    """Return those rows of a row group that probe a list."""
+    some = np.flatnonzero(pc.list_value_length(table["lists"]).to_numpy())
+    return table.select(["row", "first", "last", "lists"]).take(pa.array(some)), vectors[as_slice(some)]
 
 
-_FIELDS = attrgetter(*Asked.__dataclass_fields__)
+def _joined(several: Sequence[Asked]) -> Asked:
+    tables, vectors = zip(*several, strict=True)
+    return pa.concat_tables(tables), np.concatenate(vectors)
 
 
 def known_to_tiles(store: Store, table: str) -> dict[str, Any]:
@@ -513,24 +487,16 @@ def known_to_tiles(store: Store, table: str) -> dict[str, Any]:
 
     The database may have grown since, or purges may have been undone: then the tables are updated next.
     """
-    tiling = store.state.file(ROUTES, TILING, table)
-    if tiling is None:
-        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
-    return {name: routes_about(tiling)[name] for name in ("searched", "commit", "head", "probed")}
+    about = routes_about(_file(store, table, TILING))
+    return {name: about[name] for name in ("searched", "commit", "head", "probed")}
 
 
 def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> Best:
     """Return the nearest of ``rows`` [n], ascending, of a part, from what all tiles have found."""
-    best, files = Best.nothing(len(rows), saved), store.state.group(ROUTES, table)
-    tiling = files.get(TILING)
-    if tiling is None:
-        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
-    about = routes_about(tiling)
+    best, about = Best.nothing(len(rows), saved), routes_about(_file(store, table, TILING))
     group = _numbers_in(about["asking"]).index(part)
     for tile in range(about["tiles"]):
-        entry = files.get(_tile_slot(tile))
-        if entry is None or routes_about(entry)["plan"] != about["plan"]:
-            raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
+        entry = _file(store, table, _tile_slot(tile), about["plan"])
         found = parts.read_parquet(store, entry, row_groups=[group])
         ids = parts.from_fixed_binary(found["ids"], np.dtype(np.int64))
         distances = parts.from_fixed_binary(found["distances"], np.dtype(np.float32))
@@ -540,6 +506,13 @@ def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -
         so_far = Best(best.distances[place], best.ids[place])
         best.put(place, merged(so_far, Best(distances[known], ids[known]), saved))
     return best
+
+
+def _file(store: Store, table: str, slot: str, plan: str | None = None) -> FileEntry:
+    entry = store.state.file(ROUTES, slot, table)
+    if entry is None or plan not in (None, routes_about(entry)["plan"]):
+        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
+    return entry
 
 
 def _numbers_in(spans: Sequence[Sequence[int]]) -> list[int]:
