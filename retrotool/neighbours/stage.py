@@ -45,7 +45,7 @@ from retrotool.engine.task import Report, Task, Worker, is_taken, task_key
 from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
 from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
-from retrotool.neighbours.bm25 import OverlapScorer, TermStatistics, count_terms
+from retrotool.neighbours.bm25 import TermStatistics, count_terms, score_overlap
 from retrotool.neighbours.filters import Filters, Finder, candidates_at_once
 from retrotool.neighbours.retrieved import read_text_of
 from retrotool.neighbours.shelves import ShelfPlan, do_text_step, from_shelves, plan_shelves
@@ -539,8 +539,7 @@ class NeighboursWorker:
         if len(rows):
             at_once = candidates_at_once(database, self._stage.memory)
             terms = self._terms_of(database)
-            scorer = OverlapScorer(self._store, database.store, database.tombstones, terms, at_once)
-            scores[rows] = scorer.scores(part, rows, table.ids[rows])
+            scores[rows] = score_overlap(self._store, part, rows, table.ids[rows], database, terms, at_once)
         return NeighbourTable(table.ids, table.distances, scores).by_score()
 
     def _terms_of(self, database: AnyDatabase) -> TermStatistics:
