@@ -109,23 +109,27 @@ class NeighboursStage:
         database = self.open_database(store)
         tasks = self.part_tasks(store, database)
         tiles, shelves = self.in_rounds(store, database, tasks)
+        with_text = list[Task]()
+        if shelves is not None:  # tokens are added when all tables are there, and in order
+            adding = [task for task in tasks if task.inputs["adds_text"]]
+            tasks = [
+                replace(task, inputs={**task.inputs, "text": not task.inputs["makes"]})
+                for task in tasks
+                if not task.inputs["adds_text"]
+            ]
+            if not any(task.inputs["makes"] for task in tasks):
+                with_text = shelves.next_tasks(store, adding)
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
         others = [task for task in tasks if task.inputs["mode"] != _WHOLE]
-        if shelves is not None:  # tokens are added when all tables are there, and in order
-            are_made = not whole and all(map(_has_order, others))
-            adding = [task for task in others if task.inputs["adds_text"]]
-            others = [_without_text(task) for task in others if not task.inputs["adds_text"]]
-            others += shelves.next_tasks(store, adding) if are_made else []
-            whole = [_without_text(task) for task in whole]
-        return [*(whole if tiles is None else tiles.next_tasks(store, whole)), *others]
+        return [*(whole if tiles is None else tiles.next_tasks(store, whole)), *others, *with_text]
 
     def in_rounds(
         self, store: Store, database: AnyDatabase, tasks: Sequence[Task]
     ) -> tuple[TilePlan | None, ShelfPlan | None]:
         """Return how tasks are done if vectors, and if tokens, of the database don't fit into memory."""
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
-        adding = [task for task in tasks if task.inputs["adds_text"] or not _has_order(task)]
-        return plan_tiles(self, store, database, whole), plan_shelves(self, store, database.store, [*whole, *adding])
+        read = [task for task in tasks if task.inputs["adds_text"] or task.inputs["makes"]]
+        return plan_tiles(self, store, database, whole), plan_shelves(self, store, database.store, read)
 
     def part_tasks(self, store: Store, database: AnyDatabase) -> list[Task]:
         """Return a task for each part, which ``tiles`` may have to precede; raises as ``plan`` does."""
@@ -164,10 +168,13 @@ class NeighboursStage:
                 settings["text"] = self.k
             if self.rerank:
                 settings["rerank"] = self.rerank
-            has_order = mode == _WHOLE or (old is not None and neighbour_tables.reranked_by(old) == self.rerank)
-            inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
-            inputs["adds_text"], inputs["has_order"] = self.text and mode == FEW and not weight and has_order, has_order
-            inputs["replaces"] = old.path if old is not None else None
+            # A task makes a table, or puts an older one into another order, or adds only text.
+            makes = mode == _WHOLE or old is None or neighbour_tables.reranked_by(old) != self.rerank
+            inputs = {
+                "part": part, "path": path, "version": version, "new": new, "mode": mode, "makes": makes,
+                "adds_text": self.text and mode == FEW and not weight and not makes,
+                "replaces": old.path if old is not None else None,
+            }  # fmt: skip
             key = task_key("neighbours", settings, [path])
             tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks
@@ -244,17 +251,6 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
             f"{store.place} and {database.store.place} have different encoders of the name {database.encoder!r}",
             "Embed one of them again with the encoder of the other.",
         )
-
-
-def _has_order(task: Task) -> bool:
-    """Return whether a task does not have to put the neighbours of an older table into another order."""
-    return bool(task.inputs["has_order"])
-
-
-def _without_text(task: Task) -> Task:
-    """Return a task that adds no text yet, if it makes a table, or puts one into another order."""
-    makes = task.inputs["mode"] == _WHOLE or not _has_order(task)
-    return replace(task, inputs={**task.inputs, "text": False}) if makes else task
 
 
 def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
@@ -577,8 +573,7 @@ class NeighboursWorker:
         # A row that is not full may have lost neighbours to an erase.
         short = np.flatnonzero(few | (ids == NO_NEIGHBOUR).any(axis=1))
         if len(short):
-            again = finder.search(rows[short])
-            best.ids[short], best.distances[short] = again.ids, again.distances
+            best.put(short, finder.search(rows[short]))
         return best
 
     def _completed(self, finder: Finder, rows: Ids, found: Best) -> Best:
@@ -612,9 +607,7 @@ class GapFinder:
     """Finds what purges have left to do in tables of a store whose neighbours are chunks of ``database``."""
 
     def __init__(self, store: Store, database: AnyDatabase, stage: NeighboursStage) -> None:
-        self._store, self._database, self._k, self._text = store, database, stage.k, stage.text
-        self._rerank = stage.rerank
-        self._known = stage.gaps
+        self._store, self._database, self._stage = store, database, stage
         self._own, self._erased = cache(partial(read_tombstones, store)), cache(partial(erased_chunks, database.store))
         # Digests: purges of database and queries, erases of the database, and undone purges of queries, whose
         # rows are empty in tables made during these.
@@ -623,17 +616,17 @@ class GapFinder:
 
     def find(self, part: int, entry: FileEntry) -> int | None:
         """Return how many rows of a part have to be searched; None if there is nothing to do at all."""
-        about = entry.about or {}
+        about, stage = entry.about or {}, self._stage
         known = about["purges"], about.get("erased", ""), about.get("undone", "")
         few, is_stale = 0, False
         # A table that was made, or refilled to k neighbours, after all purges of the database is not read.
-        if known != (self.taken[0], *self.taken[2:]) or int(about.get("k", self._k)) < self._k:
+        if known != (self.taken[0], *self.taken[2:]) or int(about.get("k", stage.k)) < stage.k:
             key = (entry.path, *self.taken)
-            if key not in self._known:
-                self._known[key] = self._read(part, entry)
-            few, is_stale = self._known[key]
-        lacks_text = self._text and not text_is_current(entry, self._database.store, self._k)
-        lacks_order = neighbour_tables.reranked_by(entry) != self._rerank
+            if key not in stage.gaps:
+                stage.gaps[key] = self._read(part, entry)
+            few, is_stale = stage.gaps[key]
+        lacks_text = stage.text and not text_is_current(entry, self._database.store, stage.k)
+        lacks_order = neighbour_tables.reranked_by(entry) != stage.rerank
         return few if few or is_stale or lacks_text or lacks_order else None
 
     def _read(self, part: int, entry: FileEntry) -> tuple[int, bool]:
@@ -646,9 +639,9 @@ class GapFinder:
             ids = neighbour_tables.read_ids(self._store, entry, [group])
             left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
-            few += int((left[rows].sum(axis=1) < self._k).sum())
+            few += int((left[rows].sum(axis=1) < self._stage.k).sum())
             is_stale |= self.taken[2] != "" and bool(self._erased().contains(ids).any())
-            if self._text and neighbour_tables.text_size(entry):
+            if self._stage.text and neighbour_tables.text_size(entry):
                 text = neighbour_tables.read_text(self._store, entry, [group], tokens=False)
                 purged, short = neighbour_tables.text_naming(text, self._database.tombstones.contains)
                 is_stale |= bool((purged | short | (text.ids == ERASED)).any())
