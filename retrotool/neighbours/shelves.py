@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,16 +119,10 @@ def do_text_step(
         table = store.state.part_file("neighbours", inputs["part"], stage.table)
         if table is None:
             raise ErasedError(f"the table of part {inputs['part']} was removed by another process")
-        counts = list[int]()
-
-        def sections() -> Iterator[pa.Table]:
-            for ids in _asks(store, tombstones, table, stage.k, inputs["shelves"]):
-                counts.append(len(ids))
-                if len(ids):
-                    yield pa.table([ids], schema=_ASKED)
-
-        entry = write_routes(store, stage.table, inputs, run, _ASKED, sections())
-        return replace(entry, about={"plan": inputs["plan"], "asked": counts}), [table.path]
+        asked = _asks(store, tombstones, table, stage.k, inputs["shelves"])
+        sections = (pa.table([ids], schema=_ASKED) for ids in asked if len(ids))
+        entry = write_routes(store, stage.table, inputs, run, _ASKED, sections)
+        return replace(entry, about={"plan": inputs["plan"], "asked": list(map(len, asked))}), [table.path]
 
     def answer() -> tuple[FileEntry, Sequence[str]]:
         files = routes_of(store, stage.table, inputs["plan"]).items()
@@ -145,15 +138,13 @@ def do_text_step(
 
 def _asks(
     store: Store, tombstones: Tombstones, table: FileEntry, k: int, shelves: Sequence[Sequence[int]]
-) -> Iterator[Ids]:
-    """Yield for each shelf the ids, ascending, of the first k live neighbours in a table."""
+) -> list[Ids]:
+    """Return for each shelf the ids, ascending, of the first k live neighbours in a table."""
     near = neighbour_tables.read_table(store, table)
     near = neighbour_tables.erase_neighbours(near, np.zeros(0, np.int64), tombstones.contains)
     ids = np.unique(near.ids[:, :k])
     ids = ids[ids >= 0]
-    bounds = [int(np.searchsorted(ids, parts.join_id(first, 0))) for first, _ in shelves]
-    for low, high in pairwise([*bounds, len(ids)]):
-        yield ids[low:high]
+    return np.split(ids, np.searchsorted(ids, [parts.join_id(first, 0) for first, _ in shelves]))[1:]
 
 
 def _answers(
@@ -190,16 +181,13 @@ def from_shelves(
 
     Ids that it did not ask for, because its table has changed since, are read directly.
     """
-    own = store.identity
-    length, dtype = own.chunk_length, parts.token_dtype(own.tokenizer.token_bytes)
-    known, counts, tokens = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)], [np.zeros((0, 2, length), dtype)]
+    own, found = store.identity, [_answers_schema(store).empty_table()]
     for slot, entry in routes_of(store, table, plan).items():
         if slot.startswith("shelf-") and part in (numbers := routes_about(entry)["parts"]):
-            found = parts.read_parquet(store, entry, row_groups=[numbers.index(part)])
-            known.append(found["id"].to_numpy())
-            counts.append(parts.from_fixed_binary(found["n_tokens"], np.dtype(np.int32)))
-            tokens.append(parts.from_fixed_binary(found["tokens"], dtype).reshape(-1, 2, length))
-    ids, n_tokens, all_tokens = np.concatenate(known), np.concatenate(counts), np.concatenate(tokens)
+            found.append(parts.read_parquet(store, entry, row_groups=[numbers.index(part)]))
+    joined, dtype = pa.concat_tables(found), parts.token_dtype(own.tokenizer.token_bytes)
+    ids, n_tokens = joined["id"].to_numpy(), parts.from_fixed_binary(joined["n_tokens"], np.dtype(np.int32))
+    all_tokens = parts.from_fixed_binary(joined["tokens"], dtype).reshape(-1, 2, own.chunk_length)
 
     def read(wanted: Ids, into: Pieces) -> Pieces:
         live = (wanted >= 0) & ~tombstones.contains(wanted)

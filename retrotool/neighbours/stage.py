@@ -43,13 +43,13 @@ from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, is_taken, task_key
 from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
-from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
+from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
 from retrotool.neighbours.bm25 import TermStatistics, count_terms, score_overlap
 from retrotool.neighbours.filters import Filters, Finder, candidates_at_once
 from retrotool.neighbours.retrieved import read_text_of
 from retrotool.neighbours.shelves import ShelfPlan, do_text_step, from_shelves, plan_shelves
-from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, known_to_tiles, plan_tiles
+from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, plan_tiles
 from retrotool.ranges import as_slice, consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
@@ -182,7 +182,7 @@ class NeighboursStage:
     @property
     def in_flight(self) -> int:
         """Tasks at a time in a process: a GPU searches for one while others are prepared and written."""
-        if not is_gpu(self.devices[0]) or self.memory is not None:
+        if self.devices[0] == "cpu" or self.memory is not None:
             return 1
         each = _TABLES * PART_SIZE * self.saved * (_NEIGHBOUR_BYTES + 4) + _TEXT_BYTES * self.text
         return max(1, min(_IN_FLIGHT, memory_of_machine() // len(self.devices) // _SHARE_OF_MACHINE // each))
@@ -455,21 +455,20 @@ class NeighboursWorker:
         def ask(rows: Ids) -> Queries:
             assert vectors is not None, "there are rows to search for"
             asked = Queries(vectors[as_slice(rows)], own.take(rows))
-            return asked if is_gpu(stage.devices[0]) else asked.widened()
+            return asked.widened() if stage.devices[0] == "cpu" else asked
 
         probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
         new = sorted(within(task.inputs["new"], database.held()))
-        found: Best | None = None
+        found, of_tiles = None, dict[str, Any]()
         if "from_tiles" in task.inputs:
-            found = found_in_tiles(store, stage.table, part, asking, stage.saved)
+            found, of_tiles = found_in_tiles(store, stage.table, part, asking, stage.saved)
         for rows in finder.blocks(asking) if len(asking) else ():
             with checking_device(stage.devices[0]):
                 if found is None:
                     best = self._search(finder, rows, before, new, probed)
                 else:
-                    place = np.searchsorted(asking, rows)
-                    best = self._completed(finder, rows, Best(found.distances[place], found.ids[place]))
+                    best = self._completed(finder, rows, found.take(np.searchsorted(asking, rows)))
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
             if stage.memory is not None:
@@ -485,12 +484,10 @@ class NeighboursWorker:
         about = {
             "version": task.inputs["version"],
             **{name: record[name] for name in (*_SAME, "filters", "rerank") if name in record},
-            "commit": commit, "head": head[:_HEAD_DIGITS], "purges": stands_for(database.store.state),
-            "searched": consecutive_ranges(database.held()), "probed": probed_by(database),
+            "commit": commit, "head": head, "purges": stands_for(database.store.state),
+            "searched": consecutive_ranges(database.held()), "probed": probed_by(database), **of_tiles,
         }  # fmt: skip
-        if "from_tiles" in task.inputs:
-            about |= known_to_tiles(store, stage.table)
-            about["head"] = about["head"][:_HEAD_DIGITS]
+        about["head"] = about["head"][:_HEAD_DIGITS]
         if task.inputs["mode"] != _WHOLE:
             about["k"] = stage.k  # rows with so many live neighbours were not searched again
         if undone:

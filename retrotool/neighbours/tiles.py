@@ -52,7 +52,7 @@ from retrotool.embed.search_scope import read_part_vectors, searchable_rows
 from retrotool.engine.task import Report, Task, is_taken, task_key
 from retrotool.errors import ErasedError
 from retrotool.index.on_device import OnDevice
-from retrotool.index.searching import AnyDatabase, Database, is_gpu
+from retrotool.index.searching import AnyDatabase, Database
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
 from retrotool.ranges import as_slice, consecutive_ranges, in_steps, within
@@ -109,12 +109,11 @@ class TilePlan:
         """
         files = store.state.group(ROUTES, self.table)
         tiling = files.get(TILING)
-        wave = None if tiling is None else routes_about(tiling)
-        asking = []
-        if wave is not None and wave["of"] == self.digest:
-            asked = within(wave["asking"], (task.inputs["part"] for task in tasks))
-            asking = [task for task in tasks if task.inputs["part"] in asked]
-        if wave is None or not asking or wave["tiles"] != self.tiles:
+        wave = {} if tiling is None else routes_about(tiling)
+        spans = wave["asking"] if (wave.get("of"), wave.get("tiles")) == (self.digest, self.tiles) else []
+        asked = within(spans, (task.inputs["part"] for task in tasks))
+        asking = [task for task in tasks if task.inputs["part"] in asked]
+        if not asking:
             waves = math.ceil(sum(task.weight for task in tasks) / self.wave_rows)
             spans = consecutive_ranges([task.inputs["part"] for task in tasks[: math.ceil(len(tasks) / waves)]])
             name = hashlib.blake2b(repr([self.digest, self.tiles, spans]).encode(), digest_size=8).hexdigest()
@@ -158,7 +157,7 @@ def plan_tiles(stage: NeighboursStage, store: Store, database: AnyDatabase, task
     memory = each if stage.memory is None else stage.memory
     if not tasks or vectors <= memory or not database.record.nlist or search_scope.may_repeat(store):
         return None
-    tiles = min(-(-vectors // room_of_tile(memory, is_gpu(stage.devices[0]))), database.record.nlist)
+    tiles = min(-(-vectors // room_of_tile(memory, stage.devices[0] != "cpu")), database.record.nlist)
     undone = digest_of_undone(store.state)
     decides = [database.settings, database.point.nprobe, database.reads(), stage.saved, undone]
     digest = hashlib.blake2b(repr(decides).encode(), digest_size=8).hexdigest()
@@ -294,7 +293,9 @@ class TileStep:
         requests = [entry for slot, entry in files if slot.isdigit()]
         asking = set(_numbers_in(routes_about(tiling)["asking"]))
         room = int(sizes[tile_of == inputs["tile"]].sum())
-        return self._search(requests, asking, room, inputs, run), (tiling.path, *(one.path for one in requests))
+        answers = LoadedTile(self, requests, asking, inputs["tile"], room).answers()
+        entry = write_routes(self.store, self.stage.table, inputs, run, _answers_schema(self.stage.saved), answers)
+        return entry, (tiling.path, *(one.path for one in requests))
 
     def _write_tiling(self, task: Task, run: str) -> tuple[FileEntry, Sequence[str]]:
         trained = self.database.trained
@@ -328,16 +329,10 @@ class TileStep:
             for tile, (low, high) in enumerate(pairwise(bounds.tolist())):
                 interrupts.check()
                 pairs = by_tile[low:high]  # of a row and a list, in the order of rows
-                asking, counts = np.unique(pairs // max(nprobe, 1), return_counts=True)
-                probes = pa.ListArray.from_arrays(
-                    np.append(0, np.cumsum(counts)).astype(np.int32), lists.ravel()[pairs]
-                )
-                mine = np.flatnonzero(home_tiles == tile)
-                silent = np.setdiff1d(mine, asking)  # at home, but not in a list that they probe
-                none = pa.ListArray.from_arrays(np.zeros(len(silent) + 1, np.int32), pa.array([], pa.int32()))
-                order = np.argsort(np.concatenate([asking, silent]), kind="stable")
-                some = np.concatenate([asking, silent])[order]
-                probes = pa.concat_arrays([probes, none]).take(pa.array(order))
+                asking = pairs // max(nprobe, 1)
+                some = np.union1d(asking, np.flatnonzero(home_tiles == tile))  # some homes probe no list of the tile
+                starts = np.append(np.searchsorted(asking, some), len(pairs)).astype(np.int32)
+                probes = pa.ListArray.from_arrays(starts, lists.ravel()[pairs])
                 is_home = home_tiles[some] == tile
                 for chosen in (np.flatnonzero(is_home), np.flatnonzero(~is_home)):
                     its = some[chosen]
@@ -356,7 +351,7 @@ class TileStep:
         trained, device = self.database.trained, self.stage.devices[0]
         assert trained.centroids is not None
         nprobe = min(self.database.point.nprobe, trained.nlist)
-        on_device = Centroids(trained, torch.device(device)) if is_gpu(device) else None
+        on_device = Centroids(trained, torch.device(device)) if device != "cpu" else None
         found = [np.zeros((0, nprobe), np.int32)]
         for some in in_steps(rows, _BATCH_ROWS):
             asked = torch.from_numpy(vectors[some]).to(device).float()
@@ -370,26 +365,11 @@ class TileStep:
     def _homes(self, part: int, rows: int) -> npt.NDArray[np.int32]:
         """Return the list that has each row of a part, int32 [rows]; ``_NOWHERE``: it is not in the index."""
         homes = np.full(rows, _NOWHERE, np.int32)
-        for shard in self.database.shards_with([part]):
+        for shard in self.database.shards_with([part], self.database.shards):
             for number in shard.numbers:
                 ids = shard.ids(number)
                 homes[parts.row_of(ids[parts.slice_of_part(ids, part)])] = number
         return homes
-
-    def _search(
-        self, requests: Sequence[FileEntry], asking: set[int], room: int, inputs: Mapping[str, Any], run: str
-    ) -> FileEntry:
-        """Answer the rows of parts that probe a list of the tile, in a row group for each part that asks."""
-        loaded = LoadedTile(self.store, self.database, self.stage, requests, asking, inputs["tile"], room)
-        schema = _answers_schema(self.stage.saved)
-        answers = (
-            pa.table(
-                [rows, parts.fixed_binary(best.ids.view(np.uint8)), parts.fixed_binary(best.distances.view(np.uint8))],
-                schema=schema,
-            )
-            for rows, best in loaded.answers()
-        )
-        return write_routes(self.store, self.stage.table, inputs, run, schema, answers)
 
 
 class LoadedTile:
@@ -398,13 +378,10 @@ class LoadedTile:
     ``requests``: the files of all parts, by part; ``asking``: the parts with rows that probe lists.
     """
 
-    def __init__(
-        self, store: Store, database: Database, stage: NeighboursStage, requests: Sequence[FileEntry],
-        asking: set[int], tile: int, room: int,
-    ) -> None:  # fmt: skip
-        self._store, self._database, self._stage, self._tile = store, database, stage, tile
-        d = int(store.state.records[f"encoder:{database.encoder}"]["dimension"])
-        self._vectors = np.empty((room, d), np.float16)
+    def __init__(self, step: TileStep, requests: Sequence[FileEntry], asking: set[int], tile: int, room: int) -> None:
+        self._store, self._database, self._stage, self._tile = step.store, step.database, step.stage, tile
+        trained, device, self._on_device = self._database.trained, self._stage.devices[0], None
+        self._vectors = np.empty((room, trained.d), np.float16)
         ids, homes, held = np.empty(room, np.int64), np.empty(room, np.int32), 0
         # Of each part that asks its file, the places of its vectors, and the same rows without vectors.
         self._asking: list[tuple[FileEntry, slice, pa.Table]] = []
@@ -413,16 +390,15 @@ class LoadedTile:
             table, part = self._read(entry, _HOMES), int(entry.slot)
             place = slice(held, held := held + len(table))
             if held > room:
-                raise ErasedError(f"the index {stage.index!r} was changed by another process")
+                raise ErasedError(f"the index {self._stage.index!r} was changed by another process")
             self._vectors[place] = _vectors_of(table)
             ids[place], homes[place] = parts.chunk_ids(part, table["row"].to_numpy()), table["home"].to_numpy()
             if part in asking:
                 self._asking.append((entry, place, table.drop_columns(["vector"])))
         self._vectors, ids, homes = self._vectors[:held], ids[:held], homes[:held]
-        self._ids, self._lists = ids, VectorLists(ids, self._vectors, homes, database.trained.nlist)
-        device, self._on_device = stage.devices[0], None
-        if is_gpu(device):
-            self._on_device = OnDevice(device, database.trained, ids, homes, self._fetch, d)
+        self._ids, self._lists = ids, VectorLists(ids, self._vectors, homes, trained.nlist)
+        if device != "cpu":
+            self._on_device = OnDevice(device, trained, ids, homes, self._fetch, trained.d)
 
     def _read(self, entry: FileEntry, kind: int) -> pa.Table:
         """Read a row group of a part: the rows at home in the tile, or its guests."""
@@ -431,8 +407,8 @@ class LoadedTile:
     def _fetch(self, ids: Ids) -> Vectors16:
         return self._vectors[np.searchsorted(self._ids, ids)]
 
-    def answers(self) -> Iterator[tuple[npt.NDArray[np.int32], Best]]:
-        """Yield the rows [n] of each part that asks which probe the tile, and the nearest of each."""
+    def answers(self) -> Iterator[pa.Table]:
+        """Yield, for each part that asks, the rows that probe a list of the tile, and the nearest of each."""
         waiting, held, memory = list[Asked](), 0, self._stage.memory
         most = _BATCH_ROWS if memory is None else min(_BATCH_ROWS, memory // _SHARE_FOR_ROWS // self._vectors.shape[1])
         for entry, place, table in self._asking:
@@ -445,12 +421,15 @@ class LoadedTile:
                 waiting, held = [], 0
         yield from self._answered(waiting)
 
-    def _answered(self, several: Sequence[Asked]) -> Iterator[tuple[npt.NDArray[np.int32], Best]]:
+    def _answered(self, several: Sequence[Asked]) -> Iterator[pa.Table]:
         if several:
             interrupts.check()
             best, low = self._nearest(*_joined(several)), 0
+            found = [parts.fixed_binary(column.view(np.uint8)) for column in (best.ids, best.distances)]
             for table, _ in several:
-                yield table["row"].to_numpy(), best.take(slice(low, low := low + len(table)))
+                columns = [table["row"], *(column.slice(low, len(table)) for column in found)]
+                yield pa.table(columns, schema=_answers_schema(self._stage.saved))
+                low += len(table)
 
     def _nearest(self, table: pa.Table, vectors: Vectors16) -> Best:
         if not len(table):
@@ -482,17 +461,12 @@ def _joined(several: Sequence[Asked]) -> Asked:
     return pa.concat_tables(tables), np.concatenate(vectors)
 
 
-def known_to_tiles(store: Store, table: str) -> dict[str, Any]:
-    """Return what the tiles of a table were searched in, for ``about`` of the tables that have their results.
+def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> tuple[Best, dict[str, Any]]:
+    """Return the nearest of ``rows`` [n], ascending, of a part, from what all tiles have found.
 
-    The database may have grown since, or purges may have been undone: then the tables are updated next.
+    Also return what the tiles were searched in, for ``about`` of the table. The database may have grown
+    since, or purges may have been undone: then the table is updated next.
     """
-    about = routes_about(_file(store, table, TILING))
-    return {name: about[name] for name in ("searched", "commit", "head", "probed")}
-
-
-def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> Best:
-    """Return the nearest of ``rows`` [n], ascending, of a part, from what all tiles have found."""
     best, about = Best.nothing(len(rows), saved), routes_about(_file(store, table, TILING))
     group = _numbers_in(about["asking"]).index(part)
     for tile in range(about["tiles"]):
@@ -503,9 +477,8 @@ def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -
         its = found["row"].to_numpy()
         known = np.isin(its, rows)  # the others were purged since
         place = np.searchsorted(rows, its[known])
-        so_far = Best(best.distances[place], best.ids[place])
-        best.put(place, merged(so_far, Best(distances[known], ids[known]), saved))
-    return best
+        best.put(place, merged(best.take(place), Best(distances[known], ids[known]), saved))
+    return best, {name: about[name] for name in ("searched", "commit", "head", "probed")}
 
 
 def _file(store: Store, table: str, slot: str, plan: str | None = None) -> FileEntry:
