@@ -30,7 +30,7 @@ from retrotool.encoder import Encoder, Rows
 from retrotool.errors import UsageError
 from retrotool.index.searching import AllowedChunks, AnyDatabase, Database, ExactDatabase, Point
 from retrotool.neighbours.stage import members_of, pick_table
-from retrotool.neighbours.table_reader import Found, NeighbourReader
+from retrotool.neighbours.table_reader import NeighbourReader
 from retrotool.store import parts
 from retrotool.store.expressions import Where
 from retrotool.store.neighbour_tables import NO_NEIGHBOUR
@@ -114,7 +114,9 @@ class Reader:
         self._documents = lru_cache(_KEPT_PARTS)(
             lambda part: parts.read_documents(store, part, ["id", "key", "first_row", "n_chunks"])
         )
-        self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(self._read_neighbours)
+        self._neighbour_rows = lru_cache(_KEPT_ROW_GROUPS)(
+            lambda name, part, group: self._tables(name)[0].read(part, sys.maxsize, [group])
+        )
         self._tables = lru_cache(None)(self._open_tables)
         self._database = lru_cache(None)(partial(Database, store))
         self._rejected = lru_cache(None)(partial(read_rejected, store))
@@ -350,11 +352,6 @@ class Reader:
     def _open_tables(self, name: str) -> tuple[NeighbourReader, list[Reader]]:
         reader = NeighbourReader(self._store, name)
         return reader, [self if member.within else Reader(member.store) for member in reader.members]
-
-    def _read_neighbours(self, name: str, part: int, group: int) -> Found:
-        """Read all saved neighbours of the rows of a row group, [rows, saved]."""
-        reader, _ = self._tables(name)
-        return reader.read(part, sys.maxsize, [group])
 
     def search(
         self,

@@ -39,7 +39,7 @@ class Best:
         """Return an empty result for q queries."""
         return cls(np.full((q, k), np.inf, np.float32), np.full((q, k), -1, np.int64))
 
-    def take(self, rows: slice) -> Best:
+    def take(self, rows: Ids | slice) -> Best:
         """Return the entries of the queries ``rows``."""
         return Best(self.distances[rows], self.ids[rows])
 

@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from retrotool.cli import output
 from retrotool.cli.command_lines import next_command
-from retrotool.cli.options import (
-    LEAST_MEMORY,
-    DevicesOption,
-    EncoderOption,
-    Json,
-    NoWaitOption,
-    StoreArgument,
-    opt,
-)
+from retrotool.cli.options import LEAST_MEMORY, DevicesOption, EncoderOption, Json, NoWaitOption, StoreArgument, opt
 from retrotool.errors import UsageError
 from retrotool.index.index_records import RECALL_SAMPLE
 from retrotool.sizes import parse_size

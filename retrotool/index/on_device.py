@@ -117,7 +117,6 @@ class OnDevice:
         return left[0] if self._fits(left[0]) or not wanted else None
 
     def _fits(self, portion: Portion) -> bool:
-        """Check whether a portion fits beside those that are loaded."""
         return sum(map(len, portion)) + sum(map(len, self._loaded.values())) <= self._most
 
     def nearest_lists(self, vectors: npt.NDArray[np.float32], nprobe: int) -> Ids:

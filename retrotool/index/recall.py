@@ -18,7 +18,7 @@ import bisect
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from retrotool.ann.excluded import Excluded, Ids, Queries
 from retrotool.ann.lists import InvertedLists, Trained, VectorLists
 from retrotool.ann.matmul import CentroidTable
 from retrotool.ann.ranking import Best, are_among, exact_distances
-from retrotool.ann.search import SPARE, Search
+from retrotool.ann.search import SPARE, Banned, Search
 from retrotool.chunk.chunk_plan import write_json_file
 from retrotool.embed import search_scope
 from retrotool.encoder.devices import checking_device, pick_device
@@ -105,22 +105,20 @@ class Measurement:
 
 
 def measure_recall(
-    truth: Truth, database: Searched, target: float, groups: Mapping[str, npt.NDArray[np.object_]], report: Report
+    search: RecallSearch, target: float, groups: Mapping[str, npt.NDArray[np.object_]], report: Report
 ) -> Measurement:
     """Measure the curve from below ``target`` to well above it; report each ``nprobe``."""
-    whole = isinstance(database.trained.codec, Whole)
-    depths, last = (DEPTH + SPARE,) if whole else DEPTHS, max(database.trained.nlist, 1)
+    truth, last = search.truth, max(search.trained.nlist, 1)
     grid = [*sorted(n for i in range(31) for n in (1 << i, 3 << i) if n < last), last]
-    search = _Curve(truth, database, depths)
     curve, reached = list[Recall](), 0
-    first = max(bisect.bisect_left(grid, _lists_needed(truth, database, target)) - 1, 0)
+    first = max(bisect.bisect_left(grid, search.lists_needed(target)) - 1, 0)
     for nprobe in grid[first:]:
         curve += search.at(nprobe)
         report(1)
         # Continue past the target while more lists with fewer candidates may be cheaper.
         reached += curve[-1].recall_at_10 - curve[-1].error >= target
         least = min((p.cost for p in curve if p.recall_at_10 - p.error >= target), default=math.inf)
-        if reached > (0 if whole else _BEYOND) or curve[-1].scanned + _RERANK * depths[0] >= least:
+        if reached > (0 if search.is_whole else _BEYOND) or curve[-1].scanned + _RERANK * search.depths[0] >= least:
             break
     if truth.share < 1:
         search.thorough(curve[-1].nprobe, BUDGET)
@@ -133,85 +131,79 @@ def measure_recall(
     return Measurement(tuple(curve), chosen, holds, len(truth), truth.vectors, truth.share, by_group)
 
 
-def _lists_needed(truth: Truth, database: Searched, target: float) -> int:
-    """Return the fewest lists per query that contain the share ``target`` of the true nearest.
+class RecallSearch:
+    """Searches of ``shards`` of a training at increasing ``nprobe``, re-ranked by ``vectors``.
 
-    Recall can't reach it with fewer, whatever the codes. A vector is taken to be in its nearest list.
+    ``banned``: tests for ids that must not be found. For a sampled truth, hits are kept per true neighbour.
     """
-    trained = database.trained
-    known = truth.best.ids[:, : max(1, round(TUNED_K * truth.share))]  # of a sample, so many are among the nearest
-    ids, place = np.unique(known[known >= 0], return_inverse=True)
-    if trained.centroids is None or not len(ids):
-        return 1
-    table = CentroidTable(torch.from_numpy(trained.centroids))
 
-    def scores(vectors: npt.NDArray[Any]) -> torch.Tensor:
-        return table.scores(trained.rotate(torch.from_numpy(vectors.astype(np.float32))) - table.mean)
-
-    lists = torch.cat(
-        [scores(database.vectors(some)).argmax(1) for some in np.array_split(ids, -(-len(ids) // _BLOCK))]
-    )
-    number = torch.full(known.shape, -1)
-    number[torch.from_numpy(known >= 0)] = lists[torch.from_numpy(place)]
-    nearer = list[torch.Tensor]()
-    for rows in np.array_split(np.arange(len(known)), -(-len(known) // _BLOCK)):
-        found, wanted = scores(truth.queries.vectors[rows]), number[torch.from_numpy(rows)]
-        own = found.gather(1, wanted.clamp_min(0))
-        counts = torch.stack([(found > column.unsqueeze(1)).sum(1) for column in own.T], 1)
-        nearer.append(counts[wanted >= 0])
-    ranks = torch.cat(nearer).sort().values
-    return int(ranks[min(math.ceil(target * len(ranks)), len(ranks)) - 1]) + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Searched:
-    """An index to measure: shards of a training, vectors to re-rank by, and the test for banned ids."""
-
-    trained: Trained
-    shards: Sequence[InvertedLists]
-    vectors: Vectors
-    banned: Callable[[Ids], npt.NDArray[np.bool_]]
-    room: int
-
-
-class _Curve:
-    """Searches at increasing ``nprobe``. For a sampled truth, hits are kept per true neighbour."""
-
-    def __init__(self, truth: Truth, database: Searched, depths: tuple[int, ...]) -> None:
-        self._truth, self._database, self._depths = truth, database, depths
+    def __init__(
+        self, truth: Truth, trained: Trained, shards: Sequence[InvertedLists], vectors: Vectors, banned: Banned,
+        room: int,
+    ) -> None:  # fmt: skip
+        self.truth, self.trained, self.is_whole = truth, trained, isinstance(trained.codec, Whole)
+        self.depths = (DEPTH + SPARE,) if self.is_whole else DEPTHS
+        self._shards, self._vectors, self._banned, self._room = shards, vectors, banned, room
         # Exact indexes, and queries that are all vectors, have no sampling error.
-        self.sampled = database.trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
+        self.sampled = trained.centroids is not None and (truth.share < 1 or len(truth) < truth.vectors)
         # By ``nprobe``, depth and k: number found [q] or, for a sampled truth, which were found [q, t].
         self._found: dict[tuple[int, int, int], npt.NDArray[Any]] = {}
         # Per true neighbour, the number found nearer by the latest and so most thorough search.
         self._nearer = np.zeros(truth.best.ids.shape, np.int64)
         self._cost: dict[tuple[int, int], tuple[float, float]] = {}
 
+    def lists_needed(self, target: float) -> int:
+        """Return the fewest lists per query that contain the share ``target`` of the true nearest.
+
+        Recall can't reach it with fewer, whatever the codes. A vector is taken to be in its nearest list.
+        """
+        truth, trained = self.truth, self.trained
+        known = truth.best.ids[:, : max(1, round(TUNED_K * truth.share))]  # of a sample, so many are among the nearest
+        ids, place = np.unique(known[known >= 0], return_inverse=True)
+        if trained.centroids is None or not len(ids):
+            return 1
+        table = CentroidTable(torch.from_numpy(trained.centroids))
+
+        def scores(vectors: npt.NDArray[Any]) -> torch.Tensor:
+            return table.scores(trained.rotate(torch.from_numpy(vectors.astype(np.float32))) - table.mean)
+
+        lists = torch.cat(
+            [scores(self._vectors(some)).argmax(1) for some in np.array_split(ids, -(-len(ids) // _BLOCK))]
+        )
+        number = torch.full(known.shape, -1)
+        number[torch.from_numpy(known >= 0)] = lists[torch.from_numpy(place)]
+        nearer = list[torch.Tensor]()
+        for rows in np.array_split(np.arange(len(known)), -(-len(known) // _BLOCK)):
+            found, wanted = scores(truth.queries.vectors[rows]), number[torch.from_numpy(rows)]
+            own = found.gather(1, wanted.clamp_min(0))
+            counts = torch.stack([(found > column.unsqueeze(1)).sum(1) for column in own.T], 1)
+            nearer.append(counts[wanted >= 0])
+        ranks = torch.cat(nearer).sort().values
+        return int(ranks[min(math.ceil(target * len(ranks)), len(ranks)) - 1]) + 1
+
     def at(self, nprobe: int) -> list[Recall]:
         """Search at ``nprobe``; return the recall at all depths, the deepest last."""
-        database, scanned, searched, ranked, deepest = self._database, 0, 0.0, 0.0, max(self._depths)
-        is_sample, shape = self._truth.share < 1, self._truth.best.ids.shape
+        scanned, searched, ranked, deepest = 0, 0.0, 0.0, max(self.depths)
+        is_sample, shape = self.truth.share < 1, self.truth.best.ids.shape
         none: npt.NDArray[Any] = np.zeros(shape, np.bool_) if is_sample else np.zeros(shape[0], np.int64)
-        found = {key: none.copy() for key in itertools.product(self._depths, _KS)}
+        found = {key: none.copy() for key in itertools.product(self.depths, _KS)}
         first = 0
-        for queries in self._truth.queries.blocks(rows_in(database.room, deepest, database.trained.d)):
+        for queries in self.truth.queries.blocks(rows_in(self._room, deepest, self.trained.d)):
             start = time.perf_counter()
-            search = Search(
-                database.trained, queries, nprobe, deepest, database.banned, room=database.room, rough=True
-            )  # fmt: skip
-            search.add(*database.shards)
+            search = Search(self.trained, queries, nprobe, deepest, self._banned, room=self._room, rough=True)
+            search.add(*self._shards)
             candidates = search.candidates
             scanned += search.scanned
             searched += time.perf_counter() - start
             start = time.perf_counter()
-            distances = exact_distances(queries.vectors, candidates, database.vectors)
+            distances = exact_distances(queries.vectors, candidates, self._vectors)
             ranked += time.perf_counter() - start
             rows = slice(first, first := first + len(queries))
-            truth = self._truth.best.take(rows)
+            truth = self.truth.best.take(rows)
             # As in searches, k = 100 takes ten times the candidates, here up to the deepest.
-            is_whole = isinstance(database.trained.codec, Whole)
             enough = {
-                (depth, k): min(k + SPARE if is_whole else depth * max(k // TUNED_K, 1), deepest) for depth, k in found
+                (depth, k): min(k + SPARE if self.is_whole else depth * max(k // TUNED_K, 1), deepest)
+                for depth, k in found
             }
             best = {n: Best(distances[:, :n], candidates[:, :n]).nearest(DEPTH) for n in {*enough.values()}}
             for (depth, k), hits in found.items():
@@ -221,31 +213,32 @@ class _Curve:
             self._nearer[rows] = [np.searchsorted(row, own) for row, own in pairs]
         q = max(first, 1)
         self._found |= {(nprobe, depth, k): hits for (depth, k), hits in found.items()}
-        for depth in self._depths:
+        for depth in self.depths:
             self._cost[nprobe, depth] = scanned / q, q / max(searched + ranked * depth / deepest, 1e-9)
-        return [self.recall(nprobe, depth) for depth in self._depths]
+        return [self.recall(nprobe, depth) for depth in self.depths]
 
     def thorough(self, nprobe: int, budget: int) -> None:
         """Search with more lists than ``nprobe`` until it finds hardly anything nearer or costs too much.
 
         If it ends early, too many neighbours may count as true: recall is rather under- than overestimated.
         """
-        deepest, nlist = max(self._depths), self._database.trained.nlist
-        while nprobe < nlist and 2 * self._cost[nprobe, deepest][0] * len(self._truth) <= budget:
+        deepest, nlist = max(self.depths), self.trained.nlist
+        while nprobe < nlist and 2 * self._cost[nprobe, deepest][0] * len(self.truth) <= budget:
             before, nprobe = nprobe, min(2 * nprobe, nlist)
             self.at(nprobe)
             if self.recall(before, deepest).recall_at_10 >= _THOROUGH:
                 break
 
     def recall(self, nprobe: int, depth: int) -> Recall:
+        """Return the recall at a point that was searched."""
         hits = (self.hits(nprobe, depth, k) for k in _KS)
         (one, _), (ten, error), (hundred, _) = (ratio(*some, sampled=self.sampled) for some in hits)
         return Recall(nprobe, depth, one, ten, hundred, error, *self._cost[nprobe, depth])
 
     def hits(self, nprobe: int, depth: int, k: int) -> Hits:
         """Return the numbers of true neighbours found, and of those that exist, for each query."""
-        found, there = self._found[nprobe, depth, k], self._truth.best.ids >= 0
-        if self._truth.share < 1:
+        found, there = self._found[nprobe, depth, k], self.truth.best.ids >= 0
+        if self.truth.share < 1:
             there = there & (self._nearer < k)
             return (there & found).sum(axis=1).astype(np.float64), there.sum(axis=1).astype(np.float64)
         return found.astype(np.float64), there[:, :k].sum(axis=1).astype(np.float64)
@@ -406,13 +399,14 @@ class RecallStage:
         with checking_device(device):
             truth = find_truth(store, encoder, files.parts, report, self.sample, device, self.room)
         give_memory_back()
-        index = Searched(trained, opened, Vectors(store, encoder), read_tombstones(store).contains, self.room)
+        banned = read_tombstones(store).contains
+        search = RecallSearch(truth, trained, opened, Vectors(store, encoder), banned, self.room)
         seen = np.array(sorted(files.training.sampled(distinct_parts(truth.ids))), np.int64)
         trained_on = np.isin(part_of(truth.ids), seen)
         groups = {
             "source": truth.sources, "part": np.where(trained_on, "trained on", "added since").astype(object)
         }  # fmt: skip
-        return measure_recall(truth, index, self.target, groups, report=lambda _: report(0))
+        return measure_recall(search, self.target, groups, report=lambda _: report(0))
 
 
 def measure_until_committed(

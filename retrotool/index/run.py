@@ -234,7 +234,7 @@ def _check_training(store: Store, stage: IndexStage, wanted: IndexOptions) -> No
     if not wanted.names_index:
         return
     current = parse_factory(trained.factory, trained.dimension)
-    requested = choose_for(store, stage.encoder, wanted)[0]
+    requested = choose_for(store, stage.encoder, wanted)
     # The automatic choice may have changed since training: only compare what was requested.
     if wanted.factory is None and wanted.nlist is None:
         requested = replace(requested, nlist=current.nlist)
@@ -250,7 +250,7 @@ def _delete_unfinished(store: Store, run: Run, stage: IndexStage) -> None:
     """Delete an interrupted ``--retrain`` that used other settings or a smaller store."""
     unfinished = stage.files(store.state).training
     if unfinished is None or (
-        unfinished.factory == choose_for(store, stage.encoder, stage.wanted)[0].factory
+        unfinished.factory == choose_for(store, stage.encoder, stage.wanted).factory
         and unfinished.trained_parts == consecutive_ranges(embedded_parts(store, stage.encoder))
     ):
         return

@@ -105,13 +105,12 @@ class AllowedChunks:
     """The ``count`` chunks, some perhaps purged, whose document, or its source, ``allows``."""
 
     def __init__(self, store: Store, allows: Allows | Where) -> None:
-        numbers, self.count = store.state.parts(), 0
-        self._first = np.zeros(max(numbers, default=-1) + 1, np.int64)  # first bit of each part
-        sizes = [-(-parts.part_entry(store, "chunks", part).rows // 8) for part in numbers]
-        self._first[numbers] = 8 * (np.cumsum(sizes) - sizes)
-        self._bits = np.zeros(sum(sizes), np.uint8)
-        self._rows = {part: parts.part_entry(store, "chunks", part).rows for part in numbers}
-        for part in numbers:
+        self._rows = {part: parts.part_entry(store, "chunks", part).rows for part in store.state.parts()}
+        self._first = np.zeros(max(self._rows, default=-1) + 1, np.int64)  # first bit of each part
+        sizes = [-(-rows // 8) for rows in self._rows.values()]
+        self._first[list(self._rows)] = 8 * (np.cumsum(sizes) - sizes)
+        self._bits, self.count = np.zeros(sum(sizes), np.uint8), 0
+        for part in self._rows:
             table = parts.read_documents(store, part, ["source", "n_chunks"])
             if isinstance(allows, Where):
                 documents = allows.rows(store, part)
@@ -256,12 +255,11 @@ class Vectors:
             self._open_together(parts.distinct_parts(ids))
         for start, stop in pairwise([*np.flatnonzero(np.diff(numbers, prepend=-1)), len(ids)]):
             part, rows = int(numbers[start]), row_of(ids[start:stop])
-            if part < 0 or self._store.state.part_file("chunks", part) is None:
-                raise self._unknown(int(ids[start]))
-            vectors = self._part(part)
-            if rows[-1] >= len(vectors):
-                raise self._unknown(int(ids[stop - 1]))
-            found.append(vectors[as_slice(rows)])
+            known = part >= 0 and self._store.state.part_file("chunks", part) is not None
+            if not known or rows[-1] >= len(self._part(part)):
+                place, chunk = self._store.place, int(ids[stop - 1])
+                raise self._store.corrupt(f"an index of {place} refers to chunk {chunk}, which does not exist")
+            found.append(self._part(part)[as_slice(rows)])
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _open_together(self, numbers: list[int]) -> None:
@@ -269,9 +267,6 @@ class Vectors:
         new = [part for part in numbers if part not in self._met and known.get(part_slot(part))][:_KEPT_PARTS]
         self._met.update(new)
         list(each(self._store.storage, self._part, new))
-
-    def _unknown(self, chunk: int) -> CorruptError:
-        return self._store.corrupt(f"an index of {self._store.place} refers to chunk {chunk}, which does not exist")
 
 
 _MOST_SORTED, _SORT_BYTES = 1 << 31, 48  # numbers that a GPU can sort at a time, and bytes that it takes for each
@@ -486,7 +481,7 @@ class Database(_Open):
     def _search_shards(self, k: int, depth: int, only: Collection[int] | None, beyond: int) -> _SearchLists:
         shards: Sequence[Lists] = self._searched
         if only is not None:
-            shards = self._with_parts(shards, only)
+            shards = self.shards_with(only, shards)
         depth = min(depth, max(self._n_searched, 1))
 
         def search(queries: Queries, nprobe: int) -> Best:
@@ -503,11 +498,8 @@ class Database(_Open):
 
         return search
 
-    def shards_with(self, numbers: Collection[int]) -> list[InvertedLists]:
-        """Return the shards that have some of these parts."""
-        return self._with_parts(self.shards, numbers)
-
-    def _with_parts(self, shards: Sequence[_Shard], numbers: Collection[int]) -> list[_Shard]:
+    def shards_with(self, numbers: Collection[int], shards: Sequence[_Shard]) -> list[_Shard]:
+        """Return those of the ``shards``, in the order of the log, that have some of these parts."""
         records = map(ShardRecord.of, self._files.shards.values())
         return [shard for shard, one in zip(shards, records, strict=True) if not set(one.parts).isdisjoint(numbers)]
 
@@ -614,24 +606,17 @@ def nearest_of(
         loaded = ResidentLists(None, None, ids, in_blocks(ids, some.vectors, _BLOCK_ROWS), device)
         found = loaded.search(queries, k)
         return found if before is None else merged(before, found, k)
-    blocks = []
+    found, at = Best.nothing(len(queries), k), 0
     for asked in queries.blocks(rows_in(room, k + SPARE, queries.vectors.shape[1])):
         search = Search(some.trained, asked, 1, k + SPARE, nothing_banned, room=room)
         search.add(some)
-        blocks.append(rerank(asked.vectors, search.candidates, some.vectors, k))
-    distances = np.concatenate([block.distances for block in blocks])
-    found = Best(distances, np.concatenate([block.ids for block in blocks]))
+        found.put(slice(at, at := at + len(asked)), rerank(asked.vectors, search.candidates, some.vectors, k))
     return found if before is None else merged(before, found, k)
-
-
-def is_gpu(device: str) -> bool:
-    """Check whether a device has memory of its own, in which searches keep the vectors."""
-    return device != "cpu"
 
 
 def searches_on_device(device: str, queries: Queries) -> bool:
     """Check whether a GPU searches for queries. Repeated documents, which are rare, are left to the CPU."""
-    return is_gpu(device) and queries.excluded.repeats is None
+    return device != "cpu" and queries.excluded.repeats is None
 
 
 def searched_of(database: AnyDatabase) -> list[Any]:

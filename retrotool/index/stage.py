@@ -92,7 +92,8 @@ class IndexStage:
                 raise superseded(self.index)
             n = sum(search_scope.count_keys(store, part) for part in search_scope.embedded_parts(store, self.encoder))
             key = self._key({"train": self.encoder, "generation": self.generation}, [])
-            return [Task(key, "training", n, {"train": True}, claimed=True, for_all=True)]
+            inputs = {"train": True, "slot": generation_slot("trained", self.generation)}
+            return [Task(key, "training", n, inputs, claimed=True, for_all=True)]
         if self.broken:
             return self._repairs(store, files)
         return self._merges(files) if self.merge else self._new_shards(store, files)
@@ -133,27 +134,24 @@ class IndexStage:
         return Task(key, label, rows, {**inputs, "paths": paths}, claimed=True)
 
     def _merges(self, files: IndexFiles) -> list[Task]:
-        found: dict[str, list[tuple[str, FileEntry]]] = {}
+        found: dict[str, list[FileEntry]] = {}
         for slot, entry in files.shards.items():
             window = slot.removesuffix(f".g{self.generation}").split(".")[0]
-            found.setdefault(window, []).append((slot, entry))
+            found.setdefault(window, []).append(entry)
         tasks = []
         for window, some in found.items():
             if len(some) > 1:
-                paths = [entry.path for _, entry in some]
-                key = self._key({"merge": window}, paths)
-                slots = [slot for slot, _ in some]
-                inputs = {"merge": generation_slot(window, self.generation), "slots": slots, "paths": paths}
-                tasks.append(Task(key, f"merge {window}", sum(entry.rows for _, entry in some), inputs, claimed=True))
+                paths = [entry.path for entry in some]
+                key, rows = self._key({"merge": window}, paths), sum(entry.rows for entry in some)
+                inputs = {"merge": generation_slot(window, self.generation), "paths": paths}
+                tasks.append(Task(key, f"merge {window}", rows, inputs, claimed=True))
         return tasks
 
     def size_of(self, store: Store, task: Task) -> int:
         """Return the bytes of codes and ids, for the training those of the shards that follow."""
         known = self.files(store.state).training
         choice = (
-            choose_for(store, self.encoder, self.wanted)[0]
-            if known is None
-            else parse_factory(known.factory, known.dimension)
+            parse_factory(known.factory, known.dimension) if known else choose_for(store, self.encoder, self.wanted)
         )
         return task.weight * choice.bytes_per_vector
 
@@ -167,11 +165,11 @@ def superseded(name: str) -> ConflictError:
     return ConflictError(f"index {name!r} was retrained or dropped by another run", "Run the same command again.")
 
 
-def choose_for(store: Store, encoder: str, wanted: IndexOptions) -> tuple[IndexChoice, int]:
-    """Return the index that suits the embedded vectors, and their number."""
+def choose_for(store: Store, encoder: str, wanted: IndexOptions) -> IndexChoice:
+    """Return the index that suits the embedded vectors."""
     n = search_scope.count_keys_of(store, search_scope.embedded_parts(store, encoder))
     d = int(store.state.records[f"encoder:{encoder}"]["dimension"])
-    return choose_index(n, d, wanted), n
+    return choose_index(n, d, wanted)
 
 
 def default_shard_rows(choice: IndexChoice, memory: int | None) -> int:
@@ -194,31 +192,24 @@ class IndexWorker:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Run one task; return None if it is done already."""
-        self._store.refresh()
-        if self._is_done(task):
+        store, inputs = self._store, task.inputs
+        state = store.refresh()
+        if "merge" in inputs:
+            work, is_done = self._merge, not all(map(state.has, inputs["paths"]))
+        else:
+            work = self._train if "train" in inputs else self._write_shard
+            is_done = is_taken(store, "index", inputs["slot"], self._stage.index, inputs.get("replaces"))
+        if is_done:
             return None
         try:
             with checking_device(self._device):
-                if task.inputs.get("train"):
-                    return self._train(task, run, report)
-                if "merge" in task.inputs:
-                    return self._merge(task, run, report)
-                return self._write_shard(task, run, report)
+                return work(task, run, report)
         finally:
             give_memory_back()
 
-    def _is_done(self, task: Task) -> bool:
-        store, files = self._store, self._stage.files(self._store.state)
-        if task.inputs.get("train"):
-            return files.trained is not None
-        if "merge" in task.inputs:
-            now = [files.shards[slot].path for slot in task.inputs["slots"] if slot in files.shards]
-            return now != list(task.inputs["paths"])
-        return is_taken(store, "index", task.inputs["slot"], self._stage.index, task.inputs.get("replaces"))
-
     def _train(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
-        choice, n = choose_for(store, stage.encoder, stage.wanted)
+        choice = choose_for(store, stage.encoder, stage.wanted)
         numbers = search_scope.embedded_parts(store, stage.encoder)
         rows = search_scope.SearchableRows(store, numbers, read_tombstones(store))
         done = 0.0
@@ -235,14 +226,14 @@ class IndexWorker:
             store, stage.encoder, rows, choice, memory=memory, device=self._device, report=progress
         )
         report(task.weight - int(done * task.weight))
-        slot = generation_slot("trained", stage.generation)
         record = TrainingRecord(
-            encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d, vectors=n,
+            encoder=stage.encoder, factory=choice.factory, why=choice.why, dimension=choice.d,
+            vectors=sum(rows.counts.values()),
             held=search_scope.count_keys_of(store, numbers, left_out), trained_parts=consecutive_ranges(numbers),
             shard_rows=stage.wanted.shard_rows or default_shard_rows(choice, memory), asked=stage.wanted, seed=SEED,
             **fit,
         )  # fmt: skip
-        name = FileName.new(run, "index", slot, "faiss", stage.index)
+        name = FileName.new(run, "index", task.inputs["slot"], "faiss", stage.index)
         entry = write_index(store, to_faiss(trained), name, as_about(record))
         settings = {"name": stage.index, "encoder": stage.encoder, "factory": choice.factory}
         return Staged("index", settings, add=(entry,), task=task.key, run=run)
@@ -272,8 +263,7 @@ class IndexWorker:
 
     def _merge(self, task: Task, run: str, report: Report) -> Staged:
         stage, store = self._stage, self._store
-        current = stage.files(store.state).shards
-        entries = [current[slot] for slot in task.inputs["slots"]]
+        entries = [one for one in stage.files(store.state).shards.values() if one.path in task.inputs["paths"]]
         _, trained = read_trained(store, stage.index, stage.generation)
         for entry in entries:
             store.check_sum(entry)

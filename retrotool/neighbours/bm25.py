@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrotool import interrupts
+from retrotool.index.searching import AnyDatabase
 from retrotool.lazy import torch
 from retrotool.neighbours.retrieved import read_pieces
 from retrotool.ranges import in_steps, spread
@@ -57,10 +58,6 @@ class TermStatistics:
 
     idf: Floats
     mean: float
-
-    def of(self, tokens: Tokens) -> Floats:
-        """Return the idf of each of ``tokens``, of any shape."""
-        return np.asarray(self.idf[np.minimum(tokens, len(self.idf) - 1)])
 
 
 def count_terms(store: Store, tombstones: Tombstones) -> TermStatistics:
@@ -98,55 +95,44 @@ def distinct_tokens(tokens: Tokens, n_tokens: npt.NDArray[Any]) -> tuple[Tokens,
     return ordered, first
 
 
-@dataclass(frozen=True, slots=True)
-class OverlapScorer:
-    """Scores neighbours in a ``database`` of chunks of ``queries``, ``at_once`` pairs at a time.
+def score_overlap(
+    queries: Store, part: int, rows: Ids, ids: Ids, database: AnyDatabase, terms: TermStatistics, at_once: int
+) -> Floats:
+    """Score the neighbours ``ids`` [n, saved] of ascending ``rows`` [n] of a part of the queries.
 
-    Neighbours that are ``tombstones`` get the score 0.
+    Returns float32 [n, saved], 0 or more; ``NO_SCORE`` where an id is −1. Purged rows are scored, too; purged
+    neighbours get the score 0. ``at_once`` pairs are scored at a time.
     """
+    found = np.full(ids.shape, NO_SCORE, np.float32)
+    for some in in_steps(np.arange(len(rows)), max(1, at_once // ids.shape[1])):
+        _score(queries, part, rows[some], ids[some], database, terms, found[some[0] : some[-1] + 1])
+    return found
 
-    queries: Store
-    database: Store
-    tombstones: Tombstones
-    terms: TermStatistics
-    at_once: int
 
-    def scores(self, part: int, rows: Ids, ids: Ids) -> Floats:
-        """Score the neighbours ``ids`` [n, saved] of ascending ``rows`` [n] of a part of the queries.
+def _score(
+    queries: Store, part: int, rows: Ids, ids: Ids, database: AnyDatabase, terms: TermStatistics, into: Floats
+) -> None:
+    own = read_pieces(queries, Tombstones(np.zeros(0, np.int64)), parts.chunk_ids(part, rows))  # purged ones, too
+    asked, first = distinct_tokens(own.tokens[:, 0], own.n_tokens[:, 0])
+    weights = np.where(first, terms.idf[np.minimum(asked, len(terms.idf) - 1)], np.float32(0))
+    flat, scores = ids.ravel(), into.reshape(-1)
+    order = np.flatnonzero(flat >= 0)
+    order = order[np.argsort(flat[order], kind="stable")]
+    starts = np.append(np.flatnonzero(np.diff(flat[order], prepend=-1)), len(order))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for low in range(0, len(starts) - 1, _NEIGHBOURS_READ):
+            pairs = order[starts[low] : starts[min(low + _NEIGHBOURS_READ, len(starts) - 1)]]
+            near, place = np.unique(flat[pairs], return_inverse=True)
+            pieces = read_pieces(database.store, database.tombstones, near)
 
-        Returns float32 [n, saved], 0 or more; ``NO_SCORE`` where an id is −1. Purged rows are scored, too.
-        """
-        found = np.full(ids.shape, NO_SCORE, np.float32)
-        for some in in_steps(np.arange(len(rows)), max(1, self.at_once // ids.shape[1])):
-            self._score(part, rows[some], ids[some], found[some[0] : some[-1] + 1])
-        return found
+            def score(some: Ids, pairs: Ids = pairs, place: Ids = place, pieces: Any = pieces) -> None:
+                interrupts.check()
+                of, at = pairs[some] // ids.shape[1], place[some]
+                others = pieces.tokens[at, 0], pieces.n_tokens[at, 0]
+                scores[pairs[some]] = score_pairs(asked[of], weights[of], *others, terms.mean)
 
-    def _score(self, part: int, rows: Ids, ids: Ids, into: Floats) -> None:
-        own = self.queries.identity
-        tokens = np.zeros((len(rows), own.chunk_length), parts.token_dtype(own.tokenizer.token_bytes))
-        n_tokens = np.zeros(len(rows), np.int64)
-        for places, chunks, at in parts.read_groups_of(self.queries, parts.chunk_ids(part, rows)):
-            tokens[places], n_tokens[places] = chunks.tokens[at], chunks.n_tokens[at]
-        asked, first = distinct_tokens(tokens, n_tokens)
-        weights = np.where(first, self.terms.of(asked), np.float32(0))
-        flat, scores = ids.ravel(), into.reshape(-1)
-        order = np.flatnonzero(flat >= 0)
-        order = order[np.argsort(flat[order], kind="stable")]
-        starts = np.append(np.flatnonzero(np.diff(flat[order], prepend=-1)), len(order))
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for low in range(0, len(starts) - 1, _NEIGHBOURS_READ):
-                pairs = order[starts[low] : starts[min(low + _NEIGHBOURS_READ, len(starts) - 1)]]
-                near, place = np.unique(flat[pairs], return_inverse=True)
-                pieces = read_pieces(self.database, self.tombstones, near)
-
-                def score(some: Ids, pairs: Ids = pairs, place: Ids = place, pieces: Any = pieces) -> None:
-                    interrupts.check()
-                    of, at = pairs[some] // ids.shape[1], place[some]
-                    others = pieces.tokens[at, 0], pieces.n_tokens[at, 0]
-                    scores[pairs[some]] = score_pairs(asked[of], weights[of], *others, self.terms.mean)
-
-                size = max(1, _TOKENS_COMPARED // own.chunk_length)
-                list(threads.map(score, in_steps(np.arange(len(pairs)), size)))
+            size = max(1, _TOKENS_COMPARED // asked.shape[1])
+            list(threads.map(score, in_steps(np.arange(len(pairs)), size)))
 
 
 def score_pairs(asked: Tokens, weights: Floats, others: Tokens, n_others: Ids, mean: float) -> Floats:

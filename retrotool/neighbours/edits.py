@@ -143,8 +143,6 @@ def _in_document(own: Excluded, near: Ids) -> Ids:
 
 
 class _LiveChunks:
-    """The vectors of a store's live chunks."""
-
     def __init__(self, store: Store, encoder: str) -> None:
         self._store, self._encoder = store, encoder
         self.purged, self._vectors = read_tombstones(store), Vectors(store, encoder)

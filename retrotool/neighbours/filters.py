@@ -200,7 +200,7 @@ class Finder:
     def blocks(self, rows: Ids) -> Iterator[Ids]:
         """Return the rows in blocks for ``search``."""
         if self._tombstones is None:
-            return self._search_blocks(rows, self.saved)
+            return in_steps(rows, self._rows_at_once(rows, self.saved))
         return in_steps(rows, max(1, candidates_at_once(self.database, self.memory) // self._wanted))
 
     def search(self, rows: Ids, only: Collection[int] | None = None, beyond: int = 0) -> Best:
@@ -229,18 +229,15 @@ class Finder:
 
     def _candidates(self, rows: Ids, k: int, only: Collection[int] | None, wider: int, beyond: int) -> Best:
         best = Best.nothing(len(rows), k)
-        start = 0
-        for some in self._search_blocks(rows, k):
+        for some in in_steps(np.arange(len(rows)), self._rows_at_once(rows, k)):
             interrupts.check()
-            found = self.database.search(self.ask(some), k, only=only, wider=wider, beyond=beyond)
-            best.put(slice(start, start + len(some)), found)
-            start += len(some)
+            best.put(some, self.database.search(self.ask(rows[some]), k, only=only, wider=wider, beyond=beyond))
         return best
 
-    def _search_blocks(self, rows: Ids, k: int) -> Iterator[Ids]:
+    def _rows_at_once(self, rows: Ids, k: int) -> int:
         share = memory_of_machine() // _SHARE_OF_MACHINE if self.memory is None else self.memory // _SHARE_OF_MEMORY
         d = self.ask(rows[:1]).vectors.shape[1]
-        yield from in_steps(rows, min(_QUERY_BLOCK, rows_in(share, self.database.candidates_for(k), d)))
+        return min(_QUERY_BLOCK, rows_in(share, self.database.candidates_for(k), d))
 
     def _dropped(self, own: Tombstones, rows: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return which candidates [n, c] of rows [n] are excluded; never a −1."""

@@ -28,7 +28,7 @@ from retrotool.neighbours.dependents import register_dependent
 from retrotool.neighbours.filters import FilterOptions, check_some_left, named
 from retrotool.neighbours.stage import FEW, NeighboursStage, check_encoders, database_of, members_of, table_record
 from retrotool.neighbours.table_reader import check_same_tokens
-from retrotool.neighbours.tiles import routes_to_remove
+from retrotool.neighbours.tiles import ROUTES
 from retrotool.store.folding import writing
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft
@@ -233,7 +233,8 @@ def _fill(store: Store, run: Run, stage: NeighboursStage, given: WeightedTable, 
     if known is None or any(known.get(name) != record.get(name) for name in names):
         what = "with another index, filters or order"
         raise ConflictError(f"a concurrent run made the neighbours {stage.table!r} {what}", _RENAME)
-    if (routes := routes_to_remove(store, stage.table)) and not engine.plan_tasks(stage, store):
+    routes = [entry.path for entry in store.state.group(ROUTES, stage.table).entries()]
+    if routes and not engine.plan_tasks(stage, store):
         store.commit(run, lambda state: Draft(
             "neighbours", {"name": stage.table, "routes": "removed"}, remove=tuple(filter(state.has, routes))
         ))  # fmt: skip

@@ -16,10 +16,9 @@ once, the ids, and the tokens, which are written and read once more than they ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -27,16 +26,15 @@ import pyarrow as pa
 from retrotool import interrupts
 from retrotool.cli import output
 from retrotool.embed import search_scope
-from retrotool.engine.task import Report, Task, is_taken, task_key
+from retrotool.engine.task import Report, Task
 from retrotool.errors import ErasedError
 from retrotool.machine import memory_of_machine
 from retrotool.neighbours.retrieved import Pieces, read_pieces
-from retrotool.neighbours.tiles import ROUTES, routes_about
+from retrotool.neighbours.tiles import do_route_task, route_task, routes_about, routes_of, write_routes
 from retrotool.ranges import runs_up_to
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import FileEntry
 from retrotool.store.parts import Ids
-from retrotool.store.paths import FileName
 from retrotool.store.staging import Staged
 from retrotool.store.store import Store
 from retrotool.store.tombstones import Tombstones, digest_of_undone
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
 _SHARE_OF_MACHINE, _SHARE_FOR_SHELF, _FEWEST_ROWS = 2, 4, 8
 _ASKED = pa.schema({"id": pa.int64()})
-_MOST_GROUP = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +54,6 @@ class ShelfPlan:
     """
 
     table: str
-    k: int
     shelves: tuple[tuple[int, int], ...]
     text: int
     memory: int
@@ -66,18 +62,13 @@ class ShelfPlan:
 
     def next_tasks(self, store: Store, tasks: Sequence[Task]) -> list[Task]:
         """Return the tasks of the next round, for ``tasks`` that add tokens to the table of a part each."""
-        files = store.state.group(ROUTES, self.table)
-
-        def is_current(slot: str) -> bool:
-            entry = files.get(slot)
-            return entry is not None and routes_about(entry)["plan"] == self.digest
-
-        missing = [task for task in tasks if not is_current(_asks_slot(task.inputs["part"]))]
-        left = [number for number in range(len(self.shelves)) if not is_current(_shelf_slot(number))]
+        written = routes_of(store, self.table, self.digest)
+        missing = [task for task in tasks if _asks_slot(task.inputs["part"]) not in written]
+        left = [number for number in range(len(self.shelves)) if _shelf_slot(number) not in written]
         if missing and len(left) == len(self.shelves):
-            return [self._task(files, _asks_slot(one.inputs["part"]), one.label, one.inputs) for one in missing]
+            return [self._task(store, _asks_slot(one.inputs["part"]), one.label, one.inputs["part"]) for one in missing]
         if left and len(missing) < len(tasks):
-            return [self._task(files, _shelf_slot(n), f"shelf {n}", {"shelf": n}) for n in left]
+            return [self._task(store, _shelf_slot(n), f"shelf {n}", shelf=n) for n in left]
         return [
             one if one in missing else replace(one, inputs={**one.inputs, "from_shelves": [self.digest, self.undone]})
             for one in tasks
@@ -85,15 +76,11 @@ class ShelfPlan:
 
     def has_shelves(self, store: Store) -> bool:
         """Return whether some shelves are there already: what is left of a run that was killed needs them."""
-        files = store.state.group(ROUTES, self.table).items()
-        return any(slot.startswith("shelf-") and routes_about(one)["plan"] == self.digest for slot, one in files)
+        return any(slot.startswith("shelf-") for slot in routes_of(store, self.table, self.digest))
 
-    def _task(self, files: Any, slot: str, label: str, inputs: Mapping[str, Any]) -> Task:
-        old = files.get(slot)
-        known = {"part": inputs.get("part"), "shelf": inputs.get("shelf"), "slot": slot, "shelves": self.shelves}
-        known |= {"step": "text", "plan": self.digest, "replaces": None if old is None else old.path}
-        key = task_key("neighbours", {"table": self.table, "plan": self.digest, "step": slot}, [])
-        return Task(key, f"text of {label}", 1, known, claimed=True, for_all=True)
+    def _task(self, store: Store, slot: str, label: str, part: int | None = None, shelf: int | None = None) -> Task:
+        inputs = {"step": "text", "part": part, "shelf": shelf, "shelves": self.shelves}
+        return route_task(store, self.table, slot, self.digest, f"text of {label}", 1, inputs)
 
     def __str__(self) -> str:
         return f"{output.size(self.text)} of text, more than {output.size(self.memory)}: {len(self.shelves)} shelves"
@@ -116,10 +103,8 @@ def plan_shelves(stage: NeighboursStage, store: Store, database: Store, tasks: S
     shelves = tuple((run[0], run[-1]) for run in runs)
     undone = digest_of_undone(database.state)
     held = [stage.k, shelves, [entry.path for entry in entries], undone]
-    plan = ShelfPlan(
-        stage.table, stage.k, shelves, text, memory, hashlib.blake2b(repr(held).encode(), digest_size=8).hexdigest(),
-        undone,
-    )  # fmt: skip
+    digest = hashlib.blake2b(repr(held).encode(), digest_size=8).hexdigest()
+    plan = ShelfPlan(stage.table, shelves, text, memory, digest, undone)
     few = _FEWEST_ROWS * len(tasks) < len(numbers)
     return None if few and not plan.has_shelves(store) else plan
 
@@ -128,52 +113,38 @@ def do_text_step(
     store: Store, tombstones: Tombstones, stage: NeighboursStage, task: Task, run: str, report: Report
 ) -> Staged | None:
     """Do a task of the first two rounds; return None if it is done already."""
-    inputs, about = task.inputs, {"plan": task.inputs["plan"]}
-    if is_taken(store, ROUTES, inputs["slot"], stage.table, inputs["replaces"]):
-        return None
-    name = FileName.new(run, ROUTES, inputs["slot"], "parquet", stage.table)
-    if inputs["shelf"] is None:
+    inputs = task.inputs
+
+    def ask() -> tuple[FileEntry, Sequence[str]]:
         table = store.state.part_file("neighbours", inputs["part"], stage.table)
         if table is None:
             raise ErasedError(f"the table of part {inputs['part']} was removed by another process")
-        reads, counts, sections = [table.path], list[int](), _asks(store, tombstones, table, stage.k, inputs["shelves"])
+        asked = _asks(store, tombstones, table, stage.k, inputs["shelves"])
+        sections = (pa.table([ids], schema=_ASKED) for ids in asked if len(ids))
+        entry = write_routes(store, stage.table, inputs, run, _ASKED, sections)
+        return replace(entry, about={"plan": inputs["plan"], "asked": list(map(len, asked))}), [table.path]
 
-        def counted() -> Iterator[pa.Table]:
-            for ids in sections:
-                counts.append(len(ids))
-                if len(ids):
-                    yield pa.table([ids], schema=_ASKED)
-
-        entry = parts.write_batches(store, name, _ASKED, counted(), row_group=_MOST_GROUP, brief=True, about=about)
-        entry = replace(entry, about={**about, "asked": counts})
-    else:
-        files = store.state.group(ROUTES, stage.table).items()
-        asks = [one for slot, one in files if slot.startswith("asks-") and routes_about(one)["plan"] == inputs["plan"]]
-        reads, done = [one.path for one in asks], list[int]()
+    def answer() -> tuple[FileEntry, Sequence[str]]:
+        files = routes_of(store, stage.table, inputs["plan"]).items()
+        asks, done = [one for slot, one in files if slot.startswith("asks-")], list[int]()
         first, last = inputs["shelves"][inputs["shelf"]]
-        reads += [parts.part_entry(store, "chunks", n).path for n in store.state.parts() if first <= n <= last]
+        chunks = [parts.part_entry(store, "chunks", n) for n in store.state.parts() if first <= n <= last]
         answers = _answers(store, tombstones, asks, inputs["shelf"], done)
-        entry = parts.write_batches(
-            store, name, _answers_schema(store), answers, row_group=_MOST_GROUP, brief=True, about=about
-        )
-        entry = replace(entry, about={**about, "parts": done})
-    report(task.weight)
-    replaces = (inputs["replaces"],) if inputs["replaces"] and store.state.has(inputs["replaces"]) else ()
-    settings = {"name": stage.table, "index": stage.index}
-    return Staged("neighbours", settings, tuple(reads), (entry,), replaces, task=task.key, run=run)
+        entry = write_routes(store, stage.table, inputs, run, _answers_schema(store), answers)
+        return replace(entry, about={"plan": inputs["plan"], "parts": done}), [one.path for one in (*asks, *chunks)]
+
+    return do_route_task(store, stage, task, run, report, ask if inputs["shelf"] is None else answer)
 
 
 def _asks(
     store: Store, tombstones: Tombstones, table: FileEntry, k: int, shelves: Sequence[Sequence[int]]
-) -> Iterator[Ids]:
-    """Yield for each shelf the ids, ascending, of the first k live neighbours in a table."""
+) -> list[Ids]:
+    """Return for each shelf the ids, ascending, of the first k live neighbours in a table."""
     near = neighbour_tables.read_table(store, table)
     near = neighbour_tables.erase_neighbours(near, np.zeros(0, np.int64), tombstones.contains)
     ids = np.unique(near.ids[:, :k])
     ids = ids[ids >= 0]
-    bounds = [int(np.searchsorted(ids, parts.join_id(first, 0))) for first, _ in shelves]
-    for low, high in pairwise([*bounds, len(ids)]):
-        yield ids[low:high]
+    return np.split(ids, np.searchsorted(ids, [parts.join_id(first, 0) for first, _ in shelves]))[1:]
 
 
 def _answers(
@@ -210,17 +181,13 @@ def from_shelves(
 
     Ids that it did not ask for, because its table has changed since, are read directly.
     """
-    own = store.identity
-    length, dtype = own.chunk_length, parts.token_dtype(own.tokenizer.token_bytes)
-    known, counts, tokens = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)], [np.zeros((0, 2, length), dtype)]
-    for slot, entry in store.state.group(ROUTES, table).items():
-        about = routes_about(entry)
-        if slot.startswith("shelf-") and about["plan"] == plan and part in (numbers := about["parts"]):
-            found = parts.read_parquet(store, entry, row_groups=[numbers.index(part)])
-            known.append(found["id"].to_numpy())
-            counts.append(parts.from_fixed_binary(found["n_tokens"], np.dtype(np.int32)))
-            tokens.append(parts.from_fixed_binary(found["tokens"], dtype).reshape(-1, 2, length))
-    ids, n_tokens, all_tokens = np.concatenate(known), np.concatenate(counts), np.concatenate(tokens)
+    own, found = store.identity, [_answers_schema(store).empty_table()]
+    for slot, entry in routes_of(store, table, plan).items():
+        if slot.startswith("shelf-") and part in (numbers := routes_about(entry)["parts"]):
+            found.append(parts.read_parquet(store, entry, row_groups=[numbers.index(part)]))
+    joined, dtype = pa.concat_tables(found), parts.token_dtype(own.tokenizer.token_bytes)
+    ids, n_tokens = joined["id"].to_numpy(), parts.from_fixed_binary(joined["n_tokens"], np.dtype(np.int32))
+    all_tokens = parts.from_fixed_binary(joined["tokens"], dtype).reshape(-1, 2, own.chunk_length)
 
     def read(wanted: Ids, into: Pieces) -> Pieces:
         live = (wanted >= 0) & ~tombstones.contains(wanted)

@@ -43,13 +43,13 @@ from retrotool.embed.search_scope import erased_chunks
 from retrotool.encoder.devices import checking_device
 from retrotool.engine.task import Report, Task, Worker, is_taken, task_key
 from retrotool.errors import ErasedError, StoreNotFoundError, UsageError
-from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, is_gpu, searched_of
+from retrotool.index.searching import NO_INDEX, AnyDatabase, Database, ExactDatabase, searched_of
 from retrotool.machine import give_memory_back, memory_of_machine
-from retrotool.neighbours.bm25 import OverlapScorer, TermStatistics, count_terms
+from retrotool.neighbours.bm25 import TermStatistics, count_terms, score_overlap
 from retrotool.neighbours.filters import Filters, Finder, candidates_at_once
 from retrotool.neighbours.retrieved import read_text_of
 from retrotool.neighbours.shelves import ShelfPlan, do_text_step, from_shelves, plan_shelves
-from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, known_to_tiles, plan_tiles
+from retrotool.neighbours.tiles import TilePlan, TileStep, found_in_tiles, plan_tiles
 from retrotool.ranges import as_slice, consecutive_ranges, within
 from retrotool.store import neighbour_tables, parts
 from retrotool.store.log import Draft, FileEntry
@@ -109,23 +109,27 @@ class NeighboursStage:
         database = self.open_database(store)
         tasks = self.part_tasks(store, database)
         tiles, shelves = self.in_rounds(store, database, tasks)
+        with_text = list[Task]()
+        if shelves is not None:  # tokens are added when all tables are there, and in order
+            adding = [task for task in tasks if task.inputs["adds_text"]]
+            tasks = [
+                replace(task, inputs={**task.inputs, "text": not task.inputs["makes"]})
+                for task in tasks
+                if not task.inputs["adds_text"]
+            ]
+            if not any(task.inputs["makes"] for task in tasks):
+                with_text = shelves.next_tasks(store, adding)
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
         others = [task for task in tasks if task.inputs["mode"] != _WHOLE]
-        if shelves is not None:  # tokens are added when all tables are there, and in order
-            are_made = not whole and all(map(_has_order, others))
-            adding = [task for task in others if task.inputs["adds_text"]]
-            others = [_without_text(task) for task in others if not task.inputs["adds_text"]]
-            others += shelves.next_tasks(store, adding) if are_made else []
-            whole = [_without_text(task) for task in whole]
-        return [*(whole if tiles is None else tiles.next_tasks(store, whole)), *others]
+        return [*(whole if tiles is None else tiles.next_tasks(store, whole)), *others, *with_text]
 
     def in_rounds(
         self, store: Store, database: AnyDatabase, tasks: Sequence[Task]
     ) -> tuple[TilePlan | None, ShelfPlan | None]:
         """Return how tasks are done if vectors, and if tokens, of the database don't fit into memory."""
         whole = [task for task in tasks if task.inputs["mode"] == _WHOLE]
-        adding = [task for task in tasks if task.inputs["adds_text"] or not _has_order(task)]
-        return plan_tiles(self, store, database, whole), plan_shelves(self, store, database.store, [*whole, *adding])
+        read = [task for task in tasks if task.inputs["adds_text"] or task.inputs["makes"]]
+        return plan_tiles(self, store, database, whole), plan_shelves(self, store, database.store, read)
 
     def part_tasks(self, store: Store, database: AnyDatabase) -> list[Task]:
         """Return a task for each part, which ``tiles`` may have to precede; raises as ``plan`` does."""
@@ -164,10 +168,13 @@ class NeighboursStage:
                 settings["text"] = self.k
             if self.rerank:
                 settings["rerank"] = self.rerank
-            has_order = mode == _WHOLE or (old is not None and neighbour_tables.reranked_by(old) == self.rerank)
-            inputs = {"part": part, "path": path, "version": version, "new": new, "mode": mode}
-            inputs["adds_text"], inputs["has_order"] = self.text and mode == FEW and not weight and has_order, has_order
-            inputs["replaces"] = old.path if old is not None else None
+            # A task makes a table, or puts an older one into another order, or adds only text.
+            makes = mode == _WHOLE or old is None or neighbour_tables.reranked_by(old) != self.rerank
+            inputs = {
+                "part": part, "path": path, "version": version, "new": new, "mode": mode, "makes": makes,
+                "adds_text": self.text and mode == FEW and not weight and not makes,
+                "replaces": old.path if old is not None else None,
+            }  # fmt: skip
             key = task_key("neighbours", settings, [path])
             tasks.append(Task(key, f"part {part}", weight, inputs, claimed=True))
         return tasks
@@ -175,7 +182,7 @@ class NeighboursStage:
     @property
     def in_flight(self) -> int:
         """Tasks at a time in a process: a GPU searches for one while others are prepared and written."""
-        if not is_gpu(self.devices[0]) or self.memory is not None:
+        if self.devices[0] == "cpu" or self.memory is not None:
             return 1
         each = _TABLES * PART_SIZE * self.saved * (_NEIGHBOUR_BYTES + 4) + _TEXT_BYTES * self.text
         return max(1, min(_IN_FLIGHT, memory_of_machine() // len(self.devices) // _SHARE_OF_MACHINE // each))
@@ -244,17 +251,6 @@ def check_encoders(store: Store, database: AnyDatabase) -> None:
             f"{store.place} and {database.store.place} have different encoders of the name {database.encoder!r}",
             "Embed one of them again with the encoder of the other.",
         )
-
-
-def _has_order(task: Task) -> bool:
-    """Return whether a task does not have to put the neighbours of an older table into another order."""
-    return bool(task.inputs["has_order"])
-
-
-def _without_text(task: Task) -> Task:
-    """Return a task that adds no text yet, if it makes a table, or puts one into another order."""
-    makes = task.inputs["mode"] == _WHOLE or not _has_order(task)
-    return replace(task, inputs={**task.inputs, "text": False}) if makes else task
 
 
 def _version(database: AnyDatabase, record: Mapping[str, Any]) -> str:
@@ -459,21 +455,20 @@ class NeighboursWorker:
         def ask(rows: Ids) -> Queries:
             assert vectors is not None, "there are rows to search for"
             asked = Queries(vectors[as_slice(rows)], own.take(rows))
-            return asked if is_gpu(stage.devices[0]) else asked.widened()
+            return asked.widened() if stage.devices[0] == "cpu" else asked
 
         probed = int(((replaced and replaced.about) or {}).get("probed", 0))
         finder = Finder(store, part, database, stage.saved, stage.filters, ask, stage.memory)
         new = sorted(within(task.inputs["new"], database.held()))
-        found: Best | None = None
+        found, of_tiles = None, dict[str, Any]()
         if "from_tiles" in task.inputs:
-            found = found_in_tiles(store, stage.table, part, asking, stage.saved)
+            found, of_tiles = found_in_tiles(store, stage.table, part, asking, stage.saved)
         for rows in finder.blocks(asking) if len(asking) else ():
             with checking_device(stage.devices[0]):
                 if found is None:
                     best = self._search(finder, rows, before, new, probed)
                 else:
-                    place = np.searchsorted(asking, rows)
-                    best = self._completed(finder, rows, Best(found.distances[place], found.ids[place]))
+                    best = self._completed(finder, rows, found.take(np.searchsorted(asking, rows)))
             table.ids[rows], table.distances[rows] = best.ids, best.distances
             report(len(rows))
             if stage.memory is not None:
@@ -489,12 +484,10 @@ class NeighboursWorker:
         about = {
             "version": task.inputs["version"],
             **{name: record[name] for name in (*_SAME, "filters", "rerank") if name in record},
-            "commit": commit, "head": head[:_HEAD_DIGITS], "purges": stands_for(database.store.state),
-            "searched": consecutive_ranges(database.held()), "probed": probed_by(database),
+            "commit": commit, "head": head, "purges": stands_for(database.store.state),
+            "searched": consecutive_ranges(database.held()), "probed": probed_by(database), **of_tiles,
         }  # fmt: skip
-        if "from_tiles" in task.inputs:
-            about |= known_to_tiles(store, stage.table)
-            about["head"] = about["head"][:_HEAD_DIGITS]
+        about["head"] = about["head"][:_HEAD_DIGITS]
         if task.inputs["mode"] != _WHOLE:
             about["k"] = stage.k  # rows with so many live neighbours were not searched again
         if undone:
@@ -539,8 +532,7 @@ class NeighboursWorker:
         if len(rows):
             at_once = candidates_at_once(database, self._stage.memory)
             terms = self._terms_of(database)
-            scorer = OverlapScorer(self._store, database.store, database.tombstones, terms, at_once)
-            scores[rows] = scorer.scores(part, rows, table.ids[rows])
+            scores[rows] = score_overlap(self._store, part, rows, table.ids[rows], database, terms, at_once)
         return NeighbourTable(table.ids, table.distances, scores).by_score()
 
     def _terms_of(self, database: AnyDatabase) -> TermStatistics:
@@ -578,8 +570,7 @@ class NeighboursWorker:
         # A row that is not full may have lost neighbours to an erase.
         short = np.flatnonzero(few | (ids == NO_NEIGHBOUR).any(axis=1))
         if len(short):
-            again = finder.search(rows[short])
-            best.ids[short], best.distances[short] = again.ids, again.distances
+            best.put(short, finder.search(rows[short]))
         return best
 
     def _completed(self, finder: Finder, rows: Ids, found: Best) -> Best:
@@ -613,9 +604,7 @@ class GapFinder:
     """Finds what purges have left to do in tables of a store whose neighbours are chunks of ``database``."""
 
     def __init__(self, store: Store, database: AnyDatabase, stage: NeighboursStage) -> None:
-        self._store, self._database, self._k, self._text = store, database, stage.k, stage.text
-        self._rerank = stage.rerank
-        self._known = stage.gaps
+        self._store, self._database, self._stage = store, database, stage
         self._own, self._erased = cache(partial(read_tombstones, store)), cache(partial(erased_chunks, database.store))
         # Digests: purges of database and queries, erases of the database, and undone purges of queries, whose
         # rows are empty in tables made during these.
@@ -624,17 +613,17 @@ class GapFinder:
 
     def find(self, part: int, entry: FileEntry) -> int | None:
         """Return how many rows of a part have to be searched; None if there is nothing to do at all."""
-        about = entry.about or {}
+        about, stage = entry.about or {}, self._stage
         known = about["purges"], about.get("erased", ""), about.get("undone", "")
         few, is_stale = 0, False
         # A table that was made, or refilled to k neighbours, after all purges of the database is not read.
-        if known != (self.taken[0], *self.taken[2:]) or int(about.get("k", self._k)) < self._k:
+        if known != (self.taken[0], *self.taken[2:]) or int(about.get("k", stage.k)) < stage.k:
             key = (entry.path, *self.taken)
-            if key not in self._known:
-                self._known[key] = self._read(part, entry)
-            few, is_stale = self._known[key]
-        lacks_text = self._text and not text_is_current(entry, self._database.store, self._k)
-        lacks_order = neighbour_tables.reranked_by(entry) != self._rerank
+            if key not in stage.gaps:
+                stage.gaps[key] = self._read(part, entry)
+            few, is_stale = stage.gaps[key]
+        lacks_text = stage.text and not text_is_current(entry, self._database.store, stage.k)
+        lacks_order = neighbour_tables.reranked_by(entry) != stage.rerank
         return few if few or is_stale or lacks_text or lacks_order else None
 
     def _read(self, part: int, entry: FileEntry) -> tuple[int, bool]:
@@ -647,9 +636,9 @@ class GapFinder:
             ids = neighbour_tables.read_ids(self._store, entry, [group])
             left = ~self._database.tombstones.contains(ids) & (ids != NO_NEIGHBOUR)
             rows = searched[group * ROW_GROUP : (group + 1) * ROW_GROUP]
-            few += int((left[rows].sum(axis=1) < self._k).sum())
+            few += int((left[rows].sum(axis=1) < self._stage.k).sum())
             is_stale |= self.taken[2] != "" and bool(self._erased().contains(ids).any())
-            if self._text and neighbour_tables.text_size(entry):
+            if self._stage.text and neighbour_tables.text_size(entry):
                 text = neighbour_tables.read_text(self._store, entry, [group], tokens=False)
                 purged, short = neighbour_tables.text_naming(text, self._database.tombstones.contains)
                 is_stale |= bool((purged | short | (text.ids == ERASED)).any())

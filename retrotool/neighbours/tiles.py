@@ -30,15 +30,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrotool import interrupts
 from retrotool.ann.excluded import Excluded, Ids, Queries
@@ -52,10 +52,10 @@ from retrotool.embed.search_scope import read_part_vectors, searchable_rows
 from retrotool.engine.task import Report, Task, is_taken, task_key
 from retrotool.errors import ErasedError
 from retrotool.index.on_device import OnDevice
-from retrotool.index.searching import AnyDatabase, Database, is_gpu
+from retrotool.index.searching import AnyDatabase, Database
 from retrotool.lazy import torch
 from retrotool.machine import memory_of_machine
-from retrotool.ranges import consecutive_ranges, in_steps, within
+from retrotool.ranges import as_slice, consecutive_ranges, in_steps, within
 from retrotool.store import parts
 from retrotool.store.log import FileEntry
 from retrotool.store.paths import FileName, part_slot
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from retrotool.neighbours.stage import NeighboursStage
 
 Vectors16 = npt.NDArray[np.float16]
+Asked = tuple[pa.Table, Vectors16]  # rows of parts that probe a tile, and their vectors
 ROUTES = "routes"
 TILING = "tiling"  # the slot of the file that says which list is in which tile
 _NOWHERE = -1
@@ -108,48 +109,37 @@ class TilePlan:
         """
         files = store.state.group(ROUTES, self.table)
         tiling = files.get(TILING)
-        wave = None if tiling is None else routes_about(tiling)
-        asking = []
-        if wave is not None and wave["of"] == self.digest:
-            asked = within(wave["asking"], (task.inputs["part"] for task in tasks))
-            asking = [task for task in tasks if task.inputs["part"] in asked]
-        if wave is None or not asking or wave["tiles"] != self.tiles:
+        wave = {} if tiling is None else routes_about(tiling)
+        spans = wave["asking"] if (wave.get("of"), wave.get("tiles")) == (self.digest, self.tiles) else []
+        asked = within(spans, (task.inputs["part"] for task in tasks))
+        asking = [task for task in tasks if task.inputs["part"] in asked]
+        if not asking:
             waves = math.ceil(sum(task.weight for task in tasks) / self.wave_rows)
             spans = consecutive_ranges([task.inputs["part"] for task in tasks[: math.ceil(len(tasks) / waves)]])
             name = hashlib.blake2b(repr([self.digest, self.tiles, spans]).encode(), digest_size=8).hexdigest()
-            tiling_of = {"remove": [entry.path for entry in files.entries()], "of": self.digest, "asking": spans}
-            return [self._task(files, TILING, name, "tiling", len(tasks), [], tiling_of)]
-
-        def is_missing(slot: str) -> bool:
-            entry = files.get(slot)
-            return entry is None or routes_about(entry)["plan"] != wave["plan"]
-
+            tiling_of = {
+                "step": "tiling", "tiles": self.tiles, "remove": [entry.path for entry in files.entries()],
+                "of": self.digest, "asking": spans,
+            }  # fmt: skip
+            return [route_task(store, self.table, TILING, name, "tiling", len(tasks), tiling_of)]
+        plan, written = wave["plan"], routes_of(store, self.table, wave["plan"])
         weights = {task.inputs["part"]: task.weight for task in asking}
-        unsorted = [part for part in sorted({*self.held, *weights}) if is_missing(part_slot(part))]
+        unsorted = [part for part in sorted({*self.held, *weights}) if part_slot(part) not in written]
         if unsorted:
             routes = []
             for part in unsorted:
                 path = parts.part_entry(store, "embeddings", part, wave["encoder"]).path
-                inputs, label = {"part": part, "asks": part in weights}, f"routes of part {part}"
-                weight = weights.get(part, 1)
-                routes.append(self._task(files, part_slot(part), wave["plan"], label, weight, [path], inputs))
+                inputs = {"step": "routes", "tiles": self.tiles, "part": part, "asks": part in weights}
+                label, weight = f"routes of part {part}", weights.get(part, 1)
+                routes.append(route_task(store, self.table, part_slot(part), plan, label, weight, inputs, [path]))
             return routes
-        if left := [tile for tile in range(self.tiles) if is_missing(_tile_slot(tile))]:
-            weight = sum(weights.values()) // self.tiles
-            return [
-                self._task(files, _tile_slot(tile), wave["plan"], f"tile {tile}", weight, [], {"tile": tile})
-                for tile in left
-            ]
-        return [replace(task, inputs={**task.inputs, "from_tiles": self.undone}) for task in asking]
-
-    def _task(
-        self, files: Any, slot: str, wave: str, label: str, weight: int, reads: list[str], inputs: dict[str, Any]
-    ) -> Task:
-        """Return the task that makes the file of a slot, in place of that of another search."""
-        key, old = task_key("neighbours", {"table": self.table, "plan": wave, "step": label}, reads), files.get(slot)
-        inputs = {"slot": slot, "replaces": None if old is None else old.path, "part": None, **inputs}
-        inputs |= {"step": label.split()[0], "plan": wave, "tiles": self.tiles}
-        return Task(key, label, weight, inputs, claimed=True, for_all=True)
+        weight = sum(weights.values()) // self.tiles
+        left = [
+            route_task(store, self.table, slot, plan, f"tile {tile}", weight, {"step": "tile", "tile": tile})
+            for tile in range(self.tiles)
+            if (slot := _tile_slot(tile)) not in written
+        ]
+        return left or [replace(task, inputs={**task.inputs, "from_tiles": self.undone}) for task in asking]
 
     def __str__(self) -> str:
         return f"{output.size(self.vectors)} of vectors, more than {output.size(self.memory)}: {self.tiles} tiles"
@@ -167,7 +157,7 @@ def plan_tiles(stage: NeighboursStage, store: Store, database: AnyDatabase, task
     memory = each if stage.memory is None else stage.memory
     if not tasks or vectors <= memory or not database.record.nlist or search_scope.may_repeat(store):
         return None
-    tiles = min(-(-vectors // room_of_tile(memory, is_gpu(stage.devices[0]))), database.record.nlist)
+    tiles = min(-(-vectors // room_of_tile(memory, stage.devices[0] != "cpu")), database.record.nlist)
     undone = digest_of_undone(store.state)
     decides = [database.settings, database.point.nprobe, database.reads(), stage.saved, undone]
     digest = hashlib.blake2b(repr(decides).encode(), digest_size=8).hexdigest()
@@ -212,9 +202,44 @@ def room_of_tile(memory: int, on_gpu: bool) -> int:
     return min(room, _CARD_BYTES) if on_gpu else room
 
 
-def routes_to_remove(store: Store, table: str) -> tuple[str, ...]:
-    """Return the paths of all files of a search in tiles."""
-    return tuple(entry.path for entry in store.state.group(ROUTES, table).entries())
+def routes_of(store: Store, table: str, plan: str) -> dict[str, FileEntry]:
+    """Return the files of the kind ``routes`` of a plan for a table, by slot in order."""
+    files = store.state.group(ROUTES, table).items()
+    return {slot: entry for slot, entry in files if routes_about(entry)["plan"] == plan}
+
+
+def route_task(
+    store: Store, table: str, slot: str, plan: str, label: str, weight: int, inputs: Mapping[str, Any],
+    reads: Sequence[str] = (),
+) -> Task:  # fmt: skip
+    """Return the task that makes the file of a slot, in place of that of another plan."""
+    old = store.state.file(ROUTES, slot, table)
+    known = {"slot": slot, "plan": plan, "replaces": None if old is None else old.path, "part": None}
+    key = task_key("neighbours", {"table": table, "plan": plan, "step": slot}, reads)
+    return Task(key, label, weight, {**known, **inputs}, claimed=True, for_all=True)
+
+
+def do_route_task(
+    store: Store, stage: NeighboursStage, task: Task, run: str, report: Report,
+    make: Callable[[], tuple[FileEntry, Sequence[str]]],
+) -> Staged | None:  # fmt: skip
+    """Write the file of a task by ``make``, which also returns what it read; None if it is there already."""
+    inputs = task.inputs
+    if is_taken(store, ROUTES, inputs["slot"], stage.table, inputs["replaces"]):
+        return None
+    entry, reads = make()
+    report(task.weight)
+    removed = tuple(path for path in inputs.get("remove", [inputs["replaces"]]) if path and store.state.has(path))
+    settings = {"name": stage.table, "index": stage.index}
+    return Staged("neighbours", settings, tuple(reads), (entry,), removed, task=task.key, run=run)
+
+
+def write_routes(
+    store: Store, table: str, inputs: Mapping[str, Any], run: str, schema: pa.Schema, groups: Iterator[pa.Table]
+) -> FileEntry:
+    """Write the file of a task with these row groups, of which some may be empty."""
+    name, about = FileName.new(run, ROUTES, inputs["slot"], "parquet", table), {"plan": inputs["plan"]}
+    return parts.write_batches(store, name, schema, groups, row_group=_MOST_GROUP, brief=True, about=about)
 
 
 def split_lists(centroids: Floats, sizes: Ids, tiles: int) -> npt.NDArray[np.int32]:
@@ -253,43 +278,26 @@ class TileStep:
 
     def __call__(self, task: Task, run: str, report: Report) -> Staged | None:
         """Write the file of a task; return None if it is written already."""
-        inputs, table, remove = task.inputs, self.stage.table, list[str]()
-        if is_taken(self.store, ROUTES, inputs["slot"], table, inputs["replaces"]):
-            return None
-        if inputs["step"] == "tiling":
-            entry, reads, remove = self._write_tiling(task, run), tuple(self.database.reads()), inputs["remove"]
-        else:
-            remove = [inputs["replaces"]] if inputs["replaces"] else []
-            tiling = self._file(TILING, inputs["plan"])
-            tile_of, sizes = (column.to_numpy() for column in parts.read_parquet(self.store, tiling).columns)
-            reads = (tiling.path,)
-            if inputs["step"] == "routes":
-                reads += (parts.part_entry(self.store, "embeddings", inputs["part"], self.database.encoder).path,)
-                entry = self._route(inputs["part"], tile_of, inputs, run)
-            else:
-                requests, tile = self._requests(inputs["plan"]), inputs["tile"]
-                reads += tuple(one.path for one in requests)
-                asking = set(_numbers_in(routes_about(tiling)["asking"]))
-                entry = self._search(tile, requests, asking, int(sizes[tile_of == tile].sum()), inputs, run)
-        report(task.weight)
-        settings = {"name": table, "index": self.stage.index}
-        removed = tuple(filter(self.store.state.has, remove))
-        return Staged("neighbours", settings, reads, (entry,), removed, task=task.key, run=run)
+        make = self._write_tiling if task.inputs["step"] == "tiling" else self._write_rows
+        return do_route_task(self.store, self.stage, task, run, report, lambda: make(task, run))
 
-    def _file(self, slot: str, plan: str) -> FileEntry:
-        entry = self.store.state.file(ROUTES, slot, self.stage.table)
-        if entry is None or routes_about(entry)["plan"] != plan:
-            raise ErasedError(f"{ROUTES} of {self.stage.table!r} were removed by another process")
-        return entry
+    def _write_rows(self, task: Task, run: str) -> tuple[FileEntry, Sequence[str]]:
+        """Write the rows of a part by tile, or the answers of a tile."""
+        inputs = task.inputs
+        tiling = _file(self.store, self.stage.table, TILING, inputs["plan"])
+        tile_of, sizes = (column.to_numpy() for column in parts.read_parquet(self.store, tiling).columns)
+        if inputs["step"] == "routes":
+            path = parts.part_entry(self.store, "embeddings", inputs["part"], self.database.encoder).path
+            return self._route(inputs["part"], tile_of, inputs, run), (tiling.path, path)
+        files = routes_of(self.store, self.stage.table, inputs["plan"]).items()
+        requests = [entry for slot, entry in files if slot.isdigit()]
+        asking = set(_numbers_in(routes_about(tiling)["asking"]))
+        room = int(sizes[tile_of == inputs["tile"]].sum())
+        answers = LoadedTile(self, requests, asking, inputs["tile"], room).answers()
+        entry = write_routes(self.store, self.stage.table, inputs, run, _answers_schema(self.stage.saved), answers)
+        return entry, (tiling.path, *(one.path for one in requests))
 
-    def _requests(self, plan: str) -> list[FileEntry]:
-        files = self.store.state.group(ROUTES, self.stage.table).items()
-        return [entry for slot, entry in files if slot.isdigit() and routes_about(entry)["plan"] == plan]
-
-    def _name(self, run: str, slot: str) -> FileName:
-        return FileName.new(run, ROUTES, slot, "parquet", self.stage.table)
-
-    def _write_tiling(self, task: Task, run: str) -> FileEntry:
+    def _write_tiling(self, task: Task, run: str) -> tuple[FileEntry, Sequence[str]]:
         trained = self.database.trained
         assert trained.centroids is not None, "plan_tiles looked"
         sizes = np.zeros(trained.nlist, np.int64)
@@ -301,7 +309,8 @@ class TileStep:
         about |= {"encoder": self.database.encoder, "probed": min(self.database.point.nprobe, len(tile))}
         about |= {"searched": consecutive_ranges(self.database.held()), "commit": commit, "head": head}
         table = pa.table({"tile": tile, "size": sizes}, schema=_TILING)
-        return parts.write_parquet(self.store, self._name(run, TILING), table, about=about)
+        name = FileName.new(run, ROUTES, TILING, "parquet", self.stage.table)
+        return parts.write_parquet(self.store, name, table, about=about), self.database.reads()
 
     def _route(self, part: int, tile_of: npt.NDArray[np.int32], inputs: Mapping[str, Any], run: str) -> FileEntry:
         """Write the rows of a part by tile; if it does not ask, as homes without lists."""
@@ -320,16 +329,10 @@ class TileStep:
             for tile, (low, high) in enumerate(pairwise(bounds.tolist())):
                 interrupts.check()
                 pairs = by_tile[low:high]  # of a row and a list, in the order of rows
-                asking, counts = np.unique(pairs // max(nprobe, 1), return_counts=True)
-                probes = pa.ListArray.from_arrays(
-                    np.append(0, np.cumsum(counts)).astype(np.int32), lists.ravel()[pairs]
-                )
-                mine = np.flatnonzero(home_tiles == tile)
-                silent = np.setdiff1d(mine, asking)  # at home, but not in a list that they probe
-                none = pa.ListArray.from_arrays(np.zeros(len(silent) + 1, np.int32), pa.array([], pa.int32()))
-                order = np.argsort(np.concatenate([asking, silent]), kind="stable")
-                some = np.concatenate([asking, silent])[order]
-                probes = pa.concat_arrays([probes, none]).take(pa.array(order))
+                asking = pairs // max(nprobe, 1)
+                some = np.union1d(asking, np.flatnonzero(home_tiles == tile))  # some homes probe no list of the tile
+                starts = np.append(np.searchsorted(asking, some), len(pairs)).astype(np.int32)
+                probes = pa.ListArray.from_arrays(starts, lists.ravel()[pairs])
                 is_home = home_tiles[some] == tile
                 for chosen in (np.flatnonzero(is_home), np.flatnonzero(~is_home)):
                     its = some[chosen]
@@ -341,22 +344,14 @@ class TileStep:
                         schema=schema,
                     )  # fmt: skip
 
-        return self._write(part_slot(part), schema, sections(), inputs, run)
-
-    def _write(
-        self, slot: str, schema: pa.Schema, groups: Iterator[pa.Table], inputs: Mapping[str, Any], run: str
-    ) -> FileEntry:
-        """Write a file with these row groups, of which some are empty."""
-        about = {"plan": inputs["plan"]}
-        name = self._name(run, slot)
-        return parts.write_batches(self.store, name, schema, groups, row_group=_MOST_GROUP, brief=True, about=about)
+        return write_routes(store, self.stage.table, inputs, run, schema, sections())
 
     def _lists(self, vectors: MappedVectors, rows: Ids) -> npt.NDArray[np.int32]:
         """Return the lists that each row probes, int32 [n, nprobe]."""
         trained, device = self.database.trained, self.stage.devices[0]
         assert trained.centroids is not None
         nprobe = min(self.database.point.nprobe, trained.nlist)
-        on_device = Centroids(trained, torch.device(device)) if is_gpu(device) else None
+        on_device = Centroids(trained, torch.device(device)) if device != "cpu" else None
         found = [np.zeros((0, nprobe), np.int32)]
         for some in in_steps(rows, _BATCH_ROWS):
             asked = torch.from_numpy(vectors[some]).to(device).float()
@@ -370,27 +365,11 @@ class TileStep:
     def _homes(self, part: int, rows: int) -> npt.NDArray[np.int32]:
         """Return the list that has each row of a part, int32 [rows]; ``_NOWHERE``: it is not in the index."""
         homes = np.full(rows, _NOWHERE, np.int32)
-        for shard in self.database.shards_with([part]):
+        for shard in self.database.shards_with([part], self.database.shards):
             for number in shard.numbers:
                 ids = shard.ids(number)
                 homes[parts.row_of(ids[parts.slice_of_part(ids, part)])] = number
         return homes
-
-    def _search(
-        self, tile: int, requests: Sequence[FileEntry], asking: set[int], room: int, inputs: Mapping[str, Any],
-        run: str,
-    ) -> FileEntry:  # fmt: skip
-        """Answer the rows of parts that probe a list of the tile, in a row group for each part that asks."""
-        loaded = LoadedTile(self.store, self.database, self.stage, requests, asking, tile, room)
-        schema = _answers_schema(self.stage.saved)
-        answers = (
-            pa.table(
-                [rows, parts.fixed_binary(best.ids.view(np.uint8)), parts.fixed_binary(best.distances.view(np.uint8))],
-                schema=schema,
-            )
-            for rows, best in loaded.answers()
-        )
-        return self._write(_tile_slot(tile), schema, answers, inputs, run)
 
 
 class LoadedTile:
@@ -399,13 +378,10 @@ class LoadedTile:
     ``requests``: the files of all parts, by part; ``asking``: the parts with rows that probe lists.
     """
 
-    def __init__(
-        self, store: Store, database: Database, stage: NeighboursStage, requests: Sequence[FileEntry],
-        asking: set[int], tile: int, room: int,
-    ) -> None:  # fmt: skip
-        self._store, self._database, self._stage, self._tile = store, database, stage, tile
-        d = int(store.state.records[f"encoder:{database.encoder}"]["dimension"])
-        self._vectors = np.empty((room, d), np.float16)
+    def __init__(self, step: TileStep, requests: Sequence[FileEntry], asking: set[int], tile: int, room: int) -> None:
+        self._store, self._database, self._stage, self._tile = step.store, step.database, step.stage, tile
+        trained, device, self._on_device = self._database.trained, self._stage.devices[0], None
+        self._vectors = np.empty((room, trained.d), np.float16)
         ids, homes, held = np.empty(room, np.int64), np.empty(room, np.int32), 0
         # Of each part that asks its file, the places of its vectors, and the same rows without vectors.
         self._asking: list[tuple[FileEntry, slice, pa.Table]] = []
@@ -414,16 +390,15 @@ class LoadedTile:
             table, part = self._read(entry, _HOMES), int(entry.slot)
             place = slice(held, held := held + len(table))
             if held > room:
-                raise ErasedError(f"the index {stage.index!r} was changed by another process")
+                raise ErasedError(f"the index {self._stage.index!r} was changed by another process")
             self._vectors[place] = _vectors_of(table)
             ids[place], homes[place] = parts.chunk_ids(part, table["row"].to_numpy()), table["home"].to_numpy()
             if part in asking:
-                self._asking.append((entry, place, table.drop_columns(["home", "vector"])))
+                self._asking.append((entry, place, table.drop_columns(["vector"])))
         self._vectors, ids, homes = self._vectors[:held], ids[:held], homes[:held]
-        self._ids, self._lists = ids, VectorLists(ids, self._vectors, homes, database.trained.nlist)
-        device, self._on_device = stage.devices[0], None
-        if is_gpu(device):
-            self._on_device = OnDevice(device, database.trained, ids, homes, self._fetch, d)
+        self._ids, self._lists = ids, VectorLists(ids, self._vectors, homes, trained.nlist)
+        if device != "cpu":
+            self._on_device = OnDevice(device, trained, ids, homes, self._fetch, trained.d)
 
     def _read(self, entry: FileEntry, kind: int) -> pa.Table:
         """Read a row group of a part: the rows at home in the tile, or its guests."""
@@ -432,32 +407,38 @@ class LoadedTile:
     def _fetch(self, ids: Ids) -> Vectors16:
         return self._vectors[np.searchsorted(self._ids, ids)]
 
-    def answers(self) -> Iterator[tuple[npt.NDArray[np.int32], Best]]:
-        """Yield the rows [n] of each part that asks which probe the tile, and the nearest of each."""
+    def answers(self) -> Iterator[pa.Table]:
+        """Yield, for each part that asks, the rows that probe a list of the tile, and the nearest of each."""
         waiting, held, memory = list[Asked](), 0, self._stage.memory
         most = _BATCH_ROWS if memory is None else min(_BATCH_ROWS, memory // _SHARE_FOR_ROWS // self._vectors.shape[1])
         for entry, place, table in self._asking:
             guests = self._read(entry, _GUESTS)
-            waiting += [Asked.joined([Asked.of(table, self._vectors[place]), Asked.of(guests, _vectors_of(guests))])]
-            held += len(waiting[-1].rows)
+            asked = (_probing(table, self._vectors[place]), _probing(guests, _vectors_of(guests)))
+            waiting.append(_joined(asked))
+            held += len(waiting[-1][0])
             if held >= most:
                 yield from self._answered(waiting)
                 waiting, held = [], 0
         yield from self._answered(waiting)
 
-    def _answered(self, several: Sequence[Asked]) -> Iterator[tuple[npt.NDArray[np.int32], Best]]:
+    def _answered(self, several: Sequence[Asked]) -> Iterator[pa.Table]:
         if several:
             interrupts.check()
-            best, low = self._nearest(Asked.joined(several)), 0
-            for asked in several:
-                yield asked.rows, best.take(slice(low, low := low + len(asked.rows)))
+            best, low = self._nearest(*_joined(several)), 0
+            found = [parts.fixed_binary(column.view(np.uint8)) for column in (best.ids, best.distances)]
+            for table, _ in several:
+                columns = [table["row"], *(column.slice(low, len(table)) for column in found)]
+                yield pa.table(columns, schema=_answers_schema(self._stage.saved))
+                low += len(table)
 
-    def _nearest(self, asked: Asked) -> Best:
-        if not len(asked.rows):
+    def _nearest(self, table: pa.Table, vectors: Vectors16) -> Best:
+        if not len(table):
             return Best.nothing(0, self._stage.saved)
-        k, queries = self._stage.saved, Queries(asked.vectors, Excluded(asked.first, asked.last))
-        probed = np.full((len(queries), int(asked.counts.max())), self._lists.empty, np.int64)
-        probed[np.arange(probed.shape[1]) < asked.counts[:, None]] = asked.lists
+        k, lists = self._stage.saved, table["lists"].combine_chunks()
+        queries = Queries(vectors, Excluded(table["first"].to_numpy(), table["last"].to_numpy()))
+        counts = lists.value_lengths().to_numpy()
+        probed = np.full((len(queries), int(counts.max())), self._lists.empty, np.int64)
+        probed[np.arange(probed.shape[1]) < counts[:, None]] = lists.flatten().to_numpy()
         if self._on_device is not None:
             return self._on_device.search(queries, probed.shape[1], k, probed=probed)
         queries = queries.widened()
@@ -469,77 +450,42 @@ class LoadedTile:
         return rerank(queries.vectors, search.candidates, self._fetch, k)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Rows [n] of parts that probe a tile, each with ``counts`` [n] of its ``lists``, one after the other.
+def _probing(table: pa.Table, vectors: Vectors16) -> Asked:
+    """Return those rows of a row group that probe a list."""
+    some = np.flatnonzero(pc.list_value_length(table["lists"]).to_numpy())
+    return table.select(["row", "first", "last", "lists"]).take(pa.array(some)), vectors[as_slice(some)]
 
-    ``vectors`` float16 [n, d]; ``first`` and ``last`` chunk id of each row's own document, int64 [n].
+
+def _joined(several: Sequence[Asked]) -> Asked:
+    tables, vectors = zip(*several, strict=True)
+    return pa.concat_tables(tables), np.concatenate(vectors)
+
+
+def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> tuple[Best, dict[str, Any]]:
+    """Return the nearest of ``rows`` [n], ascending, of a part, from what all tiles have found.
+
+    Also return what the tiles were searched in, for ``about`` of the table. The database may have grown
+    since, or purges may have been undone: then the table is updated next.
     """
-
-    rows: npt.NDArray[np.int32]
-    vectors: Vectors16
-    first: Ids
-    last: Ids
-    counts: Ids
-    lists: npt.NDArray[np.int32]
-
-    @classmethod
-    def of(cls, table: pa.Table, vectors: Vectors16) -> Asked:
-        """Return those rows of a row group that probe a list."""
-        lists = table["lists"].combine_chunks()
-        counts = lists.value_lengths().to_numpy().astype(np.int64)
-        some = np.flatnonzero(counts)
-        rows, first, last = (table[name].to_numpy()[some] for name in ("row", "first", "last"))
-        return cls(
-            rows,
-            vectors if len(some) == len(vectors) else vectors[some],
-            first,
-            last,
-            counts[some],
-            lists.flatten().to_numpy(),
-        )
-
-    @classmethod
-    def joined(cls, several: Sequence[Asked]) -> Asked:
-        """Concatenate rows of one or several."""
-        return several[0] if len(several) == 1 else cls(*map(np.concatenate, zip(*map(_FIELDS, several), strict=True)))
-
-
-_FIELDS = attrgetter(*Asked.__dataclass_fields__)
-
-
-def known_to_tiles(store: Store, table: str) -> dict[str, Any]:
-    """Return what the tiles of a table were searched in, for ``about`` of the tables that have their results.
-
-    The database may have grown since, or purges may have been undone: then the tables are updated next.
-    """
-    tiling = store.state.file(ROUTES, TILING, table)
-    if tiling is None:
-        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
-    return {name: routes_about(tiling)[name] for name in ("searched", "commit", "head", "probed")}
-
-
-def found_in_tiles(store: Store, table: str, part: int, rows: Ids, saved: int) -> Best:
-    """Return the nearest of ``rows`` [n], ascending, of a part, from what all tiles have found."""
-    best, files = Best.nothing(len(rows), saved), store.state.group(ROUTES, table)
-    tiling = files.get(TILING)
-    if tiling is None:
-        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
-    about = routes_about(tiling)
+    best, about = Best.nothing(len(rows), saved), routes_about(_file(store, table, TILING))
     group = _numbers_in(about["asking"]).index(part)
     for tile in range(about["tiles"]):
-        entry = files.get(_tile_slot(tile))
-        if entry is None or routes_about(entry)["plan"] != about["plan"]:
-            raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
+        entry = _file(store, table, _tile_slot(tile), about["plan"])
         found = parts.read_parquet(store, entry, row_groups=[group])
         ids = parts.from_fixed_binary(found["ids"], np.dtype(np.int64))
         distances = parts.from_fixed_binary(found["distances"], np.dtype(np.float32))
         its = found["row"].to_numpy()
         known = np.isin(its, rows)  # the others were purged since
         place = np.searchsorted(rows, its[known])
-        so_far = Best(best.distances[place], best.ids[place])
-        best.put(place, merged(so_far, Best(distances[known], ids[known]), saved))
-    return best
+        best.put(place, merged(best.take(place), Best(distances[known], ids[known]), saved))
+    return best, {name: about[name] for name in ("searched", "commit", "head", "probed")}
+
+
+def _file(store: Store, table: str, slot: str, plan: str | None = None) -> FileEntry:
+    entry = store.state.file(ROUTES, slot, table)
+    if entry is None or plan not in (None, routes_about(entry)["plan"]):
+        raise ErasedError(f"{ROUTES} of {table!r} were removed by another process")
+    return entry
 
 
 def _numbers_in(spans: Sequence[Sequence[int]]) -> list[int]:

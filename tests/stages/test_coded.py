@@ -186,7 +186,7 @@ def test_the_curve_begins_where_lists_contain_enough_and_misses_no_point(
 ) -> None:
     options = Options(tune=True, sample=FEW)
     short = api.index(built_copy, options=options)
-    monkeypatch.setattr(recall, "_lists_needed", lambda *_: 1)
+    monkeypatch.setattr(recall.RecallSearch, "lists_needed", lambda *_: 1)
     whole = api.index(built_copy, options=options)
     assert (short.nprobe, short.depth, short.recall_at_10) == (whole.nprobe, whole.depth, whole.recall_at_10)
     found = [{(point.nprobe, point.depth): point.recall_at_10 for point in result.curve} for result in (short, whole)]
