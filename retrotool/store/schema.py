@@ -55,15 +55,7 @@ class Keyed:
 
 
 class _UnfitError(ValueError):
-    """A value that is not ``due``; ``path`` leads to it from the place where the error was last caught."""
-
-    def __init__(self, due: str) -> None:
-        super().__init__(due)
-        self.path = ""
-
-    def under(self, name: str) -> _UnfitError:
-        self.path = name + self.path
-        return self
+    """A value does not fit; the message begins with the path to it."""
 
 
 def load(data: bytes, spec: Spec, where: str) -> Any:
@@ -81,9 +73,9 @@ def load(data: bytes, spec: Spec, where: str) -> Any:
 def check_value(value: Any, spec: Spec, where: str) -> None:
     """Check that a value fits ``spec``, else raise a ``CorruptError`` that names ``where`` and the field."""
     try:
-        _check([value], spec)
+        _check([value], spec, "")
     except _UnfitError as error:
-        raise CorruptError(f"{where}: {error.path.lstrip('.') or 'it'} {error}") from None
+        raise CorruptError(f"{where}: {error}") from None
 
 
 def _is_deep(value: Any) -> bool:
@@ -97,22 +89,23 @@ def _is_deep(value: Any) -> bool:
     return False
 
 
-def _check(values: Sequence[Any], spec: Spec) -> None:
+def _check(values: Sequence[Any], spec: Spec, path: str) -> None:
     if not values:
         return
     if isinstance(spec, Maybe):
-        _check([value for value in values if value is not None], spec.spec)
+        _check([value for value in values if value is not None], spec.spec, path)
         return
     if isinstance(spec, FunctionType):
-        _chosen(values, spec)
+        _chosen(values, spec, path)
         return
     types, fits, due = _demands(spec)
     if not (types.issuperset(map(type, values)) and (fits is None or all(map(fits, values)))):
         found = next(one for one in values if type(one) not in types or (fits is not None and not fits(one)))
         shown = _shown(found)
-        raise _UnfitError(f"is {shown if len(shown) < 80 else f'{shown[:80]}…'}, not {due}")
+        shown = shown if len(shown) < 80 else f"{shown[:80]}…"
+        raise _UnfitError(f"{path.lstrip('.') or 'it'} is {shown}, not {due}")
     if inner := _INNER.get(type(spec)):
-        inner(values, spec)
+        inner(values, spec, path)
 
 
 def _shown(value: Any) -> str:
@@ -139,71 +132,64 @@ def _demands(spec: Spec) -> tuple[frozenset[type], Callable[[Any], object] | Non
     return _TYPES[spec]
 
 
-def _each(values: Sequence[Any], spec: list[Spec]) -> None:
+def _each(values: Sequence[Any], spec: list[Spec], path: str) -> None:
     inner = list(chain.from_iterable(values))
-    _inside(values, inner, spec[0], range(len(inner)))
+    _inside(values, inner, spec[0], path, range(len(inner)))
 
 
-def _so_many(values: Sequence[Any], spec: tuple[Spec, ...]) -> None:
+def _so_many(values: Sequence[Any], spec: tuple[Spec, ...], path: str) -> None:
     for place, one in enumerate(spec):
-        _at(f"[{place}]", list(map(itemgetter(place), values)), one)
+        _check(list(map(itemgetter(place), values)), one, f"{path}[{place}]")
 
 
-def _fields(values: Sequence[Any], spec: dict[Any, Spec]) -> None:
+def _fields(values: Sequence[Any], spec: dict[Any, Spec], path: str) -> None:
     for name, one in spec.items():
         if type(name) is not str:
-            _named(values, name, one)
+            _named(values, name, one, path)
         elif name[-1] == "?":
             key = name[:-1]
-            _at(f".{key}", [value[key] for value in values if key in value], one)
+            _check([value[key] for value in values if key in value], one, f"{path}.{key}")
         else:
             try:
                 found = list(map(itemgetter(name), values))
             except KeyError:
-                raise _UnfitError("is missing").under(f".{name}") from None
-            _at(f".{name}", found, one)
+                raise _UnfitError(f"{path}.{name} is missing".lstrip(".")) from None
+            _check(found, one, f"{path}.{name}")
 
 
-def _at(name: str, values: Sequence[Any], spec: Spec) -> None:
-    try:
-        _check(values, spec)
-    except _UnfitError as error:
-        raise error.under(name) from None
-
-
-def _named(values: Sequence[dict[str, Any]], names: re.Pattern[str], spec: Spec) -> None:
+def _named(values: Sequence[dict[str, Any]], names: re.Pattern[str], spec: Spec, path: str) -> None:
     keys = list(chain.from_iterable(values))
-    _at(" (a name)", keys, names)
-    _inside(values, list(chain.from_iterable(map(dict.values, values))), spec, keys)
+    _check(keys, names, f"{path} (a name)")
+    _inside(values, list(chain.from_iterable(map(dict.values, values))), spec, path, keys)
 
 
-def _keyed(values: Sequence[Any], spec: Keyed) -> None:
+def _keyed(values: Sequence[Any], spec: Keyed, path: str) -> None:
     for value in values:
         alike: dict[str, dict[str, Any]] = {}
         for key, one in value.items():
             head, colon, _ = key.partition(":")
             alike.setdefault(head + colon, {})[key] = one
         for head in alike.keys() & spec.specs.keys():
-            _named([alike[head]], spec.names, spec.specs[head])
+            _named([alike[head]], spec.names, spec.specs[head], path)
 
 
-def _inside(outer: Sequence[Any], inner: list[Any], spec: Spec, names: Iterable[object]) -> None:
+def _inside(outer: Sequence[Any], inner: list[Any], spec: Spec, path: str, names: Iterable[object]) -> None:
     """Check the items of lists or objects; if one does not fit, check them one by one to name its place."""
     try:
-        _check(inner, spec)
+        _check(inner, spec, path)
     except _UnfitError:
         for name, one in zip(names, inner, strict=True) if len(outer) == 1 else ():
-            _at(f"[{name}]", [one], spec)
+            _check([one], spec, f"{path}[{name}]")
         raise
 
 
-def _chosen(values: Sequence[Any], spec: Callable[[Any], Spec]) -> None:
+def _chosen(values: Sequence[Any], spec: Callable[[Any], Spec], path: str) -> None:
     chosen: dict[int, tuple[Spec, list[Any]]] = {}
     for value in values:
         one = spec(value)
         chosen.setdefault(id(one), (one, []))[1].append(value)
     for one, some in chosen.values():
-        _check(some, one)
+        _check(some, one, path)
 
 
 _INT, _STR, _LIST, _DICT = frozenset((int,)), frozenset((str,)), frozenset((list,)), frozenset((dict,))
@@ -212,4 +198,6 @@ _TYPES: dict[type, tuple[frozenset[type], Callable[[Any], object] | None, str]] 
     bool: (frozenset((bool,)), None, "true or false"),
     float: (frozenset((int, float)), math.isfinite, "a number"),
 }
-_INNER: dict[type, Callable[[Sequence[Any], Any], None]] = {list: _each, tuple: _so_many, dict: _fields, Keyed: _keyed}
+_INNER: dict[type, Callable[[Sequence[Any], Any, str], None]] = {
+    list: _each, tuple: _so_many, dict: _fields, Keyed: _keyed,
+}  # fmt: skip
