@@ -136,12 +136,15 @@ def write_blocked(store: Store, name: FileName, hashes: Hashes) -> FileEntry:
     return parts.write_parquet(store, name, pa.table([column], schema=parts.BLOCKED_SCHEMA))
 
 
-def read_blocked(store: Store) -> Blocked:
-    """Read the block list of the store's view; purges from before block lists existed are not in it."""
-    group = store.state.group("blocked")
-    found = [read_hashes(store, entry) for entry in group.entries()]
+def read_blocked(store: Store, but: Sequence[str] = ()) -> Blocked:
+    """Read the block list of the store's view, ``but`` for some slots.
+
+    Purges from before block lists existed are not in it.
+    """
+    files = {slot: entry for slot, entry in store.state.group("blocked").items() if slot not in but}
+    found = [read_hashes(store, entry) for entry in files.values()]
     hashes = np.unique(np.concatenate(found)) if found else np.zeros(0, HASH)
-    return Blocked(store.identity.secret, hashes, tuple(group))
+    return Blocked(store.identity.secret, hashes, tuple(files))
 
 
 def read_hashes(store: Store, entry: FileEntry) -> Hashes:

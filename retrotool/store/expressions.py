@@ -27,8 +27,8 @@ from retrotool.store.parts import Bools
 from retrotool.store.store import Store
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<comparison><=|>=|!=|<>|=|<|>)|(?P<mark>[(),])"
-    r"|(?P<word>[A-Za-z_][A-Za-z0-9_.-]*)|\"(?P<quoted>[^\"]+)\")"
+    r"(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d+)?)|(?P<comparison><=|>=|!=|<>|=|<|>)|(?P<mark>[(),])"
+    r"|(?P<word>[A-Za-z_][A-Za-z0-9_.-]*)|\"(?P<quoted>[^\"]+)\"|(?P<other>\S)"
 )
 _COMPARE = {
     "=": pc.equal, "!=": pc.not_equal, "<>": pc.not_equal, "<": pc.less, "<=": pc.less_equal,
@@ -179,17 +179,13 @@ def with_sources(store: Store, where: str | None, sources: Sequence[str]) -> str
 def _tokenize(expression: str) -> list[tuple[str, str, int]]:
     """Return (kind, text, offset) of each token; the kind of a keyword or mark is its text."""
     tokens = []
-    place = 0
-    while rest := expression[place:].lstrip():
-        match = _TOKEN.match(expression, place)
-        place = len(expression) - len(rest)
-        if match is None:
-            raise UsageError(f"--where: unexpected character {place + 1}", _ADVICE)
+    for match in _TOKEN.finditer(expression):
         kind, text = str(match.lastgroup), match[str(match.lastgroup)]
+        if kind == "other":
+            raise UsageError(f"--where: unexpected character {match.start() + 1}", _ADVICE)
         if kind in ("word", "quoted"):
             kind = text.lower() if kind == "word" and text.lower() in _KEYWORDS else "column"
-        tokens.append((text if kind == "mark" else kind, text, place))
-        place = match.end()
+        tokens.append((text if kind == "mark" else kind, text, match.start()))
     return tokens
 
 

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import orjson
 
 from retrotool.errors import CorruptError, ErasedError
 from retrotool.store import parts, paths
-from retrotool.store.blocked import Blocked, blocked_documents, read_hashes
+from retrotool.store.blocked import blocked_documents, read_blocked
 from retrotool.store.gc import clean
 from retrotool.store.leases import Run
 from retrotool.store.log import Draft, FileEntry
@@ -216,23 +215,19 @@ def _refused(store: Store, state: State, task: Staged) -> str:
     if _is_fenced(state, task) or not is_whole(store.storage, task):
         return "its files are missing"
     try:
-        return "one of its documents was purged" if _brings_back(store, state, task.unit) else ""
+        return "one of its documents was purged" if _brings_back(store, task.unit) else ""
     except CorruptError as error:
         return str(error)
 
 
-def _brings_back(store: Store, state: State, unit: Unit) -> bool:
+def _brings_back(store: Store, unit: Unit) -> bool:
     """Return whether a document of the unit was added to the block list since the unit was read."""
     if unit.blocked is None:
         return False
-    newer = [entry for slot, entry in state.group("blocked").items() if slot not in unit.blocked]
-    if not newer:
-        return False
-    hashes = np.unique(np.concatenate([read_hashes(store, entry) for entry in newer]))
-    blocked = Blocked(store.identity.secret, hashes)
-    for documents, chunks in unit.parts:
+    newer = read_blocked(store, but=unit.blocked)
+    for documents, chunks in unit.parts if len(newer) else ():
         table = parts.read_parquet(store, documents, ["id", "text_hash", "first_row", "n_chunks"])
-        if blocked_documents(store, blocked, chunks, table).any():
+        if blocked_documents(store, newer, chunks, table).any():
             return True
     return False
 

@@ -24,7 +24,6 @@ import os
 import random
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +44,7 @@ from retrotool.store.storage import (
     FileStatus,
     RangeFile,
     Sink,
+    Storage,
     StoredStatus,
     Unfinished,
     each,
@@ -55,8 +55,8 @@ from retrotool.store.storage import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PATIENCE_SECONDS = 60.0
-_FIRST_PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0  # how long to repeat what fails
+_FIRST_PATIENCE_SECONDS = 10.0  # with a server that has never answered
 TRAFFIC_VARIABLE = "RETROTOOL_TRAFFIC"
 _RANGES_AT_ONCE = 8
 _PARTS_AT_ONCE = 4
@@ -70,7 +70,7 @@ _T = TypeVar("_T")
 _process = 0  # the one that sends requests
 
 
-class ObjectStorage:
+class ObjectStorage(Storage):
     """The ``Storage`` at ``place``, such as ``s3://bucket/path``."""
 
     latent = True
@@ -80,23 +80,19 @@ class ObjectStorage:
         self.has_answered = False
         self._is_conditional = False  # whether the server is known to honour conditions
 
-    @property
-    def uri(self) -> str:
-        return self.place
-
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_client", "_tails")}
+        return {name: value for name, value in vars(self).items() if name not in ("_client", "_tail")}
 
     @cached_property
     def _client(self) -> Any:
         return open_client(self.place)
 
     @cached_property
-    def _tails(self) -> OrderedDict[str, bytes]:
-        return OrderedDict()
-
-    def get(self, path: str) -> bytes:
-        return self.read(path)[0]
+    def _tail(self) -> Callable[[str, int], bytes]:
+        """The end of a file of some size, read once: files never change."""
+        return functools.lru_cache(_TAILS)(
+            lambda path, size: self.get_range(path, max(0, size - _TAIL_BYTES), min(size, _TAIL_BYTES))
+        )
 
     def read(self, path: str) -> tuple[bytes, FileStatus]:
         def read() -> tuple[bytes, FileStatus]:
@@ -125,14 +121,7 @@ class ObjectStorage:
     def open(self, path: str, size: int) -> pa.NativeFile:
         import pyarrow as pa
 
-        if (tail := self._tails.get(path)) is None:  # files never change
-            tail = self._tails[path] = self.get_range(path, max(0, size - _TAIL_BYTES), min(size, _TAIL_BYTES))
-            if len(self._tails) > _TAILS:
-                self._tails.popitem(last=False)
-        return pa.PythonFile(_ObjectFile(self, path, size, tail), "r")
-
-    def local(self, path: str) -> Path | None:  # noqa: ARG002
-        return None
+        return pa.PythonFile(_ObjectFile(self, path, size, self._tail(path, size)), "r")
 
     def put(self, path: str, run: str, write: Callable[[Sink], _T]) -> tuple[Sink, _T]:  # noqa: ARG002
         upload = _Upload(self, path)
@@ -191,19 +180,20 @@ class ObjectStorage:
 
     def list(self, prefix: str, after: str = "") -> Iterator[FileStatus]:
         folder = prefix.rpartition("/")[0]  # obstore's prefixes are whole folders
-        last, pages, patience = max(after, prefix[:-1]), None, _Patience(self, prefix)
+        last = max(after, prefix[:-1])
+        listing: Any = None
+
+        def next_page() -> Any:
+            nonlocal listing
+            if (pages := listing) is None:
+                pages = obstore.list(self._client, folder or None, offset=last or None, chunk_size=_PAGE)
+            listing = None  # if it fails, the next one begins after the last file of the page before
+            page = next(pages, None)
+            listing = pages
+            return page
+
         while True:
-            try:
-                if pages is None:  # or again, after the last file of the page before
-                    pages = obstore.list(self._client, folder or None, offset=last or None, chunk_size=_PAGE)
-                page = self._request("list", prefix, functools.partial(next, pages, None))
-            except BaseError as error:
-                if _code_of(error) == 404:
-                    raise self._no_bucket() from None
-                patience.wait(error)
-                pages = None
-                continue
-            patience = _Patience(self, prefix)
+            page = self._again("list", prefix, next_page)
             for meta in page or ():
                 last = meta["path"]
                 if last > after and last.startswith(prefix):
@@ -228,12 +218,6 @@ class ObjectStorage:
         if paths := [one.path for one in unfinished]:
             self._request("abort", paths[0], lambda: abort_uploads(self.place, paths))
 
-    def irregular(self) -> Iterator[str]:
-        yield from ()
-
-    def free_bytes(self) -> int | None:
-        return None
-
     def _again(
         self,
         operation: str,
@@ -243,16 +227,21 @@ class ObjectStorage:
         look: Callable[[], _T | None] | None = None,
     ) -> _T:
         """Return the answer to a request that may be repeated, unless ``look`` finds it after a failure."""
-        patience = _Patience(self, path)
+        until = time.monotonic() + (PATIENCE_SECONDS if self.has_answered else _FIRST_PATIENCE_SECONDS)
+        tries = itertools.count()
         while True:
             try:
                 return self._request(operation, path, call, sent)
             except FileNotFoundError:
                 raise (self._no_bucket() if operation == "put" else self._missing(path)) from None
             except BaseError as error:
+                if operation == "list" and _code_of(error) == 404:
+                    raise self._no_bucket() from None
                 if look is not None and (found := look()) is not None:
                     return found
-                patience.wait(error)
+                if not _is_temporary(error) or time.monotonic() > until:
+                    raise _failed(where(self, path), error) from error
+            time.sleep(random.uniform(0.5, 1) * min(0.1 * 2 ** next(tries), 8.0))  # noqa: S311
 
     def _request(self, operation: str, path: str, call: Callable[[], _T], sent: int = 0) -> _T:
         """Send a request, announced and counted; raise what obstore raises."""
@@ -278,22 +267,11 @@ class ObjectStorage:
         return StorageError(f"{bucket} does not exist", "Create the bucket with your cloud's tools, or check its name.")
 
 
-class _Patience:
-    """How long to repeat what fails: a minute, or ten seconds with a server that has never answered."""
-
-    def __init__(self, storage: ObjectStorage, path: str) -> None:
-        self._place = where(storage, path)
-        seconds = PATIENCE_SECONDS if storage.has_answered else _FIRST_PATIENCE_SECONDS
-        self._until, self._tries = time.monotonic() + seconds, itertools.count()
-
-    def wait(self, error: BaseError) -> None:
-        """Wait before the next attempt; raise ``StorageError`` if there is no sense in one."""
-        code = _code_of(error)
-        is_temporary = code is None or (code >= 500 and code != 501) or code in (408, 409, 412, 429)
-        is_final = isinstance(error, (*_DENIED, NotSupportedError)) or "Header missing" in str(error)
-        if not is_temporary or is_final or time.monotonic() > self._until:
-            raise _failed(self._place, error) from error
-        time.sleep(random.uniform(0.5, 1) * min(0.1 * 2 ** next(self._tries), 8.0))  # noqa: S311
+def _is_temporary(error: BaseError) -> bool:
+    if isinstance(error, (*_DENIED, NotSupportedError)) or "Header missing" in str(error):
+        return False
+    code = _code_of(error)
+    return code is None or (code >= 500 and code != 501) or code in (408, 409, 412, 429)
 
 
 def _failed(place: str, error: BaseError) -> StorageError:

@@ -111,7 +111,10 @@ class Sink:
 
 
 class Storage(Protocol):
-    """Bytes under relative paths; instances can be pickled. ``FileNotFoundError`` for missing files."""
+    """Bytes under relative paths; instances can be pickled. ``FileNotFoundError`` for missing files.
+
+    Where a method has a body, that is what holds for object stores.
+    """
 
     place: str
     """Its name in messages and command lines."""
@@ -122,9 +125,11 @@ class Storage(Protocol):
     @property
     def uri(self) -> str:
         """The storage as a process in any folder can find it."""
+        return self.place
 
     def get(self, path: str) -> bytes:
         """Read a whole file."""
+        return self.read(path)[0]
 
     def read(self, path: str) -> tuple[bytes, FileStatus]:
         """Read a whole file and its status at the same moment."""
@@ -138,8 +143,9 @@ class Storage(Protocol):
     def open(self, path: str, size: int) -> pa.NativeFile:
         """Open a file of ``size`` bytes for random access."""
 
-    def local(self, path: str) -> Path | None:
+    def local(self, path: str) -> Path | None:  # noqa: ARG002
         """Return the file of this machine that has the bytes, to be mapped; None if they are elsewhere."""
+        return None
 
     def put(self, path: str, run: str, write: Callable[[Sink], Result]) -> tuple[Sink, Result]:
         """Write a new file by ``write(sink)``, durably; return the sink, for size and hash, and its result.
@@ -171,9 +177,11 @@ class Storage(Protocol):
 
     def irregular(self) -> Iterator[str]:
         """Yield links, which are never followed or listed, and foreign folders, with a final ``/``."""
+        yield from ()
 
     def free_bytes(self) -> int | None:
         """Return how many bytes can still be written; None if that is unknown or without a limit."""
+        return None
 
 
 class RangeFile(io.RawIOBase):
