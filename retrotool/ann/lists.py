@@ -223,13 +223,11 @@ class SomeLists:
     Construction counts all ids; lists are filtered when they are read. Recent lists are cached. Thread-safe.
     """
 
-    def __init__(self, lists: Lists, wanted: Callable[[Ids], npt.NDArray[np.bool_]]) -> None:
-        self.trained: Trained = lists.trained
-        self._lists, self._wanted = lists, wanted
-        numbers = range(max(lists.trained.nlist, 1))
+    def __init__(self, lists: InvertedLists, wanted: Callable[[Ids], npt.NDArray[np.bool_]]) -> None:
+        self.trained, self._lists, self._wanted = lists.trained, lists, wanted
         # Vectors in each list, all and wanted, int64 [nlist], or [1] without lists.
-        self.whole = np.array([lists.size(number) for number in numbers], np.int64)
-        self.sizes = np.array([np.count_nonzero(wanted(lists.ids(number))) for number in numbers], np.int64)
+        self.whole = np.array([lists.size(number) for number in lists.numbers], np.int64)
+        self.sizes = np.array([np.count_nonzero(wanted(lists.ids(number))) for number in lists.numbers], np.int64)
         self._list = lru_cache(_KEPT_LISTS)(self._read_list)
 
     def __len__(self) -> int:

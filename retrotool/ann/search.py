@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,12 +74,7 @@ class Search:
         asked = torch.from_numpy(queries.vectors)
         self._rotated = trained.rotate(asked)
         self._asked = self._rotated if vectors is None else asked
-        self._shift: Any = None
-        if trained.centroids is not None and vectors is None:
-            self._shift = torch.from_numpy(trained.centroids).mean(0)
         self._tiles: list[_Tile] = []
-        self._columns_as: type[Columns | RoughColumns] = Columns
-        self._threads = 1
 
     def add(self, *shards: Lists) -> None:
         """Search shards with joined lists; shards without lists are wide already and searched in turn."""
@@ -89,10 +83,8 @@ class Search:
             self._add(shard)
 
     def _add(self, shard: Lists) -> None:
-        if self._shift is None:
-            self._shift = self._mean(shard)
         if not self._tiles:
-            self._start(len(shard))
+            self._start(shard)
         with one_thread_each(self._threads) as run:
             rows = [torch.from_numpy(tile.rows) for tile in self._tiles]
             tables = run(lambda some: self._columns_as.table(self._asked, some, self._shift), rows)
@@ -102,15 +94,22 @@ class Search:
                 blocks = run(functools.partial(self._decode, shard), some_pieces)
                 self.scanned += sum(run(functools.partial(self._scan, blocks), jobs))
 
-    def _start(self, n: int) -> None:
+    def _start(self, shard: Lists) -> None:
         trained = self._trained
+        if self._vectors is not None:
+            sample = self._asked
+        elif trained.centroids is not None:
+            sample = torch.from_numpy(trained.centroids)
+        else:
+            sample = trained.codec.decode(shard.codes(0)[:: max(1, len(shard) // _COLUMNS)])
+        self._shift = sample.mean(0) if len(sample) else torch.zeros(sample.shape[1])  # any would be correct
         most = torch.get_num_threads() if self._q >= _LEAST_TILE else 1
         lists = max(trained.nlist, 1)
-        a_list = 2 * trained.d * (self._q * min(self._nprobe, lists) / lists) * (n / lists)
+        a_list = 2 * trained.d * (self._q * min(self._nprobe, lists) / lists) * (len(shard) / lists)
         # Threads contend for the GIL between products: with small products, one thread is faster than two.
         self._threads = most if a_list >= most * _LEAST_WORK else 1
-        if self._rough and has_bfloat16() and a_list >= self._threads * _LEAST_WORK:
-            self._columns_as = RoughColumns
+        rough = self._rough and has_bfloat16() and a_list >= self._threads * _LEAST_WORK
+        self._columns_as: type[Columns | RoughColumns] = RoughColumns if rough else Columns
         # Half of the room is for vectors, briefly held twice, half for scores; both should fit the cache.
         entries = max(1, self._room // 4 // _FLOAT_BYTES // self._threads)
         self._most_rows = max(1, min(entries // trained.codec.d, _CACHED_ROWS))
@@ -151,13 +150,6 @@ class Search:
                 for (number, _), (low, high) in zip(pieces, itertools.pairwise(bounds), strict=True):
                     vectors[low:high].add_(torch.from_numpy(self._trained.centroids[number]))
         return pieces, bounds.tolist(), ids, self._columns_as(vectors)
-
-    def _mean(self, shard: Lists) -> torch.Tensor:
-        """Estimate the mean vector of a shard, float32 [d]; any fixed shift would be correct."""
-        sample = self._asked
-        if self._vectors is None:
-            sample = self._trained.codec.decode(shard.codes(0)[:: max(1, len(shard) // _COLUMNS)])
-        return sample.mean(0) if len(sample) else torch.zeros(sample.shape[1])
 
     def _scan(self, blocks: list[_Block], job: tuple[_Tile, torch.Tensor]) -> int:
         tile, table = job

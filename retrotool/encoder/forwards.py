@@ -99,7 +99,9 @@ class PackedForward:
         if not self.constant:
             lengths, counts = np.unique(-rows.lengths, return_counts=True)
             groups = [(int(n), int(-length)) for length, n in zip(lengths, counts, strict=True)]
-            if extra := _bucket(len(ids)) - len(ids):
+            # oneDNN caches kernels, some megabytes, for every shape it meets: few sizes, up to a 16th larger.
+            step = max(_LEAST_STEP, 1 << max(len(ids).bit_length() - 5, 0))
+            if extra := -len(ids) % step:
                 groups.append((extra, 1))
                 ids, places = np.pad(ids, (0, extra)), np.pad(places, (0, extra))
             return {"ids": ids, "places": places}, {"spans": groups, "longest": int(rows.lengths[0])}
@@ -130,12 +132,6 @@ class PackedForward:
                 self.why_eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 self._say(f"the forward can't be compiled ({self.why_eager}) and is slower")
         return self._head(run(Layer.forward) if pooled is None else pooled)
-
-
-def _bucket(tokens: int) -> int:
-    """Round up by at most a sixteenth: oneDNN caches kernels, some megabytes, for every shape it meets."""
-    step = max(_LEAST_STEP, 1 << max(tokens.bit_length() - 5, 0))
-    return -(-tokens // step) * step
 
 
 def compile_layer(**options: Any) -> Callable[..., torch.Tensor]:
