@@ -23,7 +23,7 @@ from retrotool.chunk import run as chunk_run
 from retrotool.errors import TaskError
 from retrotool.index.run import Options
 from retrotool.neighbours.run import SearchOptions
-from retrotool.neighbours.tiles import TileStep
+from retrotool.neighbours.tiles import LoadedTile
 from retrotool.store import leases, log, tombstones
 from retrotool.store.storage import storage_at
 
@@ -101,7 +101,7 @@ def make_everything(folder: Path, encoder: Path) -> Everything:
     api.undo(store, purges[1], reason="test")
     api.index(store, name="lists", options=Options(IndexOptions(nlist=2, code="sq8")))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TaskError):
-        patch.setattr(TileStep, "_search", stop)
+        patch.setattr(LoadedTile, "answers", stop)
         api.neighbours(store, index="lists", name="tiled", search=SearchOptions(memory=500))
     api.purge(store, api.Selectors(pattern="river", allow_lossy=True), dry_run=True)
     last = write_jsonl(folder / "last.jsonl", make_rows(3, first=20, words=40))
