@@ -15,7 +15,7 @@ lower perplexity with neighbours that share more tokens (Doostmohammadi et al. 2
 * Nothing is searched: only what was saved is scored. Libraries (``bm25s``, ``rank-bm25``) index all chunks,
   which takes longer than to score 20 of them per row.
 
-Cost: 0.5 to 0.7 million pairs per second and core, with chunks of 64 tokens; the time grows with the square
+Cost: about 0.5 million pairs per second on a core, with chunks of 64 tokens; the time grows with the square
 of their length. Pairs are scored in the order of the neighbours' ids, so that the tokens of the database are
 read once per 2 to 16 million pairs (``filters.candidates_at_once``). Beyond some 50 million chunks this takes
 longer than scoring; there are no shelves for it. Memory: 40 bytes per pair.
