@@ -242,7 +242,8 @@ class Layer(torch.nn.Module):
         def of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             return weights[f"{i}.{name}.weight"], weights[f"{i}.{name}.bias"]
 
-        self.qkv = dense(*map(torch.cat, zip(*map(of, ("query", "key", "value")), strict=True)), dtypes[0])
+        of_three = [of(name) for name in ("query", "key", "value")]
+        self.qkv = dense(torch.cat([one for one, _ in of_three]), torch.cat([one for _, one in of_three]), dtypes[0])
         self.out, self.down = dense(*of("out"), dtypes[0]), dense(*of("down"), dtypes[0])
         self.up = dense(*of("up"), dtypes[0], shape.activation)
         self.norm1, self.norm2 = (Norm(*of(name), shape.epsilon, dtypes[1]) for name in ("norm1", "norm2"))
