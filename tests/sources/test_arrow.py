@@ -100,6 +100,14 @@ def test_text_of_every_layout_is_read(tmp_path, kind):
     assert found[1] == Rejected(2, "'text' is null")
 
 
+def test_token_ids_of_a_dictionary_count_four_bytes_each(tmp_path):
+    several = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int8()), pa.array([[7] * 25, [8] * 26]))
+    file = input_of(write_file(tmp_path / "tokens.arrow", pa.table({"ids": several})))
+    first, second, third = read_input(file, Fields(tokens="ids", max_document=100))
+    assert first.tokens.tolist() == third.tokens.tolist() == [7] * 25
+    assert second == Rejected(2, "26 tokens, 4 bytes each, are more than --max-document 100")
+
+
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
 )
