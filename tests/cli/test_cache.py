@@ -18,7 +18,7 @@ from retrotool.app import app
 from retrotool.store.paths import PROBE, FileName
 from retrotool.store.store import Store
 
-pytestmark = pytest.mark.sends_requests
+pytestmark = [pytest.mark.sends_requests, pytest.mark.on_disk]  # the store is made in a folder, and copied
 
 MAPPED = (".npy", ".faiss")
 

