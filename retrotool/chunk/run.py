@@ -138,6 +138,7 @@ def chunk(
             chunk_plan.use_exact_tokenizer(store, run, "--exact-tokenizer was given")
         known: dict[str, tuple[str, ...]] = {}
         changed: frozenset[str] = frozenset()
+        resumed: set[str] = set()
         if files:
             with Progress("chunk", doing="checking the tokenizer"):
                 findings = _findings(store, files, loaded, chosen)
@@ -147,6 +148,7 @@ def chunk(
                 _work(store, run, plans, replace(chosen, max_bad=None), changed)
                 repeats.update(finish_plans(store, run, duplicates=chosen.duplicates, existing=chosen.existing))
             plan, known = chunk_plan.commit_plan(store, run, files, chosen, findings)
+            resumed = {path for path, read in known.items() if read and read[-1] in plans}
             plans += [plan] if plan else []
         open_plans = [plan for plan in plans if not store.state.records[f"plan:{plan}"]["finished"]]
         stopped = _work(store, run, open_plans, chosen)
@@ -165,7 +167,8 @@ def chunk(
     counts = {**_counts_of(store, plans), "rejected": rejected, "damaged": damaged}
     counts["unchanged"] = counts.pop("known_documents")
     left_out = [found.sources for found in repeats.values()] if chosen.duplicates == "skip" else []
-    known_rejected, listed = _rejected_before(store, known)
+    skipped = {path: read for path, read in known.items() if path not in resumed}
+    known_rejected, listed = _rejected_before(store, skipped)
     listed += [store.where(entry.path) for plan in plans for entry in quarantine_files(state, plan)]
     listed += [store.where(unit.quarantine.path) for unit in units if unit.quarantine is not None]
     _note_known(store, before or state.all_parts(), chosen, known)
@@ -173,7 +176,7 @@ def chunk(
         purge = f"""retrotool purge {shlex.quote(store.place)} --where "input = 'NAME'" --reason ..."""
         chosen.note(f"Documents of files that were deleted or renamed stay. To remove them: {purge}")
     return ChunkResult(
-        **counts, known_inputs=len(known), known_rejected=known_rejected, commit=state.number, duplicate_ids=by_id,
+        **counts, known_inputs=len(skipped), known_rejected=known_rejected, commit=state.number, duplicate_ids=by_id,
         parts=sum(int(record["parts"]) for record in records) + sum(len(unit.parts) for unit in units),
         duplicates=sum(record["duplicates_by_text"] for record in records if record.get("duplicates") == "skip"),
         stopped=stopped, reasons=reasons, quarantine=tuple(listed),

@@ -278,7 +278,9 @@ def test_an_interrupted_input_is_finished_as_it_was_begun_and_that_is_said(tmp_p
         patch.setattr("retrotool.chunk.run._work", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             api.chunk(tmp_path / "store", [str(path)])
-    api.chunk(tmp_path / "store", [str(path)], fields=Fields(keep=("year",)), note=notes.append)
+    result = api.chunk(tmp_path / "store", [str(path)], fields=Fields(keep=("year",)), note=notes.append)
+    assert (result.documents, result.known_inputs) == (3, 0), "it was resumed, not skipped"
+    assert api.chunk(tmp_path / "store", [str(path)]).known_inputs == 1
     begun = f"Resuming interrupted work: {path} is read to its end with the options that it was begun with, not those"
     assert any(note.startswith(begun) for note in notes), notes
     assert any(note.startswith("--keep year: 1 input already in the store without it") for note in notes), notes
